@@ -18,8 +18,7 @@ import psutil
 import pytest
 from cases.grids import thinned
 from command_line import wanda_dvc
-from conftest import ROOT, save_tiny_model, without_privilege, write_params
-from ruamel.yaml import YAML
+from conftest import save_tiny_model, without_privilege, write_params
 
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.export.build import export
@@ -239,22 +238,12 @@ def check_recovery(root: Path, killer: Killer, name: str, part: str | None) -> N
         assert not leftovers(root), f"killed at operation {at} of {points}"
 
 
-PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-
-
 def removed_before(name: str, part: str | None) -> list[str]:
     """What DVC removes before it runs a stage, or a user before an export is repeated."""
     if name == "export":
         return ["exported"]
-    stage = next(PIPELINE[one] for one in (f"{name}-{part}", name) if one in PIPELINE)
-    one, each = stage.get("do", stage), stage.get("foreach")
-    key, words = (part, each[part]) if isinstance(each, dict) else ("embedded", {})  # an instance for each text
-    found: list[str] = []
-    for out in [*one["outs"], *one.get("metrics", []), *one.get("plots", [])]:
-        ((path, options),) = out.items() if isinstance(out, dict) else [(out, {})]
-        if not options.get("persist"):
-            found.append(path.replace("${key}", key).replace("${item.out}", words.get("out", "")))
-    return found
+    row = STAGES[name].parts[part or ""]
+    return [path.replace("{text}", "embedded") for path in (*row.outs, *row.metrics, *(row.plots or ()))]
 
 
 # `make test` leaves out the longest: a publication without an earlier output is the same for all stages.
@@ -327,7 +316,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     _, said = process.communicate()
     assert time.monotonic() - began < 2
     assert process.returncode == 128 + number
-    assert "calibrate: stopped; finished blocks and windows are kept" in said
+    assert "calibrate: stopped; finished blocks are kept" in said
     assert "Traceback" not in said
     again = wanda_dvc("calibrate", cwd=tmp_path)
     assert again.returncode == 0
@@ -379,10 +368,9 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
 def test_a_command_that_keeps_nothing_says_so_when_it_is_stopped():
     """As `export` and `report`, which have no finished blocks."""
     script = (
-        "import os, pathlib, signal, time\n"
+        "import os, signal, time\n"
         "from wanda_dvc.stages.running import AGAIN, stoppable\n"
-        "from wanda_dvc.study.project import Project\n"
-        "with stoppable(Project(pathlib.Path()), 'export', AGAIN):\n"
+        "with stoppable('export', AGAIN):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )
@@ -393,10 +381,9 @@ def test_a_command_that_keeps_nothing_says_so_when_it_is_stopped():
 def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
     """A killed DVC leaves its stage running, and that stage may be inside a multiplication."""
     stage = (
-        "import os, pathlib, time\n"
+        "import os, time\n"
         "from wanda_dvc.stages.running import stoppable\n"
-        "from wanda_dvc.study.project import Project\n"
-        "with stoppable(Project(pathlib.Path()), 'mask'):\n"
+        "with stoppable('mask'):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(120)\n"
     )

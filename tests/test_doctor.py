@@ -35,7 +35,7 @@ def test_a_whole_study_is_well(study: Path):
     before = sorted(study.iterdir())
     table, well = doctor(start=study)
     assert well, table
-    for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk", "git", "dvc", "cache.type"):
+    for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk", "git", "dvc"):
         assert "✓" in row(table, what)
     assert "Nothing that is needed is missing." in table
     assert sorted(study.iterdir()) == before
@@ -66,13 +66,6 @@ def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, 
     assert "✗" in row(table, what)
     assert todo in row(table, what)
     assert re.search(rf"Missing: .*{re.escape(what)}", table)
-
-
-def test_what_is_only_slower_is_no_reason_to_fail(study: Path):
-    (study / ".dvc/config").write_text("[cache]\n    type = copy\n")
-    table, well = doctor(start=study)
-    assert well
-    assert "✗" in row(table, "cache.type")
 
 
 def test_its_exit_says_it_too(study: Path):

@@ -18,7 +18,6 @@ from wanda_dvc.engine.divergence import BYTES_A_TOKEN, TEMPORARIES
 from wanda_dvc.engine.questions import ROW
 from wanda_dvc.engine.rows import calls_bytes
 from wanda_dvc.engine.sizes import FIXED, Sizes, sizes, walk
-from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.needs import NEEDS, SELECTION, TEXT_IN_MEMORY, Need, continuing, known, need
@@ -145,10 +144,9 @@ def test_what_each_stage_needs(
     assert needed(project, "perplexity", "dense")[1] == hidden + 4 * 64 * BYTES_A_TOKEN
     packed = (2 * BLOCK + REST + LINEAR + ROW * FEATURES) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")
     assert needed(project, "zero-shot", "dense")[0] == packed
-    assert need(project, "zero-shot", "dense").least == 0  # what questions take is an estimate
     cache = 2 * 4 * 64 * 32 * width
     whole = (4 * BLOCK + REST + LINEAR + 64 * FEATURES) * width + logits + cache
-    assert continuing(known(project), 64) == FIXED + whole
+    assert continuing(known(project, "zero-shot"), 64) == FIXED + whole
     monkeypatch.setenv("OMP_NUM_THREADS", "99")
     assert needed(project, "mask")[0] == PRUNABLE + SELECTION * PRUNABLE
     project = config_only(dtype=dtype, perplexity__windows=None)
@@ -170,7 +168,7 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
     project = config_only(propagation="pruned")
     walked, both = need(project, "calibrate"), need(project, "mask")
     assert both.memory == walked.memory + masks.memory - FIXED + BLOCK * 4  # a pruned block is no view
-    assert (both.mapped, both.least) == (walked.mapped, walked.least)
+    assert both.mapped == walked.mapped
     assert both.disk == walked.disk + masks.disk
 
 
@@ -219,7 +217,7 @@ def test_before_there_is_a_config_only_what_is_known_is_said(
     assert capsys.readouterr().err == ""
 
 
-def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
+def test_one_line_says_it(
     config_only: Callable[..., Project], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     project = config_only()
@@ -230,9 +228,6 @@ def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
     assert capsys.readouterr().err == (
         f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB of memory and 0.1 MB of disk\n"
     )
-    monkeypatch.setattr(needs, "free_disk", lambda project: 3 * 64 * 32 * 4 * 2 - 1)
-    with pytest.raises(UserError, match="of disk free, expected about 0.1 MB for calibrate; free some"):
-        needs.announce(project=project, stage="calibrate")
 
 
 def test_a_config_that_means_nothing_stops_no_stage(
@@ -244,19 +239,3 @@ def test_a_config_that_means_nothing_stops_no_stage(
         (made.model("dense") / "config.json").write_text(content)
         needs.announce(project=made, stage="mask")
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("queued", [False, True])
-def test_unfinished_work_counts_as_free_disk(
-    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, queued: bool
-):
-    """Also that of a queued experiment, which lies in the repository that DVC was started in."""
-    made = project()
-    if queued:
-        monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
-    assert needs.free_disk(made) == 10
-    work = (tmp_path / "repository" if queued else made.root) / ".dvc/tmp/wanda-dvc/abc"
-    work.mkdir(parents=True)
-    (work / "hidden_0.bin").write_bytes(b"x" * 8192)
-    assert needs.free_disk(made) >= 10 + 8192

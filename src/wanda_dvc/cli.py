@@ -89,7 +89,7 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
         if part not in ("", one) or text not in ("", named):
             continue
         _prepare(label, network=stage.network)
-        with stoppable(project, label):
+        with stoppable(label):
             announce(project=project, stage=name, part=one, text=named)
             with timed(project, stage, one, named):
                 run_stage(name, project=project, part=one, text=named)
@@ -179,7 +179,7 @@ def report(
     from wanda_dvc.stages.running import AGAIN, stoppable
 
     project = _project()
-    with stoppable(project, "report", AGAIN):
+    with stoppable("report", AGAIN):
         typer.echo(write(project=project, output=output, model=model, revs=rev))
 
 
@@ -195,7 +195,7 @@ def evaluate(
     from wanda_dvc.results.evaluate import evaluate as measure
     from wanda_dvc.stages.running import stoppable
 
-    with stoppable(project, "evaluate"):
+    with stoppable("evaluate"):
         typer.echo(measure(project=project, paths=paths, as_json=as_json))
 
 
@@ -239,7 +239,7 @@ def export(
     from wanda_dvc.stages.running import AGAIN, stoppable
 
     project = _project()
-    with stoppable(project, "export", AGAIN):
+    with stoppable("export", AGAIN):
         from wanda_dvc.export.build import export as build
 
         typer.echo(build(project=project, experiment=rev, target=directory))

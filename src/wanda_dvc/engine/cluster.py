@@ -228,10 +228,6 @@ class Cluster(Executor):
         nodes = sum(bool(node["Resources"].get(self._kind)) for node in alive_nodes())
         return {"workers": max(1, self.workers), "nodes": nodes}
 
-    def stop(self) -> None:
-        """End this process's tasks and its local Ray at once."""
-        ray.shutdown()
-
     def close(self) -> None:
         """Leave the cluster."""
         if self._ours:

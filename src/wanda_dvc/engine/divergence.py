@@ -61,12 +61,11 @@ def measure_windows(
     hidden: Sequence[Float[Tensor, "_ width"]],
     dense: Sequence[Reference | None],
 ) -> Iterator[tuple[float, Reference | Divergence]]:
-    """Yield the loss of a shard's last windows, and their divergence from the references in `dense`.
+    """Yield the loss of a shard's windows, and their divergence from the references in `dense`.
 
     Of the dense model, which has None there, their own references.
     """
-    skipped = len(rows) - len(dense)
-    for row, states, one in zip(rows[skipped:], hidden[skipped:], dense, strict=True):
+    for row, states, one in zip(rows, hidden, dense, strict=True):
         yield measure(decoder, states[None], row.tokens, one)
 
 

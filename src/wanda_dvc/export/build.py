@@ -55,12 +55,13 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         if others := made_with_others(found):
             raise UserError(f"{experiment or 'the workspace'}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
-        written = prune(study, work.out)
+        _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
         found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
         found.pruned.keep_of(digest(made_from))
-        found.pruned.metrics["sparsity"] = written.metrics
-        text = card(study, written.metrics["sparsity"], removed=written.removed, results=sections(found))
+        found.pruned.metrics["sparsity"] = metrics
+        removed = metrics.get("removed_parameters")
+        text = card(study, metrics["sparsity"], removed=removed, results=sections(found))
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
     return "\n".join(
@@ -107,7 +108,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     revision = Revision.open(project.root, experiment, otherwise="without --rev, the workspace is exported")
 
     def take(part: str, what: str) -> None:
-        if not revision.copy_all(part, study.root):
+        if revision.take(part, study.root):
             raise UserError(
                 f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
                 f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"

@@ -301,13 +301,13 @@ def run(stage: str, *, project: "Project", part: str | None = None, text: str | 
 def _check_plan(project: "Project") -> None:
     """Raise UserError if a study's `plan/` is not what its settings say now."""
     for name, content in planned(project.params).items():
-        if (found := project.planned(name)) != content:
-            different = sorted(key for key in content.keys() | found.keys() if content.get(key) != found.get(key))
-            shown = ", ".join(f"{key} {found.get(key)}" for key in different)
-            raise UserError(
-                f"plan/{name}.json: found {shown}, expected {', '.join(str(content.get(x)) for x in different)} as "
-                "params.yaml has it now; run `dvc repro` or `wanda-dvc plan`"
-            )
+        found = project.planned(name)
+        for key in content | found:
+            if content.get(key) != found.get(key):
+                raise UserError(
+                    f"plan/{name}.json: found {key} {found.get(key)}, expected {content.get(key)} as params.yaml has "
+                    "it now; run `dvc repro` or `wanda-dvc plan`"
+                )
 
 
 def times(study: "Project") -> "dict[str, Json]":

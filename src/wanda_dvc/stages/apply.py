@@ -17,6 +17,7 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.pruning.selection import count_zeros
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import tier_provenance
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
@@ -38,40 +39,33 @@ class Zeros(NamedTuple):
     masked: float | None  # likewise, without a reconstruction
     solved: Json  # solver diagnostics
 
+    @property
+    def share(self) -> float:
+        """The share of its weights that are zero."""
+        return self.zero / self.size
+
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
     solving_device(project.params.runtime)  # refused before any file is read
     made_from = describe_pruned(project)
     with project.work(made_from) as work:
-        folder = work.fresh()
-        written = prune(project, folder)
+        zeros, metrics = prune(project, folder := work.fresh())
+        text = card(project, metrics["sparsity"], removed=metrics.get("removed_parameters"))
+        (folder / CARD).write_text(text, encoding="utf-8")
         write_provenance(folder, made_from)
         work.publish(project.model("pruned"))
-    zeros = written.zeros
-    write_json(project.metrics("pruned", "sparsity"), written.metrics)
+    errors = {linear: x for linear, x in zeros.items() if x.error is not None}
+    of_linears = {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in errors.items()}
+    write_json(project.metrics("pruned", "sparsity"), metrics)
+    write_json(project.details("pruned", "sparsity"), {linear: round(x.share, 6) for linear, x in zeros.items()})
     write_json(
-        project.details("pruned", "sparsity"),
-        {linear: round(found.zero / found.size, 6) for linear, found in zeros.items()},
+        project.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": of_linears}
     )
-    write_csv(
-        project.plots("sparsity"),
-        ["block", "linear", "weights", "zeros", "sparsity"],
-        ([x.block, linear, x.size, x.zero, x.zero / x.size] for linear, x in zeros.items()),
-    )
-    measured = {linear: x for linear, x in zeros.items() if x.error is not None}
-    write_json(
-        project.details("pruned", "layer_error"),
-        {
-            "protocol": {"model": digest(made_from)},
-            "linears": {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in measured.items()},
-        },
-    )
-    write_csv(
-        project.plots("layer_error"),
-        ["block", "linear", "error", "masked"],
-        ([x.block, linear, x.error, x.masked] for linear, x in measured.items()),
-    )
+    rows: list[list[object]] = [[x.block, linear, x.size, x.zero, x.share] for linear, x in zeros.items()]
+    write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], rows)
+    rows = [[x.block, linear, x.error, x.masked] for linear, x in errors.items()]
+    write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], rows)
 
 
 def describe_pruned(study: Project) -> Json:
@@ -90,16 +84,12 @@ def describe_pruned(study: Project) -> Json:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         read["weights"] = digest(weights)
     solves = plan.weights_come_from == "gram"
+    params = {name: value for name, value in made["calibration"].items() if name != "text"}
+    calibrated = {"model": made["model"], "text": made["calibration"]["text"], "params": params}
     folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
     for folder in [*folders, study.gradients] if solves and plan.solver.by_gradients else folders:
-        gram = read_provenance(folder, "calibrate")
-        here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
-        if any(here[name] != made[name] for name in here) or not block_count(folder, "calibrate"):
-            raise UserError(
-                f"stats/{folder.name}: no Gram matrices of {dense['source']} and the calibration that masks/ name, "
-                "expected them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
-            )
-        read |= {folder.name: digest(gram)} if solves else {}
+        tier = tier_provenance(folder, calibrated, "masks/")
+        read |= {folder.name: digest(tier)} if solves else {}
     if solves:  # the weights follow from how `apply` solves, and so do their results
         read["apply"] = str(STAGES["apply"].version)
     # Only the masks' records: with this run's library versions, equal models would have different bytes.
@@ -114,8 +104,9 @@ class Parts:
         self.plan = plan = Plan.read(read_provenance(study.masks, "mask")["params"])
         self.checkpoint, device = Checkpoint(study.model("dense")), solving_device(study.params.runtime)
         blocks = range(block_count(study.masks, "mask"))
-        self.keeps = [read_masks(study.masks, block) for block in blocks]
-        self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
+        masks = [read_masks(study.masks, block) for block in blocks]
+        self.blocks = {linear: block for block, keeps in enumerate(masks) for linear in keeps}
+        self.keeps = reduce(operator.or_, masks)
         self.changed, self.gradients = list[tuple[dict[str, Tensor], Json]](), list[Grams]()
         if plan.weights_come_from == "weights":
             self.changed = [read_weights(study.weights, block) for block in blocks]
@@ -129,7 +120,7 @@ class Parts:
         """Return one linear's weights in the pruned model, as stored, and its measures."""
         linear, weight = address.linear, self.checkpoint.read(address)
         block = self.blocks[linear]
-        keep, source = self.keeps[block][linear], self._source.get(linear)
+        keep, source = self.keeps[linear], self._source.get(linear)
         prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
         if weight.shape != keep.shape:
             raise UserError(
@@ -157,37 +148,26 @@ class Parts:
         return made.weight, Zeros(block, zero, weight.numel(), made.error, made.masked, solved)
 
 
-class Written(NamedTuple):
-    """A pruned checkpoint."""
+def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
+    """Write a study's pruned checkpoint into an empty folder; return each linear's measures, and metrics.
 
-    zeros: dict[str, Zeros]  # the measures of each linear; removed weights count as zeros
-    sparsity: float  # the share of the linears' weights that are zero, or of the units that were removed
-    removed: float | None = None  # the share of the stored weights that was removed; None: zeros are stored
-
-    @property
-    def metrics(self) -> Json:
-        """The content of metrics/pruned/sparsity.json."""
-        removed = {} if self.removed is None else {"removed_parameters": round(self.removed, 6)}
-        return {"sparsity": round(self.sparsity, 6)} | removed
-
-
-def prune(study: Project, target: Path) -> Written:
-    """Write a study's pruned checkpoint and model card into an empty folder; return all measures."""
+    `sparsity` is the share of the linears' weights that are zero, or of the units that were removed. Of removed units,
+    `removed_parameters` is the share of the stored weights that went; without units, zeros are stored.
+    """
     parts = Parts(study)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
-
-    def pruned(address: Address) -> Tensor:
-        if address.linear not in blocks:  # a norm trained with its block
-            return others[address.linear]
-        made, found[address.linear] = parts.make(address)
-        return made
 
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = {checkpoint.find(name) for name in (*blocks, *others)}
 
     def read(address: Address) -> Tensor:
-        return pruned(address) if address in addresses else checkpoint.read(address)
+        if address not in addresses:
+            return checkpoint.read(address)
+        if address.linear not in blocks:  # a norm trained with its block
+            return others[address.linear]
+        made, found[address.linear] = parts.make(address)
+        return made
 
     removal = removal_of(checkpoint, parts.plan.structure, parts.plan.share)
     if removal is None:
@@ -195,8 +175,7 @@ def prune(study: Project, target: Path) -> Written:
     else:
         from wanda_dvc.engine.removal import Smaller  # imports transformers, which takes seconds
 
-        stays = removal.stays_in(reduce(operator.or_, parts.keeps))
-        view = Smaller(checkpoint, removal.with_stays(stays), read, addresses)
+        view = Smaller(checkpoint, removal.with_stays(removal.stays_in(parts.keeps)), read, addresses)
     written = write_model(view, target, without=(PROVENANCE, CARD))
     for _ in progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"):
         pass
@@ -204,9 +183,6 @@ def prune(study: Project, target: Path) -> Written:
         found[linear] = parts.make(checkpoint.find(linear))[1]
     zeros = {linear: found[linear] for linear in blocks}
     if removal is None:
-        result = Written(zeros, sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()))
-    else:
-        left, every = (sum(math.prod(x.shape) for x in one.entries.values()) for one in (view, checkpoint))
-        result = Written(zeros, removal.share, 1 - left / every)
-    (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
-    return result
+        return zeros, {"sparsity": round(sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()), 6)}
+    left, every = (sum(math.prod(x.shape) for x in one.entries.values()) for one in (view, checkpoint))
+    return zeros, {"sparsity": round(removal.share, 6), "removed_parameters": round(1 - left / every, 6)}

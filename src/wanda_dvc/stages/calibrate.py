@@ -28,30 +28,34 @@ def calibrate(*, project: Project, tier: str) -> None:
     """models/dense + data/calibration → stats/norms, stats/gram or stats/gradients.
 
     A tier that nothing reads has no blocks. The tiers are stages of their own, so that each is measured once, in any
-    order of recipes.
+    order of recipes. If the plan asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait
+    in their own unfinished work.
     """
-    measured = _is_measured(project, tier)
+    measured, with_gram = (project.planned(f"calibrate/{name}")["measured"] for name in (tier, "gram"))
     if measured:
         check_ready(project, "dense", project.planned("calibrate/norms")["length"], "calibration.length")
-    made_from = _described(project, tier)
+    made_from = _described(project, tier, measured=measured)
     with project.work(made_from) as work:
-        if measured and not is_there(work.out / PROVENANCE):  # else measured with the norms
-            if tier == "gradients":
-                _backward(project, work)
-            else:
-                _forward(project, tier, work)
+        if not measured or is_there(work.out / PROVENANCE):  # measured with the norms
+            pass
+        elif tier == "gradients":
+            _backward(project, work)
+        elif tier == "gram":
+            _forward(project, None, work)
+        elif with_gram:
+            gram_from = _described(project, "gram", measured=True)
+            with project.work(gram_from) as gram:
+                _forward(project, work, gram)
+                seal(gram.out, gram_from)
+        else:
+            _forward(project, work, None)
         seal(work.out, made_from)
         work.publish(project.root / "stats" / tier)
     if tier == "norms":
         _write_norms(project)
 
 
-def _is_measured(project: Project, tier: str) -> bool:
-    measured: bool = project.planned(f"calibrate/{tier}")["measured"]
-    return measured
-
-
-def _described(project: Project, tier: str) -> Json:
+def _described(project: Project, tier: str, *, measured: bool) -> Json:
     """Return the provenance of a tier."""
     model = read_provenance(project.model("dense"), "download model")
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -64,39 +68,29 @@ def _described(project: Project, tier: str) -> Json:
         text={"source": text["source"], "sha256": text["sha256"]},
         params=params,
     )
-    if tier == "norms":
-        return described
-    described["dtype"] = GRAM_DTYPE if _is_measured(project, tier) else "none"
+    if tier != "norms":
+        described["dtype"] = GRAM_DTYPE if measured else "none"
     if tier == "gradients":
-        described["windows"] = min(WINDOWS_BACK, params["windows"]) if _is_measured(project, tier) else 0
+        described["windows"] = min(WINDOWS_BACK, params["windows"]) if measured else 0
     return described
 
 
-def _forward(project: Project, tier: str, work: Work) -> None:
-    """Run all windows through all blocks, and write the norms or the Gram matrices of each distinct input.
+def _forward(project: Project, norms: Work | None, gram: Work | None) -> None:
+    """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input.
 
-    If the plan asks for both, one pass measures both; the Gram matrices wait in their own unfinished work.
+    A killed run resumes after the blocks that all works have.
     """
-    if tier == "gram":
-        _pass(project, None, work)
-    elif _is_measured(project, "gram"):
-        made_from = _described(project, "gram")
-        with project.work(made_from) as other:
-            _pass(project, work, other)
-            seal(other.out, made_from)
-    else:
-        _pass(project, work, None)
-
-
-def _pass(project: Project, norms: Work | None, gram: Work | None) -> None:
-    """Run all windows through all blocks. A killed run resumes after the blocks that all works have."""
     works = [work for work in (norms, gram) if work]
     with runner(project, "dense", works[0]) as run:
         features = run.decoder.inputs()
-        check_fits(project, features)
+        check_fits(project.plan.pattern, features)
         windows, blocks = calibration_windows(project), len(run.decoder.blocks)
-        if gram:
-            _check_tokens(windows.numel(), max(features.values()))
+        tokens, wanted = windows.numel(), TOKENS_A_FEATURE * max(features.values())
+        if gram and tokens < wanted:
+            notice(
+                f"calibrate: {tokens:,} tokens, expected {wanted:,} or more for solvers, {TOKENS_A_FEATURE} for each "
+                f"of {max(features.values()):,} input features; raise calibration.length or calibration.windows"
+            )
         kept = min(finished_blocks(work.out) for work in works)
         unreached = {}
         for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
@@ -115,23 +109,13 @@ def _backward(project: Project, work: Work) -> None:
     from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
 
     with runner(project, "dense", work) as run:
-        check_fits(project, run.decoder.inputs())
+        check_fits(project.plan.pattern, run.decoder.inputs())
         blocks = len(run.decoder.blocks)
         kept = finished_blocks(work.out, reversed(range(blocks)))
         back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
         for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
             write_fisher(work.out, block, came.sums, came.grams)
             came.grams.clear()  # before the next block's arrive; other frames hold them too
-
-
-def _check_tokens(tokens: int, features: int) -> None:
-    """Report too few calibration tokens for solvers, by the widest input of the model."""
-    if tokens < TOKENS_A_FEATURE * features:
-        notice(
-            f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
-            f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
-            "calibration.windows"
-        )
 
 
 def _write_norms(project: Project) -> None:

@@ -1,20 +1,19 @@
-"""The inputs of stages, checked in one place: matching models, statistics and texts."""
+"""The inputs of stages, checked in one place: matching models, statistics and texts; and what runs a model."""
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import FIX, UserError, notice
-from wanda_dvc.plan import GRAM_DTYPE
-from wanda_dvc.reading import check_file
-from wanda_dvc.stages.running import check_device, device_name, own_device
-from wanda_dvc.study.files import Json
-from wanda_dvc.study.project import Project, Work
+from wanda_dvc.reading import check_file, is_there
+from wanda_dvc.stages.running import own_device
+from wanda_dvc.study.files import Documents, Json
+from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
@@ -22,30 +21,28 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.rows import Executor
     from wanda_dvc.engine.walk import Runner
 
-T = TypeVar("T")
 HEAD = "output head"
 
 
-def model_provenance(project: Project, model: str) -> Json:
-    """Return the provenance of models/dense or models/pruned. UserError if a file of it cannot be read."""
-    found = read_provenance(project.model(model), MADE_BY[model])
+def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> Json:
+    """Check device, files, configuration and length of windows before a model runs; return the model's provenance."""
+    from wanda_dvc.engine.checkpoint import check_length, read_config
+
+    own_device(project.params.runtime)
+    if project.params.runtime.ray is not None:
+        importlib.import_module("ray")
+    provenance = read_provenance(project.model(model), MADE_BY[model])
     for file in project.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
-    return found
-
-
-def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
-    """Raise UserError if data/calibration is not the text `expected` by an artifact; `found` is what used that one."""
-    text = read_provenance(project.data("calibration"), "download calibration")
-    if text["sha256"] != expected["sha256"]:
-        raise UserError(
-            f"{found} {expected['source']}, expected {text['source']}, the text in data/calibration; run {todo}"
-        )
+    if length is None:
+        read_config(project.model(model))
+    else:
+        check_length(project.model(model), length, setting)
+    return provenance
 
 
 def model_dtype(project: Project, model: str = "dense") -> str:
@@ -55,32 +52,35 @@ def model_dtype(project: Project, model: str = "dense") -> str:
     return dtype_of(project.model(model), project.planned("calibrate/norms")["dtype"])
 
 
+def say_not_finite(run: str, where: str | None) -> None:
+    """Report the place of a model's first non-finite activations, if any."""
+    if where:
+        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
+
+
+# --- statistics ---
+
+
 def calibrated_with(project: Project) -> Json:
     """Return the settings that determine the calibration windows and the run."""
     planned = project.planned("calibrate/norms")
     return {name: planned[name] for name in ("windows", "length", "seed")} | {"dtype": model_dtype(project)}
 
 
-class Statistics(NamedTuple):
-    """stats/, checked to be the dense model's and measured with the settings of params.yaml."""
+def statistics(project: Project) -> Json:
+    """Return the provenance of stats/norms, whose sums are finite and whose linears the pattern fits.
 
-    provenance: Json
-    blocks: int
-    features: dict[str, int]  # the number of inputs of every linear
-
-
-def statistics(project: Project) -> Statistics:
-    """Return the current statistics. UserError if they are another model's, or measured with other settings."""
-    stats = stats_provenance(project, model_provenance(project, "dense"))
+    UserError if they are another model's, or measured with other settings.
+    """
+    stats = stats_provenance(project, read_provenance(project.model("dense"), MADE_BY["dense"]))
     expected = calibrated_with(project)
     if stats["params"] != expected:
         raise UserError(
             f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
-    blocks = block_count(project.stats, "calibrate")
     features: dict[str, int] = {}
-    for block in range(blocks):
+    for block in range(block_count(project.stats, "calibrate")):
         measured = read_stats(project.stats, block)
         for source, names in measured.readers.items():
             if not measured.inputs[source].sum_squares.isfinite().all():
@@ -89,7 +89,18 @@ def statistics(project: Project) -> Statistics:
                     "and run `wanda-dvc calibrate`"
                 )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
-    return Statistics(stats, blocks, features)
+    check_fits(project.plan.pattern, features)
+    return stats
+
+
+def check_fits(pattern: str, features: dict[str, int]) -> None:
+    """Raise UserError if a linear's number of inputs is no multiple of the pattern's m; `features` are the inputs."""
+    n_of_m = parse_pattern(pattern)
+    if n_of_m and (odd := [f"{name} has {size} inputs" for name, size in features.items() if size % n_of_m[1]]):
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
+        )
 
 
 def stats_provenance(project: Project, model: Json) -> Json:
@@ -104,53 +115,18 @@ def stats_provenance(project: Project, model: Json) -> Json:
     return stats
 
 
-def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> Json:
-    """Check device, files, configuration and length of windows before a model runs; return the model's provenance."""
-    from wanda_dvc.engine.checkpoint import check_length, read_config
+def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
+    """Return the provenance of stats/gram or stats/gradients.
 
-    if project.params.runtime.ray is None:
-        check_device(device_name(project.params.runtime))
-    else:  # workers have their own devices
-        importlib.import_module("ray")
-    provenance = model_provenance(project, model)
-    if length is None:
-        read_config(project.model(model))
-    else:
-        check_length(project.model(model), length, setting)
-    return provenance
-
-
-def say_not_finite(run: str, where: str | None) -> None:
-    """Report the place of a model's first non-finite activations, if any."""
-    if where:
-        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
-
-
-def tier_provenance(project: Project, folder: Path) -> Json:
-    """Return the provenance of stats/gram or stats/gradients. UserError if empty, or of another run than norms."""
-    tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
-    blocks = block_count(folder, "calibrate")
-    if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
+    UserError if it has no blocks, or is of another run than `made_with`: model, text and parameters of `what`.
+    """
+    tier, blocks = read_provenance(folder, "calibrate"), block_count(folder, "calibrate")
+    if not blocks or any(tier[name] != made_with[name] for name in ("model", "text", "params")):
         raise UserError(
-            f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
-            f"measured stats/norms; run `dvc repro`, or `wanda-dvc calibrate`"
-        )
-    if tier.get("dtype") != GRAM_DTYPE:
-        raise UserError(
-            f"stats/{folder.name}: dtype: found {tier.get('dtype')}, expected {GRAM_DTYPE}; run `wanda-dvc calibrate`"
+            f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the model and "
+            f"the calibration that {what} names; run `dvc repro`, or `wanda-dvc calibrate` with those settings"
         )
     return tier
-
-
-def check_fits(project: Project, features: dict[str, int]) -> None:
-    """Raise UserError if a linear's number of inputs is no multiple of the pattern's m; `features` are the inputs."""
-    pattern = project.plan.pattern
-    n_of_m = parse_pattern(pattern)
-    if n_of_m and (odd := [f"{name} has {size} inputs" for name, size in features.items() if size % n_of_m[1]]):
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
-            f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
-        )
 
 
 def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
@@ -162,11 +138,17 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
     wanted = measured_with or calibrated_with(project)
     words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
-    tokenizer = load_tokenizer(project.model("dense"))
-    with project.documents("calibration") as documents:
-        if documents is not None:
-            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
-    return draw(tokenize(project.text("calibration"), tokenizer), **words)
+    tokenizer, folder = load_tokenizer(project.model("dense")), project.data("calibration")
+    if not is_there(folder / DOCUMENTS):
+        return draw(tokenize(project.text("calibration"), tokenizer), **words)
+    column = read_provenance(folder, "download calibration")["column"]
+    project.work_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=project.work_root) as scratch:  # the system's own folder may be in memory
+        documents = Documents.unpack(folder / DOCUMENTS, column, scratch)
+        return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
+
+
+# --- what runs ---
 
 
 @contextlib.contextmanager
@@ -174,13 +156,11 @@ def runner(project: Project, model: str, work: Work, *, dtype: str | None = None
     """Open a runner of rows through one of the project's models: in this process, or on the cluster of params.yaml."""
     from wanda_dvc.engine.walk import Runner
 
-    runtime = project.params.runtime
-    if runtime.ray is None:
+    if project.params.runtime.ray is None:
         yield Runner(open_decoder(project, model, dtype=dtype), work.path)
         return
-    opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
-    with _cluster(project, [project.model(model), project.work_root], meanwhile=opening) as (cluster, decoder):
-        yield Runner(decoder, work.path.absolute(), cluster)
+    with executor(project, [project.model(model), project.work_root]) as cluster:
+        yield Runner(open_decoder(project, model, dtype=dtype, device="cpu"), work.path.absolute(), cluster)
 
 
 @contextlib.contextmanager
@@ -192,30 +172,12 @@ def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
 
         yield Executor(own_device(runtime))
         return
-    with _cluster(project, folders, meanwhile=lambda: None) as (cluster, _):
-        yield cluster
-
-
-@contextlib.contextmanager
-def _cluster(project: Project, folders: Sequence[Path], *, meanwhile: Callable[[], T]) -> "Iterator[tuple[Cluster, T]]":
-    """Connect to the cluster in a thread, in parallel to other work."""
     from wanda_dvc.engine.cluster import Cluster
 
-    with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start; its processes end with this thread
-        doing = helper.submit(meanwhile)
-        runtime = project.params.runtime
-        cluster = Cluster(runtime.ray or "", device=runtime.device)
-    project.run.ends.append(cluster.stop)
-    try:
-        found = doing.result()
+    with contextlib.closing(Cluster(runtime.ray, device=runtime.device)) as cluster:
         cluster.open([folder.absolute() for folder in folders])
-        counts = cluster.counts()
-        notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-        yield cluster, found
-        project.run.details.update(counts)
-    finally:
-        project.run.ends.remove(cluster.stop)
-        cluster.close()
+        notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in cluster.counts().items()))
+        yield cluster
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.rows import Executor
-from wanda_dvc.errors import notice
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.choose import (
@@ -31,16 +31,12 @@ from wanda_dvc.pruning.choose import (
     reconstruct,
 )
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.solvers import Solved
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
-    Statistics,
     calibration_windows,
-    check_fits,
     check_ready,
-    check_text,
     executor,
     runner,
     statistics,
@@ -49,7 +45,7 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import describe, digest
+from wanda_dvc.study.provenance import describe, digest, read_provenance
 from wanda_dvc.study.tensors import (
     Grams,
     Masks,
@@ -79,18 +75,21 @@ def mask(*, project: Project) -> None:
     keep_freed_memory()
     plan, device = project.plan, solving_device(project.params.runtime)  # refused before any file is read
     stats = statistics(project)
-    check_fits(project, stats.features)
-    checkpoint, blocks = Checkpoint(project.model("dense")), range(stats.blocks)
+    checkpoint, blocks = Checkpoint(project.model("dense")), range(stats["blocks"])
     removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
-        every = (read_stats(project.stats, block) for block in blocks)
-        removal = with_chosen_units(removal, checkpoint, every, plan, device=device)
+        if not removal.readers:  # units are complete linears
+            from wanda_dvc.engine.finders import confirmed
+
+            every = (read_stats(project.stats, block) for block in blocks)
+            stays = choose_units(removal.sets, checkpoint.weight, every, method=plan.method, device=device)
+            removal = confirmed(checkpoint, removal.with_stays(stays))
     rated = (informed(project, plan, block) for block in blocks)
     shares = allocate(
         checkpoint.weight,
-        progress(rated, total=stats.blocks, what="mask, blocks rated"),
-        stats.blocks,
+        progress(rated, total=len(blocks), what="mask, blocks rated"),
+        len(blocks),
         allocation=plan.allocation,
         share=plan.share,
         group=plan.group,
@@ -116,7 +115,7 @@ def mask(*, project: Project) -> None:
         if plan.propagates:
             solved = walked(project, stats, parts, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
-        for made, step in progress(solved, total=stats.blocks - finished, what=what):
+        for made, step in progress(solved, total=len(blocks) - finished, what=what):
             keep, changed = _finished(made, step, plan, checkpoint, removal)
             if weights in stored:
                 write_weights(weights, made.block, changed, made.diagnostics)
@@ -145,22 +144,30 @@ def _finished(
     return keep, changed
 
 
-def _describe(project: Project, stats: Statistics, shares: Sequence[Share], removal: "Removal | None") -> Json:
+def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "Removal | None") -> Json:
     """Return the provenance of masks and weights."""
     plan = project.plan
-    return describe(
+    described = describe(
         "mask",
         version=STAGES["mask"].version,
         libraries=plan.libraries,
-        model=stats.provenance["model"],
-        stats=digest(stats.provenance),
-        calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
+        model=stats["model"],
+        stats=digest(stats),
+        calibration={"text": stats["text"], **stats["params"]},
         params=plan.described,
-        **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
-        **({"gradients": digest(tier_provenance(project, project.gradients))} if plan.masks_read_tier else {}),
-        **({"config": removal.changes} if removal else {}),
-        **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
+    if plan.masks_read_gram:
+        described["gram"] = digest(tier_provenance(project.gram, stats))
+    if plan.masks_read_tier:
+        described["gradients"] = digest(tier_provenance(project.gradients, stats))
+    if removal:
+        described["config"] = removal.changes
+    if plan.allocation.name != "uniform":
+        described["sparsities"] = [
+            {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
+            for share in shares
+        ]
+    return described
 
 
 def removal_of(source: Checkpoint, structure: Structure | None, share: Fraction) -> "Removal | None":
@@ -171,32 +178,10 @@ def removal_of(source: Checkpoint, structure: Structure | None, share: Fraction)
     return found
 
 
-def with_chosen_units(
-    removal: "Removal",
-    source: Checkpoint,
-    blocks: Iterable[BlockStats],
-    plan: Plan,
-    *,
-    device: torch.device | None = None,
-) -> "Removal":
-    """Return a removal of complete linears with the units that stay, and any other removal as it is."""
-    if removal.readers:
-        return removal
-    from wanda_dvc.engine.finders import confirmed
-
-    stays = choose_units(removal.sets, source.weight, blocks, method=plan.method, device=device)
-    return confirmed(source, removal.with_stays(stays))
-
-
 def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
     """Return the statistics of one block, by default of stats/, with the gradients tier if masks depend on it."""
     measured = measured or read_stats(project.stats, block)
     return measured._replace(fisher=read_fisher(project.gradients, block)) if plan.masks_read_sums else measured
-
-
-def _written(share: Share) -> float | dict[str, float]:
-    """Return a block's share, or its linears' shares, in the form of the provenance."""
-    return {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
 
 
 # --- the unit of work ---
@@ -251,12 +236,12 @@ def solve(device: torch.device, part: Part) -> Made:
         grams=grams,
         device=device,
     )
-    solved: dict[str, Solved] = {}
+    changed, diagnostics = dict[str, Tensor](), Json()
     if grams is not None and plan.weights_come_from == "weights":
         gradients: Mapping[str, Gram] = read_grams(part.gradients, part.block, of=names) if part.gradients else {}
         for name, prepared in prepared_linears(block.readers, grams):
             if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, part.units)):
-                solved[name] = reconstruct(
+                solved = reconstruct(
                     weights(name),
                     chosen[name],
                     prepared,
@@ -264,9 +249,8 @@ def solve(device: torch.device, part: Part) -> Made:
                     gradients=gradients.get(name),
                     transposed=name in block.transposed,
                 )
-    dtypes = {name: part.checkpoint.weight(name).dtype for name in solved}
-    changed = {name: one.weight.to("cpu", dtypes[name]) for name, one in solved.items()}
-    diagnostics = {name: one.diagnostics for name, one in solved.items()}
+                changed[name] = solved.weight.to("cpu", part.checkpoint.weight(name).dtype)
+                diagnostics[name] = solved.diagnostics
     return Made(part.block, pack_masks(chosen), changed, diagnostics, block.unreached())
 
 
@@ -290,27 +274,28 @@ def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> It
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks.
     """
-    plan = project.plan
+    plan, folders = project.plan, [project.model("dense"), project.gram]
     every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
-    opened: AbstractContextManager[Executor] = nullcontext(Executor(solving_device(project.params.runtime)))
-    if plan.solves_by_input:
-        opened = executor(project, [project.model("dense"), project.gram])
-    with opened as run:
+    here = nullcontext(Executor(solving_device(project.params.runtime)))
+    with executor(project, folders) if plan.solves_by_input else here as run:
         made = run.map(solve, itertools.chain.from_iterable(every), "solver")
         for own in every:
             yield together(itertools.islice(made, len(own))), None
 
 
-def walked(
-    project: Project, stats: Statistics, parts: Parts, work: Work, finished: int
-) -> Iterator[tuple[Made, "Step"]]:
+def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: int) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
     The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
     depend on stats/, and on no setting of calibration.
     """
-    plan, measured_with = project.plan, stats.provenance["params"]
-    check_text(project, stats.provenance["text"], "stats/: measured on", "`dvc repro` or `wanda-dvc calibrate`")
+    plan, measured_with = project.plan, stats["params"]
+    text = read_provenance(project.data("calibration"), "download calibration")
+    if text["sha256"] != stats["text"]["sha256"]:
+        raise UserError(
+            f"stats/: measured on {stats['text']['source']}, expected {text['source']}, the text in data/calibration; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
     check_ready(project, "dense")
     windows = calibration_windows(project, measured_with)
     folder = work.path / "recorded"

@@ -3,11 +3,9 @@
 Memory is beyond the imports. Files that exist already, such as texts, make the numbers better.
 """
 
-import contextlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +34,6 @@ class Need:
     memory: int = 0
     mapped: int = 0  # of the memory: page cache, which the system may reclaim
     disk: int = 0  # with its outputs
-    least: int = 0  # of disk, without which the stage would fail
 
     @property
     def anonymous(self) -> int:
@@ -50,9 +47,9 @@ class Known:
 
     params: Params
     model: Path  # its directory
-    device: str = "cpu"  # its kind
-    files: Mapping[str, int] = field(default_factory=dict)  # bytes of fetched data, by part: calibration, tasks, …
-    measured: Linears | None = None  # of stats/: building a model takes seconds of imports
+    measured: Linears | None  # of stats/: building a model takes seconds of imports, which mask and apply do not need
+    device: str  # its kind
+    files: Mapping[str, int]  # bytes of fetched data, by part: calibration, tasks, …
     part: str | None = None  # of the stage; None: the part that needs most
     text: str | None = None  # of the perplexity; None: each
 
@@ -79,17 +76,16 @@ class Known:
         return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
 
-def known(project: Project, part: str | None = None, text: str | None = None) -> Known:
+def known(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Known:
     """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
     params, model = project.params, project.model("pruned" if part == "pruned" else "dense")
-    if (model / "config.json").is_file():
-        params = params.model_copy(update={"dtype": dtype_of(model, params.dtype)})
     names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
     files = {name: project.data(name) / TEXT for name in names}
     files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
     return Known(
-        params=params,
+        params=params.model_copy(update={"dtype": dtype_of(model, params.dtype)}),
         model=model,
+        measured=_measured(project) if stage in ("mask", "apply") else None,
         device=device_name(params.runtime).partition(":")[0],
         files={name: path.stat().st_size for name, path in files.items() if path.is_file()},
         part=part,
@@ -99,10 +95,10 @@ def known(project: Project, part: str | None = None, text: str | None = None) ->
 
 def need(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Need:
     """Return the needs of a study's stage; nothing without the configuration of its model."""
-    on = known(project, part, text)
-    if stage not in NEEDS or not (on.model / "config.json").is_file():
+    model = project.model("pruned" if part == "pruned" else "dense")
+    if stage not in NEEDS or not (model / "config.json").is_file():
         return Need()
-    return NEEDS[stage](replace(on, measured=_measured(project) if stage in ("mask", "apply") else None))
+    return NEEDS[stage](known(project, stage, part, text))
 
 
 def _calibrate(on: Known) -> Need:
@@ -112,15 +108,15 @@ def _calibrate(on: Known) -> Need:
     windows = min(WINDOWS_BACK, calibration.windows) if on.params.tier == "gradients" else 0
     held = on.walk(length)
     memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    waiting = 2 * on.states(calibration.windows * length)  # two files that alternate
-    disk = waiting + gram * _gram_bytes(model.all_squares)
+    disk = 2 * on.states(calibration.windows * length)  # two files that alternate
+    disk += gram * _gram_bytes(model.all_squares)
     if windows:
         # Gram matrices of gradients, of all rows so far and of one row.
         grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
         memory = max(memory, 3 * held.activations + 2 * held.logits + grams)
         states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (on.params.dtype, "float32"))
         disk += _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients
-    return _walked(on, held, memory, disk=disk, waiting=waiting)
+    return _walked(held, memory, disk=disk)
 
 
 def _mask(on: Known) -> Need:
@@ -152,7 +148,7 @@ def _mask(on: Known) -> Need:
         (1 + (plan.corrects or plan.reconstruction.trains)) * 2 * on.states(on.params.calibration.windows * length)
     )
     made = masks + (on.stored() if plan.weights_come_from == "weights" else 0)
-    return _walked(on, held, memory, disk=waiting + made, waiting=waiting)
+    return _walked(held, memory, disk=waiting + made)
 
 
 def _apply(on: Known) -> Need:
@@ -160,31 +156,24 @@ def _apply(on: Known) -> Need:
     plan, linears = on.params.plan, on.linears
     gram = on.params.tier != "norms"
     memory = _solving(linears, by_gradients=plan.solver.by_gradients) if gram else 9 * linears.linear
-    stored = on.stored()
-    least = 0 if plan.structure else stored  # a smaller model takes less
-    return Need(memory=FIXED + max(memory, _probing(on)), disk=stored, least=least)
+    return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
 def _perplexity(on: Known) -> Need:
-    """The windows of one text after another; the dense model's predictions on all of them stay."""
+    """The windows of one text, by default the largest; the dense model's predictions on all of them stay."""
     from wanda_dvc.engine import divergence  # imports transformers
 
-    wanted, model, needs, kept = on.params.perplexity, on.sizes, [], 0
-    held = on.walk(wanted.length)
-    for text in [on.text] if on.text else wanted.texts:
-        size = on.files.get(f"perplexity/{text}", 0)
-        counts = [size // BYTES_A_TOKEN] if size else []
-        counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
-        tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
-        shard = len(next(iter(shards(tokens // wanted.length)), ())) * wanted.length
-        slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
-        memory = held.activations + held.logits + TEXT_IN_MEMORY * size
-        memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
-        kept += 0 if on.part == "pruned" else divergence.BYTES_A_TOKEN * tokens
-        waiting = 2 * on.states(tokens)
-        needs.append(_walked(on, held, memory, disk=waiting, waiting=waiting // 2))  # a token may take more bytes
-    memory, disk = (max(getattr(one, name) for one in needs) for name in ("memory", "disk"))
-    return replace(needs[0], memory=memory, disk=disk + kept, least=max(one.least for one in needs))
+    wanted, model, held = on.params.perplexity, on.sizes, on.walk(on.params.perplexity.length)
+    size = max(on.files.get(f"perplexity/{text}", 0) for text in ([on.text] if on.text else wanted.texts))
+    counts = [size // BYTES_A_TOKEN] if size else []
+    counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
+    tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
+    shard = len(next(iter(shards(tokens // wanted.length)), ())) * wanted.length
+    slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
+    memory = held.activations + held.logits + TEXT_IN_MEMORY * size
+    memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
+    kept = 0 if on.part == "pruned" else divergence.BYTES_A_TOKEN * tokens
+    return _walked(held, memory, disk=2 * on.states(tokens) + kept)
 
 
 def _zero_shot(on: Known) -> Need:
@@ -196,7 +185,7 @@ def _zero_shot(on: Known) -> Need:
     tried = 4 * model.block + (model.block + model.rest) * width if width < 4 else 0
     # At most: a file of items also has what no model reads.
     tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
-    found = _walked(on, held, max(memory, tried) - held.weights, disk=2 * on.states(tokens))
+    found = _walked(held, max(memory, tried) - held.weights, disk=2 * on.states(tokens))
     return found if memory >= tried else replace(found, mapped=0)
 
 
@@ -220,20 +209,14 @@ def continuing(on: Known, tokens: int) -> int:
 
 
 def announce(*, project: Project, stage: str, part: str | None = None, text: str | None = None) -> None:
-    """Print a stage's needs and what is free to stderr. UserError if the disk is clearly too small."""
+    """Print a stage's needs and what is free to stderr."""
     try:
         wanted = need(project, stage, part, text)
     except (UserError, ValueError, KeyError, OSError):
         return  # an invalid model: the stage reports it better, or does not need the model
     device = device_name(project.params.runtime)
     on = f" on {device}" if device.startswith("cuda") else ""
-    free = free_disk(project)
-    if wanted.least > free:
-        raise UserError(
-            f"{project.root}: {gigabytes(free)} of disk free, expected about {gigabytes(wanted.disk)} for {stage}; "
-            "free some space (`dvc gc --workspace` also deletes cached results of experiments), or use a larger disk"
-        )
-    amounts = [(wanted.memory, free_memory(device), f"memory{on}"), (wanted.disk, free, "disk")]
+    amounts = [(wanted.memory, free_memory(device), f"memory{on}"), (wanted.disk, free_disk(project), "disk")]
     known = [(needed, there, what) for needed, there, what in amounts if needed]
     if known:
         needs = " and ".join(f"{gigabytes(needed)} of {what}" for needed, _, what in known)
@@ -242,13 +225,8 @@ def announce(*, project: Project, stage: str, part: str | None = None, text: str
 
 
 def free_disk(project: Project) -> int:
-    """Return free bytes of disk. Unfinished work counts as free, because a resumed run reuses it."""
-    unfinished = 0
-    for folder, _, files in os.walk(project.work_root):
-        for name in files:
-            with contextlib.suppress(OSError):  # another run has removed it since
-                unfinished += Path(folder, name).lstat().st_blocks * 512
-    return shutil.disk_usage(project.root).free + unfinished
+    """Return the free bytes of the study's disk."""
+    return shutil.disk_usage(project.root).free
 
 
 def gigabytes(size: int) -> str:
@@ -259,10 +237,9 @@ def gigabytes(size: int) -> str:
 # --- terms of the formulas ---
 
 
-def _walked(on: Known, held: Walk, memory: int, *, disk: int, waiting: int = 0) -> Need:
-    """Return the needs of a walk: its weights and other memory; `waiting` is the disk of its hidden states."""
-    mapped, least = held.weights if held.mapped else 0, 0 if on.params.runtime.ray else waiting  # Ray may hold them
-    return Need(memory=FIXED + held.weights + memory, mapped=mapped, disk=disk, least=least)
+def _walked(held: Walk, memory: int, *, disk: int) -> Need:
+    """Return the needs of a walk: its weights and other memory, and disk."""
+    return Need(memory=FIXED + held.weights + memory, mapped=held.weights if held.mapped else 0, disk=disk)
 
 
 def _solving(linears: Linears, *, by_gradients: bool = False) -> int:

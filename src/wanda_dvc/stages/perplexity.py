@@ -1,10 +1,8 @@
 """Measure a model's perplexity on a text, and its divergence from the dense model, through the engine."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from wanda_dvc.engine.divergence import (
     DRAWN,
@@ -26,18 +24,9 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
-from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
-from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
-
-FINISHED = "windows.jsonl"  # the results of finished windows, a line each
-
-
-class Measured(NamedTuple):
-    """The results of one window."""
-
-    loss: float  # mean, in nats a token
-    divergence: Divergence | None  # None of the dense model
+from wanda_dvc.study.tensors import read_window, seal, write_window
 
 
 def perplexity(*, project: Project, model: str, text: str) -> None:
@@ -63,8 +52,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             check_vocabulary(run.decoder, dense["vocabulary"])
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        windows = _measure(run, len(rows), work, reference if dense else None, run_name)
-        losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
+        losses, divergences = _measure(run, work.out, reference if dense else None, f"{run_name}, output head, windows")
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
@@ -81,16 +69,32 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             seal(work.out, describe("perplexity dense", **made), parts="rows")
             work.publish(reference)
         else:
-            _plot(project, f"perplexity/{text}", predictions, _losses(reference, details))
+            known = (read_window(reference, window)["true_log_p"] for window in range(len(rows)))
+            both = {"dense": [finite(-log_p.double().mean().item()) for log_p in known], "pruned": details["losses"]}
+            _plot(project, f"perplexity/{text}", predictions, both)
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
             _plot(project, f"divergence/{text}", predictions, columns)
             work.forget()
 
 
-def _losses(reference: Path, details: Json) -> dict[str, list[float | str]]:
-    """Return the losses of both models by window; the dense model's are in its reference."""
-    read = (read_window(reference, window)["true_log_p"] for window in range(len(details["losses"])))
-    return {"dense": [finite(-log_p.double().mean().item()) for log_p in read], "pruned": details["losses"]}
+def _measure(run: Runner, out: Path, dense: Path | None, what: str) -> tuple[list[float], list[Divergence]]:
+    """Return the mean loss of each window after the last block, in nats a token, and its divergence.
+
+    `dense` is the folder of the dense model's references; None for the dense model, which writes its own to `out`.
+    """
+
+    def references(shard: range) -> list[Reference | None]:
+        return [Reference(**read_window(dense, window)) if dense else None for window in shard]
+
+    losses, divergences = list[float](), list[Divergence]()
+    found = run.head(measure_windows, references)
+    for window, (loss, made) in enumerate(progress(found, total=len(run.rows), what=what)):
+        losses.append(loss)
+        if isinstance(made, Reference):
+            write_window(out, window, made._asdict())
+        else:
+            divergences.append(made)
+    return losses, divergences
 
 
 def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
@@ -146,44 +150,3 @@ def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
     # DVC knows no versions of libraries, so it would not run the stage again.
     again = f"dvc repro{f' --force --single-item perplexity-dense@{text}' if key == 'libraries' else ''}"
     raise UserError(f"reference/{text}: {said}; run `{again}` or `wanda-dvc perplexity dense`")
-
-
-# --- results ---
-
-
-def _measure(run: Runner, windows: int, work: Work, dense: Path | None, name: str) -> list[Measured]:
-    """Return the results of each window, after the last block; write the dense model's references.
-
-    `dense` is the folder of the dense model's references, for a pruned model.
-    An interrupted run resumes at its last finished window.
-    """
-    work.path.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
-    kept = _finished(work, dense)
-    done = len(kept)
-
-    def references(shard: range) -> list[Reference | None] | None:
-        """Return the references of a shard's unfinished windows; None if all are finished."""
-        rest = range(max(shard.start, done), shard.stop)
-        return [Reference(**read_window(dense, window)) if dense else None for window in rest] or None
-
-    found = run.head(measure_windows, references)
-    with (work.path / FINISHED).open("a", encoding="utf-8") as file:
-        for loss, made in progress(found, total=windows - done, what=f"{name}, output head, windows"):
-            if isinstance(made, Reference):
-                write_window(work.out, len(kept), made._asdict())
-            kept.append(Measured(loss, made if isinstance(made, Divergence) else None))
-            file.write(json.dumps(kept[-1]) + "\n")
-            file.flush()
-    return kept
-
-
-def _finished(work: Work, dense: Path | None) -> list[Measured]:
-    """Return the finished results of an interrupted run, and remove a line that a kill cut off."""
-    path = work.path / FINISHED
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    lines = [line for line in lines if line.endswith("\n")]
-    if dense is None:  # a reference is written before its line, but may have been published already
-        lines = lines[: sum(window_file(work.out, window).is_file() for window in range(len(lines)))]
-    path.write_text("".join(lines), encoding="utf-8")
-    found = [json.loads(line) for line in lines]
-    return [Measured(loss, Divergence(*divergence) if divergence else None) for loss, divergence in found]

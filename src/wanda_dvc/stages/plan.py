@@ -11,7 +11,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.stages import planned
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project, remove
-from wanda_dvc.study.settings import local_sources, sources
+from wanda_dvc.study.settings import sources
 
 
 def plan(*, project: Project) -> None:
@@ -59,7 +59,7 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
 
 def missing_sources(project: Project) -> Iterator[str]:
     """Yield a sentence for each linked local source that is missing now."""
-    for part in local_sources(project.params):
+    for part in sources(project.params):
         link = project.source(part)
         if link.is_symlink() and not link.exists():
             yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."

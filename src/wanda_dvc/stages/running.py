@@ -21,7 +21,7 @@ from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.project import Project
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
-KEPT = "finished blocks and windows are kept, and the next run resumes after them"
+KEPT = "finished blocks are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
 ENDING = 5  # seconds that workers have to end
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
@@ -35,7 +35,6 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
     """Keep the time of a run, its machine, and its peak memory."""
-    project.run.details.clear()
     began = time.perf_counter()
     with AnonymousMemory() as memory:
         yield
@@ -43,11 +42,11 @@ def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Ite
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
-    write_json(project.time(stage.run_name(part, text)), content | project.run.details)
+    write_json(project.time(stage.run_name(part, text)), content)
 
 
 @contextlib.contextmanager
-def stoppable(project: Project, run: str, kept: str = KEPT) -> Iterator[None]:
+def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
     """End the process at once on Ctrl-C or SIGTERM, or after the DVC process that started it has ended.
 
     No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
@@ -62,8 +61,8 @@ def stoppable(project: Project, run: str, kept: str = KEPT) -> Iterator[None]:
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
 
     def end(why: str, code: int) -> None:
-        for stop in project.run.ends:
-            ending = threading.Thread(target=stop, daemon=True)
+        if ray := sys.modules.get("ray"):  # its workers have some seconds to end
+            ending = threading.Thread(target=ray.shutdown, daemon=True)
             ending.start()
             ending.join(ENDING)
         notice(f"{run}: {why}; {kept}")
@@ -99,26 +98,23 @@ class AnonymousMemory:
     """
 
     def __init__(self, samples_a_second: int = SAMPLES_A_SECOND) -> None:
-        self.base = self.peak = 0
+        self.base = self.peak = anonymous_memory()
         self._every = 1 / samples_a_second
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "AnonymousMemory":
-        self.base = self.peak = anonymous_memory()
-        if self.peak:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        if self.peak:
-            self._thread.join()
-            self.peak = max(self.peak, anonymous_memory())
+        self._thread.join()
 
     def _sample(self) -> None:
         while not self._done.wait(self._every):
             self.peak = max(self.peak, anonymous_memory())
+        self.peak = max(self.peak, anonymous_memory())
 
 
 def anonymous_memory() -> int:
@@ -158,15 +154,17 @@ def own_device(runtime: Runtime) -> "torch.device":
     """
     import torch
 
-    from wanda_dvc.engine.accelerator import gpus, multiply_exactly
+    from wanda_dvc.engine import accelerator
 
     torch.set_num_threads(cores())
-    multiply_exactly()
-    name = device_name(runtime)
-    if runtime.ray is None:
-        check_device(name)
-    elif not gpus():
-        name = "cpu"
+    accelerator.multiply_exactly()
+    name, gpus = device_name(runtime), len(accelerator.gpus())
+    if runtime.ray is not None:
+        return torch.device(name if gpus else "cpu")
+    kind, _, number = name.partition(":")
+    if not {"cpu": True, "cuda": int(number or 0) < gpus, "mps": accelerator.has_mps()}[kind]:
+        found = f"a machine with {gpus} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {name} on {found}, expected one it has; set auto or cpu")
     return torch.device(name)
 
 
@@ -175,18 +173,6 @@ def solving_device(runtime: Runtime) -> "torch.device":
     from wanda_dvc.engine import accelerator
 
     return accelerator.solving_device(own_device(runtime))
-
-
-def check_device(device: str) -> None:
-    """Raise UserError if this machine does not have the device."""
-    from wanda_dvc.engine import accelerator
-
-    kind, _, number = device.partition(":")
-    cards = len(accelerator.gpus())
-    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": accelerator.has_mps()}
-    if not there[kind]:
-        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:

@@ -29,27 +29,34 @@ if TYPE_CHECKING:
 
 def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
-    measured = check_ready(project, model)
-    answered: dict[str, Json] = {}
-    planned = project.planned("zero-shot")
+    measured, dtype, planned = check_ready(project, model), model_dtype(project, model), project.planned("zero-shot")
+    same = {  # in the protocol of each task, and of the continuations
+        "version": STAGES["zero-shot"].version,
+        "model": digest(measured),
+        "dense": dense_of(model, measured),
+        "tokenizer_sha256": tokenizer_digest(project.model(model)),
+    }
+    details, metrics = Json(), Json()
     for task in planned["tasks"]:
         items = read_provenance(project.data("tasks") / task, "download tasks")
         asked = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
-        inputs = {"task": asked, "examples": 0, "limit": planned["limit"]}
-        protocol = _protocol(project, model, measured, "zero-shot", ("lm_eval",), **inputs)
-        answered[task] = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
-        say_not_finite(f"zero-shot {model} {task}", answered[task]["details"].get("not_finite"))
-    inputs = {"prompts_sha256": digest(read_prompts(project)), "tokens": CONTINUED}
-    protocol = _protocol(project, model, measured, "continuations", **inputs)
+        libraries = ("torch", "transformers", "lm_eval")
+        inputs = {"task": asked, "examples": 0, "limit": planned["limit"], "dtype": dtype}
+        protocol = describe("zero-shot", libraries=libraries, **same, **inputs)
+        found = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
+        details[task], metrics[task] = found["details"], found["metrics"]
+        say_not_finite(f"zero-shot {model} {task}", details[task].get("not_finite"))
+    if model != "dense":
+        for task, changed in _flips(project, details).items():
+            metrics[task] |= changed
+    inputs = {"prompts_sha256": digest(read_prompts(project)), "tokens": CONTINUED, "dtype": dtype}
+    protocol = describe("continuations", libraries=("torch", "transformers"), **same, **inputs)
     written = _kept(project, f"{model}-continuations", protocol, partial(_continue, project, model, protocol))
-    details = {task: one["details"] for task, one in answered.items()}
-    changed = _flips(project, details) if model != "dense" else {}
     plotted = [[task, item["item"], item["acc"]] for task, one in details.items() for item in one["items"]]
     write_json(project.details(model, "continuations"), written["details"])
     write_json(project.details(model, "zero_shot"), {"tasks": details})
     write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
     # Only numbers to compare: `dvc metrics diff` prints every number in here.
-    metrics = {task: one["metrics"] | changed.get(task, {}) for task, one in answered.items()}
     write_json(project.metrics(model, "zero_shot"), metrics)
 
 
@@ -86,22 +93,6 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
         elif not was_right and one[METRICS[metric]] != other[METRICS[metric]]:
             counts["swapped"] += 1
     return counts
-
-
-def _protocol(
-    project: Project, model: str, measured: Json, made_by: str, libraries: tuple[str, ...] = (), **inputs: Any
-) -> Json:
-    """Return the inputs that determine a task's results, or the continuations. `measured` is the model's provenance."""
-    return describe(
-        made_by,
-        version=STAGES["zero-shot"].version,
-        libraries=("torch", "transformers", *libraries),
-        model=digest(measured),
-        dense=dense_of(model, measured),
-        tokenizer_sha256=tokenizer_digest(project.model(model)),
-        **inputs,
-        dtype=model_dtype(project, model),
-    )
 
 
 def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
@@ -189,13 +180,11 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
     import torch
 
-    from wanda_dvc.engine.windows import load_tokenizer, tokenize
     from wanda_dvc.stages.needs import continuing, known
 
     folder, runtime, prompts = project.model(model), project.params.runtime, read_prompts(project)
-    tokenizer = load_tokenizer(folder)
-    longest = max((len(tokenize(prompt, tokenizer)) for prompt in prompts), default=0)
-    needed = continuing(known(project, model), longest + CONTINUED)
+    longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
+    needed = continuing(known(project, "zero-shot", model), longest + CONTINUED)
     if needed > (free := free_memory(device_name(runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
         again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"

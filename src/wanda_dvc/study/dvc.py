@@ -6,7 +6,6 @@ No other module imports DVC; tests/test_dvc.py holds the names that are used her
 import contextlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
-
-LINKS = ("reflink", "hardlink", "symlink")
 
 
 @contextlib.contextmanager
@@ -60,12 +57,10 @@ def states(root: Path, repo: Any) -> list[Any]:
         waiting += repo.experiments.tempdir_queue.iter_active()
         bases = {ref.baseline_sha for ref in exp_refs(repo.scm)} | {entry.baseline_rev for entry in waiting}
         found: list[Any] = repo.experiments.show(revs=["HEAD", *sorted(bases)], all_branches=True, all_tags=True)
-    except DvcException as error:
-        raise UserError(f"{root}: DVC can't list its experiments ({error}); look at `dvc exp show`") from None
-    except OSError as error:  # DVC reads files of an experiment that never started
+    except (DvcException, OSError) as error:  # OSError: of files of an experiment that never started
         raise UserError(
-            f"{root}: DVC can't list its experiments ({error}); one that was killed may still count as "
-            "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+            f"{root}: DVC can't list its experiments ({error}); look at `dvc exp show`. One that was killed may still "
+            "count as running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
         ) from None
     return found
 
@@ -100,11 +95,9 @@ class Revision:
             files.repo.get_rev()  # an unknown name fails here, and not at the first file
             return cls(name, files, below(root, around))
         except SCMError as error:
-            if "mbiguous" in str(error):
-                raise UserError(f"{name}: {error}, expected one; name its commit (`dvc exp show --sha`)") from None
             raise UserError(
-                f"{name}: no experiment, commit, branch or tag of that name; `dvc exp list --all-commits` lists "
-                "the experiments"
+                f"{name}: no experiment, commit, branch or tag of that name, or several ({error}); `dvc exp list "
+                "--all-commits` lists the experiments, and `dvc exp show --sha` their commits"
             ) from None
 
     @property
@@ -148,13 +141,6 @@ class Revision:
                 place.unlink(missing_ok=True)
                 missing.append(within.as_posix())
         return missing
-
-    def copy_all(self, part: str, target: Path) -> bool:
-        """Take a file or a complete folder, or nothing. Return whether it was complete."""
-        if self.take(part, target):
-            shutil.rmtree(target / part, ignore_errors=True)
-            return False
-        return True
 
 
 def repro(root: Path, stages: Sequence[str]) -> None:
@@ -205,22 +191,3 @@ def reflink(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def link_types(root: Path) -> tuple[list[str], list[str]]:
-    """Return the link types that the cache is configured for, and those that work between it and the study.
-
-    UserError without a repository.
-    """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc_objects.fs.generic import test_links as links_that_work
-
-    try:
-        repo = Repo(str(root))
-    except DvcException as error:
-        raise UserError(" ".join(str(error).split())) from None
-    with repo:
-        cache = repo.cache.local
-        works = links_that_work(list(LINKS), cache.fs, cache.path, repo.fs, repo.root_dir)
-        return repo.config["cache"].get("type") or ["reflink", "copy"], works

@@ -4,35 +4,38 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there, read_object, read_text
-from wanda_dvc.study.files import Documents, Json, copy_file
-from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.files import Json, copy_file
+from wanda_dvc.study.provenance import digest
 
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
 
-@dataclass(frozen=True)
-class Run:
-    """The current run of a stage: what is kept with its time, and what ends its workers if it is stopped."""
-
-    details: Json = field(default_factory=dict)
-    ends: list[Callable[[], None]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Project:
-    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs."""
+    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs.
 
-    root: Path
+    Attributes:
+        root: The directory.
+        stats: The folder of the norm tier.
+        gram: The folder of the Gram tier.
+        gradients: The folder of the gradients tier.
+        masks: The folder of masks.
+        weights: The folder of reconstructed weights that cannot be recomputed from masks/ and stats/.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stats, self.gram, self.gradients = (root / "stats" / tier for tier in STATISTICS)
+        self.masks, self.weights = root / "masks", root / "weights"
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Project":
@@ -50,11 +53,6 @@ class Project:
     def params(self) -> Params:
         """The settings, checked."""
         return read_params(self.root / "params.yaml")
-
-    @cached_property
-    def run(self) -> Run:
-        """The current run of a stage in this process."""
-        return Run()
 
     def planned(self, name: str) -> Json:
         """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
@@ -101,21 +99,6 @@ class Project:
         again = part.replace("/", " ")
         return read_text(self.data(part) / TEXT, f"run `dvc repro` or `wanda-dvc download {again}` again")
 
-    @contextlib.contextmanager
-    def documents(self, part: str) -> Iterator[Documents | None]:
-        """Open the documents of `data/calibration`, if it holds documents instead of one text.
-
-        They are unpacked into a temporary file in the project, because the system's temporary folder may be in memory.
-        """
-        shard = self.data(part) / DOCUMENTS
-        if not is_there(shard):
-            yield None
-            return
-        column = read_provenance(self.data(part), f"download {part}")["column"]
-        self.work_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.work_root) as scratch:
-            yield Documents.unpack(shard, column, scratch)
-
     @property
     def repository(self) -> Path:
         """The root of the project's DVC repository, which may be a parent folder; without a repository, the project."""
@@ -129,31 +112,6 @@ class Project:
         Without DVC, the repository that DVC would find; a new `.dvc` here would separate the study from it.
         """
         return Path(os.environ.get("DVC_ROOT") or self.repository) / ".dvc" / "tmp" / "wanda-dvc"
-
-    @property
-    def stats(self) -> Path:
-        """The folder of the norm tier."""
-        return self.root / "stats" / "norms"
-
-    @property
-    def gram(self) -> Path:
-        """The folder of the Gram tier."""
-        return self.root / "stats" / "gram"
-
-    @property
-    def gradients(self) -> Path:
-        """The folder of the gradients tier."""
-        return self.root / "stats" / "gradients"
-
-    @property
-    def masks(self) -> Path:
-        """The folder of masks."""
-        return self.root / "masks"
-
-    @property
-    def weights(self) -> Path:
-        """The folder of reconstructed weights that cannot be recomputed from masks/ and stats/."""
-        return self.root / "weights"
 
     def reference(self, text: str) -> Path:
         """Return the folder of the dense model's predictions on the windows of a text."""
@@ -193,7 +151,7 @@ class Project:
 
         work = Work(self.work_root / digest(made_from)[:32])
         self.work_root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work.lock)
+        lock = FileLock(work.path.with_suffix(".lock"))  # it stays after the work
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -251,11 +209,6 @@ class Work:
     def forget(self) -> None:
         """Remove the work."""
         remove(self.path)
-
-    @property
-    def lock(self) -> Path:
-        """The lock file of the working process. It stays after the work."""
-        return self.path.with_suffix(".lock")
 
 
 def remove(path: Path) -> None:

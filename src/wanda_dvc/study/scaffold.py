@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -59,32 +59,23 @@ def init(  # noqa: PLR0913 - the options of the command
     `.git`, if a setting is wrong, without git, or if git refuses the repository.
     """
     folder = check_place(folder)
-    _check_empty(folder)
-    params, text = _settings(preset, nested(_named(model, calibration, mirror) | dict(settings or {})))
-    around = _repository_around(folder)
-    had_git = (folder / ".git").exists()
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if around is None:
-            _git(folder, "init", "--quiet")
-        init_repository(folder, inside=around is not None and around != folder.resolve())
-        for place, file in FILES.items():
-            write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
-        _git(folder, "add", "--all", ".")
-        commit = ("commit", "--quiet", "--message", "Begin a pruning study")
-        committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
-    except BaseException:
-        _undo(folder, new, had_git)
-        raise
-    return _said(folder, params, around, committed)
-
-
-def _check_empty(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
         raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; name another")
+    own = nested(_named(model, calibration, mirror) | dict(settings or {}))
+    params, text = _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
+    around = _repository_around(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if around is None:
+        _git(folder, "init", "--quiet")
+    init_repository(folder, inside=around is not None and around != folder.resolve())
+    for place, file in FILES.items():
+        write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
+    _git(folder, "add", "--all", ".")
+    commit = ("commit", "--quiet", "--message", "Begin a pruning study")
+    committed = around is None and not _git(folder, *commit, check=False).returncode  # experiments start from a commit
+    return _said(folder, params, around, committed)
 
 
 class _Representer(RoundTripRepresenter):
@@ -92,11 +83,6 @@ class _Representer(RoundTripRepresenter):
 
 
 _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-
-def _settings(preset: str, own: Settings) -> tuple[Params, str]:
-    """Return the settings of a new study, and the text of its params.yaml. UserError if one is wrong."""
-    return _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
 
 
 def change_settings(path: Path, changes: Settings) -> None:
@@ -141,7 +127,8 @@ def _repository_around(folder: Path) -> Path | None:
 
     UserError without git, or if git refuses the repository, such as another user's.
     """
-    done = git(next(parent for parent in (folder, *folder.parents) if parent.is_dir()), "rev-parse", "--show-toplevel")
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    done = _git(nearest, "rev-parse", "--show-toplevel", check=False)
     if done.returncode == 0:
         return Path(done.stdout.strip()).resolve()
     if (folder / ".git").exists() or "not a git repository" not in done.stderr:
@@ -152,26 +139,15 @@ def _repository_around(folder: Path) -> Path | None:
     return None
 
 
-def git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder, in English, because its answer is read. UserError without git."""
+def _git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder, in English, because its answer is read. UserError without git, or by `check` if it fails."""
     if shutil.which("git") is None:
         raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
     env = os.environ | {"LC_ALL": "C"}
-    return subprocess.run(["git", *words], cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
-
-
-def _git(folder: Path, *words: str) -> None:
-    if (done := git(folder, *words)).returncode:
+    done = subprocess.run(["git", *words], cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
+    if check and done.returncode:
         raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
-
-
-def _undo(folder: Path, new: Iterable[Path], had_git: bool) -> None:
-    """Remove the written files and the new directories. The directory was new, or had only the user's `.git`."""
-    for path in folder.iterdir():
-        if path.name != ".git" or not had_git:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for place in new:
-        place.rmdir()
+    return done
 
 
 def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:

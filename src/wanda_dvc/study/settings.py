@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -88,9 +87,3 @@ def sources(params: Params) -> dict[str, tuple[str, str]]:
         },
         "tasks": ("tasks.source", params.tasks.source),
     }
-
-
-def local_sources(params: Params) -> dict[str, Path]:
-    """Return the directories and files named in the settings, by part."""
-    named = {part: Path(source) for part, (_, source) in sources(params).items()}
-    return {part: path for part, path in named.items() if path.is_absolute()}

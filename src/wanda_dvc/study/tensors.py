@@ -79,8 +79,7 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
     so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
-    header = {"readers": stats.readers, "transposed": stats.transposed}
-    _save(block_file(folder, block), _scaled(grams), header)
+    _save(block_file(folder, block), _scaled(grams), {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def _scaled(grams: "Mapping[str, Gram]") -> "dict[str, Tensor]":
@@ -90,11 +89,9 @@ def _scaled(grams: "Mapping[str, Gram]") -> "dict[str, Tensor]":
     tensors: dict[str, Tensor] = {}
     for name, gram in grams.items():
         norm, triangle = gram.scaled_triangle()
-        tensors |= {
-            f"{name}.norm": norm.cpu(),
-            f"{name}.triangle": triangle.to("cpu", getattr(torch, GRAM_DTYPE)),
-            f"{name}.count": torch.tensor(gram.count),
-        }
+        tensors[f"{name}.norm"] = norm.cpu()
+        tensors[f"{name}.triangle"] = triangle.to("cpu", getattr(torch, GRAM_DTYPE))
+        tensors[f"{name}.count"] = torch.tensor(gram.count)
     return tensors
 
 
@@ -132,17 +129,13 @@ def read_grams(
 
     `of` names the inputs or linears to read, by default all.
     """
-    path = block_file(folder, block)
-    tensors, header = _load(path, "calibrate", (*GRAM, CROSS), of)
-    _check_finite(path, tensors, "calibrate")
+    tensors, header = _load(block_file(folder, block), "calibrate", (*GRAM, CROSS), of, finite=True)
     return Grams(tensors, header["readers"], header["transposed"], device)
 
 
 def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
     """Read the sums of squared gradients of one block, by linear."""
-    path = block_file(folder, block)
-    tensors, _ = _load(path, "calibrate", (SQUARED_GRADIENTS,))
-    _check_finite(path, tensors, "calibrate")
+    tensors, _ = _load(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,), finite=True)
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
@@ -195,9 +188,7 @@ def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved
 
 def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
     """Read one block's reconstructed weights, and solver diagnostics of each linear."""
-    path = block_file(folder, block)
-    weights, header = _load(path, "mask")
-    _check_finite(path, weights, "mask")
+    weights, header = _load(block_file(folder, block), "mask", finite=True)
     return weights, header["solved"]
 
 
@@ -225,30 +216,14 @@ def read_masks(folder: Path, block: int) -> "Masks":
     return Masks(tensors, header["columns"])
 
 
-def window_file(folder: Path, window: int) -> Path:
-    """Return the path of one window's reference."""
-    return folder / f"window_{window:05d}.safetensors"
-
-
 def write_window(folder: Path, window: int, tensors: "Mapping[str, Tensor]") -> None:
     """Write the reference of one evaluation window: the tensors of `engine.divergence.Reference`."""
-    _save(window_file(folder, window), {name: x.contiguous() for name, x in tensors.items()}, {})
+    _save(folder / f"window_{window:05d}.safetensors", {name: x.contiguous() for name, x in tensors.items()}, {})
 
 
 def read_window(folder: Path, window: int) -> "dict[str, Tensor]":
     """Read the reference of one evaluation window."""
-    return _load(window_file(folder, window), "perplexity dense")[0]
-
-
-def _check_finite(path: Path, tensors: "Mapping[str, Tensor]", made_by: str) -> None:
-    """Raise UserError if a tensor has a value that is not finite."""
-    for name, x in tensors.items():
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            raise _damaged(path, f"values of {name} that are not finite", made_by)
-
-
-def _damaged(path: Path, found: str, made_by: str) -> UserError:
-    return UserError(f"{path}: damaged: found {found}, expected what `wanda-dvc {made_by}` writes; run it again")
+    return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,26 +297,35 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
 
 
 def _load(
-    path: Path, made_by: str, kinds: tuple[str, ...] | None = None, of: Iterable[str] | None = None
+    path: Path,
+    made_by: str,
+    kinds: tuple[str, ...] | None = None,
+    of: Iterable[str] | None = None,
+    *,
+    finite: bool = False,
 ) -> "tuple[dict[str, Tensor], Json]":
     """Read the tensors and the header of a safetensors file.
 
     Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
-    the file is missing or damaged.
+    the file is missing or damaged, or if numbers that have to be finite are not.
     """
     from safetensors import SafetensorError, safe_open
 
     if not is_there(path):
         raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
+    found = {}
     try:
         check_file(path)
         with safe_open(path, framework="pt") as file:
             header: Json = json.loads(file.metadata()["wanda_dvc"])
-            found = {}
             for name in file.keys():
                 owner, _, kind = name.rpartition(".")
                 if (kinds is None or kind in kinds) and (of is None or owner in of):
                     found[name] = file.get_tensor(name)
-            return found, header
+                    if finite and found[name].is_floating_point() and not found[name].isfinite().all():
+                        raise ValueError(f"values of {name} that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"no tensors and header of ours ({error})", made_by) from None
+        raise UserError(
+            f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it again"
+        ) from None
+    return found, header

@@ -19,7 +19,6 @@ from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.stages.needs import NEEDS, Need, free_disk, gigabytes, need
 from wanda_dvc.stages.running import device_name, free_memory, own_device
-from wanda_dvc.study.dvc import link_types
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
@@ -95,26 +94,17 @@ def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
         todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
         yield Check("memory", enough, f"{gigabytes(free)} free; needs about: {said}", todo, needed=False)
     free = free_disk(project)
-    least = max((one.least for one in needs.values()), default=10**9)
+    most = max((one.disk for one in needs.values()), default=10**9)
     said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items()) or "1 GB"
     todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"
-    yield Check("disk", free > least, f"{gigabytes(free)} free; needs about: {said}", todo)
+    yield Check("disk", free > most, f"{gigabytes(free)} free; needs about: {said}", todo)
 
 
 def _repository(project: Project) -> Iterator[Check]:
-    """Check git, DVC, and that the cache links to files where the disk can."""
+    """Check git and DVC."""
     git = shutil.which("git")
     words = [git or "git", "rev-parse"]
     inside = git and not subprocess.run(words, cwd=project.root, capture_output=True, check=False).returncode
     yield Check("git", bool(inside), "a repository" if inside else "none", "install git and run `git init`")
-    try:
-        types, works = link_types(project.root)
-    except UserError as error:
-        yield Check("dvc", False, str(error), "run `dvc init`")
-        return
-    yield Check("dvc", True, "initialised")
-    found = f"{','.join(types)}; this disk can {', '.join(works) or 'only copy'}"
-    todo = (
-        "every artifact is stored twice; `dvc config cache.type reflink,hardlink,symlink`, with the cache on this disk"
-    )
-    yield Check("cache.type", any(kind in works for kind in types), found, todo, needed=False)
+    there = (project.repository / ".dvc").is_dir()
+    yield Check("dvc", there, "initialised" if there else "no repository", "run `dvc init`")
