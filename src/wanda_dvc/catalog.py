@@ -351,12 +351,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*(@\w[\w.\-/]*)?")
 HUB_TEXT = re.compile(
     r"(?P<dataset>[A-Za-z0-9][\w.\-]*/\w[\w.\-]*)(:(?P<config>\w[\w.\-]*))?(@(?P<revision>\w[\w.\-/]*))?"
 )
-# A package on the package index, perhaps with the hash of its wheel: a name by PEP 508, and the characters of a version
-# by PEP 440: no path, no URL, no option.
-PACKAGE = re.compile(
-    r"package:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[0-9][A-Za-z0-9.!+_-]*)"
-    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
-)
+# A package on the index: a name by PEP 508, and the characters of a version by PEP 440: no path, no URL, no option.
+PACKAGE = re.compile(r"package:[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[0-9][A-Za-z0-9.!+_-]*")
 
 
 @dataclass(frozen=True)
@@ -366,8 +362,7 @@ class NamedText:
     dataset: str | None  # its id on the Hub; None: a part of this package
     config: str | None
     column: str = "text"
-    splits: tuple[str, ...] = ("train", "validation", "test")
-    evaluated: str = "test"  # the split that perplexity is measured on
+    splits: tuple[str, ...] = ("train", "validation", "test")  # perplexity is measured on the last one
     join: str = "\n\n"  # between two rows, for perplexity
     revision: str | None = None  # None: its main branch
     # One file a split, for a data set too large to fetch completely. Its rows are documents: calibration draws windows
@@ -383,7 +378,6 @@ TEXTS = {
         "allenai/c4",
         None,
         splits=("train", "validation"),
-        evaluated="validation",
         join=" ",
         shards={
             "train": "en/c4-train.00000-of-01024.json.gz",

@@ -104,7 +104,7 @@ class Text(_Section):
         on_hub, own = catalog.HUB_TEXT.fullmatch(self.source), self.column or "text"
         other = catalog.NamedText(on_hub["dataset"] if on_hub else None, on_hub["config"] if on_hub else None, own)
         named = catalog.TEXTS.get(self.source, other)
-        split, join = ("train", " ") if self.calibrates else (named.evaluated, named.join)
+        split, join = ("train", " ") if self.calibrates else (named.splits[-1], named.join)
         return ChosenText(
             source=self.source,
             dataset=named.dataset,

@@ -1,5 +1,6 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.catalog import PACKAGE
 from wanda_dvc.errors import UserError, fixable
 from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
@@ -20,7 +20,7 @@ from wanda_dvc.study.files import Json, copy_file, link_file
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
-GGUF = ".gguf"
+PACKAGE, GGUF = "package:", ".gguf"
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (
@@ -32,10 +32,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 def find_model(source: str) -> Source:
     """Find the model that the setting `model` names."""
-    if package := PACKAGE.fullmatch(source):
-        requirement, sha256 = f"{package['name']}=={package['version']}", package["sha256"]
-        key = {"source": f"package:{requirement}"} | ({"wheel_sha256": sha256} if sha256 else {})
-        return Source(key, partial(_write_packaged, requirement, sha256, key))
+    if source.startswith(PACKAGE):
+        return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE)))
     if (folder := Path(source)).is_absolute():
         return Source({"source": str(folder)}, partial(_write_local, folder))
     name, _, revision = source.partition("@")
@@ -104,26 +102,20 @@ def _files(source: Path, setting: str = "") -> list[Path]:
 # --- from a package ---
 
 
-def _write_packaged(requirement: str, sha256: str | None, key: Json, out: Path, scratch: Path) -> None:
+def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
     """Dequantize the package's GGUF file."""
-    _dequantize(_gguf(requirement, sha256, scratch / "wheel"), out)
-    _write_provenance(out, key, libraries=("torch", "transformers", "gguf"))
+    _dequantize(_gguf(requirement, scratch / "wheel"), out)
+    _write_provenance(out, {"source": f"{PACKAGE}{requirement}"}, libraries=("torch", "transformers", "gguf"))
 
 
-def _gguf(requirement: str, sha256: str | None, wheels: Path) -> Path:
-    """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.
-
-    With a known hash the wheel is always downloaded: installed packages have no hash.
-    """
+def _gguf(requirement: str, wheels: Path) -> Path:
+    """Return the GGUF file of the installed package, else of its wheel. The package's code does not run."""
     name, _, version = requirement.partition("==")
-    try:
-        installed = None if sha256 else distribution(name)
-    except PackageNotFoundError:
-        installed = None
-    if installed and installed.version == version:
-        inside = _only(requirement, map(str, installed.files or ()))
-        return Path(str(installed.locate_file(inside)))
-    with zipfile.ZipFile(_wheel(requirement, sha256, wheels)) as archive:  # pip has checked it
+    with contextlib.suppress(PackageNotFoundError):
+        if (installed := distribution(name)).version == version:
+            inside = _only(requirement, map(str, installed.files or ()))
+            return Path(str(installed.locate_file(inside)))
+    with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:  # pip has checked it
         inside = _only(requirement, archive.namelist())
         target = wheels / Path(inside).name  # never at the archive's own path
         with archive.open(inside) as packed, target.open("wb") as file:
@@ -131,8 +123,8 @@ def _gguf(requirement: str, sha256: str | None, wheels: Path) -> Path:
     return target
 
 
-def _wheel(requirement: str, sha256: str | None, folder: Path) -> Path:
-    """Download the package's wheel with pip. UserError if its hash differs from the setting."""
+def _wheel(requirement: str, folder: Path) -> Path:
+    """Download the package's wheel with pip."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
@@ -144,11 +136,6 @@ def _wheel(requirement: str, sha256: str | None, folder: Path) -> Path:
         problem = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
-    if sha256 not in (None, found := file_digest(wheel)):
-        raise UserError(
-            f"{SETTING}: {wheel.name} has sha256 {found}, expected {sha256}; correct the hash, or ask why the package "
-            "index has another file"
-        )
     return wheel
 
 
@@ -183,9 +170,8 @@ def _dequantize(gguf: Path, target: Path) -> None:
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        named = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
         raise UserError(
-            f"{gguf.name}: lacks {named}, expected all weights of the model; a file in parts has to be merged "
+            f"{gguf.name}: lacks {missing[0]}, expected all weights of the model; a file in parts has to be merged "
             "(`llama-gguf-split --merge`)"
         )
     # transformers refuses to save models marked as quantized. This model no longer is.
