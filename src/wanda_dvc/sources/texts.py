@@ -42,7 +42,7 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
                     if not len(documents) or not documents[0]:  # reading the first checks that it is text
                         raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
                     shutil.copyfile(file, out / DOCUMENTS)
-                    made = {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
+                    made: Json = {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
                     write_provenance(out, describe(made_by, **origin, **made))
                     return
                 rows = list(documents)
