@@ -336,7 +336,7 @@ def check_params(content: object) -> Params:
 def _problem(problem: Any) -> str:
     """Return pydantic's description of a problem as *setting: found, expected*."""
     setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-    where, kind, found = f"{FILE}: {setting}" if setting else FILE, problem["type"], problem["input"]
+    where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{where}: no such setting; {_hint(setting)}"
     if kind == "missing":
@@ -346,8 +346,10 @@ def _problem(problem: Any) -> str:
         expected = "settings, a name and a value each"
     elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
         expected = _meaning(problem["loc"])
-    shown = json.dumps(found, ensure_ascii=False) if isinstance(found, str | bool | None) else repr(found)
-    return f"{where}: found {shown:.200}, expected {expected}"
+    found = problem["input"]
+    if isinstance(found, str | bool | None):  # as YAML writes it, with the code of a character that is not to be seen
+        found = json.dumps(found, ensure_ascii=not str(found).isprintable())
+    return f"{where}: found {found!s:.200}, expected {expected}"
 
 
 def _meaning(place: tuple[int | str, ...]) -> str:
