@@ -283,10 +283,10 @@ def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path
         download(project=made, part=part, text=text_of(part))
     for stage in (calibrate, mask, apply):
         stage(project=made)
-    title, *_ = [line for line in (made.model("pruned") / "README.md").read_text().split("\n") if line.startswith("# ")]
-    assert title == f"# {inline(source.name)}, pruned"
-    (row,) = [line for line in (made.model("pruned") / "README.md").read_text().split("\n") if "dense model |" in line]
-    assert row == f"| dense model | {code(source.name)} |"
+    lines = (made.model("pruned") / "README.md").read_text().split("\n")
+    assert next(line for line in lines if line.startswith("# ")) == f"# {inline(source.name)}, pruned"
+    (row,) = [line for line in lines if line.startswith("| dense model ")]
+    assert row.split() == f"| dense model | {code(source.name)} |".split()
 
 
 # --- a token ---
