@@ -5,7 +5,7 @@ Results belong to the settings in `dvc.lock`. Results of other runs are left out
 
 import contextlib
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,12 +90,11 @@ def made_with_others(experiment: Experiment) -> list[str]:
 
 
 def at(project: Project, name: str, folder: Path) -> Experiment:
-    """Read an experiment, branch, tag or commit into a new folder, as links into DVC's cache.
+    """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache.
 
     UserError for an unknown name, one without settings, or with those of another version.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     study, revision = Project(folder), Revision.open(project.root, name, otherwise="`wanda-dvc show` needs none")
     for part in ("params.yaml", LOCK):
         if revision.take(part, folder):
@@ -133,14 +132,9 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
 @contextlib.contextmanager
 def opened(project: Project, names: Sequence[str]) -> Iterator[list[Experiment]]:
     """Read the named experiments, or the workspace without names; their files go with the context."""
-    if not names:
-        yield [workspace(project)]
-        return
-    with project.work({"kind": "show", "names": list(names)}) as work:
-        folders = [work.path / str(place) for place in range(len(names))]
-        pairs = zip(names, folders, strict=True)
-        yield [workspace(project) if name == WORKSPACE else at(project, name, folder) for name, folder in pairs]
-        work.forget()
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
+        places = [(name, Path(folder) / str(place)) for place, name in enumerate(names or [WORKSPACE])]
+        yield [workspace(project) if name == WORKSPACE else at(project, name, place) for name, place in places]
 
 
 # --- reading many ---

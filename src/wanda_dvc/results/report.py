@@ -5,6 +5,7 @@ Experiments whose results may not be compared are in sections of their own. Each
 
 import math
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,16 +50,13 @@ def report(*, project: Project, output: Path, model: str | None = None, revs: li
         raise UserError(
             f"--output: got {output.name}, expected a name that ends in .html; the .md file gets the same name"
         )
-    with project.work({"kind": "report"}) as work:
-        work.forget()  # left by a killed report
-        work.path.mkdir(parents=True)
-        collected = collect(project=project, model=model, revs=revs or [], work=work.path)
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
+        collected = collect(project=project, model=model, revs=revs or [], work=Path(work))
         if not collected.experiments:
             waiting = "".join(f"\n{name}: {text}" for name, text in collected.excluded)
             which = f" of a model named like {model}" if model else ""
             raise UserError(f"{project.root}: no experiment{which} with results; run `dvc repro`{waiting}")
         markdown = write(output, f"Pruning study: {project.root.name}", page(collected))
-        work.forget()
     return f"{output}: {collected.count}; {markdown.name} says the same"
 
 
