@@ -215,7 +215,7 @@ def test_outputs_of_shards_merge():
 def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
     mixture: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("wanda_dvc.engine.routed.BY_GATES", frozenset())
+    monkeypatch.setattr("wanda_dvc.engine.recorder.BY_GATES", frozenset())
     made = mixture()
     with pytest.raises(UserError, match="calibration saw 0 outputs with gates of .*; set method=wanda"):
         mask(project=made)
