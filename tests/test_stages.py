@@ -95,7 +95,7 @@ def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: P
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "pytorch_model.bin.*expected model.safetensors or model.safetensors.index.json",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "incomplete safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "damaged .*expected a safetensors file"),
     ],
 )
 def test_a_directory_that_is_no_model_says_what_is_missing(project: Make, tiny: Path, tmp_path: Path, spoil, message):

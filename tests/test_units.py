@@ -172,12 +172,6 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
     assert (error(solved.weight) <= error(weight * keep) * (1 + 1e-6)).all()
 
 
-def test_rows_that_keep_different_inputs_are_no_units():
-    weight, x = linear(3)
-    with pytest.raises(ValueError, match="rows keep different inputs"):
-        least_squares(weight, torch.eye(24)[:12].bool(), Prepared(x.T @ x))
-
-
 # --- families ---
 
 FINDERS: dict[str, Callable[..., Removal]] = {

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Dtype
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import COPY, DTYPES, Entry, check_file, is_there, name_of, read_header, read_object
+from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,18 +105,12 @@ class Checkpoint:
             self._headers[path] = read_header(path)
         return self._headers[path]
 
-    def _open(self, path: Path) -> safe_open:
-        if path not in self._files:
-            check_file(path)
-            try:
-                self._files[path] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{path}: incomplete safetensors file ({error}); copy it again") from None
-        return self._files[path]
-
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
-        tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
+        path = self.where[address.tensor]
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        tensor = self._files[path].get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
 
     def find(self, linear: str) -> Address:

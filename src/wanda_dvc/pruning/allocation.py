@@ -166,12 +166,7 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return `raw` plus one constant, clipped to [0, 1]; the mean weighted by size is exactly the sparsity.
-
-    ValueError where the lengths differ or the sparsity is not in [0, 1].
-    """
-    if len(raw) != len(sizes) or not 0 <= sparsity <= 1:
-        raise ValueError(f"{len(raw)} parts of {len(sizes)} sizes at sparsity {sparsity}, expected as many, in [0, 1]")
+    """Return `raw` plus one constant, clipped to [0, 1]; the mean weighted by size is exactly the sparsity."""
 
     def shares(constant: Fraction) -> list[Fraction]:
         return [min(max(share + constant, Fraction(0)), Fraction(1)) for share in raw]

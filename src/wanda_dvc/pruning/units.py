@@ -130,12 +130,9 @@ def least_squares(
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
     With r the removed inputs, k the others and λ = damping · mean diagonal of G: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
-    Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall. ValueError if the
-    inputs that stay differ between rows.
+    Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall.
     """
     stays, row = keep.any(dim=0), keep.any(dim=1)
-    if not torch.equal(keep, row[:, None] & stays):
-        raise ValueError("rows keep different inputs, expected the same in all rows")
     w = weight.float()
     start, dead = w * keep, int(prepared.dead.sum())
     if stays.all():
