@@ -24,16 +24,15 @@ def repository(root: Path, otherwise: str) -> Iterator[Any]:
     from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
 
-    no_git = UserError(f"{root}: no git repository, expected one with experiments; run `git init`")
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
         raise UserError(f"{root}: no DVC repository, expected one with experiments; {otherwise}") from None
     except SCMError:  # stages run by hand leave .dvc/
-        raise no_git from None
+        repo = None
+    if repo is None or isinstance(repo.scm, NoSCM):
+        raise UserError(f"{root}: no git repository, expected one with experiments; run `git init`")
     with repo:
-        if isinstance(repo.scm, NoSCM):
-            raise no_git
         yield repo
 
 

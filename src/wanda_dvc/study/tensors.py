@@ -311,11 +311,9 @@ def _load(
     """
     from safetensors import SafetensorError, safe_open
 
-    if not is_there(path):
-        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
+    check_file(path, f"run `dvc repro` or `wanda-dvc {made_by}` again")
     found = {}
     try:
-        check_file(path)
         with safe_open(path, framework="pt") as file:
             header: Json = json.loads(file.metadata()["wanda_dvc"])
             for name in file.keys():
