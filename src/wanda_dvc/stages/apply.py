@@ -50,7 +50,8 @@ def apply(*, project: Project) -> None:
     solving_device(project.params.runtime)  # refused before any file is read
     made_from = describe_pruned(project)
     with project.work(made_from) as work:
-        zeros, metrics = prune(project, folder := work.fresh())
+        folder = work.fresh()
+        zeros, metrics = prune(project, folder)
         text = card(project, metrics["sparsity"], removed=metrics.get("removed_parameters"))
         (folder / CARD).write_text(text, encoding="utf-8")
         write_provenance(folder, made_from)

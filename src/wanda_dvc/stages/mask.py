@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -274,10 +274,12 @@ def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> It
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks.
     """
-    plan, folders = project.plan, [project.model("dense"), project.gram]
+    plan = project.plan
     every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
-    here = nullcontext(Executor(solving_device(project.params.runtime)))
-    with executor(project, folders) if plan.solves_by_input else here as run:
+    opened: AbstractContextManager[Executor] = nullcontext(Executor(solving_device(project.params.runtime)))
+    if plan.solves_by_input:
+        opened = executor(project, [project.model("dense"), project.gram])
+    with opened as run:
         made = run.map(solve, itertools.chain.from_iterable(every), "solver")
         for own in every:
             yield together(itertools.islice(made, len(own))), None
