@@ -31,7 +31,7 @@ EXAMPLES = 60  # a reader, in a short run
 
 def documents(path: Path) -> None:
     with tempfile.TemporaryFile() as scratch:
-        list(Documents.unpack(path, "text", scratch))
+        list(Documents(path, "text", scratch))
 
 
 def checkpoint(path: Path) -> None:

@@ -37,7 +37,7 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
                 file.fetch(scratch / "hub", shard)
                 file = scratch / "hub" / shard
             with tempfile.TemporaryFile(dir=scratch) as lines:
-                documents = Documents.unpack(file, column, lines)
+                documents = Documents(file, column, lines)
                 if as_documents:
                     if not len(documents) or not documents[0]:  # reading the first checks that it is text
                         raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")

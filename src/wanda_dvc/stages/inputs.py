@@ -144,7 +144,7 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
     column = read_provenance(folder, "download calibration")["column"]
     project.work_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=project.work_root) as scratch:  # the system's own folder may be in memory
-        documents = Documents.unpack(folder / DOCUMENTS, column, scratch)
+        documents = Documents(folder / DOCUMENTS, column, scratch)
         return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
 
 

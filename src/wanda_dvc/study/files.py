@@ -9,7 +9,6 @@ import shutil
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,21 +81,13 @@ def link_file(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
-@dataclass(frozen=True)
 class Documents(Sequence[str]):
-    """The documents of a gzipped file of JSON lines, read one at a time by index.
+    """The documents of a gzipped file of JSON lines, read one at a time by index. UserError if the file is damaged.
 
     Gzip has no random access, so the lines are unpacked once to a scratch file. Only their offsets are in memory.
     """
 
-    lines: IO[bytes]
-    starts: "array[int]"  # offsets, and the end of the last document
-    column: str
-    shard: Path
-
-    @classmethod
-    def unpack(cls, shard: Path, column: str, scratch: IO[bytes]) -> "Documents":
-        """Unpack a shard into a scratch file. UserError if the shard is damaged."""
+    def __init__(self, shard: Path, column: str, scratch: IO[bytes]) -> None:
         starts, blank = array("q", [0]), 0
         check_file(shard)
         try:
@@ -107,7 +98,8 @@ class Documents(Sequence[str]):
                     blank = 0 if line.strip() else blank + 1
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
-        return cls(scratch, starts[: len(starts) - blank], column, shard)  # blank lines at the end are no documents
+        self.shard, self.column, self.lines = shard, column, scratch
+        self.starts = starts[: len(starts) - blank]  # and the end of the last; blank lines at the end are no documents
 
     def __len__(self) -> int:
         return len(self.starts) - 1
