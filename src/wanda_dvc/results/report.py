@@ -84,14 +84,8 @@ class Section:
     """Experiments that may be compared, by their name on the page, and the dense model that they share."""
 
     number: int
+    title: str  # the model, and how this section differs from the first one
     experiments: dict[str, Experiment]
-    differing: list[str]  # what the protocol differs in from the first section's
-
-    @property
-    def title(self) -> str:
-        """The model, and how this section differs from the first one."""
-        model = shown(next(iter(self.experiments.values())).params.model)
-        return f"{model} (differs in {', '.join(self.differing)})" if self.differing else model
 
     @cached_property
     def models(self) -> dict[str, Results]:
@@ -126,9 +120,12 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
             matching[0].append(one)
         else:
             groups.append([one])
-    first = groups[0][0]
-    every = [(found, differing(first, found[0])) for found in groups]
-    return [Section(number, names(found), keys) for number, (found, keys) in enumerate(every)]
+    sections = []
+    for number, found in enumerate(groups):
+        title, keys = shown(found[0].params.model), differing(groups[0][0], found[0])
+        title += f" (differs in {', '.join(keys)})" if keys else ""
+        sections.append(Section(number, title, names(found)))
+    return sections
 
 
 def differing(one: Experiment, other: Experiment) -> list[str]:
@@ -256,7 +253,7 @@ def by_block(section: Section) -> Content:
             block = next(int(word) for word in linear.split(".") if word.isdecimal())
             blocks.setdefault(block, []).append(found["error"])
         if blocks:
-            series[name] = [charts.Point(block, sum(errors) / len(errors)) for block, errors in blocks.items()]
+            series[name] = [charts.Point(block, sum(errors) / len(errors)) for block, errors in sorted(blocks.items())]
     if not series:
         return []
     caption = "The mean over the linears of each block of ‖(W−Ŵ)X‖² / ‖WX‖²."
