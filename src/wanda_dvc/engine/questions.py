@@ -55,7 +55,7 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
     row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
 
     def end_row() -> None:
-        fed, *layout = torch.tensor(row).T.contiguous()
+        fed, *layout = map(torch.tensor, zip(*row, strict=True))  # tensors of their own memory
         rows.append(Row(fed, Layout(*layout)))
         row.clear()
 
