@@ -65,11 +65,10 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
     options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
-    origin: Path | Repository | None = Path(EMBEDDED, "tasks", *place)
-    if source != "embedded":
-        origin = in_mirror(mirror, *place)
-    elif not Path(EMBEDDED, "tasks", *place).is_file():
+    samples = Path(EMBEDDED, "tasks", *place)
+    if source == "embedded" and not samples.is_file():
         raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
+    origin: Path | Repository | None = samples if source == "embedded" else in_mirror(mirror, *place)
     if origin is None:
         if not HUB_ID.fullmatch(dataset):
             raise UserError(f"{where}: got items of {dataset}, expected a data set on the Hub, ORG/NAME; remove it")
