@@ -88,7 +88,7 @@ def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: P
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), "is no directory; name one that holds a Hugging Face model"),
+        (lambda folder: [shutil.rmtree(folder), folder.touch()], "is no directory; name one that holds a Hugging Face"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json, expected a Hugging Face model directory"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (
