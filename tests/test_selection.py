@@ -10,7 +10,8 @@ from cases.grids import OF_WEIGHTS
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from simulated_gpu import SimulatedDevice
+from simulated_gpu import OnDevice, simulated_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanda_dvc.catalog import function_of, methods
 from wanda_dvc.errors import UserError
@@ -99,27 +100,32 @@ def test_the_variant_says_what_it_cannot_reach():
 
 
 @pytest.mark.parametrize("layout", [(3,), (1, 1), (8, 2), (64,)])
-def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(monkeypatch: pytest.MonkeyPatch, layout: tuple[int, ...]):
+def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...]):
     """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(7).index_add_(0, places(7, layout), score.sum(dim=0)), keep_by_share(score, 0.5)
-    device, ran = SimulatedDevice("cuda"), set[str]()
-    run = device.run
-
-    def noted(function: Any, args: Any, kwargs: Any) -> Any:
-        ran.add(function.overloadpacket.__name__)
-        return run(function, args, kwargs)
-
-    monkeypatch.setattr(device, "run", noted)
-    with device.present():
-        there = score.to(device.device)
+    with simulated_gpu(), Noted() as noted:
+        there = score.to("cuda")
         found = summed(there, units).cpu(), keep_by_share(there, 0.5).cpu()
     for one, other, host in zip(found, expected, (summed(score, units), keep_by_share(score, 0.5)), strict=True):
         assert torch.equal(one, other)
         assert torch.equal(host, other)
-    assert not ran & {"cumsum", "index_add_"}
-    assert "sort" in ran
+    assert not noted.ran & {"cumsum", "index_add_"}
+    assert "sort" in noted.ran
+
+
+class Noted(TorchDispatchMode):
+    """Keeps the names of the device's operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = set[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if OnDevice in types:
+            self.ran.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
 
 
 @given(st.data())
