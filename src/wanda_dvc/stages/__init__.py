@@ -119,12 +119,7 @@ def _plan_download(params: "Params") -> "dict[str, Json]":
 
 def _plan_calibrate(params: "Params") -> "dict[str, Json]":
     calibration, measured = params.calibration, STATISTICS[: STATISTICS.index(params.tier) + 1]
-    drawn = {
-        "windows": calibration.windows,
-        "length": calibration.length,
-        "seed": calibration.seed,
-        "dtype": params.dtype,
-    }
+    drawn = {name: getattr(calibration, name) for name in ("windows", "length", "seed")} | {"dtype": params.dtype}
     return {f"calibrate/{tier}": drawn | {"measured": tier in measured} for tier in STATISTICS}
 
 
