@@ -63,9 +63,6 @@ def test_omp_num_threads_overrides_the_cores(monkeypatch: pytest.MonkeyPatch):
         ("0::/", {"cpu.max": "max 100000\n"}, 128),
         ("0::/slurm/job/step", {"slurm/job/cpu.max": "800000 100000\n", "slurm/job/step/cpu.max": "max 100000\n"}, 8),
         ("0::/a", {"cpu.max": "300000 100000\n", "a/cpu.max": "600000 100000\n"}, 3),
-        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "250000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 3),
-        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "-1\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 128),
-        ("4:cpu:/of/the/host", {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
         ("0::/", {"cpu.max": "not a number\n"}, 128),
         ("0::/", {"cpu.max": "100000 0\n"}, 128),
         ("0::/", {}, 128),
@@ -90,15 +87,6 @@ def test_a_quota_of_a_control_group_limits_the_cores(
         ("0::/", {"memory.max": "1000\n", "memory.current": "700\n"}, 300),
         ("0::/", {"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
         ("0::/", {"memory.max": "1000\n"}, 1000),
-        (
-            "4:memory:/job",
-            {
-                "memory/job/memory.limit_in_bytes": "1000\n",
-                "memory/job/memory.usage_in_bytes": "700\n",
-                "memory/job/memory.stat": "inactive_file 5\ntotal_inactive_file 100\n",
-            },
-            400,
-        ),
     ],
 )
 def test_free_memory_is_what_a_control_group_leaves(

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.stages import STAGES, Stage, check_version
 from wanda_dvc.stages import run as run_stage
-from wanda_dvc.views import completion
 
 if TYPE_CHECKING:
     from wanda_dvc.study.project import Project
@@ -29,18 +29,30 @@ app = typer.Typer(
 )
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
+
+def _experiments() -> list[str]:
+    """Complete an experiment's name, by git: DVC takes seconds to start."""
+    # refs/exps/NN/COMMIT/NAME, with the base commit of the experiment NAME; DVC's other refs are shorter.
+    command = ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
+
+
+def _presets() -> list[str]:
+    from wanda_dvc.study.settings import preset_names
+
+    return preset_names()
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[str, typer.Argument(metavar="[TEXT]", help="One of `perplexity.texts`; by default all.")]
 Experiments = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[NAME]...", help="Experiments, branches, tags or commits.", autocompletion=completion.experiments
-    ),
+    typer.Argument(metavar="[NAME]...", help="Experiments, branches, tags or commits.", autocompletion=_experiments),
 ]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 REV = typer.Option(
     help="An experiment, commit, branch or tag instead of the workspace; a report takes several.",
-    autocompletion=completion.experiments,
+    autocompletion=_experiments,
 )
 
 
@@ -200,11 +212,11 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def init(  # noqa: PLR0913, PLR0917 - the options of the command
+def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[
         str,
-        typer.Option("--preset", help="Named settings; an unknown name lists them.", autocompletion=completion.presets),
+        typer.Option("--preset", help="Named settings; an unknown name lists them.", autocompletion=_presets),
     ] = "default",
     model: Annotated[
         str | None, typer.Option(help="A Hub id, a directory (./, ~ or /), or package:NAME==VERSION.")
@@ -215,19 +227,11 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
     mirror: Annotated[
         Path | None, typer.Option(help="A directory of data sets, for machines without internet.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="How the model is pruned.")] = None,
-    sparsity: Annotated[float | None, typer.Option("--sparsity", help="Fraction of the weights that goes.")] = None,
-    pattern: Annotated[str | None, typer.Option("--pattern", help="Such as 2:4, or neurons.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="In which the model runs.")] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make
 
-    given = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "dtype": dtype}
-    settings = {name: value for name, value in given.items() if value is not None}
-    typer.echo(
-        make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, settings=settings)
-    )
+    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

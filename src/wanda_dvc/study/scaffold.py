@@ -44,14 +44,13 @@ FILES: Mapping[str, Traversable] = {
 }
 
 
-def init(  # noqa: PLR0913 - the options of the command
+def init(
     *,
     folder: Path,
     preset: str = DEFAULT,
     model: str | None = None,
     calibration: str | None = None,
     mirror: Path | None = None,
-    settings: Mapping[str, object] | None = None,
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
 
@@ -63,7 +62,7 @@ def init(  # noqa: PLR0913 - the options of the command
     if found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
         raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; name another")
-    own = nested(_named(model, calibration, mirror) | dict(settings or {}))
+    own = nested(_named(model, calibration, mirror))
     params, text = _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
     around = _repository_around(folder)
     folder.mkdir(parents=True, exist_ok=True)
