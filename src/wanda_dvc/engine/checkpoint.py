@@ -203,8 +203,8 @@ def read_config(place: Path) -> Any:
 
     path = place if place.is_file() else place / "config.json"
     stored = read_object(path)
-    for part in (stored, stored.get("text_config")):
-        for name in STRUCTURES["blocks"].fields if isinstance(part, dict) else ():
+    for part in (stored, stored.get("text_config") or {}):
+        for name in STRUCTURES["blocks"].fields:
             if isinstance(layers := part.get(name), int) and layers > MOST_LAYERS:
                 raise UserError(f"{path}: {name}: found {layers}, expected at most {MOST_LAYERS:,}; {TODO}")
     try:

@@ -231,7 +231,7 @@ class Cluster(Executor):
     def close(self) -> None:
         """Leave the cluster."""
         if self._ours:
-            self.stop()
+            ray.shutdown()
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -357,8 +357,8 @@ class Decoder:
         attention changes.
         """
         config, before = self.model.config.get_text_config(), self._ours_for_windows
-        sizes = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-        sizes = {name: size for name, size in sizes.items() if size is not None}
+        found = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+        sizes = {name: size for name, size in found.items() if size is not None}
         self._ours_for_windows = ours
         self._calls.clear()
         try:

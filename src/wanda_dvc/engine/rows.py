@@ -190,7 +190,7 @@ class HiddenStates:
 
     def _is_complete(self, boundary: int, shard: int) -> bool:
         try:
-            content = np.memmap(self._path(boundary, shard), np.uint8, "r")
+            content: Any = np.memmap(self._path(boundary, shard), np.uint8, "r")
         except (OSError, ValueError):  # missing, or empty
             return False
         size = sum(self.lengths[shard]) * self.width * self.dtype.itemsize

@@ -224,7 +224,7 @@ class Runner:
         report_resumed(progress.finished, self.blocks)
         try:
             for index in range(progress.finished, self.blocks):
-                yield Step(self, Block(index, **streams), progress)
+                yield Step(self, Block(index, streams["own"], streams.get("dense")), progress)
                 progress.finish(last=index == self.blocks - 1)
         finally:
             self.not_finite = progress.not_finite
@@ -353,7 +353,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
 class Back(NamedTuple):
     """A block to run backward, and its files."""
 
-    index: int
+    block: int
     before: HiddenStates  # at all boundaries
     gradients: HiddenStates  # of the loss by them, counted from the last boundary
     gram: bool
@@ -371,7 +371,7 @@ def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: 
 @torch.no_grad()
 def run_back(opened: Opened, back: Back, device: torch.device, shard: Shard) -> Gradients:
     """Write the gradients of each row's loss by its hidden states before a block, from those after the block."""
-    model, index, recorder = opened(device), back.index, GradientRecorder(gram=back.gram)
+    model, index, recorder = opened(device), back.block, GradientRecorder(gram=back.gram)
     done = len(model.blocks) - 1 - index
     model.calls(shard.rows[0])  # the first call runs the first block, which must not be loaded yet
     model.hold(index, index - 1)
