@@ -16,7 +16,7 @@ from wanda_dvc.catalog import (
 )
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.settings import DEFAULT, read_preset
+from wanda_dvc.study.scaffold import DEFAULT, read_preset
 
 TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\

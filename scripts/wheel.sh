@@ -33,7 +33,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from wanda_dvc.study.settings import nested, updated
+from wanda_dvc.params import nested
+from wanda_dvc.study.scaffold import updated
 
 name, _, value = sys.argv[1].partition("=")
 path = Path("params.yaml")

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,14 +139,6 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
     assert found in str(caught.value)
 
 
-def test_a_dotted_name_at_the_top_is_named_with_its_place(tmp_path: Path):
-    write_params(tmp_path, "org/model")
-    with (tmp_path / "params.yaml").open("a", encoding="utf-8") as file:
-        file.write("calibration.windows: 3\n")
-    with pytest.raises(UserError, match=r"calibration.windows: no such setting; write it as windows below calibration"):
-        read_params(tmp_path / "params.yaml")
-
-
 def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
     (tmp_path / "params.yaml").write_text("sparsity: 0.5\nsparsity: 0.6\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -229,15 +219,6 @@ def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Pat
         with pytest.raises(UserError, match=rf"(new|b): inside {name}/, which DVC or git tracks"):
             export(project=Project(finished), experiment=None, target=target)
         assert not target.exists()
-
-
-def test_in_a_deleted_directory_a_command_is_one_line(tmp_path: Path):
-    (tmp_path / "gone").mkdir()
-    command = [sys.executable, "-c", "from wanda_dvc.cli import run; run()", "init", "a"]
-    script = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec {shlex.join(command)}"
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "the current directory was deleted" in done.stderr.splitlines()[-1]
 
 
 class Reads:

@@ -1,6 +1,5 @@
 """Looking at statistics: one linear, features that stand out again and again, two sets side by side."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import seal, write_stats
@@ -68,16 +66,3 @@ def stats(*words: str) -> str:
     done = CliRunner().invoke(app, ["stats", *words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
-
-
-def test_one_linear_is_what_it_reads(study: Project):
-    for name in ("k_proj", "layers.1.k_proj"):
-        records = json.loads(stats("--linear", name, "--json"))
-        assert all(f"layers.{record['block']}.k_proj" in record["linears"] for record in records)
-        assert [record["block"] for record in records] == ([0, 1, 2] if name == "k_proj" else [1])
-    assert len(json.loads(stats("--layer", "2", "--linear", "up_proj", "--json"))) == 1
-
-
-def test_a_linear_is_named_by_whole_words(study: Project):
-    with pytest.raises(UserError, match=r"--linear: got proj, expected .*k_proj, q_proj, up_proj"):
-        stats("--linear", "proj")

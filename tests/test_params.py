@@ -11,9 +11,8 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import CalibrationText, Params, Text, check_params, read_params, settings
+from wanda_dvc.params import CalibrationText, Params, Text, check_params, flatten, read_params, settings
 from wanda_dvc.plan import CHOICES, Plan
-from wanda_dvc.study.settings import flatten
 
 
 def problems(tmp_path: Path, **changes: object) -> list[str]:
@@ -48,7 +47,6 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "only",
         ),
         ({"sparsty": 0.5}, "sparsty: no such setting; did you mean sparsity?"),
-        ({"calibration.windows": 3}, "calibration.windows: no such setting; write it as windows below calibration"),
         (
             {"model": "some/where/else"},
             'model: found "some/where/else", expected package:NAME==VERSION with a GGUF file, an absolute path, or a '

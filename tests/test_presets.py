@@ -7,8 +7,8 @@ from conftest import ROOT, script, shared
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params, settings
-from wanda_dvc.study.settings import FOLDER, flatten, nested, preset_names, read_preset
+from wanda_dvc.params import check_params, flatten, nested, settings
+from wanda_dvc.study.scaffold import PRESETS, preset_names, read_preset
 
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'recipe=magnitude-rows,wanda-paper' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
@@ -124,7 +124,7 @@ def test_the_studys_set_up_is_what_its_page_says():
         sparsities = re.search(r"every linear of every block, (\d+), (\d+) and (\d+) %, unstructured", page)
         assert sparsities
         assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities.groups())}" in GRID
-        assert GRID in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+        assert GRID in (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def test_an_unknown_preset_is_refused():

@@ -16,7 +16,7 @@ from repository import Repository
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params
+from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.charts import Point, curves, svg
 from wanda_dvc.results.experiments import Collected, Experiment
@@ -25,7 +25,7 @@ from wanda_dvc.results.pages import Content, Picture, as_html, write
 from wanda_dvc.results.report import page, report
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import nested, read_preset, resolved
+from wanda_dvc.study.scaffold import read_preset
 
 GOLDEN = Path(__file__).parent / "corpus/report.md"
 

@@ -7,10 +7,10 @@ import pytest
 
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import flatten, nested
 from wanda_dvc.stages.runs import Runs, md5
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import flatten, nested
 
 
 def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.params import check_params, settings
+from wanda_dvc.params import check_params, nested, settings
 from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import DEFAULT, nested, read_preset
+from wanda_dvc.study.scaffold import DEFAULT, read_preset
 
 
 def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_order():

@@ -18,8 +18,8 @@ from forks import commands
 from repository import command_environment, ran
 from ruamel.yaml import YAML
 
-from wanda_dvc.study.scaffold import FILES
-from wanda_dvc.study.settings import nested, updated
+from wanda_dvc.params import nested
+from wanda_dvc.study.scaffold import FILES, updated
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def _experiments() -> list[str]:
 
 
 def _presets() -> list[str]:
-    from wanda_dvc.study.settings import preset_names
+    from wanda_dvc.study.scaffold import preset_names
 
     return preset_names()
 
@@ -169,13 +169,12 @@ def list_experiments(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
-    linear: Annotated[str | None, typer.Option(help="Only this linear's input: q_proj, or its full name.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.views.stats import stats as table
 
-    typer.echo(table(project=_project(), layer=layer, linear=linear, as_json=as_json))
+    typer.echo(table(project=_project(), layer=layer, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -236,7 +235,7 @@ def init(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
-    directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory.")],
     rev: Annotated[str | None, REV] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""

@@ -58,8 +58,6 @@ def _problems(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return 
     where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else ""
     said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
     again = "run the command again: the earlier output and finished work are kept"
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
-        return ("the current directory was deleted, expected an existing one; cd into it again",)
     if number in NO_ROOM:
         return (f"{where}: disk full ({said}); free some space and {again}",)
     if number in NO_PERMISSION:

@@ -26,6 +26,7 @@ EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 AUTO: Final = "auto"
 FILE = "params.yaml"
+Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.text.split`
 
 
 # --- values: the message for a refused one is the setting's description, or the text of `_refused` ---
@@ -364,11 +365,7 @@ def _meaning(place: tuple[int | str, ...]) -> str:
 
 def _hint(name: str) -> str:
     """Return what to do about a name that is no setting."""
-    names = [*dict(settings()), *Params.model_fields, "perplexity.texts"]
-    if name in names:  # at the top of the file, with its dots
-        first, _, rest = name.partition(".")
-        return f"write it as {rest} below {first}"
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, [*dict(settings()), *Params.model_fields, "perplexity.texts"], n=1)
     return f"did you mean {close[0]}?" if close else "remove it"
 
 
@@ -381,3 +378,45 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
             yield from settings(Text, f"{prefix}{name}.NAME.")
         else:
             yield prefix + name, field
+
+
+# --- settings by dotted names ---
+
+
+def flatten(content: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every nested setting with its dotted name."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value  # a key of YAML may be any value
+
+
+def nested(settings: Mapping[str, Any]) -> Settings:
+    """Nest settings with dotted names: the inverse of `flatten`."""
+    content: Settings = {}
+    for name, value in settings.items():
+        *sections, leaf = name.split(".")
+        section = content
+        for word in sections:
+            section = section.setdefault(word, {})
+        section[leaf] = value
+    return content
+
+
+def resolved(params: Params) -> dict[str, Any]:
+    """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
+    return dict(flatten(params.filled.model_dump(mode="json", exclude={"runtime", "recipe"})))
+
+
+def sources(params: Params) -> dict[str, tuple[str, str]]:
+    """Return by part of `download`, and by text as `perplexity/NAME`, the setting with its source, and the source."""
+    return {
+        "model": ("model", params.model),
+        "calibration": ("calibration.text.source", params.calibration.text.source),
+        **{
+            f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source)
+            for name, text in params.perplexity.texts.items()
+        },
+        "tasks": ("tasks.source", params.tasks.source),
+    }

@@ -141,14 +141,9 @@ class Plan:
     # --- the statistics that stages read ---
 
     @property
-    def masks_read_gram(self) -> bool:
-        """Whether masks depend on stats/gram."""
-        return self.method.needs == "gram" and not self.propagates
-
-    @property
     def solves_by_input(self) -> bool:
         """Whether `mask` reads the Gram matrix of each distinct input, and solves for one input at a time."""
-        return self.masks_read_gram or self.records_grams
+        return self.method.needs == "gram" or (self.propagates and self.solves)
 
     @property
     def masks_read_sums(self) -> bool:
@@ -159,11 +154,6 @@ class Plan:
     def masks_read_gradients(self) -> bool:
         """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
         return self.propagates and self.solver.by_gradients
-
-    @property
-    def masks_read_tier(self) -> bool:
-        """Whether masks depend on any part of stats/gradients."""
-        return self.masks_read_sums or self.masks_read_gradients
 
     @property
     def weights_come_from(self) -> str | None:

@@ -4,15 +4,14 @@ The experiment's files are copied from DVC's cache and git into the work folder.
 """
 
 import io
-import os
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
-from wanda_dvc.reading import check_place
+from wanda_dvc.reading import check_place, is_there
 from wanda_dvc.results.compare import side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
 from wanda_dvc.results.show import notes
@@ -24,7 +23,6 @@ from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.markup import inline, table
 from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, comparable, digest, read_provenance, write_provenance
-from wanda_dvc.study.settings import flatten, nested, sources
 
 REPRODUCE = """\
 With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:
@@ -46,7 +44,8 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         study.root.mkdir(parents=True)
         if experiment is None:
             found = workspace(project)
-            _take_workspace(project, study)
+            read_provenance(project.masks, "mask")
+            study.link_to(project, ("models/dense", "masks", "stats", "weights"), ("params.yaml", LOCK))
         else:
             found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment)
@@ -73,15 +72,9 @@ def _check_target(project: Project, target: Path) -> None:
     root, place = project.root.resolve(), target.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists already, expected a new or empty directory; name another")
-    if target.exists() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK)):
-        raise UserError(f"{target}: cannot be replaced by a new directory; name one inside it, such as {target}/model")
-    if (temporary := temporary_place(target)).exists():
-        raise UserError(
-            f"{temporary}: exists already, expected a free name for the unfinished {target.name}; remove it, or name "
-            "another directory"
-        )
+    for path in (target, temporary_place(target)):  # the second is for an unfinished copy
+        if is_there(path):
+            raise UserError(f"{path}: exists already, expected a new directory; name another")
 
 
 def _check_current(runs: Runs, what: str) -> None:
@@ -95,12 +88,6 @@ def _check_current(runs: Runs, what: str) -> None:
 
 
 # --- the parts of an experiment, in a folder laid out like a project ---
-
-
-def _take_workspace(project: Project, study: Project) -> None:
-    read_provenance(project.masks, "mask")
-    read_provenance(project.model("dense"), "download model")
-    study.link_to(project, ("models/dense", "masks", "stats", "weights"), ("params.yaml", LOCK))
 
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, resolved
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.listing import SUCCESS, WORKSPACE, Kind, State, list_states
 from wanda_dvc.results.measures import Results
@@ -23,7 +23,6 @@ from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.markup import some
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
-from wanda_dvc.study.settings import resolved
 
 
 @dataclass(eq=False)

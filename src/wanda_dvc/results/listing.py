@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import flatten
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import MEASURES, Results, figures
@@ -21,7 +22,6 @@ from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.markup import DASH, some, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import flatten
 
 WORKSPACE = "workspace"
 SUCCESS = "success"

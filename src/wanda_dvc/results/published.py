@@ -10,12 +10,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, Settings
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Value, accuracy, perplexity
 from wanda_dvc.study.markup import DASH, number
-from wanda_dvc.study.settings import Settings
 
 OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
 DENSE = "dense"  # the method of a published row of the dense model

@@ -63,8 +63,6 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
     with _user_errors(where, name):
         try:
             found: Iterable[Json] = load_dataset(name, config, split=split, revision=repository.commit, **options)
-        except ConnectionError:
-            raise
         except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             asked = f"config {config}, split {split}" if config else f"split {split}"

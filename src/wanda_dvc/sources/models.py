@@ -16,7 +16,8 @@ from wanda_dvc.errors import UserError, fixable
 from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
-from wanda_dvc.study.files import Json, copy_file, link_file
+from wanda_dvc.study.dvc import copy_file
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
@@ -68,7 +69,10 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
     for file in wanted:
-        link_file(target / file, out / file)  # a link, because a killed run must find the fetched file
+        try:  # a link, because a killed run must find the fetched file
+            (out / file).hardlink_to(target / file)
+        except OSError:  # on another file system
+            copy_file(target / file, out / file)
     check_model(out)
     _write_provenance(out, key, repository.license)
 

@@ -156,9 +156,9 @@ def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "
         calibration={"text": stats["text"], **stats["params"]},
         params=plan.described,
     )
-    if plan.masks_read_gram:
+    if plan.method.needs == "gram" and not plan.propagates:
         described["gram"] = digest(tier_provenance(project.gram, stats))
-    if plan.masks_read_tier:
+    if plan.masks_read_sums or plan.masks_read_gradients:
         described["gradients"] = digest(tier_provenance(project.gradients, stats))
     if removal:
         described["config"] = removal.changes

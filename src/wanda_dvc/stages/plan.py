@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import sources
 from wanda_dvc.stages import planned
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project, remove
-from wanda_dvc.study.settings import sources
 
 
 def plan(*, project: Project) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, check_params, parse_yaml
+from wanda_dvc.params import Params, check_params, nested, parse_yaml, resolved
 from wanda_dvc.reading import name_of
 from wanda_dvc.stages import planned
-from wanda_dvc.study.files import Json, json_file
-from wanda_dvc.study.settings import nested, resolved
+from wanda_dvc.study.files import Json, json_text
 
 LOCK = "dvc.lock"
 
@@ -108,7 +107,7 @@ class Runs:
 
 def _plan(params: Params) -> dict[str, str]:
     """Return the MD5 of each file in plan/ for some settings."""
-    files = {f"plan/{name}.json": json_file(content) for name, content in planned(params).items()}
+    files = {f"plan/{name}.json": f"{json_text(content)}\n".encode() for name, content in planned(params).items()}
     return {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
 
 

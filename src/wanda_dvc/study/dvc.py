@@ -6,11 +6,11 @@ No other module imports DVC; tests/test_dvc.py holds the names that are used her
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,6 @@ class Revision:
         """The commit's name."""
         return str(self.files.repo.get_rev())
 
-    @cached_property
-    def _cache(self) -> Any:
-        return self.files.repo.cache.local
-
     def take(self, part: str, target: Path) -> list[str]:
         """Take one file or folder into `target`, laid out like a project. Return the files that are missing.
 
@@ -131,7 +127,7 @@ class Revision:
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 md5 = self.files.info(path).get("md5")
-                cached = Path(self._cache.oid_to_path(md5)) if md5 else None
+                cached = Path(self.files.repo.cache.local.oid_to_path(md5)) if md5 else None
                 if cached and cached.is_file():
                     place.symlink_to(cached)
                 else:
@@ -170,23 +166,24 @@ def init_repository(folder: Path, *, inside: bool) -> None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    log = logging.getLogger("dvc")
-    level = log.level
-    log.setLevel(logging.WARNING)  # without DVC's message about a new repository
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # without DVC's message about a new repository
     try:
         Repo.init(str(folder), subdir=inside).close()
     except DvcException as error:
         raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
-    finally:
-        log.setLevel(level)
 
 
-def reflink(source: Path, target: Path) -> bool:
-    """Make a file that shares the blocks of another one; return whether the file system supports it."""
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
+
+    A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
+    expose the user's own file: DVC makes cached files read-only, and users overwrite their files in place.
+    """
     from dvc_objects.fs import system  # its import takes a fifth of a second
 
     try:
         system.reflink(source, target)
     except OSError:
-        return False
-    return True
+        shutil.copyfile(source, target)
+    else:
+        target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too

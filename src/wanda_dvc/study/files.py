@@ -1,11 +1,10 @@
-"""Files of a study: JSON and CSV through temporary files and renames, copies that share blocks, documents."""
+"""Files of a study: JSON and CSV through temporary files and renames, documents."""
 
 import csv
 import gzip
 import io
 import json
 import math
-import shutil
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,19 +13,13 @@ from typing import IO, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED, check_file, is_there, parse_json, read_object
-from wanda_dvc.study.dvc import reflink
 
 Json = dict[str, Any]
 
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON to a temporary file, then rename it. Readers never see half a file, and a link's target stays."""
-    write_text(path, json_file(content).decode())
-
-
-def json_file(content: object) -> bytes:
-    """Return the content of a JSON file."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    write_text(path, json_text(content) + "\n")
 
 
 def finite(number: float) -> float | str:
@@ -35,8 +28,8 @@ def finite(number: float) -> float | str:
 
 
 def json_text(content: object) -> str:
-    """Return JSON to print. ValueError where a number is not finite: JSON has no such number."""
-    return json.dumps(content, indent=2, allow_nan=False)
+    """Return JSON, as files and commands have it. ValueError where a number is not finite: JSON has no such number."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,26 +52,6 @@ def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object
 def load_json(path: Path) -> Json:
     """Read a JSON object; return an empty one if the file is missing."""
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
-
-    A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
-    expose the user's own file: DVC makes cached files read-only, and users overwrite their files in place.
-    """
-    if not reflink(source, target):
-        shutil.copyfile(source, target)
-    else:
-        target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Give a read-only file a second name: a hard link, or a copy on another file system."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        copy_file(source, target)
 
 
 class Documents(Sequence[str]):

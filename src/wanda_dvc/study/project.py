@@ -14,7 +14,8 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there, read_object, read_text
-from wanda_dvc.study.files import Json, copy_file
+from wanda_dvc.study.dvc import copy_file
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import digest
 
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/

@@ -18,14 +18,15 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, check_params
-from wanda_dvc.plan import TOKENS_A_FEATURE
+from wanda_dvc.params import Params, Settings, check_params, flatten, nested
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.dvc import init_repository
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.settings import DEFAULT, PARAMS, Settings, nested, preset_changes, updated
 
 TEMPLATE = files("wanda_dvc.study") / "template"
+PARAMS = TEMPLATE / "params.yaml"
+PRESETS = files("wanda_dvc.study") / "presets"  # a YAML file each: the differences from a new study's settings
+DEFAULT = "default"
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
@@ -150,13 +151,7 @@ def _git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedP
 
 
 def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
-    where, calibration = os.path.relpath(folder), params.calibration
-    features = calibration.windows * calibration.length // TOKENS_A_FEATURE
-    lines = [
-        f"{folder}: a study of {params.model}.",
-        f"Calibration: {calibration.windows} windows of {calibration.length} tokens of {calibration.text.source}. That "
-        f"is enough for solvers of up to {features:,} input features; raise calibration.length for a wider model.",
-    ]
+    where, lines = os.path.relpath(folder), [f"{folder}: a study of {params.model}."]
     if around is not None:
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
     lines += ["", "Run next:"]
@@ -172,3 +167,41 @@ def _said(folder: Path, params: Params, around: Path | None, committed: bool) ->
         "`wanda-dvc doctor` checks this machine; the settings are in params.yaml.",
     ]
     return "\n".join(lines)
+
+
+# --- presets: named settings of a new study ---
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets, the default first."""
+    found = (file.name.removesuffix(".yaml") for file in PRESETS.iterdir() if file.name.endswith(".yaml"))
+    return [DEFAULT, *sorted(found)]
+
+
+def preset_changes(name: str) -> Settings:
+    """Return a preset's differences from a new study's settings, nested. UserError, with the known names, if unknown.
+
+    Its texts of the perplexity replace the default's.
+    """
+    if name not in preset_names():
+        raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/my-text.md)")
+    if name == DEFAULT:
+        return {}
+    content: Settings = YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def updated(content: Settings, changes: Settings) -> Settings:
+    """Set nested settings in a document, which keeps its comments, and return it. Texts replace all earlier texts."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict) and key != "texts":
+            updated(content[key], value)
+        else:
+            content[key] = value
+    return content
+
+
+def read_preset(name: str) -> Settings:
+    """Return a value for every setting but `runtime`, by dotted name."""
+    content = updated(YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8")), preset_changes(name))
+    return dict(flatten(check_params(content).model_dump(mode="json", exclude={"runtime"})))

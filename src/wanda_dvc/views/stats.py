@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 
 
-def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
-    """Return the input norms by distinct input, of one block or all, or of one linear: as a table, or as JSON.
+def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
+    """Return the input norms by distinct input, of one block or all, as a table, or as JSON.
 
     Each input also lists the layer errors of its readers, if they were measured with these statistics.
     """
@@ -31,12 +31,6 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
         records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
-    if linear is not None:
-        every = [name for record in records for name in record["linears"]]
-        records = [r for r in records if any(f".{name}".endswith(f".{linear}") for name in r["linears"])]
-        if not records:
-            last = sorted({name.rpartition(".")[2] for name in every})
-            raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
     if errors := _layer_errors(project):
         for record in records:
             record["layer_error"] = {name: errors[name] for name in record["linears"] if name in errors}
