@@ -250,7 +250,7 @@ def export(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor(as_json: AsJson = False) -> None:
-    """Check machine, libraries, settings and repository; exit 2 if something needed is missing."""
+    """Check machine, libraries and settings; exit 2 if something needed is missing."""
     from wanda_dvc.views.doctor import doctor as look
 
     table, well = look(start=Path.cwd(), as_json=as_json)

@@ -206,8 +206,6 @@ def _change(study: Study, settings: Mapping[str, Any]) -> None:
     """Write settings into a study's params.yaml. UserError, with all problems, if one is wrong."""
     from wanda_dvc.study.scaffold import change_settings
 
-    if not isinstance(study, Study):
-        raise UserError(f"study: got {type(study).__name__}, expected the result of calibrate(model)")
     if settings:
         change_settings(study.path / "params.yaml", dict(settings))
 

@@ -103,12 +103,6 @@ class Plan:
     # --- dependencies of masks ---
 
     @property
-    def libraries(self) -> tuple[str, ...]:
-        """The libraries that compute the masks, and the package that the method is from."""
-        model = ("transformers",) if self.propagates or self.structure else ()
-        return ("torch", "numpy", *model, *filter(None, [self.method.package]))
-
-    @property
     def structure(self) -> Structure | None:
         """The kind of units that the pattern removes; None: it sets weights to zero."""
         return catalog.STRUCTURES.get(self.pattern)

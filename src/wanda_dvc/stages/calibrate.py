@@ -5,7 +5,7 @@ The plan may ask for the Gram tier too, and for the gradients by each linear's o
 
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
-from wanda_dvc.pruning.statistics import summary
+from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_fits, check_ready, runner
@@ -18,7 +18,6 @@ from wanda_dvc.study.tensors import (
     finished_blocks,
     read_stats,
     seal,
-    write_fisher,
     write_grams,
     write_stats,
 )
@@ -114,7 +113,8 @@ def _backward(project: Project, work: Work) -> None:
         kept = finished_blocks(work.out, reversed(range(blocks)))
         back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
         for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
-            write_fisher(work.out, block, came.sums, came.grams)
+            each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
+            write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
             came.grams.clear()  # before the next block's arrive; other frames hold them too
 
 

@@ -147,10 +147,11 @@ def _finished(
 def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "Removal | None") -> Json:
     """Return the provenance of masks and weights."""
     plan = project.plan
+    runs = ("transformers",) if plan.propagates or plan.structure else ()
     described = describe(
         "mask",
         version=STAGES["mask"].version,
-        libraries=plan.libraries,
+        libraries=("torch", "numpy", *runs, *filter(None, [plan.method.package])),
         model=stats["model"],
         stats=digest(stats),
         calibration={"text": stats["text"], **stats["params"]},

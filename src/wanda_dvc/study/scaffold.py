@@ -22,6 +22,7 @@ from wanda_dvc.params import Params, Settings, check_params, flatten, nested
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.dvc import init_repository
 from wanda_dvc.study.files import write_text
+from wanda_dvc.study.markup import some
 
 TEMPLATE = files("wanda_dvc.study") / "template"
 PARAMS = TEMPLATE / "params.yaml"
@@ -37,11 +38,7 @@ FILES: Mapping[str, Traversable] = {
     ".dvcignore": TEMPLATE / "dvcignore",
     ".dvc/config": TEMPLATE / "config",
     "README.md": TEMPLATE / "README.md",
-    **{
-        f".dvc/plots/{plot.name}": plot
-        for plot in sorted((TEMPLATE / "plots").iterdir(), key=lambda one: one.name)
-        if plot.name.endswith(".json")
-    },
+    **{f".dvc/plots/{plot.name}": plot for plot in (TEMPLATE / "plots").iterdir() if plot.name.endswith(".json")},
 }
 
 
@@ -61,8 +58,7 @@ def init(
     folder = check_place(folder)
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
-        shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
-        raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; name another")
+        raise UserError(f"{folder}: holds {some(found)}, expected a new or an empty directory; name another")
     own = nested(_named(model, calibration, mirror))
     params, text = _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
     around = _repository_around(folder)
@@ -185,9 +181,8 @@ def preset_changes(name: str) -> Settings:
     """
     if name not in preset_names():
         raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/my-text.md)")
-    if name == DEFAULT:
-        return {}
-    content: Settings = YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = "{}" if name == DEFAULT else (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    content: Settings = YAML(typ="safe", pure=True).load(text)
     return content
 
 

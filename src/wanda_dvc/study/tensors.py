@@ -73,26 +73,22 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
 
 
 def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:
-    """Write one block's Gram matrices; `stats` says who reads them.
+    """Write one block's Gram matrices of inputs, or of gradients by linear; `stats` says who reads them.
 
-    Tensors, for each distinct input: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper triangle, row by
-    row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
-    so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
+    Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
+    triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
+    triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the gradients tier also
+    `LINEAR.squared_gradients` (float64 [out]). Header: as of statistics.
     """
-    _save(block_file(folder, block), _scaled(grams), {"readers": stats.readers, "transposed": stats.transposed})
-
-
-def _scaled(grams: "Mapping[str, Gram]") -> "dict[str, Tensor]":
-    """Return the tensors of Gram matrices in the form of `write_grams`."""
     import torch
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in stats.fisher.items()}
     for name, gram in grams.items():
         norm, triangle = gram.scaled_triangle()
         tensors[f"{name}.norm"] = norm.cpu()
         tensors[f"{name}.triangle"] = triangle.to("cpu", getattr(torch, GRAM_DTYPE))
         tensors[f"{name}.count"] = torch.tensor(gram.count)
-    return tensors
+    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def write_recorded(
@@ -109,17 +105,6 @@ def write_recorded(
     for name, gram in grams.items():
         tensors |= {f"{name}.triangle": gram.triangle().cpu(), f"{name}.count": torch.tensor(gram.count)}
     _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
-
-
-def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
-    """Write the gradients tier of one block, for each linear with gradients.
-
-    Tensors: `LINEAR.squared_gradients` (float64 [out]), and the tensors of the gradients' Gram matrix, in the form of
-    `write_grams`. Header: as of statistics; each matrix is one linear's, in its own orientation.
-    """
-    squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
-    header = {"readers": {name: [name] for name in grams}, "transposed": []}
-    _save(block_file(folder, block), _scaled(grams) | squares, header)
 
 
 def read_grams(

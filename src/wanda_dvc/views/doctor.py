@@ -5,8 +5,6 @@ What a stage or `dvc` refuses at once, with its own advice, is not checked here.
 
 import contextlib
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -50,7 +48,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
             needs = {stage: need(project, stage) for stage in NEEDS}
         checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_machine(params), *_room(project, needs), *_repository(project)]
+        checks += [*_machine(params), *_room(project, needs)]
     missing = [check.what for check in checks if check.needed and not check.good]
     if as_json:
         content = {stage: {"memory_bytes": one.memory, "disk_bytes": one.disk} for stage, one in needs.items()}
@@ -98,13 +96,3 @@ def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
     said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items()) or "1 GB"
     todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"
     yield Check("disk", free > most, f"{gigabytes(free)} free; needs about: {said}", todo)
-
-
-def _repository(project: Project) -> Iterator[Check]:
-    """Check git and DVC."""
-    git = shutil.which("git")
-    words = [git or "git", "rev-parse"]
-    inside = git and not subprocess.run(words, cwd=project.root, capture_output=True, check=False).returncode
-    yield Check("git", bool(inside), "a repository" if inside else "none", "install git and run `git init`")
-    there = (project.repository / ".dvc").is_dir()
-    yield Check("dvc", there, "initialised" if there else "no repository", "run `dvc init`")
