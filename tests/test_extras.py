@@ -16,7 +16,6 @@ from wanda_dvc.cli import app
 from wanda_dvc.errors import EXTRAS
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_json
-from wanda_dvc.views.doctor import doctor
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TOOLS = ("dev", "docs")  # extras of commands that are none of ours
@@ -60,12 +59,12 @@ import json, sys
 sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
 from typer.testing import CliRunner
 from wanda_dvc.cli import app
-from wanda_dvc.errors import explain, fixable
+from wanda_dvc.errors import explain
 for words in json.loads(sys.argv[2]):
     done = CliRunner().invoke(app, words.split())
     failed = isinstance(done.exception, Exception)
     said = [*explain(done.exception)] if failed else [str(done.exception or "")]
-    print(json.dumps({"said": said, "bug": failed and not fixable(done.exception), "stdout": done.stdout}))
+    print(json.dumps({"said": said, "bug": failed and not explain(done.exception), "stdout": done.stdout}))
 """
 
 
@@ -92,13 +91,3 @@ def test_another_missing_module_is_a_bug(tmp_path: Path):
     done = process("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")
     assert done.returncode == 1
     assert "This is a bug" in done.stderr
-
-
-def test_the_doctor_names_an_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("wanda_dvc.views.doctor.find_spec", lambda name: None)
-    table, _ = doctor(start=tmp_path)
-    (line,) = [line for line in table.splitlines() if line.startswith("| libraries: report")]
-    assert "✗" in line
-    assert "no matplotlib" in line
-    assert "`pip install 'wanda-dvc[report]'`" in line
-    assert "libraries: report" not in table.partition("Missing:")[2]

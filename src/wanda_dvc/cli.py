@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wanda_dvc import __version__
-from wanda_dvc.errors import UserError, explain, fixable, notice
+from wanda_dvc.errors import UserError, explain, notice
 from wanda_dvc.stages import STAGES, Stage, check_version
 from wanda_dvc.stages import run as run_stage
 
@@ -282,6 +282,7 @@ def run() -> None:
     except Exception as error:
         if os.environ.get("WANDA_DVC_DEBUG"):
             raise
-        for line in explain(error):
-            notice(line)
-        sys.exit(2 if fixable(error) else 1)
+        bug = f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
+        hint = "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback."
+        notice("\n".join(problems := explain(error) or (bug, hint)))
+        sys.exit(1 if bug in problems else 2)

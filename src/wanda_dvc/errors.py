@@ -5,14 +5,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-
-from wanda_dvc import __version__
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
-NO_PLACE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 # Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray"}
@@ -34,36 +30,24 @@ def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that prints
 
 
-def fixable(error: Exception) -> bool:
-    """Whether the user can fix this error: a setting, a file, the disk, the memory or a missing library."""
-    return bool(_problems(error))
+def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
+    """Return the lines of an error that the user can fix: a setting, a file, the disk, the memory, a missing library.
 
-
-def explain(error: Exception) -> Iterator[str]:
-    """Yield the lines of an error for the user."""
-    yield from _problems(error) or (
-        f"wanda-dvc {__version__}: {type(error).__name__}: {error}",
-        "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback.",
-    )
-
-
-def _problems(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
-    """Return the lines of an error that the user can fix; of any other error none."""
+    Of any other error none.
+    """
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
         found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
-        return _problems(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
+        return explain(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
     number = error.errno if isinstance(error, OSError) else None
     where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else ""
     said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
     again = "run the command again: the earlier output and finished work are kept"
     if number in NO_ROOM:
         return (f"{where}: disk full ({said}); free some space and {again}",)
-    if number in NO_PERMISSION:
-        return (f"{where}: {said}, expected permission to read and write; change it and {again}",)
     if number in NO_PLACE:
-        return (f"{where}: {said}, expected a path for a file; name another",)
+        return (f"{where}: {said}, expected permission to read and write; change it or name another, and {again}",)
     # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
     phrases = ("can't allocate memory", "out of memory", "can't start new thread")
     of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)

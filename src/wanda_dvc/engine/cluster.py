@@ -26,7 +26,7 @@ import wanda_dvc
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Executor, R, T
-from wanda_dvc.errors import UserError, explain, fixable, notice
+from wanda_dvc.errors import UserError, explain, notice
 from wanda_dvc.machine import omp_threads, usable_cores
 
 CPU = torch.device("cpu")
@@ -65,8 +65,8 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
         return list(found) if isinstance(found, Iterator) else found
     except Exception as error:
         where = f"worker on {socket.gethostname()} (node {ray.get_runtime_context().get_node_id()[:8]})"
-        if fixable(error):
-            raise UserError(*(f"{where}: {line}" for line in explain(error))) from None
+        if lines := explain(error):
+            raise UserError(*(f"{where}: {line}" for line in lines)) from None
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError, fixable
+from wanda_dvc.errors import UserError, explain
 from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
@@ -166,7 +166,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # gguf and transformers raise exceptions of many classes
-        if fixable(error):
+        if explain(error):
             raise
         raise UserError(
             f"{gguf}: {reason(error)}, expected a GGUF file that transformers reads; name one of another quantization "

@@ -8,11 +8,10 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from wanda_dvc import __version__
-from wanda_dvc.errors import EXTRAS, UserError
+from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.stages.needs import NEEDS, Need, free_disk, gigabytes, need
@@ -60,13 +59,9 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
 
 
 def _libraries() -> Iterator[Check]:
-    """Show the versions for a bug report, and check the extras."""
+    """Show the versions for a bug report."""
     yield Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}")
     yield Check("libraries", True, ", ".join(f"{name} {version(name)}" for name in SHOWN))
-    for extra in sorted(set(EXTRAS.values())):
-        absent = [name for name, one in EXTRAS.items() if one == extra and find_spec(name) is None]
-        found = f"no {', '.join(absent)}" if absent else "installed"
-        yield Check(f"libraries: {extra}", not absent, found, f"`pip install 'wanda-dvc[{extra}]'`", needed=False)
 
 
 def _machine(params: Params) -> Iterator[Check]:
