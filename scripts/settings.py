@@ -14,9 +14,9 @@ from wanda_dvc.catalog import (
     STRUCTURES,
     methods,
 )
-from wanda_dvc.params import settings
+from wanda_dvc.params import flatten, read_params, settings
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.scaffold import DEFAULT, read_preset
+from wanda_dvc.study.scaffold import PARAMS
 
 TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
@@ -45,7 +45,7 @@ PROPAGATIONS = (
 
 def page() -> str:
     """Return the page."""
-    defaults = read_preset(DEFAULT)
+    defaults = dict(flatten(read_params(Path(str(PARAMS))).model_dump(mode="json", exclude={"runtime"})))
     rows = []
     for name, field in settings():
         if not name.startswith(TEXTS[1]):  # a text's settings are described once

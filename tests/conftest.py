@@ -322,3 +322,12 @@ def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
     run = Runner(decoder, work)
     assert not list(run.walk(rows))
     return list(run.head(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's value of every setting but `runtime`, by dotted name."""
+    from wanda_dvc.params import check_params, flatten
+    from wanda_dvc.study.scaffold import PARAMS, preset_changes, updated
+
+    content = updated(YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8")), preset_changes(name))
+    return dict(flatten(check_params(content).model_dump(mode="json", exclude={"runtime"})))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT
+from conftest import ROOT, read_preset
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
-from wanda_dvc.study.scaffold import FILES, init, preset_names, read_preset
+from wanda_dvc.study.scaffold import FILES, init, preset_names
 from wanda_dvc.views.doctor import doctor
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}

@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from conftest import ROOT, script, shared
+from conftest import ROOT, read_preset, script, shared
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, flatten, nested, settings
-from wanda_dvc.study.scaffold import PRESETS, preset_names, read_preset
+from wanda_dvc.study.scaffold import PRESETS, preset_names
 
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'recipe=magnitude-rows,wanda-paper' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]

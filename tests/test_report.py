@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_params
+from conftest import ROOT, read_preset, write_params
 from markdown_it import MarkdownIt
 from repository import Repository
 
@@ -25,7 +25,6 @@ from wanda_dvc.results.pages import Content, Picture, as_html, write
 from wanda_dvc.results.report import page, report
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.scaffold import read_preset
 
 GOLDEN = Path(__file__).parent / "corpus/report.md"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT, script, write_params
+from conftest import ROOT, read_preset, script, write_params
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -16,7 +16,7 @@ from wanda_dvc.cli import app
 from wanda_dvc.params import check_params, nested, settings
 from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.scaffold import DEFAULT, read_preset
+from wanda_dvc.study.scaffold import DEFAULT
 
 
 def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_order():

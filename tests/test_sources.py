@@ -538,11 +538,3 @@ def test_tasks_come_from_the_hub_at_a_commit(project: Make, data):
     found = provenance(folder)
     assert (found["source"], found["revision"], found["samples"]) == ("baber/piqa", COMMIT, False)
     assert found["lm_eval"]
-
-
-def test_tasks_that_cannot_be_had_are_all_named(project: Make, hub: Hub):
-    with pytest.raises(UserError) as caught:
-        download(project=project(tasks__source="benchmark", tasks__names=["piqa", "rte"]), part="tasks")
-    first, second = caught.value.problems
-    assert first.startswith("params.yaml: tasks.names: piqa: baber/piqa: RepositoryNotFoundError: ")
-    assert second.startswith("params.yaml: tasks.names: rte: nyu-mll/glue: RepositoryNotFoundError: ")

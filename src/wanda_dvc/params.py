@@ -339,7 +339,8 @@ def _problem(problem: Any) -> str:
     setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
     if kind in ("extra_forbidden", "invalid_key"):
-        return f"{where}: no such setting; {_hint(setting)}"
+        close = difflib.get_close_matches(setting, [*dict(settings()), *Params.model_fields, "perplexity.texts"], n=1)
+        return f"{where}: no such setting; {f'did you mean {close[0]}?' if close else 'remove it'}"
     if kind == "missing":
         return f"{where}: missing"
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
@@ -361,12 +362,6 @@ def _meaning(place: tuple[int | str, ...]) -> str:
         field = getattr(model, "model_fields", {}).get(word)
         model, meaning = (field.annotation, field.description) if field else (Text, meaning)  # below `texts`: its name
     return meaning.replace("`", "")
-
-
-def _hint(name: str) -> str:
-    """Return what to do about a name that is no setting."""
-    close = difflib.get_close_matches(name, [*dict(settings()), *Params.model_fields, "perplexity.texts"], n=1)
-    return f"did you mean {close[0]}?" if close else "remove it"
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,16 +34,8 @@ class Items(NamedTuple):
 
 
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
-    """Find the items of every task. UserError with the problems of all tasks."""
-    items: dict[str, Items] = {}
-    problems: list[str] = []
-    for name in wanted.names:
-        try:
-            items[name] = _find_items(name, wanted.source, mirror)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    """Find the items of every task."""
+    items = {name: _find_items(name, wanted.source, mirror) for name in wanted.names}
     return Source({"tasks": wanted.model_dump(mode="json")}, partial(_write, items, wanted.source == "embedded"))
 
 

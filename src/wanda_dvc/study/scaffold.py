@@ -18,7 +18,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, Settings, check_params, flatten, nested
+from wanda_dvc.params import Params, Settings, check_params, nested
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.dvc import init_repository
 from wanda_dvc.study.files import write_text
@@ -194,9 +194,3 @@ def updated(content: Settings, changes: Settings) -> Settings:
         else:
             content[key] = value
     return content
-
-
-def read_preset(name: str) -> Settings:
-    """Return a value for every setting but `runtime`, by dotted name."""
-    content = updated(YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8")), preset_changes(name))
-    return dict(flatten(check_params(content).model_dump(mode="json", exclude={"runtime"})))
