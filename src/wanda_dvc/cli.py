@@ -97,9 +97,7 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
     by_text = bool(part) and stage.parts[part].by_text
     if text and (not by_text or text not in known):
         raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
-    for label, one, named in stage.runs(known):
-        if part not in ("", one) or text not in ("", named):
-            continue
+    for label, one, named in stage.runs(known, part, text):
         _prepare(label, network=stage.network)
         with stoppable(label):
             announce(project=project, stage=name, part=one, text=named)

@@ -215,6 +215,5 @@ def _repro(study: Study, stage: str, part: str = "", text: str = "") -> None:
     from wanda_dvc.stages import STAGES
     from wanda_dvc.study.dvc import repro
 
-    runs = STAGES[stage].runs(Project(study.path).params.perplexity.texts)
-    names = [name for name, of, on in runs if part in ("", of) and text in ("", on)]
-    repro(study.path, names)
+    runs = STAGES[stage].runs(Project(study.path).params.perplexity.texts, part, text)
+    repro(study.path, [name for name, _, _ in runs])

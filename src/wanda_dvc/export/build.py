@@ -36,7 +36,7 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
 
     The experiment is a name, commit, branch or tag; None is the workspace.
     """
-    target = check_place(target)
+    target, what = check_place(target), experiment or "the workspace"
     _check_target(project, target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
@@ -49,10 +49,16 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         else:
             found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment)
-        _check_current(Runs.read(study.root), experiment or "the workspace")
+        stale = Runs.read(study.root).stale
+        if "mask" in stale:  # no settings describe these masks
+            before = ", ".join(name for name in stale if name.startswith(("calibrate", "mask")))
+            raise UserError(
+                f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model "
+                "and statistics; run `dvc repro`"
+            )
         found.study = study = study.with_params(found.params)
         if others := made_with_others(found):
-            raise UserError(f"{experiment or 'the workspace'}: {others[0].removesuffix('.')}")
+            raise UserError(f"{what}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
         _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
@@ -63,9 +69,7 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         text = card(study, metrics["sparsity"], removed=removed, results=sections(found))
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
-    return "\n".join(
-        [f"{target}: the pruned model of {experiment or 'the workspace'}, with a model card", *found.notes]
-    )
+    return "\n".join([f"{target}: the pruned model of {what}, with a model card", *found.notes])
 
 
 def _check_target(project: Project, target: Path) -> None:
@@ -75,16 +79,6 @@ def _check_target(project: Project, target: Path) -> None:
     for path in (target, temporary_place(target)):  # the second is for an unfinished copy
         if is_there(path):
             raise UserError(f"{path}: exists already, expected a new directory; name another")
-
-
-def _check_current(runs: Runs, what: str) -> None:
-    """Raise UserError if the inputs of the masks have changed: no settings describe these masks."""
-    if "mask" in runs.stale:
-        before = ", ".join(name for name in runs.stale if name.startswith(("calibrate", "mask")))
-        raise UserError(
-            f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model and "
-            "statistics; run `dvc repro`"
-        )
 
 
 # --- the parts of an experiment, in a folder laid out like a project ---

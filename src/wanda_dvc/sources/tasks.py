@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.engine.items import load_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
@@ -62,8 +61,6 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
         raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
     origin: Path | Repository | None = samples if source == "embedded" else in_mirror(mirror, *place)
     if origin is None:
-        if not HUB_ID.fullmatch(dataset):
-            raise UserError(f"{where}: got items of {dataset}, expected a data set on the Hub, ORG/NAME; remove it")
         origin = resolve("dataset", dataset, given.get("revision"), where)
     return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
 

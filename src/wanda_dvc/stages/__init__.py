@@ -66,11 +66,12 @@ class Stage:
         """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""
         return self.name + (f"-{part}" if part else "") + (f"@{text}" if text else "")
 
-    def runs(self, texts: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-        """Yield the name, part and text of each run."""
-        for part, row in self.parts.items():
-            for text in texts if row.by_text else [""]:
-                yield self.run_name(part, text), part, text
+    def runs(self, texts: Iterable[str], part: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
+        """Yield the name, part and text of each run; of one part or text, if it is named."""
+        for one, row in self.parts.items():
+            for named in texts if row.by_text else [""]:
+                if part in ("", one) and text in ("", named):
+                    yield self.run_name(one, named), one, named
 
 
 def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
@@ -278,7 +279,7 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str | None = None, text: str | None = None) -> None:
+def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> None:
     """Run one stage on a project; without a part or a text where it has some, on all of them.
 
     UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
@@ -286,11 +287,10 @@ def run(stage: str, *, project: "Project", part: str | None = None, text: str | 
     row = STAGES[stage]
     if stage != "plan":
         _check_plan(project)
-    for _, one, name in row.runs(project.params.perplexity.texts):
-        if part in (None, "", one) and text in (None, "", name):
-            words = {row.part_is: one} if one else {}
-            words |= {"text": name} if name else {}
-            row.function(project=project, **words)
+    for _, one, name in row.runs(project.params.perplexity.texts, part, text):
+        words = {row.part_is: one} if one else {}
+        words |= {"text": name} if name else {}
+        row.function(project=project, **words)
 
 
 def _check_plan(project: "Project") -> None:
