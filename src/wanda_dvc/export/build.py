@@ -65,9 +65,7 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
         found.pruned.keep_of(digest(made_from))
         found.pruned.metrics["sparsity"] = metrics
-        removed = metrics.get("removed_parameters")
-        text = card(study, metrics["sparsity"], removed=removed, results=sections(found))
-        (work.out / "README.md").write_text(text, encoding="utf-8")
+        (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
         work.publish(target)
     return "\n".join([f"{target}: the pruned model of {what}, with a model card", *found.notes])
 

@@ -52,8 +52,7 @@ def apply(*, project: Project) -> None:
     with project.work(made_from) as work:
         folder = work.fresh()
         zeros, metrics = prune(project, folder)
-        text = card(project, metrics["sparsity"], removed=metrics.get("removed_parameters"))
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(card(project, metrics), encoding="utf-8")
         write_provenance(folder, made_from)
         work.publish(project.model("pruned"))
     errors = {linear: x for linear, x in zeros.items() if x.error is not None}

@@ -45,14 +45,12 @@ tokenizer = AutoTokenizer.from_pretrained(where)
 """
 
 
-def card(
-    study: Project, sparsity: float, *, removed: float | None = None, results: Mapping[str, str] | None = None
-) -> str:
-    """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
+def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None) -> str:
+    """Return the model card of a study's pruned model, with the `metrics` that `apply` measured.
 
-    `removed` is the share of the model's weights that were removed with complete units; None: zeros are stored.
     `results` are more sections, by title.
     """
+    sparsity = metrics["sparsity"]
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
     license_name, license_text = _license(study.model("dense"), dense)
@@ -76,8 +74,8 @@ def card(
     }
     what = f"{100 * sparsity:.4g} % of the weights in the linear layers of the blocks are zero"
     if structure:
-        gone = f", {100 * removed:.4g} % of the model's parameters" if removed is not None else ""
-        what = f"{100 * sparsity:.4g} % of the {structure.about} were removed{gone}"
+        what = f"{100 * sparsity:.4g} % of the {structure.about} were removed, "
+        what += f"{100 * metrics['removed_parameters']:.4g} % of the model's parameters"
         limits = f"The model is dense, with fewer {structure.about}; it runs like any other model of its family."
     else:
         limits = "Zeros are stored like any number: the files are no smaller than the dense model's. " + (
