@@ -77,7 +77,7 @@ def text_at(root: Path, repo: Any, rev: str, name: str) -> str | None:
 class Revision:
     """An experiment, commit, branch or tag, read out of git and DVC's cache. The workspace is only read."""
 
-    name: str
+    commit: str
     files: Any  # DVC's file system of that state
     prefix: str  # of the project inside the repository
 
@@ -91,18 +91,13 @@ class Revision:
             around = repo.root_dir
         try:
             files = DVCFileSystem(around, rev=name)
-            files.repo.get_rev()  # an unknown name fails here, and not at the first file
-            return cls(name, files, below(root, around))
+            commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
+            return cls(commit, files, below(root, around))
         except SCMError as error:
             raise UserError(
                 f"{name}: no experiment, commit, branch or tag of that name, or several ({error}); `dvc exp list "
                 "--all-commits` lists the experiments, and `dvc exp show --sha` their commits"
             ) from None
-
-    @property
-    def commit(self) -> str:
-        """The commit's name."""
-        return str(self.files.repo.get_rev())
 
     def take(self, part: str, target: Path) -> list[str]:
         """Take one file or folder into `target`, laid out like a project. Return the files that are missing.

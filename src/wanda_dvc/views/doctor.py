@@ -36,7 +36,11 @@ class Check:
 
 def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
-    checks, needs = [*_libraries()], dict[str, Need]()
+    needs: dict[str, Need] = {}
+    checks = [  # the versions for a bug report
+        Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}"),
+        Check("libraries", True, ", ".join(f"{name} {version(name)}" for name in SHOWN)),
+    ]
     try:
         project = Project.find(start)
         params = project.params
@@ -56,12 +60,6 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
     return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{said}", not missing
-
-
-def _libraries() -> Iterator[Check]:
-    """Show the versions for a bug report."""
-    yield Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}")
-    yield Check("libraries", True, ", ".join(f"{name} {version(name)}" for name in SHOWN))
 
 
 def _machine(params: Params) -> Iterator[Check]:
