@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import CalibrationText, Params, Text, check_params, flatten, read_params, settings
+from wanda_dvc.params import CalibrationText, Params, Text, check_params, flatten, read_params, resolved, settings
 from wanda_dvc.plan import CHOICES, Plan
 
 
@@ -184,9 +184,9 @@ def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     row = RECIPES[recipe]
     value = {"method": "ria", "group": "linear", "allocation": "owl", "reconstruction": "least-squares",
              "propagation": "pruned"}[choice]  # fmt: skip
-    filled = asked(recipe, **{choice: value}).filled
+    filled = asked(recipe, **{choice: value}).plan.described
     expected = {name: getattr(row, name) for name in CHOICES} | {choice: value}
-    assert {name: getattr(filled, name) for name in CHOICES} == expected
+    assert {name: filled[name] for name in CHOICES} == expected
 
 
 def test_the_paper_s_magnitude_competes_by_linear():
@@ -226,7 +226,7 @@ def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(
 def test_a_pattern_sets_the_sparsity(pattern: str, share: str, sparsity: float):
     params = asked("wanda", pattern, sparsity=sparsity)
     assert params.plan.share == Fraction(share)
-    assert params.filled.sparsity == float(Fraction(share))
+    assert resolved(params)["sparsity"] == float(Fraction(share))
     assert Plan.read(params.plan.described) == replace(params.plan, left_out=())
 
 

@@ -116,6 +116,11 @@ class Text(_Section):
             join=join if self.join is None else self.join,
         )
 
+    @property
+    def filled(self) -> dict[str, str | None]:
+        """Its settings, with the source's own values in place of nulls."""
+        return {name: getattr(self.chosen, name) for name in Text.model_fields}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Text":
         named, path = catalog.TEXTS.get(self.source), Path(self.source)
@@ -248,16 +253,6 @@ class Params(_Section):
         return max(self.plan.needs, catalog.STATISTICS[0] if wanted == AUTO else wanted, key=catalog.STATISTICS.index)
 
     @property
-    def filled(self) -> "Params":
-        """The settings with nulls replaced by their values."""
-        chosen = self.plan.described
-        update = {name: chosen[name] for name in (*CHOICES, "allocation_strength", "sparsity")}
-        texts = {name: _filled(text) for name, text in self.perplexity.texts.items()}
-        update["calibration"] = self.calibration.model_copy(update={"text": _filled(self.calibration.text)})
-        update["perplexity"] = self.perplexity.model_copy(update={"texts": texts})
-        return self.model_copy(update=update)
-
-    @property
     def items(self) -> int | None:
         """The number of items of each task; None: all."""
         return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == catalog.EMBEDDED else None)
@@ -294,10 +289,6 @@ class Params(_Section):
         if self.runtime.ray is not None and device not in (AUTO, "cpu", "cuda"):
             expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
             yield f"runtime.device: found {device} with runtime.ray {self.runtime.ray}, expected {expected}"
-
-
-def _filled(text: Text) -> Text:
-    return text.model_copy(update={name: getattr(text.chosen, name) for name in type(text).model_fields})
 
 
 def _place(text: ChosenText) -> tuple[str | None, ...]:
@@ -401,7 +392,11 @@ def nested(settings: Mapping[str, Any]) -> Settings:
 
 def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
-    return dict(flatten(params.filled.model_dump(mode="json", exclude={"runtime", "recipe"})))
+    content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.described
+    content |= {name: chosen[name] for name in (*CHOICES, "allocation_strength", "sparsity")}
+    content["calibration"]["text"] = params.calibration.text.filled
+    content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
+    return dict(flatten(content))
 
 
 def sources(params: Params) -> dict[str, tuple[str, str]]:

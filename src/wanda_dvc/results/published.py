@@ -62,7 +62,7 @@ def sources() -> list[Source]:
 
 def text_settings(params: Params, text: str) -> Settings:
     """Return the settings of a text under the names of published.yaml."""
-    return {f"perplexity.text.{key}": value for key, value in params.filled.perplexity.texts[text]}
+    return {f"perplexity.text.{key}": value for key, value in params.perplexity.texts[text].filled.items()}
 
 
 def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:

@@ -49,7 +49,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
 def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
-    described = f"{params.model}: {recipe(params)}, sparsity {params.filled.sparsity:g}, pattern {params.pattern}"
+    described = f"{params.model}: {recipe(params)}, sparsity {float(params.plan.share):g}, pattern {params.pattern}"
     if named:
         return f"{experiment.name}: {described}"
     if not is_there(experiment.study.masks / PROVENANCE):
