@@ -280,7 +280,10 @@ def run() -> None:
     except Exception as error:
         if os.environ.get("WANDA_DVC_DEBUG"):
             raise
-        bug = f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
-        hint = "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback."
-        notice("\n".join(problems := explain(error) or (bug, hint)))
-        sys.exit(1 if bug in problems else 2)
+        bug = (
+            f"wanda-dvc {__version__}: {type(error).__name__}: {error}",
+            "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback.",
+        )
+        problems = explain(error)
+        notice("\n".join(problems or bug))
+        sys.exit(2 if problems else 1)
