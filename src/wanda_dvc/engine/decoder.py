@@ -203,7 +203,7 @@ class Decoder:
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-        with self._instead_of_blocks(lambda *args, **kwargs: result), self._unpacking():
+        with self._instead_of_blocks(lambda *args, **kwargs: result):
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
 
@@ -241,19 +241,6 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _unpacking(self) -> Iterator[None]:
-        """Raise UserError if the model uses more outputs of its blocks than hidden states."""
-        try:
-            yield
-        except ValueError as error:
-            if "unpack" not in str(error):
-                raise
-            raise UserError(
-                f"{self.checkpoint}: its blocks pass each other more than hidden states ({error}); unsupported model "
-                "structure"
-            ) from error
-
-    @contextlib.contextmanager
     def _attending(self, row: Row) -> Iterator[None]:
         """Select the attention for the row: the model's own, or ours."""
         ours = row.layout is not None or self._ours_for_windows
@@ -289,7 +276,7 @@ class Decoder:
             words["position_ids"] = row.layout.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
-        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop), self._unpacking():
+        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
             self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(

@@ -16,7 +16,6 @@ from torch import Tensor
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
@@ -78,9 +77,6 @@ def measure(
     """Return a model's mean loss on a window, and its divergence from a reference, or its own reference.
 
     `hidden` are the hidden states after the last block. The results are on the host.
-
-    Raises:
-        UserError: the model has another vocabulary than a token of the reference.
     """
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
     offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
@@ -203,16 +199,6 @@ def _divergence(dense: Reference, seen: list[Tensor]) -> Divergence:
         agreed=int((first == dense.first).sum()),
         squared_change=float((change**2).sum()),
     )
-
-
-def check_vocabulary(decoder: Decoder, expected: int) -> None:
-    """Raise UserError if a model's vocabulary is not the dense model's: their distributions are not comparable."""
-    found = decoder.vocabulary
-    if found != expected:
-        raise UserError(
-            f"{decoder.checkpoint}: a vocabulary of {found:,} tokens, expected the dense model's {expected:,}: the two "
-            "models' predictions cannot be compared; use a model pruned from this study's dense model"
-        )
 
 
 # --- all windows ---

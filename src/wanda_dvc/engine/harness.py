@@ -9,7 +9,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import load_tokenizer
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import UserError
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
@@ -18,8 +18,8 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     lm-eval does the tokenization, limits positions, and chooses the prefix of an empty context.
     """
 
-    def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, what: str, progress: Progress) -> None:
-        """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
+    def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, progress: Progress) -> None:
+        """`folder` holds the tokenizer, `progress` shows the blocks."""
         tokenizer = load_tokenizer(folder)
         self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
         # lm-eval asks for a prefix with each text, and uses it for texts without a context.
@@ -27,7 +27,7 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
         decoder.model.tie_weights = lambda *_, **__: None  # lm-eval would replace a head that is stored by itself
         super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
         del decoder.model.tie_weights
-        self.runner, self.what, self.progress = runner, what, progress
+        self.runner, self.progress = runner, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Answer lm-eval's requests. UserError for an empty context if the tokenizer has no BOS or EOS token."""
@@ -41,10 +41,5 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        if not self.runner.decoder.holds_layouts:
-            notice(
-                f"{self.what}: the model's attention or positions do not allow several questions in a row; each choice "
-                "runs separately, which is slower and gives the same answers"
-            )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         return loglikelihoods(self.runner, asked, length=self.max_length, progress=self.progress)

@@ -41,6 +41,7 @@ class Sums:
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
+    is_finite: bool = True  # all hidden states after the block
 
     def merge(self, other: "Sums") -> None:
         """Add the sums of other rows. UserError if a linear reads another input in those rows."""
@@ -53,6 +54,7 @@ class Sums:
                 self.crosses[name] += cross.to(self.crosses[name])
             self.crossed[name] = self.crossed.get(name, 0) + other.crossed[name]
         _merge(self.outputs, other.outputs)
+        self.is_finite &= other.is_finite
         if other.influence is not None:
             self.influence = other.influence if self.influence is None else self.influence + other.influence
 
@@ -78,7 +80,7 @@ class Sums:
         readers: dict[str, list[str]] = {}
         for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
             readers.setdefault(source[linear], []).append(linear)
-        inputs = {name: stats[name].cpu() for name in readers}
+        inputs = {name: stats[name].to("cpu") for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
         outputs = {name: self.outputs[name].cpu() for name in linears if name in self.outputs}

@@ -5,7 +5,6 @@ transformers' conversion rules.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -217,7 +216,6 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state:
-            _check_is_no_block(name, model, checkpoint)
             continue
         if pattern is None:
             parts[name] = [Part(Address(tensor))]
@@ -263,23 +261,6 @@ def missing(checkpoint: Checkpoint, parameter: str) -> UserError:
         f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "
         "stores it in an unsupported form"
     )
-
-
-def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a stored tensor belongs to a block after the model's last block.
-
-    Blocks for multi-token prediction do not count; transformers or the configuration declares them.
-    """
-    name, blocks = find_blocks(model)
-    base = model.base_model_prefix
-    found = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
-    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-    if found and int(found[1]) >= len(blocks) + ahead and not ignored:
-        raise UserError(
-            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
-            f"checkpoint stores {tensor}; copy both again"
-        )
 
 
 def place_parts(

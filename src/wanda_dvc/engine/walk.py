@@ -56,13 +56,6 @@ class Block:
         model.hold(self.index, self.index + 1, self.change)
 
 
-class Done(NamedTuple):
-    """The result of one block on one shard."""
-
-    sums: Sums
-    is_finite: bool  # all hidden states are finite
-
-
 @torch.no_grad()
 def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device, shard: Shard) -> None:
     """Write a shard's hidden states before the first block."""
@@ -74,7 +67,7 @@ def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device,
 
 
 @torch.no_grad()
-def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Done:
+def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Sums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
     model, index, finite = opened(device), block.index, list[Tensor]()
     block.load(model, shard.rows[0])
@@ -92,13 +85,13 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
             deque(after, maxlen=0)
     is_finite = all(torch.stack(finite).tolist())  # the host waits for a GPU here, once for all rows
     if recorder is None:
-        return Done(Sums(), is_finite)
+        return Sums(is_finite=is_finite)
     if not is_finite:
         raise UserError(
             f"{model.checkpoint}: block {index}: activations that are not finite, expected finite ones; {FIX}"
         )
     recorder.sums.check_finite(index)
-    return Done(recorder.sums, is_finite)
+    return recorder.sums
 
 
 def _through(  # noqa: PLR0913, PLR0917 - a shard, and what watches it
@@ -292,11 +285,11 @@ class Step:
     def _run(self, block: Block) -> Sums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""
         running, total = partial(run_block, self.runner.opened, block), Sums()
-        for done in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
-            if not done.is_finite:
-                self.progress.not_finite = self.progress.not_finite or f"block {self.index}"
-            total.merge(done.sums)
-            del done  # before the next shard's sums are there
+        for sums in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
+            total.merge(sums)
+            del sums  # before the next shard's are there
+        if not total.is_finite:
+            self.progress.not_finite = self.progress.not_finite or f"block {self.index}"
         return total
 
 

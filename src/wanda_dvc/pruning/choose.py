@@ -139,19 +139,20 @@ def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
-def choose_units(
+def choose_units(  # noqa: PLR0913 - the units, their statistics, and how they are scored
     sets: Mapping[str, Units],
     weights: Weights,
     blocks: Iterable[BlockStats],
     *,
     method: Method,
+    dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> dict[str, Bool[Tensor, " units"]]:
     """Return the units of each set that stay: those with the highest scores; of ties the first goes.
 
     The units are complete linears: blocks or experts. Without a score of units, a unit's is the sum of its weights'
-    scores. `weights` reads a linear's stored weight. UserError if a score is not finite, or the outputs of experts were
-    not recorded.
+    scores. `dtype` is that of the scores and the sums. `weights` reads a linear's stored weight. UserError if a score
+    is not finite, or the outputs of experts were not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
     score = function_of(method.function)
@@ -170,7 +171,7 @@ def choose_units(
                     for linear in linears:
                         weight = weights(linear) if device is None else weights(linear).to(device)
                         weight = oriented(weight, linear in block.transposed)
-                        found += score(weight, inputs[linear].to(weight.device)).sum(dtype=torch.float64).item()
+                        found += score(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
                 if not math.isfinite(found):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite; its weights or activations overflow"
@@ -178,7 +179,7 @@ def choose_units(
                 scores[name].append(found)
     stays = {}
     for name, units in sets.items():
-        parts = torch.tensor(scores[name], dtype=torch.float64).chunk(units.groups)
+        parts = torch.tensor(scores[name], dtype=dtype).chunk(units.groups)
         stays[name] = torch.cat([highest(part, units.stay // units.groups) for part in parts])
     return stays
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
@@ -51,10 +51,6 @@ class InputStats:
     def to(self, device: torch.device | str) -> "InputStats":
         """Return the same sums on a device."""
         return InputStats(self.sum_squares.to(device), self.sum.to(device), self.count)
-
-    def cpu(self) -> "InputStats":
-        """Return the same sums in main memory."""
-        return self.to("cpu")
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
@@ -111,16 +107,12 @@ class BlockStats(NamedTuple):
         return ", ".join(reader.rpartition(".")[2] for reader in self.readers[name])
 
 
-def outliers(norm: Float[Tensor, " in"]) -> Bool[Tensor, " in"]:
-    """Mark the features whose norm is more than `OUTLIER` times their input's median."""
-    return norm > OUTLIER * norm.quantile(0.5)
-
-
 def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:
-    """Return mean, median and largest norm, and the share of features that are outliers."""
+    """Return mean, median and largest norm, and the share of outliers: norms above `OUTLIER` times the median."""
+    median = norm.quantile(0.5)
     return {
         "mean": norm.mean().item(),
-        "median": norm.quantile(0.5).item(),
+        "median": median.item(),
         "max": norm.max().item(),
-        "outliers": outliers(norm).float().mean().item(),
+        "outliers": (norm > OUTLIER * median).float().mean().item(),
     }

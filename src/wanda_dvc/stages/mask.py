@@ -83,7 +83,8 @@ def mask(*, project: Project) -> None:
             from wanda_dvc.engine.finders import confirmed
 
             every = (read_stats(project.stats, block) for block in blocks)
-            stays = choose_units(removal.sets, checkpoint.weight, every, method=plan.method, device=device)
+            dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
+            stays = choose_units(removal.sets, checkpoint.weight, every, method=plan.method, dtype=dtype, device=device)
             removal = confirmed(checkpoint, removal.with_stays(stays))
     rated = (informed(project, plan, block) for block in blocks)
     shares = allocate(

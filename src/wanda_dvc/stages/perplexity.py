@@ -9,7 +9,6 @@ from wanda_dvc.engine.divergence import (
     TOP,
     Divergence,
     Reference,
-    check_vocabulary,
     from_losses,
     measure_windows,
     summarize,
@@ -48,8 +47,6 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     if dense:
         protocol |= {"reference": digest(dense)}
     with project.work(protocol) as work, runner(project, model, work) as run:
-        if dense:
-            check_vocabulary(run.decoder, dense["vocabulary"])
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
         losses, divergences = _measure(run, work.out, reference if dense else None, f"{run_name}, output head, windows")
