@@ -78,7 +78,7 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
-        self.hold, self.release = self.weights.hold, self.weights.release
+        self.hold = self.weights.hold
         self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
         self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
@@ -88,8 +88,16 @@ class Decoder:
 
     @property
     def one_of_each_kind(self) -> list[int]:
-        """The first block of each kind, in order: a later block may read outputs of an earlier block."""
-        return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
+        """The first block of each kind, in order: a later block may read outputs of an earlier block.
+
+        Blocks of a kind compute alike: they have one class, parameters of the same names, and one type of mask.
+        """
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        first: dict[Hashable, int] = {}
+        for index, block in enumerate(self.blocks):
+            names = tuple(name for name, _ in block.named_parameters())
+            first.setdefault((type(block), names, tuple(types[index : index + 1])), index)
+        return list(first.values())
 
     @property
     def vocabulary(self) -> int:
@@ -130,8 +138,9 @@ class Decoder:
             self._calls[key] = calls, sum(sizes.values())
         return self._calls[key][0]
 
-    def forget_calls(self) -> None:
-        """Free the memory of the recorded calls."""
+    def release(self) -> None:
+        """Free the memory of the block that is held, and of the recorded calls."""
+        self.weights.release()
         self._calls.clear()
 
     def room(self) -> int:
@@ -203,7 +212,7 @@ class Decoder:
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-        with self._instead_of_blocks(lambda *args, **kwargs: result):
+        with self._instead_of_blocks(lambda *args, **kwargs: result), self._unpacking():
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
 
@@ -241,6 +250,19 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
+    def _unpacking(self) -> Iterator[None]:
+        """Raise UserError if the model uses more outputs of its blocks than hidden states."""
+        try:
+            yield
+        except ValueError as error:
+            if "unpack" not in str(error):
+                raise
+            raise UserError(
+                f"{self.checkpoint}: its blocks pass each other more than hidden states ({error}); unsupported model "
+                "structure"
+            ) from error
+
+    @contextlib.contextmanager
     def _attending(self, row: Row) -> Iterator[None]:
         """Select the attention for the row: the model's own, or ours."""
         ours = row.layout is not None or self._ours_for_windows
@@ -276,7 +298,7 @@ class Decoder:
             words["position_ids"] = row.layout.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
-        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop), self._unpacking():
             self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(
@@ -317,12 +339,6 @@ class Decoder:
         if not isinstance(out, (tuple, list)):
             return None
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
-
-    def _kind(self, index: int) -> Hashable:
-        """Return the kind of a block: class, parameter names and mask type. Blocks of a kind compute alike."""
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
-        block = self.blocks[index]
-        return type(block), tuple(name for name, _ in block.named_parameters()), tuple(types[index : index + 1])
 
     def _attends_alike(self) -> bool:
         """Whether our attention and the model's own give the same results in each kind of block.

@@ -94,13 +94,7 @@ def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Re
     for name, value in others.items():
         fields[name] = Field(value, next(iter(fields.values())).sets if name in structure.scaled else ())
     removal = Removal(structure=structure, sets=sets, fields=fields, readers=readers)
-    try:  # some configurations require a width that is a multiple of the number of heads
-        _build(source, structure, removal.changes)
-    except UserError:
-        raise UserError(
-            f"sparsity: got {removal.share:.4g}, with which transformers builds no model of {source.config_name} "
-            f"({removal.changes}); set another sparsity"
-        ) from None
+    _build(source, structure, removal.changes)  # some require a width that is a multiple of the number of heads
     return _with_cuts(source, removal, {place: size for place, (size, *_) in dims.items()})
 
 
@@ -254,11 +248,8 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     parts, content = stored_parts(full, source), source.config.get_text_config().to_dict()
     numbers = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
     if len(numbers) != 1:
-        looked = ", ".join(structure.fields)
-        several = (
-            f"has several numbers of them ({', '.join(numbers)})" if numbers else f"has none (looked for {looked})"
-        )
-        raise refused(structure, source, f"its configuration {several}")
+        found, looked = ", ".join(numbers) or "none", ", ".join(structure.fields)
+        raise refused(structure, source, f"its configuration has {found}, expected one of {looked}")
     ((field, number),) = numbers.items()
     groups, chosen = content.get(GROUPS), content.get(CHOSEN)
     groups = groups if type(groups) is int and 1 < groups < number and number % groups == 0 else 1

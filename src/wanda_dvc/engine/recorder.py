@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,8 @@ class Sums:
         for (module, leaf, expert), names in _weights(linears).items():
             if expert is not None and (module, leaf) not in reached:
                 raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
-            if expert is None and names[0] not in source and not _is_of_a_list(names[0]):
+            of_a_list = sum(word.isdigit() for word in names[0].split(".")) > 1  # as an expert with its own modules is
+            if expert is None and names[0] not in source and not of_a_list:
                 raise UserError(f"{names[0]}: computed in an unsupported way; unsupported model structure")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
@@ -83,7 +84,7 @@ class Sums:
         inputs = {name: stats[name].to("cpu") for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
-        outputs = {name: self.outputs[name].cpu() for name in linears if name in self.outputs}
+        outputs = {name: replace(x, sum=x.sum.cpu()) for name in linears if (x := self.outputs.get(name))}
         measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
         return Recorded(measured, self.grams, crosses)
 
@@ -106,11 +107,6 @@ def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
     for name, sums in other.items():
         if own.setdefault(name, sums) is not sums:
             own[name].merge(sums)
-
-
-def _is_of_a_list(name: str) -> bool:
-    """Whether a linear is in a module list inside its block, as an expert with its own modules is."""
-    return sum(word.isdigit() for word in name.split(".")) > 1
 
 
 # Linears by their parameter: a module, its leaf and the expert. Linears that are rows of one parameter share its input.

@@ -5,6 +5,7 @@ transformers' conversion rules.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -183,21 +184,13 @@ def check_model(folder: Path) -> None:
     """Check that a directory holds a complete model that the stages can run, with its tokenizer.
 
     Raises:
-        UserError: index, shards, configuration, weights or tokenizer are damaged, or do not match.
+        UserError: index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
     """
     checkpoint = Checkpoint(folder)
     model = build_empty(checkpoint.config, checkpoint.config_name)
     find_blocks(model)
     stored_parts(model, checkpoint)
-    tokenizer, rows = load_tokenizer(folder), model.get_input_embeddings().weight.shape[0]
-    # Many models have a padding token without an embedding, and no text contains it.
-    added = set(tokenizer.get_added_vocab())
-    largest = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
-    if largest >= rows:
-        raise UserError(
-            f"{folder}: the tokenizer has ids up to {largest}, expected at most {rows - 1}: the model has {rows:,} "
-            "embeddings; copy the tokenizer that belongs to it"
-        )
+    load_tokenizer(folder)
 
 
 def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
@@ -216,6 +209,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state:
+            _check_is_no_block(name, model, checkpoint)
             continue
         if pattern is None:
             parts[name] = [Part(Address(tensor))]
@@ -237,7 +231,10 @@ def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, S
     for names in aliases.values():
         stored = [name for name in names if name in parts]
         if not stored:
-            raise missing(checkpoint, names[0])
+            raise UserError(
+                f"{checkpoint}: no tensor for {names[0]}, expected one by config.json; the checkpoint is incomplete, "
+                "or stores it in an unsupported form"
+            )
         for name in stored:
             for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
                 if (dtype := entries[tensor].dtype) not in STORED.values():
@@ -255,12 +252,21 @@ def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, S
                     )
 
 
-def missing(checkpoint: Checkpoint, parameter: str) -> UserError:
-    """Return the error for a parameter without a stored tensor."""
-    return UserError(
-        f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "
-        "stores it in an unsupported form"
-    )
+def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a stored tensor belongs to a block after the model's last block.
+
+    Blocks for multi-token prediction do not count; transformers or the configuration declares them.
+    """
+    name, blocks = find_blocks(model)
+    base = model.base_model_prefix
+    found = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
+    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+    if found and int(found[1]) >= len(blocks) + ahead and not ignored:
+        raise UserError(
+            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
+            f"checkpoint stores {tensor}; copy both again"
+        )
 
 
 def place_parts(

@@ -222,7 +222,6 @@ class Runner:
         finally:
             self.not_finite = progress.not_finite
             self.decoder.release()
-            self.decoder.forget_calls()
 
     def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
         """Apply a function to the last hidden states of the shards that it has an input for, in the shards' order.
@@ -340,7 +339,6 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
             back.finish(last=index == 0)
     finally:
         decoder.release()
-        decoder.forget_calls()
 
 
 class Back(NamedTuple):

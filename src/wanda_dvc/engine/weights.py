@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies, empty_weight
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, missing, stored_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 
 
@@ -35,19 +35,13 @@ class Weights:
         """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
-        self._parts = stored_parts(model, checkpoint)
+        self.parts = stored_parts(model, checkpoint)  # by parameter
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._held: tuple[int, int, Change | None] | None = None
         self._load_rest()
-
-    def parts(self, name: str) -> list[Part]:
-        """Return the stored weights of a parameter."""
-        if name not in self._parts:
-            raise missing(self.checkpoint, name)
-        return self._parts[name]
 
     def of_block(self, index: int) -> dict[str, Linear]:
         """Return all weights of a block by stored name: its linears, then all others."""
@@ -57,14 +51,14 @@ class Weights:
         for name, _ in block.named_parameters():
             owner, _, leaf = name.rpartition(".")
             if (module := block.get_submodule(owner), leaf) not in held:
-                parts = self.parts(f"{self.blocks_name}.{index}.{name}")
+                parts = self.parts[f"{self.blocks_name}.{index}.{name}"]
                 others |= {part.address.linear: Linear(module, leaf, part) for part in parts}
         return linears | others
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        linears, weights = stored_linears(block, prefix, self.parts), find_linears(block)
+        linears, weights = stored_linears(block, prefix, self.parts.__getitem__), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
@@ -158,7 +152,7 @@ class Weights:
         """
         found = {}
         for name, parameter in parameters.items():
-            parts = self.parts(name)
+            parts = self.parts[name]
             weight = self.checkpoint.read(parts[0].address)
             if not parts[0].is_complete or (weight.device, weight.dtype) != (self.device, parameter.dtype):
                 weight = empty_weight(parameter.shape, parameter.dtype, self.device)
@@ -178,7 +172,7 @@ class Weights:
             if id(parameter) not in inside:
                 names.setdefault(id(parameter), []).append(name)
         for aliases in names.values():
-            stored = [name for name in aliases if name in self._parts]
+            stored = [name for name in aliases if name in self.parts]
             empty = self.model.get_parameter(stored[0])
             found = {
                 name: nn.Parameter(tensor, requires_grad=False)
@@ -190,8 +184,8 @@ class Weights:
                 set_parameter(self.model, alias, first if torch.equal(own, first) else own)
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
-            if name in self._parts:  # few: the bias by which some routers balance their experts
-                buffer = self.checkpoint.read(self._parts[name][0].address).to(buffer.dtype)
+            if name in self.parts:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self.parts[name][0].address).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
 

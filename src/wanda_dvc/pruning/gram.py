@@ -57,9 +57,12 @@ class Gram:
         return self._pack(lambda row, _: row)
 
     @classmethod
-    def from_triangle(cls, packed: Float[Tensor, " packed"], count: int) -> "Gram":
-        """Return the statistics whose triangle this is, as exact as float32 held them."""
-        return cls(unpack(packed).double(), count)
+    def from_triangle(
+        cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
+    ) -> "Gram":
+        """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them."""
+        matrix = unpack(packed)
+        return cls((matrix if norm is None else matrix * norm * norm[:, None]).double(), count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
@@ -74,11 +77,6 @@ class Gram:
         for first, part in _rows(packed, features):
             part.copy_(row_from(self.upper[first, first:], first))
         return packed
-
-    @classmethod
-    def from_scaled_triangle(cls, norm: Float[Tensor, " in"], packed: Shaped[Tensor, " packed"], count: int) -> "Gram":
-        """Return the statistics of `scaled_triangle`, as exact as its dtype held them."""
-        return cls((unpack(packed) * norm * norm[:, None]).double(), count)
 
 
 def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:

@@ -74,10 +74,6 @@ class OutputStats:
         self.sum = self.sum + other.sum.to(self.sum)
         self.count += other.count
 
-    def cpu(self) -> "OutputStats":
-        """Return the same sums in main memory."""
-        return OutputStats(self.sum.cpu(), self.count)
-
 
 class BlockStats(NamedTuple):
     """The statistics of one block's distinct inputs. A linear is named as the checkpoint stores its weight."""
@@ -101,10 +97,6 @@ class BlockStats(NamedTuple):
         """Return the experts that no token reached: their linears' names without the last word."""
         unread = [name for name, x in self.inputs.items() if not x.count]
         return {linear.rpartition(".")[0] for name in unread for linear in self.readers[name]}
-
-    def label(self, name: str) -> str:
-        """Return a distinct input's name in a table: its readers, such as `q_proj, k_proj, v_proj`."""
-        return ", ".join(reader.rpartition(".")[2] for reader in self.readers[name])
 
 
 def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:

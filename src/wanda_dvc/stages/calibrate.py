@@ -124,6 +124,7 @@ def _write_norms(project: Project) -> None:
     for block in range(block_count(project.stats, "calibrate")):
         stats = read_stats(project.stats, block)
         for name, x in stats.inputs.items():
-            rows.append([block, stats.label(name), len(x.norm), *summary(x.norm).values()])
+            readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
+            rows.append([block, readers, len(x.norm), *summary(x.norm).values()])
     headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
     write_csv(project.plots("norms"), headers, rows)

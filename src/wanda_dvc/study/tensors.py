@@ -148,10 +148,8 @@ class Grams(Mapping[str, "Gram"]):
         norm, triangle, count = (self.tensors.get(f"{name}.{kind}") for kind in GRAM)
         if triangle is None or count is None:
             raise KeyError(name)
-        triangle = triangle.to(self.device)
-        if norm is None:
-            return Gram.from_triangle(triangle, int(count))
-        return Gram.from_scaled_triangle(norm.to(self.device), triangle, int(count))
+        norm = None if norm is None else norm.to(self.device)
+        return Gram.from_triangle(triangle.to(self.device), int(count), norm)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own method would unpack the matrix
         return f"{name}.count" in self.tensors
