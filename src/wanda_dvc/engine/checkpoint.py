@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -265,7 +266,8 @@ def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -
     configuration changes. All other files are copied, except those named in `without` and hidden files, in which the
     Hub's client stores times.
 
-    Every file is written once, from beginning to end. One piece is in memory at a time.
+    Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
+    bounded by the two largest pieces.
 
     Raises:
         UserError: a piece has another shape or dtype than expected.
@@ -306,7 +308,7 @@ def _write_shard(view: Changed, shard: Path, path: Path) -> Iterator[str]:
         names = [name for name in names if name in view.source.entries and new.get(name, name) is not None]
         names.sort(key=lambda name: -DTYPES.get(stored[name].dtype, 8))
     written = [new[name] for name in names if name in new]
-    pieces = (piece for name in written if name for piece in view.pieces(name))
+    pieces = _made_ahead(piece for name in written if name for piece in view.pieces(name))
     with shard.open("rb") as original, path.open("wb") as file:
         if view.changes:
             file.write(_header(view, [new.get(name) or name for name in names]))
@@ -343,6 +345,19 @@ def _header(view: Changed, names: list[str]) -> bytes:
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
+
+
+def _made_ahead(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield the pieces; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        made = maker.submit(next, pieces, None)
+        while True:
+            piece = made.result()
+            if piece is None:
+                return
+            made = maker.submit(next, pieces, None)
+            yield piece
+            del piece  # before the next one arrives
 
 
 def _copy(stored: BinaryIO, file: BinaryIO, begin: int, length: int) -> None:

@@ -320,51 +320,44 @@ class Gradients:
             )
 
 
-@dataclass(kw_only=True)
-class GradientRecorder:
-    """Sums that grow during the backward passes of rows through a block; `found` has them afterwards."""
+@contextlib.contextmanager
+def recording_gradients(linears: dict[str, Linear], *, gram: bool = False) -> Iterator[Gradients]:
+    """Record the gradients by the outputs of these linears in every pass inside; `gram` adds their Gram matrices.
 
-    gram: bool = False  # keep the Gram matrices too
-    found: Gradients = field(default_factory=Gradients)
-    _linears: dict[str, Linear] = field(default_factory=dict)
-    _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes with a gradient, on the device
+    Linears without a gradient then drop out, and the sums are in main memory.
+    """
+    found, tokens = Gradients(), dict[str, Tensor]()  # tokens of the passes with a gradient, on the device
 
-    @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        """Record the gradients by the outputs of these linears in every pass inside.
-
-        Linears without a gradient then drop out, and the sums are in main memory.
-        """
-        self._linears = linears
-        with _watching(linears, self._see):
-            yield
-        tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
-        reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
-        sums, grams = self.found.sums, self.found.grams
-        self.found = Gradients(sums={name: sums[name].cpu() for name in reached})
-        for name in reached if self.gram else ():
-            self.found.grams[name] = Gram(grams[name].upper, reached[name])
-
-    def _see(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
+    def see(names: list[str], x: Tensor, y: Tensor, some: slice) -> None:
         if y.requires_grad:
 
             def rows(tensor: Tensor) -> Tensor:
-                return tensor.detach().flatten(0, -2)[tokens].float()
+                return tensor.detach().flatten(0, -2)[some].float()
 
             norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
-            y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
+            y.register_hook(lambda gradient: add(names, rows(gradient).mul(norms)))
 
-    def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
+    def add(names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
         where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator has float64
-        sums, found = gradient.square().sum(dim=0).to(where).double(), self.found
+        sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
-            rows = slice(*(self._linears[name].part.rows or (None,)))
+            rows = slice(*(linears[name].part.rows or (None,)))
             own = sums[rows]
             count = own.any() * len(gradient)
-            self._tokens[name] = self._tokens[name] + count if name in self._tokens else count
+            tokens[name] = tokens[name] + count if name in tokens else count
             found.sums[name] = found.sums[name] + own if name in found.sums else own.clone()
-            if self.gram:
+            if gram:
                 found.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
+
+    with _watching(linears, see):
+        yield found
+    counts = torch.stack(list(tokens.values())).tolist() if tokens else []
+    for name, count in zip(tokens, counts, strict=True):
+        sums, matrix = found.sums.pop(name), found.grams.pop(name, None)
+        if count:
+            found.sums[name] = sums.cpu()
+        if count and matrix:
+            found.grams[name] = Gram(matrix.upper, count)
 
 
 ALL = slice(None)

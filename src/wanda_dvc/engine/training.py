@@ -1,7 +1,7 @@
 """Trains one block on its masks, to match the dense block's output."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,8 @@ def train(  # noqa: PLR0913 - the settings of a training
     before, start = mean_loss(), {name: p.detach().clone() for name, p in trained.items()}
     rate = min(rate, before)
     optimizer = torch.optim.Adam(groups, eps=EPSILON * scale)
-    order = list(_order(len(rows), epochs, seed, index))
+    generator = torch.Generator().manual_seed(seed * 100_003 + index)
+    order = [row for _ in range(epochs) for row in torch.randperm(len(rows), generator=generator).tolist()]
     with torch.enable_grad():
         for number, row in enumerate(order):
             for group in optimizer.param_groups:
@@ -94,10 +95,3 @@ def _scale(parameter: Tensor) -> float:
     """Return the root mean square of nonzero values; at least 1e-3, so that zero biases can change (as Adafactor)."""
     rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
     return max(1e-3, rms.item())
-
-
-def _order(rows: int, epochs: int, seed: int, block: int) -> Iterator[int]:
-    """Yield the rows of every epoch, in a new order per epoch."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + block)
-    for _ in range(epochs):
-        yield from torch.randperm(rows, generator=generator).tolist()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import GradientRecorder, Gradients, InputRecorder, Recorded, Sums
+from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, recording_gradients
 from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, Row, Shard, as_rows, shards
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import Change
@@ -330,7 +330,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
             deque(runner.map(turning, runner.shards, "output head back, shard"), maxlen=0)
             back.finish()
         for index in reversed(range(blocks - back.finished)):
-            total, backing = Gradients(), partial(run_back, runner.opened, Back(index, before, gradients, gram))
+            total, backing = Gradients(), partial(run_back, runner.opened, index, before, gradients, gram)
             for sums in runner.map(backing, runner.shards, f"backward pass, block {index}, shard"):
                 total.merge(sums)
                 del sums  # before the next shard's are there
@@ -339,15 +339,6 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
             back.finish(last=index == 0)
     finally:
         decoder.release()
-
-
-class Back(NamedTuple):
-    """A block to run backward, and its files."""
-
-    block: int
-    before: HiddenStates  # at all boundaries
-    gradients: HiddenStates  # of the loss by them, counted from the last boundary
-    gram: bool
 
 
 @torch.no_grad()
@@ -360,17 +351,28 @@ def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: 
 
 
 @torch.no_grad()
-def run_back(opened: Opened, back: Back, device: torch.device, shard: Shard) -> Gradients:
-    """Write the gradients of each row's loss by its hidden states before a block, from those after the block."""
-    model, index, recorder = opened(device), back.block, GradientRecorder(gram=back.gram)
+def run_back(  # noqa: PLR0913, PLR0917 - a block, and its files
+    opened: Opened,
+    index: int,
+    before: HiddenStates,
+    gradients: HiddenStates,
+    gram: bool,
+    device: torch.device,
+    shard: Shard,
+) -> Gradients:
+    """Write the gradients of each row's loss by its hidden states before a block, from those after the block.
+
+    `before` has all boundaries; boundaries of `gradients` count from the last one.
+    """
+    model = opened(device)
     done = len(model.blocks) - 1 - index
     model.calls(shard.rows[0])  # the first call runs the first block, which must not be loaded yet
     model.hold(index, index - 1)
-    states, after = back.before.read(index, shard.number), back.gradients.read(done, shard.number)
+    states, after = before.read(index, shard.number), gradients.read(done, shard.number)
     rows = zip(states, after, shard.rows, strict=True)
-    with recorder.recording(model.linears(index)):
-        back.gradients.write(done + 1, shard.number, (_back(model, index, *row) for row in rows))
-    return recorder.found
+    with recording_gradients(model.linears(index), gram=gram) as found:
+        gradients.write(done + 1, shard.number, (_back(model, index, *row) for row in rows))
+    return found
 
 
 def _back(

@@ -15,7 +15,6 @@ from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_mode
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
-from wanda_dvc.pruning.selection import count_zeros
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import tier_provenance
 from wanda_dvc.stages.mask import removal_of
@@ -144,7 +143,7 @@ class Parts:
         of_inputs = self.plan.structure is not None
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
         made = made._replace(weight=made.weight.to(weight.device))
-        zero = count_zeros(made.weight)
+        zero = weight.numel() - int(made.weight.count_nonzero())
         return made.weight, Zeros(block, zero, weight.numel(), made.error, made.masked, solved)
 
 
