@@ -22,6 +22,8 @@ class Inline(Executor):
     ran: list[tuple[str, Any]] = field(default_factory=list)
     models: dict[str, Decoder] = field(default_factory=dict)
 
+    workers = 1
+
     def map(self, function: Callable[..., Any], inputs: Iterable[Any], what: str = "task") -> Iterator[Any]:
         _opened[id(self)] = self
         sent = pickle.dumps(function)
@@ -32,9 +34,6 @@ class Inline(Executor):
 
     def opener(self, decoder: Decoder) -> Callable[[torch.device], Decoder]:
         return partial(opened, id(self), uuid4().hex, decoder.checkpoint.folder, decoder.dtype)
-
-    def counts(self) -> dict[str, int]:
-        return {"workers": 1, "nodes": 1}
 
 
 _opened: dict[int, Inline] = {}

@@ -162,7 +162,7 @@ class Cluster(Executor):
         if not ray.is_initialized():
             connect(address)
         carry_tensors()
-        nodes = [node["Resources"] for node in alive_nodes()]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._address = address
         self._kind = "GPU" if device != "cpu" and any(node.get("GPU") for node in nodes) else "CPU"
         if device == "cuda" and self._kind != "GPU":
@@ -223,17 +223,7 @@ class Cluster(Executor):
                 "stage again"
             ) from None
 
-    def counts(self) -> dict[str, int]:
-        """Return the numbers of workers and nodes."""
-        nodes = sum(bool(node["Resources"].get(self._kind)) for node in alive_nodes())
-        return {"workers": max(1, self.workers), "nodes": nodes}
-
     def close(self) -> None:
         """Leave the cluster."""
         if self._ours:
             ray.shutdown()
-
-
-def alive_nodes() -> list[dict[str, Any]]:
-    """Return Ray's descriptions of the cluster's nodes."""
-    return [node for node in ray.nodes() if node["Alive"]]

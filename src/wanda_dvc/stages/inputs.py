@@ -176,7 +176,7 @@ def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
 
     with contextlib.closing(Cluster(runtime.ray, device=runtime.device)) as cluster:
         cluster.open([folder.absolute() for folder in folders])
-        notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in cluster.counts().items()))
+        notice(f"runtime.ray: workers: {max(1, cluster.workers)}")
         yield cluster
 
 
