@@ -240,16 +240,6 @@ def positions_of(config: Any) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def check_length(place: Path, length: int, setting: str) -> None:
-    """Raise UserError if windows are longer than the model's number of positions."""
-    positions = positions_of(read_config(place))
-    if positions is not None and length > positions:
-        raise UserError(
-            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
-            f"{place}; set {setting}={positions} or less"
-        )
-
-
 def reason(error: BaseException) -> str:
     """Return a library's error as one short line, with its name if the text alone is too short."""
     text = " ".join(str(error).split())[:300]

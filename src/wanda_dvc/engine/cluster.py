@@ -142,13 +142,9 @@ def connect(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
         ray.init(address=address, **words)
     except Exception as error:  # Ray raises any exception, plain Exception too
-        todo = (
-            "start it with `ray start --head`, set RAY_AUTH_MODE=token in the environment if it asks for a token, or "
-            "set local or null"
-        )
-        todo = "try it again, or set null" if address == LOCAL else todo
         raise UserError(
-            f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); {todo}"
+            f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); start it with "
+            "`ray start --head`, set RAY_AUTH_MODE=token if it asks for a token, or set local or null"
         ) from None
 
 

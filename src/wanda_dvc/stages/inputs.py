@@ -30,7 +30,7 @@ HEAD = "output head"
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> Json:
     """Check device, files, configuration and length of windows before a model runs; return the model's provenance."""
-    from wanda_dvc.engine.checkpoint import check_length, read_config
+    from wanda_dvc.engine.checkpoint import positions_of, read_config
 
     own_device(project.params.runtime)
     if project.params.runtime.ray is not None:
@@ -38,10 +38,12 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
     provenance = read_provenance(project.model(model), MADE_BY[model])
     for file in project.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
-    if length is None:
-        read_config(project.model(model))
-    else:
-        check_length(project.model(model), length, setting)
+    positions = positions_of(read_config(project.model(model)))
+    if length and positions is not None and length > positions:
+        raise UserError(
+            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
+            f"{project.model(model)}; set {setting}={positions} or less"
+        )
     return provenance
 
 
