@@ -17,7 +17,7 @@ from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
 
-def measure(root: Path, stage: str, part: str | None) -> dict[str, float]:
+def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     """Run one stage; return its peak above the imports' memory, and the formula's bound."""
     import torch
 
@@ -45,7 +45,7 @@ def main() -> None:
     look = commands.add_parser("measure")
     look.add_argument("project", type=Path)
     look.add_argument("stage", choices=["calibrate", "mask", "apply", "perplexity"])
-    look.add_argument("part", nargs="?")
+    look.add_argument("part", nargs="?", default="")
     look.add_argument("--result", type=Path, required=True)
     words = parser.parse_args()
     if words.command == "make":

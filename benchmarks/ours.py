@@ -48,7 +48,7 @@ def windows(folder: Path, part: str) -> Any:
     if part == "calibration":
         return calibration_windows(project).numpy()
     wanted = project.params.perplexity
-    tokens = tokenize(project.text(f"{part}/{wanted.first}"), load_tokenizer(project.model("dense")))
+    tokens = tokenize(project.text(f"{part}/{next(iter(wanted.texts))}"), load_tokenizer(project.model("dense")))
     asked = wanted.windows if isinstance(wanted.windows, int) else None
     return torch.stack(cut(tokens, length=wanted.length, windows=asked)).numpy()
 

@@ -83,10 +83,11 @@ class Repository:
 
         Outs that are missing hold nothing; plan/ is that of the settings, or all results would be stale.
         """
-        for path, content in planned(Project(self.root).params).items():
-            write_json(self.root / f"plan/{path}.json", content)
+        for stage, content in planned(Project(self.root).params).items():
+            write_json(self.root / f"plan/{stage}.json", content)
         with Repo(str(self.root)) as repo:
-            for path in [Path(one.fs_path) for one in (*repo.index.outs, *repo.index.deps)]:
+            for one in (*repo.index.outs, *repo.index.deps):
+                path = Path(one.fs_path)
                 if not path.exists():
                     file = path if path.suffix else path / "nothing.json"
                     file.parent.mkdir(parents=True, exist_ok=True)

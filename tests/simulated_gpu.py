@@ -144,7 +144,7 @@ def simulated_gpu() -> Iterator[None]:
         stack.callback(future.set_overwrite_module_params_on_conversion, False)
         future.set_overwrite_module_params_on_conversion(True)
         # Torch leaves the modes while it computes gradients; hooks, which are ours, run inside.
-        backward = _inside(torch.autograd._engine_run_backward)
+        backward = _inside(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", backward))
         stack.enter_context(_Modes())
         yield

@@ -199,7 +199,7 @@ RUNS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), RUNS, ids=["-".join(filter(None, one)) for one in RUNS])
-def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: Killer, name: str, part: str | None):
+def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: Killer, name: str, part: str):
     """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next.
 
     Those of a publication are all in the test above.
@@ -246,7 +246,7 @@ def check_recovery(
         assert not leftovers(root), f"killed at operation {at} of {points}"
 
 
-def removed_before(name: str, part: str | None) -> list[str]:
+def removed_before(name: str, part: str) -> list[str]:
     """What DVC removes before it runs a stage, or a user before an export is repeated."""
     if name == "export":
         return ["exported"]
@@ -269,7 +269,7 @@ WITHOUT = [*(one for one in RUNS if removed_before(*one)), ("export", None)]
     ],
 )
 def test_any_file_operation_without_earlier_outputs_is_a_crash_point_that_recovers(
-    root: Path, killer: Killer, name: str, part: str | None
+    root: Path, killer: Killer, name: str, part: str
 ):
     """The settings have `propagation: pruned`."""
 

@@ -186,7 +186,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     made = project(runtime__device=device)  # without any file to read
-    part = "dense" if stage in ("perplexity", "zero-shot") else None
+    part = "dense" if stage in ("perplexity", "zero-shot") else ""
     with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device} on a machine .*expected one"):
         run(stage, project=made, part=part)
     assert own_device(project(runtime__device="cpu").params.runtime).type == "cpu"

@@ -200,7 +200,7 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
     monkeypatch.setattr(decoding, "calls_bytes", lambda _: 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
 
-    def record(row: decoding.Row) -> list[decoding.Call]:
+    def record(row: calls.Row) -> list[decoding.Call]:
         recorded.append(len(row.tokens))
         table = torch.zeros(len(row.tokens), dtype=torch.uint8)
         return [decoding.Call((table,), {"shared": (table, table[:5])}), decoding.Call((), {"mask": None})]
@@ -208,5 +208,5 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
     monkeypatch.setattr(decoder, "_record_calls", record)
     for _ in range(2):
         for length in (60, 30, 20, 20, 40, 10):
-            decoder.calls(decoding.Row(torch.zeros(length, dtype=torch.long)))
+            decoder.calls(calls.Row(torch.zeros(length, dtype=torch.long)))
     assert recorded == [60, 30, 20, 40, 10, 20, 40]

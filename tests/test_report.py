@@ -254,16 +254,17 @@ def test_curves_stand_where_their_numbers_are():
     [ax] = figure.axes
     [dense, *_] = ax.lines
     assert (dense.get_label(), list(np.asarray(dense.get_ydata()))) == ("dense", [5, 5])
-    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}  # type: ignore[attr-defined] # of `errorbar`
     found = {name: np.nan_to_num(line.get_xydata()).tolist() for name, line in lines.items()}
     assert found == {"a": [[30, 7], [70, 0]], "b": [[30, 9], [50, 700]]}
-    ends = [bar for bars in ax.collections for bar in bars.get_segments() if len(bar)]
+    ends = [bar for bars in ax.collections for bar in bars.get_segments() if len(bar)]  # type: ignore[attr-defined] # of lines
     assert [bar[:, 1].tolist() for bar in ends] == [[6, 8], [600, 900]]
     low, high = ax.get_ylim()
     assert low < 5
     assert high > 900
     assert ax.get_yscale() == "log"
-    assert [(text.get_text(), text.xy) for text in ax.texts] == [("a diverged", (70, 1))]
+    notes: list[Any] = list(ax.texts)
+    assert [(note.get_text(), note.xy) for note in notes] == [("a diverged", (70, 1))]
     assert svg(figure) == svg(figure)
 
 

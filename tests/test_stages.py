@@ -85,10 +85,15 @@ def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: P
     assert tree(fetch(project(model=elsewhere), "model").model("dense")) == first
 
 
+def file_in_place_of(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: [shutil.rmtree(folder), folder.touch()], "is no directory; name one that holds a Hugging Face"),
+        (file_in_place_of, "is no directory; name one that holds a Hugging Face"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json, expected a Hugging Face model directory"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (

@@ -49,18 +49,18 @@ def studies(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> 
 @pytest.mark.parametrize(
     ("stage", "part", "taken", "of", "says"),
     [
-        ("calibrate", None, "data/perplexity/embedded>data/calibration", "own", "made by download perplexity"),
-        ("mask", None, "stats", "model", "stats/: measured on tiny1"),
-        ("mask-pruned", None, "data/calibration", "text", "stats/: measured on calibration.txt"),
-        ("apply", None, "masks", "model", "masks/: made for tiny1"),
-        ("apply", None, "stats", "text", "stats/gram: found 2 blocks of tiny0, expected"),
+        ("calibrate", "", "data/perplexity/embedded>data/calibration", "own", "made by download perplexity"),
+        ("mask", "", "stats", "model", "stats/: measured on tiny1"),
+        ("mask-pruned", "", "data/calibration", "text", "stats/: measured on calibration.txt"),
+        ("apply", "", "masks", "model", "masks/: made for tiny1"),
+        ("apply", "", "stats", "text", "stats/gram: found 2 blocks of tiny0, expected"),
         ("perplexity", "pruned", "reference", "model", "reference/embedded: measured on another model"),
         ("perplexity", "pruned", "reference", "text", "reference/embedded: measured with tokens"),
         ("perplexity", "pruned", "models/dense>models/pruned", "own", "made by download model, expected apply"),
     ],
 )
 def test_an_artifact_of_other_inputs_is_refused(
-    studies: dict[str, Path], tmp_path: Path, stage: str, part: str | None, taken: str, of: str, says: str
+    studies: dict[str, Path], tmp_path: Path, stage: str, part: str, taken: str, of: str, says: str
 ):
     root = shutil.copytree(studies["own"], tmp_path / "study")
     source, _, target = taken.partition(">")

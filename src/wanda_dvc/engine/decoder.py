@@ -129,7 +129,7 @@ class Decoder:
         """Return the arguments of every block for a row. They depend on its length or layout, not on its tokens."""
         key = row.layout or len(row.tokens)
         if key not in self._calls:
-            # A walk has the same rows in the same order for each block: the first ones stay, beside the current row.
+            # A walk has the same rows in the same order for each block: the first ones stay, with the current row.
             if sum(size for _, size in self._calls.values()) > calls_bytes(self.device.type):
                 self._calls.popitem()
             calls = self._record_calls(row)

@@ -298,7 +298,7 @@ def report_resumed(kept: int, blocks: int, way: str = "") -> None:
         notice(f"resuming after {kept} of {blocks} blocks{way}")
 
 
-# --- the way back ---
+# --- the backward pass ---
 
 
 def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:

@@ -110,7 +110,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         take("models/dense", f"its dense model ({wanted['source']}) is")
 
 
-# --- the card ---
+# --- the model card ---
 
 
 def sections(experiment: Experiment) -> dict[str, str]:
