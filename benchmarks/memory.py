@@ -13,7 +13,7 @@ from checkpoints import QWEN, make_checkpoint
 from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.needs import need
-from wanda_dvc.stages.running import AnonymousMemory
+from wanda_dvc.stages.running import sampled_memory
 from wanda_dvc.study.project import Project
 
 
@@ -25,11 +25,11 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     torch.set_num_threads(cores())
     _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
     wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
-    with AnonymousMemory(samples_a_second=300) as sampler:
+    with sampled_memory(samples_a_second=300) as samples:
         run(stage, project=project, part=part)
     return {
-        "peak": sampler.peak - sampler.base,
-        "imports": sampler.base,
+        "peak": max(samples) - samples[0],
+        "imports": samples[0],
         "bound": wanted.anonymous,
     }
 

@@ -1,6 +1,5 @@
 """Counts of a model from its config.json, without weights, and the memory of rows that go through it block by block."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,19 @@ FIXED = LIBRARIES + ALLOCATOR  # of every stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linears:
-    """A model's linears, counted; each expert's matrix is one. "Features" are counted for each linear by itself."""
+class Sizes:
+    """A model, counted; a tied head counts as embeddings. Each expert's matrix is a linear with features of its own."""
 
-    count: int  # weights of all
-    prunable: int  # M: weights of the largest block's
-    linear: int  # l: weights of the largest
-    features: int  # F: that a block's read and write
+    count: int  # weights of all linears
+    prunable: int  # M: of the largest block's
+    linear: int  # l: of the largest
+    features: int  # F: that a block's linears read and write
     widest: int  # f: the most that one reads or writes
-    squares: int  # Σ f² of what a block's read
+    squares: int  # Σ f² of what a block's linears read
     all_squares: int  # of all blocks
-    output_squares: int  # Σ g² of what a block's write
+    output_squares: int  # Σ g² of what a block's linears write
     all_output_squares: int  # of all blocks
     width: int  # bytes of a stored weight
-
-    @staticmethod
-    def of(shapes: Sequence[Sequence[tuple[int, int]]], width: int) -> "Linears":
-        """Count linears by their shapes [out, in], block by block."""
-        each = [shape for block in shapes for shape in block]
-        weights = [sum(out * features for out, features in block) for block in shapes]
-        reads = [sum(features**2 for _, features in block) for block in shapes]
-        writes = [sum(out**2 for out, _ in block) for block in shapes]
-        return Linears(
-            count=sum(weights),
-            prunable=max(weights),
-            linear=max(out * features for out, features in each),
-            features=max(sum(out + features for out, features in block) for block in shapes),
-            widest=max(max(shape) for shape in each),
-            squares=max(reads),
-            all_squares=sum(reads),
-            output_squares=max(writes),
-            all_output_squares=sum(writes),
-            width=width,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes(Linears):
-    """A model, counted; a tied head counts as embeddings."""
-
     parameters: int
     blocks: int
     block: int  # W: parameters of the largest
@@ -111,13 +84,26 @@ def sizes(config: Path) -> Sizes:
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
     blocks = find_blocks(model)[1]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-    linears = [
+    shapes = [  # [out, in] of each linear
         [(shape[-2], shape[-1]) for shape in weight_shapes(block) for _ in range(shape[:-2].numel())]
         for block in blocks
     ]
+    each = [shape for block in shapes for shape in block]
+    weights = [sum(out * features for out, features in block) for block in shapes]
+    reads = [sum(features**2 for _, features in block) for block in shapes]
+    writes = [sum(out**2 for out, _ in block) for block in shapes]
     heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
     return Sizes(
-        **vars(Linears.of(linears, WIDTH.get(dtype, 4))),
+        count=sum(weights),
+        prunable=max(weights),
+        linear=max(out * features for out, features in each),
+        features=max(sum(out + features for out, features in block) for block in shapes),
+        widest=max(max(shape) for shape in each),
+        squares=max(reads),
+        all_squares=sum(reads),
+        output_squares=max(writes),
+        all_output_squares=sum(writes),
+        width=WIDTH.get(dtype, 4),
         parameters=parameters,
         blocks=len(blocks),
         block=max(counts),

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from wanda_dvc.engine.checkpoint import Checkpoint, dtype_of
+from wanda_dvc.engine.checkpoint import dtype_of
 from wanda_dvc.engine.rows import shards
-from wanda_dvc.engine.sizes import FIXED, WIDTH, Linears, Sizes, Walk, sizes, walk
+from wanda_dvc.engine.sizes import FIXED, WIDTH, Sizes, Walk, sizes, walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
@@ -19,7 +19,6 @@ from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import ITEMS, TEXT, Project
-from wanda_dvc.study.tensors import block_count, read_stats
 
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TRAINED = 28  # bytes a parameter of a block that is trained
@@ -47,7 +46,6 @@ class Known:
 
     params: Params
     model: Path  # its directory
-    measured: Linears | None  # of stats/: building a model takes seconds of imports, which mask and apply do not need
     device: str  # its kind
     files: Mapping[str, int]  # bytes of fetched data, by part: calibration, tasks, …
     part: str | None = None  # of the stage; None: the part that needs most
@@ -57,11 +55,6 @@ class Known:
     def sizes(self) -> Sizes:
         """The model, counted."""
         return sizes(self.model)
-
-    @property
-    def linears(self) -> Linears:
-        """The linears, counted."""
-        return self.measured or self.sizes
 
     def walk(self, length: int) -> Walk:
         """Return the memory of windows of `length` tokens through all blocks."""
@@ -76,7 +69,7 @@ class Known:
         return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
 
-def known(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Known:
+def known(project: Project, part: str | None = None, text: str | None = None) -> Known:
     """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
     params, model = project.params, project.model("pruned" if part == "pruned" else "dense")
     names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
@@ -85,7 +78,6 @@ def known(project: Project, stage: str, part: str | None = None, text: str | Non
     return Known(
         params=params.model_copy(update={"dtype": dtype_of(model, params.dtype)}),
         model=model,
-        measured=_measured(project) if stage in ("mask", "apply") else None,
         device=device_name(params.runtime).partition(":")[0],
         files={name: path.stat().st_size for name, path in files.items() if path.is_file()},
         part=part,
@@ -98,7 +90,7 @@ def need(project: Project, stage: str, part: str | None = None, text: str | None
     model = project.model("pruned" if part == "pruned" else "dense")
     if stage not in NEEDS or not (model / "config.json").is_file():
         return Need()
-    return NEEDS[stage](known(project, stage, part, text))
+    return NEEDS[stage](known(project, part, text))
 
 
 def _calibrate(on: Known) -> Need:
@@ -121,19 +113,19 @@ def _calibrate(on: Known) -> Need:
 
 def _mask(on: Known) -> Need:
     """A block's masks and scores, or a solver; with `propagation`, during a walk through the pruned blocks."""
-    plan, linears = on.params.plan, on.linears
+    plan, model = on.params.plan, on.sizes
     if plan.solves_by_input:
-        chosen = _solving(linears, by_gradients=plan.masks_read_gradients)
+        chosen = _solving(model, by_gradients=plan.masks_read_gradients)
     else:
         on_gpu = on.device == "cuda"
         by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_gpu
-        scores = min(linears.linear, WEIGHTS_AT_A_TIME) if by_row else linears.linear
-        chosen = linears.prunable + SELECTION * min((1 if on_gpu else cores()) * scores, linears.prunable)
+        scores = min(model.linear, WEIGHTS_AT_A_TIME) if by_row else model.linear
+        chosen = model.prunable + SELECTION * min((1 if on_gpu else cores()) * scores, model.prunable)
     chosen = max(chosen, _probing(on))
-    masks = linears.count // 8
+    masks = model.count // 8
     if not plan.propagates:
         return Need(memory=FIXED + chosen, disk=masks)
-    model, length = on.sizes, on.params.calibration.length
+    length = on.params.calibration.length
     held = on.walk(length)
     window = held.activations + held.norms + plan.corrects * held.dense
     sums = plan.records_grams * held.grams + plan.corrects * held.crosses
@@ -153,9 +145,9 @@ def _mask(on: Known) -> Need:
 
 def _apply(on: Known) -> Need:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
-    plan, linears = on.params.plan, on.linears
+    plan, model = on.params.plan, on.sizes
     gram = on.params.tier != "norms"
-    memory = _solving(linears, by_gradients=plan.solver.by_gradients) if gram else 9 * linears.linear
+    memory = _solving(model, by_gradients=plan.solver.by_gradients) if gram else 9 * model.linear
     return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
@@ -209,7 +201,12 @@ def continuing(on: Known, tokens: int) -> int:
 
 
 def announce(*, project: Project, stage: str, part: str | None = None, text: str | None = None) -> None:
-    """Print a stage's needs and what is free to stderr."""
+    """Print a stage's needs and what is free to stderr.
+
+    Not of `mask` and `apply`: counting a model takes seconds of imports, which they do without.
+    """
+    if stage in ("mask", "apply"):
+        return
     try:
         wanted = need(project, stage, part, text)
     except (UserError, ValueError, KeyError, OSError):
@@ -242,9 +239,9 @@ def _walked(held: Walk, memory: int, *, disk: int) -> Need:
     return Need(memory=FIXED + held.weights + memory, mapped=held.weights if held.mapped else 0, disk=disk)
 
 
-def _solving(linears: Linears, *, by_gradients: bool = False) -> int:
+def _solving(model: Sizes, *, by_gradients: bool = False) -> int:
     """Solve for a linear, while the one before is written: 8 float32 copies and 5 matrices [f, f], at most."""
-    linear, square = linears.linear, linears.widest**2
+    linear, square = model.linear, model.widest**2
     return 9 * linear + 32 * linear + 20 * square + by_gradients * 20 * (linear + square)
 
 
@@ -260,15 +257,3 @@ def _probing(on: Known) -> int:
 def _gram_bytes(squares: int) -> int:
     """Return the bytes of stored triangles of Gram matrices, at most."""
     return squares // 2 * WIDTH[GRAM_DTYPE]
-
-
-def _measured(project: Project) -> Linears | None:
-    """Return the linears by stats/; None without it."""
-    checkpoint, shapes, width = Checkpoint(project.model("dense")), [], 0
-    for block in range(block_count(project.stats, "calibrate")):
-        measured = read_stats(project.stats, block)
-        features = {name: len(measured.inputs[x].sum) for x, names in measured.readers.items() for name in names}
-        weights = {name: checkpoint.weight(name) for name in features}
-        shapes.append([(weight.numel() // features[name], features[name]) for name, weight in weights.items()])
-        width = next(iter(weights.values())).itemsize
-    return Linears.of(shapes, width) if shapes else None

@@ -23,7 +23,6 @@ from wanda_dvc.study.project import Project
 SAMPLES_A_SECOND = 20  # of a stage's memory
 KEPT = "finished blocks are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
-ENDING = 5  # seconds that workers have to end
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
 
 if TYPE_CHECKING:
@@ -36,11 +35,11 @@ T = TypeVar("T")
 def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
     """Keep the time of a run, its machine, and its peak memory."""
     began = time.perf_counter()
-    with AnonymousMemory() as memory:
+    with sampled_memory() as memory:
         yield
     content: Json = {"seconds": round(time.perf_counter() - began, 2)}
-    if memory.peak:  # some systems do not say
-        content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
+    if peak := max(memory):  # some systems do not say
+        content["peak_anonymous_gb"] = round(peak / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
     write_json(project.time(stage.run_name(part, text)), content)
 
@@ -61,10 +60,6 @@ def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
 
     def end(why: str, code: int) -> None:
-        if ray := sys.modules.get("ray"):  # its workers have some seconds to end
-            ending = threading.Thread(target=ray.shutdown, daemon=True)
-            ending.start()
-            ending.join(ENDING)
         notice(f"{run}: {why}; {kept}")
         os._exit(code)
 
@@ -90,31 +85,27 @@ def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
         reader.close()
 
 
-class AnonymousMemory:
-    """The peak anonymous memory of this process, sampled by a thread; 0 if the system hides it.
+@contextlib.contextmanager
+def sampled_memory(samples_a_second: int = SAMPLES_A_SECOND) -> Iterator[list[int]]:
+    """Sample the anonymous memory of this process, in bytes, by a thread: at the start, the peak so far, at the end.
 
     The resident peak counts mapped checkpoint pages too, which the system may reclaim at any time: a model of 13.5 GB
     runs under a hard limit of 3 GB.
     """
+    samples, done = [anonymous_memory()] * 2, threading.Event()
 
-    def __init__(self, samples_a_second: int = SAMPLES_A_SECOND) -> None:
-        self.base = self.peak = anonymous_memory()
-        self._every = 1 / samples_a_second
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+    def sample() -> None:
+        while not done.wait(1 / samples_a_second):
+            samples[1] = max(samples[1], anonymous_memory())
 
-    def __enter__(self) -> "AnonymousMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.wait(self._every):
-            self.peak = max(self.peak, anonymous_memory())
-        self.peak = max(self.peak, anonymous_memory())
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+        samples.append(anonymous_memory())
 
 
 def anonymous_memory() -> int:
@@ -179,15 +170,16 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a progress bar on a terminal, else with a line a minute."""
     from tqdm import tqdm
 
-    bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
-    began = said = time.monotonic()
-    for done, item in enumerate(bar, start=1):
-        yield item
-        now = time.monotonic()
-        if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
-            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
-            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
-            said = now
+    terminal = sys.stderr.isatty()
+    yield from tqdm(
+        items,
+        total=total,
+        desc=what,
+        file=sys.stderr,
+        disable=False,  # by the environment, which disables the bars of libraries
+        delay=0 if terminal else 10,
+        mininterval=0.1 if terminal else 60,
+    )
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:

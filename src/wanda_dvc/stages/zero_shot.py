@@ -184,7 +184,7 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
 
     folder, runtime, prompts = project.model(model), project.params.runtime, read_prompts(project)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
-    needed = continuing(known(project, "zero-shot", model), longest + CONTINUED)
+    needed = continuing(known(project, model), longest + CONTINUED)
     if needed > (free := free_memory(device_name(runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
         again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
