@@ -1,1 +1,1 @@
-"""Pruned models of any experiment, in a table of formats, each with a model card."""
+"""Pruned models of any experiment, as ordinary directories with a model card."""
