@@ -4,7 +4,8 @@ import contextlib
 import importlib
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from test_families import save
 from test_stages import fetch, tree
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
+from wanda_dvc.engine.rows import Executor
 from wanda_dvc.stages import inputs
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.project import Project
@@ -67,15 +69,16 @@ Run = Callable[..., dict[str, bytes]]
 def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the stage anew, on a cluster or in this process; returns what it made."""
     monkeypatch.setattr(stage, "check_ready", lambda *_: None)  # it looks for Ray
+    on_ray = inputs.executor
 
     def made(
         cluster: Inline | None = None, *, model: str = "llama", again: bool = True, **changes: Any
     ) -> dict[str, bytes]:
-        @contextlib.contextmanager
-        def opened(_: Any, __: Any, *, meanwhile: Callable[[], Any]) -> Iterator[Any]:
-            yield cluster, meanwhile()
+        def opened(*words: Any) -> AbstractContextManager[Executor]:
+            return contextlib.nullcontext(cluster) if cluster else on_ray(*words)
 
-        monkeypatch.setattr(inputs, "_cluster", opened)
+        monkeypatch.setattr(inputs, "executor", opened)
+        monkeypatch.setattr(stage, "executor", opened)
         study = calibrated(model)
         settings = CALIBRATION | texts | changes
         write_params(study.root, study.params.model, runtime__ray="auto" if cluster else None, **settings)

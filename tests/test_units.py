@@ -330,7 +330,7 @@ def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
 def test_a_share_without_a_configuration_is_refused_before_any_work(tmp_path: Path):
     """Llama requires that the heads divide the width; `mask` and `apply` wrote a model that did not load."""
     folder = save("llama", tmp_path / "model", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
-    with pytest.raises(UserError, match=r"sparsity: got 0.25, with which .*'num_attention_heads': 6.*; set another"):
+    with pytest.raises(UserError, match="does not support: transformers builds no model with .*num_attention_heads=6"):
         removal_of(folder, "heads", "0.25")
     assert removal_of(folder, "heads", "0.75").changes["num_attention_heads"] == 2
 
@@ -519,7 +519,6 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
     assert load_json(made.details("pruned", "layer_error"))["linears"] == {}  # nothing else changes
     gone = min(range(4), key=scores.__getitem__)
-    assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
     blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.readers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):

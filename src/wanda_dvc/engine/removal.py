@@ -185,7 +185,9 @@ class Removal:
 
 def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
     """Return the error that a model does not support a pattern, with the reason."""
-    return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
+    return UserError(
+        f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern or sparsity"
+    )
 
 
 # --- the view ---
