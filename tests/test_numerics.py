@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
 @pytest.mark.parametrize("stage", ["calibration", "perplexity"])
 def test_windows_longer_than_the_models_positions_are_refused(stage: str, project: Make):
     made = fetched(project(**{f"{stage}__length": 513}))
-    with pytest.raises(UserError, match=rf"params.yaml: {stage}.length: got 513, expected at most 512, the positions"):
+    with pytest.raises(UserError, match=rf"{stage}.length: got 513, expected at most 512, the positions"):
         run(
             *(["calibrate"] if stage == "calibration" else ["perplexity"]),
             project=made,
