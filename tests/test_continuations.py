@@ -9,7 +9,6 @@ import torch
 from test_stages import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
 from wanda_dvc.study.files import load_json, write_json
@@ -52,9 +51,8 @@ def test_only_the_end_of_a_text_is_taken_from_the_models_settings(tiny: Path, tm
     assert found == text_of(tiny, greedy(tiny, "To sit", end))
 
 
-def test_a_prompt_that_leaves_no_positions_is_refused(tiny: Path):
-    with pytest.raises(UserError, match="prompts.txt: prompt 2: 473 tokens, expected at most 472: the model has 512 p"):
-        written(tiny, "a", "a" * 473)
+def test_a_prompt_that_leaves_no_positions_is_continued_from_its_last_tokens(tiny: Path):
+    assert written(tiny, "b" * 9 + "a" * 472) == written(tiny, "a" * 472)
 
 
 def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(

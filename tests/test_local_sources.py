@@ -9,9 +9,8 @@ from repository import Repository, ran
 
 from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import MODEL_FILES
-from wanda_dvc.stages.plan import missing_sources, plan
+from wanda_dvc.stages.plan import plan
 
 CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-gradients"}
 UP_TO_CALIBRATE = {"plan", "download-model", "download-calibration"} | CALIBRATE
@@ -110,14 +109,3 @@ def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: P
     plan(project=project(perplexity__texts={"embedded": {"source": "embedded"}}))
     assert text.read_text() == "text"
     assert [place.name for place in made.source("perplexity").iterdir()] == ["embedded"]
-
-
-def test_what_is_gone_is_named(tmp_path: Path, project):
-    text = tmp_path / "a.txt"
-    text.write_text("text")
-    made = project(calibration__text__source=str(text))
-    plan(project=made)
-    text.unlink()
-    missing = f"{text} (calibration) is missing: restore it, or name another in params.yaml."
-    assert list(missing_sources(made)) == [missing]
-    assert missing in show(project=made)

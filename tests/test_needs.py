@@ -215,7 +215,7 @@ def test_one_line_says_it(
     needs.announce(project=project, stage="calibrate")
     needs_memory = f"{need(project, 'calibrate').memory / 1e9:.1f} GB of memory"
     assert capsys.readouterr().err == (
-        f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB of memory and 0.1 MB of disk\n"
+        f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
     )
 
 

@@ -10,7 +10,6 @@ from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, opened
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
-from wanda_dvc.stages.plan import missing_sources
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
@@ -40,7 +39,6 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             "\n".join(note for one in experiments for note in one.notes),
             table(headers, rows),
             *notes(first.params, models, base=base),
-            "" if names else "\n".join(missing_sources(project)),
             "" if names else _times(project),
         ]
         return "\n\n".join(part for part in parts if part)

@@ -22,7 +22,7 @@ from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, check_source, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import Grams, block_count, read_grams, read_masks, read_weights
 
 CARD = "README.md"
@@ -71,11 +71,7 @@ def describe_pruned(study: Project) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
     dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     plan = Plan.read(made["params"])
-    if made["model"]["sha256"] != dense["sha256"]:
-        raise UserError(
-            f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc mask`"
-        )
+    check_source("masks", made["model"], dense, "mask")
     read: dict[str, str] = {}
     if plan.weights_come_from == "weights":
         weights = read_provenance(study.weights, "mask")

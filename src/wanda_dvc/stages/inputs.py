@@ -14,7 +14,7 @@ from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
-from wanda_dvc.study.provenance import MADE_BY, read_provenance
+from wanda_dvc.study.provenance import MADE_BY, check_source, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
@@ -108,12 +108,7 @@ def check_fits(pattern: str, features: dict[str, int]) -> None:
 def stats_provenance(project: Project, model: Json) -> Json:
     """Return the provenance of stats/norms. UserError if it is not of this model."""
     stats = read_provenance(project.stats, "calibrate")
-    if stats["model"]["sha256"] != model["sha256"]:
-        raise UserError(
-            f"stats/: measured on {stats['model']['source']} (sha256 {stats['model']['sha256'][:12]}…), expected "
-            f"{model['source']} (sha256 {model['sha256'][:12]}…), the model in models/dense; run `dvc repro` or "
-            "`wanda-dvc calibrate`"
-        )
+    check_source("stats", stats["model"], model, "calibrate")
     return stats
 
 
@@ -158,11 +153,9 @@ def runner(project: Project, model: str, work: Work, *, dtype: str | None = None
     """Open a runner of rows through one of the project's models: in this process, or on the cluster of params.yaml."""
     from wanda_dvc.engine.walk import Runner
 
-    if project.params.runtime.ray is None:
-        yield Runner(open_decoder(project, model, dtype=dtype), work.path)
-        return
-    with executor(project, [project.model(model), project.work_root]) as cluster:
-        yield Runner(open_decoder(project, model, dtype=dtype, device="cpu"), work.path.absolute(), cluster)
+    device = None if project.params.runtime.ray is None else "cpu"
+    with executor(project, [project.model(model), project.work_root]) as run:
+        yield Runner(open_decoder(project, model, dtype=dtype, device=device), work.path.absolute(), run)
 
 
 @contextlib.contextmanager

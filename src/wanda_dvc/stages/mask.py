@@ -1,10 +1,12 @@
 """Compute the `keep` masks, and new weights where they change the inputs of later blocks."""
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +18,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.rows import Executor
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.choose import (
@@ -45,7 +47,7 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.provenance import check_source, describe, digest, read_provenance
 from wanda_dvc.study.tensors import (
     Grams,
     Masks,
@@ -56,8 +58,8 @@ from wanda_dvc.study.tensors import (
     read_grams,
     read_stats,
     seal,
+    write_grams,
     write_masks,
-    write_recorded,
     write_weights,
 )
 
@@ -258,14 +260,8 @@ def solve(device: torch.device, part: Part) -> Made:
 
 def together(parts: Iterable[Made]) -> Made:
     """Merge the results of all parts of a block."""
-    first, *others = parts
-    keeps, weights, diagnostics, unreached = first[1:]
-    for part in others:
-        keeps |= part.keeps
-        weights |= part.weights
-        diagnostics |= part.diagnostics
-        unreached |= part.unreached
-    return Made(first.block, keeps, weights, diagnostics, unreached)
+    (block, *_), *columns = zip(*parts, strict=True)
+    return Made(block, *(reduce(operator.or_, column) for column in columns))
 
 
 # --- the blocks ---
@@ -295,11 +291,7 @@ def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: in
     """
     plan, measured_with = project.plan, stats["params"]
     text = read_provenance(project.data("calibration"), "download calibration")
-    if text["sha256"] != stats["text"]["sha256"]:
-        raise UserError(
-            f"stats/: measured on {stats['text']['source']}, expected {text['source']}, the text in data/calibration; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    check_source("stats", stats["text"], text, "calibrate")
     check_ready(project, "dense")
     windows = calibration_windows(project, measured_with)
     folder = work.path / "recorded"
@@ -309,7 +301,7 @@ def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: in
         for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
             recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
             if plan.records_grams:
-                write_recorded(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
+                write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
             own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
             del recorded  # the next matrices need its memory
             made = together(run.map(solve, own, f"block {step.index}, solver"))

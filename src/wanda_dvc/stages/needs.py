@@ -3,6 +3,7 @@
 Memory is beyond the imports. Files that exist already, such as texts, make the numbers better.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -207,18 +208,11 @@ def announce(*, project: Project, stage: str, part: str | None = None, text: str
     """
     if stage in ("mask", "apply"):
         return
-    try:
-        wanted = need(project, stage, part, text)
-    except (UserError, ValueError, KeyError, OSError):
-        return  # an invalid model: the stage reports it better, or does not need the model
-    device = device_name(project.params.runtime)
-    on = f" on {device}" if device.startswith("cuda") else ""
-    amounts = [(wanted.memory, free_memory(device), f"memory{on}"), (wanted.disk, free_disk(project), "disk")]
-    known = [(needed, there, what) for needed, there, what in amounts if needed]
-    if known:
-        needs = " and ".join(f"{gigabytes(needed)} of {what}" for needed, _, what in known)
-        found = " and ".join(f"{gigabytes(there)} of {what}" for _, there, what in known)
-        notice(f"{stage} needs about {needs}; free: {found}")
+    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
+        if (wanted := need(project, stage, part, text)) != Need():
+            free = gigabytes(free_memory(device_name(project.params.runtime))), gigabytes(free_disk(project))
+            needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
+            notice(f"{stage} needs about {needed}; free: {' and '.join(free)}")
 
 
 def free_disk(project: Project) -> int:

@@ -43,7 +43,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         **described,
         dtype=model_dtype(project, model),
     )
-    dense = None if model == "dense" else _reference(project, text, protocol, measured["model"]["source"])
+    dense = None if model == "dense" else _reference(project, text, protocol)
     if dense:
         protocol |= {"reference": digest(dense)}
     with project.work(protocol) as work, runner(project, model, work) as run:
@@ -132,18 +132,15 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
     return [Row(window) for window in windows], described
 
 
-def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
-    """Return the provenance of a text's reference. UserError if it may not be compared with a pruned model's results.
-
-    `protocol` is the pruned model's, and `dense` the name of its dense model.
-    """
+def _reference(project: Project, text: str, protocol: Json) -> Json:
+    """Return the provenance of a text's reference. UserError if the pruned model's `protocol` is not comparable."""
     found = read_provenance(project.reference(text), "perplexity dense")
     key = differing(found["protocol"], protocol)
     if key is None:
         return found
-    said = f"measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as for the pruned model"
-    if key == "dense":
-        said = f"measured on another model, expected {dense}, the dense model of models/pruned"
     # DVC knows no versions of libraries, so it would not run the stage again.
     again = f"dvc repro{f' --force --single-item perplexity-dense@{text}' if key == 'libraries' else ''}"
-    raise UserError(f"reference/{text}: {said}; run `{again}` or `wanda-dvc perplexity dense`")
+    raise UserError(
+        f"reference/{text}: measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as for the "
+        f"pruned model; run `{again}` or `wanda-dvc perplexity dense`"
+    )

@@ -4,7 +4,6 @@
 and hashes a file again only after its inode, time or size has changed.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
@@ -55,14 +54,6 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
     if place.is_dir() and not place.is_symlink():  # in a copy of a study that followed links
         remove(place)
     temporary.replace(place)
-
-
-def missing_sources(project: Project) -> Iterator[str]:
-    """Yield a sentence for each linked local source that is missing now."""
-    for part in sources(project.params):
-        link = project.source(part)
-        if link.is_symlink() and not link.exists():
-            yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."
 
 
 def _report(project: Project) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -199,8 +200,8 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
 def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype", device: "torch.device") -> list[str]:
     """Continue each prompt by the likeliest token, by transformers' own generation: the complete model is in memory.
 
-    Each prompt runs alone, without padding. Of the model's own settings for generation only the end of a text counts: a
-    penalty for repetitions would hide them.
+    Each prompt runs alone, without padding; of a prompt that leaves no positions, its last tokens. Of
+    the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -215,14 +216,9 @@ def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype",
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
-    positions, found = positions_of(model.config), []
-    for number, prompt in enumerate(prompts, start=1):
-        asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
-        if positions is not None and asked.shape[1] + CONTINUED > positions:
-            raise UserError(
-                f"{PROMPTS}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - CONTINUED}: the "
-                f"model has {positions} positions; shorten the prompt"
-            )
+    room, found = (positions_of(model.config) or sys.maxsize) - CONTINUED, []
+    for prompt in prompts:
+        asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-room:]], device=device)
         written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
         found.append(tokenizer.decode(written, skip_special_tokens=True))
     return found

@@ -50,6 +50,15 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     return content
 
 
+def check_source(where: str, found: Json, expected: Json, made_by: str) -> None:
+    """Raise UserError if an artifact was made from another model or text than the expected one, by their digests."""
+    if found["sha256"] != expected["sha256"]:
+        raise UserError(
+            f"{where}/: made from {found['source']} (sha256 {found['sha256'][:12]}…), expected {expected['source']} "
+            f"(sha256 {expected['sha256'][:12]}…), which is here now; run `dvc repro` or `wanda-dvc {made_by}`"
+        )
+
+
 def write_provenance(artifact: Path, content: Json) -> None:
     """Write an artifact's provenance."""
     write_json(artifact / PROVENANCE, content)

@@ -28,6 +28,12 @@ TEMPLATE = files("wanda_dvc.study") / "template"
 PARAMS = TEMPLATE / "params.yaml"
 PRESETS = files("wanda_dvc.study") / "presets"  # a YAML file each: the differences from a new study's settings
 DEFAULT = "default"
+NEXT = """
+  dvc repro                      # run the pipeline
+  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration
+  wanda-dvc show                 # compare dense and pruned
+
+`wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
@@ -74,11 +80,10 @@ def init(
     return _said(folder, params, around, committed)
 
 
-class _Representer(RoundTripRepresenter):
-    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
-
-
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+# Null is spelled `null`: ruamel's own writes nothing.
+RoundTripRepresenter.add_representer(
+    type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+)
 
 
 def change_settings(path: Path, changes: Settings) -> None:
@@ -89,7 +94,6 @@ def change_settings(path: Path, changes: Settings) -> None:
 
 def _changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml = YAML()
-    yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
     content = yaml.load(text)
     for one in changes:
@@ -147,22 +151,13 @@ def _git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedP
 
 
 def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
-    where, lines = os.path.relpath(folder), [f"{folder}: a study of {params.model}."]
+    lines = [f"{folder}: a study of {params.model}."]
     if around is not None:
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
-    lines += ["", "Run next:"]
-    if where != ".":
-        lines.append(f"  cd {shlex.quote(where)}")
+    lines += ["", "Run next:", f"  cd {shlex.quote(os.path.relpath(folder))}"]
     if not committed:
         lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
-    lines += [
-        "  dvc repro                      # run the pipeline",
-        "  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration",
-        "  wanda-dvc show                 # compare dense and pruned",
-        "",
-        "`wanda-dvc doctor` checks this machine; the settings are in params.yaml.",
-    ]
-    return "\n".join(lines)
+    return "\n".join(lines) + NEXT
 
 
 # --- presets: named settings of a new study ---

@@ -72,38 +72,34 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     return BlockStats(inputs, readers, transposed, outputs=outputs, influence=tensors.get(INFLUENCE))
 
 
-def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:
+def write_grams(
+    folder: Path,
+    block: int,
+    stats: "BlockStats",
+    grams: "Mapping[str, Gram]",
+    crosses: "Mapping[str, Tensor] | None" = None,
+) -> None:
     """Write one block's Gram matrices of inputs, or of gradients by linear; `stats` says who reads them.
 
     Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
     triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
     triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the gradients tier also
     `LINEAR.squared_gradients` (float64 [out]). Header: as of statistics.
+
+    With `crosses`, of a block recorded in a walk: no norms, triangles of XᵀX itself in float32, and `NAME.cross`
+    (float32 [in, in]), X_denseᵀX, where it was recorded.
     """
     import torch
 
     tensors: dict[str, Tensor] = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in stats.fisher.items()}
     for name, gram in grams.items():
-        norm, triangle = gram.scaled_triangle()
-        tensors[f"{name}.norm"] = norm.cpu()
-        tensors[f"{name}.triangle"] = triangle.to("cpu", getattr(torch, GRAM_DTYPE))
-        tensors[f"{name}.count"] = torch.tensor(gram.count)
-    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
-
-
-def write_recorded(
-    folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]", crosses: "Mapping[str, Tensor]"
-) -> None:
-    """Write the Gram matrices and cross products of one block, recorded in a walk; `read_grams` reads them.
-
-    Tensors, for each distinct input: `NAME.triangle` (float32: the upper triangle of XᵀX, row by row), `NAME.count`
-    (int64) and `NAME.cross` (float32 [in, in]), X_denseᵀX. Header: as of statistics.
-    """
-    import torch
-
-    tensors = {f"{name}.{CROSS}": cross.float().cpu() for name, cross in crosses.items()}
-    for name, gram in grams.items():
-        tensors |= {f"{name}.triangle": gram.triangle().cpu(), f"{name}.count": torch.tensor(gram.count)}
+        if crosses is None:
+            norm, triangle = gram.scaled_triangle()
+            tensors[f"{name}.norm"], triangle = norm.cpu(), triangle.to(getattr(torch, GRAM_DTYPE))
+        else:
+            triangle = gram.triangle()
+        tensors |= {f"{name}.triangle": triangle.cpu(), f"{name}.count": torch.tensor(gram.count)}
+    tensors |= {f"{name}.{CROSS}": cross.float().cpu() for name, cross in (crosses or {}).items()}
     _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
