@@ -234,7 +234,7 @@ def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, te
     repository.commit()
     assert "perplexity" in repository.run("wanda-dvc", "show")
     repository.run("wanda-dvc", "report")
-    assert "Zero-shot" not in (repository.root / "report.md").read_text(encoding="utf-8")
+    assert "Zero-shot" not in (repository.root / "report.html").read_text(encoding="utf-8")
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
     repository.run("dvc", "plots", "show")
     repository.run("dvc", "metrics", "diff")

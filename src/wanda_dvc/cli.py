@@ -177,9 +177,7 @@ def stats(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The HTML page; report.md and the pictures go to its folder.")
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     rev: Annotated[list[str] | None, REV] = None,
 ) -> None:

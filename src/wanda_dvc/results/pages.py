@@ -1,26 +1,29 @@
-"""A report's files: Markdown, its pictures, and one self-contained HTML page that markdown-it makes of them.
+"""A report's page: one self-contained HTML file of Markdown and pictures, which matplotlib draws as SVG.
 
-Content is blocks of Markdown and pictures. Outside text (a model's, task's or experiment's name, a setting) passes
-`markup.inline` or `markup.code` before it enters a block.
+Outside text (a model's, task's or experiment's name, a setting) passes `markup.inline` before it enters the Markdown.
 """
 
 import base64
+import io
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
+from textwrap import wrap
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
+import numpy as np
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.markup import SIGN, inline
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from wanda_dvc.study.markup import SIGN
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -31,61 +34,89 @@ table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem;fon
 th,td{padding:.25rem .6rem;border-bottom:1px solid #d5d5d5;text-align:left;vertical-align:top;min-width:4rem}
 h2{margin-top:2.5rem;border-bottom:1px solid #d5d5d5}img{width:100%;max-width:44rem}
 </style></head>
-<body>$body</body></html>
+<body><h1>$title</h1>
+$body
+<p>$sign.</p></body></html>
 """)
+# Series also differ in marker and dash, for colour-blind eyes. The colours are Okabe and Ito's, dark enough for text.
+COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b4568c", "#8a6d00", "#3f93c4")
+MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
+LEGEND = 64  # characters of a legend's line
+LOOK: dict[Any, Any] = {  # for any settings of matplotlib
+    "text.parse_math": False,  # a name with dollar signs is not a formula
+    "font.size": 9, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#d5d5d5", "svg.hashsalt": SIGN,
+}  # fmt: skip
 
 
 class Picture(NamedTuple):
-    """A chart, and its caption in Markdown."""
+    """A chart and its title."""
 
-    name: str
     title: str
-    description: str
-    figure: "Figure"
+    figure: Figure
 
 
 Content = list[str | Picture]  # a text is a block of Markdown
 
 
-def write(output: Path, title: str, content: Content) -> Path:
-    """Write the HTML page, the Markdown next to it, and its pictures into `NAME_files/`; return the Markdown's path.
+def write(output: Path, title: str, content: Content) -> None:
+    """Write the page; UserError if another program's file is there. Only an earlier report is replaced."""
+    if os.path.lexists(output) and not (
+        output.is_file() and not output.is_symlink() and SIGN in output.read_text(encoding="utf-8", errors="replace")
+    ):
+        raise UserError(f"{output}: `wanda-dvc report` did not write it; move it, or choose another --output")
+    write_text(output, as_html(title, content))
 
-    Only an earlier report's files are replaced or removed; UserError if another file has one of these names.
+
+def as_html(title: str, content: Content) -> str:
+    """Return the page; byte-identical for equal content."""
+    markdown = MarkdownIt("js-default")  # HTML in the Markdown stays text
+    parts = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append(markdown.render(part))
+        else:
+            picture = base64.b64encode(svg(part.figure)).decode()
+            parts.append(f'<p><img alt="{escapeHtml(part.title)}" src="data:image/svg+xml;base64,{picture}"></p>')
+    return PAGE.substitute(title=escapeHtml(title), body="\n".join(parts), sign=SIGN)
+
+
+@mpl.rc_context(LOOK)
+def svg(figure: Figure) -> bytes:
+    """Return the picture as an SVG file, byte-identical for equal figures."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": SIGN})
+    return buffer.getvalue()
+
+
+@mpl.rc_context(LOOK)
+def curves(
+    series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *, level: float = math.nan, log: bool = False
+) -> Figure:
+    """Draw a measure against sparsity: a curve with intervals for each series of points (sparsity, value).
+
+    Values that are NaN are left out. `level` is the dense model's value, `log` is of the vertical axis.
     """
-    from wanda_dvc.results.charts import svg
-
-    markdown, folder = output.with_suffix(".md"), output.with_name(f"{output.stem}_files")
-    drawn = {f"{part.name}.svg": svg(part.figure) for part in content if isinstance(part, Picture)}
-    for path in [output, markdown, *(folder / name for name in drawn)]:
-        if os.path.lexists(path) and not _is_ours(path):
-            raise UserError(f"{path}: `wanda-dvc report` did not write it; move it, or choose another --output")
-    for path in folder.glob("*.svg"):
-        if _is_ours(path):
-            path.unlink()
-    for name, picture in drawn.items():
-        write_text(folder / name, picture)
-    place = quote(folder.name)
-    blocks = [
-        part if isinstance(part, str) else f"![{part.title}]({place}/{part.name}.svg)\n\n{part.description}"
-        for part in content
-    ]
-    text = "\n\n".join([f"# {inline(title)}", *blocks, f"{SIGN}."]) + "\n"
-    write_text(markdown, text)
-    write_text(output, as_html(text, title, drawn))
-    return markdown
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether an earlier report wrote a file: its pages have a sign, and its pictures have it as their creator."""
-    is_file = path.is_file() and not path.is_symlink()
-    return is_file and SIGN in path.read_text(encoding="utf-8", errors="replace")
-
-
-def as_html(markdown: str, title: str, drawn: Mapping[str, str]) -> str:
-    """Return the Markdown as one self-contained page; `drawn` has its pictures, as SVG, by file name."""
-    parser = MarkdownIt("js-default")  # HTML in the Markdown stays text
-    tokens = parser.parse(markdown)
-    for image in [child for token in tokens for child in token.children or [] if child.type == "image"]:
-        picture = drawn[str(image.attrs["src"]).rpartition("/")[2]]
-        image.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
-    return PAGE.substitute(title=escapeHtml(title), body=parser.renderer.render(tokens, parser.options, {}))
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")  # a page shows it at most twice its size
+    ax = figure.subplots()
+    shown = [level]
+    if not math.isnan(level):
+        ax.axhline(level, color="#6b6b6b", linewidth=1.2, label="dense")
+    for index, (name, points) in enumerate(series.items()):
+        x, y, low, high = np.array([(100 * sparsity, *value[:3]) for sparsity, value in points]).T
+        color, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        dashes, title = DASHES[index % len(DASHES)], "\n".join(wrap(name, LEGEND))
+        ends = np.maximum(0, [y - low, high - y])
+        ax.errorbar(x, y, ends, color=color, marker=marker, linestyle=dashes, elinewidth=2.5, label=title)
+        shown += [*y, *low, *high]
+    values = [value for value in shown if value > 0]
+    if log and values:
+        ax.set_yscale("log")
+        ticks = sorted({float(f"{tick:.3g}") for tick in np.geomspace(min(values), max(values), 5)})
+        ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.margins(0.08)
+    ax.set_xlabel("sparsity of the linears, %")
+    ax.set_ylabel(label)
+    figure.legend(loc="outside lower center", ncols=1 if max(map(len, series)) > LEGEND // 2 else 2)
+    return figure

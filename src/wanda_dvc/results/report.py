@@ -22,7 +22,7 @@ from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compar
 from wanda_dvc.results.experiments import Collected, Experiment, collect
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import LOG, MODEL, TASK, TASKS, TEXT, Measure, Results
-from wanda_dvc.results.pages import Content, Picture, write
+from wanda_dvc.results.pages import Content, Picture, curves, write
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.study.markup import DASH, inline, table
 from wanda_dvc.study.project import Project
@@ -41,23 +41,17 @@ FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
-    """Write `output` (HTML), a Markdown copy next to it, and a folder of pictures; return a message with the paths."""
-    import matplotlib  # noqa: F401 - reports a missing library before any read
-
-    check_place(output.with_name(f"{output.stem}_files"))  # before minutes of reading
+    """Write `output`, a self-contained HTML page; return a message with its path."""
+    check_place(output.parent)  # before minutes of reading
     output = output.absolute()
-    if output.suffix != ".html":
-        raise UserError(
-            f"--output: got {output.name}, expected a name that ends in .html; the .md file gets the same name"
-        )
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         collected = collect(project=project, model=model, revs=revs or [], work=Path(work))
         if not collected.experiments:
             waiting = "".join(f"\n{name}: {text}" for name, text in collected.excluded)
             which = f" of a model named like {model}" if model else ""
             raise UserError(f"{project.root}: no experiment{which} with results; run `dvc repro`{waiting}")
-        markdown = write(output, f"Pruning study: {project.root.name}", page(collected))
-    return f"{output}: {collected.count}; {markdown.name} says the same"
+        write(output, f"Pruning study: {project.root.name}", page(collected))
+    return f"{output}: {collected.count}"
 
 
 def page(collected: Collected) -> Content:
@@ -83,7 +77,6 @@ def page(collected: Collected) -> Content:
 class Section:
     """Experiments that may be compared, by their name on the page, and the dense model that they share."""
 
-    number: int
     title: str  # the model, and how this section differs from the first one
     experiments: dict[str, Experiment]
 
@@ -121,10 +114,10 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
         else:
             groups.append([one])
     sections = []
-    for number, found in enumerate(groups):
+    for found in groups:
         title, keys = shown(found[0].params.model), differing(groups[0][0], found[0])
         title += f" (differs in {', '.join(keys)})" if keys else ""
-        sections.append(Section(number, title, names(found)))
+        sections.append(Section(title, names(found)))
     return sections
 
 
@@ -152,8 +145,7 @@ def names(experiments: Sequence[Experiment]) -> dict[str, Experiment]:
 def curve(one: Experiment, experiments: Sequence[Experiment]) -> str:
     """Return the name without the sparsity."""
     pattern = "" if one.params.pattern == UNSTRUCTURED else f" {one.params.pattern}"
-    every = [other.settings for other in experiments]
-    others = [f"{key}={shown(one.settings[key], [x.get(key) for x in every])}" for key in varying(experiments)]
+    others = [f"{key}={shown(one.settings[key])}" for key in varying(experiments)]
     return recipe(one.params) + pattern + (f" ({', '.join(others)})" if others else "")
 
 
@@ -164,16 +156,11 @@ def varying(experiments: Sequence[Experiment]) -> list[str]:
     return [key for key in keys if len({repr(one.get(key)) for one in every}) > 1]
 
 
-def shown(value: Any, among: Sequence[Any] = ()) -> str:
-    """Return a setting as text; of a local path only as many last parts as tell it from others: pages are shared."""
+def shown(value: Any) -> str:
+    """Return a setting as text; of a local path the last part: pages are shared."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if isinstance(value, str) and Path(value).is_absolute():
-        others = [Path(other).parts for other in among if isinstance(other, str) and other != value]
-        parts = Path(value).parts
-        count = next(count for count in range(1, len(parts) + 1) if all(x[-count:] != parts[-count:] for x in others))
-        return "/".join(parts[-count:])
-    return "null" if value is None else f"{value}"
+    return "null" if value is None else Path(value).name if str(value).startswith("/") else f"{value}"
 
 
 def private(text: str) -> str:
@@ -221,44 +208,18 @@ def measured(section: Section) -> Content:
 
 def against_sparsity(section: Section, heading: str, measure: Measure, on: str) -> Content:
     """The picture of a measure against sparsity; nothing without values."""
-    from wanda_dvc.results import charts
-
-    experiments, series = list(section.experiments.values()), dict[str, list[charts.Point]]()
+    experiments, series = list(section.experiments.values()), dict[str, list[tuple[float, Estimate]]]()
     for one in sorted(experiments, key=lambda one: one.settings["sparsity"]):
         value = measure.read(one.pruned, on)
         if value is not None:
-            numbers = list(value[:3]) if isinstance(value, Estimate) else [math.nan]
-            series.setdefault(curve(one, experiments), []).append(
-                charts.Point(100 * one.settings["sparsity"], *numbers)
-            )
+            known = value if isinstance(value, Estimate) else Estimate(math.nan)
+            series.setdefault(curve(one, experiments), []).append((one.settings["sparsity"], known))
     if not series:
         return []
     dense = measure.read(section.models[DENSE], on) if DENSE in section.models else None
-    level = (DENSE, dense.value) if isinstance(dense, Estimate) else None
-    across, log = "sparsity of the linears, %", measure.drawn == LOG
-    figure = charts.curves(series, across=across, label=measure.title, level=level, log=log)
-    stem = re.sub(r"\W+", "-", f"{measure.name} {on}").strip("-")
-    caption = "Bars are 95 % intervals; the line is the dense model."
-    return [Picture(f"s{section.number}-{stem}", f"{inline(heading)} against sparsity", caption, figure)]
-
-
-def by_block(section: Section) -> Content:
-    """The picture of the layer error by block; nothing if it was not measured."""
-    from wanda_dvc.results import charts
-
-    series: dict[str, list[charts.Point]] = {}
-    for name, one in section.experiments.items():
-        blocks: dict[int, list[float]] = {}
-        for linear, found in one.pruned.details("layer_error").get("linears", {}).items():
-            block = next(int(word) for word in linear.split(".") if word.isdecimal())
-            blocks.setdefault(block, []).append(found["error"])
-        if blocks:
-            series[name] = [charts.Point(block, sum(errors) / len(errors)) for block, errors in sorted(blocks.items())]
-    if not series:
-        return []
-    caption = "The mean over the linears of each block of ‖(W−Ŵ)X‖² / ‖WX‖²."
-    figure = charts.curves(series, across="block", label="layer error")
-    return [Picture(f"s{section.number}-layer-error", "Layer error by block", caption, figure)]
+    level = dense.value if isinstance(dense, Estimate) else math.nan
+    figure = curves(series, measure.title, level=level, log=measure.drawn == LOG)
+    return [Picture(f"{heading} against sparsity", figure), "Bars are 95 % intervals; the line is the dense model."]
 
 
 def paired(section: Section) -> Content:
@@ -305,6 +266,5 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "Results": measured,
     "Paired comparisons": paired,
     "Published figures": of_published,
-    "Layer error by block": by_block,
     "Experiments": origins,
 }
