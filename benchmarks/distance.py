@@ -117,9 +117,10 @@ class Study:
         write_gguf(self.root / "models/dense", file, kind, EMBEDDINGS.get(kind))
         began = time.perf_counter()
         (_, found) = self._json("evaluate", str(file), "--json")
+        size = file.stat().st_size
         file.unlink()
         seconds = {"evaluate": round(time.perf_counter() - began, 1)}
-        return {"bytes": found["bytes"], **self._numbers(found["metrics"]), "format": kind, "seconds": seconds}
+        return {"bytes": size, **self._numbers(found["metrics"]), "format": kind, "seconds": seconds}
 
     def _json(self, *words: str) -> Any:
         self.models.runner.run("wanda-dvc", *words, cwd=self.root)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from wanda_dvc.results.inference import Estimate, holm
-from wanda_dvc.results.measures import MEASURES, Measure, Results, figures, marked
+from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import differing
 
@@ -94,14 +94,9 @@ def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Colu
     return {measure.heading(on, alone=alone): (measure, on) for measure in shown for on in measure.where(*models)}
 
 
-def cells(
-    results: Results, columns: Mapping[str, Column], *, interval: bool = True, tests: Tests | None = None
-) -> list[str]:
-    """Return a row of a table: a model's values; a `*` marks those that a test finds beyond noise."""
-    return [
-        measure.text(measure.read(results, on), interval=interval) + marked((tests or {}).get((measure.name, on)))
-        for measure, on in columns.values()
-    ]
+def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = True) -> list[str]:
+    """Return a row of a table: a model's values."""
+    return [measure.text(measure.read(results, on), interval=interval) for measure, on in columns.values()]
 
 
 def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.compare import DENSE, against, apart, cells, headings, records
+from wanda_dvc.results.compare import DENSE, records, side_by_side
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.measures import Results
+from wanda_dvc.results.show import notes
 from wanda_dvc.sources.models import GGUF, read_model
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import json_text, load_json, write_json
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import PROVENANCE, TOKENIZER, describe, read_provenance, write_provenance
+from wanda_dvc.study.provenance import TOKENIZER, describe, read_provenance, write_provenance
 from wanda_dvc.study.scaffold import PROMPTS
 
 LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")
@@ -42,13 +43,15 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
         )
     with project.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
         work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
-        models, sizes = {DENSE: dense}, [_size(project.model(DENSE))]
+        models = {DENSE: dense}
         for place, path in enumerate(paths):
             models[str(path)] = _measured(project, path, Project(work.path / str(place)), dense)
-            sizes.append(_size(path))
-        said = _as_json(models, sizes) if as_json else _as_table(models, sizes)
+        found = records(models, base=DENSE)  # read before the work folder goes
+        parts = [table(*side_by_side(models, base=DENSE)), *notes(project.params, models)]
         work.forget()
-    return said
+    if as_json:
+        return json_text([{"model": name, "metrics": one.metrics, **found[name]} for name, one in models.items()])
+    return "\n\n".join(parts)
 
 
 def _measured(project: Project, path: Path, study: Project, dense: Results) -> Results:
@@ -118,36 +121,3 @@ def _take_rope(project: Project, folder: Path) -> None:
     own, dense = (load_json(place / "config.json") for place in (folder, project.model(DENSE)))
     if (rope := dense.get("rope_parameters")) and own.get("rope_parameters") != rope:
         write_json(folder / "config.json", own | {"rope_parameters": rope})
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file, or of the files in a directory without their provenance."""
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.name != PROVENANCE]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-# --- results ---
-
-
-def _as_table(models: dict[str, Results], sizes: list[int]) -> str:
-    """Return a row for each model, a column for each brief measure; * marks a difference from the dense model."""
-    columns, tests = headings(list(models.values())), against(models, DENSE)
-    rows = [
-        [name, f"{size / 1e6:.1f}", *cells(one, columns, interval=False, tests=tests.get(name))]
-        for (name, one), size in zip(models.items(), sizes, strict=True)
-    ]
-    found = {name: apart(one, models[DENSE]) for name, one in models.items()}
-    notes = [f"{name}: not compared: {', '.join(reasons)}." for name, reasons in found.items() if reasons]
-    notes.append("*: differs from the dense model, p < 0.05, adjusted (Holm).")
-    return "\n\n".join([table(["model", "size, MB", *columns], rows), *notes])
-
-
-def _as_json(models: dict[str, Results], sizes: list[int]) -> str:
-    """Return every measure of each model, the paired tests against the dense model, and the stages' own numbers."""
-    found = records(models, base=DENSE)
-    return json_text(
-        [
-            {"model": name, "bytes": size, **found[name], "metrics": one.metrics}
-            for (name, one), size in zip(models.items(), sizes, strict=True)
-        ]
-    )

@@ -248,7 +248,7 @@ class Measure:
         read: Returns a model's value on a text, on a task, or on "".
         form: Formats a number.
         per: TEXT, TASK, TASKS or MODEL.
-        brief: Whether `list` and `evaluate` show it; the other views show every measure.
+        brief: Whether `list` shows it; the other views show every measure.
         test: None: the values are only shown.
         drawn: The scale of the report's picture of it, LINEAR or LOG; "": no picture.
     """
@@ -286,12 +286,8 @@ class Measure:
 
     def test_text(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
-        return _formatted(test, self.test.form, self.test.unit) + marked(test) if self.test else ""
-
-
-def marked(test: Estimate | None) -> str:
-    """Return the mark of an adjusted p-value below 0.05."""
-    return " *" if test is not None and test.p < inference.ALPHA else ""
+        mark = " *" if test is not None and test.p < inference.ALPHA else ""
+        return _formatted(test, self.test.form, self.test.unit) + mark if self.test else ""
 
 
 def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, interval: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Published rows, and the comparison of experiments with published rows of the same protocol."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ from wanda_dvc.params import Params, Settings
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Value, accuracy, perplexity
-from wanda_dvc.study.markup import DASH, number
+from wanda_dvc.study.markup import DASH
 
 OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
 DENSE = "dense"  # the method of a published row of the dense model
@@ -84,9 +84,7 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
 
 def _figures(measure: str, published: float | str, own: Value) -> tuple[str, str, str]:
     """Format a published figure, ours and their ratio; accuracies in percent."""
-    form: Callable[[float], str] = number if measure == "perplexity" else "{:.2f}".format
-    scale = 1 if measure == "perplexity" else 100
-    value = scale * own.value if isinstance(own, Estimate) else own
-    first, second = (form(one) if isinstance(one, float | int) else one or DASH for one in (published, value))
-    both = isinstance(published, float | int) and isinstance(value, float)
-    return first, second, f"{value / published:.3f}" if both else DASH  # type: ignore[operator]
+    if not isinstance(own, Estimate):
+        return f"{published}", own or DASH, DASH
+    value = own.value if measure == "perplexity" else 100 * own.value
+    return f"{published}", f"{value:.4g}", DASH if isinstance(published, str) else f"{value / published:.3f}"

@@ -39,7 +39,6 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             "\n".join(note for one in experiments for note in one.notes),
             table(headers, rows),
             *notes(first.params, models, base=base),
-            "" if names else _times(project),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -107,13 +106,3 @@ def _limits(name: str, results: Results) -> Iterator[str]:
         yield f"{name}: activations are not finite from here on: {where}."
     if skipped := results.details("continuations").get("skipped"):
         yield f"No continuations by the {name} model: {skipped}."
-
-
-def _times(project: Project) -> str:
-    """Return a table of the last runs in this checkout."""
-    known = times(project)
-    if not known:
-        return ""
-    rows = [[run, f"{one['seconds']:.1f}", f"{one.get('peak_anonymous_gb', 0):.2f}"] for run, one in known.items()]
-    machines = sorted({f"{one['machine']}, {one['device']}" for one in known.values()})
-    return f"{table(['stage', 'seconds', 'peak anonymous memory, GB'], rows)}\n\nMeasured on {'; '.join(machines)}."
