@@ -32,9 +32,7 @@ from wanda_dvc.study.project import Project
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
-from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
-from wanda_dvc.engine import cluster  # noqa: E402
 from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
@@ -94,9 +92,7 @@ def decoder(folder: Path) -> Decoder:
 
 
 def on_cluster(folder: Path, work: Path) -> Runner:
-    cluster = Cluster("auto", device="cpu")
-    cluster.open([folder])
-    return Runner(decoder(folder), work, cluster)
+    return Runner(decoder(folder), work, Cluster("auto", device="cpu", folders=[folder]))
 
 
 def change(run: Runner, block: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -256,7 +252,7 @@ def test_a_node_that_dies_costs_no_byte(
 def test_a_node_that_does_not_see_the_files_is_refused(nodes: Any, tmp_path: Path):
     set_nodes(nodes, 1)
     with pytest.raises(UserError, match=r"^worker on .*/missing: not found on this node, .* folder that all nodes"):
-        Cluster("auto", device="cpu").open([tmp_path / "missing"])
+        list(Cluster("auto", device="cpu", folders=[tmp_path / "missing"]).map(lambda *_: None, [None]))
 
 
 @slow
@@ -284,30 +280,6 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
 def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
     with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
         Cluster("auto", device="cuda")
-
-
-@slow
-def test_a_stage_waits_while_others_use_every_worker(
-    nodes: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Only a cluster without any worker is refused."""
-    monkeypatch.setattr(cluster, "SECONDS_TO_START", 0)
-    monkeypatch.setattr(cluster, "SECONDS", 0)
-    set_nodes(nodes, 1)
-    other = placement_group([{"CPU": 1}])  # as another study's tasks take it
-    assert other.wait(300)
-    said: list[str] = []
-
-    def free(text: str) -> None:
-        said.append(text)
-        remove_placement_group(other)
-
-    monkeypatch.setattr(cluster, "notice", free)
-    on_cluster(tiny, tmp_path)
-    assert said == ["runtime.ray: waiting for a worker with 1 CPU"]
-    set_nodes(nodes, 0)
-    with pytest.raises(UserError, match="no node with 1 CPU joined"):
-        on_cluster(tiny, tmp_path)
 
 
 @slow  # each try starts a process

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +26,12 @@ import wanda_dvc
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Executor, R, T
-from wanda_dvc.errors import UserError, explain, notice
+from wanda_dvc.errors import UserError, explain
 from wanda_dvc.machine import omp_threads, usable_cores
 
 CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
-SECONDS = 300  # for a node of a cluster without one
-SECONDS_TO_START = 30  # for a free worker, until a stage says that it waits
 SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
 AHEAD = 2  # tasks per worker that run, or have unread results
 RETRIES = 3  # of a task after its process or node died
@@ -60,7 +58,16 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
     wanted, folders, threads, device = expected
     torch.set_num_threads(threads)
     try:
-        check_node(wanted, folders)
+        for name, found in versions().items():
+            if found != wanted[name]:
+                raise UserError(
+                    f"{name} {found}, expected {wanted[name]}, the driver's version: results depend on it; install it"
+                )
+        if missing := [str(folder) for folder in folders if not folder.exists()]:
+            raise UserError(
+                f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
+                "folder that all nodes share, at the same path"
+            )
         found = function(own_device(device), given)
         return list(found) if isinstance(found, Iterator) else found
     except Exception as error:
@@ -102,22 +109,6 @@ def open_model(folder: Path, dtype: torch.dtype, opening: str, device: torch.dev
     return Decoder(folder, dtype=dtype, device=device)
 
 
-def check_node(wanted: Mapping[str, str], folders: Sequence[Path]) -> None:
-    """Raise UserError if this node's versions differ from the driver's, or if it does not see a folder."""
-    for name, found in versions().items():
-        if found != wanted[name]:
-            raise UserError(
-                f"{name} {found}, expected {wanted[name]}, the driver's version; install the same versions on all "
-                "nodes, because results depend on them"
-            )
-    for folder in folders:
-        if not folder.exists():
-            raise UserError(
-                f"{folder}: not found on this node, expected the driver's files; keep the study in a folder that all "
-                "nodes share, at the same path"
-            )
-
-
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions that must agree on all nodes."""
@@ -149,17 +140,14 @@ def connect(address: str) -> None:
 
 
 class Cluster(Executor):
-    """Maps units of work over inputs as tasks of a cluster."""
+    """Maps units of work over inputs as tasks of a cluster, which this process leaves when it ends."""
 
-    def __init__(self, address: str, *, device: str) -> None:
-        """`address` is `local`, or the Ray address of a running cluster."""
-        # A local Ray ends by itself with this process; waiting for its end takes a second.
-        self._ours = not ray.is_initialized() and address != LOCAL
+    def __init__(self, address: str, *, device: str, folders: Sequence[Path] = ()) -> None:
+        """`address` is `local`, or the Ray address of a running cluster, whose nodes see the folders."""
         if not ray.is_initialized():
             connect(address)
         carry_tensors()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._address = address
         self._kind = "GPU" if device != "cpu" and any(node.get("GPU") for node in nodes) else "CPU"
         if device == "cuda" and self._kind != "GPU":
             raise UserError(
@@ -168,8 +156,8 @@ class Cluster(Executor):
             )
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
-        self._device = device if self._kind == "GPU" else "cpu"
-        self._expected: Expected = versions(), [], self._threads, self._device
+        device = device if self._kind == "GPU" else "cpu"
+        self._expected: Expected = versions(), [*folders], self._threads, device
         needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_task).options(max_retries=RETRIES, **needs)
 
@@ -177,20 +165,6 @@ class Cluster(Executor):
     def workers(self) -> int:
         """The number of concurrent tasks: one per GPU, or one per group of CPUs as large as a task's thread count."""
         return int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads)
-
-    def open(self, folders: Sequence[Path] = ()) -> None:
-        """Wait for a worker. Each task checks its node's versions and folders. UserError if no worker joins."""
-        if self._address == LOCAL:  # it has this machine's files and cores
-            return
-        self._expected = versions(), [*folders], self._threads, self._device
-        first = self._task.remote(self._expected, lambda *_: None, None)
-        if not ray.wait([first], timeout=SECONDS_TO_START)[0]:
-            wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPU{'s' * (self._threads > 1)}"
-            notice(f"runtime.ray: waiting for a worker with {wanted}")
-            # Others may use a worker for hours.
-            if not ray.wait([first], timeout=None if self.workers else SECONDS)[0]:
-                raise UserError(f"runtime.ray: no node with {wanted} joined within {SECONDS} s; look at `ray status`")
-        self._get(first, "first task")
 
     def opener(self, decoder: Decoder) -> Callable[[torch.device], Decoder]:
         """Return a function that opens a decoder's model in a worker, once."""
@@ -218,8 +192,3 @@ class Cluster(Executor):
                 f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc doctor`, and run the "
                 "stage again"
             ) from None
-
-    def close(self) -> None:
-        """Leave the cluster."""
-        if self._ours:
-            ray.shutdown()

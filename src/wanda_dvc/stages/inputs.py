@@ -169,10 +169,9 @@ def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
         return
     from wanda_dvc.engine.cluster import Cluster
 
-    with contextlib.closing(Cluster(runtime.ray, device=runtime.device)) as cluster:
-        cluster.open([folder.absolute() for folder in folders])
-        notice(f"runtime.ray: workers: {max(1, cluster.workers)}")
-        yield cluster
+    cluster = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
+    notice(f"runtime.ray: workers: {cluster.workers}")
+    yield cluster
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
