@@ -163,8 +163,9 @@ class Structure(Row):
     # Widths of up to so many are multiples of the largest power of two that is a 16th of the width or less; wider ones
     # of 64, which kernels like.
     multiple: int = 1
-    scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
-    grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
+    # Other fields of config.json that stay in proportion to the number of units. A unit is then several inputs of its
+    # reader, and the field has the number of units.
+    scaled: tuple[str, ...] = ()
     find: str = "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, share) → Removal
     # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
     # values, and statistics are the dense model's.
@@ -187,7 +188,6 @@ STRUCTURES = _by_name(
         "groups of attention heads of each block",
         fields=("num_key_value_heads",),
         scaled=("num_attention_heads",),
-        grouped=True,
     ),
     Structure(
         "experts",
@@ -224,9 +224,9 @@ class Allocation(Row):
     # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → a part's rating
-    by_gradients: bool = False  # whether the rating needs the gradients tier
+    # Whether the rating needs the gradients tier, and the parts are linears instead of blocks: a rating per linear.
+    by_gradients: bool = False
     strength: float | None = None  # the value of `allocation_strength: null`; None: the allocation has no strength
-    by_linear: bool = False  # whether the parts are linears instead of blocks; a block then has a rating per linear
 
 
 ALLOCATIONS = _by_name(
@@ -247,7 +247,6 @@ ALLOCATIONS = _by_name(
         rating="wanda_dvc.pruning.allocation:sensitivity_rating",
         by_gradients=True,
         strength=0.2,
-        by_linear=True,
     ),
 )
 

@@ -70,7 +70,10 @@ class Plan:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Plan":
         """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
-        name, pattern = described["method"], described["pattern"]
+        name, pattern, sparsity = described["method"], described["pattern"], described["sparsity"]
+        n_of_m = catalog.parse_pattern(pattern)
+        # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.
+        share = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))
         return cls(
             method=catalog.methods().get(name) or replace(catalog.methods()["wanda"], name=name),
             group=described["group"],
@@ -79,7 +82,7 @@ class Plan:
             reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
             pattern=pattern,
-            share=_share_of(pattern, described["sparsity"]),
+            share=share,
         )
 
     @property
@@ -183,13 +186,3 @@ class Plan:
             yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"
         if self.reconstruction.trains and self.propagation == "dense":
             yield f"propagation: found dense with reconstruction {self.reconstruction.name}, expected pruned, corrected"
-
-
-def _share_of(pattern: str, sparsity: float) -> Fraction:
-    """Return the share of pruned weights or units as an exact fraction.
-
-    A pattern n:m has its own: 1 − n/m. Else it is the exact decimal: 0.29 of 100 weights is 29, where floating point
-    gives 28.
-    """
-    n_of_m = catalog.parse_pattern(pattern)
-    return 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))

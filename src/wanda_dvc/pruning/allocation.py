@@ -54,14 +54,14 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
             for name in names:
                 number, features = weights(name).numel(), len(measured.inputs[source].sum)
                 linears[name] = (number // features, features) if group == "row" else (1, number)
-        parts += [{name: groups} for name, groups in linears.items()] if allocation.by_linear else [linears]
+        parts += [{name: groups} for name, groups in linears.items()] if allocation.by_gradients else [linears]
         ends.append(len(parts))
         rated = function_of(allocation.rating)(weights, measured)
-        ratings += rated if allocation.by_linear else [rated]
+        ratings += rated if allocation.by_gradients else [rated]
     groups = [list(part.values()) for part in parts]
     sizes = [sum(number * size for number, size in part) for part in groups]
     shares = settle(function_of(allocation.function)(share, sizes, ratings, strength), share, groups)
-    if not allocation.by_linear:
+    if not allocation.by_gradients:
         return shares
     of_linears = [(linear, share) for part, share in zip(parts, shares, strict=True) for linear in part]
     return [dict(of_linears[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
