@@ -11,7 +11,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from processes import say
 
-from wanda_dvc.engine.items import load_task
+from wanda_dvc.sources.tasks import load_task
 
 BEGAN = time.perf_counter()  # after imports, as the clock of a stage
 

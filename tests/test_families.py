@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.decoder import Call, Decoder
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import Runner
@@ -586,7 +586,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path,
         return hidden
 
     monkeypatch.setattr(type(decoder.blocks[0]), "forward", handing_on)
-    monkeypatch.setattr(decoder, "calls", lambda _: [Call((), {"shared": shared})] * 3)
+    monkeypatch.setattr(decoder, "calls", lambda _: [((), {"shared": shared})] * 3)
     with decoder.block(0), pytest.raises(UserError, match="block 0 passes more than hidden states to other blocks"):
         decoder.run(0, torch.zeros(1, 3, 32), Row(torch.tensor([5, 6, 7])))
 

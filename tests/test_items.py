@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from cases.grids import thinned
 
-from wanda_dvc.engine.items import load_task
 from wanda_dvc.errors import UserError
+from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
 

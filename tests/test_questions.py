@@ -35,10 +35,10 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn:
     contexts = {request.context for request in asked}
     behind = {(request.context, request.continuation[:-1]) for request in asked}
     assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
-    for request, place in zip(asked, places, strict=True):
-        row = rows[place.row]
+    for request, (number, tokens_of) in zip(asked, places, strict=True):
+        row = rows[number]
         assert row.layout is not None
-        context, *rest = place.tokens
+        context, *rest = tokens_of
         # What a prediction can look back on is what it would be alone: context, then its own choice.
         seen = [*range(context - len(request.context) + 1, context + 1), *rest]
         assert tuple(row.tokens[seen].tolist()) == request.context + request.continuation[:-1]
@@ -56,10 +56,10 @@ def test_spread_feeds_what_is_equal_once(drawn: Drawn):
     asked = [Request(*pair) for pair in drawn]
     rows, places = spread(asked)
     assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
-    for request, place in zip(asked, places, strict=True):
-        assert tuple(rows[place.row].tokens.tolist()) == request.context + request.continuation[:-1]
-        assert place.tokens[0] == len(request.context) - 1
-        assert len(place.tokens) == len(request.continuation)
+    for request, (number, tokens_of) in zip(asked, places, strict=True):
+        assert tuple(rows[number].tokens.tolist()) == request.context + request.continuation[:-1]
+        assert tokens_of[0] == len(request.context) - 1
+        assert len(tokens_of) == len(request.continuation)
 
 
 def test_long_contexts_are_cut_from_the_left_and_the_last_token_is_not_fed():
@@ -203,7 +203,7 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
     def record(row: calls.Row) -> list[decoding.Call]:
         recorded.append(len(row.tokens))
         table = torch.zeros(len(row.tokens), dtype=torch.uint8)
-        return [decoding.Call((table,), {"shared": (table, table[:5])}), decoding.Call((), {"mask": None})]
+        return [((table,), {"shared": (table, table[:5])}), ((), {"mask": None})]
 
     monkeypatch.setattr(decoder, "_record_calls", record)
     for _ in range(2):

@@ -24,14 +24,13 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import from_losses
 from wanda_dvc.engine.harness import EngineLM
-from wanda_dvc.engine.items import load_task
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results.show import show
-from wanda_dvc.sources.tasks import find_tasks
+from wanda_dvc.sources.tasks import find_tasks, load_task
 from wanda_dvc.stages import STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Dtype
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, name_of, read_header, read_object
+from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,11 +65,6 @@ class Checkpoint:
     def config(self) -> Any:
         """The directory's config.json."""
         return read_config(self.folder)
-
-    @property
-    def config_name(self) -> str:
-        """The path of config.json."""
-        return str(self.folder / "config.json")
 
     @cached_property
     def where(self) -> dict[str, Path]:
@@ -178,16 +173,13 @@ class Changed(Checkpoint):
 def read_index(path: Path) -> dict[str, str]:
     """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        found = "no tensors" if shards == {} else name_of(shards) if shards is not None else "none"
-        raise UserError(f"{path}: weight_map: found {found}, expected the file of each tensor; {COPY}")
-    for name, shard in shards.items():
-        if not isinstance(shard, str) or not PLAIN.fullmatch(shard):
-            found = repr(shard) if isinstance(shard, str) else name_of(shard)
-            raise UserError(
-                f"{path}: weight_map: {name}: found {found}, expected the name of a file in this folder; {COPY}"
-            )
-    return shards
+    found = shards.items() if isinstance(shards, dict) else ()
+    wrong = [one for one in found if not isinstance(one[1], str) or not PLAIN.fullmatch(one[1])] or [shards]
+    if wrong[0] is not shards or not found:
+        raise UserError(
+            f"{path}: weight_map: found {wrong[0]!s:.200}, expected a file in this folder for each tensor; {COPY}"
+        )
+    return dict(found)
 
 
 # --- config.json ---

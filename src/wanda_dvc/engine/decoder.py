@@ -8,7 +8,6 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,40 +21,25 @@ from torch.utils._pytree import tree_flatten
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.rows import Layout, Row, calls_bytes
-from wanda_dvc.engine.structure import build_empty
+from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import products
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one block, without the hidden states
 
 
 class _Stop(Exception):
     """Ends the model's own forward pass once the blocks' calls are recorded."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block, without the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def held(self) -> list[int]:
-        """Return the contents of its containers, by identity, to detect blocks that change a container."""
-        return [id(part) for value in (*self.args, *self.kwargs.values()) for part in _held(value)]
-
-
-def _held(value: Any) -> Iterator[Any]:
+def _held(value: Any) -> Iterator[int]:
+    """Yield the contents of a container, by identity, to detect blocks that change a container."""
     if isinstance(value, (Mapping, MutableSequence)):  # transformers has mappings that are not dicts
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield part
+            yield id(part)
             yield from _held(part)
-
-
-def _flat(calls: list[Call]) -> tuple[list[Any], Any]:
-    """Return the values in calls, and their nested structure."""
-    return tree_flatten([(call.args, call.kwargs) for call in calls])
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -74,7 +58,7 @@ class Decoder:
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         accelerator.keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
-        self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
+        self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
@@ -133,7 +117,7 @@ class Decoder:
             if sum(size for _, size in self._calls.values()) > calls_bytes(self.device.type):
                 self._calls.popitem()
             calls = self._record_calls(row)
-            storages = [value.untyped_storage() for value in _flat(calls)[0] if isinstance(value, Tensor)]
+            storages = [value.untyped_storage() for value in tree_flatten(calls)[0] if isinstance(value, Tensor)]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
             self._calls[key] = calls, sum(sizes.values())
         return self._calls[key][0]
@@ -161,18 +145,17 @@ class Decoder:
 
         `parameters`, if given, replace the block's own.
         """
-        call = self.calls(row)[index]
-        held = call.held()
+        args, words = self.calls(row)[index]
+        held = [*_held([*args, words])]
         with self._attending(row):
             if parameters is None:
-                out = self.blocks[index](hidden, *call.args, **call.kwargs)
+                out = self.blocks[index](hidden, *args, **words)
             else:
-                out = functional_call(self.blocks[index], parameters, (hidden, *call.args), call.kwargs)
+                out = functional_call(self.blocks[index], parameters, (hidden, *args), words)
         after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-        if call.held() != held:
-            raise UserError(
-                f"{self.checkpoint}: block {index} passes more than hidden states to other blocks, in a container; "
-                "unsupported model structure"
+        if [*_held([*args, words])] != held:
+            raise unsupported(
+                self.checkpoint, f"block {index} passes more than hidden states to others, in a container"
             )
         if after.dtype is not hidden.dtype:
             found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
@@ -212,7 +195,7 @@ class Decoder:
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-        with self._instead_of_blocks(lambda *args, **kwargs: result), self._unpacking():
+        with self._instead_of_blocks(lambda *args, **kwargs: result):
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
 
@@ -250,19 +233,6 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _unpacking(self) -> Iterator[None]:
-        """Raise UserError if the model uses more outputs of its blocks than hidden states."""
-        try:
-            yield
-        except ValueError as error:
-            if "unpack" not in str(error):
-                raise
-            raise UserError(
-                f"{self.checkpoint}: its blocks pass each other more than hidden states ({error}); unsupported model "
-                "structure"
-            ) from error
-
-    @contextlib.contextmanager
     def _attending(self, row: Row) -> Iterator[None]:
         """Select the attention for the row: the model's own, or ours."""
         ours = row.layout is not None or self._ours_for_windows
@@ -284,11 +254,9 @@ class Decoder:
             else:
                 hidden = kwargs.pop("hidden_states")
             if recorded and hidden is not recorded[-1][0] and not torch.equal(hidden, recorded[-1][0]):
-                raise UserError(
-                    f"{self.checkpoint}: the model changes hidden states between block {index - 1} and block {index}; "
-                    "unsupported model structure"
-                )
-            recorded.append((hidden, Call(args, kwargs)))
+                where = f"between block {index - 1} and block {index}"
+                raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
+            recorded.append((hidden, (args, kwargs)))
             if index == until:
                 raise _Stop
             return hidden if extra is None else (hidden, *extra)
@@ -298,13 +266,16 @@ class Decoder:
             words["position_ids"] = row.layout.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
-        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop), self._unpacking():
-            self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
+        try:
+            with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+                self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
+        except ValueError as error:
+            if "unpack" not in str(error):
+                raise
+            raise unsupported(self.checkpoint, f"its blocks pass on more than hidden states ({error})") from error
         if len(recorded) != until + 1:
-            raise UserError(
-                f"{self.checkpoint}: the model's forward pass called {len(recorded)} of its "
-                f"{len(self.blocks)} blocks, expected each once and in order; unsupported model structure"
-            )
+            found = f"{len(recorded)} of its {len(self.blocks)} blocks, expected each once and in order"
+            raise unsupported(self.checkpoint, f"the model's forward pass called {found}")
         return recorded
 
     def _record_calls(self, row: Row) -> list[Call]:
@@ -321,21 +292,18 @@ class Decoder:
             return record(row)
         calls = record(Row(torch.zeros_like(row.tokens)))
         if len(row.tokens) not in self._checked:
-            (values, shape), (others, other) = _flat(calls), _flat(record(Row(torch.ones_like(row.tokens))))
+            (values, shape), (others, other) = map(tree_flatten, (calls, record(Row(torch.ones_like(row.tokens)))))
             if shape != other or not all(map(_equal, values, others)):
-                raise UserError(
-                    f"{self.checkpoint}: other arguments of its blocks than the hidden states depend on the tokens; "
-                    "unsupported model structure"
-                )
+                raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
             self._checked.add(len(row.tokens))
         return calls
 
     @cached_property
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
-        hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
+        hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0) as block:
-            out = block(hidden, *call.args, **call.kwargs)
+            out = block(hidden, *args, **words)
         if not isinstance(out, (tuple, list)):
             return None
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))

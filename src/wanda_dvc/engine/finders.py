@@ -46,7 +46,7 @@ def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) 
     """Build the empty model of the configuration with other values in some fields."""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
-        model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
+        model: nn.Module = build_empty(changed(source.config, fields), f"{source} with {text}")
     except Exception as error:  # each model's configuration raises exceptions of its own choice
         raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
     return model
@@ -65,7 +65,7 @@ class _Dim(NamedTuple):
 
 def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
-    full = build_empty(source.config, source.config_name)
+    full = build_empty(source.config, source)
     parts, text = stored_parts(full, source), source.config.get_text_config()
     # Fields that stay in proportion to the number of units, and the size of a head, which stays.
     others = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
@@ -83,7 +83,7 @@ def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Re
             name = _owner(address)
             if name in sets:
                 raise refused(structure, source, f"several linears of {name} read them")
-            total = number if structure.grouped else size
+            total = number if structure.scaled else size
             stay = stay_of(number, share, structure.multiple)
             sets[name] = Units(total, total * stay // number, (size // total,))
             fields[field] = Field(number, (*fields[field].sets, name))
@@ -193,7 +193,7 @@ def _owner(address: Address) -> str:
 
 def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the blocks of a model, in one set. The probe needs to know which go: see `confirmed`."""
-    full = build_empty(source.config, source.config_name)
+    full = build_empty(source.config, source)
     where, blocks = find_blocks(full)
     linears, text = _linears(full, stored_parts(full, source)), source.config.get_text_config()
     content, total = text.to_dict(), len(blocks)
@@ -244,7 +244,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     If routers choose from groups of experts, the same number stays in each group. A share that rounds to all experts
     gives a removal without an effect. The probe needs to know which go: see `confirmed`.
     """
-    full = build_empty(source.config, source.config_name)
+    full = build_empty(source.config, source)
     parts, content = stored_parts(full, source), source.config.get_text_config().to_dict()
     numbers = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
     if len(numbers) != 1:

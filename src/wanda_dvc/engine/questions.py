@@ -17,6 +17,7 @@ ROW = 2048  # tokens: large multiplications, small activations
 
 Progress = Callable[[Iterator[Step]], Iterable[Step]]
 Prediction = tuple[int, int, int]  # token of a row, request, target
+Place = tuple[int, list[int]]  # of a request: its row, and the positions in the row that predict its continuation
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,6 @@ class Request:
         """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
-
-
-@dataclass(frozen=True)
-class Place:
-    """The row of a request, and the positions in the row that predict its continuation."""
-
-    row: int
-    tokens: list[int]
 
 
 def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
@@ -67,7 +60,7 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
             start, behind = len(row), 0 if place == 0 else len(context)
             row += [(token, behind + at, number, place) for at, token in enumerate(part)]
             for index in asked:
-                places[index] = Place(len(rows), [last, *range(start, len(row))])
+                places[index] = len(rows), [last, *range(start, len(row))]
     if row:
         end_row()
     return rows, [places[index] for index in range(len(requests))]
@@ -76,10 +69,10 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
 def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
     """Return a row for each distinct sequence, for models without support for several questions in a row."""
     numbers: dict[tuple[int, ...], int] = {}
-    places = []
+    places: list[Place] = []
     for request in requests:
         fed = request.context + request.continuation[:-1]
-        places.append(Place(numbers.setdefault(fed, len(numbers)), list(range(len(request.context) - 1, len(fed)))))
+        places.append((numbers.setdefault(fed, len(numbers)), list(range(len(request.context) - 1, len(fed)))))
     return [Row(torch.tensor(fed)) for fed in numbers], places
 
 
@@ -95,9 +88,9 @@ def loglikelihoods(
     for step in progress(runner.walk(rows)):
         step.advance()
     of_row: list[list[Prediction]] = [[] for _ in rows]
-    for index, (place, request) in enumerate(zip(places, requests, strict=True)):
-        for token, target in zip(place.tokens, request.continuation, strict=True):
-            of_row[place.row].append((token, index, target))
+    for index, ((row, tokens), request) in enumerate(zip(places, requests, strict=True)):
+        for token, target in zip(tokens, request.continuation, strict=True):
+            of_row[row].append((token, index, target))
 
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
     for index, value, likeliest in runner.head(predict, lambda shard: (length, of_row[shard.start : shard.stop])):

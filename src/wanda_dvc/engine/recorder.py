@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
-from wanda_dvc.engine.structure import Linear
+from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.products import multiply
@@ -72,7 +72,7 @@ class Sums:
                 raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
             of_a_list = sum(word.isdigit() for word in names[0].split(".")) > 1  # as an expert with its own modules is
             if expert is None and names[0] not in source and not of_a_list:
-                raise UserError(f"{names[0]}: computed in an unsupported way; unsupported model structure")
+                raise unsupported(names[0], "computed in an unsupported way")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
@@ -241,9 +241,7 @@ class InputRecorder:
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != features:
-            raise UserError(
-                f"{names[0]}: given {x.shape[-1]} features, expected {features}; unsupported model structure"
-            )
+            raise unsupported(names[0], f"given {x.shape[-1]} features, expected {features}")
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
             self._held[key] = (names[0], x)

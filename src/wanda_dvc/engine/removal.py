@@ -208,9 +208,6 @@ class Smaller(Changed):
         experts = {cut.address for cut in removal.cuts if cut.address.expert is not None}
         self._experts = Counter(address.tensor for address in experts)  # by the tensor that holds them
 
-    def __str__(self) -> str:
-        return f"{self.source} without some {self.removal.structure.about}"
-
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and length of each tensor; places in files are the source's."""
@@ -228,12 +225,6 @@ class Smaller(Changed):
     def config(self) -> Any:
         """The configuration with the new numbers of units."""
         return changed(self.source.config, self.changes)
-
-    @property
-    def config_name(self) -> str:
-        """The configuration's name in messages."""
-        changes = ", ".join(f"{field}={value}" for field, value in self.changes.items())
-        return f"{self.source.config_name} with {changes}"
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it, without the units that go."""

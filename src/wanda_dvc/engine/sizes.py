@@ -84,10 +84,7 @@ def sizes(config: Path) -> Sizes:
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
     blocks = find_blocks(model)[1]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-    shapes = [  # [out, in] of each linear
-        [(shape[-2], shape[-1]) for shape in weight_shapes(block) for _ in range(shape[:-2].numel())]
-        for block in blocks
-    ]
+    shapes = [weight_shapes(block) for block in blocks]
     each = [shape for block in shapes for shape in block]
     weights = [sum(out * features for out, features in block) for block in shapes]
     reads = [sum(features**2 for _, features in block) for block in shapes]

@@ -6,7 +6,7 @@ transformers' conversion rules.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,24 +69,26 @@ class Linear:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32) -> Any:
+def unsupported(where: object, why: str) -> UserError:
+    """Return the error that a model's structure is not supported, with the reason."""
+    return UserError(f"{where}: {why}; unsupported model structure")
+
+
+def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) -> Any:
     """Build the model of a configuration for inference, without weights (buffers are real).
 
-    `where` is the configuration's name in messages. UserError if transformers builds no model.
+    `where` is the model's name in messages. UserError if transformers builds no model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{where}: {config.model_type} is not a causal language model")
     try:
         with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a model's class may raise any exception, such as KeyError for an unknown activation
         raise UserError(
-            f"{where}: transformers builds no {config.model_type} from it ({reason(error)}), expected "
+            f"{where}: transformers builds no {config.model_type} from config.json ({reason(error)}), expected "
             "sizes, activation and rope that it knows; correct it, or copy the file again"
         ) from error
     model.tie_weights()  # parameters created inside the context have lost it
@@ -103,10 +105,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     ]
     if len(lists) != 1:
         found = ", ".join(name for name, _ in lists) or "none"
-        raise UserError(
-            f"{type(model).__name__}: found {found} as lists of {layers} blocks, expected one; "
-            "unsupported model structure"
-        )
+        raise unsupported(type(model).__name__, f"found {found} as lists of {layers} blocks, expected one")
     return lists[0]
 
 
@@ -166,13 +165,13 @@ def _owner(weight: str) -> str:
     return weight.rpartition(".")[0].rpartition(".")[0]
 
 
-def weight_shapes(block: nn.Module) -> list[torch.Size]:
-    """Return the shapes of a block's prunable weights: [out, in], or [experts, out, in] for all experts together."""
-    shapes = []
+def weight_shapes(block: nn.Module) -> list[tuple[int, int]]:
+    """Return the shapes of a block's linears, [out, in]; each expert has its own."""
+    shapes: list[tuple[int, int]] = []
     for name, module in find_linears(block).items():
         *experts, rows, columns = module.get_parameter(name.rpartition(".")[2]).shape
         matrix = (columns, rows) if _is_transposed(module, experts=bool(experts)) else (rows, columns)
-        shapes.append(torch.Size([*experts, *matrix]))
+        shapes += [matrix] * math.prod(experts)
     return shapes
 
 
@@ -187,7 +186,7 @@ def check_model(folder: Path) -> None:
         UserError: index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
     """
     checkpoint = Checkpoint(folder)
-    model = build_empty(checkpoint.config, checkpoint.config_name)
+    model = build_empty(checkpoint.config, checkpoint)
     find_blocks(model)
     stored_parts(model, checkpoint)
     load_tokenizer(folder)
@@ -294,7 +293,10 @@ def place_parts(
         several = made.dim() > len(shape)
         for expert, rows in enumerate(made if several else [made]):
             begin = 0
-            for number in _find_marks(rows, marks):
+            for found in rows.split(len(marks[0])):
+                number = int(found.flatten()[0]) // size
+                if not torch.equal(found, marks[number]):
+                    raise ValueError("their elements change places")
                 end = begin + shapes[number][0]
                 parts.append(Part(Address(stored[number][1]), (begin, end), expert if several else None))
                 begin = end
@@ -306,12 +308,3 @@ def place_parts(
             f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, in an unsupported way: {error}"
         ) from error
     return parts
-
-
-def _find_marks(rows: Tensor, marks: list[Tensor]) -> Iterator[int]:
-    """Return the indices of the marks in the rows. ValueError if their elements are in another order."""
-    for found in rows.split(len(marks[0])):
-        number = int(found.flatten()[0]) // marks[0].numel()
-        if not torch.equal(found, marks[number]):
-            raise ValueError("their elements change places")
-        yield number

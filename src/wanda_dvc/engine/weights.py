@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies, empty_weight
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts, unsupported
 from wanda_dvc.errors import UserError
 
 
@@ -62,12 +62,9 @@ class Weights:
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
-                raise UserError(
-                    f"{self.checkpoint}: {prefix}{name} belongs to no linear, and is larger than any; "
-                    "unsupported model structure"
-                )
+                raise unsupported(self.checkpoint, f"{prefix}{name} belongs to no linear, and is larger than any")
         if not linears:
-            raise UserError(f"{self.checkpoint}: {prefix[:-1]} has no linear; unsupported model structure")
+            raise unsupported(self.checkpoint, f"{prefix[:-1]} has no linear")
         return linears
 
     @contextlib.contextmanager

@@ -119,7 +119,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM
-    from wanda_dvc.engine.items import load_task
+    from wanda_dvc.sources.tasks import load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
