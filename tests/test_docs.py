@@ -33,7 +33,10 @@ LISTED = subprocess.run(
 ).stdout.split()  # fmt: skip
 PAGES = sorted({page for page in LISTED if (ROOT / page).exists()})
 GUIDES = [page for page in PAGES if page in ("README.md", "CONTRIBUTING.md") or page.startswith("docs/")]
-PACKAGED = {"method=deviation": "method=wanda"}  # what a page's own package adds, and what stands for it here
+# What a page's own package adds, and its substitute here.
+PACKAGED = {
+    f"{add}method=deviation": f"{add}method=wanda" for add in ("", "++")
+}  # what a page's own package adds, and what stands for it here
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import save_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import decoder as decoding
@@ -177,7 +178,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
     def record(row, until):
         made = real(row, until)
         recorded.extend(
-            weakref.ref(x) for _, call in made for x in decoding._flat([call])[0] if isinstance(x, torch.Tensor)
+            weakref.ref(x) for _, call in made for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)
         )
         return made
 

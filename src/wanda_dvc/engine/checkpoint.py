@@ -173,13 +173,12 @@ class Changed(Checkpoint):
 def read_index(path: Path) -> dict[str, str]:
     """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
-    found = shards.items() if isinstance(shards, dict) else ()
-    wrong = [one for one in found if not isinstance(one[1], str) or not PLAIN.fullmatch(one[1])] or [shards]
-    if wrong[0] is not shards or not found:
-        raise UserError(
-            f"{path}: weight_map: found {wrong[0]!s:.200}, expected a file in this folder for each tensor; {COPY}"
-        )
-    return dict(found)
+    names = [*shards.values()] if isinstance(shards, dict) else []
+    wrong = [name for name in names if not isinstance(name, str) or not PLAIN.fullmatch(name)]
+    if not isinstance(shards, dict) or not shards or wrong:
+        found = repr(wrong[0] if wrong else shards)[:200]
+        raise UserError(f"{path}: weight_map: found {found}, expected a file in this folder for each tensor; {COPY}")
+    return shards
 
 
 # --- config.json ---

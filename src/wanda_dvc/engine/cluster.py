@@ -58,10 +58,10 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
     wanted, folders, threads, device = expected
     torch.set_num_threads(threads)
     try:
-        for name, found in versions().items():
-            if found != wanted[name]:
+        for name, own in versions().items():
+            if own != wanted[name]:
                 raise UserError(
-                    f"{name} {found}, expected {wanted[name]}, the driver's version: results depend on it; install it"
+                    f"{name} {own}, expected {wanted[name]}, the driver's version: results depend on it; install it"
                 )
         if missing := [str(folder) for folder in folders if not folder.exists()]:
             raise UserError(
