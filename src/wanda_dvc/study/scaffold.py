@@ -80,10 +80,11 @@ def init(
     return _said(folder, params, around, committed)
 
 
-# Null is spelled `null`: ruamel's own writes nothing.
-RoundTripRepresenter.add_representer(
-    type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
-)
+class _Representer(RoundTripRepresenter):
+    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
+
+
+_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 def change_settings(path: Path, changes: Settings) -> None:
@@ -94,6 +95,7 @@ def change_settings(path: Path, changes: Settings) -> None:
 
 def _changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
     content = yaml.load(text)
     for one in changes:
