@@ -134,13 +134,13 @@ def _configs() -> Iterator[Case]:
 def _indexes() -> Iterator[Case]:
     yield Case("index: half", written(INDEX, '{"a": '), (INDEX, "found no JSON"))
     for weight_map, found in (
-        (REMOVED, "found none"), ([], "found a list"), ({}, "found no tensors"),
+        (REMOVED, "found null"), ([], "found a list"), ({}, "found an object"),
     ):  # fmt: skip
         shown = "missing" if weight_map is REMOVED else repr(weight_map)
         yield Case(
             f"index: weight_map {shown}",
             index(weight_map),
-            (INDEX, f"weight_map: {found}", "expected the file of each"),
+            (INDEX, f"weight_map: {found}", "expected a file for each tensor"),
         )
     for shard in (3, None):
         yield Case(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Dtype
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, read_header, read_object
+from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -173,11 +173,13 @@ class Changed(Checkpoint):
 def read_index(path: Path) -> dict[str, str]:
     """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
-    names = [*shards.values()] if isinstance(shards, dict) else []
-    wrong = [name for name in names if not isinstance(name, str) or not PLAIN.fullmatch(name)]
-    if not isinstance(shards, dict) or not shards or wrong:
-        found = repr(wrong[0] if wrong else shards)[:200]
-        raise UserError(f"{path}: weight_map: found {found}, expected a file in this folder for each tensor; {COPY}")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{path}: weight_map: found {name_of(shards)}, expected a file for each tensor; {COPY}")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or not PLAIN.fullmatch(shard):
+            raise UserError(
+                f"{path}: weight_map: {name}: found {shard!r:.200}, expected the name of a file in this folder; {COPY}"
+            )
     return shards
 
 
