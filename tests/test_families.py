@@ -587,7 +587,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path,
 
     monkeypatch.setattr(type(decoder.blocks[0]), "forward", handing_on)
     monkeypatch.setattr(decoder, "calls", lambda _: [((), {"shared": shared})] * 3)
-    with decoder.block(0), pytest.raises(UserError, match="block 0 passes more than hidden states to other blocks"):
+    with decoder.block(0), pytest.raises(UserError, match="block 0 passes more than hidden states to others"):
         decoder.run(0, torch.zeros(1, 3, 32), Row(torch.tensor([5, 6, 7])))
 
 
