@@ -100,9 +100,9 @@ MEANT = [
 
 # Files that are no settings at all.
 FILES = {
-    "empty": (b"", "got NoneType, expected a mapping"),
-    "a list": (b"[1]", "got list, expected a mapping"),
-    "a number": (b"3", "got int, expected a mapping"),
+    "empty": (b"", "found null, expected settings"),
+    "a list": (b"[1]", "found [1], expected settings"),
+    "a number": (b"3", "found 3, expected settings"),
     "half": (b"model: {", "not valid YAML"),
     "tabs": (b"a:\n\t- b", "not valid YAML"),
     "binary": (b"\x80\xff", "is no UTF-8"),
