@@ -170,16 +170,15 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a progress bar on a terminal, else with a line a minute."""
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
-    yield from tqdm(
-        items,
-        total=total,
-        desc=what,
-        file=sys.stderr,
-        disable=False,  # by the environment, which disables the bars of libraries
-        delay=0 if terminal else 10,
-        mininterval=0.1 if terminal else 60,
-    )
+    bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
+    began = said = time.monotonic()
+    for done, item in enumerate(bar, start=1):
+        yield item
+        now = time.monotonic()
+        if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
+            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
+            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
+            said = now
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
