@@ -1,11 +1,9 @@
 """Masks and weights that tasks solve for have the bytes of one process."""
 
-import contextlib
 import importlib
 import itertools
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +72,8 @@ def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch
     def made(
         cluster: Inline | None = None, *, model: str = "llama", again: bool = True, **changes: Any
     ) -> dict[str, bytes]:
-        def opened(*words: Any) -> AbstractContextManager[Executor]:
-            return contextlib.nullcontext(cluster) if cluster else on_ray(*words)
+        def opened(*words: Any) -> Executor:
+            return cluster or on_ray(*words)
 
         monkeypatch.setattr(inputs, "executor", opened)
         monkeypatch.setattr(stage, "executor", opened)

@@ -80,25 +80,25 @@ def _forward(project: Project, norms: Work | None, gram: Work | None) -> None:
     A killed run resumes after the blocks that all works have.
     """
     works = [work for work in (norms, gram) if work]
-    with runner(project, "dense", works[0]) as run:
-        features = run.decoder.inputs()
-        check_fits(project.plan.pattern, features)
-        windows, blocks = calibration_windows(project), len(run.decoder.blocks)
-        tokens, wanted = windows.numel(), TOKENS_A_FEATURE * max(features.values())
-        if gram and tokens < wanted:
-            notice(
-                f"calibrate: {tokens:,} tokens, expected {wanted:,} or more for solvers, {TOKENS_A_FEATURE} for each "
-                f"of {max(features.values()):,} input features; raise calibration.length or calibration.windows"
-            )
-        kept = min(finished_blocks(work.out) for work in works)
-        unreached = {}
-        for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
-            measured, grams, _ = step.record(gram=gram is not None)
-            unreached[step.index] = measured.unreached()
-            if norms:
-                write_stats(norms.out, step.index, measured)
-            if gram:
-                write_grams(gram.out, step.index, measured, grams)
+    run = runner(project, "dense", works[0])
+    features = run.decoder.inputs()
+    check_fits(project.plan.pattern, features)
+    windows, blocks = calibration_windows(project), len(run.decoder.blocks)
+    tokens, wanted = windows.numel(), TOKENS_A_FEATURE * max(features.values())
+    if gram and tokens < wanted:
+        notice(
+            f"calibrate: {tokens:,} tokens, expected {wanted:,} or more for solvers, {TOKENS_A_FEATURE} for each "
+            f"of {max(features.values()):,} input features; raise calibration.length or calibration.windows"
+        )
+    kept = min(finished_blocks(work.out) for work in works)
+    unreached = {}
+    for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
+        measured, grams, _ = step.record(gram=gram is not None)
+        unreached[step.index] = measured.unreached()
+        if norms:
+            write_stats(norms.out, step.index, measured)
+        if gram:
+            write_grams(gram.out, step.index, measured, grams)
     if norms:
         say_unreached("calibrate", unreached)  # of the blocks measured by this run
 
@@ -107,15 +107,15 @@ def _backward(project: Project, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
     from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
 
-    with runner(project, "dense", work) as run:
-        check_fits(project.plan.pattern, run.decoder.inputs())
-        blocks = len(run.decoder.blocks)
-        kept = finished_blocks(work.out, reversed(range(blocks)))
-        back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
-        for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
-            each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
-            write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
-            came.grams.clear()  # before the next block's arrive; other frames hold them too
+    run = runner(project, "dense", work)
+    check_fits(project.plan.pattern, run.decoder.inputs())
+    blocks = len(run.decoder.blocks)
+    kept = finished_blocks(work.out, reversed(range(blocks)))
+    back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
+    for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
+        each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
+        write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
+        came.grams.clear()  # before the next block's arrive; other frames hold them too
 
 
 def _write_norms(project: Project) -> None:

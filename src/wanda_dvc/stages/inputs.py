@@ -1,9 +1,8 @@
 """The inputs of stages, checked in one place: matching models, statistics and texts; and what runs a model."""
 
-import contextlib
 import importlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,30 +147,27 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 # --- what runs ---
 
 
-@contextlib.contextmanager
-def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Iterator[Runner]":
-    """Open a runner of rows through one of the project's models: in this process, or on the cluster of params.yaml."""
+def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Runner":
+    """Return a runner of rows through one of the project's models, in this process or on the cluster."""
     from wanda_dvc.engine.walk import Runner
 
     device = None if project.params.runtime.ray is None else "cpu"
-    with executor(project, [project.model(model), project.work_root]) as run:
-        yield Runner(open_decoder(project, model, dtype=dtype, device=device), work.path.absolute(), run)
+    run = executor(project, [project.model(model), project.work_root])
+    return Runner(open_decoder(project, model, dtype=dtype, device=device), work.path.absolute(), run)
 
 
-@contextlib.contextmanager
-def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
-    """Open what maps functions that read some folders: this process, or the cluster of params.yaml."""
+def executor(project: Project, folders: Sequence[Path]) -> "Executor":
+    """Return what maps functions that read some folders: this process, or the cluster of params.yaml."""
     runtime = project.params.runtime
     if runtime.ray is None:
         from wanda_dvc.engine.rows import Executor
 
-        yield Executor(own_device(runtime))
-        return
+        return Executor(own_device(runtime))
     from wanda_dvc.engine.cluster import Cluster
 
     cluster = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
     notice(f"runtime.ray: workers: {cluster.workers}")
-    yield cluster
+    return cluster
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":

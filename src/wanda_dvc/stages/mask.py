@@ -3,7 +3,6 @@
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -274,13 +273,12 @@ def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> It
     """
     plan = project.plan
     every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
-    opened: AbstractContextManager[Executor] = nullcontext(Executor(solving_device(project.params.runtime)))
+    run = Executor(solving_device(project.params.runtime))
     if plan.solves_by_input:
-        opened = executor(project, [project.model("dense"), project.gram])
-    with opened as run:
-        made = run.map(solve, itertools.chain.from_iterable(every), "solver")
-        for own in every:
-            yield together(itertools.islice(made, len(own))), None
+        run = executor(project, [project.model("dense"), project.gram])
+    made = run.map(solve, itertools.chain.from_iterable(every), "solver")
+    for own in every:
+        yield together(itertools.islice(made, len(own))), None
 
 
 def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: int) -> Iterator[tuple[Made, "Step"]]:
@@ -297,13 +295,13 @@ def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: in
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
     # A training needs the dense block's outputs too, a correction its inputs.
-    with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
-        for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
-            recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
-            if plan.records_grams:
-                write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
-            own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
-            del recorded  # the next matrices need its memory
-            made = together(run.map(solve, own, f"block {step.index}, solver"))
-            block_file(folder, step.index).unlink(missing_ok=True)
-            yield made, step
+    run = runner(project, "dense", work, dtype=measured_with["dtype"])
+    for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
+        recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
+        if plan.records_grams:
+            write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
+        own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
+        del recorded  # the next matrices need its memory
+        made = together(run.map(solve, own, f"block {step.index}, solver"))
+        block_file(folder, step.index).unlink(missing_ok=True)
+        yield made, step

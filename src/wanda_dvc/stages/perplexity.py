@@ -46,7 +46,8 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     dense = None if model == "dense" else _reference(project, text, protocol)
     if dense:
         protocol |= {"reference": digest(dense)}
-    with project.work(protocol) as work, runner(project, model, work) as run:
+    with project.work(protocol) as work:
+        run = runner(project, model, work)
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
         losses, divergences = _measure(run, work.out, reference if dense else None, f"{run_name}, output head, windows")

@@ -125,14 +125,14 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
-    with runner(project, model, work) as run:
+    run = runner(project, model, work)
 
-        def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
-            return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
+    def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
+        return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
-        language_model = EngineLM(run.decoder, project.model(model), run, progress=blocks)
-        evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
-        where = run.not_finite
+    language_model = EngineLM(run.decoder, project.model(model), run, progress=blocks)
+    evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
+    where = run.not_finite
     result, samples = evaluated["results"][task], evaluated["samples"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
     if where is None and not all(math.isfinite(value) for one in samples for value, _ in one["filtered_resps"]):
