@@ -195,8 +195,7 @@ def read_config(place: Path) -> Any:
     from transformers import AutoConfig
 
     path = place if place.is_file() else place / "config.json"
-    stored = read_object(path)
-    for part in (stored, stored.get("text_config") or {}):
+    for part in _stored_parts(path):
         for name in STRUCTURES["blocks"].fields:
             if isinstance(layers := part.get(name), int) and layers > MOST_LAYERS:
                 raise UserError(f"{path}: {name}: found {layers}, expected at most {MOST_LAYERS:,}; {TODO}")
@@ -208,6 +207,12 @@ def read_config(place: Path) -> Any:
         ) from error
 
 
+def _stored_parts(path: Path) -> list[dict[str, Any]]:
+    """Return a stored configuration, and its text part if it has one."""
+    stored = read_object(path)
+    return [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
+
+
 def text_key(config: Any) -> str | None:
     """Return the key of a configuration's text part; None if all of it describes the text model."""
     text = config.get_text_config()
@@ -215,13 +220,12 @@ def text_key(config: Any) -> str | None:
 
 
 def dtype_of(model: Path, wanted: str) -> str:
-    """Return the dtype in which a model runs: the wanted one, or for `auto` that of its checkpoint."""
+    """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the checkpoint's own."""
     if wanted != "auto":
         return wanted
-    stored = read_object(model / "config.json")
-    for config in (stored, stored.get("text_config")):
+    for part in _stored_parts(model / "config.json"):
         for name in ("dtype", "torch_dtype"):
-            found = str(config.get(name)).removeprefix("torch.") if isinstance(config, dict) else ""
+            found = str(part.get(name)).removeprefix("torch.")
             if found in RUNS_IN:
                 return found
     return RUNS_IN[0]

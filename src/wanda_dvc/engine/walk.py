@@ -50,10 +50,11 @@ class Block:
     crosses: bool = False  # and products with the dense model's inputs
     writes: bool = True  # the hidden states after the block
 
-    def load(self, model: Decoder, row: Row) -> None:
-        """Load the block, unless it is loaded; a thread reads the next one."""
-        model.calls(row)  # the first call runs the first block, which must not be loaded yet
-        model.hold(self.index, self.index + 1, self.change)
+
+def _load(model: Decoder, row: Row, index: int, then: int, change: Change | None = None) -> None:
+    """Load a block, unless it is loaded; a thread reads the block that follows."""
+    model.calls(row)  # the first call runs the first block, which must not be loaded yet
+    model.hold(index, then, change)
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device,
 def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Sums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
     model, index, finite = opened(device), block.index, list[Tensor]()
-    block.load(model, shard.rows[0])
+    _load(model, shard.rows[0], index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
     passing = partial(_through, model, index, shard.rows, finite)
     if block.dense is not None:
@@ -127,7 +128,7 @@ def train_block(
     assert block.change is not None
     assert block.dense is not None
     model = opened(device)
-    block.load(model, rows[0])
+    _load(model, rows[0], block.index, block.index + 1, block.change)
     cut = range(len(block.own.lengths))
     return training.train(
         model,
@@ -366,8 +367,7 @@ def run_back(  # noqa: PLR0913, PLR0917 - a block, and its files
     """
     model = opened(device)
     done = len(model.blocks) - 1 - index
-    model.calls(shard.rows[0])  # the first call runs the first block, which must not be loaded yet
-    model.hold(index, index - 1)
+    _load(model, shard.rows[0], index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
     rows = zip(states, after, shard.rows, strict=True)
     with recording_gradients(model.linears(index), gram=gram) as found:
