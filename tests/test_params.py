@@ -95,6 +95,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "every token",
         ),
         ({"tasks__names": ["piqa", "piqa"]}, "tasks.names: found piqa twice, expected each task once"),
+        (
+            {"runtime__device": "cuda:1", "runtime__ray": "local"},
+            "runtime.device: found cuda:1 with runtime.ray local, expected cuda: Ray gives each worker a GPU",
+        ),
+        (
+            {"runtime__device": "mps", "runtime__ray": "auto"},
+            "runtime.device: found mps with runtime.ray auto, expected auto or cpu: Ray has no MPS",
+        ),
     ],
 )
 def test_each_problem_has_its_line(tmp_path: Path, changes: dict[str, object], expected: str):

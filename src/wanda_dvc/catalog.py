@@ -350,8 +350,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*(@\w[\w.\-/]*)?")
 HUB_TEXT = re.compile(
     r"(?P<dataset>[A-Za-z0-9][\w.\-]*/\w[\w.\-]*)(:(?P<config>\w[\w.\-]*))?(@(?P<revision>\w[\w.\-/]*))?"
 )
-# A package on the index: a name by PEP 508, and the characters of a version by PEP 440: no path, no URL, no option.
-PACKAGE = re.compile(r"package:[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[0-9][A-Za-z0-9.!+_-]*")
+# A package on the index: a name by PEP 508 and a version by PEP 440: no path, no URL, no option, and no file's ending,
+# because pip takes a local file `NAME==1.zip` for an archive.
+PACKAGE = re.compile(
+    r"package:[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==([0-9]+!)?[0-9][0-9.]*((a|b|rc|\.post|\.dev)[0-9]+)*(\+[A-Za-z0-9]+)?"
+)
 
 
 @dataclass(frozen=True)

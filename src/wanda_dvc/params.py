@@ -285,6 +285,10 @@ class Params(_Section):
                 )
         if twice := sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1}):
             yield f"tasks.names: found {', '.join(twice)} twice, expected each task once"
+        device, ray = self.runtime.device, self.runtime.ray
+        if ray is not None and device not in (AUTO, "cpu", "cuda"):
+            expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
+            yield f"runtime.device: found {device} with runtime.ray {ray}, expected {expected}"
 
 
 def _place(text: ChosenText) -> tuple[str | None, ...]:
