@@ -123,7 +123,7 @@ def test_the_memory_of_a_walk_does_not_grow_with_depth():
 def test_what_each_stage_needs(
     config_only: Callable[..., Project], monkeypatch: pytest.MonkeyPatch, dtype: str, width: int
 ):
-    def needed(project: Project, stage: str, part: str | None = None) -> tuple[int, int]:
+    def needed(project: Project, stage: str, part: str = "") -> tuple[int, int]:
         """Memory beyond what is the same for all models, and disk."""
         found = need(project, stage, part)
         is_mapped = stage in ("calibrate", "perplexity", "zero-shot") and dtype == "float32"

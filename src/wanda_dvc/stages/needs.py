@@ -49,8 +49,8 @@ class Known:
     model: Path  # its directory
     device: str  # its kind
     files: Mapping[str, int]  # bytes of fetched data, by part: calibration, tasks, …
-    part: str | None = None  # of the stage; None: the part that needs most
-    text: str | None = None  # of the perplexity; None: each
+    part: str = ""  # of the stage; "": the part that needs most
+    text: str = ""  # of the perplexity; "": each
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -70,7 +70,7 @@ class Known:
         return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
 
-def known(project: Project, part: str | None = None, text: str | None = None) -> Known:
+def known(project: Project, part: str = "", text: str = "") -> Known:
     """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
     params, model = project.params, project.model("pruned" if part == "pruned" else "dense")
     names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
@@ -86,7 +86,7 @@ def known(project: Project, part: str | None = None, text: str | None = None) ->
     )
 
 
-def need(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Need:
+def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
     """Return the needs of a study's stage; nothing without the configuration of its model."""
     model = project.model("pruned" if part == "pruned" else "dense")
     if stage not in NEEDS or not (model / "config.json").is_file():
@@ -201,7 +201,7 @@ def continuing(on: Known, tokens: int) -> int:
 # --- the line before a stage ---
 
 
-def announce(*, project: Project, stage: str, part: str | None = None, text: str | None = None) -> None:
+def announce(*, project: Project, stage: str, part: str = "", text: str = "") -> None:
     """Print a stage's needs and what is free to stderr.
 
     Not of `mask` and `apply`: counting a model takes seconds of imports, which they do without.
