@@ -26,7 +26,6 @@ from urllib.parse import unquote
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "zensical.toml"
 TARGET = ROOT / ".site"
-DECISIONS = "docs/decisions"
 # Pages of the site that lie outside docs/; they keep their path.
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results.md")
 FENCED = re.compile(r"^( *)```.*?^\1```\s*?$", flags=re.MULTILINE | re.DOTALL)
@@ -61,7 +60,6 @@ def build(target: Path, repository: str | None) -> None:
     site = Site(published, repository)
     for source, page in published.items():
         _write(target / "docs" / page, site.page(source))
-    _write(target / "docs/decisions/index.md", _decisions())
     for asset in sorted(site.assets):
         (target / "docs" / asset).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "docs" / asset, target / "docs" / asset)
@@ -133,8 +131,6 @@ class Site:
         fragment = f"#{anchor}" if anchor else ""
         if path == "README.md":
             path, fragment = self._section(source, to, anchor)
-        elif path == DECISIONS:
-            path = "decisions/index.md"
         elif path in self.published:
             path = self.published[path]
         elif path.startswith("docs/") and kind == "blob":
@@ -203,7 +199,7 @@ def _restored(code: list[str], index: int) -> str:
 def _check_list(published: dict[str, str]) -> None:
     """Refuse a page that is in no list, and a list with a page that does not exist."""
     listed = set(_listed(tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]["nav"]))
-    made = {page for page in published.values() if not page.startswith("decisions/")} | {"decisions/index.md"}
+    made = set(published.values())
     if listed != made:
         raise SiteError(
             f"{CONFIG.name}: nav: not listed: {', '.join(sorted(made - listed)) or 'none'}; "
@@ -218,15 +214,6 @@ def _listed(nav: list[dict[str, object]]) -> Iterator[str]:
                 yield from _listed(value)
             else:
                 yield str(value)
-
-
-def _decisions() -> str:
-    """Return the list of decisions."""
-    lines = []
-    for path in sorted((ROOT / DECISIONS).glob("*.md")):
-        title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        lines.append(f"- [{title}]({path.name})\n")
-    return "# Decisions\n\nWhat was decided, why, what it costs, and what was not taken.\n\n" + "".join(lines)
 
 
 def _write(path: Path, text: str) -> None:

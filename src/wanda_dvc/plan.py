@@ -15,10 +15,10 @@ UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
 # Of `reconstruction: blockwise`: passes over the calibration windows; the highest learning rate, as a share of the root
 # mean square of a parameter's weights; the seed of the windows' order; the factor of the loss.
-# docs/decisions/0026-block-training.md.
+# dev/decisions/0026-block-training.md.
 TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0, "scale": 2**16}
 # Of `propagation: corrected`: the step from the dense weights to the weights that give the dense outputs. With 1 they
-# overfit the calibration text (docs/decisions/0027-fisher.md).
+# overfit the calibration text (dev/decisions/0027-fisher.md).
 CORRECTION = 0.5
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4

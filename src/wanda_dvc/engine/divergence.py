@@ -2,7 +2,7 @@
 
 A complete distribution is too large to keep. Of the dense model's, at each position, `Reference` keeps the most
 probable tokens, the mass of all others (the tail), and some tokens drawn from the tail. The rest is the other model's.
-docs/decisions/0032-divergence.md compares this with kept hidden states and with the most probable tokens alone.
+dev/decisions/0032-divergence.md compares this with kept hidden states and with the most probable tokens alone.
 """
 
 import math
