@@ -4,7 +4,6 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 """
 
 import atexit
-import contextlib
 import copy
 import ctypes
 import gc
@@ -15,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -34,13 +33,13 @@ install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "checker.checked"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
-import pytest  # noqa: E402 - after the hook
+import offline  # noqa: E402 - after the hook
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
 from wanda_dvc.catalog import STATISTICS  # noqa: E402
-from wanda_dvc.errors import UserError  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
@@ -51,8 +50,15 @@ if TYPE_CHECKING:
 settings.register_profile("full", deadline=None)
 settings.register_profile("short", deadline=None, max_examples=25)
 parse_once()
+offline.block()
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> Iterator[None]:
+    yield
+    assert not offline.reached, f"{offline.reached.copy()}{offline.reached.clear() or ''}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -160,7 +166,7 @@ def text_of(part: str) -> str:
 
 
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
-    """A small params.yaml, and after it the stage `plan`."""
+    """A small params.yaml, and after it the stage `plan`, which refuses wrong settings."""
     write_settings(root, folder, **changes)
     planned(Project(root))
 
@@ -223,11 +229,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def planned(project: Project) -> Project:
-    """The project after the stage `plan`; as it is if its settings or sources are refused."""
+    """The project after the stage `plan`."""
     from wanda_dvc.stages.plan import plan
 
-    with contextlib.suppress(UserError):
-        plan(project=project)
+    plan(project=project)
     return project
 
 
@@ -256,12 +261,12 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
 
 @pytest.fixture
 def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[..., Project]:
-    """A copy of `calibrated` with other settings; a second call changes them again."""
+    """A copy of `calibrated` with other settings; a second call changes them again. `plan=False`: they may be wrong."""
     shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
     source = Project(calibrated).params.model
 
-    def make(**changes: Any) -> Project:
-        write_params(tmp_path, source, **CALIBRATION | texts | changes)
+    def make(*, plan: bool = True, **changes: Any) -> Project:
+        (write_params if plan else write_settings)(tmp_path, source, **CALIBRATION | texts | changes)
         return Project(tmp_path)
 
     return make
@@ -269,10 +274,10 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., Project]:
-    """Makes the project in tmp_path, with changed parameters; called again, it changes them again."""
+    """Makes the project in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
 
-    def make(model: Path | str = tiny, **changes: Any) -> Project:
-        write_params(tmp_path, model, **texts | changes)
+    def make(model: Path | str = tiny, *, plan: bool = True, **changes: Any) -> Project:
+        (write_params if plan else write_settings)(tmp_path, model, **texts | changes)
         return Project(tmp_path)
 
     return make

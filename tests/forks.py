@@ -91,6 +91,7 @@ def commands(**environment: str) -> Path:
 
 def serve(listener: socket.socket) -> None:
     """Fork for each client, until stdin ends."""
+    import offline
     from parsing import parse_once
     from ruamel.yaml import YAML
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -102,6 +103,7 @@ def serve(listener: socket.socket) -> None:
     task_definition("piqa")  # lm-eval's index of its tasks
     get_checkpoint_conversion_mapping("llama")  # compiles the patterns of all families
     parse_once()
+    offline.block()
     YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
     gc.freeze()  # a collection in a fork would copy the pages of all that is imported
     entries = {command: _entry(place) for command, place in ENTRIES.items()}

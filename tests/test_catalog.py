@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_params
+from conftest import ROOT, write_settings
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
@@ -77,7 +77,7 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     site.mkdir()
     study.mkdir()
     install("docs/add-a-method.md", site)
-    write_params(study, tiny, method="deviation")
+    write_settings(study, tiny, method="deviation")
     monkeypatch.syspath_prepend(site)
     project = Project(study)
     methods.cache_clear()

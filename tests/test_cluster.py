@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import offline
 import pytest
 import torch
 from conftest import calibrate, save_tiny_model
@@ -58,11 +59,12 @@ def nodes() -> Iterator[Any]:
     # Ray looks for dead nodes twice a second instead of every three, and keeps the head's worker.
     soon = {"RAY_health_check_period_ms": "500", "RAY_num_workers_soft_limit": "1"}
     os.environ |= patience | soon | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | agents())
-    ray.init(address=started.address, log_to_driver=False, configure_logging=False)
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    with offline.loopback():
+        started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | agents())
+        ray.init(address=started.address, log_to_driver=False, configure_logging=False)
+        yield started
+        ray.shutdown()
+        started.shutdown()
 
 
 def agents() -> dict[str, int]:
@@ -275,7 +277,10 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
     """Ray itself waits for minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: Ray does not answer \(.*refused"):
+    with (
+        offline.loopback(),
+        pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: Ray does not answer \(.*refused"),
+    ):
         connect(f"{scheme}127.0.0.1:{port}")
 
 

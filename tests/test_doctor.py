@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import wanda_dvc
-from conftest import ROOT, write_params
+from conftest import ROOT, write_params, write_settings
 from dvc.repo import Repo
 from test_machine import group
 
@@ -52,7 +52,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
 @pytest.mark.parametrize(
     ("what", "harm", "todo"),
     [
-        ("params.yaml", lambda study: write_params(study, study, sparsity=2.0), "found 2.0, expected less than 1"),
+        ("params.yaml", lambda study: write_settings(study, study, sparsity=2.0), "found 2.0, expected less than 1"),
         ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into one"),
         ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one it has"),
     ],

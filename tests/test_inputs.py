@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cases import NO_OBJECTS, Case, models, settings, texts
 from command_line import wanda_dvc
-from conftest import text_of, without_privilege, write_params
+from conftest import text_of, without_privilege, write_params, write_settings
 
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError, explain
@@ -87,7 +87,7 @@ def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     case.spoil(source)
-    made = project(**naming(case, source))
+    made = project(plan=False, **naming(case, source))
 
     def run() -> None:
         plan(project=made)  # it refuses a source that is missing
@@ -125,7 +125,7 @@ def test_an_odd_text_is_taken_whole(name: str, project: Make, tmp_path: Path):
 )
 def test_a_setting_that_cannot_be_meant(setting: str, value: object, tmp_path: Path):
     """The message names the setting or its section, what was found, and what is expected."""
-    write_params(tmp_path, "org/model", **{setting.replace(".", "__"): value})
+    write_settings(tmp_path, "org/model", **{setting.replace(".", "__"): value})
     with pytest.raises(UserError) as caught:
         read_params(tmp_path / "params.yaml")
     (message,) = caught.value.problems

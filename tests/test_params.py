@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_params
+from conftest import ROOT, write_settings
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
@@ -16,7 +16,7 @@ from wanda_dvc.plan import CHOICES, Plan
 
 
 def problems(tmp_path: Path, **changes: object) -> list[str]:
-    write_params(tmp_path, tmp_path, **changes)
+    write_settings(tmp_path, tmp_path, **changes)
     with pytest.raises(UserError) as caught:
         read_params(tmp_path / "params.yaml")
     return list(caught.value.problems)
@@ -124,7 +124,7 @@ def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
             "perplexity__texts__embedded__source": str(tmp_path / "text.txt"),
             "perplexity__texts__embedded__split": None,
         }
-        write_params(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
+        write_settings(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
         with pytest.raises(UserError, match="calibration.text: found the text that perplexity is measured on"):
             read_params(tmp_path / "params.yaml")
 
@@ -137,7 +137,7 @@ def test_a_missing_setting_is_named(tmp_path: Path):
 
 def test_an_unquoted_pattern_is_no_number(tmp_path: Path):
     """`dvc exp run -S pattern=2:4` writes it without quotes; YAML 1.1 would read 124."""
-    write_params(tmp_path, tmp_path, pattern="PATTERN")
+    write_settings(tmp_path, tmp_path, pattern="PATTERN")
     text = (tmp_path / "params.yaml").read_text().replace("PATTERN", "2:4")
     (tmp_path / "params.yaml").write_text(text)
     assert read_params(tmp_path / "params.yaml").pattern == "2:4"
@@ -255,7 +255,7 @@ def test_a_source_is_enough(source: str, expected: tuple[str | None, ...]):
     [("embedded", True), ("wikitext2", False), ("/data/test.txt", False), ("Salesforce/wikitext", False)],
 )
 def test_a_text_of_the_calibrations_source_is_known(tmp_path: Path, source: str, same: bool):
-    write_params(tmp_path, "/models/any", perplexity__texts__embedded__source=source)
+    write_settings(tmp_path, "/models/any", perplexity__texts__embedded__source=source)
     said = read_params(tmp_path / "params.yaml").about_text("embedded")
     assert said.startswith(f"The calibration text has {'the same' if same else 'another'} source")
 
@@ -265,7 +265,7 @@ def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
         "perplexity__texts__embedded__source": "Salesforce/wikitext:wikitext-2-raw-v1",
         "calibration__text__source": "wikitext2",
     }
-    write_params(tmp_path, "/models/any", **texts)
+    write_settings(tmp_path, "/models/any", **texts)
     assert "the same source" in read_params(tmp_path / "params.yaml").about_text("embedded")
 
 
@@ -302,7 +302,7 @@ def test_a_text_may_have_the_name_of_a_setting(tmp_path: Path):
 
 
 def test_two_texts_of_one_name_are_refused_in_one_line(tmp_path: Path):
-    write_params(tmp_path, "org/model")
+    write_settings(tmp_path, "org/model")
     path = tmp_path / "params.yaml"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("  texts:\n", "  texts:\n    embedded: {source: ptb}\n"), encoding="utf-8")

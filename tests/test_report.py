@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_preset, write_params
+from conftest import ROOT, read_preset, write_settings
 from markdown_it import MarkdownIt
 from repository import Repository
 
@@ -33,7 +33,7 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
     """All that an experiment leaves behind. `text`: the digest of its text; `layer_error`: of a linear."""
     text, layer_error = words.pop("text", "0"), words.pop("layer_error", None)
     root.mkdir(parents=True, exist_ok=True)
-    write_params(root, words.pop("model", "/models/tiny"), recipe=recipe, sparsity=sparsity, **words)
+    write_settings(root, words.pop("model", "/models/tiny"), recipe=recipe, sparsity=sparsity, **words)
     project = Project(root)
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         finite = math.isfinite(mean)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT, read_preset, script, write_params
+from conftest import ROOT, read_preset, script, write_params, write_settings
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -139,7 +139,7 @@ def test_help_shows_the_panels_in_order():
 def test_a_users_mistake_is_a_line_and_exit_2(
     tmp_path: Path, words: list[str], changes: dict[str, object], message: str
 ):
-    write_params(tmp_path, tmp_path, **changes)
+    (write_settings if changes else write_params)(tmp_path, tmp_path, **changes)
     done = wanda_dvc(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -586,5 +586,5 @@ def test_refused_combinations_give_the_reason(
     pattern: str, changes: dict[str, str], problem: str, project: Callable[..., Project]
 ):
     with pytest.raises(UserError) as refused:
-        project(pattern=pattern, sparsity=0.25, **changes).params  # noqa: B018
+        project(plan=False, pattern=pattern, sparsity=0.25, **changes).params  # noqa: B018
     assert problem in str(refused.value)

@@ -153,11 +153,12 @@ class Changed(Checkpoint):
     @cached_property
     def new(self) -> dict[str, str | None]:
         """The stored tensors that differ in the view, with their names in it; None: those that it leaves out."""
-        found: dict[str, str | None] = dict.fromkeys(self.source.where.keys() - self.old.values())
-        for name, old in self.old.items():
-            if old in self._replaced or name != old or self.entries[name].shape != self.source.entries[old].shape:
-                found[old] = name
-        return found
+        left_out: dict[str, str | None] = dict.fromkeys(self.source.where.keys() - self.old.values())
+        return left_out | {
+            old: name
+            for name, old in self.old.items()
+            if old in self._replaced or name != old or self.entries[name].shape != self.source.entries[old].shape
+        }
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it."""
