@@ -4,7 +4,7 @@ make gpu                                        on the card of this machine
 PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny    the same code, where there is no card
 
 The models are random. Checks compare the card with the CPU on SmolLM2's shape in float32; times are of LLaMA-2-7B's
-shape in bfloat16, of a few blocks. The tables go into docs/performance.md. Exit 1 if a check fails.
+shape in bfloat16, of a few blocks. The tables go into docs/results.md. Exit 1 if a check fails.
 """
 
 import argparse

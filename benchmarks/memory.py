@@ -1,4 +1,4 @@
-"""Measure the peak anonymous memory of the stages on a random checkpoint, against the formula in docs/cost.md.
+"""Measure the peak anonymous memory of the stages on a random checkpoint, against the formula of stages/needs.py.
 
 python benchmarks/memory.py make FOLDER             write a checkpoint of Qwen2.5-1.5B's shape, shard by shard
 python benchmarks/memory.py measure PROJECT STAGE   run one stage in this process and sample its memory

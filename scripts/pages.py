@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "zensical.toml"
 TARGET = ROOT / ".site"
 # Pages of the site that lie outside docs/; they keep their path.
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results.md")
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
 FENCED = re.compile(r"^( *)```.*?^\1```\s*?$", flags=re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", flags=re.DOTALL)
 LINK = re.compile(

@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import json
 import logging
 import re
 import shlex
@@ -12,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, save_tiny_model, script
+from conftest import ROOT, read_preset, save_tiny_model, script
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -181,14 +180,14 @@ def test_every_command_of_a_page_is_one_that_the_command_line_takes(page: str):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("wanda-dvc prune", "no command among"),
+        ("wanda-dvc shrink", "no command among"),
         ("wanda-dvc stats --block 3", "No such option: --block"),
         ("wanda-dvc stats --layer all", "BadParameter"),
         ("dvc exp walk", "DvcParserError"),
         ("dvc repro prune", "AssertionError"),
         ("dvc exp run -S sparsety=0.7", "no setting sparsety"),
         ("dvc exp run --queue -S 'sparsity=0.3,1.5'", "sparsity: found 1.5, expected less than 1"),
-        ("dvc exp run -S method=sparse", 'method: found "sparse"'),
+        ("dvc exp run -S ++method=sparse", 'method: found "sparse"'),
         ("make pruned", "the Makefile has bench"),
         ("python benchmarks/no.py", "AssertionError"),
     ],
@@ -224,12 +223,10 @@ def test_every_python_block_compiles(page: str):
 # Where a command is not run, and why. A page stands for all of its commands.
 NOT_RUN = {
     "CONTRIBUTING.md": "makes the environment that the tests are running in, and runs them",
-    "docs/evaluate.md": "test_evaluate.py measures a directory and GGUF files",
+    "wanda-dvc evaluate models/pruned model-Q4_K_M.gguf": "test_evaluate.py measures a directory and GGUF files",
+    "wanda-dvc evaluate --json /data/other-pruned": "likewise",
     "docs/add-a-method.md": "test_catalog.py installs the page's package and prunes with it",
-    "docs/results/better.md": "measures the real model for hours; the README and methods.md run these settings",
-    "docs/results/default-grid/report.md": "measures the real model for an hour; the README runs these settings",
-    "docs/results/reference.md": "measures the real model for hours; test_pipeline.py runs these settings",
-    "docs/results/smollm2-135m.md": "measures the real model for hours; sweep.md queues these settings",
+    "docs/results.md": "measures the real model for hours; the README and methods.md run these settings",
     "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins studies",
     "docs/sharing.md": "test_sharing.py pushes, clones and pulls",
     "docs/python.md": "test_experiments.py runs it as one notebook",
@@ -260,16 +257,18 @@ NOT_RUN = {
 TASKS = "dvc exp run -S tasks.names=[piqa,arc_easy]"
 WIDE = "dvc exp run --temp -S calibration.length=2048 -S recipe=fisher"
 NARROW = WIDE.replace("length=2048", "length=64")
-LONGER = "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096"
+PAPER = "docs/tutorials/paper.md"
+CONTEXT = 4096  # of LLaMA-2
+QUEUE = "dvc exp run --queue -S tasks.names=[]"
 # What others are in a tiny study.
 AS_RUN = {
     "make repro": "dvc repro",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
     f"{TASKS} -S ++zero_shot.limit=200": f"{TASKS} -S ++zero_shot.limit=4",
-    f"{LONGER} -S recipe=wanda-paper,magnitude": "dvc exp run --temp -S recipe=magnitude -S perplexity.length=64",
-    f"{LONGER} -S pattern=2:4,4:8 -S recipe=wanda-paper,magnitude": (
-        "dvc exp run --queue -S tasks.names=[] -S pattern=2:4"
+    f"{QUEUE} -S recipe=wanda-paper,magnitude": "dvc exp run --temp -S recipe=wanda-paper",
+    f"{QUEUE} -S pattern=2:4,4:8 -S recipe=wanda-paper,magnitude": (
+        "dvc exp run --temp -S pattern=2:4 -S recipe=magnitude"
     ),
     "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
     WIDE: NARROW,
@@ -277,7 +276,7 @@ AS_RUN = {
 }
 # What they say, where an exit code of 0 is not enough.
 SAID = {
-    "wanda-dvc show": "measured sparsity",
+    "wanda-dvc show": "perplexity",
     "wanda-dvc list": "perplexity",
     "wanda-dvc stats --layer 12": "block",
     "wanda-dvc report --model SmolLM2": "report.html",
@@ -301,7 +300,7 @@ class Finished(NamedTuple):
 def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Finished:
     """Without tasks and with short texts, which cost most of the time; the page on tasks brings its own."""
     folder = tmp_path_factory.mktemp("finished")
-    model = save_tiny_model(folder / "tiny", num_hidden_layers=2)
+    model = save_tiny_model(folder / "tiny", num_hidden_layers=2, max_position_embeddings=CONTEXT)
     settings = {"tasks__names": [], "calibration__windows": 4, **texts}
     repository = Repository.new(folder / "study", model, settings=settings)
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
@@ -345,7 +344,7 @@ TO_RUN = to_run()
 
 
 # Pages of many experiments. The README has one of each kind of command; of every page the commands are checked above.
-LONG = {"docs/my-model.md", "docs/my-text.md", "docs/sweep.md", "docs/tutorials/dvc.md", "docs/tutorials/ship.md"}
+LONG = {"docs/data.md", "docs/compare.md", "docs/quickstart.md", PAPER, "docs/tutorials/dvc.md"}
 
 
 @pytest.mark.pipeline
@@ -354,6 +353,11 @@ LONG = {"docs/my-model.md", "docs/my-text.md", "docs/sweep.md", "docs/tutorials/
 )
 def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
     repository = finished.copy(tmp_path / "study")
+    if page == PAPER:  # at the lengths of its preset
+        preset = read_preset("paper")
+        lengths = {name.replace(".", "__"): preset[name] for name in ("calibration.length", "perplexity.length")}
+        assert set(lengths.values()) == {CONTEXT}
+        repository.change(**lengths)
     values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)) | {
         "NAME": finished.experiment
     }
@@ -461,13 +465,13 @@ def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: p
 
 def test_pages_keep_code_and_show_one_picture_a_mode(tmp_path: Path):
     pages = script("pages")
-    site = pages.Site({"docs/methods.md": "methods.md"}, None)
+    site = pages.Site({"docs/results.md": "results.md"}, None)
     code = "`[a](no.md)` and ``[b](no.md)``\n\n```text\n[c](no.md) a\\|b\n```\n"
-    assert site._rewrite(code, "docs/methods.md", "docs/methods.md") == code
-    assert site._rewrite("| `a\\|b` | c\\|d |", "README.md", "docs/methods.md") == "| `a|b` | c\\|d |"
-    written = site.page("docs/methods.md")
-    assert "](pictures/methods-light.svg#only-light)\n![" in written
-    assert "](pictures/methods-dark.svg#only-dark)" in written
+    assert site._rewrite(code, "docs/results.md", "docs/results.md") == code
+    assert site._rewrite("| `a\\|b` | c\\|d |", "README.md", "docs/results.md") == "| `a|b` | c\\|d |"
+    written = site.page("docs/results.md")
+    assert "](pictures/sparsity-light.svg#only-light)\n![" in written
+    assert "](pictures/sparsity-dark.svg#only-dark)" in written
 
 
 def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
@@ -494,92 +498,20 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert results.written(text) == text, name
         assert results.PLACE.search(text), name
-    methods = json.loads(results.METHODS.read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"dense {methods['models']['SmolLM2-135M']['dense']}" in readme
-    measured = {row["name"]: row for row in json.loads(results.BENCHMARKS.read_text(encoding="utf-8"))["rows"]}
-    repro = measured["every further sparsity as `dvc repro`, against (a)"]["ours_s"]
-    assert f"takes {repro:.0f} s (`dvc repro apply`" in readme
-    missed = sum(row["met"] is False for row in measured.values())
-    performance = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert f"{missed} of {len(measured)} goals were missed" in performance
-
-
-def test_the_figures_on_another_text_are_those_of_their_table():
-    results, pictures = script("figures"), script("pictures")
-    rows = pictures.table("better.md", "## Number of windows, and another text")
-    table = {row["method"]: row["other text, 32"] for row in rows}
-    names = {
-        "wanda": "`wanda`",
-        "wanda-refit": "`wanda`, `least-squares`",
-        "admm": "`admm`, `least-squares`",
-        "fisher": "`admm`, `least-squares`, `outputs`, `sensitivity`",
-        "blockwise": "`admm`, `blockwise`, `corrected`, `outputs`, `sensitivity`",
-    }
-    for row in json.loads(results.METHODS.read_text(encoding="utf-8"))["recipes"]:
-        if row["recipe"] in names:
-            assert results.other_text(row).removesuffix("\N{NO-BREAK SPACE}¹") == table[names[row["recipe"]]]
-
-
-def test_distances_from_the_dense_model_become_tables_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    results, pictures = script("figures"), script("pictures")
-
-    def text(error: float) -> dict[str, Any]:
-        return {"perplexity": 200 * error, "divergence": {"mean": 5 * error}, "top1_agreement": {"mean": 0.75}}
-
-    def flips(error: float) -> dict[str, Any]:
-        of_task = {"acc": {"items": 200, "lost": 20, "gained": 10, "swapped": 100 * error}}
-        return dict.fromkeys((*results.THREE, "rte"), of_task)
-
-    rows = {
-        f"wanda {name}": {
-            "recipe": "wanda", "bytes": 3e8, "layer_error": error,
-            "accuracies": dict.fromkeys((*results.THREE, "rte"), mean),
-            "texts": dict.fromkeys(("wikitext2", "embedded"), text(error)),
-            "flips": flips(error),
-        }
-        for name, error, mean in (("30%", 0.1, 0.6), ("50%", 0.2, 0.5), ("70%", 0.4, 0.4))
-    }  # fmt: skip
-    rows["diverged"] = rows["wanda 70%"] | {
-        "texts": {key: {"perplexity": "diverged"} for key in ("wikitext2", "embedded")}
-    }
-    rows["GGUF Q4_0"] = rows["wanda 30%"] | {"format": "Q4_0"}
-    del rows["GGUF Q4_0"]["recipe"]
-    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(results, "DISTANCE", tmp_path / "rows.json")
-    found = results.distance(results.distances(), "recipe").splitlines()
-    assert found[2].split(" | ")[1:] == [
-        "300",
-        "20.00",
-        "0.500",
-        "20.00",
-        "0.500",
-        "75.0",
-        "60.0",
-        "60.0",
-        "20.0",
-        "0.100 |",
-    ]
-    assert "| diverged |" in found[-1]
-    assert len(results.distance(results.distances(), "format").splitlines()) == 3
-    assert "| layer error | −1.00 | −1.00 | 1.00 | 4 |" in results.correlations(results.distances())
-    monkeypatch.setattr(pictures.measured, "DISTANCE", tmp_path / "rows.json")
-    monkeypatch.setattr(pictures, "FIGURES", {"distance": pictures.distance})
-    pictures.save(tmp_path / "drawn")
-    assert len(list((tmp_path / "drawn").iterdir())) == 2
-
-
-def test_a_model_with_figures_gets_a_column():
-    results = script("figures")
-    methods = json.loads(results.METHODS.read_text(encoding="utf-8"))
-    for row in methods["recipes"]:
-        row["Gemma 3 270M"]["50 %"] = None
-    assert "Gemma 3 270M" not in results.readme(methods)
-    methods["models"]["Gemma 3 270M"]["dense"] = 24.5
-    for row in methods["recipes"]:
-        row["Gemma 3 270M"]["50 %"] = 30.25
-    assert "Gemma 3 270M, 50 % (dense 24.50)" in results.readme(methods)
-    assert results.readme(methods).count("30.25") == 6
+    methods = results.measured("methods")
+    small, gemma = methods["models"]
+    by_recipe = {row["recipe"]: row[small] for row in methods["recipes"]}
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS)
+    assert f"Dense: {small} {methods['models'][small]['dense']}, Gemma {methods['models'][gemma]['dense']}" in readme
+    assert f"a perplexity of {by_recipe['fisher']['50 %']:.1f} on WikiText-2" in readme
+    assert f"plain Wanda has {by_recipe['wanda']['50 %']:.1f}" in readme
+    gains = [results.measured("results-distance")["rows"][f"{recipe} 50%"]["texts"] for recipe in ("fisher", "wanda")]
+    same, other = (
+        1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
+    )
+    assert f"by {other:.0%} there instead of {same:.0%}".replace("%", " %") in readme
+    rows = results.measured("results")["rows"]
+    assert f"{sum(row['met'] is False for row in rows)} of {len(rows)} goals were missed" in page
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():

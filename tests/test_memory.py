@@ -1,4 +1,4 @@
-"""The peak memory of the stages stays within the formula of docs/cost.md, and so near it that one more block shows."""
+"""The peak memory of the stages stays within its formula, and so near it that one more block shows."""
 
 import contextlib
 import json

@@ -51,8 +51,8 @@ EXPECTED = {
     ),
     "paper": PLAIN | written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
-        calibration__text__split=None, calibration__text__join=None, calibration__windows=128, calibration__length=2048,
-        calibration__seed=0, recipe="wanda-paper", group=None, perplexity__length=2048, perplexity__windows=None,
+        calibration__text__split=None, calibration__text__join=None, calibration__windows=128, calibration__length=4096,
+        calibration__seed=0, recipe="wanda-paper", group=None, perplexity__length=4096, perplexity__windows=None,
         tasks__names=["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
     ),
 }  # fmt: skip

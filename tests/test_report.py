@@ -123,6 +123,8 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(model="meta-llama/Llama-2-13b-hf") == set()
     assert matches("piqa") == {78.13, 76.06}
     assert matches("piqa", zero_shot__limit=4) == set()
+    paper = {key.replace(".", "__"): value for key, value in read_preset("paper").items()}
+    assert matches(**paper) == {5.12, 6.42}
 
 
 def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):

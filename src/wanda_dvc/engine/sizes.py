@@ -39,7 +39,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """The memory of rows that go through a model block by block, in bytes, by purpose; docs/cost.md explains it."""
+    """The memory of rows that go through a model block by block, in bytes, by purpose."""
 
     weights: int  # of the current block, the next one, embeddings and head
     mapped: bool  # the weights are views of the checkpoint: page cache, which the system may reclaim

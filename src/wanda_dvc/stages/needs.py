@@ -1,6 +1,17 @@
-"""The peak memory and disk of each stage, one formula each; docs/cost.md explains them. And the line that says so.
+"""The peak memory and disk of each stage, one formula each, and the line that says so.
 
-Memory is beyond the imports. Files that exist already, such as texts, make the numbers better.
+Memory in bytes, beyond the imports, with W parameters in the largest block, R outside the blocks, M weights in a
+block's linears, l in the largest linear; F features that a block's linears read and write, f the most of one; L tokens
+of a window; w bytes a number:
+
+    calibrate               (2 W + R) w + (L F + l) w + 8 L f; Gram matrices add 16 Σ f² + 12 · 128 f
+    mask                    M + 24 · min(cores · min(l, 2²⁰), M); a solver 41 l + 20 f²
+    apply                   9 l; with Gram matrices 41 l + 20 f²
+    perplexity, zero-shot   (2 W + R) w + (L F + l) w + min(2²⁵, L · vocabulary) (w + 8)
+
+Weights in the checkpoint's dtype are views of mapped files on a CPU: page cache, which the system may reclaim. Each
+stage adds 112 MiB. Hidden states wait on disk: 2 · windows · L · hidden · w. Files that exist already, such as texts,
+make the numbers better.
 """
 
 import contextlib

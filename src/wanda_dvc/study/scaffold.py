@@ -177,7 +177,7 @@ def preset_changes(name: str) -> Settings:
     Its texts of the perplexity replace the default's.
     """
     if name not in preset_names():
-        raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/my-text.md)")
+        raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/data.md)")
     text = "{}" if name == DEFAULT else (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
     content: Settings = YAML(typ="safe", pure=True).load(text)
     return content
