@@ -49,7 +49,7 @@ from wanda_dvc.engine.checkpoint import Changed, write_model  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
 from wanda_dvc.engine.divergence import measure_windows  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
-from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
+from wanda_dvc.engine.sizes import FIXED, Sizes, Walk  # noqa: E402
 from wanda_dvc.engine.walk import Runner, backward  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
@@ -187,8 +187,8 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     found = _fisher_apart(bench, folder, tokens[:2])
     yield Check("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
-        model = sizes(folder)
-        memory = walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
+        model = Sizes(folder)
+        memory = Walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
         formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
         formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
         yield Check("peak memory of the card against the formula, GB", card.peak / 1e9, formula / 1e9)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.divergence import BYTES_A_TOKEN, TEMPORARIES
 from wanda_dvc.engine.questions import ROW
 from wanda_dvc.engine.rows import calls_bytes
-from wanda_dvc.engine.sizes import FIXED, Sizes, sizes, walk
+from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.stages import STAGES, needs
-from wanda_dvc.stages.needs import NEEDS, SELECTION, TEXT_IN_MEMORY, Need, continuing, known, need
+from wanda_dvc.stages.needs import NEEDS, SELECTION, TEXT_IN_MEMORY, Known, Need, continuing, need
 from wanda_dvc.study.project import Project
 
 CONFIGS = ROOT / "tests/configs"
@@ -49,32 +50,32 @@ def config_only(project: Callable[..., Project], tiny: Path) -> Callable[..., Pr
 def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, tiny: Path):
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
     out_squares = 3 * 32**2 + 2 * 16**2 + 2 * 48**2
-    found = sizes(tmp_path)
-    assert found == Sizes(
-        count=4 * PRUNABLE,
-        prunable=PRUNABLE,
-        linear=LINEAR,
-        features=FEATURES,
-        widest=48,
-        squares=SQUARES,
-        all_squares=4 * SQUARES,
-        output_squares=out_squares,
-        all_output_squares=4 * out_squares,
-        width=4,
-        parameters=4 * BLOCK + REST,
-        blocks=4,
-        block=BLOCK,
-        rest=REST,
-        scored=0,
-        hidden=32,
-        vocabulary=260,
-        dtype="float32",
-    )
+    found = Sizes(tmp_path)
+    assert vars(found) == {
+        "count": 4 * PRUNABLE,
+        "prunable": PRUNABLE,
+        "linear": LINEAR,
+        "features": FEATURES,
+        "widest": 48,
+        "squares": SQUARES,
+        "all_squares": 4 * SQUARES,
+        "output_squares": out_squares,
+        "all_output_squares": 4 * out_squares,
+        "width": 4,
+        "parameters": 4 * BLOCK + REST,
+        "blocks": 4,
+        "block": BLOCK,
+        "rest": REST,
+        "scored": 0,
+        "hidden": 32,
+        "vocabulary": 260,
+        "dtype": "float32",
+    }
     assert found.parameters * found.width == sum(entry.length for entry in Checkpoint(tiny).entries.values())
 
 
 def test_an_untied_head_counts(tmp_path: Path):
-    assert sizes(save_tiny_model(tmp_path, tie_word_embeddings=False)).rest == REST + 260 * 32
+    assert Sizes(save_tiny_model(tmp_path, tie_word_embeddings=False)).rest == REST + 260 * 32
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_an_untied_head_counts(tmp_path: Path):
     ],
 )
 def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
-    found = sizes(CONFIGS / f"{name}.json")
+    found = Sizes(CONFIGS / f"{name}.json")
     assert found.parameters == parameters
     assert found.width == (4 if name == "smollm2-135m" else 2)
     assert found.count == linears
@@ -99,24 +100,24 @@ def test_inputs_and_outputs_of_transposed_weights_are_told_apart(family: str, tm
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     linears = [linear for index in range(len(decoder.blocks)) for linear in decoder.linears(index).values()]
     outputs = [linear.weight.shape[1 if linear.transposed else 0] for linear in linears]
-    found = sizes(folder)
+    found = Sizes(folder)
     assert found.all_squares == sum(linear.features**2 for linear in linears)
     assert found.all_output_squares == sum(size**2 for size in outputs)
 
 
 def test_a_model_without_attention_is_counted(tmp_path: Path):
     MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=260).save_pretrained(tmp_path)  # it knows no heads
-    assert sizes(tmp_path).blocks == 3
+    assert Sizes(tmp_path).blocks == 3
 
 
 def test_the_memory_of_a_walk_does_not_grow_with_depth():
-    model = sizes(CONFIGS / "llama-2-7b.json")
+    model = Sizes(CONFIGS / "llama-2-7b.json")
     for device in ("cpu", "cuda"):
         deeper = replace(model, parameters=2 * model.parameters, blocks=2 * model.blocks)
-        found = walk(model, dtype="float16", length=2048, device=device)
-        assert found == walk(deeper, dtype="float16", length=2048, device=device)
+        found = Walk(model, dtype="float16", length=2048, device=device)
+        assert found == Walk(deeper, dtype="float16", length=2048, device=device)
         assert found.mapped == (device == "cpu")
-    assert not walk(model, dtype="float32", length=2048).mapped
+    assert not Walk(model, dtype="float32", length=2048).mapped
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
@@ -145,7 +146,7 @@ def test_what_each_stage_needs(
     assert needed(project, "zero-shot", "dense")[0] == packed
     cache = 2 * 4 * 64 * 32 * width
     whole = (4 * BLOCK + REST + LINEAR + 64 * FEATURES) * width + logits + cache
-    assert continuing(known(project), 64) == FIXED + whole
+    assert continuing(Known(project), 64) == FIXED + whole
     monkeypatch.setenv("OMP_NUM_THREADS", "99")
     assert needed(project, "mask")[0] == PRUNABLE + SELECTION * PRUNABLE
     project = config_only(dtype=dtype, perplexity__windows=None)
@@ -194,7 +195,7 @@ def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable
 
 
 def test_logits_are_a_chunk_at_most(tiny: Path):
-    assert walk(sizes(tiny), dtype="float32", length=2**20).logits == LOGITS_AT_A_TIME * 12
+    assert Walk(Sizes(tiny), dtype="float32", length=2**20).logits == LOGITS_AT_A_TIME * 12
 
 
 def test_before_there_is_a_config_only_what_is_known_is_said(
@@ -210,7 +211,7 @@ def test_one_line_says_it(
     config_only: Callable[..., Project], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     project = config_only()
-    monkeypatch.setattr(needs, "free_disk", lambda project: 3 * 64 * 32 * 4 * 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 64 * 32 * 4 * 2))
     monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project=project, stage="calibrate")
     needs_memory = f"{need(project, 'calibrate').memory / 1e9:.1f} GB of memory"

@@ -94,7 +94,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     default the weight's: one at a time on a GPU, in parallel on the host, with torch's number of threads. A solver uses
     all of a device for one linear, and runs on the device of the Gram matrix.
     """
-    weighs = group == "outputs" and not parse_pattern(pattern)  # without Fisher information all rows count alike
+    n_of_m = parse_pattern(pattern)
+    weighs = group == "outputs" and not n_of_m  # without Fisher information all rows count alike
 
     def keep(name: str, given: InputStats | Prepared | None) -> Tensor:
         """Return a linear's mask, from the statistics of its input, or for a solver from its Gram matrix."""
@@ -104,6 +105,9 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         if isinstance(given, InputStats) and device is not None:
             weight = weight.to(device)
         weight = oriented(weight, across)
+        if n_of_m and weight.shape[1] % n_of_m[1]:
+            found = f"{name} has {weight.shape[1]} inputs, expected a multiple of {n_of_m[1]}"
+            raise UserError(f"pattern: got {pattern}, but {found}; choose another m")
         kept = choose(
             weight,
             given or prepare(Gram.empty(weight.shape[1]), name),  # an expert without tokens

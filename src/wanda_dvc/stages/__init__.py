@@ -100,11 +100,12 @@ def _zero_shot(model: str, reads: str) -> Part:
     )
 
 
-def _calibrate(tier: str, *outs: str) -> Part:
+def _calibrate(tier: str) -> Part:
+    by_recipe, plotted = (("recipe", *CHOICES), ()) if tier != "norms" else ((), ("metrics/plots/norms.csv",))
     return Part(
-        settings=("calibration", "dtype", *(("recipe", *CHOICES) if tier != "norms" else ())),
+        settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
-        outs=(f"stats/{tier}", *outs),
+        outs=(f"stats/{tier}", *plotted),
     )
 
 
@@ -119,14 +120,9 @@ def _plan_download(params: "Params") -> "dict[str, Json]":
 
 
 def _plan_calibrate(params: "Params") -> "dict[str, Json]":
-    calibration, measured = params.calibration, STATISTICS[: STATISTICS.index(params.tier) + 1]
-    drawn = {name: getattr(calibration, name) for name in ("windows", "length", "seed")} | {"dtype": params.dtype}
+    measured = STATISTICS[: STATISTICS.index(params.tier) + 1]
+    drawn = params.calibration.model_dump(include={"windows", "length", "seed"}) | {"dtype": params.dtype}
     return {f"calibrate/{tier}": drawn | {"measured": tier in measured} for tier in STATISTICS}
-
-
-def _plan_perplexity(params: "Params") -> "dict[str, Json]":
-    wanted = params.perplexity
-    return {"perplexity": {"length": wanted.length, "windows": wanted.windows, "dtype": params.dtype}}
 
 
 CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
@@ -173,11 +169,7 @@ STAGES = {
             version=11,
             about="Measure the dense model's activations once: stats/.",
             part_is="tier",
-            parts={
-                "norms": _calibrate("norms", "metrics/plots/norms.csv"),
-                "gram": _calibrate("gram"),
-                "gradients": _calibrate("gradients"),
-            },
+            parts={tier: _calibrate(tier) for tier in STATISTICS},
             plan=_plan_calibrate,
         ),
         Stage(
@@ -239,7 +231,9 @@ STAGES = {
                     },
                 ),
             },
-            plan=_plan_perplexity,
+            plan=lambda params: {
+                "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
+            },
         ),
         Stage(
             name="zero-shot",

@@ -164,7 +164,7 @@ def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
         made, found[address.linear] = parts.make(address)
         return made
 
-    removal = removal_of(checkpoint, parts.plan.structure, parts.plan.share)
+    removal = removal_of(checkpoint, parts.plan)
     if removal is None:
         view = Changed(checkpoint, read, addresses)
     else:

@@ -8,7 +8,7 @@ from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_fits, check_ready, runner
+from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import Json, write_csv
 from wanda_dvc.study.project import Project, Work
@@ -81,14 +81,13 @@ def _forward(project: Project, norms: Work | None, gram: Work | None) -> None:
     """
     works = [work for work in (norms, gram) if work]
     run = runner(project, "dense", works[0])
-    features = run.decoder.inputs()
-    check_fits(project.plan.pattern, features)
     windows, blocks = calibration_windows(project), len(run.decoder.blocks)
-    tokens, wanted = windows.numel(), TOKENS_A_FEATURE * max(features.values())
-    if gram and tokens < wanted:
+    tokens, features = windows.numel(), max(run.decoder.inputs().values())
+    if gram and tokens < TOKENS_A_FEATURE * features:
         notice(
-            f"calibrate: {tokens:,} tokens, expected {wanted:,} or more for solvers, {TOKENS_A_FEATURE} for each "
-            f"of {max(features.values()):,} input features; raise calibration.length or calibration.windows"
+            f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
+            f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
+            "calibration.windows"
         )
     kept = min(finished_blocks(work.out) for work in works)
     unreached = {}
@@ -108,7 +107,6 @@ def _backward(project: Project, work: Work) -> None:
     from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
 
     run = runner(project, "dense", work)
-    check_fits(project.plan.pattern, run.decoder.inputs())
     blocks = len(run.decoder.blocks)
     kept = finished_blocks(work.out, reversed(range(blocks)))
     back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)

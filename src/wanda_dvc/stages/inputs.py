@@ -7,14 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanda_dvc.catalog import parse_pattern
-from wanda_dvc.errors import FIX, UserError, notice
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, check_source, read_provenance
-from wanda_dvc.study.tensors import block_count, read_stats
+from wanda_dvc.study.tensors import block_count
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -69,45 +68,14 @@ def calibrated_with(project: Project) -> Json:
 
 
 def statistics(project: Project) -> Json:
-    """Return the provenance of stats/norms, whose sums are finite and whose linears the pattern fits.
-
-    UserError if they are another model's, or measured with other settings.
-    """
-    stats = stats_provenance(project, read_provenance(project.model("dense"), MADE_BY["dense"]))
-    expected = calibrated_with(project)
+    """Return the provenance of stats/norms. UserError if it is of another model, or of other settings."""
+    stats, expected = read_provenance(project.stats, "calibrate"), calibrated_with(project)
+    check_source("stats", stats["model"], read_provenance(project.model("dense"), MADE_BY["dense"]), "calibrate")
     if stats["params"] != expected:
         raise UserError(
             f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
-    features: dict[str, int] = {}
-    for block in range(block_count(project.stats, "calibrate")):
-        measured = read_stats(project.stats, block)
-        for source, names in measured.readers.items():
-            if not measured.inputs[source].sum_squares.isfinite().all():
-                raise UserError(
-                    f"stats/: block {block}, input of {source}: sums that are not finite, expected finite ones; {FIX} "
-                    "and run `wanda-dvc calibrate`"
-                )
-            features |= dict.fromkeys(names, len(measured.inputs[source].sum))
-    check_fits(project.plan.pattern, features)
-    return stats
-
-
-def check_fits(pattern: str, features: dict[str, int]) -> None:
-    """Raise UserError if a linear's number of inputs is no multiple of the pattern's m; `features` are the inputs."""
-    n_of_m = parse_pattern(pattern)
-    if n_of_m and (odd := [f"{name} has {size} inputs" for name, size in features.items() if size % n_of_m[1]]):
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
-            f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
-        )
-
-
-def stats_provenance(project: Project, model: Json) -> Json:
-    """Return the provenance of stats/norms. UserError if it is not of this model."""
-    stats = read_provenance(project.stats, "calibrate")
-    check_source("stats", stats["model"], model, "calibrate")
     return stats
 
 
@@ -151,9 +119,8 @@ def runner(project: Project, model: str, work: Work, *, dtype: str | None = None
     """Return a runner of rows through one of the project's models, in this process or on the cluster."""
     from wanda_dvc.engine.walk import Runner
 
-    device = None if project.params.runtime.ray is None else "cpu"
     run = executor(project, [project.model(model), project.work_root])
-    return Runner(open_decoder(project, model, dtype=dtype, device=device), work.path.absolute(), run)
+    return Runner(open_decoder(project, model, dtype=dtype), work.path.absolute(), run)
 
 
 def executor(project: Project, folders: Sequence[Path]) -> "Executor":
@@ -170,21 +137,21 @@ def executor(project: Project, folders: Sequence[Path]) -> "Executor":
     return cluster
 
 
-def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
+def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
     """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
 
-    Pass `device` for a decoder that computes nothing itself, because workers do.
+    With a cluster it is on the CPU: this process computes nothing itself.
     """
     import torch
 
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
 
-    dtype = dtype or model_dtype(project, model)
-    where = torch.device(device) if device else own_device(project.params.runtime)
-    if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
+    runtime, dtype = project.params.runtime, dtype or model_dtype(project, model)
+    device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
+    if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
             "dtype=float32 (last digits differ), or use another machine"
         )
-    return Decoder(project.model(model), dtype=getattr(torch, dtype), device=where)
+    return Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)

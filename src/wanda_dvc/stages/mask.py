@@ -3,16 +3,14 @@
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import Structure, function_of
+from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
@@ -35,14 +33,7 @@ from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import (
-    calibration_windows,
-    check_ready,
-    executor,
-    runner,
-    statistics,
-    tier_provenance,
-)
+from wanda_dvc.stages.inputs import calibration_windows, executor, runner, statistics, tier_provenance
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
@@ -77,7 +68,7 @@ def mask(*, project: Project) -> None:
     plan, device = project.plan, solving_device(project.params.runtime)  # refused before any file is read
     stats = statistics(project)
     checkpoint, blocks = Checkpoint(project.model("dense")), range(stats["blocks"])
-    removal = removal_of(checkpoint, plan.structure, plan.share)
+    removal = removal_of(checkpoint, plan)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
         if not removal.readers:  # units are complete linears
@@ -87,7 +78,7 @@ def mask(*, project: Project) -> None:
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
             stays = choose_units(removal.sets, checkpoint.weight, every, method=plan.method, dtype=dtype, device=device)
             removal = confirmed(checkpoint, removal.with_stays(stays))
-    rated = (informed(project, plan, block) for block in blocks)
+    rated = (read_stats(project.stats, block, gradients=_sums(project)) for block in blocks)
     shares = allocate(
         checkpoint.weight,
         progress(rated, total=len(blocks), what="mask, blocks rated"),
@@ -98,27 +89,25 @@ def mask(*, project: Project) -> None:
         strength=plan.strength,
     )
     made_from = _describe(project, stats, shares, removal)
-
-    def parts(block: int, measured: BlockStats, grams: Path) -> list[Part]:
-        """Return the parts of a block; `grams` is the folder of its Gram matrices."""
-        units = removal.units if removal else {}
-        if not plan.solves_by_input:
-            return [Part(plan, checkpoint, block, measured, shares[block], units)]
-        alone = (measured.of(source) for source in measured.readers)
-        back = project.gradients.absolute() if plan.masks_read_gradients else None
-        return [Part(plan, checkpoint, block, own, shares[block], units, grams.absolute(), back) for own in alone]
-
+    back = project.gradients.absolute() if plan.masks_read_gradients else None
+    solving = partial(solve, plan, checkpoint, removal.units if removal else {}, back)
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
         unreached: dict[int, set[str]] = {}
         stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
         finished = min(map(finished_blocks, stored))
-        solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, parts, blocks[finished:])
+        solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, solving, shares, blocks[finished:])
         if plan.propagates:
-            solved = walked(project, stats, parts, work, finished)
+            solved = walked(project, solving, shares, stats, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
         for made, step in progress(solved, total=len(blocks) - finished, what=what):
-            keep, changed = _finished(made, step, plan, checkpoint, removal)
+            keep, changed = made.keeps, made.weights
+            if removal:  # of removed units, all weights go
+                keep = pack_masks(removal.spread(keep))
+                changed = {name: masked(weight, keep[name]) for name, weight in changed.items()}
+            if step and plan.reconstruction.trains:
+                trained = step.train(keep, changed, **TRAINING)
+                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if weights in stored:
                 write_weights(weights, made.block, changed, made.diagnostics)
             write_masks(masks, made.block, keep)
@@ -130,20 +119,6 @@ def mask(*, project: Project) -> None:
         seal(masks, made_from)
         seal(weights, made_from)
         work.publish(project.masks, project.weights)
-
-
-def _finished(
-    made: "Made", step: "Step | None", plan: Plan, checkpoint: Checkpoint, removal: "Removal | None"
-) -> tuple[Masks, dict[str, Tensor]]:
-    """Return a block's masks and new weights after what concerns the complete block: removed units, and training."""
-    keep, changed = made.keeps, made.weights
-    if removal:  # of removed units, all weights go
-        keep = pack_masks(removal.spread(keep))
-        changed = {name: masked(weight, keep[name]) for name, weight in changed.items()}
-    if step and plan.reconstruction.trains:
-        trained = step.train(keep, changed, **TRAINING)
-        changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
-    return keep, changed
 
 
 def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "Removal | None") -> Json:
@@ -173,35 +148,30 @@ def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "
     return described
 
 
-def removal_of(source: Checkpoint, structure: Structure | None, share: Fraction) -> "Removal | None":
+def removal_of(source: Checkpoint, plan: Plan) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero."""
-    if structure is None:
+    if plan.structure is None:
         return None
-    found: Removal = function_of(structure.find)(source, structure, share)  # imports transformers, which takes seconds
+    # The import of transformers takes seconds.
+    found: Removal = function_of(plan.structure.find)(source, plan.structure, plan.share)
     return found
 
 
-def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
-    """Return the statistics of one block, by default of stats/, with the gradients tier if masks depend on it."""
-    measured = measured or read_stats(project.stats, block)
-    return measured._replace(fisher=read_fisher(project.gradients, block)) if plan.masks_read_sums else measured
+def _sums(project: Project) -> Path | None:
+    """Return the folder of the gradients tier, if masks depend on its sums."""
+    return project.gradients if project.plan.masks_read_sums else None
 
 
 # --- the unit of work ---
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The linears that read one distinct input of a block, or, where scores choose masks, all of a block."""
 
-    plan: Plan
-    checkpoint: Checkpoint
     block: int
     stats: BlockStats  # of these inputs
     share: Share
-    units: Mapping[str, Units]  # that go, by the linear that reads them
-    grams: Path | None = None  # the folder of the Gram matrices; None: scores alone
-    gradients: Path | None = None  # likewise of gradients, if the reconstruction reads them
+    grams: Path  # the folder of the Gram matrices, for solvers
 
 
 class Made(NamedTuple):
@@ -214,16 +184,22 @@ class Made(NamedTuple):
     unreached: set[str]  # experts without tokens
 
 
-Parts = Callable[[int, BlockStats, Path], list[Part]]
+Solving = Callable[[torch.device, Part], Made]
 
 
-def solve(device: torch.device, part: Part) -> Made:
-    """Return masks, and new weights if later blocks depend on them, of a part's linears."""
-    plan, block, device = part.plan, part.stats, accelerator.solving_device(device)
-    weights: Weights = part.checkpoint.weight
+def solve(  # noqa: PLR0913, PLR0917 - what all parts share, and one of them
+    plan: Plan, source: Checkpoint, units: Mapping[str, Units], back: Path | None, device: torch.device, part: Part
+) -> Made:
+    """Return masks, and new weights if later blocks depend on them, of a part's linears.
+
+    `units` are those that go, by the linear that reads them; `back` is the folder of the gradients' Gram matrices, if
+    the reconstruction reads them.
+    """
+    block, device = part.stats, accelerator.solving_device(device)
+    weights: Weights = source.weight
     grams: Grams | None = None
     names = [name for names in block.readers.values() for name in names]
-    if part.grams is not None:
+    if plan.solves_by_input:
         weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
         grams = read_grams(part.grams, part.block, device, of=block.readers)
         if plan.corrects:
@@ -235,15 +211,15 @@ def solve(device: torch.device, part: Part) -> Made:
         share=part.share,
         pattern=plan.pattern,
         group=plan.group,
-        units=part.units,
+        units=units,
         grams=grams,
         device=device,
     )
     changed, diagnostics = dict[str, Tensor](), Json()
     if grams is not None and plan.weights_come_from == "weights":
-        gradients: Mapping[str, Gram] = read_grams(part.gradients, part.block, of=names) if part.gradients else {}
+        gradients: Mapping[str, Gram] = read_grams(back, part.block, of=names) if back else {}
         for name, prepared in prepared_linears(block.readers, grams):
-            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, part.units)):
+            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, units)):
                 solved = reconstruct(
                     weights(name),
                     chosen[name],
@@ -252,9 +228,15 @@ def solve(device: torch.device, part: Part) -> Made:
                     gradients=gradients.get(name),
                     transposed=name in block.transposed,
                 )
-                changed[name] = solved.weight.to("cpu", part.checkpoint.weight(name).dtype)
+                changed[name] = solved.weight.to("cpu", source.weight(name).dtype)
                 diagnostics[name] = solved.diagnostics
     return Made(part.block, pack_masks(chosen), changed, diagnostics, block.unreached())
+
+
+def parts_of(plan: Plan, block: int, measured: BlockStats, share: Share, grams: Path) -> list[Part]:
+    """Return the parts of a block; `grams` is the folder of its Gram matrices."""
+    alone = [measured.of(source) for source in measured.readers] if plan.solves_by_input else [measured]
+    return [Part(block, own, share, grams.absolute()) for own in alone]
 
 
 def together(parts: Iterable[Made]) -> Made:
@@ -266,31 +248,36 @@ def together(parts: Iterable[Made]) -> Made:
 # --- the blocks ---
 
 
-def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> Iterator[tuple[Made, None]]:
+def from_statistics(
+    project: Project, solving: Solving, shares: Sequence[Share], blocks: Iterable[int]
+) -> Iterator[tuple[Made, None]]:
     """Yield each block, from the statistics of the dense model.
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks.
     """
-    plan = project.plan
-    every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
+    plan, every = project.plan, []
+    for block in blocks:
+        measured = read_stats(project.stats, block, gradients=_sums(project))
+        every.append(parts_of(plan, block, measured, shares[block], project.gram))
     run = Executor(solving_device(project.params.runtime))
     if plan.solves_by_input:
         run = executor(project, [project.model("dense"), project.gram])
-    made = run.map(solve, itertools.chain.from_iterable(every), "solver")
+    made = run.map(solving, itertools.chain.from_iterable(every), "solver")
     for own in every:
         yield together(itertools.islice(made, len(own))), None
 
 
-def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: int) -> Iterator[tuple[Made, "Step"]]:
+def walked(  # noqa: PLR0913, PLR0917 - as from_statistics, and the walk
+    project: Project, solving: Solving, shares: Sequence[Share], stats: Json, work: Work, finished: int
+) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
     The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
     depend on stats/, and on no setting of calibration.
     """
-    plan, measured_with = project.plan, stats["params"]
+    plan, measured_with, sums = project.plan, stats["params"], _sums(project)
     text = read_provenance(project.data("calibration"), "download calibration")
     check_source("stats", stats["text"], text, "calibrate")
-    check_ready(project, "dense")
     windows = calibration_windows(project, measured_with)
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
@@ -300,8 +287,9 @@ def walked(project: Project, stats: Json, parts: Parts, work: Work, finished: in
         recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
         if plan.records_grams:
             write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
-        own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
+        measured = recorded.stats._replace(fisher=read_fisher(sums, step.index) if sums else {})
         del recorded  # the next matrices need its memory
-        made = together(run.map(solve, own, f"block {step.index}, solver"))
+        own = parts_of(plan, step.index, measured, shares[step.index], folder)
+        made = together(run.map(solving, own, f"block {step.index}, solver"))
         block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step

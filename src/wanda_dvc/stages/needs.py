@@ -16,17 +16,14 @@ make the numbers better.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 
 from wanda_dvc.engine.checkpoint import dtype_of
 from wanda_dvc.engine.rows import shards
-from wanda_dvc.engine.sizes import FIXED, WIDTH, Sizes, Walk, sizes, walk
+from wanda_dvc.engine.sizes import FIXED, WIDTH, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.params import Params
 from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 from wanda_dvc.stages.running import device_name, free_memory
@@ -52,25 +49,29 @@ class Need:
         return self.memory - self.mapped
 
 
-@dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the formulas read."""
+    """What the formulas read of a study: its settings, its model's configuration, the size of its texts.
 
-    params: Params
-    model: Path  # its directory
-    device: str  # its kind
-    files: Mapping[str, int]  # bytes of fetched data, by part: calibration, tasks, …
-    part: str = ""  # of the stage; "": the part that needs most
-    text: str = ""  # of the perplexity; "": each
+    Args:
+        project: The study.
+        part: Of the stage; "": the part that needs most.
+        text: Of the perplexity; "": each.
+    """
 
-    @cached_property
-    def sizes(self) -> Sizes:
-        """The model, counted."""
-        return sizes(self.model)
+    def __init__(self, project: Project, part: str = "", text: str = "") -> None:
+        params, self.model = project.params, project.model("pruned" if part == "pruned" else "dense")
+        self.part, self.text = part, text
+        self.params = params.model_copy(update={"dtype": dtype_of(self.model, params.dtype)})
+        self.device = device_name(params.runtime).partition(":")[0]  # its kind
+        names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
+        files = {name: project.data(name) / TEXT for name in names}
+        files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
+        self.files = {name: path.stat().st_size for name, path in files.items() if path.is_file()}  # bytes, fetched
+        self.sizes = Sizes(self.model)
 
     def walk(self, length: int) -> Walk:
         """Return the memory of windows of `length` tokens through all blocks."""
-        return walk(self.sizes, dtype=self.params.dtype, length=length, device=self.device)
+        return Walk(self.sizes, dtype=self.params.dtype, length=length, device=self.device)
 
     def states(self, tokens: int) -> int:
         """Return the bytes of the hidden states of some tokens."""
@@ -81,28 +82,12 @@ class Known:
         return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
 
-def known(project: Project, part: str = "", text: str = "") -> Known:
-    """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
-    params, model = project.params, project.model("pruned" if part == "pruned" else "dense")
-    names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
-    files = {name: project.data(name) / TEXT for name in names}
-    files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
-    return Known(
-        params=params.model_copy(update={"dtype": dtype_of(model, params.dtype)}),
-        model=model,
-        device=device_name(params.runtime).partition(":")[0],
-        files={name: path.stat().st_size for name, path in files.items() if path.is_file()},
-        part=part,
-        text=text,
-    )
-
-
 def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
     """Return the needs of a study's stage; nothing without the configuration of its model."""
     model = project.model("pruned" if part == "pruned" else "dense")
     if stage not in NEEDS or not (model / "config.json").is_file():
         return Need()
-    return NEEDS[stage](known(project, part, text))
+    return NEEDS[stage](Known(project, part, text))
 
 
 def _calibrate(on: Known) -> Need:
@@ -221,14 +206,12 @@ def announce(*, project: Project, stage: str, part: str = "", text: str = "") ->
         return
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
         if (wanted := need(project, stage, part, text)) != Need():
-            free = gigabytes(free_memory(device_name(project.params.runtime))), gigabytes(free_disk(project))
+            free = (
+                gigabytes(free_memory(device_name(project.params.runtime))),
+                gigabytes(shutil.disk_usage(project.root).free),
+            )
             needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
             notice(f"{stage} needs about {needed}; free: {' and '.join(free)}")
-
-
-def free_disk(project: Project) -> int:
-    """Return the free bytes of the study's disk."""
-    return shutil.disk_usage(project.root).free
 
 
 def gigabytes(size: int) -> str:

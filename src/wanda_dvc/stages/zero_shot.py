@@ -181,11 +181,11 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
     import torch
 
-    from wanda_dvc.stages.needs import continuing, known
+    from wanda_dvc.stages.needs import Known, continuing
 
     folder, runtime, prompts = project.model(model), project.params.runtime, read_prompts(project)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
-    needed = continuing(known(project, model), longest + CONTINUED)
+    needed = continuing(Known(project, model), longest + CONTINUED)
     if needed > (free := free_memory(device_name(runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
         again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"

@@ -55,11 +55,11 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     _save(block_file(folder, block), tensors, header)
 
 
-def read_stats(folder: Path, block: int) -> "BlockStats":
-    """Read one block's statistics."""
+def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> "BlockStats":
+    """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
     from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
 
-    tensors, header = _load(block_file(folder, block), "calibrate")
+    tensors, header = _load(block_file(folder, block), "calibrate", finite=True)
     readers, transposed = header["readers"], header["transposed"]
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
@@ -69,7 +69,8 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     for linear in itertools.chain.from_iterable(readers.values()):
         if (pair := tensors.get(f"{linear}.{OUTPUTS}")) is not None:
             outputs[linear] = OutputStats(pair[0], int(pair[1]))
-    return BlockStats(inputs, readers, transposed, outputs=outputs, influence=tensors.get(INFLUENCE))
+    fisher = read_fisher(gradients, block) if gradients else {}
+    return BlockStats(inputs, readers, transposed, fisher, outputs, tensors.get(INFLUENCE))
 
 
 def write_grams(

@@ -5,6 +5,7 @@ What a stage or `dvc` refuses at once, with its own advice, is not checked here.
 
 import contextlib
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
-from wanda_dvc.stages.needs import NEEDS, Need, free_disk, gigabytes, need
+from wanda_dvc.stages.needs import NEEDS, Need, gigabytes, need
 from wanda_dvc.stages.running import device_name, free_memory, own_device
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
@@ -84,7 +85,7 @@ def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
         enough = free > max(one.memory for one in needs.values())
         todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
         yield Check("memory", enough, f"{gigabytes(free)} free; needs about: {said}", todo, needed=False)
-    free = free_disk(project)
+    free = shutil.disk_usage(project.root).free
     most = max((one.disk for one in needs.values()), default=10**9)
     said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items()) or "1 GB"
     todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"

@@ -4,11 +4,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.inputs import stats_provenance
 from wanda_dvc.study.files import json_text, load_json
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, check_source, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
@@ -22,8 +21,9 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
 
     Each input also lists the layer errors of its readers, if they were measured with these statistics.
     """
+    measured_on = read_provenance(project.stats, "calibrate")["model"]
     model = load_json(project.model("dense") / PROVENANCE)  # if it exists, the statistics have to be its
-    stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
+    check_source("stats", measured_on, model or measured_on, "calibrate")
     blocks = block_count(project.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
