@@ -170,7 +170,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
         length=64,
         progress=quiet,
     )
-    monkeypatch.setattr(calls, "CALLS_BYTES", budget)
+    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", budget)
     recorded: list[weakref.ref[torch.Tensor]] = []
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     real = decoder._record
@@ -198,7 +198,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 
 def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
-    monkeypatch.setattr(decoding, "calls_bytes", lambda _: 100)
+    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
 
     def record(row: calls.Row) -> list[decoding.Call]:

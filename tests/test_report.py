@@ -107,7 +107,8 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
         params = check_params(nested(changed))
-        settings = resolved(params) | published.text_settings(params, "wikitext2")
+        filled = params.perplexity.texts["wikitext2"].filled
+        settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
         found = [(source, row) for source in published.sources() for row in source.rows if measure in row]
         return {row[measure] for source, row in found if source.has_protocol(settings, measure, row)}
 

@@ -576,7 +576,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     before = {name: id(parameter) for name, parameter in decoder.model.named_parameters(remove_duplicate=False)}
-    lm = EngineLM(decoder, folder, Runner(decoder, tmp_path / "work"), progress=lambda items: items)
+    lm = EngineLM(folder, Runner(decoder, tmp_path / "work"), progress=lambda items: items)
     assert {name: id(x) for name, x in decoder.model.named_parameters(remove_duplicate=False)} == before
     with pytest.raises(UserError, match="the tokenizer has no bos_token and no eos_token, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])

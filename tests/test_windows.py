@@ -32,7 +32,7 @@ def test_cut_takes_whole_windows_in_order():
 
 @pytest.mark.parametrize(("tokens", "lengths"), [(23, [10, 10, 3]), (21, [10, 10]), (20, [10, 10]), (7, [7]), (2, [2])])
 def test_all_tokens_make_a_shorter_last_window_that_has_a_token_to_predict(tokens: int, lengths: list[int]):
-    windows = cut(torch.arange(tokens), length=10, windows=None, all_tokens=True)
+    windows = cut(torch.arange(tokens), length=10, windows="all")
     assert list(map(len, windows)) == lengths
     assert torch.cat(windows).tolist() == list(range(sum(lengths)))
 
@@ -43,7 +43,7 @@ def test_too_short_a_text_says_how_short():
     with pytest.raises(UserError, match="perplexity.texts.a: 25 tokens, expected 3 windows of 10 or more"):
         cut(torch.arange(25), length=10, windows=3, name="perplexity.texts.a")
     with pytest.raises(UserError, match="the text: 1 tokens, expected 2 tokens or more"):
-        cut(torch.arange(1), length=10, windows=None, all_tokens=True)
+        cut(torch.arange(1), length=10, windows="all")
 
 
 def test_windows_are_those_of_the_reference():

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
-from wanda_dvc.engine.rows import Layout, Row, calls_bytes
+from wanda_dvc.engine.rows import CALLS_BYTES, Layout, Row
 from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -114,7 +114,7 @@ class Decoder:
         key = row.layout or len(row.tokens)
         if key not in self._calls:
             # A walk has the same rows in the same order for each block: the first ones stay, with the current row.
-            if sum(size for _, size in self._calls.values()) > calls_bytes(self.device.type):
+            if sum(size for _, size in self._calls.values()) > CALLS_BYTES[self.device.type]:
                 self._calls.popitem()
             calls = self._record_calls(row)
             storages = [value.untyped_storage() for value in tree_flatten(calls)[0] if isinstance(value, Tensor)]

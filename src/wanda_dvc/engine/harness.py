@@ -5,7 +5,6 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import load_tokenizer
@@ -18,15 +17,15 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     lm-eval does the tokenization, limits positions, and chooses the prefix of an empty context.
     """
 
-    def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, progress: Progress) -> None:
+    def __init__(self, folder: Path, runner: Runner, *, progress: Progress) -> None:
         """`folder` holds the tokenizer, `progress` shows the blocks."""
-        tokenizer = load_tokenizer(folder)
+        tokenizer, model = load_tokenizer(folder), runner.decoder.model
         self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
         # lm-eval asks for a prefix with each text, and uses it for texts without a context.
         prefix = None if self.has_prefix else 0
-        decoder.model.tie_weights = lambda *_, **__: None  # lm-eval would replace a head that is stored by itself
-        super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
-        del decoder.model.tie_weights
+        model.tie_weights = lambda *_, **__: None  # lm-eval would replace a head that is stored by itself
+        super().__init__(pretrained=model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
+        del model.tie_weights
         self.runner, self.progress = runner, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:

@@ -24,11 +24,10 @@ from torch import Tensor
 T = TypeVar("T")
 R = TypeVar("R")
 FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
-# Bytes of kept arguments of blocks, without those of the current row; a row takes 1 to 2 MB. Other rows' arguments are
-# recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU core, and about as
-# long as the block itself takes on a GPU (estimated).
-CALLS_BYTES = 2**26
-CALLS_BYTES_ON_GPU = 2**29
+# Bytes of kept arguments of blocks by kind of device, without those of the current row; a row takes 1 to 2 MB. Other
+# rows' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU
+# core, and about as long as the block itself takes on a GPU (estimated).
+CALLS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +83,6 @@ def shards(rows: int) -> list[range]:
     """Return the shards of so many rows: 128 rows make 16 of 8, ten thousand 100 of 100. The last may be shorter."""
     size = min(max(rows // FEWEST, 1), LONGEST)
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def calls_bytes(device: str) -> int:
-    """Return the limit in bytes of the kept arguments of blocks, for a kind of device."""
-    return CALLS_BYTES_ON_GPU if device == "cuda" else CALLS_BYTES
 
 
 class Shard(NamedTuple):

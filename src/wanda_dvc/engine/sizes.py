@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.rows import calls_bytes
+from wanda_dvc.engine.rows import CALLS_BYTES
 from wanda_dvc.pruning.gram import PANEL
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
@@ -72,4 +72,4 @@ class Walk:
         self.grams = 16 * model.squares + 12 * PANEL * model.widest
         self.crosses = 16 * model.squares + 12 * model.widest**2  # cross products: without a panel, but a product
         self.dense = length * model.features * width  # the dense model's inputs, which wait for cross products
-        self.calls = calls_bytes(device)  # recorded arguments of the blocks, of rows of several questions
+        self.calls = CALLS_BYTES[device]  # recorded arguments of the blocks, of rows of several questions

@@ -7,6 +7,7 @@ resumes at the last finished block. For the gradients tier, the rows then run ba
 """
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -224,21 +225,12 @@ class Runner:
             self.not_finite = progress.not_finite
             self.decoder.release()
 
-    def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
-        """Apply a function to the last hidden states of the shards that it has an input for, in the shards' order.
-
-        `inputs` returns the input of a shard, by its rows, or None.
-        """
+    def head(self, function: Head[T, R], inputs: Callable[[range], T]) -> Iterator[R]:
+        """Apply a function to each shard's last hidden states, in order, and to what `inputs` returns for its rows."""
         heading = partial(run_head, self.opened, self.own, function)
-        for found in self.map(heading, self._with(inputs), "output head, shard"):
+        given = zip(self.shards, map(inputs, shards(len(self.rows))), strict=True)
+        for found in self.map(heading, given, "output head, shard"):
             yield from found
-
-    def _with(self, inputs: Callable[[range], T | None]) -> Iterator[tuple[Shard, T]]:
-        for shard, rows in zip(self.shards, shards(len(self.rows)), strict=True):
-            given = inputs(rows)
-            if given is not None:
-                yield shard, given
-            del given  # before the next shard's is read
 
 
 @dataclass
@@ -370,22 +362,14 @@ def run_back(  # noqa: PLR0913, PLR0917 - a block, and its files
     _load(model, shard.rows[0], index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
     rows = zip(states, after, shard.rows, strict=True)
-    with recording_gradients(model.linears(index), gram=gram) as found:
-        gradients.write(done + 1, shard.number, (_back(model, index, *row) for row in rows))
-    return found
-
-
-def _back(
-    model: Decoder,
-    index: int,
-    before: Float[Tensor, "length width"],
-    gradient: Float[Tensor, "length width"],
-    row: Row,
-) -> Float[Tensor, "length width"]:
-    """Return the gradient of a row's loss by its hidden states before a block, from the gradient after it."""
-    hidden = before[None].to(model.device, copy=True).requires_grad_()
     weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
-    with torch.enable_grad():
-        out = model.run(index, hidden, row, weights)
-    (back,) = torch.autograd.grad(out, hidden, gradient[None].to(out))
-    return back[0].float()
+
+    def back(before: Tensor, gradient: Tensor, row: Row) -> Tensor:
+        hidden = before[None].to(model.device, copy=True).requires_grad_()
+        with torch.enable_grad():
+            out = model.run(index, hidden, row, weights)
+        return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
+
+    with recording_gradients(model.linears(index), gram=gram) as found:
+        gradients.write(done + 1, shard.number, itertools.starmap(back, rows))
+    return found

@@ -86,23 +86,22 @@ def cut(
     tokens: Int[Tensor, " tokens"],
     *,
     length: int,
-    windows: int | None,
-    all_tokens: bool = False,
+    windows: int | str | None,
     name: str = "the text",
 ) -> list[Int[Tensor, " _"]]:
-    """Cut a text into consecutive windows without overlap: `windows` of them, or all, and drop the rest.
+    """Cut a text into consecutive windows without overlap: `windows` of them, or every complete one, and drop the rest.
 
-    With `all_tokens` the tokens after the last complete window are a shorter one, if they are at least two: the first
-    predicts nothing. UserError, with the name of the text, if it has too few tokens.
+    With `windows` "all" the tokens after the last complete window are a shorter one, if they are at least two: the
+    first predicts nothing. UserError, with the name of the text, if it has too few tokens.
     """
-    complete = len(tokens) // length
-    found = list(tokens[: (windows or complete) * length].split(length)) if complete >= (windows or 1) else []
+    complete, wanted = len(tokens) // length, windows if isinstance(windows, int) else None
+    found = list(tokens[: (wanted or complete) * length].split(length)) if complete >= (wanted or 1) else []
     rest = tokens[complete * length :]
-    if all_tokens and len(rest) >= 2:
+    if windows == "all" and len(rest) >= 2:
         found.append(rest)
     if not found:
-        wanted = "2 tokens" if all_tokens else f"{windows or 1} windows of {length}"
+        asked = "2 tokens" if windows == "all" else f"{wanted or 1} windows of {length}"
         raise UserError(
-            f"{name}: {len(tokens)} tokens, expected {wanted} or more; take a longer text, fewer or shorter windows"
+            f"{name}: {len(tokens)} tokens, expected {asked} or more; take a longer text, fewer or shorter windows"
         )
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.params import Params, Settings
+from wanda_dvc.params import Settings
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Value, accuracy, perplexity
@@ -60,11 +60,6 @@ def sources() -> list[Source]:
     return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
-def text_settings(params: Params, text: str) -> Settings:
-    """Return the settings of a text under the names of published.yaml."""
-    return {f"perplexity.text.{key}": value for key, value in params.perplexity.texts[text].filled.items()}
-
-
 def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     """Return a row below `HEADERS` for each published figure of an experiment's protocol, next to its own figure."""
     found: dict[tuple[str, ...], None] = {}  # several experiments have one dense model
@@ -72,10 +67,11 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
         for row in source.rows:
             for name, one in experiments.items():
                 results, named = (one.dense, DENSE) if row["method"] == DENSE else (one.pruned, name)
-                measured = [
-                    ("perplexity", perplexity(results, text), text_settings(one.params, text)) for text in results.texts
-                ]
-                measured += [(task, accuracy(results, task), {}) for task in results.tasks]
+                measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
+                for text in results.texts:
+                    filled = one.params.perplexity.texts[text].filled
+                    own = {f"perplexity.text.{key}": value for key, value in filled.items()}
+                    measured.append(("perplexity", perplexity(results, text), own))
                 for measure, value, settings in measured:
                     if measure in row and source.has_protocol(one.settings | settings, measure, row):
                         found[named, source.source, measure, *_figures(measure, row[measure], value)] = None

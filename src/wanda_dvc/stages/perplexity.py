@@ -17,7 +17,6 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
@@ -109,15 +108,9 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
     source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")
     tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
-    planned = project.planned("perplexity")
-    length, count = planned["length"], planned["windows"]
-    windows = cut(
-        tokens,
-        length=length,
-        windows=count if isinstance(count, int) else None,
-        all_tokens=count == ALL,
-        name=f"perplexity.texts.{text}",
-    )
+    planned, name = project.planned("perplexity"), f"perplexity.texts.{text}"
+    length = planned["length"]
+    windows = cut(tokens, length=length, windows=planned["windows"], name=name)
     rest = len(windows[-1]) if len(windows[-1]) < length else None
     described = {
         "text": {key: source[key] for key in ("source", "join", "sha256")},

@@ -130,7 +130,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
         return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
-    language_model = EngineLM(run.decoder, project.model(model), run, progress=blocks)
+    language_model = EngineLM(project.model(model), run, progress=blocks)
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
     where = run.not_finite
     result, samples = evaluated["results"][task], evaluated["samples"][task]
