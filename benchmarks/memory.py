@@ -30,7 +30,7 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     return {
         "peak": max(samples) - samples[0],
         "imports": samples[0],
-        "bound": wanted.anonymous,
+        "bound": wanted.memory - wanted.mapped,
     }
 
 

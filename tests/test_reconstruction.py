@@ -303,7 +303,7 @@ def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned
         hidden = [decoder.embed(row) for row in (one, other)]
         decoder.calls(one)
         decoder.hold(0, -1)
-        with torch.no_grad(), recorder.recording(decoder.linears(0)):
+        with torch.no_grad(), recorder.recording():
             with recorder.dense(len(one.tokens)):
                 decoder.run(0, hidden[0], one)
             decoder.run(0, hidden[1], other)
@@ -325,7 +325,7 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
         hook.remove()
         seen.append(inputs[0].flatten(0, 1))
     decoder = open_decoder(made, "dense")
-    recorder = InputRecorder(gram=True)
+    recorder = InputRecorder(linears=decoder.linears(0), gram=True)
     cross(decoder, recorder, dense, pruned)
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.sums.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
@@ -339,7 +339,7 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
     dense_alone = crossed = 0
     for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
-        recorder = InputRecorder(gram=True)
+        recorder = InputRecorder(linears=decoder.linears(0), gram=True)
         cross(decoder, recorder, rows[:width], rows[width : 2 * width])
         found = recorder.sums.of(decoder.linears(0))
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}

@@ -218,9 +218,9 @@ class InputRecorder:
     have no X_denseᵀX: the dense row and this row may send different tokens to an expert.
     """
 
+    linears: dict[str, Linear]
     gram: bool = False  # keep the Gram matrices too
     sums: Sums = field(default_factory=Sums)
-    _linears: dict[str, Linear] = field(default_factory=dict)
     _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window
     _tokens: int = 0  # of the dense row
     _is_dense: bool = False
@@ -228,16 +228,13 @@ class InputRecorder:
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
     _routed: RoutedOutputs = field(default_factory=RoutedOutputs)
 
-    @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        """Record the inputs of these linears in every pass inside."""
-        self._linears = linears
-        with _watching(linears, self._read, self._routed):
-            yield
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        """Record the inputs of the linears in every pass inside."""
+        return _watching(self.linears, self._read, self._routed)
 
     def _read(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
         """Add an input [..., in] of the linears that are rows of one weight."""
-        x, features = x[tokens], self._linears[names[0]].features
+        x, features = x[tokens], self.linears[names[0]].features
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != features:

@@ -78,8 +78,8 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
     if block.dense is not None:
         dense = block.dense.read(index, shard.number)
         block.dense.write(index + 1, shard.number, passing(dense))
-    recorder = InputRecorder(gram=block.gram) if block.records else None
-    with recorder.recording(model.linears(index)) if recorder else contextlib.nullcontext():
+    recorder = InputRecorder(linears=model.linears(index), gram=block.gram) if block.records else None
+    with recorder.recording() if recorder else contextlib.nullcontext():
         after = passing(before, recorder, dense if block.crosses else ())
         if block.writes:
             block.own.write(index + 1, shard.number, after)

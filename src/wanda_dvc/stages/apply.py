@@ -38,11 +38,6 @@ class Zeros(NamedTuple):
     masked: float | None  # likewise, without a reconstruction
     solved: Json  # solver diagnostics
 
-    @property
-    def share(self) -> float:
-        """The share of its weights that are zero."""
-        return self.zero / self.size
-
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
@@ -56,12 +51,13 @@ def apply(*, project: Project) -> None:
         work.publish(project.model("pruned"))
     errors = {linear: x for linear, x in zeros.items() if x.error is not None}
     of_linears = {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in errors.items()}
+    shares = {linear: round(x.zero / x.size, 6) for linear, x in zeros.items()}
     write_json(project.metrics("pruned", "sparsity"), metrics)
-    write_json(project.details("pruned", "sparsity"), {linear: round(x.share, 6) for linear, x in zeros.items()})
+    write_json(project.details("pruned", "sparsity"), shares)
     write_json(
         project.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": of_linears}
     )
-    rows: list[list[object]] = [[x.block, linear, x.size, x.zero, x.share] for linear, x in zeros.items()]
+    rows: list[list[object]] = [[x.block, linear, x.size, x.zero, x.zero / x.size] for linear, x in zeros.items()]
     write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], rows)
     rows = [[x.block, linear, x.error, x.masked] for linear, x in errors.items()]
     write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], rows)

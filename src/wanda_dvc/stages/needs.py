@@ -43,11 +43,6 @@ class Need:
     mapped: int = 0  # of the memory: page cache, which the system may reclaim
     disk: int = 0  # with its outputs
 
-    @property
-    def anonymous(self) -> int:
-        """The memory without the page cache."""
-        return self.memory - self.mapped
-
 
 class Known:
     """What the formulas read of a study: its settings, its model's configuration, the size of its texts.

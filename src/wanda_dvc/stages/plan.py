@@ -22,7 +22,17 @@ def plan(*, project: Project) -> None:
     for place in texts.iterdir():
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)
-    _report(project)
+    plan = params.plan
+    if plan.left_out:
+        notice(
+            f"plan: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
+            f"{params.recipe})"
+        )
+    if float(plan.share) != params.sparsity:
+        notice(
+            f"plan: pattern {plan.pattern} sets the sparsity to {float(plan.share):g}; sparsity {params.sparsity:g} "
+            "ignored"
+        )
     folder = project.root / "plan"
     remove(new := folder.with_name("plan.part"))
     for name, content in planned(params).items():
@@ -54,18 +64,3 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
     if place.is_dir() and not place.is_symlink():  # in a copy of a study that followed links
         remove(place)
     temporary.replace(place)
-
-
-def _report(project: Project) -> None:
-    """Report settings that the pattern replaces."""
-    params, plan = project.params, project.params.plan
-    if plan.left_out:
-        notice(
-            f"plan: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
-            f"{params.recipe})"
-        )
-    if float(plan.share) != params.sparsity:
-        notice(
-            f"plan: pattern {plan.pattern} sets the sparsity to {float(plan.share):g}; sparsity {params.sparsity:g} "
-            "ignored"
-        )
