@@ -26,8 +26,8 @@ test-fast: install ## the tests of `make test`, without lint
 coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)" --cov --cov-report term
 
-bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
-	python benchmarks/bench.py $(ROWS) $(BENCH)
+bench: install ## measure against the published procedure, stock lm-eval and the floor; BENCH="--mirror DIR --rows calibrate"
+	python benchmarks/peers.py $(BENCH)
 
 gpu: ## check a card against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
 	PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)

@@ -1,25 +1,72 @@
-"""Measure the peak anonymous memory of the stages on a random checkpoint, against the formula of stages/needs.py.
+"""Measure the peak anonymous memory of stages on random checkpoints, against their formula: benchmarks/memory.json.
 
-python benchmarks/memory.py make FOLDER             write a checkpoint of Qwen2.5-1.5B's shape, shard by shard
-python benchmarks/memory.py measure PROJECT STAGE   run one stage in this process and sample its memory
+    python benchmarks/memory.py          Qwen2.5-1.5B's shape, ten minutes
+    python benchmarks/memory.py --7b     LLaMA-2-7B's shape under a hard limit of 3 GB, page cache included; as root
+
+Two windows of the embedded text, bfloat16. A hard limit needs Linux, root and 27 GB of disk.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import QWEN, make_checkpoint
+from origin import HERE, ROOT, origin, write_row
 
-from wanda_dvc.machine import cores
-from wanda_dvc.stages import STAGES, run
-from wanda_dvc.stages.needs import need
-from wanda_dvc.stages.running import sampled_memory
-from wanda_dvc.study.project import Project
+LLAMA_7B = ROOT / "tests/configs/llama-2-7b.json"
+LIMIT = 3e9  # bytes
+PROTOCOL = "random weights in bfloat16, 2 windows of 512 tokens of the embedded text"
+STAGES = (("calibrate", "norms"), ("mask", ""), ("apply", ""), ("perplexity", "dense"))
+GROUPS = Path("/sys/fs/cgroup")
+LIMITS = {GROUPS: "memory.max", GROUPS / "memory": "memory.limit_in_bytes"}  # of version 2 and 1
+# The process joins the group, then becomes the command.
+JOIN = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
+
+
+@contextlib.contextmanager
+def limited(size: int) -> Iterator[list[str]]:
+    """Yield the words that put a command under a limit of `size` bytes. RuntimeError where this user may set none."""
+    group = None
+    for place, limit in LIMITS.items():
+        path = place / f"wanda-dvc-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            path.mkdir()
+            if (path / limit).is_file():
+                (path / limit).write_text(str(size))
+                group = path
+                break
+            path.rmdir()
+    if group is None:
+        raise RuntimeError("no control group of memory that this user may make, expected one; run it as root on Linux")
+    try:
+        yield [*JOIN, str(group)]
+    finally:
+        group.rmdir()
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that the next reader is charged for them."""
+    os.sync()
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(root: Path, stage: str, part: str) -> dict[str, float]:
-    """Run one stage; return its peak above the imports' memory, and the formula's bound."""
+    """Run one stage in this process; return its peak above the imports' memory, and the formula's bound."""
     import torch
+
+    from wanda_dvc.machine import cores
+    from wanda_dvc.stages import STAGES, run
+    from wanda_dvc.stages.needs import need
+    from wanda_dvc.stages.running import sampled_memory
+    from wanda_dvc.study.project import Project
 
     project = Project(root)
     torch.set_num_threads(cores())
@@ -27,31 +74,45 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
     with sampled_memory(samples_a_second=300) as samples:
         run(stage, project=project, part=part)
-    return {
-        "peak": max(samples) - samples[0],
-        "imports": samples[0],
-        "bound": wanted.memory - wanted.mapped,
-    }
+    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": wanted.anonymous}
 
 
 def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("make")
-    make.add_argument("folder", type=Path)
-    make.add_argument("--config", type=json.loads, default={}, help="JSON: what differs from Qwen2.5-1.5B")
-    make.add_argument("--shard", type=float, default=1e9, help="bytes")
-    look = commands.add_parser("measure")
-    look.add_argument("project", type=Path)
-    look.add_argument("stage", choices=["calibrate", "mask", "apply", "perplexity"])
-    look.add_argument("part", nargs="?", default="")
-    look.add_argument("--result", type=Path, required=True)
-    words = parser.parse_args()
-    if words.command == "make":
-        make_checkpoint(words.folder, QWEN | words.config, shard=words.shard)
-    else:
-        words.result.write_text(json.dumps(measure(words.project, words.stage, words.part)))
+    """Run the command line; `--run` measures in this process."""
+    if sys.argv[1:2] == ["--run"]:
+        root, stage, part, out = sys.argv[2:]
+        Path(out).write_text(json.dumps(measure(Path(root), stage, part)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--7b", action="store_true", dest="large")
+    large = parser.parse_args().large
+    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+        root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
+        make_checkpoint(model, json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"} if large else QWEN)
+        command = Path(sys.executable).parent / "wanda-dvc"
+        subprocess.run([command, "init", root, "--model", model], check=True)
+
+        from wanda_dvc.study.scaffold import change_settings
+
+        windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
+        change_settings(root / "params.yaml", windows)
+        for words in (["plan"], *(["download", part] for part in ("model", "calibration", "perplexity"))):
+            subprocess.run([command, *words], cwd=root, check=True)
+        size = sum(path.stat().st_size for path in (root / "models/dense").glob("*.safetensors"))
+        for stage, part in STAGES:
+            with limited(int(LIMIT)) if large else contextlib.nullcontext([]) as words:
+                forget(root)
+                subprocess.run([*words, sys.executable, __file__, "--run", root, stage, part, out], check=True)
+            found = json.loads(out.read_text())
+            peak, most = (found["peak"] + found["imports"], LIMIT) if large else (found["peak"], 0.35 * size)
+            value = {
+                "share": peak / (LIMIT if large else size),
+                "goal": "< 1" if large else "< 0.35",
+                "met": peak < most,
+            }
+            what = f"LLaMA-2-7B's shape under 3 GB, {stage}" if large else f"memory {stage}, share of the checkpoint"
+            write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL, [stage]))
+            print(stage, found, flush=True)
 
 
 if __name__ == "__main__":

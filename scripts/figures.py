@@ -1,45 +1,56 @@
 """Write measured figures into the documents, between their markers: python scripts/figures.py.
 
-`<!-- figures: NAME -->` and `<!-- end of figures -->` enclose each table. The figures are in benchmarks/*.json.
+`<!-- figures: NAME -->` and `<!-- end of figures -->` enclose each table. The figures are rows of benchmarks/*.json. A
+figure has a mark, ¹, if its row has no origin, or was measured with another version of a stage.
 """
 
-import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
+
 DOCUMENTS = ("README.md", "docs/results.md")
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
+SMALL, GEMMA = "smollm2-135m", "gemma-3-270m"
 
-# The rows of benchmarks/results.json on the page, with the words for what was measured.
+# The rows of benchmarks/peers.json with a baseline on the page, with the words for them.
 TIMES = {
-    "first prune float32, against (a) in float32": "first prune in float32: `calibrate`, `mask`, `apply` ¹",
-    "every further sparsity as `dvc repro`, against (a)": "each further sparsity: `dvc repro apply`, starts included ¹",
-    "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ²",
-    "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ²",
-    "the whole study in float32, against (a) + (b) in float32": "six prunes and seven evaluations, float32 ³",
-    "the whole study in bfloat16, against (a) + (b) in float32": "the same in bfloat16, baseline in float32 ³",
+    "first prune float32, against (a)": "first prune in float32: `calibrate`, `mask`, `apply` ²",
+    "a further sparsity by dvc repro apply, against (a)": "each further sparsity: `dvc repro apply`, starts included ²",
+    "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ³",
+    "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ³",
+    "the study's grid in float32, against (a) and (b)": "six prunes and seven evaluations, float32 ⁴",
+    "the study's grid in bfloat16, against (a) and (b) in float32": "the same in bfloat16, baseline in float32 ⁴",
 }
 # The tasks that the dense model answers better than a constant answer does.
 THREE = ("piqa", "hellaswag", "arc_easy")
 # The rows on the page; the files have more.
-RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher")
+RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
+RECOMMENDED = "fisher"
+AMOUNTS = ("50%", "60%", "70%", "2:4", "4:8")
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 SMALLER = (
-    "blocks 0.0333 admm", "blocks 0.0667 admm", "gguf Q5_0 dense", "neurons 0.1 wanda-refit", "neurons 0.2 wanda-refit",
-    "neurons 0.2 wanda", "neurons 0.2 admm", "neurons 0.2 magnitude-refit", "neurons 0.3 wanda-refit",
-    "2-blocks-and-neurons 0.2 admm",
+    "dense", "blocks 0.0333 admm", "blocks 0.0667 admm", "gguf Q5_0 dense", "neurons 0.1 wanda-refit",
+    "neurons 0.2 wanda-refit", "neurons 0.2 wanda", "neurons 0.2 admm", "neurons 0.2 magnitude-refit",
+    "neurons 0.3 wanda-refit", "2-blocks-and-neurons 0.2 admm",
 )  # fmt: skip
 
 
-def measured(name: str) -> Row:
-    """Return a file of benchmarks/."""
-    found: Row = json.loads((ROOT / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
-    return found
+def measured(name: str) -> dict[str, Row]:
+    """Return the rows of a file of benchmarks/."""
+    return read_rows(ROOT / f"benchmarks/{name}.json")
+
+
+def value(row: Row | None, text: str = "wikitext2", measure: str = "perplexity") -> Any:
+    """Return a measure of a row on a text; None if the row or the measure is missing."""
+    return row and row["value"].get(text, {}).get(measure)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -48,76 +59,87 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
 
 
-def figure(value: float | str | None, older: bool = False) -> str:
-    """Return a perplexity with five digits at most; `diverged` stays. An older figure has a mark."""
+def figure(value: float | str | None, row: Row | None = None) -> str:
+    """Return a perplexity with five digits at most; `diverged` stays. A figure of an old `row` has a mark."""
     if value is None or isinstance(value, str):
         return value or "–"
     shown = f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-    return f"{shown}\N{NO-BREAK SPACE}¹" if older else shown
+    return f"{shown}\N{NO-BREAK SPACE}¹" if row and is_old(row) else shown
 
 
-def name(row: Row) -> str:
+def name(recipe: str) -> str:
     """Return a recipe's name; the recommended one is bold."""
-    return f"**`{row['recipe']}`**" if row.get("recommended") else f"`{row['recipe']}`"
+    return f"**`{recipe}`**" if recipe == RECOMMENDED else f"`{recipe}`"
+
+
+def _recipes(recipes: Iterable[str], columns: dict[str, str]) -> str:
+    """Return the recipes' perplexity on WikiText-2; `columns` are of a model and an amount, by heading."""
+    rows = measured("recipes")
+    lines = []
+    for recipe in recipes:
+        found = [rows.get(column.replace(" ", f" {recipe} ")) for column in columns.values()]
+        lines.append([name(recipe), *(figure(value(row), row) for row in found)])
+    return table(["`recipe`", *columns], lines)
 
 
 def readme() -> str:
     """Return the README's table."""
-    small, gemma = measured("methods")["models"]
-    rows = [
-        [name(row), *(figure(row[small][column]) for column in ("50 %", "70 %", "2:4")), figure(row[gemma]["50 %"])]
-        for row in measured("methods")["recipes"]
-        if row["readme"]
-    ]
-    return table(["`recipe`", "50 %", "70 %", "2:4", f"{gemma}, 50 %"], rows)
+    columns = {amount.replace("%", " %"): f"{SMALL} {amount}" for amount in ("50%", "70%", "2:4")}
+    return _recipes(RECIPES[:-1], columns | {"Gemma 3 270M, 50 %": f"{GEMMA} 50%"})
 
 
 def recipes() -> str:
     """Return all recipes at all settings, on another model at those that were measured."""
-    methods = measured("methods")
-    small, gemma = methods["models"]
-    more = [column for column in methods["columns"] if any(row[gemma].get(column) for row in methods["recipes"])]
-    rows = [
-        [
-            name(row),
-            *(figure(row[small][column], column in row.get("older", ())) for column in methods["columns"]),
-            *(figure(row[gemma].get(column)) for column in more),
-        ]
-        for row in methods["recipes"]
-    ]
-    return table(["`recipe`", *methods["columns"], *(f"{gemma}, {column}" for column in more)], rows)
+    columns = {amount.replace("%", " %"): f"{SMALL} {amount}" for amount in AMOUNTS}
+    more = {f"Gemma 3 270M, {amount.replace('%', ' %')}": f"{GEMMA} {amount}" for amount in ("50%", "70%", "2:4")}
+    return _recipes(RECIPES, columns | more)
 
 
 def seconds() -> str:
     """Return how long each recipe takes."""
-    methods = measured("methods")
-    rows = [[name(row), methods["calibrate"][row["statistics"]], row["time"]] for row in methods["recipes"]]
-    return table(["`recipe`", "`calibrate`, once", "`mask` and `apply`, each experiment"], rows)
+    rows = measured("recipes")
+    tiers = dict.fromkeys(RECIPES[:2], "norms") | dict.fromkeys(RECIPES[2:4], "gram")
+    lines = []
+    for recipe in RECIPES:
+        calibrate = rows[f"{SMALL} calibrate {tiers.get(recipe, 'gradients')} seconds"]
+        row = rows[f"{SMALL} {recipe} 50% seconds"]
+        both = f"{sum(row['value'].values()):g}\N{NO-BREAK SPACE}{'¹' if is_old(row) else ''}".strip()
+        lines.append([name(recipe), f"{calibrate['value']['calibrate']:g}\N{NO-BREAK SPACE}¹", both])
+    return table(["`recipe`", "`calibrate`, once, s", "`mask` and `apply`, each experiment, s"], lines)
 
 
 def times() -> str:
     """Return the benchmarks that have a baseline, with the words of this script."""
-    rows = {row["name"]: row for row in measured("results")["rows"]}
-    return table(
-        ["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"],
-        [
-            [words, f"{row['ours_s']:,.0f}", f"{row['baseline_s']:,.0f}", f"{row['ratio']:.2f}"]
-            for name, words in TIMES.items()
-            for row in [rows[name]]
-        ],
-    )
+    rows = {key: row["value"] for key, row in measured("peers").items()}
+    lines = [
+        [words, f"{rows[key]['ours_s']:,.0f}", f"{rows[key]['baseline_s']:,.0f}", f"{rows[key]['ratio']:.2f}"]
+        for key, words in TIMES.items()
+    ]
+    return table(["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"], lines)
+
+
+def goals() -> str:
+    """Return all goals, with what was measured; a missed goal is bold."""
+    lines = []
+    for file in ("peers", "memory"):
+        for key, row in measured(file).items():
+            found = row["value"]
+            ratio = f"{found['ratio' if file == 'peers' else 'share']:.3g}" + ("\N{NO-BREAK SPACE}¹" * is_old(row))
+            lines.append([key, found["goal"], ratio, "yes" if found["met"] else "**no**"])
+    return table(["what", "goal", "measured", "met"], lines)
 
 
 def distance() -> str:
     """Return the pruned models at 50 % and in 2:4, after the dense one, on two texts."""
     lines = []
-    for name, row in measured("results-distance")["rows"].items():
-        if name == "dense" or (row.get("recipe") in RECIPES and row["amount"] in {"50%", "2:4"}):
+    for key, made in measured("distance").items():
+        row = made["value"]
+        if key == "dense" or (row.get("recipe") in RECIPES and row["amount"] in {"50%", "2:4"}):
             both = [row["texts"][text] for text in ("wikitext2", "embedded")]
             cells = [
                 cell for one in both for cell in (figure(one["perplexity"]), mean(one.get("divergence"), "{:.3f}"))
             ]
-            lines.append([name.replace("%", "\N{NO-BREAK SPACE}%"), *cells, *_answers(row)])
+            lines.append([key.replace("%", "\N{NO-BREAK SPACE}%"), *cells, *_answers(row)])
     heads = [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
     return table(["model", *heads, "agreement, WikiText-2, %", "changed answers, %"], lines)
 
@@ -125,11 +147,12 @@ def distance() -> str:
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
     lines = []
-    for name, row in measured("results-distance")["rows"].items():
-        if name == "dense" or row.get("format") in FORMATS:
+    for key, made in measured("distance").items():
+        row = made["value"]
+        if key == "dense" or row.get("format") in FORMATS:
             text = row["texts"]["wikitext2"]
             cells = [figure(text["perplexity"]), mean(text.get("divergence"), "{:.3f}"), *_answers(row)]
-            lines.append([name.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *cells])
+            lines.append([key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *cells])
     return table(["model", "MB", "perplexity", "divergence", "agreement, %", "changed answers, %"], lines)
 
 
@@ -152,17 +175,17 @@ def mean(measure: Row | str | None, form: str, factor: float = 1) -> str:
 
 def smaller() -> str:
     """Return the smaller models of `SMALLER`, after the dense one of each model."""
-    results, rows = measured("results-smaller"), []
-    for model, dense in results["dense"].items():
-        rows.append([model, "dense", "–", *texts(dense), f"{dense['bytes'] / 1e6:.0f}", "–"])
-        for name in SMALLER:
-            if row := results["rows"].get(f"{model} {name}"):
-                speed = results["tokens_per_second"].get(f"{model} {name}")
-                share = 100 * (1 - row["parameters"] / dense["parameters"])
+    rows, lines = {key: row["value"] for key, row in measured("smaller").items()}, []
+    for model in (SMALL, GEMMA):
+        dense = rows[f"{model} dense"]
+        for key in SMALLER:
+            if row := rows.get(f"{model} {key}"):
+                share = f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %" if key != "dense" else "–"
+                speed = row.get("tokens_per_second")
                 faster = f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–"
-                rows.append([model, name, f"{share:.1f} %", *texts(row), f"{row['bytes'] / 1e6:.0f}", faster])
+                lines.append([model, key, share, *texts(row), f"{row['bytes'] / 1e6:.0f}", faster])
     heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB", "tokens a second"]
-    return table(heads, rows, left=2)
+    return table(heads, lines, left=2)
 
 
 def texts(row: Row) -> list[str]:
@@ -173,7 +196,7 @@ def texts(row: Row) -> list[str]:
 
 def written(text: str) -> str:
     """Return a document with the current figures between its markers."""
-    tables = {one.__name__: one() for one in (readme, recipes, seconds, times, distance, formats, smaller)}
+    tables = {one.__name__: one() for one in (readme, recipes, seconds, times, goals, distance, formats, smaller)}
     return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
 
 

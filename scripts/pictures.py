@@ -1,6 +1,5 @@
 """Draw the documentation's picture from committed figures: python scripts/pictures.py writes docs/pictures/."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,17 +26,16 @@ MODEL = "SmolLM2-135M"
 
 
 def curves() -> tuple[float, dict[str, dict[int, float]]]:
-    """Return the dense perplexity, and each recipe's perplexity by sparsity in percent, without older figures."""
-    methods = figures.measured("methods")
-    dense: float = methods["models"][MODEL]["dense"]
+    """Return the dense perplexity, and each recipe's perplexity by sparsity in percent."""
+    rows = figures.measured("recipes")
+    dense: float = figures.value(rows[f"{figures.SMALL} dense"])
     found = {
-        row["recipe"]: {
-            int(column.removesuffix(" %")): value
-            for column, value in row[MODEL].items()
-            if re.fullmatch(r"\d+ %", column) and value is not None and column not in row.get("older", ())
+        recipe: {
+            int(amount.removesuffix("%")): perplexity
+            for amount in ("50%", "60%", "70%")
+            if (perplexity := figures.value(rows.get(f"{figures.SMALL} {recipe} {amount}"))) is not None
         }
-        for row in methods["recipes"]
-        if row["recipe"] in LOOKS
+        for recipe in LOOKS
     }
     return dense, found
 

@@ -498,20 +498,20 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert results.written(text) == text, name
         assert results.PLACE.search(text), name
-    methods = results.measured("methods")
-    small, gemma = methods["models"]
-    by_recipe = {row["recipe"]: row[small] for row in methods["recipes"]}
+    small = {key: results.value(row) for key, row in results.measured("recipes").items() if results.SMALL in key}
+    dense, fisher, wanda = (small[f"{results.SMALL} {key}"] for key in ("dense", "fisher 50%", "wanda 50%"))
+    gemma = results.value(results.measured("recipes")[f"{results.GEMMA} dense"])
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS)
-    assert f"Dense: {small} {methods['models'][small]['dense']}, Gemma {methods['models'][gemma]['dense']}" in readme
-    assert f"a perplexity of {by_recipe['fisher']['50 %']:.1f} on WikiText-2" in readme
-    assert f"plain Wanda has {by_recipe['wanda']['50 %']:.1f}" in readme
-    gains = [results.measured("results-distance")["rows"][f"{recipe} 50%"]["texts"] for recipe in ("fisher", "wanda")]
+    assert f"Dense: SmolLM2-135M {dense:.2f}, Gemma {gemma:.2f}" in readme
+    assert f"a perplexity of {fisher:.1f} on WikiText-2" in readme
+    assert f"plain Wanda has {wanda:.1f}" in readme
+    gains = [results.measured("distance")[f"{recipe} 50%"]["value"]["texts"] for recipe in ("fisher", "wanda")]
     same, other = (
         1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
     )
     assert f"by {other:.0%} there instead of {same:.0%}".replace("%", " %") in readme
-    rows = results.measured("results")["rows"]
-    assert f"{sum(row['met'] is False for row in rows)} of {len(rows)} goals were missed" in page
+    missed = [row["value"]["met"] for file in ("peers", "memory") for row in results.measured(file).values()]
+    assert f"{missed.count(False)} of {len(missed)} goals were missed" in page
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from command_line import wanda_dvc
-from conftest import ROOT, save_tiny_model, text_of, write_params
+from conftest import save_tiny_model, text_of, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from gguf_writer import write_gguf
 from safetensors.torch import load_file, save_file
 from test_stages import prune, tree
 
@@ -26,10 +26,6 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from gguf_files import write_gguf
 
 
 def make_model(folder: Path, **config: Any) -> Path:

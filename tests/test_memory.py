@@ -22,7 +22,7 @@ from wanda_dvc.study.project import Project
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from checkpoints import QWEN, make_checkpoint
-from limits import forget, limited
+from memory import forget, limited
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 slow = pytest.mark.slow  # models that are large enough to be told from the libraries

@@ -85,6 +85,7 @@ def _project() -> "Project":
 
 def _run(name: str, version: int | None, part: str = "", text: str = "") -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
+    from wanda_dvc.stages.needs import announce
     from wanda_dvc.stages.running import stoppable, timed
 
     stage = STAGES[name]
@@ -98,8 +99,6 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
         raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
     for label, one, named in stage.runs(known, part, text):
         _prepare(label, network=stage.network)
-        from wanda_dvc.stages.needs import announce  # imports torch and tqdm, which read the environment at once
-
         with stoppable(label):
             announce(project=project, stage=name, part=one, text=named)
             with timed(project, stage, one, named):

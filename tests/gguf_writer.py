@@ -1,14 +1,6 @@
-"""Measure a study's dense model in the GGUF formats that the `gguf` package quantizes: size, perplexity, divergence.
+"""Writes a Llama as a GGUF file, in the formats that the `gguf` package quantizes."""
 
-python benchmarks/gguf_files.py STUDY [OTHER MODELS]
-
-The study's model is a Llama with a byte-level tokenizer. llama.cpp's own converter and quantizer do more: other
-architectures, K-quants, importance matrices.
-"""
-
-import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +11,10 @@ from gguf.quants import quantize
 from transformers import AutoConfig, AutoTokenizer
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.machine import cores
-from wanda_dvc.results.evaluate import evaluate
-from wanda_dvc.study.project import Project
-
-FORMATS = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-EMBEDDINGS = dict.fromkeys(FORMATS[2:], "Q8_0")  # of tied embeddings llama.cpp keeps 6 bits, which `gguf` cannot
 
 
-def write_gguf(folder: Path, path: Path, kind: str, embeddings: str | None = None) -> None:
-    """Write a Llama's matrices in a format, and its norms in float32; `embeddings` may have another format."""
+def write_gguf(folder: Path, path: Path, kind: str) -> None:
+    """Write a Llama's matrices in a format, and its norms in float32."""
     config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
     writer = GGUFWriter(path, "llama")
     _describe(writer, config)
@@ -38,7 +24,7 @@ def write_gguf(folder: Path, path: Path, kind: str, embeddings: str | None = Non
         values = checkpoint.read(Address(name)).to(torch.float32).numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             values = _interleaved(values, config, "q_proj" in name)
-        stored = GGMLQuantizationType[(embeddings or kind) if "embed_tokens" in name else kind]
+        stored = GGMLQuantizationType[kind]
         if values.ndim == 1:
             stored = GGMLQuantizationType.F32
         place = names.get_name(name, try_suffixes=(".weight",))
@@ -95,23 +81,3 @@ def _interleaved(values: np.ndarray, config: Any, query: bool) -> np.ndarray:
     heads = config.num_attention_heads if query else config.num_key_value_heads
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="with the dense model's results")
-    parser.add_argument("paths", type=Path, nargs="*", help="other models to measure")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    words = parser.parse_args()
-    torch.set_num_threads(cores())
-    project = Project.find(words.study)
-    with tempfile.TemporaryDirectory(dir=project.root) as folder:
-        files = [Path(folder, f"{kind}.gguf") for kind in words.formats]
-        for kind, file in zip(words.formats, files, strict=True):
-            write_gguf(project.model("dense"), file, kind, EMBEDDINGS.get(kind))
-        print(evaluate(project=project, paths=[*files, *words.paths]))
-
-
-if __name__ == "__main__":
-    main()
