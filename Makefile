@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORES ?= logical
+# `make LOCK=` installs the newest libraries that pyproject.toml allows.
+LOCK ?= --constraint requirements.lock
 SHORT := not full and not pipeline and not slow
 export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.
@@ -37,7 +39,7 @@ docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a 
 	zensical build --strict --config-file .site/zensical.toml
 
 $(BIN)/.docs-installed: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet $(LOCK) --editable '.[docs]'
 	touch $@
 
 wheel: ## install the wheel into a fresh environment, make a study outside any clone, and run it to the end
@@ -55,7 +57,7 @@ install: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wanda-dvc needs Python 3.11 or later: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile $(LOCK) --editable '.[dev]'
 	touch $@
 
 lock: install ## write the installed versions into requirements.lock; torch stays a range, because its builds differ by platform

@@ -74,7 +74,7 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
     with sampled_memory(samples_a_second=300) as samples:
         run(stage, project=project, part=part)
-    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": wanted.anonymous}
+    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": wanted.memory - wanted.mapped}
 
 
 def main() -> None:

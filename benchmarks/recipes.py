@@ -84,12 +84,12 @@ def wanted() -> Iterator[Wanted]:
 class Study:
     """The study of one model: prepared when it is made, then pruned and measured for each row."""
 
-    def __init__(self, model: str, mirror: Path, work: Path) -> None:
+    def __init__(self, model: str, mirror: Path | None, work: Path) -> None:
         self.root, self.project = work / model, Project(work / model)
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "params.yaml", self.root)
         here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
-        change_settings(self.root / "params.yaml", SETTINGS | here | {"runtime": {"mirror": str(mirror)}})
+        change_settings(self.root / "params.yaml", SETTINGS | here | {"runtime": {"mirror": mirror and str(mirror)}})
         self.stage("plan")
         for part, where in (
             ("model", "models/dense"),

@@ -58,6 +58,13 @@ def test_rows_and_layer_equal_the_loops(weight, share):
     assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
 
+@given(matrices(), SHARE)
+def test_scores_of_any_sign_are_ranked_by_value(score, share):
+    """A method of a package may give scores below zero."""
+    expected = oracle.keep_by_row(score.tolist(), int(score.shape[1] * share))
+    assert select(score, share=share).tolist() == expected
+
+
 @given(
     st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 17), (2, 257), (1, 300), (256, 512)]),
     st.data(),

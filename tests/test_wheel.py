@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,24 @@ from wanda_dvc.params import nested
 from wanda_dvc.study.scaffold import FILES, updated
 
 
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's contents. hatchling builds it; nothing is fetched or installed."""
-    built = tmp_path_factory.mktemp("dist")
-    code = f"from hatchling.build import build_wheel; print(build_wheel({str(built)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+def build(what: str, source: Path, target: Path) -> Path:
+    """An archive that hatchling builds; nothing is fetched or installed."""
+    code = f"from hatchling.build import build_{what}; print(build_{what}({str(target)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     if "No module named 'hatchling'" in done.stderr:
         pytest.fail("hatchling is not installed, expected it among the `dev` extra; run `make install`")
     assert done.returncode == 0, done.stderr
-    target = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(built / done.stdout.split()[-1]) as wheel:
+    return target / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The contents of the wheel that the sdist alone builds, as installers build it where there is no wheel."""
+    built, target = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("site")
+    sdist = build("sdist", ROOT, built)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(built, filter="data")
+    with zipfile.ZipFile(build("wheel", built / sdist.name.removesuffix(".tar.gz"), built)) as wheel:
         wheel.extractall(target)
     return target
 
