@@ -1,4 +1,4 @@
-"""Refuse words that the project's English does without: python scripts/words.py; `make lint` runs it.
+"""Refuse words and long sentences that the project's English does without: python scripts/words.py, in `make lint`.
 
 It reads the pages for users, with the command line's help and the settings' meanings, which are pages too, and the
 docstrings, comments and messages of the package. Code, quotations of commands and links are not read.
@@ -28,6 +28,7 @@ INSTEAD = {
     r"whoever|whichever": "a noun",
     r"(?<!model )cards?": "GPU; the model card by its full name",
 }
+LONGEST = 25
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
@@ -49,8 +50,20 @@ def blank(found: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", found[0])
 
 
+def long_sentences(text: str) -> Iterator[str]:
+    """Yield the sentences of a page with more than `LONGEST` words, without code blocks and tables."""
+    text = re.sub(r"`[^`\n]*`", "code", re.sub(r"^( *)```.*?^\1```\s*$|^ *\|.*$|<[^>]*>", "", text, flags=re.M | re.S))
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.|#+) ", text):
+        for sentence in re.split(r"(?<=[.!?])[\"')*]*\s", " ".join(paragraph.split())):
+            if sum(any(map(str.isalnum, word)) for word in sentence.split()) > LONGEST:
+                yield sentence
+
+
 def problems(name: str, text: str) -> Iterator[str]:
-    """Yield each use of a word that is not to be used, as *file:line: word: use …*."""
+    """Yield each use of a word of the list, as *file:line: word: use …*, and each long sentence of a page."""
+    if name.endswith(".md"):
+        yield from (f"{name}: more than {LONGEST} words: {sentence}" for sentence in long_sentences(text))
     for number, line in enumerate(SILENT.sub(blank, text).splitlines(), 1):
         for word, instead in WORDS.items():
             for found in word.finditer(line):

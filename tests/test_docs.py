@@ -524,6 +524,8 @@ def test_pages_and_docstrings_avoid_the_words_of_the_list():
         "a.md:1: stands",
         "a.md:6: card",
     ]
+    assert [*words.problems("a.md", "So it is. " * 9)] == []
+    assert len([*words.problems("a.md", f"So {'it is ' * 13}.")]) == 1
     source = '"""A doc.\n\ngone"""\nx = "told"  # beside\ny = f"{x} is gone now"\n'
     assert [line.strip() for line in words.prose(source).splitlines()] == [
         '"""A doc.',

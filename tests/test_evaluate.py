@@ -129,7 +129,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
         with pytest.raises(UserError, match=match):
             evaluate(project=study, paths=[path])
 
-    refused(tmp_path / "nothing", "nothing: missing, expected a model's directory or a GGUF file; name one")
+    refused(tmp_path / "nothing", "nothing: not found; name a model's directory or a GGUF file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty: no config.json")
     other = make_model(tmp_path / "other", vocab_size=300)
@@ -209,4 +209,4 @@ def test_the_command_prints_a_table_and_ends_with_2_for_a_missing_path(study: Pr
     assert columns[2:5] == ["dense", "models/pruned", "models/pruned against dense"]
     missing = wanda_dvc("evaluate", "nowhere", cwd=study.root)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
-    assert "nowhere: missing, expected" in missing.stderr
+    assert "nowhere: not found" in missing.stderr

@@ -217,7 +217,7 @@ def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
 ):
     monkeypatch.setattr("wanda_dvc.engine.recorder.BY_GATES", frozenset())
     made = mixture()
-    with pytest.raises(UserError, match="calibration saw 0 outputs with gates of .*; set method=wanda"):
+    with pytest.raises(UserError, match="recorded 0 gates for .*; set method=wanda"):
         mask(project=made)
     mask(project=planned(made.with_params(check_params(made.params.model_dump() | {"method": "wanda"}))))
 

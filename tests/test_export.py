@@ -178,7 +178,7 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
         path.write_text("mine")
         with pytest.raises(
             UserError,
-            match="exists already, expected a new dir.*|file is no directory with permission to write",
+            match="exists already; name a new dir.*|file is no directory with permission to write",
         ):
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"

@@ -198,6 +198,6 @@ def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeyp
 
 def test_without_git_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="git: not found, expected it on PATH"):
+    with pytest.raises(UserError, match="git: not found on PATH; install it"):
         init(folder=tmp_path / "study")
     assert not (tmp_path / "study").exists()

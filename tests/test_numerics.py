@@ -65,7 +65,7 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
         tensors["lm_head.weight"] = embeddings.flip(0).contiguous() if head == "another" else embeddings.clone()
     save_file(tensors, folder / SHARD, {"format": "pt"})
     if head == "none" and not tied:
-        with pytest.raises(UserError, match=r"no tensor for lm_head.weight, expected one by config.json"):
+        with pytest.raises(UserError, match=r"no tensor for lm_head.weight, which config.json asks for"):
             Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
         return
     tokens = torch.randint(256, (40,), generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def test_calibrate_names_the_block(weight: str, project: Make, tmp_path: Path):
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
     with pytest.raises(UserError) as caught:
         calibrate(project=made)
-    assert all(words in str(caught.value) for words in (FIRST[weight], "not finite", "expected finite", "set dtype="))
+    assert all(words in str(caught.value) for words in (FIRST[weight], "not finite", "set dtype="))
     assert not made.stats.exists()
 
 

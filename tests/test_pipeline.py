@@ -286,7 +286,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert ((weight.reshape(-1, 4) == 0).sum(1) >= 2).all()
     assert AutoTokenizer.from_pretrained(exported)("a")["input_ids"]
 
-    assert f"{exported}: exists already, expected a new directory" in repository.run(
+    assert f"{exported}: exists already; name a new directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(

@@ -53,5 +53,5 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
 
 def test_a_linear_reads_one_input_in_all_shards():
     total = Sums(source={"up": "gate"})
-    with pytest.raises(UserError, match="^up: reads gate in one window and up in another$"):
+    with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
         total.merge(Sums(source={"up": "up"}))

@@ -400,7 +400,7 @@ def test_fewer_tokens_than_features_solve_without_raising():
 def test_what_is_not_finite_is_refused():
     gram = torch.eye(3)
     gram[1, 2] = torch.inf
-    with pytest.raises(UserError, match=r"q_proj: values that are not finite, expected .*; the activations overflow"):
+    with pytest.raises(UserError, match=r"q_proj: values that are not finite: activations overflow; set dtype="):
         Prepared(gram, "q_proj")
 
 
@@ -468,7 +468,7 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
 def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30)
     gram.diagonal().fill_(1e-3)
-    with pytest.raises(UserError, match="Gram matrix: no factor at any damping"):
+    with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
         Prepared(gram).inverse_root(0.01)
 
 

@@ -92,7 +92,7 @@ def file_in_place_of(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (file_in_place_of, "is no directory; name one that holds a Hugging Face"),
+        (file_in_place_of, "is not a directory; name one that holds a Hugging Face"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json, expected a Hugging Face model directory"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (
@@ -634,7 +634,9 @@ def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
 def test_a_task_without_an_accuracy_is_refused():
     for name, measured in (("cola", "mcc"), ("leaderboard_musr_murder_mysteries", "acc_norm")):
         wanted = Tasks(source="benchmark", names=[name])
-        with pytest.raises(UserError, match=f"tasks.names: {name} is measured by {measured}, expected acc; remove it"):
+        with pytest.raises(
+            UserError, match=f"tasks.names: {name} is measured by {measured}, expected acc; remove this task"
+        ):
             find_tasks(wanted, None)
 
 

@@ -113,7 +113,7 @@ _METHODS = _by_name(
     ),
     Method(
         "reap",
-        "of experts: mean over the tokens sent to it of gate · ‖output‖₂",
+        "experts only: mean of gate · ‖output‖₂ over routed tokens",
         paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)",
         function="wanda_dvc.pruning.scores:reap",
         needs="norms",
@@ -121,7 +121,7 @@ _METHODS = _by_name(
     ),
     Method(
         "influence",
-        "of blocks: mean over tokens of 1 − cosine of a block's input and output",
+        "blocks only: 1 − cosine of a block's input and output, mean over tokens",
         paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)",
         function="wanda_dvc.pruning.scores:influence",
         needs="norms",

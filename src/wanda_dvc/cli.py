@@ -24,8 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once, then prune, compare and ship.\n\n"
     "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
-    epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix, as the message explains; "
-    "128 + n: stopped by signal n.",
+    epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix; 128 + n: stopped by signal n.",
 )
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 

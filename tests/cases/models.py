@@ -113,14 +113,14 @@ def _configs() -> Iterator[Case]:
     yield Case("config.json: half", written("config.json", '{"a": '), ("config.json", "found no JSON", "expected"))
     one_of_many: list[tuple[str, object, tuple[str, ...]]] = [
         ("num_hidden_layers", True, ("config.json", "expected int, got bool", "expected a configuration")),
-        ("num_hidden_layers", 5, ("no tensor for model.layers.4", "expected one by config.json")),
+        ("num_hidden_layers", 5, ("no tensor for model.layers.4", "which config.json asks for")),
         ("num_hidden_layers", 3, ("has 3 blocks", "expected 4 or more", "model.layers.3")),
         ("hidden_size", 36, ("is [260, 32]", "expected [260, 36]")),
         ("num_key_value_heads", 3, ("is [16, 32]", "expected [24, 32]")),
         ("head_dim", 0, ("config.json", "transformers builds no llama", "expected sizes")),
         ("hidden_act", "nope", ("config.json", "KeyError 'nope'", "expected")),
         ("rope_parameters", {"rope_type": "nope"}, ("config.json", "KeyError 'nope'", "expected")),
-        ("tie_word_embeddings", False, ("no tensor for lm_head.weight", "expected one by config.json")),
+        ("tie_word_embeddings", False, ("no tensor for lm_head.weight", "which config.json asks for")),
         ("model_type", REMOVED, ("config.json", "found no model_type", "expected a causal decoder")),
         ("model_type", "t5", ("config.json", "found t5", "expected a causal decoder")),
         ("quantization_config", {"quant_method": "fp8"}, ("quantized by", "expected unquantized ones")),
@@ -190,8 +190,10 @@ def _shards() -> Iterator[Case]:
     }.items():
         yield Case(f"shard: {name}", spoil, (SINGLE, "damaged", "expected a safetensors file"))
     yield Case("shard: another shape", entry(QUERY, shape=[16, 64]), (QUERY, "is [16, 64]", "expected [32, 32]"))
-    yield Case("shard: a tensor missing", tensors(lambda t: t.pop(QUERY)), (f"no tensor for {QUERY}", "expected one"))
-    yield Case("shard: embeddings missing", tensors(lambda t: t.pop(HEAD)), ("no tensor for", "expected one"))
+    yield Case(
+        "shard: a tensor missing", tensors(lambda t: t.pop(QUERY)), (f"no tensor for {QUERY}", "copy the checkpoint")
+    )
+    yield Case("shard: embeddings missing", tensors(lambda t: t.pop(HEAD)), ("no tensor for", "copy the checkpoint"))
     for kind, dtype in (("int8", "I8"), ("float8_e4m3fn", "F8_E4M3")):
         yield Case(f"shard: {dtype}", stored_as(QUERY, kind), (f"{QUERY} is {dtype}", "expected F32, F16, BF16"))
 

@@ -61,7 +61,7 @@ class Sums:
     def add_reader(self, linear: str, source: str) -> None:
         """Add a linear to the readers of an input. UserError if it reads another input."""
         if self.source.setdefault(linear, source) != source:
-            raise UserError(f"{linear}: reads {self.source[linear]} in one window and {source} in another")
+            raise unsupported(linear, f"it reads the input of {self.source[linear]}, and in other windows of {source}")
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
         """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
@@ -69,10 +69,10 @@ class Sums:
         stats, source = dict(self.stats), dict(self.source)
         for (module, leaf, expert), names in _weights(linears).items():
             if expert is not None and (module, leaf) not in reached:
-                raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
+                raise unsupported(names[0], "its experts do not multiply by the stored matrices")
             of_a_list = sum(word.isdigit() for word in names[0].split(".")) > 1  # as an expert with its own modules is
             if expert is None and names[0] not in source and not of_a_list:
-                raise unsupported(names[0], "computed in an unsupported way")
+                raise unsupported(names[0], "the model does not call this linear")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
@@ -91,9 +91,7 @@ class Sums:
     def check_finite(self, block: int) -> None:
         """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
         if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
-            raise UserError(
-                f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {FIX}"
-            )
+            raise UserError(f"block {block}, input of {name}: sums of squares that are not finite; {FIX}")
 
 
 def _not_finite(sums: dict[str, Tensor]) -> str | None:
@@ -310,9 +308,7 @@ class Gradients:
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError if a gradient was not finite."""
         if name := _not_finite(self.sums):
-            raise UserError(
-                f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {FIX}"
-            )
+            raise UserError(f"{model}: block {block}, output of {name}: gradients that are not finite; {FIX}")
 
 
 @contextlib.contextmanager

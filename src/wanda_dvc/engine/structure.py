@@ -71,7 +71,7 @@ class Linear:
 
 def unsupported(where: object, why: str) -> UserError:
     """Return the error that a model's structure is not supported, with the reason."""
-    return UserError(f"{where}: {why}; unsupported model structure")
+    return UserError(f"{where}: {why}; unsupported model structure: choose a model of a tested family (docs/data.md)")
 
 
 def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) -> Any:
@@ -231,8 +231,8 @@ def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, S
         stored = [name for name in names if name in parts]
         if not stored:
             raise UserError(
-                f"{checkpoint}: no tensor for {names[0]}, expected one by config.json; the checkpoint is incomplete, "
-                "or stores it in an unsupported form"
+                f"{checkpoint}: no tensor for {names[0]}, which config.json asks for; copy the checkpoint again, or "
+                "choose a model of a tested family (docs/data.md)"
             )
         for name in stored:
             for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
@@ -304,7 +304,5 @@ def place_parts(
             if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
                 raise ValueError(f"together they are {result}, expected {expected}")
     except Exception as error:  # a rule may raise any exception
-        raise UserError(
-            f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, in an unsupported way: {error}"
-        ) from error
+        raise unsupported(checkpoint, f"{name} joins {len(stored)} tensors like {stored[0][1]}: {error}") from error
     return parts

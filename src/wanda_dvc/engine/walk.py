@@ -89,9 +89,7 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
     if recorder is None:
         return Sums(is_finite=is_finite)
     if not is_finite:
-        raise UserError(
-            f"{model.checkpoint}: block {index}: activations that are not finite, expected finite ones; {FIX}"
-        )
+        raise UserError(f"{model.checkpoint}: block {index}: activations that are not finite; {FIX}")
     recorder.sums.check_finite(index)
     return recorder.sums
 

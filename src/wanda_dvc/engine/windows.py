@@ -20,9 +20,7 @@ def load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # for a damaged file, its library may raise any exception
-        raise UserError(
-            f"{model}: the tokenizer does not load ({reason(error)}), expected tokenizer.json; copy it again"
-        ) from error
+        raise UserError(f"{model}: the tokenizer does not load ({reason(error)}); copy tokenizer.json again") from error
 
 
 def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:

@@ -76,7 +76,7 @@ def _check_target(project: Project, target: Path) -> None:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     for path in (target, temporary_place(target)):  # the second is for an unfinished copy
         if is_there(path):
-            raise UserError(f"{path}: exists already, expected a new directory; name another")
+            raise UserError(f"{path}: exists already; name a new directory")
 
 
 # --- the parts of an experiment, in a folder laid out like a project ---

@@ -65,7 +65,9 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
         if worth is not None:  # needed only where rows compete
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
-            raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
+            raise UserError(
+                f"{name}: scores that are not finite: weights or activations overflow; set dtype=float32 or bfloat16"
+            )
         if units:
             into.copy_(spread(highest(summed(scored, units), units.stay), units.layout).expand(scored.shape))
         elif method.competition == "rows":
@@ -178,7 +180,8 @@ def choose_units(  # noqa: PLR0913 - the units, their statistics, and how they a
                         found += score(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
                 if not math.isfinite(found):
                     raise UserError(
-                        f"{linears[0]}: the score of its unit is not finite; its weights or activations overflow"
+                        f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
+                        "dtype=float32"
                     )
                 scores[name].append(found)
     stays = {}
@@ -197,8 +200,8 @@ def _outputs(
     outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
     if outputs.count != tokens or len(found) > 1:
         raise UserError(
-            f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} "
-            f"for {tokens} tokens, expected one for each; set method=wanda"
+            f"method: {method.name}: {linears[0]}: calibration recorded {outputs.count} gates for {tokens} tokens of "
+            "this expert, expected as many; set method=wanda"
         )
     return outputs
 

@@ -54,7 +54,7 @@ class Prepared:
     def __init__(self, gram: Square, name: str = "Gram matrix") -> None:
         """Prepare XᵀX, symmetric; `name` is for messages. UserError where a value is not finite."""
         if not gram.isfinite().all():
-            raise UserError(f"{name}: values that are not finite, expected sums of squares; the activations overflow")
+            raise UserError(f"{name}: values that are not finite: activations overflow; set dtype=float32 or bfloat16")
         self.gram = gram.float().clone()
         self.dead = self.gram.diagonal() <= 0
         live = self.gram.diagonal()[~self.dead]
@@ -333,7 +333,9 @@ def _cholesky(matrix: Square, damping: float, unit: float) -> tuple[Square, floa
         if lower is not None:
             return lower, damping
         damping = max(RAISE * damping, FIRST_RAISE)
-    raise UserError("Gram matrix: no factor at any damping, expected sums of squares; calibrate again")
+    raise UserError(
+        "Gram matrix: it cannot be factored, even with the largest damping; calibrate on more or other text"
+    )
 
 
 def _lower(matrix: Square) -> Square | None:

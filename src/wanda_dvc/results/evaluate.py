@@ -32,7 +32,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
     """
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: missing, expected a model's directory or a GGUF file; name one")
+            raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
         if (path / "config.json").is_file():
             _check_alike(project, path, path)  # before any model runs
     dense = workspace(project).dense

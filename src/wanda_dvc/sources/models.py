@@ -93,7 +93,7 @@ def _files(source: Path, setting: str = "") -> list[Path]:
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
     if not (is_there(source) and source.is_dir()):
-        raise UserError(f"{setting}{source} is no directory; name one that holds a Hugging Face model")
+        raise UserError(f"{setting}{source} is not a directory; name one that holds a Hugging Face model")
     shards = Checkpoint(source).shards
     here = sorted(source.iterdir())  # dangling links too
     check_decoder(source, [path.name for path in here], str(source))

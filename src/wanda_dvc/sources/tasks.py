@@ -51,17 +51,21 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
         )
     metrics = [one.get("metric") for one in definition.get("metric_list") or [{"metric": "acc"}]]
     if "acc" not in metrics:
-        raise UserError(f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove it")
+        raise UserError(
+            f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove this task from the list"
+        )
     role = "test" if definition.get("test_split") else "validation"
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     if not dataset or not split or definition.get("custom_dataset"):
-        raise UserError(f"{where}: its definition has no data set or no split; remove it")
+        raise UserError(f"{where}: lm-eval's definition names no data set or split; remove this task from the list")
     given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
     options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
     samples = Path(EMBEDDED, "tasks", *place)
     if source == "embedded" and not samples.is_file():
-        raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
+        raise UserError(
+            f"{where}: no embedded questions; remove this task from the list, or set tasks.source=benchmark"
+        )
     origin: Path | Repository | None = samples if source == "embedded" else in_mirror(mirror, *place)
     if origin is None:
         origin = resolve("dataset", dataset, given.get("revision"), where)

@@ -131,7 +131,9 @@ class Parts:
             )
             new, solved = found.weight, found.diagnostics
             if not new.isfinite().all():
-                raise UserError(f"{linear}: new weights that are not finite in {new.dtype}; set reconstruction=none")
+                raise UserError(
+                    f"{linear}: new weights are not finite in {new.dtype}; set dtype=float32 or reconstruction=none"
+                )
         of_inputs = self.plan.structure is not None
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
         made = made._replace(weight=made.weight.to(weight.device))

@@ -27,11 +27,11 @@ def repository(root: Path, otherwise: str) -> Iterator[Any]:
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
-        raise UserError(f"{root}: no DVC repository, expected one with experiments; {otherwise}") from None
+        raise UserError(f"{root}: no DVC repository; {otherwise}") from None
     except SCMError:  # stages run by hand leave .dvc/
         repo = None
     if repo is None or isinstance(repo.scm, NoSCM):
-        raise UserError(f"{root}: no git repository, expected one with experiments; run `git init`")
+        raise UserError(f"{root}: no git repository; run `git init`")
     with repo:
         yield repo
 

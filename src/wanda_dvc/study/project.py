@@ -45,10 +45,7 @@ class Project:
         for folder in (start, *start.parents):
             if (folder / "params.yaml").is_file():
                 return cls(folder)
-        raise UserError(
-            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or create one: "
-            "`wanda-dvc init DIR`"
-        )
+        raise UserError(f"{start}: no params.yaml here or above; cd into a study, or make one: `wanda-dvc init DIR`")
 
     @cached_property
     def params(self) -> Params:

@@ -144,7 +144,7 @@ def _repository_around(folder: Path) -> Path | None:
 def _git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run git in a folder, in English, because its answer is read. UserError without git, or by `check` if it fails."""
     if shutil.which("git") is None:
-        raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
+        raise UserError("git: not found on PATH; install it, because DVC keeps experiments in git")
     env = os.environ | {"LC_ALL": "C"}
     done = subprocess.run(["git", *words], cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
     if check and done.returncode:
