@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= logical
 # `make LOCK=` installs the newest libraries that pyproject.toml allows.
 LOCK ?= --constraint requirements.lock
+FAST := allocation fuzz gram machine needs params plan products report results selection solvers windows
 SHORT := not full and not pipeline and not slow
 export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.
@@ -20,10 +21,10 @@ test: install lint ## lint, and each law on one row of its grid; without the tes
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"
 
 test-all: install lint ## every law on its whole grid, on real DVC repositories and on Ray, with more crashes and drawn examples, as each night
-	WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
+	WANDA_DVC_NEW_EXAMPLES=1 WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
 
-test-fast: install ## the tests of `make test`, without lint
-	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"
+test-fast: install ## of those, the laws of numbers, settings and results, in under a minute: no test of these files runs a stage
+	pytest -n $(CORES) --dist worksteal -m "$(SHORT)" $(FAST:%=tests/test_%.py)
 
 coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)" --cov --cov-report term

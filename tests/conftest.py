@@ -8,7 +8,6 @@ import copy
 import ctypes
 import gc
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from jaxtyping import install_import_hook
 
@@ -35,6 +34,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 
 import offline  # noqa: E402 - after the hook
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
@@ -45,6 +45,12 @@ from wanda_dvc.study.project import Project  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
+
+# The types that tests name most.
+Make = Callable[..., Project]
+Patch: TypeAlias = pytest.MonkeyPatch
+Capture: TypeAlias = pytest.CaptureFixture[str]
+Factory: TypeAlias = pytest.TempPathFactory
 
 # How long an example takes depends on what else the machine does. `benchmarks/` measure times.
 settings.register_profile("full", deadline=None)
@@ -58,7 +64,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _no_network() -> Iterator[None]:
     yield
-    assert not offline.reached, f"{offline.reached.copy()}{offline.reached.clear() or ''}"
+    reached, offline.reached[:] = offline.reached.copy(), []
+    assert not reached
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("short" if "not full" in config.getoption("markexpr") else "full")
 
 
-# Modules whose grids `make test` runs whole: the oracles of what is computed.
-WHOLE = {"test_divergence.py", "test_gram.py", "test_selection.py", "test_solvers.py"}
+# Modules whose grids `make test` runs as they are: the oracles of what is computed, and the backends' own choice.
+WHOLE = {"test_backends.py", "test_divergence.py", "test_gram.py", "test_selection.py", "test_solvers.py"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -177,55 +184,48 @@ def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
         "model": str(folder), "calibration__windows": 3, "calibration__length": 64, "perplexity__length": 64,
         "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
-    (root / "params.yaml").write_text(_params(json.dumps(small | changes)), encoding="utf-8")
-
-
-@cache
-def _params(changes: str) -> str:
-    """The text of params.yaml with changes, given as JSON. Parsing and writing its comments takes long."""
-    params, given = copy.deepcopy(_committed()), json.loads(changes)
-    for name, value in given.items():
+    params = copy.deepcopy(_committed())
+    for name, value in (small | changes).items():
         *sections, leaf = name.split("__")
         target = params
-        for section in sections if name not in params else []:
+        for section in sections:
             target = target.setdefault(section, {})
-        target[leaf if name not in params else name] = value
+        target[leaf] = value
     for setting in TEXTS:
-        section, *names = setting.split("__")
-        text = params[section]
-        for name in names:
-            text = text[name] if isinstance(text, dict) else None
-        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{setting}__split" not in given:
+        text = params
+        for name in setting.split("__"):
+            text = text.get(name) if isinstance(text, dict) else None
+        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{setting}__split" not in changes:
             text["split"] = None  # a file has none
-    written = io.StringIO()
-    YAML().dump(params, written)
-    return written.getvalue()
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in params.items()]
+    (root / "params.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 @cache
 def _committed() -> Any:
-    return YAML().load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    return YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: Factory) -> Path:
     """A tiny model, in one file."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def texts(tmp_path_factory: Factory) -> dict[str, str]:
     """Settings of short texts, as changes of params.yaml: to make tokens of the embedded ones takes half a second."""
-    folder, settings = tmp_path_factory.mktemp("texts"), {}
-    for part, split in zip(TEXTS, ("train", "test"), strict=True):
-        name, lines = (
-            part.partition("__")[0],
-            (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines(),
-        )
-        text = "\n".join(json.loads(line)["text"] for line in lines)
-        (folder / f"{name}.txt").write_text(text[:6000], encoding="utf-8")
-        settings[f"{part}__source"] = str(folder / f"{name}.txt")
-    return settings
+    names = [part.partition("__")[0] for part in TEXTS]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for name, split in zip(names, ("train", "test"), strict=True):
+            lines = (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            text = "\n".join(json.loads(line)["text"] for line in lines)
+            (folder / f"{name}.txt").write_text(text[:6000], encoding="utf-8")
+
+    folder = once(tmp_path_factory, "texts", make)
+    return {f"{part}__source": str(folder / f"{name}.txt") for part, name in zip(TEXTS, names, strict=True)}
 
 
 def planned(project: Project) -> Project:
@@ -234,6 +234,21 @@ def planned(project: Project) -> Project:
 
     plan(project=project)
     return project
+
+
+def fetch(project: Project, *parts: str) -> Project:
+    """Run parts of `download`: those that are named, or all but the tasks, whose index takes seconds."""
+    from wanda_dvc.stages.download import download
+
+    for part in parts or ("model", "calibration", "perplexity"):
+        download(project=project, part=part, text=text_of(part))
+    return project
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, but for git's, DVC's and unfinished work."""
+    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name.as_posix(): (folder / name).read_bytes() for name in names if not {".dvc", ".git"} & set(name.parts)}
 
 
 def calibrate(*, project: Project) -> None:
@@ -247,20 +262,48 @@ def calibrate(*, project: Project) -> None:
 CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}
 
 
-@pytest.fixture(scope="session")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
-    """A project with Gram matrices and the gradients tier of a tiny model."""
-    from test_stages import fetch
+def once(factory: Factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of pytest's processes makes for all of them."""
+    folder = factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / f"{name}.made").exists():
+            make(folder / name)
+            (folder / f"{name}.made").touch()
+    return folder / name
 
-    root = tmp_path_factory.mktemp("calibrated")
-    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
-    write_params(root, model, **CALIBRATION, **texts)
-    calibrate(project=fetch(Project(root), "model", "calibration"))
-    return root
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
+    """A project with Gram matrices and the gradients tier of a tiny model."""
+
+    def make(root: Path) -> None:
+        model = save_tiny_model(root.with_name("calibrated-model") / "tiny", num_hidden_layers=2)
+        root.mkdir()
+        write_params(root, model, **CALIBRATION, **texts)
+        calibrate(project=fetch(Project(root)))
+
+    return once(tmp_path_factory, "calibrated", make)
+
+
+@pytest.fixture(scope="session")
+def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
+    """A project of which every stage has run."""
+    from wanda_dvc.stages import STAGES, run
+    from wanda_dvc.stages.running import timed
+
+    def make(root: Path) -> None:
+        shutil.copytree(calibrated, root, symlinks=True)
+        project = fetch(Project(root), "tasks")
+        for name in ("mask", "apply", "perplexity", "zero-shot"):
+            with timed(project, STAGES[name], ""):
+                run(name, project=project)
+
+    return once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture
-def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[..., Project]:
+def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
     """A copy of `calibrated` with other settings; a second call changes them again. `plan=False`: they may be wrong."""
     shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
     source = Project(calibrated).params.model
@@ -273,7 +316,7 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., Project]:
+def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
     """Makes the project in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
 
     def make(model: Path | str = tiny, *, plan: bool = True, **changes: Any) -> Project:

@@ -11,14 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanda_dvc.catalog import ALLOCATIONS
-from wanda_dvc.pruning.allocation import (
-    count_scores,
-    outlier_ratio,
-    owl,
-    sensitivity,
-    settle,
-    shift,
-)
+from wanda_dvc.pruning.allocation import count_scores, outlier_ratio, owl, sensitivity, settle, shift
 from wanda_dvc.pruning.selection import removed
 
 GROUPS = st.lists(st.tuples(st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)

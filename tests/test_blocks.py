@@ -1,21 +1,32 @@
-"""The engine, against the whole model run by transformers."""
+"""The engine, against the whole model run by transformers: blocks, shards of rows, and rows that stay on a device."""
 
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import outputs, save_tiny_model, walk
+from conftest import ROOT, Capture, Patch, outputs, save_tiny_model, walk
+from hypothesis import given
+from hypothesis import strategies as st
+from test_selection import matrices
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import attention, structure
+from wanda_dvc.engine import attention, rows, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Recorded
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.recorder import Recorded, Sums
+from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 from wanda_dvc.pruning.statistics import InputStats
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,9 +52,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_the_models_bit_for_bit(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-):
+def test_logits_are_the_models_bit_for_bit(checkpoint: Path, tmp_path: Path, monkeypatch: Patch, dtype: torch.dtype):
     """One chunk of logits, since in several the head's sums run in another order.
 
     The model's own attention is used: ours, which a CPU with bfloat16 units takes, rounds differently.
@@ -70,7 +79,7 @@ def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
         assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 
-def test_each_block_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_block_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     read: list[int] = []
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
 
@@ -83,7 +92,7 @@ def test_each_block_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest
     assert read == [0, 0, 1, 2, 3]  # block 0 first shows what it returns
 
 
-def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     record(decoder, tokens, tmp_path)
     hidden = outputs(decoder, tokens, tmp_path)[0][None]
@@ -234,3 +243,102 @@ def test_a_missing_tensor_is_named(tiny: Path, tmp_path: Path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match="no tensor for model.norm.weight"):
         Decoder(folder, dtype=torch.float32, device=CPU)
+
+
+@given(st.integers(0, 20_000))
+def test_shards_hold_every_row_once_and_in_order(number: int):
+    cut = rows.shards(number)
+    assert [row for shard in cut for row in shard] == list(range(number))
+    assert len(cut) >= min(number, rows.FEWEST)
+    assert all(1 <= len(shard) <= rows.LONGEST for shard in cut)
+    assert len({len(shard) for shard in cut[:-1]}) <= 1
+    assert all(len(after) <= len(before) for before, after in pairwise(cut))
+
+
+def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    tokens, found = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0)), []
+    for fewest in (16, 1):  # shards of two rows, and one of all
+        monkeypatch.setattr(rows, "FEWEST", fewest)
+        decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+        step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
+        found.append(step.record(gram=True, crosses=True))
+    one, other = found
+    assert one.stats.readers == other.stats.readers
+    for name, x in other.stats.inputs.items():
+        assert one.stats.inputs[name].count == x.count == 37 * 12
+        torch.testing.assert_close(one.stats.inputs[name].sum_squares, x.sum_squares)
+        torch.testing.assert_close(one.grams[name].upper.triu(), other.grams[name].upper.triu())
+        torch.testing.assert_close(one.crosses[name], other.crosses[name])
+
+
+def test_a_linear_reads_one_input_in_all_shards():
+    total = Sums(source={"up": "gate"})
+    with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
+        total.merge(Sums(source={"up": "up"}))
+
+
+ROW = 2 * 32 * 32 * 4  # bytes of a window before and after a block
+ROOMS = {"none": 0, "too little": 2 * ROW, "all": 6 * ROW}
+
+
+def six(count: int = 6, length: int = 32) -> torch.Tensor:
+    return torch.randint(3, 256, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def run(folder: Path, work: Path, tokens: torch.Tensor) -> tuple[list[Recorded], list[torch.Tensor]]:
+    decoder = Decoder(folder, dtype=torch.float32, device=CPU)
+    recorded = [step.record(gram=True) for step in Runner(decoder, work).walk(tokens)]
+    return recorded, outputs(decoder, as_rows(tokens), work)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rows_that_stay_on_the_device_are_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: Patch, room: str):
+    recorded, hidden = run(tiny, tmp_path / "plain", six())
+    monkeypatch.setattr(Decoder, "room", lambda _: ROOMS[room])
+    found, also = run(tiny, tmp_path / "stay", six())
+    assert all(torch.equal(one, other) for one, other in zip(also, hidden, strict=True))
+    for one, other in zip(found, recorded, strict=True):
+        assert one.stats.readers == other.stats.readers
+        for name, x in other.stats.inputs.items():
+            assert torch.equal(one.stats.inputs[name].sum_squares, x.sum_squares)
+            assert torch.equal(one.grams[name].upper.triu(), other.grams[name].upper.triu())
+
+
+@pytest.mark.parametrize(("seconds", "blocks_left"), [(0.0, 1), (60.0, 4)])
+@pytest.mark.parametrize("room", ["too little", "all"])
+def test_a_kill_loses_what_was_not_saved_and_no_byte(
+    tiny: Path, tmp_path: Path, monkeypatch: Patch, room: str, seconds: float, blocks_left: int
+):
+    _, hidden = run(tiny, tmp_path / "plain", six())
+    monkeypatch.setattr(Decoder, "room", lambda _: ROOMS[room])
+    monkeypatch.setattr(rows, "SAVED_EVERY", seconds)
+    steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), six(), tmp_path / "killed")
+    for step in steps:
+        if step.index == 3:
+            break
+        step.advance()
+    del steps
+    recorded, found = run(tiny, tmp_path / "killed", six())
+    assert len(recorded) == (blocks_left if room == "all" else 1)
+    assert all(torch.equal(one, other) for one, other in zip(found, hidden, strict=True))
+
+
+@given(matrices(), st.data())
+def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, data: st.DataObject):
+    for given_score in (score.abs(), score, -score):
+        k = data.draw(st.integers(1, score.shape[1]))
+        for one, other in zip(above_by_numpy(given_score, k), above_by_torch(given_score, k), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.slow  # every check and every timing
+def test_the_check_of_a_card_runs_where_there_is_none(tmp_path: Path, capsys: Capture, monkeypatch: Patch):
+    """So that it works on the day that there is one. Both sides are the CPU; a check that differs fails."""
+    words = ["--device", "cpu", "--tiny", "--work", str(tmp_path)]
+    assert gpu.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| yes |" in line for line in lines) == 10
+    assert sum(line.startswith("| `") for line in lines) == 4
+    monkeypatch.setattr(gpu, "check", lambda *_: [gpu.Check("masks", 1e-9, 0.0)])
+    monkeypatch.setattr(gpu, "times", lambda *_: [])
+    assert gpu.main(words) == 1

@@ -4,14 +4,13 @@ import dataclasses
 import re
 import sys
 import tomllib
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_settings
+from conftest import ROOT, Make, Patch, write_settings
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
@@ -26,7 +25,7 @@ from wanda_dvc.study.tensors import read_masks, read_stats
 
 
 @pytest.mark.parametrize("method", methods().values(), ids=methods())
-def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[..., Project]):
+def test_a_method_is_a_row_and_a_function(method: Method, project: Make):
     assert callable(function_of(method.function))
     assert re.fullmatch(r"\[.+\]\(https://\S+\)", method.paper)
     pattern = method.competition if method.competition in STRUCTURES else "unstructured"
@@ -71,7 +70,7 @@ def install(page: str, site: Path) -> None:
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{''.join(lines)}")
 
 
-def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path, monkeypatch: Patch):
     """Thirty lines and an entry point: params.yaml takes the method, and `mask` prunes with it."""
     site, study = tmp_path / "site", tmp_path / "study"
     site.mkdir()
@@ -129,14 +128,11 @@ class Entry:
             ImportError("no thing"),
             r"package:thing does not load as a method \(no thing\), expected a wanda_dvc.catalog",
         ),
-        (
-            5,
-            r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix",
-        ),
+        (5, r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix"),
         (next(iter(methods().values())), "package:thing has the taken name magnitude, expected another; fix or uninst"),
     ],
 )
-def test_an_entry_point_that_is_no_method_is_named(monkeypatch: pytest.MonkeyPatch, loaded: object, message: str):
+def test_an_entry_point_that_is_no_method_is_named(monkeypatch: Patch, loaded: object, message: str):
     monkeypatch.setattr(catalog, "entry_points", lambda **_: [Entry(loaded)])
     with pytest.raises(UserError, match=message):
         catalog.methods.__wrapped__()

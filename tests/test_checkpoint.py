@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model, write_params
+from conftest import save_tiny_model, tree, write_params
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,10 +25,6 @@ from wanda_dvc.study.tensors import seal, write_masks
 
 UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
 words = st.text("ab01", min_size=1, max_size=3)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def overwritten(source: Path, target: Path, keeps: dict[str, np.ndarray]) -> Path:

@@ -1,11 +1,10 @@
 """Tasks on a real cluster of Ray give the bytes of one process, for any number of workers and whichever node dies."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import socket
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,17 +12,10 @@ from unittest import mock
 import offline
 import pytest
 import torch
-from conftest import calibrate, save_tiny_model
-from inline import Inline
+from conftest import Make, Patch, calibrate, fetch, save_tiny_model
 from safetensors.torch import load_file, save_file
-from test_families import save
-from test_stages import fetch
 
 from wanda_dvc.engine import questions
-from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import Reference, measure_windows
-from wanda_dvc.engine.recorder import Gradients, Recorded
-from wanda_dvc.engine.walk import Runner, backward
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
@@ -46,7 +38,6 @@ def slow(test: Callable[..., None]) -> Any:
 
 
 CPU = torch.device("cpu")
-Make = Callable[..., Project]
 
 
 @pytest.fixture(scope="module")
@@ -85,106 +76,8 @@ def set_nodes(nodes: Any, number: int) -> None:
         nodes.remove_node(node)
 
 
-@pytest.fixture(scope="module")
-def rows() -> torch.Tensor:
-    return torch.randint(0, 256, (20, 12), generator=torch.Generator().manual_seed(0))
-
-
-def decoder(folder: Path) -> Decoder:
-    return Decoder(folder, dtype=torch.float32, device=CPU)
-
-
-def on_cluster(folder: Path, work: Path) -> Runner:
-    return Runner(decoder(folder), work, Cluster("auto", device="cpu", folders=[folder]))
-
-
-def change(run: Runner, block: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A mask of every linear, and another norm."""
-    keeps, weights = {}, {}
-    with run.decoder.block(block):
-        for name, linear in run.decoder.linears(block).items():
-            keeps[name] = (linear.weight.abs() > linear.weight.abs().median()).clone()
-        name = f"model.layers.{block}.input_layernorm"
-        weights[name] = run.decoder.weights.of_block(block)[name].weight * 1.5
-    return keeps, weights
-
-
-def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0) -> Generator[bytes, None, None]:
-    """All bytes that stages write: of blocks that are measured and changed, of losses, and of a backward pass."""
-    made = {block: change(run, block) for block in range(len(run.decoder.blocks))}
-    for step in run.walk(rows, with_dense=with_dense, kept=kept):
-        yield dump(step.record(gram=True, crosses=with_dense))
-        step.change(*made[step.index])
-    if not with_dense:
-        yield str([loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]).encode()
-        measured = run.head(measure_windows, lambda shard: [None] * len(shard))
-        references = [one for _, one in measured if isinstance(one, Reference)]
-        yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
-        yield str(list(run.head(measure_windows, lambda shard: references[shard.start : shard.stop]))).encode()
-        yield from map(dump_back, backward(run, rows[:3], gram=True))
-
-
-def dump(found: Recorded) -> bytes:
-    tensors = [x.upper.triu() for x in found.grams.values()] + list(found.crosses.values())
-    tensors += [y for x in found.stats.inputs.values() for y in (x.sum_squares, x.sum)]
-    tensors += [] if found.stats.influence is None else [found.stats.influence]
-    tensors += [x.sum for x in found.stats.outputs.values()]
-    return str(found.stats.readers).encode() + b"".join(x.numpy().tobytes() for x in tensors)
-
-
-def dump_back(came: tuple[int, Gradients]) -> bytes:
-    block, found = came
-    tensors = [*found.sums.values(), *(x.upper.triu() for x in found.grams.values())]
-    return f"{block} {[*found.sums]} {[*found.grams]}".encode() + b"".join(x.numpy().tobytes() for x in tensors)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[bytes]]:
-    return {
-        with_dense: list(through(Runner(decoder(tiny), tmp_path_factory.mktemp("local")), rows, with_dense=with_dense))
-        for with_dense in (False, True)
-    }
-
-
-@pytest.mark.parametrize("with_dense", [False, True])
-def test_tasks_give_the_bytes_of_one_process(
-    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool, tmp_path: Path
-):
-    run = Runner(decoder(tiny), tmp_path, Inline())
-    assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
-
-
-def test_tasks_give_the_sums_of_experts_of_one_process(rows: torch.Tensor, tmp_path: Path):
-    folder = save("qwen3_moe", tmp_path / "model")
-    local, tasks = (Runner(decoder(folder), tmp_path / name, run) for name, run in (("a", None), ("b", Inline())))
-    found, wanted = ([step.record().stats for step in run.walk(rows)] for run in (tasks, local))
-    assert all(block.outputs for block in wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert {name: (float(x.sum), x.count) for name, x in one.outputs.items()} == {
-            name: (float(x.sum), x.count) for name, x in other.outputs.items()
-        }
-
-
-@pytest.mark.parametrize("with_dense", [False, True])
-def test_an_interrupted_run_of_tasks_resumes_at_its_block(
-    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool, tmp_path: Path
-):
-    """In this process too: the files are the same."""
-    killed = through(Runner(decoder(tiny), tmp_path / "killed", Inline()), rows, with_dense=with_dense)
-    assert [next(killed), next(killed)] == expected[with_dense][:2]
-    killed.close()
-    cluster = Inline()
-    for name, executor in (("cluster", cluster), ("here", None)):
-        work = Path(shutil.copytree(tmp_path / "killed", tmp_path / name, symlinks=True))
-        run = Runner(decoder(tiny), work, executor)
-        assert list(through(run, rows, with_dense=with_dense, kept=1)) == expected[with_dense][1:]
-    walked = [*itertools.takewhile(lambda name: not name.startswith("output head"), (name for name, _ in cluster.ran))]
-    assert walked  # later names are of the backward pass, which walks its own rows
-    assert not any(name.startswith("block 0, shard") for name in walked)
-
-
 @pytest.mark.parametrize("workers", [1, 3])
-def test_few_inputs_are_taken_ahead(monkeypatch: pytest.MonkeyPatch, workers: int):
+def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
     """So the driver holds a bounded number of results and inputs, however many there are."""
     monkeypatch.setattr(Cluster, "__init__", lambda self: None)
     monkeypatch.setattr(Cluster, "workers", workers)
@@ -206,7 +99,7 @@ def test_few_inputs_are_taken_ahead(monkeypatch: pytest.MonkeyPatch, workers: in
 
 @pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
 def test_a_task_takes_the_gpu_that_ray_has_given_it(
-    monkeypatch: pytest.MonkeyPatch, seen: str | None, given: int | str, number: int
+    monkeypatch: Patch, seen: str | None, given: int | str, number: int
 ):
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [given])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -218,39 +111,7 @@ def test_a_task_takes_the_gpu_that_ray_has_given_it(
     assert own_device("auto") == CPU  # to look at a node takes none
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[str]:
-    """Kill a node when the driver waits for each of some tasks. Return the tasks."""
-    real, killed = Cluster._get, list[str]()
-
-    def get(self: Cluster, result: Any, name: str) -> Any:
-        if name in names and name not in killed:
-            killed.append(name)
-            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-        return real(self, result, name)
-
-    monkeypatch.setattr(Cluster, "_get", get)
-    return killed
-
-
 # In this order, because a node takes seconds to start.
-
-
-@slow
-def test_a_node_that_dies_costs_no_byte(
-    nodes: Any,
-    tiny: Path,
-    rows: torch.Tensor,
-    expected: dict[bool, list[bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """Its tasks run again."""
-    set_nodes(nodes, 5)
-    names = ["block 2, shard 5", "output head, shard 1", "backward pass, block 1, shard 1"]
-    killed = kill_at(monkeypatch, nodes, *names)
-    assert list(through(on_cluster(tiny, tmp_path), rows, with_dense=False)) == expected[False]
-    assert killed == names
-    assert len(nodes.worker_nodes) == 2
 
 
 @slow
@@ -313,10 +174,8 @@ def run_stages(study: Project) -> dict[str, bytes]:
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
 
 
-@slow  # the tests above hold each kind of task to the bytes of one process
-def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
-    nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch
-):
+@slow
+def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any, project: Make, monkeypatch: Patch):
     tiers = {"calibration__statistics": "gradients", "calibration__windows": 20}
     settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node

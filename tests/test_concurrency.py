@@ -12,9 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import save_tiny_model, write_params
+from conftest import Factory, save_tiny_model, tree, write_params
 from repository import Repository, command_environment
-from test_crashes import outputs
 
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
@@ -32,14 +31,14 @@ def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path, te
     for part in ("model", "calibration"):
         run("download", project=project, part=part)
     run("calibrate", project=project)
-    expected = outputs(tmp_path)
+    expected = tree(tmp_path)
     shutil.rmtree(tmp_path / "stats")
     words = ["wanda-dvc", "-C", str(tmp_path), "calibrate"]
     environment = command_environment(real=False)
     both = [subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert outputs(tmp_path) == expected
+    assert tree(tmp_path) == expected
 
 
 def started(repository: Repository, *words: str, real: bool = False) -> subprocess.Popen[str]:
@@ -50,7 +49,7 @@ def started(repository: Repository, *words: str, real: bool = False) -> subproce
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Repository:
+def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     """A committed study in which everything has run."""
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=2)
     settings = texts | {"zero_shot__limit": 2}
@@ -61,8 +60,8 @@ def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Re
 
 
 def study(root: Path) -> dict[str, bytes]:
-    """What a study's stages wrote. Git's own files tell when something was applied, and DVC spells params.yaml anew."""
-    return {name: x for name, x in outputs(root).items() if not name.startswith(".git/") and name != "params.yaml"}
+    """What a study's stages wrote. DVC spells params.yaml anew."""
+    return {name: x for name, x in tree(root).items() if name != "params.yaml"}
 
 
 @pytest.mark.pipeline
@@ -154,4 +153,4 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
 
 
 def stats_and_masks(root: Path) -> dict[str, bytes]:
-    return {name: content for name, content in outputs(root).items() if name.startswith(("stats/", "masks/"))}
+    return {name: content for name, content in tree(root).items() if name.startswith(("stats/", "masks/"))}

@@ -3,16 +3,14 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import calibrate, save_tiny_model
+from conftest import Make, Patch, save_tiny_model
 from scipy import stats
-from test_stages import fetch, tree
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
@@ -27,7 +25,6 @@ from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 
-Make = Callable[..., Project]
 CPU = torch.device("cpu")
 TOKENS = torch.arange(40) * 7 % 250
 
@@ -78,7 +75,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
     return save_tiny_model(tmp_path / "one"), save_tiny_model(tmp_path / "other", seed=1, tie_word_embeddings=False)
 
 
-def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: Patch):
     monkeypatch.setattr(divergence, "TOP", 260)
     loss, dense = referenced(*through(models[0]))
     other_loss, found = compared(*through(models[1]), dense)
@@ -93,7 +90,7 @@ def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, 
     assert found.squared_change == pytest.approx(float(change.sum()), rel=1e-4)
 
 
-def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], monkeypatch: Patch):
     """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
     monkeypatch.setattr(divergence, "TOP", 5)
     p, q = oracle(*models)
@@ -110,7 +107,7 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     assert total.tolist() == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9)
 
 
-def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: Patch):
     """Systematic: of n draws, a token with probability π within the tail gets nπ, rounded down or up."""
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 1000)
@@ -132,9 +129,7 @@ def test_sums_by_doubling_are_the_cumulative_sums():
 
 
 @pytest.mark.parametrize(("top", "drawn"), [(64, 64), (3, 2), (260, 64)])
-def test_a_model_against_itself_is_zero_to_the_bit(
-    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, top: int, drawn: int
-):
+def test_a_model_against_itself_is_zero_to_the_bit(models: tuple[Path, Path], monkeypatch: Patch, top: int, drawn: int):
     monkeypatch.setattr(divergence, "TOP", top)
     monkeypatch.setattr(divergence, "DRAWN", drawn)
     loss, dense = referenced(*through(models[0]))
@@ -170,7 +165,7 @@ def test_no_divergence_is_negative_or_lost():
         )
 
 
-def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], monkeypatch: Patch):
     found = []
     for size in (2**20, 260 * 7):
         monkeypatch.setitem(divergence.AT_A_TIME, "cpu", size)
@@ -197,7 +192,7 @@ def test_the_interval_is_students():
     assert stats.t.interval(0.95, 2, 2 / 3, stats.sem([0, 1, 1]))[1] > 1
 
 
-def test_a_worked_example():
+def test_windows_are_summarized_over_their_tokens():
     windows = [Divergence([0.0, 0.5, 1.0], 2, 0.03), Divergence([4.0], 0, 0.01)]
     found = summarize(windows)
     assert {key: found["divergence"][key] for key in ("mean", "median", "p99", "largest")} == {
@@ -210,15 +205,15 @@ def test_a_worked_example():
 # --- the stages ---
 
 
-def pruned(project: Make, **changes: Any) -> Project:
-    made = fetch(project(**changes), "model", "calibration", "perplexity")
-    for stage in (calibrate, mask, apply):
-        stage(project=made)
+def pruned(study: Make, **changes: Any) -> Project:
+    made = study(**changes)
+    mask(project=made)
+    apply(project=made)
     return made
 
 
-def test_the_pruned_model_is_measured_without_the_dense_one(project: Make):
-    made = pruned(project)
+def test_the_pruned_model_is_measured_without_the_dense_one(study: Make):
+    made = pruned(study)
     perplexity(project=made, model="dense", text="embedded")
     shutil.rmtree(made.model("dense"))
     perplexity(project=made, model="pruned", text="embedded")
@@ -232,8 +227,8 @@ def test_the_pruned_model_is_measured_without_the_dense_one(project: Make):
     assert load_json(made.metrics("dense", "perplexity/embedded")).keys() == {"perplexity"}
 
 
-def test_nothing_removed_is_no_divergence(project: Make):
-    made = pruned(project, sparsity=0.0)
+def test_nothing_removed_is_no_divergence(study: Make):
+    made = pruned(study, sparsity=0.0)
     perplexity(project=made, model="dense", text="embedded")
     perplexity(project=made, model="pruned", text="embedded")
     found = load_json(made.metrics("pruned", "perplexity/embedded"))
@@ -242,40 +237,13 @@ def test_nothing_removed_is_no_divergence(project: Make):
     assert found["perplexity"] == load_json(made.metrics("dense", "perplexity/embedded"))["perplexity"]
 
 
-@pytest.mark.parametrize(("model", "finished"), [("dense", 2), ("pruned", 4)])
-def test_a_killed_run_ends_with_the_same_bytes(
-    project: Make, monkeypatch: pytest.MonkeyPatch, model: str, finished: int
-):
-    made = pruned(project)
-    perplexity(project=made, model="dense", text="embedded")
-    perplexity(project=made, model="pruned", text="embedded")
-    whole, reference = tree(made.root / "metrics"), tree(made.reference("embedded"))
-    real, count = divergence.measure, iter(range(100))
-
-    def killed(*words: Any) -> Any:
-        if next(count) == finished:
-            raise KeyboardInterrupt
-        return real(*words)
-
-    with monkeypatch.context() as killing:
-        killing.setattr(divergence, "measure", killed)
-        if finished == 4:  # between the results and their publication
-            killing.setattr("wanda_dvc.stages.perplexity.write_csv", killed)
-            killing.setattr("wanda_dvc.stages.perplexity.write_json", lambda *_: killed(*[None] * 0))
-        with pytest.raises(KeyboardInterrupt):
-            perplexity(project=made, model=model, text="embedded")
-    perplexity(project=made, model=model, text="embedded")
-    assert tree(made.root / "metrics") == whole
-    assert tree(made.reference("embedded")) == reference
-
-
-def test_a_reference_of_other_settings_or_another_model_is_refused(project: Make, tmp_path: Path):
-    made = pruned(project)
+def test_a_reference_of_other_settings_or_another_model_is_refused(study: Make, tmp_path: Path):
+    made = pruned(study)
     with pytest.raises(UserError, match=r"reference/embedded/provenance.json: missing; .*wanda-dvc perplexity dense"):
         perplexity(project=made, model="pruned", text="embedded")
     perplexity(project=made, model="dense", text="embedded")
     with pytest.raises(UserError, match="reference/embedded: measured with windows 4, expected 3.*run `dvc repro`"):
-        perplexity(project=project(perplexity__windows=3), model="pruned", text="embedded")
+        perplexity(project=study(perplexity__windows=3), model="pruned", text="embedded")
     provenance = made.reference("embedded") / "provenance.json"
     content = json.loads(provenance.read_text())
 
@@ -284,9 +252,9 @@ def test_a_reference_of_other_settings_or_another_model_is_refused(project: Make
 
     measured_with(dense="0" * 64)
     with pytest.raises(UserError, match="reference/embedded: measured with dense 0000.*, expected"):
-        perplexity(project=project(), model="pruned", text="embedded")
+        perplexity(project=study(), model="pruned", text="embedded")
     measured_with(libraries=content["protocol"]["libraries"] | {"torch": "1.0"})
     with pytest.raises(UserError, match="measured with libraries .*1.0.*dvc repro --force --single-item perplexity-de"):
-        perplexity(project=project(), model="pruned", text="embedded")
+        perplexity(project=study(), model="pruned", text="embedded")
     measured_with(libraries={name: f"{x}+cu999" for name, x in content["protocol"]["libraries"].items()})
-    perplexity(project=project(), model="pruned", text="embedded")
+    perplexity(project=study(), model="pruned", text="embedded")

@@ -8,10 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command_line import wanda_dvc
-from conftest import ROOT, write_params, write_settings
+from conftest import ROOT, Patch, write_params, write_settings
 from dvc.repo import Repo
-from test_machine import group
 
 from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.study.project import Project
@@ -42,7 +40,7 @@ def test_a_whole_study_is_well(study: Path):
     assert sorted(study.iterdir()) == before
 
 
-def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypatch: Patch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     write_params(study, study, runtime__device="cuda")
     assert "✗" in row(doctor(start=study)[0], "runtime.device")
@@ -67,15 +65,8 @@ def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, 
     assert re.search(rf"Missing: .*{re.escape(what)}", table)
 
 
-def test_its_exit_says_it_too(study: Path):
-    assert wanda_dvc("doctor", cwd=study).returncode == 0
-    (study / "params.yaml").unlink()
-    done = wanda_dvc("doctor", cwd=study)
-    assert (done.returncode, done.stderr) == (2, "")
-
-
 @pytest.mark.parametrize(("free", "well"), [(10**6, False), (10**12, True)])
-def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, free: int, well: bool):
+def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: Patch, free: int, well: bool):
     """Too little memory is said; only with too little disk no stage can end well."""
     write_params(study, tiny)
     (study / "models").mkdir()
@@ -92,9 +83,3 @@ def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: pyt
         assert found == {"memory_bytes": wanted.memory, "disk_bytes": wanted.disk}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free // 100))
     assert doctor(start=study)[1] == well
-
-
-def test_a_quota_of_a_control_group_is_in_the_cores(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    group(tmp_path / "group", monkeypatch, "0::/", {"cpu.max": "300000 100000\n"})
-    assert "3 threads" in row(doctor(start=study)[0], "cpu")

@@ -1,51 +1,15 @@
 """DVC's private names that study/dvc.py uses, and what it reads of a repository."""
 
-import ast
-import inspect
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
-from dvc.api import DVCFileSystem
+from conftest import Patch
 from dvc.repo import Repo
-from dvc.repo.experiments import Experiments
-from dvc.repo.experiments.queue.celery import LocalCeleryQueue
-from dvc.repo.experiments.queue.tempdir import TempDirQueue
-from dvc.scm import Git
 
 from wanda_dvc.study.dvc import states
 
-SOURCE = ROOT / "src/wanda_dvc/study/dvc.py"
 
-
-def test_every_name_that_is_imported_from_dvc_is_there():
-    tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dvc")]
-    assert len(found) > 10
-    for node in found:
-        module = import_module(str(node.module))
-        assert [name.name for name in node.names if not hasattr(module, name.name)] == []
-
-
-def test_the_methods_that_are_called_take_these_words():
-    assert inspect.signature(Repo.init).parameters.keys() >= {"root_dir", "subdir"}
-    assert inspect.signature(Experiments.show).parameters
-    shown = inspect.signature(import_module("dvc.repo.experiments.show").show).parameters
-    assert shown.keys() >= {"revs", "all_branches", "all_tags"}
-    for queue, names in (
-        (LocalCeleryQueue, ("iter_queued", "iter_active", "iter_failed")),
-        (TempDirQueue, ["iter_active"]),
-    ):
-        assert all(hasattr(queue, name) for name in names)
-    assert all(hasattr(Experiments, name) for name in ("celery_queue", "tempdir_queue"))
-    assert all(hasattr(Git, name) for name in ("get_fs", "root_dir"))
-    assert all(hasattr(DVCFileSystem, name) for name in ("find", "info", "get_file", "repo"))
-    assert all(hasattr(Repo, name) for name in ("get_rev", "fs", "config"))
-
-
-def test_commits_without_experiments_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_commits_without_experiments_are_not_read(tmp_path: Path, monkeypatch: Patch):
     """`list` and `report` read every commit of the repository: minutes in a large one."""
     for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
         monkeypatch.setenv(f"{name}_NAME", "test")

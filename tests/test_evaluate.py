@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from command_line import wanda_dvc
-from conftest import save_tiny_model, text_of, write_params
+from conftest import Factory, save_tiny_model, text_of, tree, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from gguf_writer import write_gguf
 from safetensors.torch import load_file, save_file
-from test_stages import prune, tree
+from test_stages import prune
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.evaluate import _take_rope, evaluate
 from wanda_dvc.results.measures import Results, figures
-from wanda_dvc.results.show import show
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -41,7 +40,7 @@ def make_model(folder: Path, **config: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Project:
+def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     """A study whose stages have run, without DVC."""
     root = tmp_path_factory.mktemp("evaluated") / "study"
     root.mkdir()
@@ -173,18 +172,6 @@ def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path)
     assert found["results"]["perplexity"]["embedded"] == "diverged"
     assert found["results"]["mean_acc"] == found["results"]["acc"]["piqa"] == "diverged"
     assert found["tests"] == []
-
-
-def test_show_leaves_out_results_of_another_model(study: Project):
-    """As after `mask` and `apply` by hand, which no dvc.lock knows."""
-    assert "another models" not in show(project=study)
-    path = study.details("pruned", "perplexity/embedded")
-    details = json.loads(path.read_text())
-    details["protocol"]["model"] = "another"
-    path.write_text(json.dumps(details))
-    said = show(project=study)
-    assert "measured on another models/pruned than the one here: perplexity/embedded; run `dvc repro`." in said
-    assert "top-1 agreement" not in said
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):

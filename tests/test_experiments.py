@@ -5,19 +5,17 @@ import re
 import shutil
 from itertools import dropwhile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Capture, Factory, Patch
 from repository import Repository
 from test_docs import blocks
 from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.results import listing
-from wanda_dvc.results.listing import Kind, State, _metrics, _settings, experiments
-from wanda_dvc.results.measures import Results
+from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.show import show
 from wanda_dvc.study.project import Project
 
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+def repository(tmp_path_factory: Factory) -> Repository:
     """A branch with results, and an experiment of each state; the workspace has been edited since."""
     root = tmp_path_factory.mktemp("list") / "study"
     repository = Repository.new(root, root)
@@ -110,9 +108,7 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
     assert 0 < found["main"]["pruned.sparsity"] < 1
 
 
-def test_the_page_about_python_prints_what_it_says(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_page_about_python_prints_what_it_says(repository: Repository, monkeypatch: Patch, capsys: Capture):
     """Its blocks run in order, in one namespace. Figures may differ by 5 %: elsewhere the model writes another text."""
     monkeypatch.chdir(repository.root.parent)
     namespace: dict[str, object] = {}
@@ -161,18 +157,6 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     assert "sparsity=0.9" in said
 
 
-def test_a_measure_that_no_experiment_has_is_no_column(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    metrics = {"sparsity": {"sparsity": 0.2, "removed_parameters": 0.123}}
-    small = State("small", "rev", Kind.EXPERIMENT, results={"pruned": Results(metrics)})
-    plain = small._replace(name="plain", results={"pruned": Results({})})
-    monkeypatch.setattr(listing, "list_states", lambda _: [small, plain])
-    said = experiments(project=Project(tmp_path))
-    header, _, *rows = [line.split("|")[-2].strip() for line in said.splitlines()]
-    assert (header, rows) == ("parameters removed, %", ["12.3", "–"])
-    monkeypatch.setattr(listing, "list_states", lambda _: [plain])
-    assert "removed" not in experiments(project=Project(tmp_path))
-
-
 def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository):
     said = show(project=Project(repository.root), names=["main", "middling"])
     header = next(line for line in said.splitlines() if line.startswith("|"))
@@ -187,14 +171,3 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
     with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
         show(project=Project(repository.root), names=["nothing"])
-
-
-def test_a_study_below_the_root_of_its_repository_reads_its_own_files():
-    """DVC names the files of all studies from the root of the repository."""
-    content = {"params.yaml": {"data": {"sparsity": 0.5}}, "a/params.yaml": {"data": {"sparsity": 0.7}}}
-    measured = {name: {"data": {"of": name}} for name in ("metrics/x.json", "a/metrics/x.json", "ab/metrics/x.json")}
-    state = SimpleNamespace(data=SimpleNamespace(params=content, metrics=measured))
-    for below, sparsity in (("", 0.5), ("a/", 0.7)):
-        assert _settings(state, below) == {"sparsity": sparsity}
-        assert _metrics(state, below)["metrics/x.json"] == {"of": f"{below}metrics/x.json"}
-    assert _metrics(state, "a/").keys() == {"metrics/x.json"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases.grids import thinned
-from test_families import BY_WAY, RECORDED, save
+from conftest import Patch
+from test_families import RECORDED, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ def parameters(decoder: Decoder) -> dict[str, tuple[str, Linear]]:
     }
 
 
-@pytest.mark.parametrize("family", thinned(BY_WAY, 4))
+@pytest.mark.parametrize("family", RECORDED)
 def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path: Path):
     """Of every linear that is a module, times the norm of its input, summed over tokens and windows."""
     folder = save(family, tmp_path / "model")
@@ -112,7 +112,7 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
     assert found.sums
 
 
-def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
     rows = as_rows(torch.tensor([[17, 101, 5]]))
     original = decoder.weights.read_block
@@ -134,7 +134,7 @@ def llama(tmp_path: Path) -> Callable[[], Decoder]:
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
-    llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
+    llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: Patch
 ):
     rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
     expected = list(backward(Runner(llama(), tmp_path / "whole"), rows, gram=True))
@@ -149,9 +149,7 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     alike(found, expected)
 
 
-def test_what_the_caller_has_lost_comes_back_anew(
-    llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_the_caller_has_lost_comes_back_anew(llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: Patch):
     """But nothing goes forward again."""
     rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
     expected = list(backward(Runner(llama(), tmp_path), rows, gram=True))

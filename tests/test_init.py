@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import process, wanda_dvc
-from conftest import ROOT, read_preset
+from command_line import wanda_dvc
+from conftest import ROOT, Patch, read_preset
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
@@ -18,7 +18,7 @@ WRITTEN = {*FILES, ".dvc/.gitignore"}
 
 
 @pytest.fixture(autouse=True)
-def _author(monkeypatch: pytest.MonkeyPatch):
+def _author(monkeypatch: Patch):
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "test")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
@@ -57,20 +57,6 @@ def test_a_new_study_is_whole_and_committed(tmp_path: Path):
     assert "git commit" not in said
 
 
-def test_it_needs_no_network_and_little_time_of_heavy_libraries(tmp_path: Path):
-    cut = (
-        "import socket, sys\n"
-        "def refuse(*_): raise AssertionError('network')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import atexit; atexit.register(lambda: print('heavy', {'torch', 'transformers'} & set(sys.modules)))"
-    )
-    done = process("init", "study", "--model", "org/name", cwd=tmp_path, first=cut)
-    assert done.returncode == 0, done.stderr
-    assert "heavy set()" in done.stdout
-    assert "study of org/name" in done.stdout
-    assert done.stderr == ""
-
-
 def test_options_and_presets_are_settings(tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
@@ -99,7 +85,7 @@ def test_options_and_presets_are_settings(tmp_path: Path):
         ({"mirror": Path("mirror")}, "runtime.mirror", "{cwd}/mirror"),
     ],
 )
-def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options, name: str, value: str | None):
+def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     init(folder=Path("study"), **options)
@@ -175,7 +161,7 @@ def test_a_directory_that_git_ignores_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("place", [".", "studies/one"])
-def test_a_repository_that_git_refuses_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+def test_a_repository_that_git_refuses_is_refused_and_kept(tmp_path: Path, monkeypatch: Patch, place: str):
     git(tmp_path, "init", "--quiet")
     before = contents(tmp_path)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # of git's own tests
@@ -186,7 +172,7 @@ def test_a_repository_that_git_refuses_is_refused_and_kept(tmp_path: Path, monke
     assert contents(tmp_path) == before
 
 
-def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeypatch: Patch):
     (tmp_path / "config").write_text("[user]\n    useConfigOnly = true\n")
     for name in ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"):
         monkeypatch.delenv(f"GIT_{name}")
@@ -196,7 +182,7 @@ def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeyp
     assert set(git(tmp_path / "study", "ls-files").splitlines()) == WRITTEN
 
 
-def test_without_git_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_git_it_says_so(tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="git: not found on PATH; install it"):
         init(folder=tmp_path / "study")

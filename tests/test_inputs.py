@@ -1,41 +1,24 @@
 """Damaged and odd input: one message, exit 2, nothing written. The cases are data, in cases/."""
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import NO_OBJECTS, Case, models, settings, texts
-from command_line import wanda_dvc
-from conftest import text_of, without_privilege, write_params, write_settings
+from conftest import ROOT, Make, tree, without_privilege
 
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.export.build import export
-from wanda_dvc.params import read_params
-from wanda_dvc.reading import read_object
-from wanda_dvc.results.report import report
-from wanda_dvc.sources import EMBEDDED
+from wanda_dvc.params import check_params, parse_yaml, read_params
+from wanda_dvc.reading import check_file, is_there, read_object, read_text
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import describe, file_digest, write_provenance
-from wanda_dvc.study.scaffold import init
-
-Make = Callable[..., Project]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file but unfinished work."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and ".dvc" not in path.parts
-    }
+from wanda_dvc.study.project import Project
 
 
 def refused(case: Case, run: Callable[[], object], root: Path) -> None:
@@ -70,20 +53,19 @@ MODELS = list(models.cases())
 
 
 @pytest.mark.parametrize("case", MODELS, ids=ids(MODELS))
-def test_a_damaged_model(case: Case, project: Make, tiny: Path, tmp_path: Path):
+def test_a_damaged_model_is_refused_and_the_earlier_one_stays(case: Case, project: Make, tiny: Path, tmp_path: Path):
+    download(project=project(), part="model")
     source = shutil.copytree(tiny, tmp_path / "source")
     case.spoil(source)
-    (tmp_path / "study").mkdir()
     made = project(model=source)
     refused(case, lambda: download(project=made, part="model"), tmp_path / "models")
-    assert not made.model("dense").exists()
 
 
 TEXTS = list(texts.cases())
 
 
 @pytest.mark.parametrize("case", TEXTS, ids=ids(TEXTS))
-def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
+def test_a_damaged_text_is_refused(case: Case, project: Make, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     case.spoil(source)
@@ -118,33 +100,35 @@ def test_an_odd_text_is_taken_whole(name: str, project: Make, tmp_path: Path):
     assert made.text("calibration") == expected
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    settings.MEANT,
-    ids=[f"{name} {str(value)[:40]!r}" for name, value in settings.MEANT],
-)
-def test_a_setting_that_cannot_be_meant(setting: str, value: object, tmp_path: Path):
-    """The message names the setting or its section, what was found, and what is expected."""
-    write_settings(tmp_path, "org/model", **{setting.replace(".", "__"): value})
-    with pytest.raises(UserError) as caught:
-        read_params(tmp_path / "params.yaml")
-    (message,) = caught.value.problems
-    section = setting.rpartition(".")[0]
-    assert message.startswith(tuple(f"params.yaml: {name}" for name in (setting, section) if name))
-    if "no such setting" not in message:
-        found = value[0] if message.startswith(f"params.yaml: {setting}.0") else value  # type: ignore[index]
-        shown = json.dumps(found, ensure_ascii=not str(found).isprintable())
-        assert repr(found)[:100] in message or shown[:80] in message
-        assert ", expected " in message
+def test_a_setting_that_cannot_be_meant():
+    """The message names the setting or its section, the value that was found, and what is expected."""
+    committed = parse_yaml((ROOT / "params.yaml").read_text(encoding="utf-8"), "params.yaml", "")
+    for setting, values in settings.MEANT.items():
+        for value in values:
+            with pytest.raises(UserError) as caught:
+                check_params(with_defaults(committed, setting, value))
+            (message,) = caught.value.problems
+            section = setting.rpartition(".")[0]
+            assert message.startswith(tuple(f"params.yaml: {name}" for name in (setting, section) if name)), setting
+            if "no such setting" not in message:
+                found = value[0] if message.startswith(f"params.yaml: {setting}.0") else value  # type: ignore[index]
+                shown = json.dumps(found, ensure_ascii=not str(found).isprintable())
+                assert repr(found)[:100] in message or shown[:80] in message
+                assert ", expected " in message
 
 
-@pytest.mark.parametrize("name", settings.FILES)
-def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
-    content, found = settings.FILES[name]
-    (tmp_path / "params.yaml").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_params(tmp_path / "params.yaml")
-    assert found in str(caught.value)
+def with_defaults(content: dict[str, Any], setting: str, value: object) -> dict[str, Any]:
+    """The settings with another value of one, which params.yaml may leave out."""
+    first, _, rest = setting.partition(".")
+    return content | {first: with_defaults(content.get(first, {}), rest, value) if rest else value}
+
+
+def test_a_file_that_is_no_settings(tmp_path: Path):
+    for content, found in settings.FILES.values():
+        (tmp_path / "params.yaml").write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_params(tmp_path / "params.yaml")
+        assert found in str(caught.value)
 
 
 def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
@@ -153,70 +137,6 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
         read_params(tmp_path / "params.yaml")
     assert 'line 2: found duplicate key "sparsity"' in str(caught.value)
     assert "suppress" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study whose stages have all run."""
-    root = tmp_path_factory.mktemp("finished")
-    changes = {"calibration__statistics": "gradients", "perplexity__windows": 1, "zero_shot__limit": 1}
-    write_params(root, tiny, **changes, **texts)
-    made = Project(root)
-    for part in ("model", "calibration", "perplexity"):
-        download(project=made, part=part, text=text_of(part))
-    piqa = made.data("tasks") / "piqa"  # as `download tasks` writes it, without lm-eval's index, which takes seconds
-    piqa.mkdir(parents=True)
-    shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)
-    keys: dict[str, Any] = {
-        "task": "piqa",
-        "source": "embedded",
-        "role": "validation",
-        "definition": "piqa/piqa.yaml",
-        "lm_eval": "0",
-    }
-    write_provenance(piqa, describe("download tasks", sha256=file_digest(piqa / ITEMS), **keys))
-    for name in ("calibrate", "mask", "apply"):
-        stages.run(name, project=made)
-    stages.run("perplexity", project=made, part="dense")
-    return root
-
-
-PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "too long a name": (lambda root: root / ("x" * 300), "File name too long"),
-    "too long for a .part": (lambda root: root / ("x" * 253), "File name too long"),
-    "below a file": (lambda root: made_file(root / "f") / "a/b", "/f is no directory"),
-    "a dangling link": (lambda root: made_link(root / "l", root / "nowhere"), "/l is no directory"),
-    "a file": (lambda root: made_file(root / "f"), "/f is no directory"),
-}
-
-
-def made_file(path: Path) -> Path:
-    path.write_text("mine", encoding="utf-8")
-    return path
-
-
-def made_link(path: Path, target: Path) -> Path:
-    path.symlink_to(target)
-    return path
-
-
-@pytest.mark.parametrize("name", PLACES)
-@pytest.mark.parametrize("command", ["init", "export", "report"])
-def test_a_place_where_nothing_can_be_written(command: str, name: str, finished: Path, tmp_path: Path):
-    if (command, name) == ("report", "too long for a .part"):
-        pytest.skip("a report's files have other names")
-    make, says = PLACES[name]
-    place, made = make(tmp_path), Project(finished)
-    before = sorted(tmp_path.rglob("*"))
-    runs: dict[str, Callable[[], object]] = {
-        "init": lambda: init(folder=place),
-        "export": lambda: export(project=made, experiment=None, target=place),
-        "report": lambda: report(project=made, output=place / "report.html"),
-    }
-    with pytest.raises((UserError, OSError)) as caught:
-        runs[command]()
-    assert says in " ".join(explain(caught.value))
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", stages.TRACKED)
@@ -228,70 +148,15 @@ def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Pat
         assert not target.exists()
 
 
-class Reads:
-    """Notes the files below a folder that are opened to be read."""
-
-    def __init__(self) -> None:
-        self.below, self.files = "", set[Path]()
-        sys.addaudithook(self)  # it cannot be taken away: without a folder it does nothing
-
-    def __call__(self, event: str, words: tuple[Any, ...]) -> None:
-        if self.below and event == "open" and str(words[0]).startswith(self.below) and not words[2] & 3:
-            self.files.add(Path(words[0]))
-
-    def during(self, root: Path, body: Callable[[], object]) -> set[Path]:
-        self.below, self.files = f"{root}{os.sep}", set()
-        try:
-            body()
-        finally:
-            self.below = ""
-        return self.files
-
-
-@pytest.fixture(scope="module")
-def reads() -> Reads:
-    return Reads()
-
-
-# A stage, and what it does not need to read: its earlier output is replaced; `apply` only sizes its line about memory
-# by stats/.
-UNREAD = {
-    "download model": ("models/dense",),
-    "download calibration": ("data/calibration",),
-    "calibrate": ("stats",),
-    "mask": ("masks", "weights"),
-    "apply": ("models/pruned", "metrics", "stats"),
-    "perplexity dense": ("metrics", "reference"),
-    "zero-shot dense": ("metrics",),
-}
-
-
-@pytest.mark.parametrize("command", UNREAD)
-def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(
-    command: str, finished: Path, tiny: Path, texts: dict[str, Any], reads: Reads, tmp_path: Path
-):
-    """Whatever file the stage reads, and whatever library opens it: its name, why, and exit 2."""
-    root = shutil.copytree(finished, tmp_path / "study", symlinks=True)
-    shutil.copytree(tiny, tmp_path / "tiny")
-    shutil.copyfile(texts["calibration__text__source"], tmp_path / "text.txt")
-    changes: dict[str, Any] = {"perplexity__windows": 1, "zero_shot__limit": 1}
-    write_params(root, tmp_path / "tiny", calibration__text__source=str(tmp_path / "text.txt"), **changes)
-    opened = reads.during(tmp_path, lambda: wanda_dvc(*command.split(), cwd=root))
-    shutil.rmtree(Project(root).answers, ignore_errors=True)  # with them the tasks are not asked again
-    before = tree(root)
-    made = tuple(str(root / name) for name in (".dvc", *UNREAD[command]))
-    opened = {path for path in opened if path.exists() and not str(path).startswith(made)}
-    if command.startswith(("calibrate", "perplexity", "zero-shot")):
-        opened |= set((root / "models/dense").glob("tokenizer*"))  # not opened by Python
-    assert len(opened) >= 2
-    folders = {path.parent for path in opened} - {tmp_path, root}
-    for path in sorted(opened | folders):
-        mode = path.stat().st_mode
-        path.chmod(0)
-        done = without_privilege(lambda: wanda_dvc(*command.split(), cwd=root))
-        path.chmod(mode)
-        assert done.returncode == 2, (path, done.stderr)
-        assert str(path) in done.stderr
-        assert "Permission denied" in done.stderr
-        assert "missing" not in done.stderr
-    assert tree(root) == before
+def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(tmp_path: Path):
+    path = tmp_path / "closed/model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    for closed in (path, path.parent):
+        closed.chmod(0)
+        for look in (check_file, is_there, read_text):
+            if closed == path.parent or look is read_text:
+                with pytest.raises(PermissionError) as caught:
+                    without_privilege(partial(look, path))
+                assert "Permission denied, expected permission to read" in explain(caught.value)[0]
+        closed.chmod(0o700)

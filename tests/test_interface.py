@@ -11,20 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import Factory, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 
 pytestmark = pytest.mark.pipeline
-SMALL: dict[str, Any] = {
-    "perplexity": {"length": 64, "windows": 4},
-    "dtype": "float32",
-}
+SMALL: dict[str, Any] = {"perplexity": {"length": 64, "windows": 4}, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> wd.Study:
+def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     source = {"source": texts["calibration__text__source"], "split": None}

@@ -1,16 +1,20 @@
-"""A local model or text is watched by its content, on a real DVC repository."""
+"""A local model or text is watched by its content, and a study is shared with a team, on a real DVC repository."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import ROOT, Factory, save_tiny_model
 from repository import Repository, ran
+from repository import Repository as Study
 
 from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.plan import plan
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import PIPELINE
 
 CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-gradients"}
 UP_TO_CALIBRATE = {"plan", "download-model", "download-calibration"} | CALIBRATE
@@ -44,7 +48,7 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Repository:
+def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     """A study of a local model and a local text, in which everything up to `calibrate` has run."""
     root = tmp_path_factory.mktemp("local")
     model = save_tiny_model(root / "tiny", num_hidden_layers=2)
@@ -109,3 +113,41 @@ def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: P
     plan(project=project(perplexity__texts={"embedded": {"source": "embedded"}}))
     assert text.read_text() == "text"
     assert [place.name for place in made.source("perplexity").iterdir()] == ["embedded"]
+
+
+PRUNE = {"plan", "mask", "apply", "perplexity-pruned@embedded", "zero-shot-pruned"}
+DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
+
+
+def with_outs(root: Path, options: str) -> Project:
+    """A study whose dvc.yaml says this of the sources."""
+    text = (ROOT / PIPELINE).read_text(encoding="utf-8")
+    for out in ("models/dense", "data/calibration", "data/tasks", "data/perplexity/${key}"):
+        text = text.replace(f"outs:\n      - {out}\n", f"outs:\n      - {out}{options}\n")
+        text = text.replace(f"outs:\n        - {out}\n", f"outs:\n        - {out}{options}\n")
+    (root / PIPELINE).write_text(text, encoding="utf-8")
+    return Project(root)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("options", ["", pytest.param(": { cache: false }", marks=pytest.mark.full)])
+def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts: dict[str, str], options: str):
+    model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
+    mine = Study.new(tmp_path / "mine", model, settings=texts | {"tasks__names": []})
+    with_outs(mine.root, options)
+    mine.repro()
+    mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
+    mine.commit()
+    mine.run("dvc", "push")
+    weights = {path.stat().st_size for path in (tmp_path / "remote").rglob("*") if path.is_file()}
+    assert ((model / "model.safetensors").stat().st_size in weights) == (options == "")
+
+    mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
+    theirs = replace(mine, root=tmp_path / "theirs")
+    assert "ERROR" not in theirs.run("dvc", "pull")  # and it ends with 0, as each `run` here
+    for folder in ("stats/norms", "stats/gram", "stats/gradients", "masks", "weights", "metrics/details"):
+        assert (theirs.root / folder).is_dir()
+    fetched = set() if options == "" else DOWNLOADS  # from the source, to the same bytes
+    assert theirs.repro(sparsity=0.7) == PRUNE | fetched
+    assert (theirs.root / "models/dense").is_dir()
+    assert "calibrate" not in ran(theirs.run("dvc", "repro"))

@@ -1,15 +1,13 @@
 """The cores that this process may use: those of its affinity, its control groups and OMP_NUM_THREADS."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_params
-from test_stages import fetch
+from conftest import Patch, fetch, write_params
 from typer.testing import CliRunner
 
 from wanda_dvc import machine
@@ -20,11 +18,11 @@ affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only
 
 
 @pytest.fixture
-def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def unset(monkeypatch: Patch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
-def group(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str]) -> None:
+def group(folder: Path, monkeypatch: Patch, line: str, files: dict[str, str]) -> None:
     """A process in a control group, as the system shows it."""
     for name, content in files.items():
         (folder / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +42,7 @@ def test_a_process_that_is_bound_to_a_core_uses_that_core():
     assert done.stdout.strip() == "1"
 
 
-def test_omp_num_threads_overrides_the_cores(monkeypatch: pytest.MonkeyPatch):
+def test_omp_num_threads_overrides_the_cores(monkeypatch: Patch):
     for given, expected in (("3", 3), ("200", 200), ("5,2", 5)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert machine.cores() == expected
@@ -70,7 +68,7 @@ def test_omp_num_threads_overrides_the_cores(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_a_quota_of_a_control_group_limits_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], cores: int
+    tmp_path: Path, monkeypatch: Patch, line: str, files: dict[str, str], cores: int
 ):
     group(tmp_path, monkeypatch, line, files)
     assert machine.cores() == cores
@@ -90,20 +88,20 @@ def test_a_quota_of_a_control_group_limits_the_cores(
     ],
 )
 def test_free_memory_is_what_a_control_group_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], free: int
+    tmp_path: Path, monkeypatch: Patch, line: str, files: dict[str, str], free: int
 ):
     group(tmp_path, monkeypatch, line, files)
     assert machine.free_memory() == free
 
 
 @pytest.mark.usefixtures("unset")
-def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "missing")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert machine.cores() == os.cpu_count()
 
 
-def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: Patch):
     write_params(tmp_path, tiny)
     fetch(Project(tmp_path), "model", "calibration")
     monkeypatch.chdir(tmp_path)
@@ -112,10 +110,3 @@ def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Pat
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     CliRunner().invoke(app, ["calibrate", "norms"])
     assert set(given) == {7}
-
-
-def test_no_other_module_counts_cores():
-    package = ROOT / "src/wanda_dvc"
-    counts = re.compile("cpu_count|sched_getaffinity")
-    found = [path.name for path in package.rglob("*.py") if counts.search(path.read_text(encoding="utf-8"))]
-    assert found == ["machine.py"]

@@ -1,24 +1,19 @@
 """Tied heads as transformers ties them, activations that are not finite, and sparsities that no decimal is."""
 
+import itertools
 import json
 import math
-import shutil
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from cases.grids import cycled
-from conftest import ROOT, calibrate, outputs, save_tiny_model, text_of, walk, write_params
-from repository import Repository
+from conftest import Capture, Make, Patch, calibrate, outputs, save_tiny_model, text_of, walk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import prune
@@ -30,7 +25,6 @@ from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 
-Make = Callable[..., Project]
 SHARD = "model.safetensors"
 
 
@@ -100,9 +94,7 @@ def test_calibrate_names_the_block(weight: str, project: Make, tmp_path: Path):
 
 
 @pytest.mark.parametrize("weight", FIRST)
-def test_perplexity_names_the_block_and_show_repeats_it(
-    weight: str, project: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_perplexity_names_the_block_and_show_repeats_it(weight: str, project: Make, tmp_path: Path, capsys: Capture):
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
     perplexity(project=made, model="dense", text="embedded")
     named = json.loads(made.details("dense", "perplexity/embedded").read_text())["not_finite"]
@@ -134,30 +126,7 @@ def test_zero_shot_names_the_block(project: Make, tmp_path: Path):
     assert "diverged" in row
 
 
-def test_nothing_is_recorded_of_a_model_that_is_finite(project: Make):
-    made = fetched(project())
-    perplexity(project=made, model="dense", text="embedded")
-    assert "not_finite" not in json.loads(made.details("dense", "perplexity/embedded").read_text())
-    assert "finite" not in show(project=made)
-
-
-def test_magnitude_on_a_model_that_gives_nan_says_so(project: Make, tmp_path: Path):
-    """Its own weights are finite; float16 overflows."""
-    source = spoiled(tmp_path / "source", model__layers__1__input_layernorm__weight=3e38)
-    with pytest.raises(UserError, match=r"block 1: .*not finite"):
-        calibrate(project=fetched(project(model=source, dtype="float16", method="magnitude")))
-
-
 # --- what no decimal is ---
-
-
-@pytest.mark.parametrize(
-    ("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333), ("1:3", 2 / 3), ("1:7", 0.857143)]
-)
-def test_a_pattern_decides_the_share_exactly(pattern: str, sparsity: float, tmp_path: Path):
-    write_params(tmp_path, "org/model", pattern=pattern, sparsity=sparsity)
-    n, m = map(int, pattern.split(":"))
-    assert read_params(tmp_path / "params.yaml").plan.share == 1 - Fraction(n, m)
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333)])
@@ -178,10 +147,11 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
 
 
 @pytest.mark.parametrize(
-    ("stage", "device"), cycled(["calibrate", "mask", "apply", "perplexity", "zero-shot"], ["cuda", "cuda:7", "mps"])
+    ("stage", "device"),
+    [*itertools.product(["calibrate", "mask", "apply", "perplexity", "zero-shot"], ["cuda", "cuda:7", "mps"])],
 )
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
-    device: str, stage: str, project: Make, monkeypatch: pytest.MonkeyPatch
+    device: str, stage: str, project: Make, monkeypatch: Patch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -222,20 +192,3 @@ def test_no_tasks_means_perplexity_only(project: Make):
     shown = show(project=made)
     assert "Zero-shot" not in shown
     assert " acc" not in shown
-
-
-@pytest.mark.pipeline
-@pytest.mark.full  # the studies of test_docs.py and test_pipeline.py have no tasks either
-def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
-    repository = Repository.new(tmp_path / "study", tiny, settings=texts)
-    ran = repository.repro(tasks__names=[])
-    assert {"perplexity-dense@embedded", "perplexity-pruned@embedded", "zero-shot-dense", "zero-shot-pruned"} <= ran
-    assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}
-    repository.commit()
-    assert "perplexity" in repository.run("wanda-dvc", "show")
-    repository.run("wanda-dvc", "report")
-    assert "Zero-shot" not in (repository.root / "report.html").read_text(encoding="utf-8")
-    shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
-    repository.run("dvc", "plots", "show")
-    repository.run("dvc", "metrics", "diff")
-    assert repository.repro() == set()

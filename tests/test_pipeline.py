@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_tiny_model
+from conftest import Factory, save_tiny_model, tree
 from repository import Repository, ran
 
 from wanda_dvc.sources import EMBEDDED
@@ -25,7 +25,7 @@ ALL = {"plan"} | DOWNLOADS | CALIBRATE | PRUNE | EVALUATE | BASELINE
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Repository:
+def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     """A repository in which everything has run once, and is committed."""
     # Wide enough that a copy of the model in the cache could not be missed.
     wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
@@ -77,10 +77,7 @@ def test_runtime_reruns_the_plan_alone(repository: Repository, tmp_path: Path):
         ({"calibration__text__join": "\n"}, {"download-calibration"} | CALIBRATE | PRUNE | EVALUATE),
         ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
         ({"zero_shot__limit": 3}, {"zero-shot-dense", "zero-shot-pruned"}),
-        (
-            {"tasks__names": ["piqa"]},
-            {"download-tasks", "zero-shot-dense", "zero-shot-pruned"},
-        ),
+        ({"tasks__names": ["piqa"]}, {"download-tasks", "zero-shot-dense", "zero-shot-pruned"}),
         ({"dtype": "bfloat16"}, CALIBRATE | PRUNE | EVALUATE | BASELINE),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -89,51 +86,17 @@ def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dic
     assert repository.repro(**changes) == {"plan"} | expected
 
 
-@pytest.mark.full  # the test of the fisher tier, which comes with Gram matrices, asks for most of this
-def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
-    """Norms, masks and Wanda's results stay; then another reconstruction adds its masks to the cache, and no model."""
-    norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
-    assert repository.repro(calibration__statistics="gram") == {"plan", "calibrate-gram"} | PRUNE
-    assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
-    before = repository.cached()
-    settings = {"calibration__statistics": "gram", "reconstruction": "least-squares"}
-    assert repository.repro(**settings) == {"plan"} | PRUNE | EVALUATE
-    weights = (repository.model / "model.safetensors").stat().st_size
-    assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
-    assert tensors(repository.root / "masks") == {name: masks[name] for name in masks if "provenance" not in name}
-    shown = repository.run("wanda-dvc", "show")
-    assert "reconstruction least-squares" in shown
-    assert "layer error, mean" in shown
-
-
-def test_the_fisher_tier_costs_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
-    norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
-    assert (
-        repository.repro(calibration__statistics="gradients")
-        == {"plan", "calibrate-gram", "calibrate-gradients"} | PRUNE
-    )
-    assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
-    before = repository.cached()
-    settings = {"calibration__statistics": "gradients", "reconstruction": "output-weighted"}
-    assert repository.repro(**settings) == {"plan"} | PRUNE | EVALUATE
-    weights = (repository.model / "model.safetensors").stat().st_size
-    assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
-    assert tensors(repository.root / "masks") == {name: masks[name] for name in masks if "provenance" not in name}
-    shown = repository.run("wanda-dvc", "show")
-    assert "reconstruction output-weighted" in shown
-    assert "layer error, mean" in shown
-    assert repository.repro(recipe="fisher") == {"plan"} | PRUNE | EVALUATE
-    assert contents(repository.root / "masks") != masks
-
-
-def test_a_recipe_alone_measures_what_it_reads_once(repository: Repository):
+def test_a_recipe_alone_measures_what_it_reads_once_and_solved_weights_are_not_cached(repository: Repository):
     """To `fisher` and back to `wanda`, in the workspace, elsewhere and in the queue."""
-    norms = contents(repository.root / "stats/norms")
+    norms = tree(repository.root / "stats/norms")
     changed = {"plan", "calibrate-gram", "calibrate-gradients"} | PRUNE | EVALUATE
     assert ran(repository.run("dvc", "exp", "run", "-S", "recipe=fisher")) == changed
-    assert contents(repository.root / "stats/norms") == norms
+    assert tree(repository.root / "stats/norms") == norms
     assert ran(repository.run("dvc", "exp", "run", "-S", "recipe=wanda")) == {"plan", "apply"}
     assert ran(repository.run("dvc", "exp", "run", "--temp", "-S", "recipe=fisher")) == {"plan", "apply"}
+    before, weights = repository.cached(), (repository.model / "model.safetensors").stat().st_size
+    assert ran(repository.run("dvc", "exp", "run", "-S", "recipe=wanda-refit")) == {"plan"} | PRUNE | EVALUATE
+    assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
     sweep = ("-S", "recipe=wanda,admm,fisher", "-S", "sparsity=0.5,0.6")
     repository.run("dvc", "exp", "run", "--queue", *sweep)
     said = repository.run("dvc", "exp", "run", "--run-all", "--jobs", "1")
@@ -193,7 +156,7 @@ def test_a_stage_of_another_version_is_refused(repository: Repository):
     assert "the study is of another wanda-dvc" in repository.run("dvc", "repro", check=False)
 
 
-def test_experiments(repository: Repository):
+def test_an_experiment_changes_its_own_figures_and_caches_no_model(repository: Repository):
     """One in the workspace, two in the queue; compared, shown, applied."""
     assert (
         ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4"))
@@ -233,27 +196,16 @@ def test_experiments(repository: Repository):
     assert "another experiment" not in repository.run("wanda-dvc", "show")
 
 
-def tensors(folder: Path) -> dict[str, bytes]:
-    """The files of an artifact without its provenance, which names all choices."""
-    return {name: content for name, content in contents(folder).items() if "provenance" not in name}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but for git's and DVC's own."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and not {".git", ".dvc"} & set(path.parts))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
 def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository: Repository, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout")
-    before, cached = contents(repository.root), repository.cached()
+    before, cached = tree(repository.root), repository.cached()
     exported = tmp_path / "exported"
     repository.run("wanda-dvc", "export", str(exported), "--rev", "two-of-four")
-    assert contents(repository.root) == before
+    assert tree(repository.root) == before
     assert repository.run("git", "status", "--porcelain") == ""
     assert repository.cached() == cached
     assert not [path for path in (repository.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
@@ -263,12 +215,12 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     dense.rename(away)
     repository.run("wanda-dvc", "export", str(tmp_path / "again"), "--rev", "two-of-four")
     away.rename(dense)
-    assert contents(tmp_path / "again") == contents(exported)
+    assert tree(tmp_path / "again") == tree(exported)
 
     repository.run("dvc", "exp", "apply", "two-of-four")
     repository.run("wanda-dvc", "apply")
-    applied = contents(repository.root / "models/pruned")
-    own = contents(exported)
+    applied = tree(repository.root / "models/pruned")
+    own = tree(exported)
     card = own.pop("README.md").decode()
     del applied["README.md"]
     sealed = json.loads(applied.pop("provenance.json"))

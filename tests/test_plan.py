@@ -1,19 +1,22 @@
-"""The stage `plan`: what it writes, what it refuses, and that no stage runs on an older plan."""
+"""The stage `plan`, presets, and the settings that results belong to: those that ran, by dvc.lock."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import write_params, write_settings
+from conftest import ROOT, Capture, Make, read_preset, script, write_params, write_settings
+from ruamel.yaml import YAML
 
+from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
+from wanda_dvc.params import check_params, flatten, nested, read_params, settings
 from wanda_dvc.stages import STAGES, planned, run
 from wanda_dvc.stages.plan import plan
+from wanda_dvc.stages.runs import Runs, md5
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-
-Make = Callable[..., Project]
+from wanda_dvc.study.scaffold import preset_names
 
 
 def test_every_file_of_the_plan_is_read_by_a_stage(project: Make):
@@ -45,10 +48,108 @@ def test_a_relative_source_is_refused_where_it_is_a_place_of_the_study(tmp_path:
         plan(project=Project(tmp_path))
 
 
-def test_a_pattern_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_pattern_says_what_it_replaces(tmp_path: Path, capsys: Capture):
     write_params(tmp_path, "org/model", recipe="fisher", pattern="1:4", sparsity=0.5)
     said = capsys.readouterr().err
     assert "pattern 1:4 sets the sparsity to 0.75; sparsity 0.5 ignored" in said
     assert "group outputs, allocation sensitivity ignored (recipe fisher)" in said
     assert json.loads((tmp_path / "plan/mask.json").read_text())["sparsity"] == 0.75
     assert read_params(tmp_path / "params.yaml").tier == "gradients"
+
+
+def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:
+    """A stage of a dvc.lock; a path's hash is the path."""
+    read = [{"path": dep, "md5": dep} for dep in deps]
+    return {"deps": read, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
+
+
+def runs(project: Project) -> Runs:
+    """The runs of a study in which the masks were made with its settings."""
+    plan = stage("plan", **project.params.model_dump(mode="json"))
+    masks = stage("masks", "stats/norms", "plan/mask.json")
+    masks["deps"][1]["md5"] = md5(project.root / "plan/mask.json")
+    calibrate = stage("stats/norms", "plan/calibrate/norms.json")
+    calibrate["deps"][0]["md5"] = md5(project.root / "plan/calibrate/norms.json")
+    return Runs({"plan": plan, "mask": masks, "apply": stage("models/pruned", "masks"), "calibrate-norms": calibrate})
+
+
+def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(project: Make):
+    ran = runs(project(sparsity=0.5))
+    assert ran.stale == []
+    assert ran.stale_for(dict(flatten(project(sparsity=0.5).params.model_dump(mode="json")))) == []
+    other = dict(flatten(project(sparsity=0.7).params.model_dump(mode="json")))
+    assert ran.stale_for(other) == ["mask", "apply"]
+    assert Runs(ran.stages | {"plan": stage("plan", **nested(other))}).stale == ["mask", "apply"]  # `mask` has failed
+    anew = ran.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
+    assert Runs(ran.stages | {"calibrate-norms": anew}).stale == ["mask", "apply"]
+
+
+@pytest.mark.parametrize("other", RECIPES)
+def test_the_settings_are_those_that_ran(project: Make, other: str):
+    before = project(recipe=other, sparsity=0.3, dtype="bfloat16", calibration__statistics="gradients")
+    ran = runs(before)
+    edited = project(sparsity=0.5, calibration__seed=5, calibration__statistics="gradients")
+    assert ran.params(edited.params) == before.params
+    unmet = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "auto"}
+    assert ran.unmet(edited.params).items() >= unmet.items()
+    assert ran.unmet(before.params) == {}
+
+
+def test_files_of_another_run_are_named(project: Make):
+    study = project()
+    paths = [study.metrics("pruned", name) for name in ("sparsity", "zero_shot", "perplexity/embedded")]
+    names = [path.relative_to(study.root).as_posix() for path in paths]
+    for path in paths:
+        write_json(path, {"a": 1})
+    own = md5(paths[0])
+    stages: dict[str, Any] = {"apply": stage("models/pruned"), "zero-shot": stage(names[1], "models/pruned")}
+    stages["apply"]["outs"].append({"path": names[0], "md5": own})
+    stages["zero-shot"]["outs"][0]["md5"] = own
+    stages["perplexity"] = stage(names[2])
+    assert Runs(stages).others(study.root) == {names[2]}
+    stages["zero-shot"]["deps"][0]["md5"] = "older"
+    assert Runs(stages).others(study.root) == {names[1], names[2]}
+    assert Runs({}).others(study.root) == set()
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])
+def test_a_lock_that_is_none_is_said(text: str):
+    with pytest.raises(UserError, match=r"^dvc.lock: .* expected what DVC writes; resolve the conflict"):
+        Runs.parse(text)
+
+
+def test_the_default_is_the_committed_params_yaml():
+    content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    committed = {name: value for name, value in flatten(content) if not name.startswith("runtime.")}
+    found = read_preset("default")
+    assert found | committed == found
+    assert {name: default for name, default in defaults().items() if name not in committed}.items() <= found.items()
+
+
+def defaults() -> dict[str, object]:
+    """The defaults of the schema, of the settings that have one and that are no text's."""
+    return {
+        name: field.get_default()
+        for name, field in settings()
+        if not field.is_required() and not name.startswith(("runtime.", "perplexity.texts."))
+    }
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_a_study_that_differs_from_the_default(name: str):
+    found, default = read_preset(name), read_preset("default")
+    assert check_params(nested(found)).model_dump(mode="json", exclude={"runtime"}) == nested(found)
+    assert (found == default) == (name == "default")
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(
+        UserError, match="preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"
+    ):
+        read_preset("llama")
+
+
+def test_the_docs_list_of_settings_is_the_schema():
+    """`python scripts/settings.py` writes it."""
+    module = script("settings")
+    assert module.TARGET.read_text(encoding="utf-8") == module.page()

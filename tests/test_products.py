@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Patch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture(autouse=True)
-def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def forced(monkeypatch: Patch) -> None:
     """On every CPU, and for the smallest matrices."""
     monkeypatch.setattr(products, "is_faster", lambda: True)
     monkeypatch.setattr(products, "LEAST", 0)
@@ -98,7 +99,7 @@ def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
-def test_the_choice_follows_from_the_cpus_kind(vendor: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_choice_follows_from_the_cpus_kind(vendor: str, monkeypatch: Patch):
     monkeypatch.undo()
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor: 0\nvendor_id: {vendor}\n")
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)

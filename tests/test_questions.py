@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import Patch, save_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten
@@ -90,7 +90,7 @@ def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_
 @pytest.mark.parametrize("row", [30, 2048])
 @pytest.mark.parametrize("together", [True, False])
 def test_they_are_the_models_own(
-    tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: pytest.MonkeyPatch, row: int, together: bool
+    tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: Patch, row: int, together: bool
 ):
     monkeypatch.setattr(questions, "ROW", row)
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
@@ -107,35 +107,6 @@ def test_they_are_the_models_own(
             logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
-
-
-def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
-    expected = loglikelihoods(
-        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "whole"),
-        asked,
-        length=64,
-        progress=quiet,
-    )
-
-    def killed(items):
-        for done, item in enumerate(items):
-            if done == 2:
-                raise KeyboardInterrupt
-            yield item
-
-    seen = []
-
-    def counted(items):
-        for item in items:
-            seen.append(item)
-            yield item
-
-    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    with pytest.raises(KeyboardInterrupt):
-        loglikelihoods(Runner(decoder, tmp_path / "killed"), asked, length=64, progress=killed)
-    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    assert loglikelihoods(Runner(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == expected
-    assert len(seen) == 2  # of four blocks
 
 
 @pytest.mark.parametrize("choices", [1, 3])
@@ -161,14 +132,11 @@ def many() -> list[Request]:
 
 @pytest.mark.parametrize("budget", [0, 100_000])
 def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
-    tiny: Path, tmp_path: Path, many: list[Request], monkeypatch: pytest.MonkeyPatch, budget: int
+    tiny: Path, tmp_path: Path, many: list[Request], monkeypatch: Patch, budget: int
 ):
     monkeypatch.setattr(questions, "ROW", 60)
     answers = loglikelihoods(
-        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"),
-        many,
-        length=64,
-        progress=quiet,
+        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"), many, length=64, progress=quiet
     )
     monkeypatch.setitem(calls.CALLS_BYTES, "cpu", budget)
     recorded: list[weakref.ref[torch.Tensor]] = []
@@ -196,7 +164,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
     assert not decoder._calls  # freed before the logits
 
 
-def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: Patch):
     """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
     monkeypatch.setitem(calls.CALLS_BYTES, "cpu", 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()

@@ -1,20 +1,19 @@
 """Methods, allocations, patterns and reconstructions, freely combined: what must hold for every row of every table."""
 
 import importlib
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS, cycled, named, pairs, thinned
-from conftest import ROOT, calibrate, walk
+from cases.grids import OF_WEIGHTS, named, pairs
+from conftest import ROOT, Make, Patch, calibrate, tree, walk
 from ruamel.yaml import YAML
 from test_families import save
-from test_stages import tree
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
@@ -26,7 +25,6 @@ from wanda_dvc.engine.training import train
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
-from wanda_dvc.pruning import solvers
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
@@ -35,7 +33,6 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
 from wanda_dvc.views.stats import stats
 
-Make = Callable[..., Project]
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
@@ -72,17 +69,13 @@ COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS, allowe
 def test_only_what_makes_no_sense_is_refused():
     # A training of dense blocks, a correction of weights that stay as they are; the variant with a pattern or a group.
     refused = 2 * len(PATTERNS) * len(OF_WEIGHTS) + (len(PATTERNS) - 1) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) - 2)
-    every = len(OF_WEIGHTS) * len(RECONSTRUCTIONS) * len(PROPAGATIONS) * len(PATTERNS)
-    assert len(COMBINATIONS) == every - refused
+    every = list(itertools.product(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS))
+    assert sum(together(*row) for row in every) == len(every) - refused
 
 
-@pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), thinned(COMBINATIONS, 4), ids=named)
+@pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), COMBINATIONS, ids=named)
 def test_masks_are_kept_patterns_exact_and_updates_applied(
-    study: Make,
-    pattern: dict[str, Any],
-    reconstruction: str,
-    propagation: str,
-    method: str,
+    study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
 ):
     made = study(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
     mask(project=made)
@@ -106,6 +99,10 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
             if propagation == "dense":
                 assert measures[name]["error"] <= measures[name]["masked"] * (1 + 1e-5)
     assert all(moved) == any(moved) == (RECONSTRUCTIONS[reconstruction].function is not None)
+    same = {name: torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.where}
+    norms = [stays for name, stays in same.items() if "norm" in name and "layers" in name]
+    assert all(norms) == any(norms) == (not RECONSTRUCTIONS[reconstruction].trains)
+    assert all(stays for name, stays in same.items() if "layers" not in name)
 
 
 def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
@@ -127,27 +124,6 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
     assert shown()  # the masks at hand are those that were measured
     mask(project=made)
     assert not shown()  # of other masks
-
-
-def test_no_solver_raises_the_damping_of_the_tiny_model(study: Make):
-    made = study(reconstruction="output-weighted")
-    mask(project=made)
-    apply(project=made)
-    linears = load_json(made.details("pruned", "layer_error"))["linears"].values()
-    assert not any(one["part"] < 1 or one["raised"] or one["dead"] for one in linears)
-
-
-def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):
-    for reconstruction in RECONSTRUCTIONS:
-        made = study(reconstruction=reconstruction, propagation="pruned")
-        mask(project=made)
-        apply(project=made)
-        dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
-        same = {name: torch.equal(*(made.read(Address(name)) for made in (dense, pruned))) for name in dense.where}
-        norms = [stays for name, stays in same.items() if "norm" in name and "layers" in name]
-        others = [stays for name, stays in same.items() if "layers" not in name]
-        assert all(norms) == any(norms) == (not RECONSTRUCTIONS[reconstruction].trains)
-        assert all(others)
 
 
 def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tmp_path: Path):
@@ -190,7 +166,7 @@ def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     assert tree(made.masks) == before
 
 
-@pytest.mark.parametrize(("allocation", "method"), cycled(ALLOCATIONS, ["magnitude", "wanda", "admm"]))
+@pytest.mark.parametrize(("allocation", "method"), [*itertools.product(ALLOCATIONS, ["magnitude", "wanda", "admm"])])
 def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
     strength = None if allocation == "uniform" else 0.1
     made = study(method=method, allocation=allocation, allocation_strength=strength, sparsity=0.6)
@@ -204,27 +180,6 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
         assert abs(0.6 * total - zeros) <= sum(len(keep) for keep in keeps) / 4
     blocks = [[keep.float().mean().item() for keep in read_masks(made.masks, block).values()] for block in range(2)]
     assert (abs(sum(blocks[0]) - sum(blocks[1])) < 1e-6) == (allocation == "uniform")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"allocation": "owl", "pattern": "2:4"}, "allocation: found owl with pattern 2:4, expected uniform"),
-        ({"allocation_strength": 0.1}, "allocation_strength: found 0.1 with allocation uniform, expected null"),
-        (
-            {"propagation": "corrected"},
-            "propagation: found corrected with reconstruction none, expected one, such as least-squares",
-        ),
-        (
-            {"reconstruction": "blockwise"},
-            "propagation: found dense with reconstruction blockwise, expected pruned, corrected",
-        ),
-        ({"allocation": "steep"}, 'allocation: found "steep", expected uniform, owl or sensitivity'),
-    ],
-)
-def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=message):
-        study(plan=False, **changes).params  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -274,27 +229,6 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
                 kept, removed = scored[masks[name]], scored[~masks[name]]
                 assert len(removed) == scored.numel() // 2
                 assert removed.max() <= kept.min() * (1 + 1e-5)
-
-
-def test_a_solver_of_a_package_need_not_know_how_rows_are_weighed(study: Make, monkeypatch: pytest.MonkeyPatch):
-    heard, admm = [], solvers.admm
-
-    def listen(*words: Any, group: str, **named: Any) -> Any:
-        heard.append(group)
-        return admm(*words, group=group, **named)
-
-    monkeypatch.setattr(solvers, "admm", listen)
-    mask(project=study(method="admm", group="outputs"))
-    assert set(heard) == {"linear"}
-
-
-def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
-    made = study(sparsity=0.0, propagation="corrected", reconstruction="least-squares")
-    mask(project=made)
-    apply(project=made)
-    dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
-    for name in dense.where:
-        torch.testing.assert_close(pruned.read(Address(name)), dense.read(Address(name)), rtol=1e-3, atol=1e-4)
 
 
 def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
@@ -351,23 +285,11 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     assert crossed
 
 
-def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make, monkeypatch: pytest.MonkeyPatch):
-    made = study(reconstruction="blockwise", propagation="pruned")
-    mask(project=made)
-    first = tree(made.weights)
-    shutil.rmtree(made.masks)
-    mask(project=made)
-    assert tree(made.weights) == first
-    monkeypatch.setitem(TRAINING, "seed", 1)
-    mask(project=made)
-    assert tree(made.weights) != first
-
-
 @pytest.mark.parametrize("scale", [1, 2**16])
 def test_a_training_in_float16_is_one_in_float32(scale: int, tmp_path: Path):
     """At the size of large models' hidden states, the loss's gradients are zeros in float16 without a factor."""
 
-    def error(dtype: torch.dtype) -> float:
+    def moved(dtype: torch.dtype) -> torch.Tensor:
         torch.manual_seed(0)
         shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).eval()
@@ -388,14 +310,13 @@ def test_a_training_in_float16_is_one_in_float32(scale: int, tmp_path: Path):
             words: dict[str, Any] = {"rows": [row], "inputs": [hidden], "targets": [target], "rate": 0.02, "seed": 0}
             trained = train(decoder, 0, keeps, **words, epochs=8, scale=scale)
             assert trained.keys() == weights.keys()
-        found = [(trained[name] - weights[name] * keep).square().sum() for name, keep in keeps.items()]
-        return float(sum(found))
+        return torch.cat([(trained[name] - weights[name] * keep).flatten().double() for name, keep in keeps.items()])
 
-    exact, rounded = error(torch.float32), error(torch.float16)
-    assert (abs(rounded / exact - 1) < 0.05) == (scale > 1)
+    exact, rounded = moved(torch.float32), moved(torch.float16)
+    assert ((rounded - exact).norm() < 0.2 * exact.norm()) == (scale > 1)
 
 
-def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: Patch):
     """Against transformers' layer and a training written out: block 0, whose inputs are the embeddings."""
     rate, epochs = 0.05, 2
     starts = study(reconstruction="least-squares", propagation="pruned")
@@ -449,9 +370,7 @@ def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.
 
 @pytest.mark.parametrize("scale", [1, 1e38])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "neurons"])
-def test_a_training_never_leaves_a_block_worse_than_it_was(
-    pattern: str, scale: float, study: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_training_never_leaves_a_block_worse_than_it_was(pattern: str, scale: float, study: Make, monkeypatch: Patch):
     """From least squares for neurons, a fixed rate led away. With gradients of infinity nothing changes."""
     seen: list[tuple[float, float]] = []
 
@@ -479,28 +398,6 @@ def test_a_training_never_leaves_a_block_worse_than_it_was(
     assert len(seen) == 2
     assert all(after <= before for before, after in seen)
     assert any(after < before for before, after in seen) == (scale == 1)
-
-
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, monkeypatch: pytest.MonkeyPatch):
-    stage = importlib.import_module("wanda_dvc.stages.mask")
-    made = study(reconstruction="blockwise", propagation="pruned")
-    mask(project=made)
-    complete = tree(made.masks), tree(made.weights)
-    shutil.rmtree(made.masks)
-    shutil.rmtree(made.weights)
-    written = stage.write_weights
-
-    def killed(folder: Path, block: int, *content: Any) -> None:
-        if block == 1:
-            raise KeyboardInterrupt
-        written(folder, block, *content)
-
-    monkeypatch.setattr(stage, "write_weights", killed)
-    with pytest.raises(KeyboardInterrupt):
-        mask(project=made)
-    monkeypatch.setattr(stage, "write_weights", written)
-    mask(project=made)
-    assert (tree(made.masks), tree(made.weights)) == complete
 
 
 def test_apply_follows_the_plan_of_the_masks(study: Make):

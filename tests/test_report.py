@@ -1,6 +1,5 @@
 """The report: what it may compare, what it shows of outside names, its pictures, and a page of a real repository."""
 
-import ast
 import html
 import math
 import re
@@ -10,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_preset, write_settings
+from conftest import read_preset, write_settings
 from markdown_it import MarkdownIt
 from repository import Repository
 
-from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Collected, Experiment
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.pages import Content, as_html, curves, svg, write
+from wanda_dvc.results.pages import Content, curves, svg, write
 from wanda_dvc.results.report import page, report
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -151,35 +149,6 @@ def test_p_values_are_adjusted_for_all_tests_of_a_section(made: Callable[..., Ex
     assert re.search(r"\| wanda 50 % against dense \| 1\.649 × \([\d.]+ to [\d.]+\) \* \| −2\.5 [^*]* \|\n", said)
 
 
-def test_rows_are_called_by_what_they_differ_in(made: Callable[..., Experiment]):
-    said = said_of(made(calibration__seed=0), made(calibration__seed=1))
-    for seed in (0, 1):
-        assert f"| wanda (calibration.seed={seed}) 50 % | 12.18" in said
-    assert "against wanda" not in said  # another seed is no other method
-    said = said_of(made(), made(loss=2.6))
-    assert "| wanda 50 % | 12.18" in said
-    assert "| wanda 50 % \\[e3\\] | 13.46" in said
-
-
-def test_a_smaller_model_is_named_by_its_units(made: Callable[..., Experiment]):
-    one = made("wanda", 0.25, pattern="neurons")
-    write_json(one.study.metrics("pruned", "sparsity"), {"sparsity": 0.25, "removed_parameters": 0.125})
-    said = said_of(experiment(one.study))
-    assert "| wanda neurons 25 % |" in said
-    assert "12.5" in said.partition("The pruned weights")[2]
-
-
-def test_no_method_is_known_by_name():
-    """A method is a row of the catalog: the code of results names none."""
-    found = set()
-    for path in (ROOT / "src/wanda_dvc/results").glob("*.py"):
-        constants = {
-            node.value for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant)
-        }
-        found |= {(path.name, name) for name in constants & methods().keys()}
-    assert not found
-
-
 # --- what comes from outside ---
 
 HOSTILE = "<script>alert(1)</script>|`code`|``|&lt;[x](y)|*a*|__b__|$c$|0.12345|\\"
@@ -265,18 +234,6 @@ def test_curves_stand_where_their_numbers_are():
     assert svg(figure) == svg(figure)
 
 
-@pytest.mark.parametrize("values", [(1.02, 1.31), (14.1, 14.9), (101, 104), (3, 60), (2, 9_000), (0.0011, 0.0012)])
-def test_a_log_axis_has_ticks_to_read_by(values: tuple[float, float]):
-    series = {"a": [(0.3, Estimate(values[0])), (0.5, Estimate(values[1]))]}
-    figure = curves(series, "perplexity", log=True)
-    [ax] = figure.axes
-    low, high = ax.get_ylim()
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert 3 <= len(set(labels)) == len(labels) <= 8
-    assert [float(label.replace(",", "")) for label in labels] == pytest.approx(list(ax.get_yticks()))
-    assert all(low <= tick <= high for tick in ax.get_yticks())
-
-
 # --- the page ---
 
 
@@ -328,7 +285,3 @@ def test_a_repository_is_reported(tmp_path: Path):
     assert "wanda 50 %" not in output.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="no experiment of a model named like large with results"):
         report(project=Project(root), output=output, model="large")
-
-
-def test_html_in_markdown_stays_text():
-    assert "<b>" not in as_html("a", ["<b>bold</b>"])

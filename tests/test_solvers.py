@@ -414,14 +414,6 @@ def test_half_precision_weights_are_solved_in_float32(name, dtype):
     assert torch.equal(solved.weight, exact.weight)
 
 
-def test_a_factor_is_made_once_for_all_linears_of_an_input():
-    weight, gram = problem()
-    prepared = Prepared(gram)
-    factors = [prepared.inverse(0.1, 1.0), prepared.inverse_root(0.01), prepared.preconditioned(0.01)]
-    every_method(weight, prepared, HALF, "unstructured", "row")
-    assert factors == list(prepared._factors.values())
-
-
 def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 30, generator=generator).double()

@@ -15,8 +15,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS, pairs, thinned
-from conftest import calibrate, save_tiny_model, shared, text_of
+from cases.grids import OF_WEIGHTS, pairs
+from conftest import Capture, Make, Patch, calibrate, fetch, save_tiny_model, shared, tree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,29 +30,19 @@ from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results.show import show
-from wanda_dvc.sources.tasks import find_tasks, load_task
+from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import calibration_windows, open_decoder
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import file_digest, tokenizer_digest
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 from wanda_dvc.views import stats
-
-Make = Callable[..., Project]
-
-
-def fetch(project: Project, *parts: str) -> Project:
-    for part in parts or STAGES["download"].parts:
-        if part != "tasks":  # lm-eval's index takes seconds
-            download(project=project, part=part, text=text_of(part))
-    return project
 
 
 def prune(project: Project) -> Project:
@@ -60,10 +50,6 @@ def prune(project: Project) -> Project:
     mask(project=project)
     apply(project=project)
     return project
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- download ---
@@ -78,66 +64,16 @@ def test_a_local_directory_is_taken_whole_and_nothing_else(project: Make, tiny: 
     assert (made.model("dense") / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
-def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: Path, tmp_path: Path):
-    first = tree(fetch(project(), "model").model("dense"))
-    elsewhere = shutil.copytree(tiny, tmp_path / "elsewhere" / tiny.name)
-    assert tree(fetch(project(model=elsewhere), "model").model("dense")) == first
-
-
-def file_in_place_of(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.touch()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (file_in_place_of, "is not a directory; name one that holds a Hugging Face"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json, expected a Hugging Face model directory"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
-        (
-            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-            "pytorch_model.bin.*expected model.safetensors or model.safetensors.index.json",
-        ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "damaged .*expected a safetensors file"),
-    ],
-)
-def test_a_directory_that_is_no_model_says_what_is_missing(project: Make, tiny: Path, tmp_path: Path, spoil, message):
-    made = fetch(project(), "model")
-    before = tree(made.model("dense"))
-    spoil(shutil.copytree(tiny, tmp_path / "source"))
-    with pytest.raises(UserError, match=message):
-        fetch(project(model=tmp_path / "source"), "model")
-    assert tree(made.model("dense")) == before  # a failed stage leaves what was there
-
-
-def test_text_files_and_mirrors(project: Make, tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes("line\r\nend é".encode())
-    (tmp_path / "b.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
-    made = project(
-        calibration__text__source=str(tmp_path / "a.txt"),
-        perplexity__texts__embedded__source=str(tmp_path / "b.jsonl"),
-        perplexity__texts__embedded__column="body",
-    )
-    fetch(made, "calibration", "perplexity")
-    assert (made.text("calibration"), made.text("perplexity/embedded")) == ("line\r\nend é", "one\n\ntwo")
+def test_a_mirror_is_laid_out_like_the_hub(project: Make, tmp_path: Path):
     mirror = tmp_path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
     mirror.mkdir(parents=True)
     (mirror / "validation.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
-    made = project(
-        calibration__text__source="wikitext2",
-        calibration__text__split="validation",
-        runtime__mirror=str(tmp_path / "mirror"),
-    )
+    there = {"runtime__mirror": str(tmp_path / "mirror")}
+    made = project(calibration__text__source="wikitext2", calibration__text__split="validation", **there)
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
     with pytest.raises(UserError, match="test.jsonl: missing, expected a file; put it there"):
-        fetch(
-            project(perplexity__texts__embedded__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")),
-            "perplexity",
-        )
-    with pytest.raises(UserError, match="line 1: found body, expected text in column `text`"):
-        fetch(project(perplexity__texts__embedded__source=str(tmp_path / "b.jsonl")), "perplexity")
+        fetch(project(perplexity__texts__embedded__source="wikitext2", **there), "perplexity")
 
 
 def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
@@ -160,8 +96,7 @@ def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
 
 
 @pytest.mark.parametrize(
-    ("shard", "dtype", "tied"),
-    pairs(["1GB", "30KB"], [torch.float32, torch.bfloat16, torch.float16], [True, False]),
+    ("shard", "dtype", "tied"), pairs(["1GB", "30KB"], [torch.float32, torch.bfloat16, torch.float16], [True, False])
 )
 def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
     project: Make, tmp_path: Path, shard: str, dtype: torch.dtype, tied: bool
@@ -263,24 +198,9 @@ def masks_of_the_papers_procedure(folder: Path, windows: torch.Tensor, sparsity:
     return keeps
 
 
-@pytest.mark.parametrize("killed", thinned([None, 0, 2], 3))
-def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, monkeypatch, killed: int | None):
-    from wanda_dvc.stages import mask as module
-
+def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path):
     made = fetch(project(propagation="pruned", sparsity=0.7))
     calibrate(project=made)
-    if killed is not None:
-        real = tensors.write_masks
-
-        def kill(folder, block, keeps):
-            if block == killed:
-                raise KeyboardInterrupt
-            real(folder, block, keeps)
-
-        monkeypatch.setattr(module, "write_masks", kill)
-        with pytest.raises(KeyboardInterrupt):
-            mask(project=made)
-        monkeypatch.setattr(module, "write_masks", real)
     mask(project=made)
     expected = masks_of_the_papers_procedure(tiny, calibration_windows(made), 0.7)
     found = {name: keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
@@ -325,42 +245,6 @@ def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
     write_masks(tmp_path, 0, {"a.linear": keep})
     assert torch.equal(read_masks(tmp_path, 0)["a.linear"], keep)
     assert next(tmp_path.iterdir()).stat().st_size < 64 * 126 + 500
-
-
-def test_with_workers_the_device_is_theirs_and_the_cpu_of_this_process_is_no_matter(
-    project: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """A machine without a card may drive those that have some."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("wanda_dvc.engine.attention.has_units", lambda _: False)
-    made = project(runtime__device="cuda", dtype="bfloat16")
-    with pytest.raises(UserError, match="runtime.device: got cuda on a machine with 0 CUDA devices"):
-        running.solving_device(made.params.runtime)
-    made = project(runtime__device="cuda", runtime__ray="local", dtype="bfloat16")
-    assert running.solving_device(made.params.runtime).type == "cpu"
-    download(project=made, part="model")
-    capsys.readouterr()
-    open_decoder(made, "dense")
-    assert "no instructions" not in capsys.readouterr().err
-    open_decoder(project(runtime__device="cpu", dtype="bfloat16"), "dense")
-    assert "no instructions for bfloat16" in capsys.readouterr().err
-
-
-def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
-    made = prune(fetch(project()))
-    first = {place: tree(place) for place in (made.stats, made.masks, made.model("pruned"))}
-    prune(made)
-    assert {place: tree(place) for place in first} == first
-    assert not [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]  # leaves no work behind
-
-
-def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path):
-    """A `.dvc` below the root of a study's repository would part the study from its cache."""
-    made = project()
-    assert made.work_root.is_relative_to(made.root)
-    (tmp_path / ".dvc").mkdir()
-    below = Project(tmp_path / "study")
-    assert below.work_root == tmp_path / ".dvc/tmp/wanda-dvc"
 
 
 def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
@@ -434,7 +318,7 @@ def kill(*_: object) -> None:
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
 )
 def test_progress_counts_only_with_the_states_that_it_speaks_of(
-    project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
+    project: Make, monkeypatch: Patch, spoil: Callable[[Path], object]
 ):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
     from wanda_dvc.engine import divergence as module
@@ -452,9 +336,7 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
-def test_blocks_that_a_killed_run_has_lost_are_made_again(
-    project: Make, monkeypatch: pytest.MonkeyPatch, propagation: str
-):
+def test_blocks_that_a_killed_run_has_lost_are_made_again(project: Make, monkeypatch: Patch, propagation: str):
     """Finished work that had been moved away was published without its blocks, with exit 0."""
     from wanda_dvc.stages import calibrate as calibrating
     from wanda_dvc.stages import mask as masking
@@ -500,32 +382,7 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
         mask(project=made)
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(project: Make):
-    made = project()
-    with pytest.raises(UserError, match=r"models/dense/provenance.json: missing; run .* `wanda-dvc download model`"):
-        calibrate(project=made)
-    with pytest.raises(UserError, match=r"masks/provenance.json: missing"):
-        apply(project=fetch(made, "model"))
-
-
 # --- evaluation ---
-
-
-def test_perplexity_is_that_of_the_whole_model(project: Make, tiny: Path):
-    made = fetch(project(perplexity__length=50, perplexity__windows=6))
-    perplexity(project=made, model="dense", text="embedded")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    tokens = torch.tensor(tokenizer(made.text("perplexity/embedded"))["input_ids"])
-    with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in tokens[:300].view(6, 50)]
-    details = json.loads(made.details("dense", "perplexity/embedded").read_text())
-    np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
-    value = json.loads(made.metrics("dense", "perplexity/embedded").read_text())["perplexity"]
-    assert value == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
-    assert details["protocol"]["windows"] == 6
-    other = shutil.copytree(tiny, made.root / "other")
-    (other / "tokenizer.json").write_text("{}")
-    assert details["protocol"]["tokenizer_sha256"] == tokenizer_digest(tiny) != tokenizer_digest(other)
 
 
 @pytest.mark.parametrize("complete", [3, 0])
@@ -552,6 +409,9 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny
     value = json.loads(made.metrics("dense", "perplexity/embedded").read_text())["perplexity"]
     expected = math.exp((49 * sum(losses[:-1]) + 16 * losses[-1]) / (complete * 49 + 16))
     assert value == pytest.approx(expected, rel=1e-5)
+    other = shutil.copytree(tiny, made.root / "other")
+    (other / "tokenizer.json").write_text("{}")
+    assert details["protocol"]["tokenizer_sha256"] == tokenizer_digest(tiny) != tokenizer_digest(other)
     if complete:
         assert abs(expected / math.exp(sum(losses) / 4) - 1) > 1e-4  # the windows' mean is another number
 
@@ -622,15 +482,6 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     assert numbers["acc_norm"] == float(answers[0]["answer_norm"] == 0)
 
 
-def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
-    """As all of MMLU; there are no examples in a prompt."""
-    item = {"question": "2 + 2?", "subject": "algebra", "choices": ["3", "4", "5", "6"], "answer": 1}
-    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
-    task = load_task("mmlu/default/mmlu_abstract_algebra.yaml", "test", tmp_path / "items.jsonl")
-    (doc,) = task.eval_docs
-    assert task.doc_to_target(doc) == 1
-
-
 def test_a_task_without_an_accuracy_is_refused():
     for name, measured in (("cola", "mcc"), ("leaderboard_musr_murder_mysteries", "acc_norm")):
         wanted = Tasks(source="benchmark", names=[name])
@@ -638,26 +489,6 @@ def test_a_task_without_an_accuracy_is_refused():
             UserError, match=f"tasks.names: {name} is measured by {measured}, expected acc; remove this task"
         ):
             find_tasks(wanted, None)
-
-
-@pytest.mark.parametrize(
-    ("definition", "role", "place"),
-    [
-        ("piqa/piqa.yaml", "validation", "baber/piqa/validation"),
-        ("hellaswag/hellaswag.yaml", "validation", "Rowan/hellaswag/validation"),
-        ("arc/arc_easy.yaml", "test", "allenai/ai2_arc/ARC-Easy/test"),
-        ("super_glue/boolq/default.yaml", "validation", "aps/super_glue/boolq/validation"),
-        ("glue/rte/default.yaml", "validation", "nyu-mll/glue/rte/validation"),
-    ],
-)
-def test_samples_run_through_lm_evals_own_definitions(definition: str, role: str, place: str):
-    from conftest import ROOT
-
-    task = load_task(definition, role, ROOT / f"src/wanda_dvc/embedded/tasks/{place}.jsonl")
-    docs = list(task.eval_docs)
-    assert len(docs) == 48
-    assert all(0 <= task.doc_to_target(doc) < len(task.doc_to_choice(doc)) for doc in docs)
-    assert all(task.doc_to_text(doc).strip() for doc in docs)
 
 
 def test_a_single_item_has_no_standard_error(project: Make):
@@ -703,7 +534,7 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
         stats.stats(project=made, layer=4, as_json=False)
 
 
-def test_too_few_tokens_for_solvers_are_reported(project, capsys: pytest.CaptureFixture[str]):
+def test_too_few_tokens_for_solvers_are_reported(project, capsys: Capture):
     made = fetch(project(calibration__statistics="gram", calibration__windows=4), "model", "calibration")
     calibrate(project=made)
     shown = capsys.readouterr().err

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, planned, save_tiny_model, text_of, write_params
+from conftest import TEXTS, Factory, planned, save_tiny_model, text_of, tree, write_params
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_inputs import tree
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import run
@@ -33,7 +32,7 @@ def made(root: Path, model: Path, texts: dict[str, str]) -> Project:
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> dict[str, Path]:
+def studies(tmp_path_factory: Factory, texts: dict[str, str]) -> dict[str, Path]:
     """A study, one of another model, and one with another calibration text."""
     folder = tmp_path_factory.mktemp("studies")
     models = [save_tiny_model(folder / f"tiny{seed}", seed=seed, num_hidden_layers=2) for seed in (0, 1)]
@@ -120,11 +119,7 @@ def floats(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         ("mask", lambda root: (root / "stats/norms/block_001.safetensors").unlink(), "found 1 blocks, expected 2"),
         ("apply", lambda root: (root / "masks/block_000.safetensors").unlink(), "found 1 blocks, expected 2"),
         ("apply", lambda root: (root / "masks/block_000.safetensors").write_bytes(b"x"), "masks/block_000.*: damaged"),
-        (
-            "apply",
-            lambda root: (root / "masks/provenance.json").write_text("{"),
-            "provenance.json: found no JSON",
-        ),
+        ("apply", lambda root: (root / "masks/provenance.json").write_text("{"), "provenance.json: found no JSON"),
         ("apply", lambda root: (root / "masks/provenance.json").unlink(), "masks/provenance.json: missing; run `dvc"),
     ],
 )

@@ -20,7 +20,7 @@ from repository import command_environment, ran
 from ruamel.yaml import YAML
 
 from wanda_dvc.params import nested
-from wanda_dvc.study.scaffold import FILES, updated
+from wanda_dvc.study.scaffold import updated
 
 
 def build(what: str, source: Path, target: Path) -> Path:
@@ -76,17 +76,6 @@ def test_it_carries_the_package_and_nothing_else(unpacked: Path):
     assert {"wanda_dvc/py.typed", "wanda_dvc/study/template/pipeline.yaml"} <= package
     (metadata,) = unpacked.glob("*.dist-info/METADATA")
     assert "Provides-Extra: report" in metadata.read_text(encoding="utf-8")
-
-
-def test_it_makes_a_study_outside_any_clone(unpacked: Path, environment: dict[str, str], tmp_path: Path):
-    where = run(
-        sys.executable, "-c", "import wanda_dvc; print(wanda_dvc.__file__)", cwd=tmp_path, environment=environment
-    )
-    assert where.startswith(str(unpacked))
-    run("wanda-dvc", "init", "study", "--preset", "paper", cwd=tmp_path, environment=environment)
-    for place, file in FILES.items():
-        if place != "params.yaml":
-            assert (tmp_path / "study" / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.pipeline

@@ -5,16 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cases import (
-    REMOVED,
-    Case,
-    dotted,
-    removed,
-    replaced_by_folder,
-    replaced_by_link,
-    replaced_by_pipe,
-    written,
-)
+from cases import REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_link, replaced_by_pipe, written
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
@@ -91,81 +82,27 @@ def cut(name: str, keep: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def cases() -> Iterator[Case]:
-    yield from _files()
-    yield from _configs()
-    yield from _indexes()
-    yield from _shards()
-    yield from _tokenizers()
-
-
-def _files() -> Iterator[Case]:
     for name in ("config.json", SINGLE, "tokenizer.json", "LICENSE"):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "not a file", "expected a file"))
         yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to a missing file"))
     for name in (SINGLE, "vocab.json"):
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
-    yield Case("no config", removed("config.json"), ("no config.json", "expected a Hugging Face model"))
-    yield Case("no weights", removed(SINGLE), ("found", "expected model.safetensors"))
-    yield Case("no tokenizer", removed("tokenizer.json"), ("no tokenizer", "tokenizer.json"))
-
-
-def _configs() -> Iterator[Case]:
-    yield Case("config.json: half", written("config.json", '{"a": '), ("config.json", "found no JSON", "expected"))
-    one_of_many: list[tuple[str, object, tuple[str, ...]]] = [
-        ("num_hidden_layers", True, ("config.json", "expected int, got bool", "expected a configuration")),
-        ("num_hidden_layers", 5, ("no tensor for model.layers.4", "which config.json asks for")),
-        ("num_hidden_layers", 3, ("has 3 blocks", "expected 4 or more", "model.layers.3")),
-        ("hidden_size", 36, ("is [260, 32]", "expected [260, 36]")),
-        ("num_key_value_heads", 3, ("is [16, 32]", "expected [24, 32]")),
-        ("head_dim", 0, ("config.json", "transformers builds no llama", "expected sizes")),
-        ("hidden_act", "nope", ("config.json", "KeyError 'nope'", "expected")),
-        ("rope_parameters", {"rope_type": "nope"}, ("config.json", "KeyError 'nope'", "expected")),
-        ("tie_word_embeddings", False, ("no tensor for lm_head.weight", "which config.json asks for")),
-        ("model_type", REMOVED, ("config.json", "found no model_type", "expected a causal decoder")),
-        ("model_type", "t5", ("config.json", "found t5", "expected a causal decoder")),
-        ("quantization_config", {"quant_method": "fp8"}, ("quantized by", "expected unquantized ones")),
-    ]
-    for setting, wrong, says in one_of_many:
-        shown = "missing" if wrong is REMOVED else f"{wrong!r:.40}"
-        yield Case(f"config.json: {setting} {shown}", config(**{setting: wrong}), says)
-
-
-def _indexes() -> Iterator[Case]:
-    yield Case("index: half", written(INDEX, '{"a": '), (INDEX, "found no JSON"))
-    for weight_map, found in (
-        (REMOVED, "found null"), ([], "found a list"), ({}, "found an object"),
-    ):  # fmt: skip
-        shown = "missing" if weight_map is REMOVED else repr(weight_map)
+    for setting, wrong, says in CONFIGS:
         yield Case(
-            f"index: weight_map {shown}",
-            index(weight_map),
-            (INDEX, f"weight_map: {found}", "expected a file for each tensor"),
+            f"config.json: {setting} {'' if wrong is REMOVED else wrong!r:.40}", config(**{setting: wrong}), says
         )
-    for shard in (3, None):
-        yield Case(
-            f"index: shard {shard!r}",
-            index({QUERY: shard}),
-            (f"weight_map: {QUERY}", "found", "expected the name of a file"),
-        )
-    for outside in (
-        "../../../etc/passwd", "/etc/passwd", "..", "", "a\\b", "a\0b", "sub/a.safetensors",
-    ):  # fmt: skip
-        yield Case(
-            f"index: shard {outside[:30]!r}",
-            index({QUERY: outside}),
-            (QUERY, "found", "expected the name of a file in this folder"),
-        )
-    yield Case("index: a shard that is not there", index({QUERY: "b.safetensors"}), ("b.safetensors: missing",))
-    yield Case(
-        "index: a tensor that its shard lacks",
-        index({"more": "a.safetensors"}),
-        ("a.safetensors holds more", "does not"),
-    )
-    yield Case("index: a shard that is a folder", _after(index({QUERY: "b"}), replaced_by_folder("b")), ("not a file",))
-    yield Case("index: a shard that is a pipe", _after(index({QUERY: "b"}), replaced_by_pipe("b")), ("not a file",))
-    yield Case(
-        "index: a shard that is text", _after(index({QUERY: "b"}), written("b", "hello")), ("damaged", "expected")
-    )
+    for weight_map, found in ((REMOVED, "found null"), ([], "found a list"), ({}, "found an object")):
+        says = (INDEX, f"weight_map: {found}", "expected a file for each tensor")
+        yield Case(f"index: weight_map {found}", index(weight_map), says)
+    for shard in (3, None, "../../../etc/passwd", "/etc/passwd", "..", "", "a\\b", "a\0b", "sub/a.safetensors"):
+        says = (QUERY, "found", "expected the name of a file" + " in this folder" * isinstance(shard, str))
+        yield Case(f"index: shard {shard!r}", index({QUERY: shard}), says)
+    for name, spoil in DAMAGED.items():
+        yield Case(f"shard: {name}", spoil, (SINGLE, "damaged", "expected a safetensors file"))
+    for kind, dtype in (("int8", "I8"), ("float8_e4m3fn", "F8_E4M3")):
+        yield Case(f"shard: {dtype}", stored_as(QUERY, kind), (f"{QUERY} is {dtype}", "expected F32, F16, BF16"))
+    for name, (spoil, *words) in OTHERS.items():
+        yield Case(name, spoil, tuple(words))
 
 
 def _after(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -176,34 +113,47 @@ def _after(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
     return spoil
 
 
-def _shards() -> Iterator[Case]:
-    for name, spoil in {
-        "empty": written(SINGLE, b""),
-        "a huge header": written(SINGLE, b"\xff" * 64),
-        "one byte short": cut(SINGLE, lambda data: data[:-1]),
-        "one byte long": cut(SINGLE, lambda data: data + b"x"),
-        "a pickle": written(SINGLE, b"\x80\x02}q\x00." * 9),
-        "another dtype": entry(QUERY, dtype="F16"),
-        "a negative size": entry(QUERY, shape=[32, -1]),
-        "overlapping tensors": entry(QUERY, data_offsets=[0, 4096]),
-        "past the end": entry(QUERY, data_offsets=[2**40, 2**40 + 4096]),
-    }.items():
-        yield Case(f"shard: {name}", spoil, (SINGLE, "damaged", "expected a safetensors file"))
-    yield Case("shard: another shape", entry(QUERY, shape=[16, 64]), (QUERY, "is [16, 64]", "expected [32, 32]"))
-    yield Case(
-        "shard: a tensor missing", tensors(lambda t: t.pop(QUERY)), (f"no tensor for {QUERY}", "copy the checkpoint")
-    )
-    yield Case("shard: embeddings missing", tensors(lambda t: t.pop(HEAD)), ("no tensor for", "copy the checkpoint"))
-    for kind, dtype in (("int8", "I8"), ("float8_e4m3fn", "F8_E4M3")):
-        yield Case(f"shard: {dtype}", stored_as(QUERY, kind), (f"{QUERY} is {dtype}", "expected F32, F16, BF16"))
-
-
-def _tokenizers() -> Iterator[Case]:
-    yield Case("tokenizer.json: half", written("tokenizer.json", '{"a": '), ("the tokenizer does not load", "expected"))
-    yield Case(
-        "tokenizer_config.json: a class of its own",
-        written(
-            "tokenizer_config.json", '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
-        ),
-        ("the tokenizer does not load", "expected"),
-    )
+# A setting of config.json, its wrong value, and what the message says.
+CONFIGS: list[tuple[str, object, tuple[str, ...]]] = [
+    ("num_hidden_layers", True, ("config.json", "expected int, got bool", "expected a configuration")),
+    ("num_hidden_layers", 5, ("no tensor for model.layers.4", "which config.json asks for")),
+    ("num_hidden_layers", 3, ("has 3 blocks", "expected 4 or more", "model.layers.3")),
+    ("hidden_size", 36, ("is [260, 32]", "expected [260, 36]")),
+    ("num_key_value_heads", 3, ("is [16, 32]", "expected [24, 32]")),
+    ("head_dim", 0, ("config.json", "transformers builds no llama", "expected sizes")),
+    ("hidden_act", "nope", ("config.json", "KeyError 'nope'", "expected")),
+    ("rope_parameters", {"rope_type": "nope"}, ("config.json", "KeyError 'nope'", "expected")),
+    ("tie_word_embeddings", False, ("no tensor for lm_head.weight", "which config.json asks for")),
+    ("model_type", REMOVED, ("config.json", "found no model_type", "expected a causal decoder")),
+    ("model_type", "t5", ("config.json", "found t5", "expected a causal decoder")),
+    ("quantization_config", {"quant_method": "fp8"}, ("quantized by", "expected unquantized ones")),
+]
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "empty": written(SINGLE, b""),
+    "a huge header": written(SINGLE, b"\xff" * 64),
+    "one byte short": cut(SINGLE, lambda data: data[:-1]),
+    "one byte long": cut(SINGLE, lambda data: data + b"x"),
+    "a pickle": written(SINGLE, b"\x80\x02}q\x00." * 9),
+    "another dtype": entry(QUERY, dtype="F16"),
+    "a negative size": entry(QUERY, shape=[32, -1]),
+    "overlapping tensors": entry(QUERY, data_offsets=[0, 4096]),
+    "past the end": entry(QUERY, data_offsets=[2**40, 2**40 + 4096]),
+}
+EVIL = '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
+OTHERS: dict[str, Any] = {
+    "no config": (removed("config.json"), "no config.json", "expected a Hugging Face model"),
+    "no weights": (removed(SINGLE), "found", "expected model.safetensors"),
+    "no tokenizer": (removed("tokenizer.json"), "no tokenizer", "tokenizer.json"),
+    "config.json: half": (written("config.json", '{"a": '), "config.json", "found no JSON", "expected"),
+    "index: half": (written(INDEX, '{"a": '), INDEX, "found no JSON"),
+    "index: a shard that is not there": (index({QUERY: "b.safetensors"}), "b.safetensors: missing"),
+    "index: a tensor that its shard lacks": (index({"more": "a.safetensors"}), "a.safetensors holds more", "does not"),
+    "index: a shard that is a folder": (_after(index({QUERY: "b"}), replaced_by_folder("b")), "not a file"),
+    "index: a shard that is a pipe": (_after(index({QUERY: "b"}), replaced_by_pipe("b")), "not a file"),
+    "index: a shard that is text": (_after(index({QUERY: "b"}), written("b", "hello")), "damaged", "expected"),
+    "shard: another shape": (entry(QUERY, shape=[16, 64]), QUERY, "is [16, 64]", "expected [32, 32]"),
+    "shard: a tensor missing": (tensors(lambda t: t.pop(QUERY)), f"no tensor for {QUERY}", "copy the checkpoint"),
+    "shard: embeddings missing": (tensors(lambda t: t.pop(HEAD)), "no tensor for", "copy the checkpoint"),
+    "tokenizer.json: half": (written("tokenizer.json", '{"a": '), "the tokenizer does not load", "expected"),
+    "a tokenizer of its own": (written("tokenizer_config.json", EVIL), "the tokenizer does not load", "expected"),
+}

@@ -2,6 +2,7 @@
 
 import gzip
 from collections.abc import Iterator
+from typing import Any
 
 from cases import Case, replaced_by_folder, replaced_by_link, replaced_by_pipe, written
 
@@ -28,55 +29,49 @@ RIGHT: dict[str, tuple[str, bytes, str]] = {
 
 
 def cases() -> Iterator[Case]:
-    yield Case("jsonl: no JSON", written(LINES, GOOD + b"{"), (f"{LINES}: line 2", "found no JSON", "expected"))
-    for value, found in (
-        ("3", "found text"), ("null", "found text"),
-    ):  # fmt: skip
-        line = f'{{"text": {value}}}\n'.encode()
-        yield Case(
-            f"jsonl: text is {value}",
-            written(LINES, GOOD + line),
-            (f"{LINES}: line 2", found, "expected"),
-        )
-    yield Case(
-        "jsonl: another column",
-        written(LINES, b'{"body": "a"}'),
-        ("line 1", "found body", "expected text in column `text`"),
-    )
-    yield Case("jsonl: no column", written(LINES, b"{}"), ("line 1", "found nothing", "expected text in column `text`"))
-    yield Case(
-        "jsonl: a blank line", written(LINES, GOOD + b"\n" + GOOD), (f"{LINES}: line 2", "found no JSON", "expected")
-    )
-    yield Case("jsonl: only blanks", written(LINES, b"\n \n"), ("calibration.text", "empty", "expected text"))
-    yield Case("jsonl: empty texts", written(LINES, b'{"text": ""}\n{"text": " "}'), ("empty", "expected text"))
-    yield Case("jsonl: a raw form feed", written(LINES, b'{"text": "a\fb"}'), ("line 1", "found no JSON", "expected"))
-    yield Case("jsonl: Latin-1", written(LINES, b'{"text": "\xe9"}'), (LINES, "byte 10 is no UTF-8", "expected"))
-    yield Case("jsonl: UTF-16", written(LINES, '{"text": "a"}'.encode("utf-16")), (LINES, "is no UTF-8", "expected"))
-    yield Case("jsonl: raw half a pair", written(LINES, '{"text": "\ud800"}'), (LINES, "is no UTF-8", "expected"))
-    yield Case("jsonl: two in a line", written(LINES, GOOD.rstrip() + GOOD), ("line 1", "found no JSON", "expected"))
+    for name, (content, *words) in DAMAGED.items():
+        file = LINES if name.startswith("jsonl") else SHARD if name.startswith("gz") else TEXT
+        yield Case(name, written(file, content), tuple(words))
     for name in (LINES, TEXT):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "not a file", "expected a file"))
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
         yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "not found", "expected"))
         yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "not found", "expected"))
         yield Case(f"{name}: not there", lambda _: None, (name, "not found", "expected"))
-    yield Case("txt: empty", written(TEXT, b""), ("calibration.text", "empty", "expected text"))
-    yield Case("txt: blanks", written(TEXT, b" \n\t\n"), ("calibration.text", "empty", "expected text"))
-    yield Case("txt: Latin-1", written(TEXT, b"caf\xe9"), (TEXT, "byte 3 is no UTF-8", "expected text in UTF-8"))
-    yield Case("txt: binary", written(TEXT, bytes(range(256))), (TEXT, "is no UTF-8", "expected text in UTF-8"))
-    packed = gzip.compress(GOOD * 20, mtime=0)
-    yield Case("gz: not packed", written(SHARD, GOOD), (SHARD, "damaged", "expected lines of JSON, gzipped"))
-    yield Case("gz: half a file", written(SHARD, packed[:-9]), (SHARD, "damaged", "expected lines of JSON, gzipped"))
-    yield Case("gz: a wrong sum", written(SHARD, packed[:-8] + b"\0" * 8), (SHARD, "damaged", "expected lines"))
-    yield Case(
-        "gz: a flipped byte", written(SHARD, packed[:14] + b"\xff\xff" + packed[16:]), (SHARD, "damaged", "expected")
-    )
-    yield Case("gz: empty", written(SHARD, gzip.compress(b"", mtime=0)), (SHARD, "no documents", "expected JSON lines"))
-    yield Case(
-        "gz: blanks", written(SHARD, gzip.compress(b"\n\n", mtime=0)), (SHARD, "no documents", "expected JSON lines")
-    )
-    packed = gzip.compress(b'{"body": "a"}\n', mtime=0)
-    yield Case("gz: another column", written(SHARD, packed), (f"{SHARD}: line 1", "no text `text`", "expected"))
     yield Case("gz: a folder", replaced_by_folder(SHARD), (SHARD, "not a file", "expected a file"))
     yield Case("gz: a pipe", replaced_by_pipe(SHARD), (SHARD, "not a file", "expected a file"))
-    yield Case("gz: no JSON", written(SHARD, gzip.compress(b"{", mtime=0)), (f"{SHARD}: line 1", "found no JSON"))
+
+
+def gz(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
+PACKED = gz(GOOD * 20)
+UTF8 = "expected text in UTF-8"
+DAMAGED: dict[str, Any] = {
+    "jsonl: no JSON": (GOOD + b"{", f"{LINES}: line 2", "found no JSON", "expected"),
+    "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found text", "expected"),
+    "jsonl: text is null": (GOOD + b'{"text": null}\n', f"{LINES}: line 2", "found text", "expected"),
+    "jsonl: another column": (b'{"body": "a"}', "line 1", "found body", "expected text in column `text`"),
+    "jsonl: no column": (b"{}", "line 1", "found nothing", "expected text in column `text`"),
+    "jsonl: a blank line": (GOOD + b"\n" + GOOD, f"{LINES}: line 2", "found no JSON", "expected"),
+    "jsonl: only blanks": (b"\n \n", "calibration.text", "empty", "expected text"),
+    "jsonl: empty texts": (b'{"text": ""}\n{"text": " "}', "empty", "expected text"),
+    "jsonl: a raw form feed": (b'{"text": "a\fb"}', "line 1", "found no JSON", "expected"),
+    "jsonl: Latin-1": (b'{"text": "\xe9"}', LINES, "byte 10 is no UTF-8", "expected"),
+    "jsonl: UTF-16": ('{"text": "a"}'.encode("utf-16"), LINES, "is no UTF-8", "expected"),
+    "jsonl: raw half a pair": ('{"text": "\ud800"}', LINES, "is no UTF-8", "expected"),
+    "jsonl: two in a line": (GOOD.rstrip() + GOOD, "line 1", "found no JSON", "expected"),
+    "txt: empty": (b"", "calibration.text", "empty", "expected text"),
+    "txt: blanks": (b" \n\t\n", "calibration.text", "empty", "expected text"),
+    "txt: Latin-1": (b"caf\xe9", TEXT, "byte 3 is no UTF-8", UTF8),
+    "txt: binary": (bytes(range(256)), TEXT, "is no UTF-8", UTF8),
+    "gz: not packed": (GOOD, SHARD, "damaged", "expected lines of JSON, gzipped"),
+    "gz: half a file": (PACKED[:-9], SHARD, "damaged", "expected lines of JSON, gzipped"),
+    "gz: a wrong sum": (PACKED[:-8] + b"\0" * 8, SHARD, "damaged", "expected lines"),
+    "gz: a flipped byte": (PACKED[:14] + b"\xff\xff" + PACKED[16:], SHARD, "damaged", "expected"),
+    "gz: empty": (gz(b""), SHARD, "no documents", "expected JSON lines"),
+    "gz: blanks": (gz(b"\n\n"), SHARD, "no documents", "expected JSON lines"),
+    "gz: another column": (gz(b'{"body": "a"}\n'), f"{SHARD}: line 1", "no text `text`", "expected"),
+    "gz: no JSON": (gz(b"{"), f"{SHARD}: line 1", "found no JSON"),
+}

@@ -1,0 +1,194 @@
+"""On a GPU, and as tasks of a cluster, every stage computes what it computes in one process on the CPU.
+
+The GPU is simulated: an operation that mixes its tensors with the host's fails. Tasks run in this process, on pickled
+copies of their inputs.
+"""
+
+import contextlib
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases.grids import OF_WEIGHTS, named, pairs
+from conftest import Make, Patch, calibrate, fetch, save_tiny_model, tree, write_params
+from inline import Inline
+from safetensors.torch import load_file
+from simulated_gpu import simulated_gpu
+from test_families import RECORDED, save
+
+from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
+from wanda_dvc.stages import inputs
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.project import Project
+
+stage: Any = importlib.import_module("wanda_dvc.stages.mask")
+Settings = dict[str, Any]
+SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function and not row.trains]
+PROPAGATED = ("corrected", "pruned")
+REFIT: Settings = {"recipe": "wanda-refit"}
+EXPERTS: Settings = {"pattern": "experts", "sparsity": 0.25}
+CHOICES: list[Settings] = [
+    *({"recipe": name} for name in RECIPES),
+    *({"recipe": "admm", "pattern": pattern} for pattern in ("2:4", "neurons", "heads", "blocks")),
+    *({"method": "sparsegpt", "propagation": "pruned", "pattern": pattern} for pattern in ("2:4", "neurons")),
+    *(
+        {"method": method, "reconstruction": SOLVED[index % len(SOLVED)], "propagation": PROPAGATED[index % 2]}
+        for index, method in enumerate(OF_WEIGHTS)
+    ),
+    EXPERTS,
+]
+
+
+def sensible(_: str, settings: Settings, family: str) -> bool:
+    """Every choice on one family, and every family with one choice."""
+    return settings is REFIT or family == ("mixtral" if settings is EXPERTS else "llama")
+
+
+def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bool = False) -> tuple[Project, Inline]:
+    """A study in which every stage has run on a backend, and the tasks that ran."""
+    folder.mkdir()
+    model = folder / "model"
+    _ = save_tiny_model(model, num_hidden_layers=2) if family == "llama" else save(family, model)
+    device = "cuda" if backend == "gpu" else "cpu"
+    write_params(folder, model, calibration__statistics="gradients", runtime__device=device, **settings)
+    project, cluster = fetch(Project(folder)), Inline()
+    if asks:
+        download(project=project, part="tasks")
+    with contextlib.ExitStack() as stack:
+        if backend == "gpu":
+            stack.enter_context(simulated_gpu())
+        if backend == "tasks":
+            for module in (inputs, stage):
+                stack.enter_context(mock.patch.object(module, "executor", return_value=cluster))
+        calibrate(project=project)
+        perplexity(project=project, model="dense", text="embedded")
+        stage.mask(project=project)
+        apply(project=project)
+        perplexity(project=project, model="pruned", text="embedded")
+        if asks:
+            zero_shot(project=project, model="pruned")
+    return project, cluster
+
+
+def check_alike(host: Path, card: Path) -> None:
+    """Hold a GPU's results to the CPU's: masks are equal; sums in another order are 1e-3 off at most."""
+    for path in (path.relative_to(host) for path in host.rglob("*.safetensors") if path.parts[-2] != "reference"):
+        one, other = load_file(host / path), load_file(card / path)
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            if path.parts[0] == "masks":
+                assert torch.equal(other[name], x), name
+            elif x.is_floating_point() and path.parts[0] in ("stats", "models"):
+                torch.testing.assert_close(other[name], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+    for path in (path.relative_to(host) for path in (host / "metrics").rglob("*.json")):
+        one, other = (values(json.loads((root / path).read_text())) for root in (host, card))
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            assert other[name] == (pytest.approx(x, rel=1e-3, abs=1e-3) if isinstance(x, float) else x), (path, name)
+
+
+def values(found: Any, where: str = "") -> dict[str, Any]:
+    """All values of a JSON file, by their place."""
+    if isinstance(found, dict):
+        return {key: x for name, one in found.items() for key, x in values(one, f"{where}.{name}").items()}
+    return {where: found}
+
+
+def made_by(project: Project) -> dict[str, bytes]:
+    names = ("stats", "masks", "weights", "reference", "metrics")
+    return {f"{name}/{path}": content for name in names for path, content in tree(project.root / name).items()}
+
+
+ROWS = pairs(["gpu", "tasks"], CHOICES, RECORDED, allowed=sensible)
+SHORT = [("gpu", {"recipe": "wanda"}, "llama"), ("gpu", REFIT, "gpt2"), ("tasks", REFIT, "llama")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "family"),
+    [*SHORT, *(pytest.param(*row, marks=pytest.mark.full) for row in ROWS if row not in SHORT)],
+    ids=named,
+)
+def test_every_backend_gives_what_one_process_gives(
+    backend: str, settings: Settings, family: str, texts: Settings, tmp_path: Path
+):
+    asks = settings == {"recipe": "wanda"}
+    (host, _), (other, cluster) = (
+        ran(tmp_path / one, family, texts | settings, one, asks=asks) for one in ("plain", backend)
+    )
+    if backend == "gpu":
+        check_alike(host.root, other.root)
+    else:
+        assert made_by(other) == made_by(host)
+        assert cluster.ran
+
+
+def killed(write: Callable[..., None]) -> Callable[..., None]:
+    """A function that writes blocks, in a process that is killed at block 1."""
+
+    def written(folder: Path, block: int, *content: Any) -> None:
+        if block == 1:
+            raise KeyboardInterrupt
+        write(folder, block, *content)
+
+    return written
+
+
+def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: Make, monkeypatch: Patch):
+    made, cluster = study(method="admm"), Inline()
+    stage.mask(project=made)
+    expected = tree(made.masks)
+    shutil.rmtree(made.masks)
+    monkeypatch.setattr(stage, "executor", lambda *_: cluster)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "write_masks", killed(stage.write_masks))
+        with pytest.raises(KeyboardInterrupt):
+            stage.mask(project=made)
+    cluster.ran.clear()
+    stage.mask(project=made)
+    assert tree(made.masks) == expected
+    assert [name for name, _ in cluster.ran] == [f"solver {number}" for number in range(4)]  # of the second block alone
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(study: Make, monkeypatch: Patch, here: bool):
+    """In this process too: the files are the same."""
+    made, cluster = study(), Inline()
+    expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
+    shutil.rmtree(made.root / "stats")
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "executor", lambda *_: Inline())
+        patched.setattr(stats, "write_stats", killed(stats.write_stats))
+        with pytest.raises(KeyboardInterrupt):
+            stats.calibrate(project=made, tier="norms")
+    if not here:
+        monkeypatch.setattr(inputs, "executor", lambda *_: cluster)
+    stats.calibrate(project=made, tier="norms")
+    assert bool(cluster.ran) != here
+    assert not [name for name, _ in cluster.ran if name.startswith("block 0, shard")]
+    calibrate(project=made)
+    assert tree(made.root / "stats") == expected
+
+
+def test_the_simulated_gpu_refuses_mixed_operations():
+    with simulated_gpu():
+        card, host = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+        assert (str(card.device), card.is_cuda, str((card * 2).device)) == ("cuda:0", True, "cuda:0")
+        for mixed in (
+            lambda: card + host,
+            lambda: host.add_(card),
+            lambda: torch.cat([card, host]),
+            lambda: card @ host.T,
+            lambda: host[torch.tensor([0], device="cuda")],
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        assert torch.equal((card + host.sum()).cpu(), host + 6)  # one number of the host is taken

@@ -1,0 +1,347 @@
+"""Zero-shot: items and their labels, the embedded ones, one run a model, in which no task is asked twice, and texts."""
+
+import importlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Capture, Make, Patch, fetch, script, write_params
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.results.show import show
+from wanda_dvc.sources.tasks import load_task
+from wanda_dvc.stages import run
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
+from wanda_dvc.study.files import Json, load_json, write_json
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import write_provenance
+from wanda_dvc.study.scaffold import FILES, PROMPTS
+
+stage: Any = importlib.import_module("wanda_dvc.stages.zero_shot")
+
+REMOVED = object()  # in place of a value
+RIGHT: dict[str, dict[str, Any]] = {
+    "piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+    "hellaswag": {"activity_label": "x", "ctx_a": "a", "ctx_b": "", "endings": ["a", "b", "c"], "label": "2"},
+    "arc_easy": {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "boolq": {"passage": "p", "question": "q", "label": 0},
+    "rte": {"sentence1": "a", "sentence2": "b", "label": 1},
+    "winogrande": {"sentence": "a _ b", "option1": "a", "option2": "b", "answer": "1"},
+    "openbookqa": {"question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+}
+DEFINITIONS = {
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "rte": "glue/rte/default.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+# The task, the field, and its wrong value.
+WRONG: list[tuple[str, str, object]] = [
+    *((task, "label", value) for task in ("piqa", "boolq", "rte") for value in (-1, 2, "1", 0.5, None)),
+    *((task, field, REMOVED) for task, row in RIGHT.items() for field in row),
+    *(("hellaswag", "label", value) for value in (-1, 3, "3", "", "x", "1.0", 1.5)),
+    *(("arc_easy", "answerKey", value) for value in ("C", "", None)),
+    ("arc_easy", "choices.text", ["a"]),
+    ("openbookqa", "answerKey", "Z"),
+    *(("winogrande", "answer", value) for value in ("0", 1, None)),
+]
+
+
+def changed(row: dict[str, Any], field: str, value: object) -> dict[str, Any]:
+    """An item with another value of a field, or without it."""
+    first, _, rest = field.partition(".")
+    if rest:
+        return row | {first: changed(row[first], rest, value)}
+    return {key: old for key, old in row.items() if key != first} | ({} if value is REMOVED else {first: value})
+
+
+@pytest.mark.parametrize(("task", "field", "value"), WRONG)
+def test_an_item_without_a_label_among_its_choices_is_refused(task: str, field: str, value: object, tmp_path: Path):
+    """lm-eval alone counts it as a wrong answer, or crashes."""
+    right, path = RIGHT[task], tmp_path / "items.jsonl"
+    lines = [right, right, changed(right, field, value)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines[:2]), encoding="utf-8")
+    assert len(load_task(DEFINITIONS[task], "validation", path).eval_docs) == 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: .*; run `wanda-dvc download tasks` again"):
+        load_task(DEFINITIONS[task], "validation", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (json.dumps(RIGHT["piqa"] | {"label": -1}), "item 1: label -1, expected one of 2 choices; correct that file"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b"}', "item 1: label .*, expected one of 2 choices; correct that file"),
+        ("", "no items, expected one a line; correct that file"),
+    ],
+)
+def test_download_refuses_wrong_items(content: str, says: str, project: Make, tmp_path: Path):
+    place = tmp_path / "mirror/baber/piqa/validation.jsonl"
+    place.parent.mkdir(parents=True)
+    place.write_text(content + "\n", encoding="utf-8")
+    made = project(tasks__source="benchmark", tasks__names=["piqa"], runtime__mirror=str(tmp_path / "mirror"))
+    with pytest.raises(UserError, match=rf"validation\.jsonl: {says}"):
+        download(project=made, part="tasks")
+    assert not (tmp_path / "data").exists()
+
+
+EMBEDDED = ROOT / "src/wanda_dvc/embedded"
+TASKS = {
+    "piqa": ("baber/piqa/validation", {"goal", "sol1", "sol2", "label"}, lambda row: row["label"], 2),
+    "hellaswag": (
+        "Rowan/hellaswag/validation",
+        {"ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"},
+        lambda row: row["label"],
+        4,
+    ),
+    "arc_easy": (
+        "allenai/ai2_arc/ARC-Easy/test",
+        {"id", "question", "choices", "answerKey"},
+        lambda row: row["answerKey"],
+        4,
+    ),
+    "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, lambda row: row["label"], 2),
+    "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, lambda row: row["label"], 2),
+}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
+    place, columns, gold, answers = TASKS[task]
+    items = rows(EMBEDDED / "tasks" / f"{place}.jsonl")
+    assert len(items) >= 40
+    assert all(set(item) == columns for item in items)
+    asked = load_task(DEFINITIONS[task], place.rpartition("/")[2], EMBEDDED / "tasks" / f"{place}.jsonl")
+    docs = list(asked.eval_docs)
+    assert len(docs) == len(items)
+    assert all(0 <= asked.doc_to_target(doc) < len(asked.doc_to_choice(doc)) for doc in docs)
+    assert all(asked.doc_to_text(doc).strip() for doc in docs)
+    counts = Counter(gold(item) for item in items)
+    assert set(counts.values()) == {len(items) // answers}
+    assert len({json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}) == len(
+        items
+    )
+
+
+def test_the_two_texts_share_no_passage():
+    made = script("embedded_text")
+    train, test = (
+        set().union(*(made.passages(row["text"]) for row in rows(EMBEDDED / "text" / f"{split}.jsonl")))
+        for split in ("train", "test")
+    )
+    assert len(train) > 1000
+    assert len(test) > 1000
+    assert not train & test
+
+
+THREE = ["piqa", "rte", "arc_easy"]
+
+
+class Killed(BaseException):
+    """A kill while a task is asked."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny: Path) -> Project:
+    """A study of three tasks, whose dense model has not been asked yet."""
+    write_params(tmp_path, tiny, tasks__names=THREE)
+    project = Project(tmp_path)
+    for part in ("model", "tasks"):
+        run("download", project=project, part=part)
+    return project
+
+
+@pytest.fixture
+def asked(monkeypatch: Patch) -> list[str]:
+    """The tasks that the model was asked; a task that is in the list as `not TASK` ends the run."""
+    asked: list[str] = []
+    ask = stage._ask
+
+    def spy(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+        if f"not {task}" in asked:
+            raise Killed
+        asked.append(task)
+        return ask(project, model, task, protocol, work)
+
+    monkeypatch.setattr(stage, "_ask", spy)
+    return asked
+
+
+def results(project: Project, tasks: list[str]) -> dict[str, bytes]:
+    """What a run for these tasks publishes."""
+    write_params(project.root, project.params.model, tasks__names=tasks)
+    run("zero-shot", project=Project(project.root), part="dense")
+    metrics, details = project.metrics("dense", "zero_shot"), project.details("dense", "zero_shot")
+    assert list(load_json(metrics)) == list(load_json(details)["tasks"]) == tasks
+    return {path.name: path.read_bytes() for path in (metrics, details, project.plots("dense/zero_shot"))}
+
+
+def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(study: Project, asked: list[str]):
+    full = results(study, THREE)
+    for path in study.answers.iterdir():
+        path.unlink()
+    asked.clear()
+    before = results(study, THREE[:2])
+    assert results(study, THREE) == full
+    assert asked == THREE
+    assert results(study, THREE[:2]) == before
+    assert asked == THREE
+    assert not [path for path in study.work_root.iterdir() if path.is_dir()]
+
+
+def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(study: Project, asked: list[str]):
+    asked.append("not rte")
+    with pytest.raises(Killed):
+        results(study, THREE)
+    assert asked == ["not rte", "piqa"]
+    assert not study.metrics("dense", "zero_shot").exists()
+    asked.clear()
+    results(study, THREE)
+    assert asked == ["rte", "arc_easy"]
+
+
+@pytest.mark.parametrize("damage", ['{"details": {"protocol": {}}}', "", "[]", "{}"])
+def test_answers_that_are_damaged_or_of_another_run_are_asked_again(study: Project, asked: list[str], damage: str):
+    before = results(study, ["piqa"])
+    (kept,) = study.answers.glob("*-piqa-*")
+    kept.write_text(damage, encoding="utf-8")
+    assert results(study, ["piqa"]) == before
+    assert asked == ["piqa", "piqa"]
+
+
+CHANGED = [{"model": "another"}, {"dense": "another"}, {"dtype": "float64"}, {"limit": 3}, {"examples": 5}]
+CHANGED += [{"libraries": {"torch": "1.0"}}, {"libraries": {"lm_eval": "0.1"}}, {"task": {"sha256": "another"}}]
+
+
+@pytest.fixture
+def answered(project: Make) -> Callable[..., tuple[Project, Json]]:
+    """Makes a study with the dense model's answers, whose protocol has some changes; returns the pruned model's too."""
+
+    def make(samples: bool = False, **changes: Any) -> tuple[Project, Json]:
+        made, words = project(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
+        write_provenance(made.data("tasks") / "piqa", {"made_by": "download tasks", "samples": samples, **words})
+        protocol = {"model": "x", "dense": "x", "task": {"sha256": "x"}, "dtype": "float32", "limit": 5, "examples": 0}
+
+        def details(*answers: int, **changes: Any) -> Json:
+            items = [{"item": i, "answer": one, "acc": float(one == 0)} for i, one in enumerate(answers)]
+            return {"piqa": {"protocol": protocol | changes, "items": items}}
+
+        write_json(made.details("dense", "zero_shot"), {"tasks": details(0, 0, 0, 1, 1, **changes)})
+        return made, details(0, 1, 1, 0, 2)
+
+    return make
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Project, Json]]):
+    """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
+    counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
+    assert stage._flips(*answered(samples)) == ({} if samples else counts)
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=str)
+def test_answers_to_something_else_are_not_compared(
+    change: Json, answered: Callable[..., tuple[Project, Json]], capsys: Capture
+):
+    """Another dense model, dtype, limit, item or version of a library; every dense model is another than the pruned."""
+    (key,) = change
+    found = stage._flips(*answered(**change))
+    assert bool(found) is (key == "model")
+    said = f"piqa: not compared with the dense model's answers, which are of another {key}; run `dvc repro --force"
+    assert (said in capsys.readouterr().err) is (key != "model")
+
+
+CPU = torch.device("cpu")
+
+
+def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
+    """The likeliest tokens, one after another, each by a forward pass over all tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    start = len(tokens)
+    while len(tokens) < start + CONTINUED and (len(tokens) == start or tokens[-1] != end):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[start:]
+
+
+def text_of(folder: Path, tokens: list[int]) -> str:
+    return str(AutoTokenizer.from_pretrained(folder).decode(tokens, skip_special_tokens=True))
+
+
+def written(folder: Path, *prompts: str) -> list[str]:
+    return continuations(folder, prompts, dtype=torch.float32, device=CPU)
+
+
+def test_each_token_is_the_likeliest_one(tiny: Path):
+    prompts = ["To sit", "A much longer prompt"]
+    assert written(tiny, *prompts) == [text_of(tiny, greedy(tiny, prompt)) for prompt in prompts]
+
+
+def test_only_the_end_of_a_text_is_taken_from_the_models_settings(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    end = greedy(tiny, "To sit")[5]
+    settings = {"eos_token_id": [end, 259], "do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
+    write_json(folder / "generation_config.json", settings)
+    (found,) = written(folder, "To sit")
+    assert found == text_of(tiny, greedy(tiny, "To sit", end))
+
+
+def test_a_prompt_that_leaves_no_positions_is_continued_from_its_last_tokens(tiny: Path):
+    assert written(tiny, "b" * 9 + "a" * 472) == written(tiny, "a" * 472)
+
+
+def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(project: Make, monkeypatch: Patch):
+    made = fetch(project(tasks__names=[]), "model")
+    prompts, place = made.root / PROMPTS, made.details("dense", "continuations")
+    prompts.write_text("To sit\r\n\n  The sea \n")
+    zero_shot(project=made, model="dense")
+    first, content = place.read_bytes(), load_json(place)
+    assert [one["prompt"] for one in content["prompts"]] == ["To sit", "The sea"]
+    assert content["prompts"][0]["text"] == text_of(made.model("dense"), greedy(made.model("dense"), "To sit"))
+    with monkeypatch.context() as kept:
+        kept.setattr("wanda_dvc.stages.zero_shot.continuations", lambda *_, **__: 1 / 0)
+        zero_shot(project=made, model="dense")
+        assert place.read_bytes() == first
+    prompts.write_text("The sea\n")
+    zero_shot(project=made, model="dense")
+    assert load_json(place)["prompts"] == content["prompts"][1:]
+    shutil.rmtree(made.answers)
+    prompts.write_text("To sit\nThe sea\n")
+    zero_shot(project=made, model="dense")
+    assert place.read_bytes() == first
+
+
+def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(project: Make):
+    expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
+    assert read_prompts(project()) == expected
+    assert len(expected) == 5
+
+
+def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, monkeypatch: Patch, capsys: Capture):
+    made = fetch(project(tasks__names=[]), "model")
+    with monkeypatch.context() as small:
+        small.setattr("wanda_dvc.stages.zero_shot.free_memory", lambda _: 10**8)
+        zero_shot(project=made, model="dense")
+    skipped = "the model needs 0.1 GB of memory, and 0.1 GB were free"
+    assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
+    again = "`dvc repro --force --single-item zero-shot-dense` writes them when there is more"
+    assert f"zero-shot dense: no continuations: {skipped}; {again}" in capsys.readouterr().err
+    assert f"No continuations by the dense model: {skipped}." in show(project=made)
+    zero_shot(project=made, model="dense")
+    assert load_json(made.details("dense", "continuations"))["prompts"]
