@@ -125,8 +125,8 @@ def run_plain(what: str, folder: Path, out: Path) -> Part:
     """Run (a) in this process, on the windows of a study: `wanda`, `magnitude`, or `perplexity`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wanda_dvc.stages.inputs import calibration_windows
     from wanda_dvc.stages.perplexity import windows_of
+    from wanda_dvc.stages.running import calibration_windows
 
     project = Project(folder)
     model = AutoModelForCausalLM.from_pretrained(project.model("dense"), dtype=torch.float32).eval()

@@ -23,7 +23,7 @@ from simulated_gpu import simulated_gpu
 from test_families import RECORDED, save
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
-from wanda_dvc.stages import inputs
+from wanda_dvc.stages import running
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
@@ -67,8 +67,7 @@ def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bo
         if backend == "gpu":
             stack.enter_context(simulated_gpu())
         if backend == "tasks":
-            for module in (inputs, stage):
-                stack.enter_context(mock.patch.object(module, "executor", return_value=cluster))
+            stack.enter_context(mock.patch.object(running, "executor", return_value=cluster))
         calibrate(project=project)
         perplexity(project=project, model="dense", text="embedded")
         stage.mask(project=project)
@@ -147,9 +146,9 @@ def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: 
     stage.mask(project=made)
     expected = tree(made.masks)
     shutil.rmtree(made.masks)
-    monkeypatch.setattr(stage, "executor", lambda *_: cluster)
+    monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "write_masks", killed(stage.write_masks))
+        patched.setattr(stage.tensors, "write_masks", killed(stage.tensors.write_masks))
         with pytest.raises(KeyboardInterrupt):
             stage.mask(project=made)
     cluster.ran.clear()
@@ -165,12 +164,12 @@ def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(study: Make, m
     expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(made.root / "stats")
     with monkeypatch.context() as patched:
-        patched.setattr(inputs, "executor", lambda *_: Inline())
-        patched.setattr(stats, "write_stats", killed(stats.write_stats))
+        patched.setattr(running, "executor", lambda *_, **__: Inline())
+        patched.setattr(stats.tensors, "write_stats", killed(stats.tensors.write_stats))
         with pytest.raises(KeyboardInterrupt):
             stats.calibrate(project=made, tier="norms")
     if not here:
-        monkeypatch.setattr(inputs, "executor", lambda *_: cluster)
+        monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
     stats.calibrate(project=made, tier="norms")
     assert bool(cluster.ran) != here
     assert not [name for name, _ in cluster.ran if name.startswith("block 0, shard")]

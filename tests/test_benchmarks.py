@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_masks
 

@@ -17,7 +17,7 @@ from wanda_dvc.engine import attention, rows, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Recorded, Sums
-from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -288,7 +288,7 @@ def six(count: int = 6, length: int = 32) -> torch.Tensor:
 def run(folder: Path, work: Path, tokens: torch.Tensor) -> tuple[list[Recorded], list[torch.Tensor]]:
     decoder = Decoder(folder, dtype=torch.float32, device=CPU)
     recorded = [step.record(gram=True) for step in Runner(decoder, work).walk(tokens)]
-    return recorded, outputs(decoder, as_rows(tokens), work)
+    return recorded, outputs(decoder, [Row(x) for x in tokens], work)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -27,7 +27,7 @@ from wanda_dvc.study.project import Project
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, own_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, task_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -105,10 +105,10 @@ def test_a_task_takes_the_gpu_that_ray_has_given_it(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    assert own_device("auto") == torch.device("cuda", number)
-    assert own_device("cpu") == CPU
+    assert task_device("auto") == torch.device("cuda", number)
+    assert task_device("cpu") == CPU
     monkeypatch.setattr(ray, "get_gpu_ids", list)
-    assert own_device("auto") == CPU  # to look at a node takes none
+    assert task_device("auto") == CPU  # to look at a node takes none
 
 
 # In this order, because a node takes seconds to start.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Gradients
-from wanda_dvc.engine.rows import as_rows
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.walk import Runner, backward
 from wanda_dvc.errors import UserError
@@ -114,7 +114,7 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
 
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
-    rows = as_rows(torch.tensor([[17, 101, 5]]))
+    rows = [Row(torch.tensor([17, 101, 5]))]
     original = decoder.weights.read_block
 
     def read_block(index: int) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def llama(tmp_path: Path) -> Callable[[], Decoder]:
 def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: Patch
 ):
-    rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
+    rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
     expected = list(backward(Runner(llama(), tmp_path / "whole"), rows, gram=True))
     killed = backward(Runner(llama(), tmp_path / "work"), rows, gram=True)
     found = [next(killed) for _ in range(taken)]
@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
 
 def test_what_the_caller_has_lost_comes_back_anew(llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: Patch):
     """But nothing goes forward again."""
-    rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
+    rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
     expected = list(backward(Runner(llama(), tmp_path), rows, gram=True))
     decoder = llama()
     monkeypatch.setattr(decoder, "embed", None)

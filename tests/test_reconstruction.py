@@ -20,14 +20,14 @@ from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder
-from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.training import train
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.running import calibration_windows, open_decoder
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
@@ -233,7 +233,7 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
 
 def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
     """Record what the first block's linears read of each window, with another window's as the dense model's."""
-    for one, other in zip(as_rows(dense), as_rows(pruned), strict=True):
+    for one, other in zip(map(Row, dense), map(Row, pruned), strict=True):
         hidden = [decoder.embed(row) for row in (one, other)]
         decoder.calls(one)
         decoder.hold(0, -1)

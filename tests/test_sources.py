@@ -22,7 +22,7 @@ from conftest import Make, Patch, calibrate, save_tiny_model, text_of
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.running import calibration_windows
 
 COMMIT, OLDER = "c" * 40, "0" * 40
 

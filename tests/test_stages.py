@@ -34,10 +34,11 @@ from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import file_digest, tokenizer_digest
@@ -338,18 +339,14 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
 def test_blocks_that_a_killed_run_has_lost_are_made_again(project: Make, monkeypatch: Patch, propagation: str):
     """Finished work that had been moved away was published without its blocks, with exit 0."""
-    from wanda_dvc.stages import calibrate as calibrating
-    from wanda_dvc.stages import mask as masking
-
     made = fetch(project(propagation=propagation))
     calibrate(project=made)
     mask(project=made)
     target = made.stats if propagation == "dense" else made.masks
-    module: Any = calibrating if propagation == "dense" else masking
     stage = calibrate if propagation == "dense" else mask
     complete = tree(target)
     with monkeypatch.context() as killed:
-        killed.setattr(module, "seal", kill)
+        killed.setattr(tensors, "seal", kill)
         with pytest.raises(KeyboardInterrupt):
             stage(project=made)
     shutil.rmtree(work_of(made) / "out")

@@ -30,8 +30,8 @@ from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, least_squares, places, spread, stay_of
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance

@@ -396,8 +396,7 @@ TEXTS = {
 def function_of(row: str) -> Callable[..., Any]:
     """Return the function that a row of the catalog names as `module:function`."""
     module, _, name = row.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
+    return getattr(importlib.import_module(module), name)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:

@@ -24,7 +24,6 @@ PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a fo
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 RUNS_IN = get_args(Dtype)  # in which a model may run
-TODO = "correct it, or copy the file again"
 COPIED_AT_A_TIME = 2**20  # bytes
 
 
@@ -200,7 +199,7 @@ def read_config(place: Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each model's class raises exceptions of its own choice
         raise UserError(
-            f"{path}: {reason(error)}, expected a configuration that transformers accepts; {TODO}"
+            f"{path}: {reason(error)}, expected a configuration that transformers accepts; correct it, or copy it again"
         ) from error
 
 
@@ -215,8 +214,9 @@ def dtype_of(model: Path, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     stored = read_object(model / "config.json")
-    for part in (stored, stored.get("text_config")):
-        for name in ("dtype", "torch_dtype") if isinstance(part, dict) else ():
+    inside = stored.get("text_config")
+    for part in [stored, inside] if isinstance(inside, dict) else [stored]:
+        for name in ("dtype", "torch_dtype"):
             found = str(part.get(name)).removeprefix("torch.")
             if found in RUNS_IN:
                 return found

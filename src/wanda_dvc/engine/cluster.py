@@ -68,7 +68,7 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
                 f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
                 "folder that all nodes share, at the same path"
             )
-        found = function(own_device(device), given)
+        found = function(task_device(device), given)
         return list(found) if isinstance(found, Iterator) else found
     except Exception as error:
         where = f"worker on {socket.gethostname()} (node {ray.get_runtime_context().get_node_id()[:8]})"
@@ -77,7 +77,7 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def own_device(device: str) -> torch.device:
+def task_device(device: str) -> torch.device:
     """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
     accelerator.multiply_exactly()
     given, seen = [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -58,7 +58,9 @@ class Decoder:
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         accelerator.keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
-        self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
+        config = self.checkpoint.config
+        self._positions = positions_of(config) or sys.maxsize
+        self.model = build_empty(config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
@@ -86,14 +88,7 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """The number of tokens with a logit."""
-        size: int = self.model.get_output_embeddings().weight.shape[0]
-        return size
-
-    def inputs(self) -> dict[str, int]:
-        """The number of input features of every linear."""
-        return {
-            name: linear.features for index in range(len(self.blocks)) for name, linear in self.linears(index).items()
-        }
+        return self.model.get_output_embeddings().weight.shape[0]
 
     def check_tokens(self, rows: Sequence[Row]) -> None:
         """Raise UserError where a token has no embedding."""
@@ -196,8 +191,7 @@ class Decoder:
     ) -> Float[Tensor, "chunk vocabulary"]:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
         with self._instead_of_blocks(lambda *args, **kwargs: result):
-            logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
-        return logits[0]
+            return self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
 
     @cached_property
     def holds_layouts(self) -> bool:
@@ -313,7 +307,7 @@ class Decoder:
 
         The row is longer than a tile of our attention, and than the windows of the model's masks.
         """
-        length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
+        length = min(attention.QUERIES_AT_A_TIME * 5 // 4, self._positions)
         stock, ours = (
             self._tried([Row(torch.arange(length) % 7)], ours=ours, few=length // 3) for ours in (False, True)
         )

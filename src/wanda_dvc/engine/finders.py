@@ -46,10 +46,9 @@ def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) 
     """Build the empty model of the configuration with other values in some fields."""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
-        model: nn.Module = build_empty(changed(source.config, fields), f"{source} with {text}")
+        return build_empty(changed(source.config, fields), f"{source} with {text}")
     except Exception as error:  # each model's configuration raises exceptions of its own choice
         raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
-    return model
 
 
 # --- neurons and heads: inputs of a linear ---

@@ -88,16 +88,13 @@ class Sums:
         measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
         return Recorded(measured, self.grams, crosses)
 
-    def check_finite(self, block: int) -> None:
-        """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
-        if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
-            raise UserError(f"block {block}, input of {name}: sums of squares that are not finite; {FIX}")
 
-
-def _not_finite(sums: dict[str, Tensor]) -> str | None:
-    """Return the first name whose sums are not finite. The host waits for a GPU once."""
+def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
+    """Raise UserError if sums of some linears are not finite. The host waits for a GPU once."""
     finite = torch.stack([x.isfinite().all() for x in sums.values()]).tolist() if sums else []
-    return next((name for name, is_finite in zip(sums, finite, strict=True) if not is_finite), None)
+    for name, is_finite in zip(sums, finite, strict=True):
+        if not is_finite:
+            raise UserError(f"{where} of {name}: {what} that are not finite; {FIX}")
 
 
 def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
@@ -148,8 +145,10 @@ class RoutedOutputs:
     _of: dict[int, _Output] = field(default_factory=dict)  # by the tensor's identity
 
     def begin(self, made: Tensor, segments: Iterable[Segment]) -> None:
-        """Follow the output of a product of experts: [tokens, out]."""
-        self._keep(made, _Output(weakref.ref(made), list(segments)))
+        """Follow the output of a product of experts, [tokens, out], or several one below the other."""
+        output = _Output(weakref.ref(made), list(segments))
+        self._seen.append(output)
+        self._of[id(made)] = output
 
     def follow(self, function: Callable[..., Any], args: Any, made: Any) -> None:
         """Follow the outputs through a torch function."""
@@ -192,11 +191,7 @@ class RoutedOutputs:
             segments += [(name, begin + first, begin + last) for name, first, last in output.segments]
             begin += len(part)
         if len(made) == begin:
-            self._keep(made, _Output(weakref.ref(made), segments))
-
-    def _keep(self, made: Tensor, output: _Output) -> None:
-        self._seen.append(output)
-        self._of[id(made)] = output
+            self.begin(made, segments)
 
     def _find(self, x: Any) -> _Output | None:
         output = self._of.get(id(x))
@@ -304,11 +299,6 @@ class Gradients:
         for name, sums in other.sums.items():
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
         _merge(self.grams, other.grams)
-
-    def check_finite(self, model: object, block: int) -> None:
-        """Raise UserError if a gradient was not finite."""
-        if name := _not_finite(self.sums):
-            raise UserError(f"{model}: block {block}, output of {name}: gradients that are not finite; {FIX}")
 
 
 @contextlib.contextmanager

@@ -74,11 +74,6 @@ class Row:
     layout: Layout | None = None  # None: one text
 
 
-def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
-    """Return windows, or rows, as a list of rows."""
-    return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)
-
-
 def shards(rows: int) -> list[range]:
     """Return the shards of so many rows: 128 rows make 16 of 8, ten thousand 100 of 100. The last may be shorter."""
     size = min(max(rows // FEWEST, 1), LONGEST)
@@ -188,7 +183,8 @@ class HiddenStates:
         except (OSError, ValueError):  # missing, or empty
             return False
         size = sum(self.lengths[shard]) * self.width * self.dtype.itemsize
-        return len(content) == size + CHECKSUM and _checksum(zlib.crc32(content[:size])) == content[size:].tobytes()
+        checksum = zlib.crc32(content[:size]).to_bytes(CHECKSUM, "little")
+        return len(content) == size + CHECKSUM and checksum == content[size:].tobytes()
 
     def _save(self, boundary: int, shard: int, rows: Iterable[Tensor]) -> None:
         """Write a shard's file. Another process may write the same bytes at the same time."""
@@ -200,15 +196,11 @@ class HiddenStates:
                 content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
                 checksum = zlib.crc32(content, checksum)
                 file.write(content)
-            file.write(_checksum(checksum))
+            file.write(checksum.to_bytes(CHECKSUM, "little"))
         part.replace(path)
 
     def _path(self, boundary: int, shard: int) -> Path:
         return self.folder / f"{boundary:04d}-{shard:04d}"
-
-
-def _checksum(value: int) -> bytes:
-    return value.to_bytes(CHECKSUM, "little")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,12 @@ from torch import Tensor
 
 from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, recording_gradients
-from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, Row, Shard, as_rows, shards
+from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, check_finite, recording_gradients
+from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, R, Row, Shard, T, shards
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import FIX, UserError, notice
 
-T = TypeVar("T")
-R = TypeVar("R")
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Opened = Callable[[torch.device], Decoder]  # the model on a device
 # Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
@@ -90,7 +88,8 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
         return Sums(is_finite=is_finite)
     if not is_finite:
         raise UserError(f"{model.checkpoint}: block {index}: activations that are not finite; {FIX}")
-    recorder.sums.check_finite(index)
+    squares = {name: x.sum_squares for name, x in recorder.sums.stats.items()}  # their activations may be finite
+    check_finite(squares, f"block {index}, input", "sums of squares")
     return recorder.sums
 
 
@@ -203,7 +202,7 @@ class Runner:
         blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
         also runs through the dense model, without changes of blocks. With `every` the files of all boundaries stay.
         """
-        self.rows = as_rows(rows)
+        self.rows = [row if isinstance(row, Row) else Row(row) for row in rows]
         names = ["own", "dense"] if with_dense else ["own"]
         streams = {name: self.states(name, every=every, share=1 + (with_dense or every)) for name in names}
         self.own = streams["own"]
@@ -325,7 +324,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
             for sums in runner.map(backing, runner.shards, f"backward pass, block {index}, shard"):
                 total.merge(sums)
                 del sums  # before the next shard's are there
-            total.check_finite(decoder.checkpoint, index)
+            check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
             yield index, total
             back.finish(last=index == 0)
     finally:

@@ -45,6 +45,7 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     """
     if strength is None:
         return [share] * count
+    rate, divide = function_of(allocation.rating), function_of(allocation.function)
     parts: list[dict[str, tuple[int, int]]] = []  # the competing groups of each part's linears: number and size
     ratings: list[object] = []
     ends: list[int] = []  # the parts up to each block's end
@@ -56,11 +57,11 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
                 linears[name] = (number // features, features) if group == "row" else (1, number)
         parts += [{name: groups} for name, groups in linears.items()] if allocation.by_gradients else [linears]
         ends.append(len(parts))
-        rated = function_of(allocation.rating)(weights, measured)
+        rated = rate(weights, measured)
         ratings += rated if allocation.by_gradients else [rated]
     groups = [list(part.values()) for part in parts]
     sizes = [sum(number * size for number, size in part) for part in groups]
-    shares = settle(function_of(allocation.function)(share, sizes, ratings, strength), share, groups)
+    shares = settle(divide(share, sizes, ratings, strength), share, groups)
     if not allocation.by_gradients:
         return shares
     of_linears = [(linear, share) for part, share in zip(parts, shares, strict=True) for linear in part]

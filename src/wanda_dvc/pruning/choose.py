@@ -52,8 +52,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
         if units:
             return spread(cheapest(weight, given, units), units.layout).expand(weight.shape)
         among = "row" if group == "row" else "linear"  # solvers ignore the row weights
-        solved: Solved = function_of(method.function)(weight, given, share=share, pattern=pattern, group=among)
-        return solved.keep
+        return function_of(method.function)(weight, given, share=share, pattern=pattern, group=among).keep
     score = function_of(method.function)
     by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
     x = given.to(weight.device)

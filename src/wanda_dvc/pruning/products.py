@@ -33,8 +33,7 @@ def takes(a: Tensor, b: Tensor) -> bool:
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b of two matrices in float32; autograd works."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        made: Tensor = _Differentiable.apply(a, b.T)
-        return made
+        return _Differentiable.apply(a, b.T)
     return _linear(a, b.T)
 
 
@@ -78,8 +77,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a thousand times slower
         weight = weight.contiguous()
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return made
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Differentiable(torch.autograd.Function):

@@ -86,12 +86,10 @@ class BlockStats(NamedTuple):
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def of(self, name: str) -> "BlockStats":
-        """Return the statistics of one distinct input alone."""
+        """Return the sums of one distinct input alone."""
         readers = self.readers[name]
         transposed = [x for x in self.transposed if x in readers]
-        fisher = {x: self.fisher[x] for x in readers if x in self.fisher}
-        outputs = {x: self.outputs[x] for x in readers if x in self.outputs}
-        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed, fisher, outputs)
+        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed)
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""

@@ -84,8 +84,7 @@ class Results:
         if name not in self._details:
             known = self.folder is not None and name not in self.left_out
             self._details[name] = load_json(self.folder / f"{name}.json") if known and self.folder else {}
-        found: Json = self._details[name]
-        return found
+        return self._details[name]
 
     def keep_of(self, model: str) -> list[str]:
         """Leave out the results of another model than the one with this digest; return their names.
@@ -104,8 +103,7 @@ class Results:
 
     def answers(self, task: str) -> Json:
         """Return the protocol and the items' answers of a task; {} if missing."""
-        found: Json = self.details("zero_shot").get("tasks", {}).get(task, {})
-        return found
+        return self.details("zero_shot").get("tasks", {}).get(task, {})
 
 
 # --- readers: the results and a text, a task or "" → a value ---

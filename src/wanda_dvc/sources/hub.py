@@ -64,12 +64,11 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
     where, name = repository.where, repository.name
     with _user_errors(where, name):
         try:
-            found: Iterable[Json] = load_dataset(name, config, split=split, revision=repository.commit, **options)
+            return load_dataset(name, config, split=split, revision=repository.commit, **options)
         except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             asked = f"config {config}, split {split}" if config else f"split {split}"
             raise UserError(f"{where}: {name}, {asked}: {reason}") from error
-    return found
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:

@@ -59,8 +59,7 @@ class Stage:
     def function(self) -> Callable[..., None]:
         """The stage itself."""
         name = self.name.replace("-", "_")
-        function: Callable[..., None] = getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
-        return function
+        return getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
 
     def run_name(self, part: str = "", text: str = "") -> str:
         """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""

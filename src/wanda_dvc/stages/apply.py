@@ -16,9 +16,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import tier_provenance
 from wanda_dvc.stages.mask import removal_of
-from wanda_dvc.stages.running import progress, solving_device
+from wanda_dvc.stages.running import progress, solving_device, tier_provenance
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project

@@ -8,19 +8,11 @@ from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner
-from wanda_dvc.stages.running import progress, say_unreached
+from wanda_dvc.stages.running import calibrated_with, calibration_windows, check_ready, progress, runner, say_unreached
+from wanda_dvc.study import tensors
 from wanda_dvc.study.files import Json, write_csv
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import PROVENANCE, describe, read_provenance
-from wanda_dvc.study.tensors import (
-    block_count,
-    finished_blocks,
-    read_stats,
-    seal,
-    write_grams,
-    write_stats,
-)
 
 
 def calibrate(*, project: Project, tier: str) -> None:
@@ -39,19 +31,24 @@ def calibrate(*, project: Project, tier: str) -> None:
             pass
         elif tier == "gradients":
             _backward(project, work)
-        elif tier == "gram":
-            _forward(project, None, work)
-        elif with_gram:
+        elif tier == "norms" and with_gram:
             gram_from = _described(project, "gram", measured=True)
             with project.work(gram_from) as gram:
-                _forward(project, work, gram)
-                seal(gram.out, gram_from)
+                _forward(project, norms=work, gram=gram)
+                tensors.seal(gram.out, gram_from)
         else:
-            _forward(project, work, None)
-        seal(work.out, made_from)
+            _forward(project, **{tier: work})
+        tensors.seal(work.out, made_from)
         work.publish(project.root / "stats" / tier)
-    if tier == "norms":
-        _write_norms(project)
+    if tier == "norms":  # for plots
+        rows: list[list[object]] = []
+        for block in range(tensors.block_count(project.stats, "calibrate")):
+            stats = tensors.read_stats(project.stats, block)
+            for name, x in stats.inputs.items():
+                readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
+                rows.append([block, readers, len(x.norm), *summary(x.norm).values()])
+        headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
+        write_csv(project.plots("norms"), headers, rows)
 
 
 def _described(project: Project, tier: str, *, measured: bool) -> Json:
@@ -74,7 +71,7 @@ def _described(project: Project, tier: str, *, measured: bool) -> Json:
     return described
 
 
-def _forward(project: Project, norms: Work | None, gram: Work | None) -> None:
+def _forward(project: Project, *, norms: Work | None = None, gram: Work | None = None) -> None:
     """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input.
 
     A killed run resumes after the blocks that all works have.
@@ -82,22 +79,23 @@ def _forward(project: Project, norms: Work | None, gram: Work | None) -> None:
     works = [work for work in (norms, gram) if work]
     run = runner(project, "dense", works[0])
     windows, blocks = calibration_windows(project), len(run.decoder.blocks)
-    tokens, features = windows.numel(), max(run.decoder.inputs().values())
+    each = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
+    tokens, features = windows.numel(), max(linear.features for linear in each)
     if gram and tokens < TOKENS_A_FEATURE * features:
         notice(
             f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
             f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
             "calibration.windows"
         )
-    kept = min(finished_blocks(work.out) for work in works)
+    kept = min(tensors.finished_blocks(work.out) for work in works)
     unreached = {}
     for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached[step.index] = measured.unreached()
         if norms:
-            write_stats(norms.out, step.index, measured)
+            tensors.write_stats(norms.out, step.index, measured)
         if gram:
-            write_grams(gram.out, step.index, measured, grams)
+            tensors.write_grams(gram.out, step.index, measured, grams)
     if norms:
         say_unreached("calibrate", unreached)  # of the blocks measured by this run
 
@@ -108,21 +106,9 @@ def _backward(project: Project, work: Work) -> None:
 
     run = runner(project, "dense", work)
     blocks = len(run.decoder.blocks)
-    kept = finished_blocks(work.out, reversed(range(blocks)))
+    kept = tensors.finished_blocks(work.out, reversed(range(blocks)))
     back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
     for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
         each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
-        write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
+        tensors.write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
         came.grams.clear()  # before the next block's arrive; other frames hold them too
-
-
-def _write_norms(project: Project) -> None:
-    """Write the norms by block, for plots."""
-    rows: list[list[object]] = []
-    for block in range(block_count(project.stats, "calibrate")):
-        stats = read_stats(project.stats, block)
-        for name, x in stats.inputs.items():
-            readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
-            rows.append([block, readers, len(x.norm), *summary(x.norm).values()])
-    headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
-    write_csv(project.plots("norms"), headers, rows)

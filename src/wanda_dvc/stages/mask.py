@@ -14,44 +14,18 @@ from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.rows import Executor
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
+from wanda_dvc.pruning import choose
 from wanda_dvc.pruning.allocation import allocate
-from wanda_dvc.pruning.choose import (
-    Share,
-    Weights,
-    aim_block,
-    choose_block,
-    choose_units,
-    keeps_all,
-    masked,
-    prepared_linears,
-    reconstruct,
-)
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
-from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibration_windows, executor, runner, statistics, tier_provenance
-from wanda_dvc.stages.running import progress, say_unreached, solving_device
+from wanda_dvc.stages import STAGES, running
+from wanda_dvc.study import tensors
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import check_source, describe, digest, read_provenance
-from wanda_dvc.study.tensors import (
-    Grams,
-    Masks,
-    block_file,
-    finished_blocks,
-    pack_masks,
-    read_fisher,
-    read_grams,
-    read_stats,
-    seal,
-    write_grams,
-    write_masks,
-    write_weights,
-)
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
@@ -65,63 +39,68 @@ def mask(*, project: Project) -> None:
     calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    plan, device = project.plan, solving_device(project.params.runtime)  # refused before any file is read
-    stats = statistics(project)
-    checkpoint, blocks = Checkpoint(project.model("dense")), range(stats["blocks"])
+    plan, device = project.plan, running.solving_device(project.params.runtime)  # refused before any file is read
+    stats, tiers = running.statistics(project)
+    checkpoint, blocks = Checkpoint(project.model("dense")), range(tensors.block_count(project.stats, "calibrate"))
     removal = removal_of(checkpoint, plan)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
         if not removal.readers:  # units are complete linears
             from wanda_dvc.engine.finders import confirmed
 
-            every = (read_stats(project.stats, block) for block in blocks)
+            every = (tensors.read_stats(project.stats, block) for block in blocks)
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
-            stays = choose_units(removal.sets, checkpoint.weight, every, method=plan.method, dtype=dtype, device=device)
+            stays = choose.choose_units(
+                removal.sets, checkpoint.weight, every, method=plan.method, dtype=dtype, device=device
+            )
             removal = confirmed(checkpoint, removal.with_stays(stays))
-    rated = (read_stats(project.stats, block, gradients=_sums(project)) for block in blocks)
+    gradients = project.gradients.absolute()
+    sums = gradients if plan.masks_read_sums else None
+    rated = (tensors.read_stats(project.stats, block, gradients=sums) for block in blocks)
     shares = allocate(
         checkpoint.weight,
-        progress(rated, total=len(blocks), what="mask, blocks rated"),
+        running.progress(rated, total=len(blocks), what="mask, blocks rated"),
         len(blocks),
         allocation=plan.allocation,
         share=plan.share,
         group=plan.group,
         strength=plan.strength,
     )
-    made_from = _describe(project, stats, shares, removal)
-    back = project.gradients.absolute() if plan.masks_read_gradients else None
-    solving = partial(solve, plan, checkpoint, removal.units if removal else {}, back)
+    made_from = _describe(project, stats, tiers, shares, removal)
+    solving = partial(solve, plan, checkpoint, removal.units if removal else {}, gradients)
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
         unreached: dict[int, set[str]] = {}
         stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
-        finished = min(map(finished_blocks, stored))
+        finished = min(map(tensors.finished_blocks, stored))
         solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, solving, shares, blocks[finished:])
         if plan.propagates:
             solved = walked(project, solving, shares, stats, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
-        for made, step in progress(solved, total=len(blocks) - finished, what=what):
+        for made, step in running.progress(solved, total=len(blocks) - finished, what=what):
             keep, changed = made.keeps, made.weights
             if removal:  # of removed units, all weights go
-                keep = pack_masks(removal.spread(keep))
-                changed = {name: masked(weight, keep[name]) for name, weight in changed.items()}
+                keep = tensors.pack_masks(removal.spread(keep))
+                changed = {name: choose.masked(weight, keep[name]) for name, weight in changed.items()}
             if step and plan.reconstruction.trains:
                 trained = step.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if weights in stored:
-                write_weights(weights, made.block, changed, made.diagnostics)
-            write_masks(masks, made.block, keep)
+                tensors.write_weights(weights, made.block, changed, made.diagnostics)
+            tensors.write_masks(masks, made.block, keep)
             if step:
                 step.change(keep, changed)
             unreached[made.block] = made.unreached
         if plan.propagates or plan.method.needs != "weights":
-            say_unreached("mask", unreached)  # of the blocks of this run
-        seal(masks, made_from)
-        seal(weights, made_from)
+            running.say_unreached("mask", unreached)  # of the blocks of this run
+        tensors.seal(masks, made_from)
+        tensors.seal(weights, made_from)
         work.publish(project.masks, project.weights)
 
 
-def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "Removal | None") -> Json:
+def _describe(
+    project: Project, stats: Json, tiers: Json, shares: Sequence[choose.Share], removal: "Removal | None"
+) -> Json:
     """Return the provenance of masks and weights."""
     plan = project.plan
     runs = ("transformers",) if plan.propagates or plan.structure else ()
@@ -133,11 +112,8 @@ def _describe(project: Project, stats: Json, shares: Sequence[Share], removal: "
         stats=digest(stats),
         calibration={"text": stats["text"], **stats["params"]},
         params=plan.described,
+        **tiers,
     )
-    if plan.method.needs == "gram" and not plan.propagates:
-        described["gram"] = digest(tier_provenance(project.gram, stats))
-    if plan.masks_read_sums or plan.masks_read_gradients:
-        described["gradients"] = digest(tier_provenance(project.gradients, stats))
     if removal:
         described["config"] = removal.changes
     if plan.allocation.name != "uniform":
@@ -153,13 +129,7 @@ def removal_of(source: Checkpoint, plan: Plan) -> "Removal | None":
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
-    found: Removal = function_of(plan.structure.find)(source, plan.structure, plan.share)
-    return found
-
-
-def _sums(project: Project) -> Path | None:
-    """Return the folder of the gradients tier, if masks depend on its sums."""
-    return project.gradients if project.plan.masks_read_sums else None
+    return function_of(plan.structure.find)(source, plan.structure, plan.share)
 
 
 # --- the unit of work ---
@@ -170,7 +140,7 @@ class Part(NamedTuple):
 
     block: int
     stats: BlockStats  # of these inputs
-    share: Share
+    share: choose.Share
     grams: Path  # the folder of the Gram matrices, for solvers
 
 
@@ -178,7 +148,7 @@ class Made(NamedTuple):
     """Masks of some linears of a block, and their new weights if they are solved for here."""
 
     block: int
-    keeps: Masks
+    keeps: tensors.Masks
     weights: dict[str, Tensor]  # by linear, in their stored dtypes
     diagnostics: Json  # solver diagnostics of each
     unreached: set[str]  # experts without tokens
@@ -188,23 +158,26 @@ Solving = Callable[[torch.device, Part], Made]
 
 
 def solve(  # noqa: PLR0913, PLR0917 - what all parts share, and one of them
-    plan: Plan, source: Checkpoint, units: Mapping[str, Units], back: Path | None, device: torch.device, part: Part
+    plan: Plan, source: Checkpoint, units: Mapping[str, Units], gradients: Path, device: torch.device, part: Part
 ) -> Made:
     """Return masks, and new weights if later blocks depend on them, of a part's linears.
 
-    `units` are those that go, by the linear that reads them; `back` is the folder of the gradients' Gram matrices, if
-    the reconstruction reads them.
+    `units` are those that go, by the linear that reads them; `gradients` is the folder of that tier.
     """
     block, device = part.stats, accelerator.solving_device(device)
-    weights: Weights = source.weight
-    grams: Grams | None = None
+    if plan.masks_read_sums:
+        block = block._replace(fisher=tensors.read_fisher(gradients, part.block))
+    weights: choose.Weights = source.weight
+    grams: tensors.Grams | None = None
     names = [name for names in block.readers.values() for name in names]
     if plan.solves_by_input:
         weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
-        grams = read_grams(part.grams, part.block, device, of=block.readers)
+        grams = tensors.read_grams(part.grams, part.block, device, of=block.readers)
         if plan.corrects:
-            weights = aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION).__getitem__
-    chosen = choose_block(
+            weights = choose.aim_block(
+                weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION
+            ).__getitem__
+    chosen = choose.choose_block(
         weights,
         block,
         method=plan.method,
@@ -217,23 +190,25 @@ def solve(  # noqa: PLR0913, PLR0917 - what all parts share, and one of them
     )
     changed, diagnostics = dict[str, Tensor](), Json()
     if grams is not None and plan.weights_come_from == "weights":
-        gradients: Mapping[str, Gram] = read_grams(back, part.block, of=names) if back else {}
-        for name, prepared in prepared_linears(block.readers, grams):
-            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, units)):
-                solved = reconstruct(
+        back: Mapping[str, Gram] = {}
+        if plan.masks_read_gradients:
+            back = tensors.read_grams(gradients, part.block, of=names)
+        for name, prepared in choose.prepared_linears(block.readers, grams):
+            if prepared is not None and (plan.corrects or not choose.keeps_all(name, plan.pattern, units)):
+                solved = choose.reconstruct(
                     weights(name),
                     chosen[name],
                     prepared,
                     reconstruction=plan.solver,
-                    gradients=gradients.get(name),
+                    gradients=back.get(name),
                     transposed=name in block.transposed,
                 )
                 changed[name] = solved.weight.to("cpu", source.weight(name).dtype)
                 diagnostics[name] = solved.diagnostics
-    return Made(part.block, pack_masks(chosen), changed, diagnostics, block.unreached())
+    return Made(part.block, tensors.pack_masks(chosen), changed, diagnostics, block.unreached())
 
 
-def parts_of(plan: Plan, block: int, measured: BlockStats, share: Share, grams: Path) -> list[Part]:
+def parts_of(plan: Plan, block: int, measured: BlockStats, share: choose.Share, grams: Path) -> list[Part]:
     """Return the parts of a block; `grams` is the folder of its Gram matrices."""
     alone = [measured.of(source) for source in measured.readers] if plan.solves_by_input else [measured]
     return [Part(block, own, share, grams.absolute()) for own in alone]
@@ -249,47 +224,42 @@ def together(parts: Iterable[Made]) -> Made:
 
 
 def from_statistics(
-    project: Project, solving: Solving, shares: Sequence[Share], blocks: Iterable[int]
+    project: Project, solving: Solving, shares: Sequence[choose.Share], blocks: Iterable[int]
 ) -> Iterator[tuple[Made, None]]:
     """Yield each block, from the statistics of the dense model.
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks.
     """
-    plan, every = project.plan, []
-    for block in blocks:
-        measured = read_stats(project.stats, block, gradients=_sums(project))
-        every.append(parts_of(plan, block, measured, shares[block], project.gram))
-    run = Executor(solving_device(project.params.runtime))
-    if plan.solves_by_input:
-        run = executor(project, [project.model("dense"), project.gram])
+    plan = project.plan
+    every = [parts_of(plan, n, tensors.read_stats(project.stats, n), shares[n], project.gram) for n in blocks]
+    run = running.executor(project, [project.model("dense"), project.gram], here=not plan.solves_by_input)
     made = run.map(solving, itertools.chain.from_iterable(every), "solver")
     for own in every:
         yield together(itertools.islice(made, len(own))), None
 
 
 def walked(  # noqa: PLR0913, PLR0917 - as from_statistics, and the walk
-    project: Project, solving: Solving, shares: Sequence[Share], stats: Json, work: Work, finished: int
+    project: Project, solving: Solving, shares: Sequence[choose.Share], stats: Json, work: Work, finished: int
 ) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
     The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
     depend on stats/, and on no setting of calibration.
     """
-    plan, measured_with, sums = project.plan, stats["params"], _sums(project)
+    plan, measured_with = project.plan, stats["params"]
     text = read_provenance(project.data("calibration"), "download calibration")
     check_source("stats", stats["text"], text, "calibrate")
-    windows = calibration_windows(project, measured_with)
+    windows = running.calibration_windows(project, measured_with)
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
     # A training needs the dense block's outputs too, a correction its inputs.
-    run = runner(project, "dense", work, dtype=measured_with["dtype"])
+    run = running.runner(project, "dense", work, dtype=measured_with["dtype"])
     for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
         recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
         if plan.records_grams:
-            write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
-        measured = recorded.stats._replace(fisher=read_fisher(sums, step.index) if sums else {})
+            tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
+        own = parts_of(plan, step.index, recorded.stats, shares[step.index], folder)
         del recorded  # the next matrices need its memory
-        own = parts_of(plan, step.index, measured, shares[step.index], folder)
         made = together(run.map(solving, own, f"block {step.index}, solver"))
-        block_file(folder, step.index).unlink(missing_ok=True)
+        tensors.block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step

@@ -4,23 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wanda_dvc.engine.divergence import (
-    DRAWN,
-    TOP,
-    Divergence,
-    Reference,
-    from_losses,
-    measure_windows,
-    summarize,
-)
+from wanda_dvc.engine import divergence
+from wanda_dvc.engine.divergence import Divergence, Reference
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
-from wanda_dvc.stages.running import progress
+from wanda_dvc.stages.running import HEAD, check_ready, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
@@ -29,7 +21,7 @@ from wanda_dvc.study.tensors import read_window, seal, write_window
 
 def perplexity(*, project: Project, model: str, text: str) -> None:
     """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
-    measured = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
+    measured, dtype = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
     rows, described = windows_of(project, project.model(model), text)
     run_name, reference = f"perplexity {model} {text}", project.reference(text)
     protocol = describe(
@@ -40,7 +32,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         **described,
-        dtype=model_dtype(project, model),
+        dtype=dtype,
     )
     dense = None if model == "dense" else _reference(project, text, protocol)
     if dense:
@@ -54,16 +46,17 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
         details: Json = {"protocol": protocol, "losses": [finite(x) for x in losses]}
-        metrics: Json = {"perplexity": from_losses(losses, predictions)}
+        metrics: Json = {"perplexity": divergence.from_losses(losses, predictions)}
         if divergences:
-            metrics |= summarize(divergences)
+            metrics |= divergence.summarize(divergences)
             details["divergences"] = [finite(math.fsum(one.kl) / len(one.kl)) for one in divergences]
             details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if dense is None:
-            made: Json = {"protocol": protocol, "vocabulary": run.decoder.vocabulary, "top": TOP, "drawn": DRAWN}
-            seal(work.out, describe("perplexity dense", **made), parts="rows")
+            kept: Json = {"top": divergence.TOP, "drawn": divergence.DRAWN}
+            made = describe("perplexity dense", protocol=protocol, vocabulary=run.decoder.vocabulary, **kept)
+            seal(work.out, made, parts="rows")
             work.publish(reference)
         else:
             known = (read_window(reference, window)["true_log_p"] for window in range(len(rows)))
@@ -84,7 +77,7 @@ def _measure(run: Runner, out: Path, dense: Path | None, what: str) -> tuple[lis
         return [Reference(**read_window(dense, window)) if dense else None for window in shard]
 
     losses, divergences = list[float](), list[Divergence]()
-    found = run.head(measure_windows, references)
+    found = run.head(divergence.measure_windows, references)
     for window, (loss, made) in enumerate(progress(found, total=len(run.rows), what=what)):
         losses.append(loss)
         if isinstance(made, Reference):

@@ -1,14 +1,17 @@
-"""The run of a stage: its progress, its device, its time and memory."""
+"""How a stage runs: its time and memory, its device, its inputs, checked in one place, and what runs a model."""
 
 import contextlib
+import importlib
 import os
 import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,17 +19,27 @@ from wanda_dvc import machine
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
+from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import Stage
-from wanda_dvc.study.files import Json, write_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.files import Documents, Json, write_json
+from wanda_dvc.study.project import DOCUMENTS, Project, Work
+from wanda_dvc.study.provenance import MADE_BY, check_source, digest, read_provenance
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
 KEPT = "finished blocks are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
 
+HEAD = "output head"  # a place of activations that are not finite
+
 if TYPE_CHECKING:
     import torch
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.rows import Executor
+    from wanda_dvc.engine.walk import Runner
 
 T = TypeVar("T")
 
@@ -189,3 +202,146 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
             f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
             "their weights by magnitude, and REAP removes them first. More calibration windows reach more experts."
         )
+
+
+# --- inputs ---
+
+
+def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
+    """Check device, files, configuration and length of windows before a model runs.
+
+    Return the model's provenance, and the dtype in which it runs.
+    """
+    from wanda_dvc.engine.checkpoint import positions_of, read_config
+
+    own_device(project.params.runtime)
+    if project.params.runtime.ray is not None:
+        importlib.import_module("ray")
+    provenance = read_provenance(project.model(model), MADE_BY[model])
+    for file in project.model(model).iterdir():
+        check_file(file)  # transformers passes over a generation_config.json that it cannot read
+    positions = positions_of(read_config(project.model(model)))
+    if length and positions is not None and length > positions:
+        raise UserError(
+            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
+            f"{project.model(model)}; set {setting}={positions} or less"
+        )
+    return provenance, model_dtype(project, model)
+
+
+def model_dtype(project: Project, model: str = "dense") -> str:
+    """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
+    from wanda_dvc.engine.checkpoint import dtype_of
+
+    return dtype_of(project.model(model), project.planned("calibrate/norms")["dtype"])
+
+
+def say_not_finite(run: str, where: str | None) -> None:
+    """Report the place of a model's first non-finite activations, if any."""
+    if where:
+        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
+
+
+def calibrated_with(project: Project) -> Json:
+    """Return the settings that determine the calibration windows and the run."""
+    planned = project.planned("calibrate/norms")
+    return {name: planned[name] for name in ("windows", "length", "seed")} | {"dtype": model_dtype(project)}
+
+
+def statistics(project: Project) -> tuple[Json, dict[str, str]]:
+    """Return the provenance of stats/norms, and by name the digests of the other tiers that masks depend on.
+
+    UserError if they are of another model, or of other settings.
+    """
+    stats = read_provenance(project.stats, "calibrate")
+    check_source("stats", stats["model"], read_provenance(project.model("dense"), MADE_BY["dense"]), "calibrate")
+    expected = calibrated_with(project)
+    if stats["params"] != expected:
+        raise UserError(
+            f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    plan = project.plan
+    gram = [project.gram] if plan.method.needs == "gram" and not plan.propagates else []
+    others = [*gram, project.gradients] if plan.masks_read_sums or plan.masks_read_gradients else gram
+    return stats, {folder.name: digest(tier_provenance(folder, stats)) for folder in others}
+
+
+def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
+    """Return the provenance of stats/gram or stats/gradients.
+
+    UserError if it has no blocks, or is of another run than `made_with`: model, text and parameters of `what`.
+    """
+    tier = read_provenance(folder, "calibrate")
+    if not tier["blocks"] or any(tier[name] != made_with[name] for name in ("model", "text", "params")):
+        raise UserError(
+            f"stats/{folder.name}: found {tier['blocks']} blocks of {tier['model']['source']}, expected those of the "
+            f"model and the calibration that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
+        )
+    return tier
+
+
+def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
+    """Draw windows from data/calibration, with the dense model's tokenizer.
+
+    The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
+    """
+    from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+
+    wanted = measured_with or calibrated_with(project)
+    words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
+    folder, model = project.data("calibration"), project.model("dense")
+    if not is_there(folder / DOCUMENTS):
+        text = project.text("calibration")
+        return draw(tokenize(text, load_tokenizer(model)), **words)
+    column = read_provenance(folder, "download calibration")["column"]
+    project.work_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=project.work_root) as scratch:  # the system's own folder may be in memory
+        documents = Documents(folder / DOCUMENTS, column, scratch)
+        return draw_from_documents(documents, partial(tokenize, tokenizer=load_tokenizer(model)), **words)
+
+
+# --- what runs a model ---
+
+
+def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Runner":
+    """Return a runner of rows through one of the project's models, in this process or on the cluster."""
+    from wanda_dvc.engine.walk import Runner
+
+    decoder = open_decoder(project, model, dtype=dtype)
+    run = executor(project, [project.model(model), project.work_root])
+    return Runner(decoder, work.path.absolute(), run)
+
+
+def executor(project: Project, folders: Sequence[Path], *, here: bool = False) -> "Executor":
+    """Return what maps functions that read some folders: this process, or the cluster of params.yaml unless `here`."""
+    runtime = project.params.runtime
+    if here or runtime.ray is None:
+        from wanda_dvc.engine.rows import Executor
+
+        return Executor(own_device(runtime))
+    from wanda_dvc.engine.cluster import Cluster
+
+    cluster = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
+    notice(f"runtime.ray: workers: {cluster.workers}")
+    return cluster
+
+
+def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
+    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
+
+    With a cluster it is on the CPU: this process computes nothing itself.
+    """
+    import torch
+
+    from wanda_dvc.engine.attention import has_units
+    from wanda_dvc.engine.decoder import Decoder
+
+    runtime, dtype = project.params.runtime, dtype or model_dtype(project, model)
+    device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
+    if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
+        notice(
+            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
+            "dtype=float32 (last digits differ), or use another machine"
+        )
+    return Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)

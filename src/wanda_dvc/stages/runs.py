@@ -58,7 +58,9 @@ class Runs:
         """
         now = dict(self.made)
         with contextlib.suppress(UserError):  # settings of another version
-            now |= _plan(check_params(nested(asked) if asked else self.settings))
+            for name, content in planned(check_params(nested(asked) if asked else self.settings)).items():
+                written = f"{json_text(content)}\n".encode()
+                now[f"plan/{name}.json"] = hashlib.md5(written, usedforsecurity=False).hexdigest()
         stale: set[str] = set()
         outs: set[str] = set()  # of stale stages
         while True:  # the lock has any order
@@ -76,8 +78,7 @@ class Runs:
     @property
     def settings(self) -> Json:
         """The settings of the stage `plan`'s last run; {} before the first."""
-        found: Json = (self.stages.get("plan", {}).get("params") or {}).get("params.yaml") or {}
-        return found
+        return (self.stages.get("plan", {}).get("params") or {}).get("params.yaml") or {}
 
     def params(self, asked: Params) -> Params:
         """Return the settings of the current results; before the first run, the requested ones.
@@ -103,12 +104,6 @@ class Runs:
         paths = [path for path in (root / "metrics").rglob("*") if path.is_file()]
         found = {path.relative_to(root).as_posix(): path for path in paths}
         return {name for name, path in found.items() if name in of_stale or self.made.get(name) != md5(path)}
-
-
-def _plan(params: Params) -> dict[str, str]:
-    """Return the MD5 of each file in plan/ for some settings."""
-    files = {f"plan/{name}.json": f"{json_text(content)}\n".encode() for name, content in planned(params).items()}
-    return {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
 
 
 def md5(path: Path) -> str:

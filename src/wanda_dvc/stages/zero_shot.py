@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
-from wanda_dvc.stages.running import device_name, free_memory, own_device, progress
+from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
-    measured, dtype, planned = check_ready(project, model), model_dtype(project, model), project.planned("zero-shot")
+    (measured, dtype), planned = check_ready(project, model), project.planned("zero-shot")
     same = {  # in the protocol of each task, and of the continuations
         "version": STAGES["zero-shot"].version,
         "model": digest(measured),
@@ -183,16 +182,16 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
 
     from wanda_dvc.stages.needs import Known, continuing
 
-    folder, runtime, prompts = project.model(model), project.params.runtime, read_prompts(project)
+    device, prompts = own_device(project.params.runtime), read_prompts(project)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
     needed = continuing(Known(project, model), longest + CONTINUED)
-    if needed > (free := free_memory(device_name(runtime))):
+    if needed > (free := free_memory(str(device))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
         again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
         notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
-    dtype, device = getattr(torch, model_dtype(project, model)), own_device(runtime)
-    written = continuations(folder, prompts, dtype=dtype, device=device)
+    dtype = getattr(torch, protocol["dtype"])
+    written = continuations(project.model(model), prompts, dtype=dtype, device=device)
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}
 

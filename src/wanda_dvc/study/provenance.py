@@ -81,8 +81,7 @@ def tokenizer_digest(model: Path) -> str:
 
 def dense_of(model: str, provenance: Json) -> str:
     """Return the SHA-256 of the dense model, from its own provenance or from that of a model pruned from it."""
-    sha256: str = provenance["sha256"] if model == "dense" else provenance["model"]["sha256"]
-    return sha256
+    return (provenance if model == "dense" else provenance["model"])["sha256"]
 
 
 def differing(one: Json, other: Json) -> str | None:
