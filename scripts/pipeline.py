@@ -20,56 +20,7 @@ HEAD = """\
 # `--stage-version` is the version of what a stage computes: a wanda-dvc that changes a stage's results raises it, and
 # DVC reruns that stage and those after it.
 """
-TAIL = """
-# `dvc plots show` draws these, `dvc plots diff NAME NAME` those of several experiments over each other.
-plots:
-  - accuracy by task:
-      title: Zero-shot accuracy, ± one standard error over items
-      template: accuracy
-      x: item
-      y:
-        metrics/plots/dense/zero_shot.csv: acc
-        metrics/plots/pruned/zero_shot.csv: acc
-  - sparsity by block:
-      title: Measured sparsity by block
-      template: by_block
-      x: block
-      x_label: block
-      y:
-        metrics/plots/sparsity.csv: sparsity
-      y_label: sparsity
-  - layer error by block: # with Gram matrices
-      title: "Layer error: how far each linear's output is off"
-      template: by_block
-      x: block
-      x_label: block
-      y:
-        metrics/plots/layer_error.csv: error
-      y_label: ‖(W−Ŵ)X‖² / ‖WX‖²
-  - input norms by block:
-      title: "Input norms by block: the largest, and dashed the median"
-      template: norms_by_block
-      x: block
-      x_label: block
-      y:
-        metrics/plots/norms.csv: largest
-      y_label: ‖X‖₂, log scale
-  - outliers by block:
-      title: Features of more than 6 times the median norm
-      template: by_block
-      x: block
-      x_label: block
-      y:
-        metrics/plots/norms.csv: outliers
-      y_label: fraction of features
-
-artifacts:
-  pruned-model:
-    path: models/pruned
-    type: model
-    desc: The dense model pruned by masks/. It is not cached; `wanda-dvc export DIR --rev NAME` builds any experiment's.
-    labels: [pruned, wanda-dvc, causal-lm]
-"""
+MARK = "\n# `dvc plots show` draws these"  # what follows is written by hand, in the template
 
 
 def pipeline() -> str:
@@ -83,7 +34,8 @@ def pipeline() -> str:
     yaml.width = 2**16
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump({"stages": stages}, written)
-    return HEAD + written.getvalue() + TAIL
+    _, mark, tail = TARGETS[1].read_text(encoding="utf-8").partition(MARK)
+    return HEAD + written.getvalue() + mark + tail
 
 
 def _entry(stage: Stage, name: str, part: Part) -> dict[str, Any]:

@@ -180,8 +180,8 @@ def test_a_limit_needs_a_control_group_and_leaves_none(tmp_path: Path, monkeypat
 def test_every_mutant_changes_the_code_that_is_there():
     """`python scripts/mutants.py` runs them."""
     mutants = script("mutants")
-    for name, (tests, changes) in mutants.MUTANTS.items():
+    for name, row in mutants.TABLE.items():
         source = (ROOT / mutants.PACKAGE / f"{name}.py").read_text(encoding="utf-8")
-        for old, new in changes:
+        for old, new in row["changes"]:
             compile(mutants.mutated(source, old, new), name, "exec")
-        assert all((ROOT / f"tests/test_{test}.py").is_file() for test in tests.split()), tests
+        assert all((ROOT / f"tests/test_{test}.py").is_file() for test in row["tests"].split()), row["tests"]
