@@ -61,5 +61,5 @@ $(BIN)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --no-compile $(LOCK) --editable '.[dev]'
 	touch $@
 
-lock: install ## write the installed versions into requirements.lock; torch stays a range, because its builds differ by platform
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|nvidia-|triton|setuptools|pip)([=-]|$$)' > requirements.lock
+lock: install ## write the installed versions into requirements.lock; torch without its build, such as +cpu, which differs by platform
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' | grep -v -i -E '^(nvidia-|cuda-|triton|setuptools|pip)([=-]|$$)' > requirements.lock
