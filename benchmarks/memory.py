@@ -80,8 +80,8 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
 def main() -> None:
     """Run the command line; `--run` measures in this process."""
     if sys.argv[1:2] == ["--run"]:
-        root, stage, part, out = sys.argv[2:]
-        Path(out).write_text(json.dumps(measure(Path(root), stage, part)))
+        place, stage, part, target = sys.argv[2:]
+        Path(target).write_text(json.dumps(measure(Path(place), stage, part)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--7b", action="store_true", dest="large")
@@ -89,20 +89,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
         make_checkpoint(model, json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"} if large else QWEN)
-        command = Path(sys.executable).parent / "wanda-dvc"
-        subprocess.run([command, "init", root, "--model", model], check=True)
+        own = Path(sys.executable).parent / "wanda-dvc"
+        subprocess.run([own, "init", root, "--model", model], check=True)
 
         from wanda_dvc.study.scaffold import change_settings
 
         windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
         change_settings(root / "params.yaml", windows)
         for words in (["plan"], *(["download", part] for part in ("model", "calibration", "perplexity"))):
-            subprocess.run([command, *words], cwd=root, check=True)
+            subprocess.run([own, *words], cwd=root, check=True)
         size = sum(path.stat().st_size for path in (root / "models/dense").glob("*.safetensors"))
         for stage, part in STAGES:
-            with limited(int(LIMIT)) if large else contextlib.nullcontext([]) as words:
-                forget(root)
-                subprocess.run([*words, sys.executable, __file__, "--run", root, stage, part, out], check=True)
+            command = [sys.executable, __file__, "--run", str(root), stage, part, str(out)]
+            forget(root)
+            with contextlib.ExitStack() as stack:
+                words = stack.enter_context(limited(int(LIMIT))) if large else []
+                subprocess.run([*words, *command], check=True)
             found = json.loads(out.read_text())
             peak, most = (found["peak"] + found["imports"], LIMIT) if large else (found["peak"], 0.35 * size)
             value = {
@@ -110,7 +112,11 @@ def main() -> None:
                 "goal": "< 1" if large else "< 0.35",
                 "met": peak < most,
             }
-            what = f"LLaMA-2-7B's shape under 3 GB, {stage}" if large else f"memory {stage}, share of the checkpoint"
+            what = (
+                f"LLaMA-2-7B's shape under 3 GB, {stage}{' dense' * (part == 'dense')}"
+                if large
+                else f"memory {stage}, share of the checkpoint"
+            )
             write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL, [stage]))
             print(stage, found, flush=True)
 

@@ -105,7 +105,7 @@ class Study:
 
     def stage(self, *words: str) -> None:
         """Run a stage as a process, so that its memory is free afterwards."""
-        command = [Path(sys.executable).parent / "wanda-dvc", *words]
+        command = [str(Path(sys.executable).parent / "wanda-dvc"), *words]
         subprocess.run(command, cwd=self.root, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
     def measure(self, row: Wanted) -> Row:

@@ -7,6 +7,8 @@ mutants.json has of each file the tests that concern it, and the changes: old te
 mutant is killed if one of these tests fails or takes ten minutes. Exit 1 if more than one of twenty survives.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -52,11 +54,18 @@ def run_tests(root: Path, tests: str) -> None:
         os.dup2(nowhere.fileno(), 2)
         options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     status = pytest.main([*options, "-m", "not full and not slow and not pipeline", *words])
+    specs = {name: getattr(module, "__spec__", None) for name, module in sys.modules.items()}
+    others = [name for name, spec in specs.items() if spec and not str(spec.origin).startswith(str(root))]
+    (root / "libraries.json").write_text(json.dumps(others))
     os._exit(int(status))
 
 
 def survives(root: Path, tests: str) -> bool:
-    """Whether all tests pass. They run in a fork, which need not import the libraries again."""
+    """Whether all tests pass. They run in a fork, which need not import the libraries of an earlier one again."""
+    known = root / "libraries.json"
+    for name in json.loads(known.read_text()) if known.is_file() else ["torch", "transformers"]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     process = get_context("fork").Process(target=run_tests, args=(root, tests))
     process.start()
     process.join(LONGEST)
@@ -68,10 +77,6 @@ def survives(root: Path, tests: str) -> bool:
 
 def main(files: list[str]) -> int:
     """Run the mutants of some files, by default of all."""
-    import scipy.special  # noqa: F401 - imported once, for all forks
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
     survivors, count = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
