@@ -28,7 +28,7 @@ TABLES = {
     "evaluate": ["evaluate", "models/pruned"],
     "doctor": ["doctor"],
 }
-WRITE = {"report", "export", "init"}
+WRITE = {"report", "export", "init", "prune"}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The results of a study: intervals and paired tests, which may be compared, the table of measures, and its views."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 from conftest import write_params
 from scipy import stats
 
+from wanda_dvc.errors import UserError
 from wanda_dvc.results import inference
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.results.show import show
 from wanda_dvc.study.files import Json, json_text, write_json
 from wanda_dvc.study.project import Project
 
@@ -93,12 +96,12 @@ def test_every_measure_is_read_and_formatted(here: Project):
     headers, rows = side_by_side({"dense": dense, "pruned": pruned}, base="dense")
     assert headers == ["", "dense", "pruned", "pruned against dense"]
     assert rows == [
-        ["perplexity", "7.39 (6.56 to 8.32)", "12.18 (10.81 to 13.72)", "1.649 × (1.589 to 1.710) *"],
         ["divergence, nats", "–", "0.5000 (0.4000 to 0.6000)", ""],
+        ["top-1 agreement, %", "–", "50.0 (45.0 to 55.0)", ""],
+        ["perplexity", "7.39 (6.56 to 8.32)", "12.18 (10.81 to 13.72)", "1.649 × (1.589 to 1.710) *"],
         ["divergence, median, nats", "–", "0.2500", ""],
         ["divergence, 99 %, nats", "–", "2.0000", ""],
         ["divergence, largest, nats", "–", "3.0000", ""],
-        ["top-1 agreement, %", "–", "50.0 (45.0 to 55.0)", ""],
         ["true token, RMS change, points", "–", "12.5", ""],
         ["piqa, acc, %", "90.0 (76.9 to 96.0)", "65.0 (49.5 to 77.9)", "−25.0 points (−39.0 to −11.0) *"],
         ["mean acc, %", "90.0 (80.3 to 99.7)", "65.0 (49.6 to 80.4)", "−25.0 points (−39.0 to −11.0) *"],
@@ -263,3 +266,30 @@ def test_an_interval_of_accuracies_stays_within_0_and_1():
     assert least
     assert (plain.high > 1, most.high, least.low) == (True, 1, 0)
     assert inference.mean_accuracy(answers) == inference.mean_of_tasks(answers)
+
+
+# --- show ---
+
+
+def first_cells(text: str) -> list[str]:
+    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+
+
+def test_show_leads_with_the_distance_and_leaves_out_the_mean_of_questions_of_our_own(here: Project, tmp_path: Path):
+    both(here)
+    shown = first_cells(show(project=here))
+    assert shown[2:5] == ["divergence, nats", "top-1 agreement, %", "perplexity"]
+    assert "piqa, acc, %" in shown
+    assert "mean acc, %" not in shown
+    assert "mean_acc" in json.loads(show(project=here, as_json=True))["models"]["pruned"]["results"]
+    write_params(tmp_path, "org/model", tasks__source="benchmark")
+    assert "mean acc, %" in first_cells(show(project=Project(tmp_path)))
+
+
+def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
+    both(here)
+    *_, row = show(project=here, text=True).splitlines()
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
+    here.details("pruned", "continuations").unlink()
+    with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes them"):
+        show(project=here, text=True)

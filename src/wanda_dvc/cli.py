@@ -1,6 +1,7 @@
 """The command line: thin commands that validate arguments and call a function."""
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -23,10 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once, then prune, compare and ship.\n\n"
-    "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
+    "`wanda-dvc prune MODEL DIR` does it in one command. In a study (`wanda-dvc init`), `dvc repro` and "
+    "`dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
     epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix; 128 + n: stopped by signal n.",
 )
-STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
+PRUNE_PANEL, STAGE_PANEL = "One command", "Stages, in the order of the pipeline"
+RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
 
 def _experiments() -> list[str]:
@@ -76,7 +79,33 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
+def _say(text: str) -> None:
+    """Print a text. In a terminal its tables are drawn to the terminal's width."""
+    if not sys.stdout.isatty():
+        typer.echo(text)
+        return
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text as Cell
+
+    console = Console(highlight=False)
+    for is_table, group in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        lines = list(group)
+        if not is_table:
+            console.print("\n".join(lines), markup=False, soft_wrap=True)
+            continue
+        headers, _, *rows = ([Cell(cell.strip()) for cell in line[1:-1].split(" | ")] for line in lines)
+        drawn = Table(box=SIMPLE)
+        for cell in headers:
+            drawn.add_column(cell)
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
 def _project() -> "Project":
+
     from wanda_dvc.study.project import Project  # the settings' library takes a moment, and `--help` needs none
 
     return Project.find()
@@ -147,12 +176,55 @@ def _command(stage: Stage) -> Callable[..., None]:
     return command
 
 
+@app.command(rich_help_panel=PRUNE_PANEL)
+def prune(  # noqa: PLR0913, PLR0917 - an option each
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A directory, a Hub id, or package:NAME==VERSION.")
+    ] = None,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A new or an empty directory.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="wanda, admm, fisher, …; by default the recommended one.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="By default 0.5 of the weights, or 0.2 of units.")] = None,
+    pattern: Annotated[
+        str, typer.Option(help="2:4 and other n:m; or neurons, heads, blocks, experts: a smaller model.")
+    ] = "unstructured",
+    text: Annotated[
+        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a name, a Hub id.")
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
+) -> None:
+    """Prune a model into an ordinary Hugging Face directory, and compare it with the dense model.
+
+    A model and a text are calibrated once, in a study in the cache folder.
+    The next recipe, sparsity or pattern starts from the same statistics, and
+    an interrupted command resumes if you repeat it.
+
+    Without MODEL it prunes SmolLM2-135M from PyPI. Without DIR the options
+    give the directory its name. It measures perplexity and divergence; the
+    zero-shot tasks take minutes more: `dvc repro` in the study runs them.
+    """
+    from wanda_dvc.export.prune import prune as make
+    from wanda_dvc.stages.running import stoppable
+
+    again = "finished blocks are kept; run the same command again to resume"
+    with stoppable("prune", again, with_children=True):
+        _say(
+            make(
+                model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
+                evaluate=not no_eval, bars=sys.stderr.isatty(),
+            )
+        )  # fmt: skip
+
+
 @app.command(rich_help_panel=RESULT_PANEL)
-def show(names: Experiments = None, as_json: AsJson = False) -> None:
+def show(
+    names: Experiments = None,
+    as_json: AsJson = False,
+    text: Annotated[bool, typer.Option("--text", help="Show what the models write instead of their results.")] = False,
+) -> None:
     """Show the last results, dense and pruned; or those of experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table
 
-    typer.echo(table(project=_project(), names=names or [], as_json=as_json))
+    _say(table(project=_project(), names=names or [], as_json=as_json, text=text))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
@@ -160,7 +232,7 @@ def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, and the measures of the pruned models."""
     from wanda_dvc.results.listing import experiments
 
-    typer.echo(experiments(project=_project(), as_json=as_json))
+    _say(experiments(project=_project(), as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -171,7 +243,7 @@ def stats(
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.views.stats import stats as table
 
-    typer.echo(table(project=_project(), layer=layer, as_json=as_json))
+    _say(table(project=_project(), layer=layer, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -202,11 +274,11 @@ def evaluate(
     from wanda_dvc.stages.running import stoppable
 
     with stoppable("evaluate"):
-        typer.echo(measure(project=project, paths=paths, as_json=as_json))
+        _say(measure(project=project, paths=paths, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def init(
+def init(  # noqa: PLR0913, PLR0917 - an option each
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[
         str,
@@ -221,11 +293,14 @@ def init(
     mirror: Annotated[
         Path | None, typer.Option(help="A directory of data sets, for machines without internet.")
     ] = None,
+    study: Annotated[
+        Path | None, typer.Option("--from", help="A study, as `prune` names it: begin with its settings and results.")
+    ] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make
 
-    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
+    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, study=study))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -249,7 +324,7 @@ def doctor(as_json: AsJson = False) -> None:
     from wanda_dvc.views.doctor import doctor as look
 
     table, well = look(start=Path.cwd(), as_json=as_json)
-    typer.echo(table)
+    _say(table)
     if not well:
         raise typer.Exit(2)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.project import Project
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def calibrate(
     if not isinstance(model, str | Path):
         settings = {"model": str(_save(model, tokenizer, folder / MEMORY))} | settings
     _change(study, settings)
-    _repro(study, "calibrate")
+    reproduce(study.path, "calibrate")
     return study
 
 
@@ -133,7 +134,7 @@ def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows colu
         0.5
     """
     _change(study, settings)
-    _repro(study, "mask")
+    reproduce(study.path, "mask")
     return study.masks()
 
 
@@ -148,7 +149,7 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     _change(study, settings)
-    _repro(study, "apply")
+    reproduce(study.path, "apply")
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         Project(study.path).model("pruned"), dtype="auto", trust_remote_code=False
     )
@@ -180,7 +181,7 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
     texts = list(project.params.perplexity.texts)
     if (text := text or texts[0]) not in texts:
         raise UserError(f"text: got {text}, expected one of {', '.join(texts)}")
-    _repro(study, "perplexity", model, text)
+    reproduce(study.path, "perplexity", model, text)
     found = load_json(project.metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")
 
@@ -208,12 +209,3 @@ def _change(study: Study, settings: Mapping[str, Any]) -> None:
 
     if settings:
         change_settings(study.path / "params.yaml", dict(settings))
-
-
-def _repro(study: Study, stage: str, part: str = "", text: str = "") -> None:
-    """Run a stage, or one part of it, and those before it, as far as settings or inputs have changed."""
-    from wanda_dvc.stages import STAGES
-    from wanda_dvc.study.dvc import repro
-
-    runs = STAGES[stage].runs(Project(study.path).params.perplexity.texts, part, text)
-    repro(study.path, [name for name, _, _ in runs])

@@ -14,12 +14,13 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place, is_there
 from wanda_dvc.results.compare import side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
-from wanda_dvc.results.show import notes
+from wanda_dvc.results.show import continuations, notes
 from wanda_dvc.stages import TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
-from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.dvc import Revision, copy_file
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import inline, table
 from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, comparable, digest, read_provenance, write_provenance
@@ -31,13 +32,14 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 {settings}````"""
 
 
-def export(*, project: Project, experiment: str | None, target: Path) -> str:
+def export(*, project: Project, experiment: str | None, target: Path, made: bool = False) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
-    The experiment is a name, commit, branch or tag; None is the workspace.
+    The experiment is a name, commit, branch or tag; None is the workspace. If `made`, its model is in `models/pruned`
+    and is copied.
     """
     target, what = check_place(target), experiment or "the workspace"
-    _check_target(project, target)
+    check_target(project, target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
         study = Project(work.path / "study")
@@ -60,7 +62,12 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         if others := made_with_others(found):
             raise UserError(f"{what}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
-        _, metrics = prune(study, work.out)
+        if made:
+            for file in project.model("pruned").iterdir():
+                copy_file(file, work.out / file.name)
+            metrics = load_json(project.metrics("pruned", "sparsity"))
+        else:
+            _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
         found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
         found.pruned.keep_of(digest(made_from))
@@ -70,13 +77,14 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
     return "\n".join([f"{target}: the pruned model of {what}, with a model card", *found.notes])
 
 
-def _check_target(project: Project, target: Path) -> None:
+def check_target(project: Project, target: Path) -> None:
+    """Raise UserError unless a model can be written to a directory that is new, or empty and not the current one."""
     root, place = project.root.resolve(), target.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     for path in (target, temporary_place(target)):  # the second is for an unfinished copy
-        if is_there(path):
-            raise UserError(f"{path}: exists already; name a new directory")
+        if is_there(path) and (not path.is_dir() or any(path.iterdir()) or path.samefile(".")):
+            raise UserError(f"{path}: exists already; name a new directory, or an empty one")
 
 
 # --- the parts of an experiment, in a folder laid out like a project ---
@@ -120,12 +128,8 @@ def sections(experiment: Experiment) -> dict[str, str]:
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     own, other = (results.details("continuations") for results in (experiment.pruned, experiment.dense))
-    if comparable(own.get("protocol"), other.get("protocol")):
-        pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
-        texts = [[inline(text) for text in (a["prompt"], a["text"], b["text"])] for a, b in pairs]
-        if texts:
-            shown = table(["prompt", "dense", "pruned"], texts)
-            found["Continuations"] = f"Each token is the likeliest one.\n\n{shown}"
+    if comparable(own.get("protocol"), other.get("protocol")) and (texts := continuations(models, inline)):
+        found["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     found["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(experiment.params))
     return found

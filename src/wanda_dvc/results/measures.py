@@ -301,12 +301,12 @@ _agreement = partial(of_text, name="top1_agreement")
 _rms_change = partial(of_text, name="rms_probability_change")
 _removed = partial(of_sparsity, name="removed_parameters")
 MEASURES: tuple[Measure, ...] = (
-    _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(ratio, _factor, " ×"), drawn=LOG),
     _text("divergence", "divergence", "nats", _divergence, brief=True),
+    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True),
+    _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(ratio, _factor, " ×"), drawn=LOG),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
     _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
-    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True),
     _text("rms_probability_change", "true token, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", accuracy, _percent, TASK, test=Test(difference, _points, " points")),
     _tasks(

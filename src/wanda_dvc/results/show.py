@@ -1,8 +1,9 @@
 """`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from wanda_dvc.catalog import RECIPES
+from wanda_dvc.catalog import EMBEDDED, RECIPES
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import is_there
@@ -11,18 +12,18 @@ from wanda_dvc.results.experiments import Experiment, opened
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.markup import table
+from wanda_dvc.study.markup import one_line, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 
 PRUNED = "pruned"
 
 
-def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) -> str:
+def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
     """Return the results of the workspace, dense and pruned; or of the named experiments, branches, tags or commits.
 
-    Every measure is a row. Paired tests compare each model with the first: the dense one, or the first of several
-    experiments.
+    Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
+    the first: the dense one, or the first of several experiments.
     """
     with opened(project, names) as experiments:
         first = experiments[0]
@@ -33,7 +34,12 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             record: Json = {"experiments": made}
             record |= {"models": records(models, base=base), "base": base}
             return json_text(record if names else record | {"times": times(project)})
-        headers, rows = side_by_side(models, base=base)
+        if text and (texts := continuations(models)):
+            return texts
+        if text:
+            raise UserError("continuations: missing; `dvc repro` writes them for both models (stage zero-shot)")
+        hidden = {"mean_acc"} if first.params.tasks.source == EMBEDDED else set()  # of a few questions of our own
+        headers, rows = side_by_side(models, base=base, hidden=hidden)
         parts = [
             "\n".join(title(one, named=bool(names)) for one in experiments),
             "\n".join(note for one in experiments for note in one.notes),
@@ -41,6 +47,14 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             *notes(first.params, models, base=base),
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def continuations(models: dict[str, Results], form: Callable[[object], str] = one_line) -> str:
+    """Return a table of the prompts and each model's text; "" without a prompt that all models continued."""
+    written = [one.details("continuations").get("prompts", []) for one in models.values()]
+    texts = [{one["prompt"]: one["text"] for one in prompts} for prompts in written]
+    rows = [[prompt, *(one[prompt] for one in texts)] for prompt in texts[0] if all(prompt in one for one in texts)]
+    return table(["prompt", *models], [list(map(form, row)) for row in rows]) if rows else ""
 
 
 def title(experiment: Experiment, *, named: bool) -> str:

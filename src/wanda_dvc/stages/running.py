@@ -58,8 +58,10 @@ def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Ite
 
 
 @contextlib.contextmanager
-def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
+def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Iterator[None]:
     """End the process at once on Ctrl-C or SIGTERM, or after the DVC process that started it has ended.
+
+    With `with_children` it ends the processes that it started first.
 
     No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
     because the main thread may be inside a multiplication for seconds. A killed DVC leaves its stage running, and the
@@ -73,6 +75,14 @@ def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
 
     def end(why: str, code: int) -> None:
+        if with_children:
+            import psutil
+
+            started = psutil.Process().children(recursive=True)
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            psutil.wait_procs(started, timeout=10)
         notice(f"{run}: {why}; {kept}")
         os._exit(code)
 

@@ -14,8 +14,10 @@ from typing import Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params, nested, parse_yaml, resolved
 from wanda_dvc.reading import name_of
-from wanda_dvc.stages import planned
+from wanda_dvc.stages import STAGES, planned
+from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.files import Json, json_text
+from wanda_dvc.study.project import Project
 
 LOCK = "dvc.lock"
 
@@ -109,3 +111,9 @@ class Runs:
 def md5(path: Path) -> str:
     """Return a file's MD5, as `dvc.lock` has it."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def reproduce(root: Path, stage: str, part: str = "", text: str = "", *, bars: bool = False) -> None:
+    """Run a stage of a study, or one part of it, and those before it, as far as settings or inputs have changed."""
+    runs = STAGES[stage].runs(Project(root).params.perplexity.texts, part, text)
+    repro(root, [name for name, _, _ in runs], bars=bars)

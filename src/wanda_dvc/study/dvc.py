@@ -133,27 +133,36 @@ class Revision:
         return missing
 
 
-def repro(root: Path, stages: Sequence[str]) -> None:
+def repro(root: Path, stages: Sequence[str], *, bars: bool = False) -> None:
     """Run stages of a study and those before them, as far as settings or inputs have changed; print their messages.
 
-    UserError with the messages of the stage that failed.
+    With `bars` the stages write to this process's terminal, where they draw progress bars. UserError if a stage fails;
+    without `bars` with its messages.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     said: list[str] = []  # by the current stage
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        stdout=subprocess.PIPE, stderr=None if bars else subprocess.STDOUT, encoding="utf-8", errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout
         for line in map(str.rstrip, process.stdout):
             if line.startswith("> "):
                 said.clear()
-            elif line and not line.startswith(("Running stage", "Stage ", "Updating lock", "To track", "Use `dvc")):
+            elif line and not line.startswith(
+                ("Running stage", "Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc")
+            ):
                 said.append(line)
                 notice(line)
     if process.returncode:
         own = [line for line in said if not line.startswith(("ERROR:", "\tgit add"))]
-        raise UserError(*(own or said or [f"{root}: `dvc repro {' '.join(stages)}` failed"]))
+        failed = f"{root}: `dvc repro {' '.join(stages)}` failed{'; the messages above give the reason' * bars}"
+        raise UserError(*((not bars and (own or said)) or [failed]))
+
+
+def checkout(root: Path) -> None:
+    """Place the cached outputs that a study's `dvc.lock` names, as far as the cache has them."""
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=root, capture_output=True, check=False)
 
 
 def init_repository(folder: Path, *, inside: bool) -> None:

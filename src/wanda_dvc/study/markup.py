@@ -13,12 +13,12 @@ MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")
 
 def inline(text: object) -> str:
     """Return a text with its markup escaped, for a line of Markdown or a cell of a table."""
-    return MARKUP.sub(r"\\\g<0>", _line(text))
+    return MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def code(text: object) -> str:
     """Return a text as inline code for a cell of a table; elsewhere Markdown shows the backslash before a `|`."""
-    line = _line(text).replace("|", "\\|")
+    line = one_line(text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
     return f"{fence}{line}{fence}" if not longest else f"{fence} {line} {fence}"
@@ -43,6 +43,6 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _line(text: object) -> str:
+def one_line(text: object) -> str:
     """Return the text in one line, without invisible characters."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or "–"

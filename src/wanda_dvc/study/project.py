@@ -145,20 +145,9 @@ class Project:
 
         One process at a time works there; another one waits.
         """
-        from filelock import FileLock, Timeout
-
         work = Work(self.work_root / digest(made_from)[:32])
-        self.work_root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work.path.with_suffix(".lock"))  # it stays after the work
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            notice("waiting for another run with the same inputs and parameters …")
-            lock.acquire()
-        try:
+        with alone(work.path, "waiting for another run with the same inputs and parameters …"):
             yield work
-        finally:
-            lock.release()
 
 
 @dataclass(frozen=True)
@@ -207,6 +196,24 @@ class Work:
     def forget(self) -> None:
         """Remove the work."""
         remove(self.path)
+
+
+@contextlib.contextmanager
+def alone(path: Path, waiting: str) -> Iterator[None]:
+    """Let one process at a time use a path; another one reports that it is `waiting`."""
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        notice(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:

@@ -19,8 +19,8 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, Settings, check_params, nested
-from wanda_dvc.reading import check_place
-from wanda_dvc.study.dvc import init_repository
+from wanda_dvc.reading import check_place, read_text
+from wanda_dvc.study.dvc import checkout, init_repository
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.markup import some
 
@@ -48,25 +48,28 @@ FILES: Mapping[str, Traversable] = {
 }
 
 
-def init(
+def init(  # noqa: PLR0913 - an option each
     *,
     folder: Path,
     preset: str = DEFAULT,
     model: str | None = None,
     calibration: str | None = None,
     mirror: Path | None = None,
+    study: Path | None = None,
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
 
-    In a directory of a git repository the study becomes a part of it. UserError if the directory holds more than
-    `.git`, if a setting is wrong, without git, or if git refuses the repository.
+    With `study` it begins with the settings and results of that study. In a directory of a git repository the new study
+    becomes a part of it. UserError if the directory holds more than `.git`, if a setting is wrong, without git, or if
+    git refuses the repository.
     """
     folder = check_place(folder)
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
         raise UserError(f"{folder}: holds {some(found)}, expected a new or an empty directory; name another")
-    own = nested(_named(model, calibration, mirror))
-    params, text = _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
+    own = nested(named(model, calibration, mirror))
+    text = read_text(study / "params.yaml", "name a study") if study else PARAMS.read_text(encoding="utf-8")
+    params, text = changed(text, preset_changes(preset), own)
     around = _repository_around(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if around is None:
@@ -74,10 +77,41 @@ def init(
     init_repository(folder, inside=around is not None and around != folder.resolve())
     for place, file in FILES.items():
         write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
+    if study:
+        _take_results(study, folder)
     _git(folder, "add", "--all", ".")
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
     committed = around is None and not _git(folder, *commit, check=False).returncode  # experiments start from a commit
     return _said(folder, params, around, committed)
+
+
+def _take_results(study: Path, folder: Path) -> None:
+    """Copy the results of a study, and let DVC place them. Cached files never change, so they are linked if possible.
+
+    Without `models/pruned`, which `dvc repro` writes again.
+    """
+
+    def take(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copy(source, target)
+
+    if not (study / "dvc.lock").is_file():
+        return
+    for place, how in ((".dvc/cache", take), ("metrics", shutil.copy)):
+        if (study / place).is_dir():
+            shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
+    shutil.copy(study / "dvc.lock", folder)
+    checkout(folder)
+
+
+def renew(folder: Path, settings: Settings) -> None:
+    """Make a study without git, or renew the files of one, all but its results. UserError if a setting is wrong."""
+    _, text = changed(PARAMS.read_text(encoding="utf-8"), settings)
+    for place, file in FILES.items():
+        write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
+    write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")  # `init --from` does not copy it
 
 
 class _Representer(RoundTripRepresenter):
@@ -89,11 +123,12 @@ _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("
 
 def change_settings(path: Path, changes: Settings) -> None:
     """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
-    _, text = _changed(path.read_text(encoding="utf-8"), changes)
+    _, text = changed(path.read_text(encoding="utf-8"), changes)
     write_text(path, text)
 
 
-def _changed(text: str, *changes: Settings) -> tuple[Params, str]:
+def changed(text: str, *changes: Settings) -> tuple[Params, str]:
+    """Return the settings and the text of a params.yaml with nested changes. UserError if a setting is wrong."""
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
@@ -105,16 +140,16 @@ def _changed(text: str, *changes: Settings) -> tuple[Params, str]:
     return check_params(content), written.getvalue()
 
 
-def _named(model: str | None, calibration: str | None, mirror: Path | None) -> Settings:
+def named(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
     """Return the settings of the options. Paths become absolute: queued experiments run elsewhere."""
-    named: Settings = {}
+    found: Settings = {}
     if model is not None:
-        named["model"] = _absolute(model)
+        found["model"] = _absolute(model)
     if calibration is not None:
-        named |= {"calibration.text.source": _absolute(calibration), "calibration.text.split": None}
+        found |= {"calibration.text.source": _absolute(calibration), "calibration.text.split": None}
     if mirror is not None:
-        named["runtime.mirror"] = str(mirror.expanduser().absolute())
-    return named
+        found["runtime.mirror"] = str(mirror.expanduser().absolute())
+    return found
 
 
 def _absolute(source: str) -> str:

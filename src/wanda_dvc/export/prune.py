@@ -1,0 +1,162 @@
+"""`wanda-dvc prune`: a model becomes a pruned model, by the stages of a study in the user's cache folder.
+
+A model and a calibration text have one study. Its statistics serve each further recipe, sparsity and pattern.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.catalog import EMBEDDED, STRUCTURES
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.export.build import check_target, export
+from wanda_dvc.params import Params, nested
+from wanda_dvc.plan import TOKENS_A_FEATURE, UNSTRUCTURED
+from wanda_dvc.reading import check_place
+from wanda_dvc.results.compare import cells, headings
+from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.show import notes, title
+from wanda_dvc.stages import times
+from wanda_dvc.stages.runs import reproduce
+from wanda_dvc.study.markup import table
+from wanda_dvc.study.project import Project, alone
+from wanda_dvc.study.provenance import digest
+from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
+
+FALLBACK = "wanda"  # needs the least memory and disk
+ZEROS, UNITS = 0.5, 0.2  # the sparsity by default
+OF_PRUNED = ("mask", "apply", "perplexity-pruned")  # the stages that another sparsity runs again
+GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {!r})('Once upon a time'))"
+
+
+def prune(  # noqa: PLR0913 - an option each
+    *,
+    model: str | None,
+    target: Path | None,
+    recipe: str | None = None,
+    sparsity: float | None = None,
+    pattern: str = UNSTRUCTURED,
+    text: str | None = None,
+    evaluate: bool = True,
+    bars: bool = False,
+) -> str:
+    """Prune a model into a new directory; return a table of the dense and the pruned model, and the next commands.
+
+    UserError, before any work, for a wrong setting, a target that holds something, or a read-only cache folder.
+    """
+    if model and Path(model).expanduser().is_dir():  # also one with the form of a Hub id
+        model = str(Path(model).expanduser().resolve())
+    share = sparsity if sparsity is not None else UNITS if pattern in STRUCTURES else ZEROS
+    settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": share, "pattern": pattern}
+    params = _checked(settings)
+    name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
+    kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{share:g}"
+    target = check_place(target or Path("-".join(filter(None, [name, recipe, kind, amount]))))
+    study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
+    project = Project(study)
+    check_target(project, target)
+    with alone(study, f"waiting for another `wanda-dvc prune` of this model, in {study} …"):
+        check_target(project, target)  # the other one may have written it
+        renew(study, nested(settings))
+        if not (project.model("dense") / "config.json").is_file():
+            reproduce(study, "download", "model", bars=bars)
+        settings |= {"calibration.windows": _windows(project, params)}
+        if recipe is None:
+            settings["recipe"] = _recommended(project, _checked(settings | {"recipe": _best(pattern)}))
+        renew(study, nested(settings))
+        reproduce(study, *(["perplexity"] if evaluate else ["apply"]), bars=bars)
+        export(project=Project(study), experiment=None, target=target, made=True)
+        return _said(Project(study), target, evaluate=evaluate)
+
+
+def _checked(settings: dict[str, Any]) -> Params:
+    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
+    try:
+        return changed(PARAMS.read_text(encoding="utf-8"), nested(settings))[0]
+    except UserError as error:
+        raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
+
+
+def _studies() -> Path:
+    """Return the folder of the studies. UserError if it is not writable."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
+    try:
+        return check_place(place)
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
+
+
+# --- the settings that depend on the model ---
+
+
+def _windows(project: Project, params: Params) -> int:
+    """Return the number of calibration windows: at least params.yaml's, and enough tokens for solvers."""
+    from wanda_dvc.engine.sizes import Sizes
+
+    wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest
+    return max(params.calibration.windows, -(-wanted // params.calibration.length))
+
+
+def _best(pattern: str) -> str:
+    """Return the recommended recipe of a pattern (docs/methods.md)."""
+    row = STRUCTURES.get(pattern)
+    return "fisher" if row is None else FALLBACK if row.method else "wanda-refit"
+
+
+def _recommended(project: Project, params: Params) -> str:
+    """Return the recommended recipe, which `params` has, or the fallback if memory or disk is too small for it."""
+    from wanda_dvc.stages.needs import gigabytes, need
+    from wanda_dvc.stages.running import device_name, free_memory
+
+    study, lacks = project.with_params(params), list[str]()
+    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
+        needs = [need(study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target
+        memory = max(one.memory - one.mapped for one in needs), free_memory(device_name(params.runtime))
+        disk = sum(one.disk for one in needs), shutil.disk_usage(project.root).free
+        for what, (wanted, free) in {"memory": memory, "disk": disk}.items():
+            lacks += [f"{gigabytes(wanted)} of {what}, {gigabytes(free)} free"] if wanted > free else []
+    if lacks:
+        notice(f"recipe: {FALLBACK}; the recommended {params.recipe} needs {' and '.join(lacks)}")
+        return FALLBACK
+    notice(f"recipe: {params.recipe}, recommended for pattern {params.pattern}; `--recipe` sets another")
+    return params.recipe
+
+
+# --- the result ---
+
+
+def _said(project: Project, target: Path, *, evaluate: bool) -> str:
+    """Return a table of the dense and the pruned model, and the next commands."""
+    found = workspace(project)
+    models = {"dense": found.dense, "pruned": found.pruned}
+    columns = headings(list(models.values())) if evaluate else {}
+    rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
+    folders = (project.model("dense"), target)
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) / 1e6 for folder in folders]
+    seconds = [0.0, 0.0]
+    for run, content in times(project).items():
+        if evaluate or not run.startswith("perplexity"):
+            seconds[run.startswith(OF_PRUNED)] += content["seconds"]
+    rows += [["size, MB", *(f"{size:,.1f}" for size in sizes)], ["seconds", *(f"{one:,.0f}" for one in seconds)]]
+    text = found.params.calibration.text.source
+    again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
+    again += ["--sparsity", "0.7" if found.params.sparsity < 0.6 else "0.5"]
+    commands = {
+        f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",
+        f'python -c "{GENERATE.format(os.path.relpath(target))}"': "generate text",
+        f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, with these results",
+    }
+    parts = [
+        title(found, named=False),
+        table(["", *models], rows),
+        "Seconds: of the dense model once, of the pruned model for each recipe, sparsity and pattern.",
+        *(note for note in notes(found.params, models) if evaluate and note.startswith("Perplexity on")),
+        *found.notes,
+        f"{target}: the pruned model, with a model card. Next:",
+        "\n".join(f"  {command}   # {about}" for command, about in commands.items()),
+        f"The study: {project.root}",
+    ]
+    return "\n\n".join(parts)

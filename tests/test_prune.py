@@ -1,0 +1,316 @@
+"""`wanda-dvc prune`: a model in, a pruned model and a table out; its study, and what stops it."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from command_line import wanda_dvc
+from conftest import save_tiny_model, without_privilege, write_settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wanda_dvc.cli import _say
+from wanda_dvc.errors import UserError
+from wanda_dvc.export import prune as module
+from wanda_dvc.export.prune import prune
+from wanda_dvc.params import read_params
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.running import timed
+from wanda_dvc.study import scaffold
+from wanda_dvc.study.markup import number
+from wanda_dvc.study.project import Project, alone
+
+
+def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, bars: bool = False) -> None:
+    """What DVC runs in a new study, without the starts of its processes."""
+    assert not bars
+    project = Project(root)
+    for one in STAGES.values():
+        for _name, named, text in one.runs(project.params.perplexity.texts):
+            if named == "tasks":
+                continue
+            with timed(project, one, named, text):
+                run(one.name, project=project, part=named, text=text)
+            if (one.name, named) == (stage, part):
+                return
+        if one.name == stage:
+            return
+
+
+@pytest.fixture
+def model(tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model in an empty current directory, with a cache folder of its own and short texts."""
+    here = tmp_path / "here"
+    here.mkdir()
+    write_settings(tmp_path, "org/name", **texts)
+    for place in (module, scaffold):
+        monkeypatch.setattr(place, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(module, "reproduce", in_this_process)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(here)
+    return save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
+
+
+def studies(model: Path) -> list[Path]:
+    return sorted(path.parent for path in (model.parent / "cache").glob("wanda-dvc/*/params.yaml"))
+
+
+def pruned(model: Path, *words: str) -> str:
+    done = wanda_dvc("prune", str(model), *words, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the result ---
+
+
+def test_a_model_becomes_a_directory_and_a_table(model: Path):
+    said = pruned(model, "--recipe", "wanda")
+    target = Path("tiny-wanda-0.5").absolute()
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert float((loaded.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == 0.5
+    assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
+    card = (target / "README.md").read_text()
+    assert "| perplexity" in card
+    (study,) = studies(model)
+    for name in ("provenance.json", "model.safetensors"):
+        assert (target / name).read_bytes() == (study / "models/pruned" / name).read_bytes()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert rows[0] == ["", "dense", "pruned"]
+    assert [row[0] for row in rows[2:]] == [
+        "divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds",
+    ]  # fmt: skip
+    measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
+    assert rows[4][2].startswith(f"{number(measured)} (")
+    assert f"{target}: the pruned model, with a model card." in said
+    assert f"wanda-dvc init my-study --from {study}" in said
+    assert not list(Path.cwd().parent.rglob("*.git"))
+
+
+def test_without_evaluation_nothing_is_measured(model: Path):
+    said = pruned(model, "out", "--recipe", "wanda", "--no-eval")
+    assert "perplexity" not in said
+    assert "| size, MB" in said
+    assert not (studies(model)[0] / "metrics/dense").exists()
+
+
+def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
+    said = pruned(model, "--pattern", "neurons", "--no-eval")
+    smaller, dense = (path / "model.safetensors" for path in (Path("tiny-neurons-0.2"), model))
+    assert smaller.stat().st_size < dense.stat().st_size
+    assert "tiny: wanda-refit, sparsity 0.2, pattern neurons" in said
+    assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
+
+
+def test_a_model_and_a_text_have_one_study(model: Path):
+    text = model.with_name("text.txt")
+    text.write_text("The sea is deep and blue, and nobody knows its end. " * 40)
+    for words in (["--sparsity", "0.3"], ["--pattern", "2:4"], ["--text", str(text)]):
+        pruned(model, "--recipe", "wanda", "--no-eval", *words)
+    first, second = studies(model)
+    assert {path.name.rpartition("-")[0] for path in (first, second)} == {"tiny"}
+    sources = {read_params(path / "params.yaml").calibration.text.source for path in (first, second)}
+    assert str(text) in sources
+    assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
+
+
+def test_solvers_get_ten_tokens_for_each_feature(model: Path):
+    save_tiny_model(model, num_hidden_layers=2, intermediate_size=192)
+    pruned(model, "--recipe", "wanda", "--no-eval")
+    assert read_params(studies(model)[0] / "params.yaml").calibration.windows * 64 == 192 * 10
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "recipe", "said"),
+    [
+        (10**12, 10**12, "fisher", "recipe: fisher, recommended for pattern unstructured"),
+        (10**6, 10**12, "wanda", "recommended fisher needs .* of memory, 1.0 MB free"),
+        (10**12, 10**5, "wanda", "recommended fisher needs .* of disk, 0.1 MB free"),
+    ],
+)
+def test_the_recipe_is_the_recommended_one_if_it_fits(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    memory: int, disk: int, recipe: str, said: str,
+):  # fmt: skip
+    monkeypatch.setattr("wanda_dvc.stages.running.free_memory", lambda _: memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
+    assert "seconds" in prune(model=str(model), target=None, evaluate=False)
+    assert re.search(said, capsys.readouterr().err)
+    assert read_params(studies(model)[0] / "params.yaml").recipe == recipe
+
+
+# --- refused before any work ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["full"], "full: exists already; name a new directory, or an empty one"),
+        (["."], "here: exists already"),
+        (["out", "--sparsity", "2"], "sparsity: found 2.0, expected"),
+        (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
+        (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
+    ],
+)  # fmt: skip
+def test_a_wrong_target_or_setting_is_refused_before_any_work(model: Path, words: list[str], says: str):
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("mine")
+    done = wanda_dvc("prune", str(model), *words, cwd=Path.cwd())
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "params.yaml" not in done.stderr
+    assert [path.name for path in Path().rglob("*")] == ["full", "thesis.txt"]
+    assert not (model.parent / "cache").exists()
+
+
+def test_an_empty_directory_is_a_target(model: Path):
+    Path("out").mkdir()
+    pruned(model, "out", "--recipe", "wanda", "--no-eval")
+    assert Path("out/model.safetensors").is_file()
+
+
+def test_a_cache_folder_without_permission_is_named_with_what_to_do(model: Path):
+    (cache := model.parent / "cache").mkdir(mode=0o500)
+    says = re.escape(f"{cache}/wanda-dvc: {cache} is no directory with permission to write") + ".*set XDG_CACHE_HOME"
+    with pytest.raises(UserError, match=says):
+        without_privilege(lambda: prune(model=str(model), target=Path("out")))
+    assert not Path("out").exists()
+
+
+# --- stopped ---
+
+
+def test_a_full_disk_loses_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    with monkeypatch.context() as filled:
+        filled.setattr("wanda_dvc.export.build.copy_file", full)
+        done = wanda_dvc("prune", str(model), "out", "--recipe", "wanda", cwd=Path.cwd())
+    assert done.returncode == 2
+    assert "disk full (No space left on device); free some space and run the command again" in done.stderr
+    assert list(Path().iterdir()) == []
+    assert (studies(model)[0] / "models/pruned/model.safetensors").is_file()
+    pruned(model, "out", "--recipe", "wanda")
+
+
+def test_a_second_command_waits_for_the_first(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """And then does not replace its result."""
+    wait: Callable[..., None] = lambda: prune(model=str(model), target=Path("out"), recipe="wanda")  # type: ignore[assignment] # noqa: E731
+    wait()
+    (study,) = studies(model)
+    (model.parent / "here/out").rename(model.parent / "here/done")
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*")}
+    first = alone(study, "")
+    first.__enter__()
+
+    def finished(said: str) -> None:
+        assert f"waiting for another `wanda-dvc prune` of this model, in {study}" in said
+        Path("done").rename("out")
+        first.__exit__(None, None, None)
+
+    monkeypatch.setattr("wanda_dvc.study.project.notice", finished)
+    with pytest.raises(UserError, match="out: exists already"):
+        wait()
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
+
+
+def test_a_stopped_command_stops_the_processes_that_it_started():
+    script = (
+        "import os, signal, subprocess, sys\n"
+        "from wanda_dvc.stages.running import stoppable\n"
+        "with stoppable('prune', 'run the same command again', with_children=True):\n"
+        '    child = \'import os, subprocess; print(os.getpid(), flush=True); subprocess.run(["sleep", "600"])\'\n'
+        "    started = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
+        "    print(started.stdout.readline().decode().strip(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    started.wait()\n"
+        "    signal.pause()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "prune: stopped; run the same command again\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+# --- with DVC ---
+
+
+@pytest.mark.pipeline
+def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resumes(
+    tmp_path: Path, texts: dict[str, str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From an empty directory, in processes of their own; then as a study in git, which runs nothing again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = texts["calibration__text__source"]
+    wanda = [sys.executable, "-c", "from wanda_dvc.cli import run; run()"]
+    words = ["prune", str(tiny), "--recipe", "wanda-refit", "--text", text, "--no-eval"]
+
+    with subprocess.Popen([*wanda, *words, "a"], stderr=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stderr
+        for line in stopped.stderr:
+            if line.startswith("calibrate needs"):
+                stopped.send_signal(signal.SIGINT)
+                break
+        rest = stopped.stderr.read()
+    assert stopped.returncode == 130, rest
+    assert "prune: stopped; finished blocks are kept; run the same command again to resume" in rest
+    assert not list(Path().iterdir())
+
+    def command(*words: str) -> str:
+        done = subprocess.run([*wanda, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command(*words, "a")
+    (study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
+    measured = {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")}
+    assert measured
+    masks = (study / "dvc.lock").read_text()
+    command(*words, "b", "--sparsity", "0.7")
+    assert {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")} == measured
+    assert (study / "dvc.lock").read_text() != masks
+    assert {path.name for path in Path().iterdir()} == {"a", "b"}
+
+    command("init", "own", "--from", str(study))
+    own = Path("own").absolute()
+    assert read_params(own / "params.yaml") == read_params(study / "params.yaml")
+    assert subprocess.run(["git", "status", "--porcelain"], cwd=own, capture_output=True, check=True).stdout == b""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    again = subprocess.run(
+        ["dvc", "repro", "apply"], cwd=own, env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "> wanda-dvc calibrate" not in again.stdout
+    assert "> wanda-dvc mask" not in again.stdout
+    assert (own / "models/pruned/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+# --- tables in a terminal ---
+
+
+def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    text = "Title [b]\n\n| a   | b     |\n|-----|-------|\n| 1   | [2] x |\n\nNote"
+    _say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _say(text)
+    drawn = capsys.readouterr().out
+    assert "|" not in drawn
+    assert all(part in drawn for part in ("Title [b]", "[2] x", "Note"))
