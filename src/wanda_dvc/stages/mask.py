@@ -66,7 +66,7 @@ def mask(*, project: Project) -> None:
         group=plan.group,
         strength=plan.strength,
     )
-    made_from = _describe(project, stats, tiers, shares, removal)
+    made_from = _describe(plan, stats, tiers, shares, removal)
     solving = partial(solve, plan, checkpoint, removal.units if removal else {}, gradients)
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
@@ -98,11 +98,8 @@ def mask(*, project: Project) -> None:
         work.publish(project.masks, project.weights)
 
 
-def _describe(
-    project: Project, stats: Json, tiers: Json, shares: Sequence[choose.Share], removal: "Removal | None"
-) -> Json:
+def _describe(plan: Plan, stats: Json, tiers: Json, shares: Sequence[choose.Share], removal: "Removal | None") -> Json:
     """Return the provenance of masks and weights."""
-    plan = project.plan
     runs = ("transformers",) if plan.propagates or plan.structure else ()
     described = describe(
         "mask",
