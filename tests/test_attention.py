@@ -97,15 +97,6 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     torch.testing.assert_close(ours, oracle(q, k, v, sees), rtol=1e-5, atol=1e-5)
 
 
-def test_each_kind_of_block_hides_what_its_own_mask_says():
-    layout = Layout(torch.arange(6), torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long))
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()
-    for sees in (causal, causal & ~causal.tril(-2)):
-        [(place, hidden)] = layout.by_question(layout.hidden(sees))
-        assert place == slice(0, 6)
-        assert torch.equal(hidden, ~sees)
-
-
 def test_where_it_differs_in_one_kind_of_block_the_stock_one_stays(tmp_path: Path, monkeypatch: Patch):
     """Blocks of full attention and of a sliding window alternate; the second kind is wrong."""
     monkeypatch.setattr(attention, "is_faster", lambda *_: True)

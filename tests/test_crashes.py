@@ -315,19 +315,6 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
     assert wanda_dvc("calibrate", cwd=tmp_path).returncode == 0
 
 
-def test_a_command_that_keeps_nothing_says_so_when_it_is_stopped():
-    """As `export` and `report`, which have no finished blocks."""
-    script = (
-        "import os, signal, time\n"
-        "from wanda_dvc.stages.running import AGAIN, stoppable\n"
-        "with stoppable('export', AGAIN):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    time.sleep(60)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (143, "export: stopped; run it again\n")
-
-
 def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
     """A killed DVC leaves its stage running, and that stage may be inside a multiplication."""
     stage = (

@@ -22,68 +22,36 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
     return list(caught.value.problems)
 
 
-TEXT = "calibration__text__"
-LINES: list[tuple[dict[str, object], str]] = [
-    ({"sparsity": 1.5}, "sparsity: found 1.5, expected less than 1"),
-    (
-        {"method": "wands"},
-        'method: found "wands", expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or influence',
-    ),
-    ({"sparsty": 0.5}, "sparsty: no such setting; did you mean sparsity?"),
-    ({"calibration": 3}, "calibration: found 3, expected settings, a name and a value each"),
-    (
-        {TEXT + "split": "test"},
-        "calibration.text: found the text that perplexity is measured on (embedded, test), expected another; change",
-    ),
-    (
-        {TEXT + "source": "c4", TEXT + "split": "test"},
-        "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split train or split validation",
-    ),
-    (
-        {TEXT + "source": "ptb", TEXT + "column": "body"},
-        "calibration.text: found {'source': 'ptb', 'column': 'body'}, expected column null: the text of ptb is",
-    ),
-    (
-        {TEXT + "source": "/data/a.txt", TEXT + "split": "train"},
-        "calibration.text: found {'source': '/data/a.txt', 'split': 'train'}, expected split null: a file has none",
-    ),
-    ({"tasks__names": ["piqa", "piqa"]}, "tasks.names: found piqa twice, expected each task once"),
-    (
-        {"runtime__device": "cuda:1", "runtime__ray": "local"},
-        "runtime.device: found cuda:1 with runtime.ray local, expected cuda: Ray gives each worker a GPU",
-    ),
-    ({"allocation": "owl", "pattern": "2:4"}, "allocation: found owl with pattern 2:4, expected uniform"),
-    ({"allocation_strength": 0.1}, "allocation_strength: found 0.1 with allocation uniform, expected null"),
-    (
-        {"propagation": "corrected"},
-        "propagation: found corrected with reconstruction none, expected one, such as least-squares",
-    ),
-    (
-        {"reconstruction": "blockwise"},
-        "propagation: found dense with reconstruction blockwise, expected pruned, corrected",
-    ),
-    ({"method": "wanda-variant", "pattern": "neurons"}, "method: found wanda-variant with pattern neurons"),
-    ({"method": "reap"}, "method: found reap with pattern unstructured"),
-    (
-        {"method": "admm", "pattern": "experts"},
-        "method: found admm with pattern experts, expected a method that scores experts",
-    ),
-    (
-        {"reconstruction": "least-squares", "pattern": "experts"},
-        "reconstruction: found least-squares with pattern experts",
-    ),
-    ({"propagation": "pruned", "pattern": "experts"}, "propagation: found pruned with pattern experts, expected dense"),
-    (
-        {"runtime__device": "mps", "runtime__ray": "auto"},
-        "runtime.device: found mps with runtime.ray auto, expected auto or cpu: Ray has no MPS",
-    ),
-]
+# Settings, and how the message about them begins.
+LINES = {
+    "sparsity: 1.5": "sparsity: found 1.5, expected less than 1",
+    "method: wands": 'method: found "wands", expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or',
+    "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
+    "calibration: 3": "calibration: found 3, expected settings, a name and a value each",
+    "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
+    "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",
+    "TEXT__source: ptb, TEXT__column: body": "calibration.text: found {'source': 'ptb', 'column': 'body'}, expected",
+    "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
+    "tasks__names: [piqa, piqa]": "tasks.names: found piqa twice, expected each task once",
+    "runtime__device: cuda:1, runtime__ray: local": "runtime.device: found cuda:1 with runtime.ray local, expected",
+    "runtime__device: mps, runtime__ray: auto": "runtime.device: found mps with runtime.ray auto, expected auto or cpu",
+    "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
+    "allocation_strength: 0.1": "allocation_strength: found 0.1 with allocation uniform, expected null",
+    "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",
+    "reconstruction: blockwise": "propagation: found dense with reconstruction blockwise, expected pruned, corrected",
+    "method: wanda-variant, pattern: neurons": "method: found wanda-variant with pattern neurons",
+    "method: reap": "method: found reap with pattern unstructured",
+    "method: admm, pattern: experts": "method: found admm with pattern experts, expected a method that scores experts",
+    "reconstruction: least-squares, pattern: experts": "reconstruction: found least-squares with pattern experts",
+    "propagation: pruned, pattern: experts": "propagation: found pruned with pattern experts, expected dense",
+}
 
 
 def test_each_problem_has_its_line(tmp_path: Path):
     """What a wrong value of each setting says: tests/test_inputs.py."""
-    for changes, expected in LINES:
-        (problem,) = problems(tmp_path, **changes)
+    for changes, expected in LINES.items():
+        given = YAML(typ="safe").load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
+        (problem,) = problems(tmp_path, **given)
         assert problem.startswith(f"params.yaml: {expected}")
 
 

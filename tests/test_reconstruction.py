@@ -31,7 +31,6 @@ from wanda_dvc.stages.running import calibration_windows, open_decoder
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
-from wanda_dvc.views.stats import stats
 
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -103,27 +102,6 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     norms = [stays for name, stays in same.items() if "norm" in name and "layers" in name]
     assert all(norms) == any(norms) == (not RECONSTRUCTIONS[reconstruction].trains)
     assert all(stays for name, stays in same.items() if "layers" not in name)
-
-
-def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
-    def shown() -> dict[str, float]:
-        records = json.loads(stats(project=made, layer=None, as_json=True))
-        table = stats(project=made, layer=None, as_json=False)
-        errors = {name: error for record in records for name, error in record.get("layer_error", {}).items()}
-        assert ("layer error" in table) == bool(errors)
-        assert all(f"{100 * error:.2f} %" in table for error in errors.values())
-        return errors
-
-    made = study(reconstruction="least-squares")
-    assert not shown()  # nothing is pruned yet
-    mask(project=made)
-    apply(project=made)
-    measures = load_json(made.details("pruned", "layer_error"))["linears"]
-    assert shown() == {name: one["error"] for name, one in measures.items()}
-    made = study(sparsity=0.6)
-    assert shown()  # the masks at hand are those that were measured
-    mask(project=made)
-    assert not shown()  # of other masks
 
 
 def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tmp_path: Path):

@@ -407,17 +407,10 @@ def test_shards_and_their_index_hold_the_smaller_model(tmp_path: Path):
 # --- stages ---
 
 CHOICES = [
-    {"recipe": "magnitude-rows"},
-    {"recipe": "wanda"},
-    {"recipe": "wanda", "method": "ria"},
-    {"recipe": "wanda-refit"},
-    {"recipe": "sparsegpt"},
-    {"recipe": "admm"},
+    *({"recipe": name} for name in ("magnitude-rows", "wanda", "wanda-refit", "sparsegpt", "admm", "fisher")),
+    *({"recipe": "admm", "propagation": name} for name in ("pruned", "corrected")),
+    *({"recipe": "wanda"} | one for one in ({"method": "ria"}, {"propagation": "pruned"})),
     {"recipe": "admm", "group": "outputs"},
-    {"recipe": "fisher"},
-    {"recipe": "admm", "propagation": "pruned"},
-    {"recipe": "admm", "propagation": "corrected"},
-    {"recipe": "wanda", "propagation": "pruned"},
     {"recipe": "blockwise"},
 ]
 

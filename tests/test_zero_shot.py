@@ -102,18 +102,14 @@ TASKS = {
     "hellaswag": (
         "Rowan/hellaswag/validation",
         {"ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"},
-        lambda row: row["label"],
-        4,
+        lambda row: row["label"], 4,
     ),
     "arc_easy": (
-        "allenai/ai2_arc/ARC-Easy/test",
-        {"id", "question", "choices", "answerKey"},
-        lambda row: row["answerKey"],
-        4,
+        "allenai/ai2_arc/ARC-Easy/test", {"id", "question", "choices", "answerKey"}, lambda row: row["answerKey"], 4,
     ),
     "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, lambda row: row["label"], 2),
     "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, lambda row: row["label"], 2),
-}
+}  # fmt: skip
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
