@@ -1,24 +1,30 @@
-"""Our attention against torch's own: causal, with a window, with keys shared, soft-capped, and by questions."""
+"""Our attention against torch's own, and questions packed into rows: every continuation as likely as one by one."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Patch
+from conftest import Patch, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import save
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.utils._pytree import tree_flatten
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from wanda_dvc.engine import attention
+from wanda_dvc.engine import attention, questions
+from wanda_dvc.engine import decoder as decoding
+from wanda_dvc.engine import rows as calls
 from wanda_dvc.engine.attention import attend, laid_out, visible
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 from wanda_dvc.engine.rows import Layout
+from wanda_dvc.engine.walk import Runner
 
 MODULE = torch.nn.Module()
 
@@ -162,3 +168,166 @@ def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, mo
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
     decoder._ours_for_windows = True
     assert not decoder.holds_layouts
+
+
+CPU = torch.device("cpu")
+Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
+token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
+requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
+
+
+def quiet(items):
+    return items
+
+
+@given(requests, st.integers(1, 20))
+def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn: Drawn, tokens: int):
+    asked = [Request(*pair) for pair in drawn]
+    rows, places = pack(asked, tokens=tokens)
+    fed = sum(len(row.tokens) for row in rows)
+    contexts = {request.context for request in asked}
+    behind = {(request.context, request.continuation[:-1]) for request in asked}
+    assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
+    for request, (number, tokens_of) in zip(asked, places, strict=True):
+        row = rows[number]
+        assert row.layout is not None
+        context, *rest = tokens_of
+        # What a prediction can look back on is what it would be alone: context, then its own choice.
+        seen = [*range(context - len(request.context) + 1, context + 1), *rest]
+        assert tuple(row.tokens[seen].tolist()) == request.context + request.continuation[:-1]
+        assert row.layout.positions[seen].tolist() == list(range(len(seen)))
+        assert len(set(row.layout.question[seen].tolist())) == 1
+        assert set(row.layout.choice[rest].tolist()) <= {int(row.layout.choice[rest[0]])} if rest else True
+    for row in rows:
+        assert row.layout is not None
+        several = len(set(row.layout.question.tolist())) > 1
+        assert len(row.tokens) <= tokens or not several
+
+
+@given(requests)
+def test_spread_feeds_what_is_equal_once(drawn: Drawn):
+    asked = [Request(*pair) for pair in drawn]
+    rows, places = spread(asked)
+    assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
+    for request, (number, tokens_of) in zip(asked, places, strict=True):
+        assert tuple(rows[number].tokens.tolist()) == request.context + request.continuation[:-1]
+        assert tokens_of[0] == len(request.context) - 1
+        assert len(tokens_of) == len(request.continuation)
+
+
+def test_long_contexts_are_cut_from_the_left_and_the_last_token_is_not_fed():
+    asked = Request(tuple(range(10)), (20, 21, 22)).within(8)
+    assert asked == Request((4, 5, 6, 7, 8, 9), (20, 21, 22))  # 6 + 3 − 1 fed
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Request]:
+    """Shared contexts, one-token choices, equal choices, a choice that begins another, and one that is too long."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for question in range(9):
+        context = tuple(torch.randint(3, 256, (3 + 5 * question,), generator=generator).tolist())
+        for choice in range(1 + question % 4):
+            size = 1 if question % 3 == 0 else 1 + choice
+            made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
+    made += [made[-1], Request(made[-1].context, (*made[-1].continuation, 7, 8)), Request(tuple([9] * 70), (5, 6))]
+    return made
+
+
+def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
+    decoder = Decoder(save_tiny_model(tmp_path / "deep", num_hidden_layers=40), dtype=torch.bfloat16, device=CPU)
+    assert decoder.holds_layouts
+
+
+@pytest.mark.parametrize("row", [30, 2048])
+@pytest.mark.parametrize("together", [True, False])
+def test_they_are_the_models_own(
+    tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: Patch, row: int, together: bool
+):
+    monkeypatch.setattr(questions, "ROW", row)
+    monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
+    monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    assert decoder.holds_layouts
+    decoder.holds_layouts = together
+    ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=quiet)
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    for request, (value, greedy) in zip(asked, ours, strict=True):
+        tokens = torch.tensor(request.context + request.continuation)[-65:]
+        size = len(request.continuation)
+        with torch.no_grad():
+            logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
+        assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
+        assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, choices: int):
+    """A question's other choices are out of sight."""
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    first = [Request((5, 6, 7, 8), (9, 10, 11))]
+    more = [*first, *(Request((5, 6, 7, 8), (20 + i, 30 + i)) for i in range(choices))]
+    separate, together = (
+        loglikelihoods(Runner(decoder, tmp_path / name), asked, length=64, progress=quiet)[0][0]
+        for name, asked in (("alone", first), ("together", more))
+    )
+    assert together == pytest.approx(separate, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Request]:
+    """Questions that fill 30 rows of 60 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(3, 256, (120, 20), generator=generator).tolist()
+    return [Request(tuple(row[:12]), tuple(row[12 : 14 + choice])) for row in drawn for choice in range(2)]
+
+
+@pytest.mark.parametrize("budget", [0, 100_000])
+def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
+    tiny: Path, tmp_path: Path, many: list[Request], monkeypatch: Patch, budget: int
+):
+    monkeypatch.setattr(questions, "ROW", 60)
+    answers = loglikelihoods(
+        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"), many, length=64, progress=quiet
+    )
+    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", budget)
+    recorded: list[weakref.ref[torch.Tensor]] = []
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    real = decoder._record
+
+    def record(row, until):
+        made = real(row, until)
+        recorded.extend(
+            weakref.ref(x) for _, call in made for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)
+        )
+        return made
+
+    def watched(items):
+        for item in items:
+            yield item
+            storages = [tensor.untyped_storage() for reference in recorded if (tensor := reference()) is not None]
+            sizes.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+    sizes: list[int] = []
+    monkeypatch.setattr(decoder, "_record", record)
+    assert loglikelihoods(Runner(decoder, tmp_path / "bounded"), many, length=64, progress=watched) == answers
+    assert len(sizes) == 4
+    assert all(budget <= size <= budget + 6_000 for size in sizes)  # a row takes 5,220, and the last is there too
+    assert not decoder._calls  # freed before the logits
+
+
+def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: Patch):
+    """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
+    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", 100)
+    decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
+
+    def record(row: calls.Row) -> list[decoding.Call]:
+        recorded.append(len(row.tokens))
+        table = torch.zeros(len(row.tokens), dtype=torch.uint8)
+        return [((table,), {"shared": (table, table[:5])}), ((), {"mask": None})]
+
+    monkeypatch.setattr(decoder, "_record_calls", record)
+    for _ in range(2):
+        for length in (60, 30, 20, 20, 40, 10):
+            decoder.calls(calls.Row(torch.zeros(length, dtype=torch.long)))
+    assert recorded == [60, 30, 20, 40, 10, 20, 40]

@@ -1,11 +1,13 @@
 """A local model or text is watched by its content, and a study is shared with a team, on a real DVC repository."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Factory, save_tiny_model
+from conftest import ROOT, Factory, Patch, save_tiny_model
+from dvc.repo import Repo
 from repository import Repository, ran
 from repository import Repository as Study
 
@@ -13,6 +15,7 @@ from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.plan import plan
+from wanda_dvc.study.dvc import states
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 
@@ -151,3 +154,33 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
     assert theirs.repro(sparsity=0.7) == PRUNE | fetched
     assert (theirs.root / "models/dense").is_dir()
     assert "calibrate" not in ran(theirs.run("dvc", "repro"))
+
+
+def test_commits_without_experiments_are_not_read(tmp_path: Path, monkeypatch: Patch):
+    """`list` and `report` read every commit of the repository: minutes in a large one."""
+    for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
+        monkeypatch.setenv(f"{name}_NAME", "test")
+        monkeypatch.setenv(f"{name}_EMAIL", "test@example.org")
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    Repo.init(str(tmp_path)).close()
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    revs = []
+    for number in range(4):
+        (tmp_path / "params.yaml").write_text(f"sparsity: 0.{number}\n")
+        git("add", ".")
+        git("commit", "--quiet", "--message", f"{number}")
+        revs.append(git("rev-parse", "HEAD"))
+        if number == 1:
+            (tmp_path / "params.yaml").write_text("sparsity: 0.9\n")
+            with Repo(str(tmp_path)) as repo:
+                repo.experiments.save(name="an-experiment")
+            git("checkout", "--", ".")
+    with Repo(str(tmp_path)) as repo:
+        found = states(tmp_path, repo)
+    assert {state.rev for state in found} == {"workspace", revs[3], revs[1]}
+    assert [one.name for state in found for one in state.experiments or []] == ["an-experiment"]

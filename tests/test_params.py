@@ -48,7 +48,7 @@ LINES = {
 
 
 def test_each_problem_has_its_line(tmp_path: Path):
-    """What a wrong value of each setting says: tests/test_inputs.py."""
+    """What a wrong value of each setting says: tests/test_trust.py."""
     for changes, expected in LINES.items():
         given = YAML(typ="safe").load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
         (problem,) = problems(tmp_path, **given)

@@ -1,6 +1,6 @@
 """All uses of DVC: its command, and its Python interface, most of it private: repositories, experiments, the cache.
 
-No other module imports DVC; tests/test_dvc.py holds the names that are used here.
+No other module imports DVC.
 """
 
 import contextlib
