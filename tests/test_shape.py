@@ -87,7 +87,11 @@ OTHERS = {
         (["mask"], {"pattern": "4:2"}, 'params.yaml: pattern: found "4:2", expected unstructured, n:m'),
         (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
         (["mask", "--stage-version", "99"], {}, f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}"),
-        (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
+        (
+            ["calibrate"],
+            {},
+            "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first",
+        ),
         # DVC refuses it too, in words of its own, before any stage runs.
         (["show"], {"tasks__names": "piqa"}, 'params.yaml: tasks.names: found "piqa", expected a valid list'),
         (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),
@@ -114,10 +118,10 @@ def test_outside_a_project_it_says_so(tmp_path: Path):
 def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Patch):
     write_params(tmp_path, tmp_path)
     monkeypatch.setattr(Project, "model", lambda *_: 1 / 0)
-    done = wanda_dvc("mask", cwd=tmp_path)
+    done = wanda_dvc("calibrate", cwd=tmp_path)
     assert done.returncode == 1
     assert "`wanda-dvc --debug …` prints the traceback" in done.stderr
-    assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path).stderr
+    assert "Traceback" in wanda_dvc("--debug", "calibrate", cwd=tmp_path).stderr
 
 
 HEAVY_LIBRARIES = {"torch", "transformers", "lm_eval", "datasets", "dvc", "numpy", "matplotlib", "scipy"}

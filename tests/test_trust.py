@@ -136,7 +136,7 @@ def floats(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("stage", "spoil", "says"),
     [
-        ("mask", lambda root: (root / "stats/norms/block_001.safetensors").unlink(), "found 1 blocks, expected 2"),
+        ("mask", lambda root: (root / "stats/norms/block_001.safetensors").unlink(), "block_001.safetensors: missing"),
         ("apply", lambda root: (root / "masks/block_000.safetensors").unlink(), "found 1 blocks, expected 2"),
         ("apply", lambda root: (root / "masks/block_000.safetensors").write_bytes(b"x"), "masks/block_000.*: damaged"),
         ("apply", lambda root: (root / "masks/provenance.json").write_text("{"), "provenance.json: found no JSON"),

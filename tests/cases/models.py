@@ -154,6 +154,10 @@ OTHERS: dict[str, Any] = {
     "shard: another shape": (entry(QUERY, shape=[16, 64]), QUERY, "is [16, 64]", "expected [32, 32]"),
     "shard: a tensor missing": (tensors(lambda t: t.pop(QUERY)), f"no tensor for {QUERY}", "copy the checkpoint"),
     "shard: embeddings missing": (tensors(lambda t: t.pop(HEAD)), "no tensor for", "copy the checkpoint"),
-    "tokenizer.json: half": (written("tokenizer.json", '{"a": '), "the tokenizer does not load", "expected"),
-    "a tokenizer of its own": (written("tokenizer_config.json", EVIL), "the tokenizer does not load", "expected"),
+    "tokenizer.json: half": (written("tokenizer.json", '{"a": '), "the tokenizer does not load", "copy tokenizer.json"),
+    "a tokenizer of its own": (
+        written("tokenizer_config.json", EVIL),
+        "the tokenizer does not load",
+        "copy tokenizer.json",
+    ),
 }
