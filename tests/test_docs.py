@@ -242,7 +242,7 @@ NOT_RUN = {
     "cd paper-table": "likewise",
     "wanda-dvc init ../second --model /data/smaller": "test_init.py begins studies",
     "cd ../second": "the tests run in a study",
-    "dvc exp run -S ++runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
+    "dvc exp run --temp -S ++runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "make gpu": "there is no GPU; test_blocks.py runs the script on the CPU",
     "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",

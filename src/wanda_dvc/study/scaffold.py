@@ -29,9 +29,9 @@ PARAMS = TEMPLATE / "params.yaml"
 PRESETS = files("wanda_dvc.study") / "presets"  # a YAML file each: the differences from a new study's settings
 DEFAULT = "default"
 NEXT = """
-  dvc repro                      # run the pipeline
-  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration
-  wanda-dvc show                 # compare dense and pruned
+  dvc repro                             # run the pipeline
+  wanda-dvc show                        # compare dense and pruned
+  dvc exp run --temp -S sparsity=0.7    # another sparsity; calibration is reused
 
 `wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
