@@ -40,6 +40,7 @@ Part = dict[str, Any]  # a measurement, as JSON holds it
 TASKS = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 FULL = {"windows": 32, "length": 2048, "measured": 16, "limit": 200}
 QUICK = {"windows": 2, "length": 64, "measured": 2, "limit": 4}
+DEFAULT: Part = {"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"}
 PRUNES, EVALUATIONS = 3, 7  # of a study: by each of two methods; the dense model is evaluated too
 STAGES = ("calibrate", "mask", "apply", "perplexity", "zero-shot")
 
@@ -218,24 +219,21 @@ class Peers:
         self.parts: dict[str, Part] = load_json(work / "state.json")
 
     def process(self, *words: str | Path, cwd: Path) -> Part:
-        """Run a process offline; return its wall seconds, its peak memory and what it printed."""
+        """Run a process offline; return its wall seconds and what it printed."""
         env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT / "src")}
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-        log = self.work / "last.log"
-        with log.open("wb") as out:
-            began = time.perf_counter()
-            process = subprocess.Popen(list(map(str, words)), cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)
-            wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said = log.read_text(errors="replace")
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(map(str, words))}: exit {process.returncode}: {said[-500:]}")
-        return {
-            "wall": wall,
-            "peak_gb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
-            "said": said,
+        began = time.perf_counter()
+        pipes: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "errors": "replace",
         }
+        done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, check=False, **pipes)
+        wall = time.perf_counter() - began
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stdout[-500:]}")
+        return {"wall": wall, "said": done.stdout}
 
     def part(self, name: str, dtype: str, make: Callable[[], Part]) -> Part:
         """Return what was measured under a name, with the speed of the machine; measure it where this run has not."""
@@ -274,23 +272,17 @@ class Peers:
         folder = self.study(dtype)
 
         def make() -> Part:
-            change_settings(
-                folder / "params.yaml", {"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"} | (change or {})
-            )
+            change_settings(folder / "params.yaml", DEFAULT | (change or {}))
             self.process("wanda-dvc", "plan", cwd=folder)
             done = self.process("wanda-dvc", *words, cwd=folder)
-            known, name = times(Project(folder)), "-".join(words[:2])
-            inside = [
-                run["seconds"] for key, run in known.items() if key == name or key.startswith((f"{name}-", f"{name}@"))
-            ]
+            name = re.compile("-".join(words[:2]) + "([-@].*)?")
+            inside = [run["seconds"] for key, run in times(Project(folder)).items() if name.fullmatch(key)]
             if words[0] == "zero-shot":
                 tasks = load_json(folder / "metrics/details/dense/zero_shot.json")["tasks"]
                 done["answers"] = {task: [item["loglikelihoods"] for item in of["items"]] for task, of in tasks.items()}
             return done | {"seconds": sum(inside)}
 
-        return self.part(
-            " ".join([dtype, *words, *(f"{key}={value}" for key, value in (change or {}).items())]), dtype, make
-        )
+        return self.part(" ".join([dtype, *words, *map(str, (change or {}).values())]), dtype, make)
 
     def further(self, dtype: str = "float32", clock: str = "wall", **change: Any) -> float:
         """Return the seconds of `mask` and `apply` of a further experiment; `clock` is `wall`, or inside `seconds`."""
@@ -302,10 +294,8 @@ class Peers:
         folder, out = self.study("float32"), self.work / "result.json"
 
         def make() -> Part:
-            done = self.process(
-                sys.executable, HERE / "peers.py", "--run", *words, folder, str(self.sizes["limit"]), out, cwd=self.work
-            )
-            made: Part = done | load_json(out)
+            own = [sys.executable, __file__, "--run", *words, folder, str(self.sizes["limit"]), out]
+            made: Part = self.process(*own, cwd=self.work) | load_json(out)
             return made | {"wall": made["wall"] - made.get("search", 0)}
 
         return self.part(" ".join(words), words[1] if words[0] == "stock" else "float32", make)
@@ -399,7 +389,7 @@ def each_further(peers: Peers) -> tuple[float, Part]:
 
 def further_by_dvc(peers: Peers, evaluated: bool) -> tuple[float, Part]:
     """A further sparsity by `dvc repro` against (a), without or with perplexity and zero-shot."""
-    peers.repro("full", change={"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"})
+    peers.repro("full", change=DEFAULT)
     words = () if evaluated else ("apply",)
     done = peers.repro(f"evaluated {evaluated}", *words, change={"sparsity": 0.6 if evaluated else 0.7})
     parts = [("plain", "wanda"), *([("plain", "perplexity"), ("stock", "float32")] if evaluated else [])]
@@ -416,7 +406,7 @@ def nothing_to_do(peers: Peers) -> tuple[float, Part]:
 
 def overhead(peers: Peers) -> tuple[float, Part]:
     """What a full `dvc repro` takes over the seconds inside its stages, starts of processes included."""
-    done = peers.repro("full", change={"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"})
+    done = peers.repro("full", change=DEFAULT)
     return done["wall"] / done["seconds"] - 1, {"ours_s": done["wall"], "baseline_s": done["seconds"]}
 
 

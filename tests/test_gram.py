@@ -98,6 +98,16 @@ def test_the_triangle_is_all_that_is_kept(features: int):
     assert again.count == 9
 
 
+def test_a_scaled_triangle_holds_cosines_and_gives_the_matrix_back():
+    gram = Gram.empty(6)
+    scale = torch.tensor([1e-3, 1.0, 0.0, 50.0, 3.0, 1e4])
+    gram.add(inputs(20, 6) * scale)
+    norm, packed = gram.scaled_triangle()
+    assert packed.abs().max() <= 1 + 1e-6
+    again = Gram.from_triangle(packed, gram.count, norm)
+    assert torch.allclose(again.matrix(), gram.matrix(), rtol=1e-5, atol=0)
+
+
 def test_without_tokens_every_feature_counts_alike():
     assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))
 
