@@ -181,6 +181,20 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     torch.testing.assert_close(nothing, least_squares(weight, keep, prepared, steps=60).weight, atol=0.05, rtol=0)
 
 
+def test_dead_features_do_not_slow_fisher_least_squares_down():
+    """After a few steps, the weights are those of the problem without the dead features."""
+    weight, gram = problem()
+    dead = torch.zeros(len(gram), dtype=torch.bool)
+    dead[[3, 7, 50]] = True
+    gram[dead] = gram[:, dead] = 0
+    keep, s = wanda(weight, gram), of_gradients(12)
+    keep[:6, dead], keep[6:, dead] = True, False
+    found = fisher_least_squares(weight, keep, Prepared(gram), s, steps=3).weight[:, ~dead]
+    living = Prepared(gram[~dead][:, ~dead])
+    alone = fisher_least_squares(weight[:, ~dead], keep[:, ~dead], living, s, steps=3).weight
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-4)
+
+
 def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     weight, gram = problem()
     keep, prepared = wanda(weight, gram), Prepared(gram)
