@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Factory, Patch
+from command_line import process
+from conftest import Factory, Patch, write_settings
 from repository import Repository, command_environment
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -109,7 +110,14 @@ def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeyp
     assert [check["good"] for check in content["checks"] if check["what"] == "params.yaml"] == [False]
 
 
-# --- exit codes ---
+# --- the environment of a stage ---
+
+
+def test_a_stage_sets_the_environment_before_it_imports_libraries(tmp_path: Path):
+    """Their progress bars would fill a log: tqdm reads TQDM_DISABLE when it is imported."""
+    write_settings(tmp_path, "org/name")
+    ends = "import sys, wanda_dvc.cli as cli; cli._prepare = lambda *_, **__: sys.exit(str('tqdm' in sys.modules))"
+    assert process("plan", cwd=tmp_path, first=ends).stderr == "False\n"
 
 
 # --- completion ---

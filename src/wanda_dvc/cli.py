@@ -105,7 +105,6 @@ def _say(text: str) -> None:
 
 
 def _project() -> "Project":
-
     from wanda_dvc.study.project import Project  # the settings' library takes a moment, and `--help` needs none
 
     return Project.find()
@@ -113,7 +112,6 @@ def _project() -> "Project":
 
 def _run(name: str, version: int | None, part: str = "", text: str = "") -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
-    from wanda_dvc.stages.needs import announce
     from wanda_dvc.stages.running import stoppable, timed
 
     stage = STAGES[name]
@@ -127,6 +125,8 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
         raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
     for label, one, named in stage.runs(known, part, text):
         _prepare(label, network=stage.network)
+        from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
+
         with stoppable(label):
             announce(project=project, stage=name, part=one, text=named)
             with timed(project, stage, one, named):
