@@ -336,7 +336,7 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("closed", ["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"])
+@pytest.mark.parametrize("closed", ["stats", "stats/norms", ".dvc/tmp/wanda-dvc"])
 def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     project: Make, tiny: Path, texts: dict[str, str], closed: str
 ):

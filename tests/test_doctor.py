@@ -52,7 +52,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
     ("what", "harm", "todo"),
     [
         ("params.yaml", lambda study: write_settings(study, study, sparsity=2.0), "found 2.0, expected less than 1"),
-        ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into one"),
+        ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into a study"),
         ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one it has"),
     ],
 )
