@@ -119,7 +119,7 @@ SHORT = [("gpu", {"recipe": "wanda"}, "llama"), ("gpu", REFIT, "gpt2"), ("tasks"
 def test_every_backend_gives_what_one_process_gives(
     backend: str, settings: Settings, family: str, texts: Settings, tmp_path: Path
 ):
-    asks = settings == {"recipe": "wanda"}
+    asks = settings == {"recipe": "fisher"}
     (host, _), (other, cluster) = (
         ran(tmp_path / one, family, texts | settings, one, asks=asks) for one in ("plain", backend)
     )

@@ -148,6 +148,7 @@ def test_pyproject_names_the_same_extras():
     assert not base & EXTRAS.keys()
 
 
+@pytest.mark.slow  # processes with real imports
 @pytest.mark.parametrize("name", EXTRAS)
 def test_without_a_library_its_command_is_one_line_and_exit_2_and_others_run(tmp_path: Path, tiny: Path, name: str):
     write_params(tmp_path, tiny, runtime__ray="local" if name == "ray" else None)

@@ -77,6 +77,7 @@ def test_a_mirror_is_laid_out_like_the_hub(project: Make, tmp_path: Path):
         fetch(project(perplexity__texts__embedded__source="wikitext2", **there), "perplexity")
 
 
+@pytest.mark.slow  # lm-eval reads 8,761 questions
 def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
     mirror = shared() / "datasets"
     names = {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "boolq": 3270, "rte": 277}
