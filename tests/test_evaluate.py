@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_stages import prune
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.evaluate import _take_rope, evaluate
+from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
@@ -88,17 +88,6 @@ def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
     assert {test["value"] for test in own["tests"]} <= {0, 1}
 
 
-def test_messages_name_the_path_that_the_user_gave(study: Project, tmp_path: Path):
-    """Bug 16: they named a copy in the work folder."""
-    other = shutil.copytree(study.model("dense"), tmp_path / "other")
-    config = json.loads((other / "config.json").read_text()) | {"max_position_embeddings": 8}
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError) as raised:
-        evaluate(project=study, paths=[other])
-    assert str(other) in str(raised.value)
-    assert "wanda-dvc/" not in str(raised.value)
-
-
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project, tmp_path: Path, kind: str):
     file, folder = tmp_path / "model.gguf", shutil.copytree(study.model("dense"), tmp_path / "same")
@@ -151,15 +140,6 @@ def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Pa
     write_gguf(part, tmp_path / "m-00001-of-00002.gguf", "F32")
     with pytest.raises(UserError, match="00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights"):
         evaluate(project=study, paths=[tmp_path / "m-00001-of-00002.gguf"])
-
-
-def test_a_gguf_file_has_the_dense_models_rotary_scaling(study: Project, tmp_path: Path):
-    path = study.model("dense") / "config.json"
-    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": scaling}))
-    (tmp_path / "config.json").write_text("{}")
-    _take_rope(study, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"] == scaling
 
 
 def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path):

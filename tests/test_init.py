@@ -125,14 +125,6 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):
     assert "holds file, full, study, expected" in done.stderr
 
 
-def test_a_fresh_clone_of_an_empty_repository_is_empty(tmp_path: Path):
-    git(tmp_path, "init", "--quiet")
-    said = init(folder=tmp_path)
-    assert "git add . && git commit" in said  # in a repository of the user's nothing is committed
-    assert not (tmp_path / ".dvc/config").read_text().startswith("[core]\n    no_scm")
-    assert doctor(start=tmp_path)[1]
-
-
 def test_in_a_directory_of_a_repository_it_is_a_part_of_that_one(tmp_path: Path):
     git(tmp_path, "init", "--quiet")
     (tmp_path / "code.py").write_text("")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import read_preset, write_settings
 from markdown_it import MarkdownIt
@@ -17,9 +16,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Collected, Experiment
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.pages import Content, curves, svg, write
+from wanda_dvc.results.pages import Content, write
 from wanda_dvc.results.report import page, report
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -208,30 +206,6 @@ def test_another_programs_page_stays(tmp_path: Path):
     output.symlink_to(tmp_path / "another")
     with pytest.raises(UserError, match="report.html: `wanda-dvc report` did not write it"):
         write(output, "study", [])
-
-
-# --- pictures ---
-
-
-def test_curves_stand_where_their_numbers_are():
-    series = {
-        "a": [(0.3, Estimate(7.0, 6.0, 8.0)), (0.7, Estimate(math.nan))],
-        "b": [(0.3, Estimate(9.0)), (0.5, Estimate(700.0, 600.0, 900.0))],
-    }
-    figure = curves(series, "perplexity", level=5.0, log=True)
-    [ax] = figure.axes
-    [dense, *_] = ax.lines
-    assert (dense.get_label(), list(np.asarray(dense.get_ydata()))) == ("dense", [5, 5])
-    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}  # type: ignore[attr-defined] # of `errorbar`
-    found = {name: np.nan_to_num(line.get_xydata()).tolist() for name, line in lines.items()}
-    assert found == {"a": [[30, 7], [70, 0]], "b": [[30, 9], [50, 700]]}
-    ends = [bar for bars in ax.collections for bar in bars.get_segments() if len(bar)]  # type: ignore[attr-defined] # of lines
-    assert [bar[:, 1].tolist() for bar in ends] == [[6, 8], [600, 900]]
-    low, high = ax.get_ylim()
-    assert low < 5
-    assert high > 900
-    assert ax.get_yscale() == "log"
-    assert svg(figure) == svg(figure)
 
 
 # --- the page ---

@@ -448,11 +448,6 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[st
     if plan.weights_come_from == "gram":
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
         assert {name.split(".", 3)[3] for name, one in errors.items() if one["error"]} == {reader}
-    said = (made.model("pruned") / "README.md").read_text(encoding="utf-8")
-    assert "| allocation |" not in said
-    assert ("Hassibi" in said) == (plan.method.needs == "gram")
-    assert (f"chosen by `{plan.method.name}`" in said) == (plan.method.needs != "gram")
-    assert ("each linear that reads removed units" in said) == (plan.solves and not plan.reconstruction.trains)
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     with torch.no_grad():
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
