@@ -108,7 +108,7 @@ def made_by(project: Project) -> dict[str, bytes]:
 
 
 ROWS = pairs(["gpu", "tasks"], CHOICES, RECORDED, allowed=sensible)
-SHORT = [("gpu", {"recipe": "wanda"}, "llama"), ("gpu", REFIT, "gpt2"), ("tasks", REFIT, "llama")]
+SHORT = [("gpu", REFIT, "gpt2"), ("tasks", REFIT, "llama")]
 
 
 @pytest.mark.parametrize(

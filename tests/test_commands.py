@@ -138,6 +138,7 @@ def completed(folder: Path, *words: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_shell_completes_parts_and_presets(study: Project, tmp_path: Path):
     assert completed(study.root, "download", "") == list(STAGES["download"].parts)
     assert completed(study.root, "perplexity", "p") == ["pruned"]
@@ -146,6 +147,7 @@ def test_the_shell_completes_parts_and_presets(study: Project, tmp_path: Path):
     assert completed(tmp_path, "zero-shot", "") == ["dense", "pruned"]
 
 
+@pytest.mark.slow
 def test_the_shell_completes_experiments(study: Project):
     def git(*words: str) -> str:
         return subprocess.run(

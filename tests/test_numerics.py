@@ -114,6 +114,7 @@ def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_zero_shot_names_the_block(project: Make, tmp_path: Path):
     weight = "model__layers__2__mlp__gate_proj__weight"
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), "tasks")

@@ -161,6 +161,7 @@ def test_without_a_library_its_command_is_one_line_and_exit_2_and_others_run(tmp
     assert process("show", cwd=tmp_path, first=without).returncode == 0
 
 
+@pytest.mark.slow
 def test_another_missing_module_is_a_bug(tmp_path: Path):
     write_params(tmp_path, tmp_path)
     done = process("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")

@@ -212,6 +212,7 @@ def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(study: Project, as
 
 
 @pytest.mark.parametrize("damage", ['{"details": {"protocol": {}}}', "", "[]", "{}"])
+@pytest.mark.slow
 def test_answers_that_are_damaged_or_of_another_run_are_asked_again(study: Project, asked: list[str], damage: str):
     before = results(study, ["piqa"])
     (kept,) = study.answers.glob("*-piqa-*")
