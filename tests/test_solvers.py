@@ -402,6 +402,14 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
     assert solved.weight.isfinite().all()
 
 
+@pytest.mark.parametrize(("off", "damping"), [(0.5, 0.0), (1 + 1e-5, 1e-4), (1 + 5e-4, 1e-3)])
+def test_damping_starts_at_a_ten_thousandth_and_grows_tenfold(off: float, damping: float):
+    """The matrix has the eigenvalue 1 − off; damping is a share of its mean diagonal, 1."""
+    factor = Prepared(torch.tensor([[1.0, off], [off, 1.0]])).inverse_root(0.0)
+    assert factor.damping == pytest.approx(damping)
+    assert factor.raised == (damping > 0)
+
+
 def test_fewer_tokens_than_features_solve_without_raising():
     weight, gram = problem(tokens=20)
     for solved in every_method(weight, Prepared(gram), HALF, "unstructured", "row").values():
