@@ -56,6 +56,7 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
     """Each stage depends on its file in plan/, which changes with these settings alone."""
     texts = {"calibration.text.source": "org/prose", "perplexity.texts.embedded.source": "org/verse"}
     content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl"}
+    content |= {"recovery.tokens": 1000}
     changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
     changed |= {"allocation": None} if name == "pattern" else {}
     one, two = (planned(check_params(nested(dict(content)))) for content in (content, changed))
@@ -74,6 +75,7 @@ OTHERS = {
     "recipe": "fisher", "sparsity": 0.7, "pattern": "2:4", "method": "ria", "group": "linear",
     "allocation": "uniform",
     "allocation_strength": 0.01, "reconstruction": "none", "propagation": "pruned",
+    "recovery.tokens": 7, "recovery.text": {"source": "ptb"}, "recovery.rate": 0.5,
     "perplexity.texts.NAME.source": "ptb", "perplexity.texts.NAME.split": "train",
     "perplexity.texts.NAME.column": "body", "perplexity.texts.NAME.join": "-", "perplexity.length": 7,
     "perplexity.windows": 7, "tasks.source": "benchmark", "tasks.names": ["piqa"], "zero_shot.limit": 7,
@@ -179,6 +181,10 @@ QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
 # Of those, what each run may import, in an order in which a process may have imported what the later ones need.
 MAY_IMPORT = {
     "plan": set[str](),
+    "download recovery": set[str](),  # these do nothing without recovery.tokens
+    "recover": set[str](),
+    "perplexity recovered": set[str](),
+    "zero-shot recovered": set[str](),
     "download calibration": set[str](),
     "download perplexity": set[str](),
     "download tasks": QUESTIONS,

@@ -125,10 +125,11 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
         raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
     for label, one, named in stage.runs(known, part, text):
         _prepare(label, network=stage.network)
-        from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
-
         with stoppable(label):
-            announce(project=project, stage=name, part=one, text=named)
+            if name != "plan" and (project.params.recovery.tokens or "recover" not in label):
+                from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
+
+                announce(project=project, stage=name, part=one, text=named)
             with timed(project, stage, one, named):
                 run_stage(name, project=project, part=one, text=named)
 
@@ -221,7 +222,7 @@ def show(
     as_json: AsJson = False,
     text: Annotated[bool, typer.Option("--text", help="Show what the models write instead of their results.")] = False,
 ) -> None:
-    """Show the last results, dense and pruned; or those of experiments side by side, with paired tests."""
+    """Show the last results of each model; or those of experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table
 
     _say(table(project=_project(), names=names or [], as_json=as_json, text=text))

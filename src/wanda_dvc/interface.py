@@ -161,7 +161,7 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
 
     Args:
         study: The study.
-        model: `dense` or `pruned`.
+        model: `dense`, `pruned` or `recovered`.
         text: One of the study's `perplexity.texts`; "": the first one.
         **settings: Settings of `params.yaml`.
 
@@ -172,10 +172,11 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
+    from wanda_dvc.stages import MODELS
     from wanda_dvc.study.files import load_json
 
-    if model not in ("dense", "pruned"):
-        raise UserError(f"model: got {model}, expected dense or pruned")
+    if model not in MODELS:
+        raise UserError(f"model: got {model}, expected {', '.join(MODELS)}")
     _change(study, settings)
     project = Project(study.path)
     texts = list(project.params.perplexity.texts)

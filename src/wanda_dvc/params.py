@@ -188,6 +188,14 @@ class ZeroShot(_Section):
     )
 
 
+class Recovery(_Section):
+    """The training of the pruned model towards the dense model."""
+
+    tokens: int = Field(0, ge=0, description="tokens to train the pruned model on, towards the dense model; 0: none")
+    text: CalibrationText | None = Field(None, description="their text, with a `source`; null: the calibration's")
+    rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
+
+
 class Runtime(_Section):
     """Settings that change the speed and no result. No result depends on them."""
 
@@ -237,6 +245,7 @@ class Params(_Section):
     perplexity: Perplexity
     tasks: Tasks = Tasks()
     zero_shot: ZeroShot = ZeroShot()
+    recovery: Recovery = Recovery()
     runtime: Runtime = Runtime()
 
     @property
@@ -277,12 +286,11 @@ class Params(_Section):
             found = f"{self.allocation_strength} with allocation {plan.allocation.name}"
             yield f"allocation_strength: found {found}, expected null: it has no strength"
         for text in self.perplexity.texts.values():
-            if _place(self.calibration.text.chosen) == _place(text.chosen):
-                found = ", ".join(word for word in (text.source, text.chosen.split) if word)
-                yield (
-                    f"calibration.text: found the text that perplexity is measured on ({found}), expected another; "
-                    "change its source or split"
-                )
+            found = ", ".join(word for word in (text.source, text.chosen.split) if word)
+            for setting, own in (("calibration", self.calibration.text), ("recovery", self.recovery.text)):
+                if own and _place(own.chosen) == _place(text.chosen):
+                    problem = f"found the text that perplexity is measured on ({found}), expected another"
+                    yield f"{setting}.text: {problem}; change its source or split"
         if twice := sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1}):
             yield f"tasks.names: found {', '.join(twice)} twice, expected each task once"
         device, ray = self.runtime.device, self.runtime.ray
@@ -408,5 +416,6 @@ def sources(params: Params) -> dict[str, tuple[str, str]]:
             f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source)
             for name, text in params.perplexity.texts.items()
         },
+        "recovery": ("recovery.text.source", own.source if (own := params.recovery.text) else "none"),
         "tasks": ("tasks.source", params.tasks.source),
     }

@@ -57,7 +57,7 @@ def train(  # noqa: PLR0913 - the settings of a training
     def masked() -> dict[str, Tensor]:
         return {name: p * masks[name] if name in masks else p for name, p in trained.items()}
 
-    groups = [{"params": [p], "scale": _scale(p.detach())} for p in trained.values()]
+    groups = [{"params": [p], "scale": root_mean_square(p.detach())} for p in trained.values()]
 
     def loss_of(row: int, parameters: Mapping[str, Tensor]) -> Tensor:
         target, hidden = targets[row].to(device).float(), inputs[row][None].to(device)
@@ -91,7 +91,7 @@ def train(  # noqa: PLR0913 - the settings of a training
     }
 
 
-def _scale(parameter: Tensor) -> float:
+def root_mean_square(parameter: Tensor) -> float:
     """Return the root mean square of nonzero values; at least 1e-3, so that zero biases can change (as Adafactor)."""
     rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
     return max(1e-3, rms.item())

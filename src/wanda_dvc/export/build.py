@@ -4,6 +4,7 @@ The experiment's files are copied from DVC's cache and git into the work folder.
 """
 
 import io
+import shutil
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -47,7 +48,8 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
         if experiment is None:
             found = workspace(project)
             read_provenance(project.masks, "mask")
-            study.link_to(project, ("models/dense", "masks", "stats", "weights"), ("params.yaml", LOCK))
+            parts = ("models/dense", "models/recovered", "masks", "stats", "weights")
+            study.link_to(project, parts, ("params.yaml", LOCK))
         else:
             found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment)
@@ -62,7 +64,13 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
         if others := made_with_others(found):
             raise UserError(f"{what}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
-        if made:
+        pruned, metrics, folder = digest(made_from), found.made.metrics.get("sparsity"), study.model("recovered")
+        if study.params.recovery.tokens:
+            made_from = read_provenance(folder, "recover")
+            if made_from["pruned"] != pruned or not metrics:
+                raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
+            shutil.copytree(folder, work.out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        elif made:
             for file in project.model("pruned").iterdir():
                 copy_file(file, work.out / file.name)
             metrics = load_json(project.metrics("pruned", "sparsity"))
@@ -70,11 +78,12 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
             _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
         found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
-        found.pruned.keep_of(digest(made_from))
-        found.pruned.metrics["sparsity"] = metrics
+        found.pruned.keep_of(pruned)
+        found.recovered.keep_of(digest(made_from))
+        found.made.metrics["sparsity"] = metrics
         (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
         work.publish(target)
-    return "\n".join([f"{target}: the pruned model of {what}, with a model card", *found.notes])
+    return "\n".join([f"{target}: the {list(found.models)[-1]} model of {what}, with a model card", *found.notes])
 
 
 def check_target(project: Project, target: Path) -> None:
@@ -102,6 +111,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             )
 
     take("masks", "its masks are")
+    if study.params.recovery.tokens:
+        take("models/recovered", "its recovered model is")
     made = read_provenance(study.masks, "mask")
     plan = Plan.read(made["params"])
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
@@ -123,11 +134,12 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
-    models = {"dense": experiment.dense, "pruned": experiment.pruned}
+    models, trained = experiment.models, experiment.params.recovery.tokens
     said = [*experiment.notes, *notes(experiment.params, models)]
+    said += [f"All weights that stay were then trained on {trained:,} tokens towards the dense model."] * bool(trained)
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
-    own, other = (results.details("continuations") for results in (experiment.pruned, experiment.dense))
+    own, other = (results.details("continuations") for results in (experiment.made, experiment.dense))
     if comparable(own.get("protocol"), other.get("protocol")) and (texts := continuations(models, inline)):
         found["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]

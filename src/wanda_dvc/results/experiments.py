@@ -35,6 +35,7 @@ class Experiment:
         study: A folder with its params.yaml, dvc.lock and metrics/; `study.params` are the settings of its results.
         dense: The dense model's results.
         pruned: The pruned model's results.
+        recovered: The recovered model's results; none without a recovery.
         notes: Sentences on results that are missing, stale, or of another run.
         also: Other names of the same results.
     """
@@ -44,6 +45,7 @@ class Experiment:
     study: Project
     dense: Results
     pruned: Results
+    recovered: Results = field(default_factory=lambda: Results({}))
     notes: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
 
@@ -51,6 +53,17 @@ class Experiment:
     def params(self) -> Params:
         """The settings of its results."""
         return self.study.params
+
+    @property
+    def made(self) -> Results:
+        """The results of the model that the settings make: recovered, or pruned."""
+        return self.recovered if self.params.recovery.tokens else self.pruned
+
+    @property
+    def models(self) -> dict[str, Results]:
+        """The results of its models, by their names."""
+        models = {"dense": self.dense, "pruned": self.pruned, "recovered": self.recovered}
+        return models if self.recovered.metrics else {name: models[name] for name in MODELS[:2]}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -109,15 +122,15 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
 def _experiment(study: Project, name: str, commit: str | None, runs: Runs, others: set[str]) -> Experiment:
     made = study.with_params(runs.params(study.params))
     dense = Results.of(made, "dense", left_out=others)
-    pruned = Results.of(made, "pruned", dense=dense, left_out=others)
+    pruned, recovered = (Results.of(made, model, dense=dense, left_out=others) for model in MODELS[1:])
     notes = [f"Stale: {', '.join(runs.stale)}."] if runs.stale else []
-    return Experiment(name, commit, made, dense, pruned, notes)
+    return Experiment(name, commit, made, dense, pruned, recovered, notes)
 
 
 def _of_other_models(experiment: Experiment) -> Iterator[str]:
     """Leave out results of other models than the workspace's, as after a stage run by hand; yield the reasons."""
     study = experiment.study
-    for model, results in zip(MODELS, (experiment.dense, experiment.pruned), strict=True):
+    for model, results in experiment.models.items():
         if not is_there(study.model(model) / PROVENANCE):
             continue  # models/pruned is not cached
         own = read_provenance(study.model(model), MADE_BY[model])
@@ -179,7 +192,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
             if is_named:  # an old commit without results needs no note
                 collected.notes.append((state.name, one))
         elif not model or model.lower() in one.params.model.lower():
-            key = json.dumps([one.settings, one.dense.metrics, one.pruned.metrics], sort_keys=True)
+            key = json.dumps([one.settings, one.dense.metrics, one.made.metrics], sort_keys=True)
             first = found.setdefault(key, one)
             if is_named and state.name not in (first.name, *first.also):
                 first.also.append(state.name)
@@ -193,7 +206,7 @@ def _read(project: Project, state: State, folder: Path) -> Experiment | str:
         found = workspace(project) if state.rev == WORKSPACE else at(project, state.rev, folder)
     except UserError as error:
         return error.problems[0]
-    if not found.pruned.metrics:
+    if not found.made.metrics:
         return " ".join(found.notes) or "no results"
     found.name = state.name
     return found

@@ -45,6 +45,11 @@ class State(NamedTuple):
     stale: bool = False  # whether numbers of other settings are left out
     results: Mapping[str, Results] = {}  # by model, without details
 
+    @property
+    def made(self) -> Results:
+        """The results of the model that the settings make: recovered, or pruned."""
+        return self.results["recovered" if self.settings.get("recovery.tokens") else "pruned"]
+
 
 def list_states(project: Project) -> list[State]:
     """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
@@ -109,9 +114,9 @@ def _own(project: Project, repo: Any, rev: str, settings: Json, metrics: dict[st
 
 
 def _results(metrics: dict[str, Json]) -> dict[str, Results]:
-    """Return the results of the two models, of metrics by path."""
+    """Return the results of the models, of metrics by path."""
     folders = {model: f"metrics/{model}/" for model in MODELS}
-    names = {path: path.removesuffix(".json") for path in metrics}
+    names = {path: path.removesuffix(".json") for path, content in metrics.items() if content}
     return {
         model: Results({names[path].removeprefix(folder): metrics[path] for path in names if path.startswith(folder)})
         for model, folder in folders.items()
@@ -122,7 +127,7 @@ def _results(metrics: dict[str, Json]) -> dict[str, Results]:
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
-    """List the workspace, the branches and tags, and below each commit its experiments: pruned models' measures."""
+    """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)
     if as_json:
         records = [
@@ -136,11 +141,11 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             for one in states
         ]
         return json_text(records)
-    columns = headings([one.results["pruned"] for one in states])
+    columns = headings([one.made for one in states])
     rows = []
     for one in states:
         change = ", ".join(f"{key}={value}" for key, value in one.changes.items()) or DASH
-        rows.append([one.name, _shown(one), change, *cells(one.results["pruned"], columns, interval=False)])
+        rows.append([one.name, _shown(one), change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
     if stale := [one.name for one in states if one.stale]:
         found += f"\n\nNo numbers of stages that have not run on the current settings: {some(stale, 10)}."

@@ -53,19 +53,19 @@ class Results:
     def of(
         cls, study: Project, model: str, *, dense: "Results | None" = None, left_out: Collection[str] = ()
     ) -> "Results":
-        """Read the results of the `dense` or the `pruned` model of a study.
+        """Read the results of the `dense`, `pruned` or `recovered` model of a study.
 
         Args:
             study: A study, or a folder with its params.yaml and metrics/.
-            model: `dense` or `pruned`.
-            dense: The dense model's results; for a pruned model.
+            model: `dense`, `pruned` or `recovered`.
+            dense: The dense model's results; for another model.
             left_out: Files of another run, by path below the study; `stages.runs.Runs.others` finds them.
         """
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
         metrics: Json = {}
         for path in sorted(folder.rglob("*.json")):
-            if path.relative_to(study.root).as_posix() not in left_out:
-                metrics[path.relative_to(folder).with_suffix("").as_posix()] = load_json(path)
+            if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
+                metrics[path.relative_to(folder).with_suffix("").as_posix()] = content
         others = {path[len(details) : -len(".json")] for path in left_out if path.startswith(details)}
         return cls(metrics, dense, study.root / details, others)
 

@@ -84,7 +84,7 @@ class Section:
     def models(self) -> dict[str, Results]:
         """The dense model, measured by any of the experiments, and the pruned ones, by name."""
         dense = max((one.dense for one in self.experiments.values()), key=lambda dense: len(dense.metrics))
-        pruned = {name: one.pruned for name, one in self.experiments.items()}
+        pruned = {name: one.made for name, one in self.experiments.items()}
         return {DENSE: dense} | pruned if dense.metrics else pruned
 
     @cached_property
@@ -124,7 +124,7 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
 def differing(one: Experiment, other: Experiment) -> list[str]:
     """Return what keeps the results of two experiments from being compared; [] if nothing does."""
     found = [key for key in ("model", "dtype") if one.settings[key] != other.settings[key]]
-    found += [*apart(one.dense, other.dense).values(), *apart(one.pruned, other.pruned).values()]
+    found += [*apart(one.dense, other.dense).values(), *apart(one.made, other.made).values()]
     return [key for key in dict.fromkeys(found) if key != "missing details"]
 
 
@@ -210,7 +210,7 @@ def against_sparsity(section: Section, heading: str, measure: Measure, on: str) 
     """The picture of a measure against sparsity; nothing without values."""
     experiments, series = list(section.experiments.values()), dict[str, list[tuple[float, Estimate]]]()
     for one in sorted(experiments, key=lambda one: one.settings["sparsity"]):
-        value = measure.read(one.pruned, on)
+        value = measure.read(one.made, on)
         if value is not None:
             known = value if isinstance(value, Estimate) else Estimate(math.nan)
             series.setdefault(curve(one, experiments), []).append((one.settings["sparsity"], known))

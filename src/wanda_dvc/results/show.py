@@ -20,14 +20,14 @@ PRUNED = "pruned"
 
 
 def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
-    """Return the results of the workspace, dense and pruned; or of the named experiments, branches, tags or commits.
+    """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
 
     Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
     the first: the dense one, or the first of several experiments.
     """
     with opened(project, names) as experiments:
         first = experiments[0]
-        models = {DENSE: first.dense} | {one.name if names else PRUNED: one.pruned for one in experiments}
+        models = {DENSE: first.dense} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE
         if as_json:
             made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.catalog import STATISTICS
+from wanda_dvc.catalog import EMBEDDED, STATISTICS
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import RECOVERY_LENGTH
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
 
-MODELS = ("dense", "pruned")
+MODELS = ("dense", "pruned", "recovered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Stage:
 
 def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
     details = f"metrics/details/{model}/perplexity/{{text}}.json"
-    reference = () if model == "pruned" else ("reference/{text}",)
+    reference = ("reference/{text}",) if model == "dense" else ()
     return Part(
         settings=("perplexity.length", "perplexity.windows", "dtype"),
         deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *deps),
@@ -110,9 +111,11 @@ def _calibrate(tier: str) -> Part:
 
 def _plan_download(params: "Params") -> "dict[str, Json]":
     texts = {f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()}
+    own = params.recovery.text if params.recovery.tokens else None
     return {
         "download/model": {"source": params.model},
         "download/calibration": asdict(params.calibration.text.chosen),
+        "download/recovery": asdict(own.chosen) if own else {},
         "download/tasks": params.tasks.model_dump(),
         **texts,
     }
@@ -124,7 +127,17 @@ def _plan_calibrate(params: "Params") -> "dict[str, Json]":
     return {f"calibrate/{tier}": drawn | {"measured": tier in measured} for tier in STATISTICS}
 
 
+def _plan_recover(params: "Params") -> "dict[str, Json]":
+    wanted, calibration = params.recovery, params.calibration
+    drawn = {"windows": calibration.windows, "calibrated": calibration.length, "seed": calibration.seed}
+    own, length = wanted.text or calibration.text, min(RECOVERY_LENGTH, calibration.length)
+    text = {"text": bool(wanted.text), "embedded": own.source == EMBEDDED, "length": length, "dtype": params.dtype}
+    return {"recover": {"tokens": wanted.tokens, "rate": wanted.rate} | text | drawn if wanted.tokens else {}}
+
+
+RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
+SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks")
 STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
 STAGES = {
     stage.name: stage
@@ -137,7 +150,7 @@ STAGES = {
                 "": Part(
                     outs=("plan",),
                     # Links to local sources, or notes: DVC hashes what they lead to.
-                    uncached=("sources/model", "sources/calibration", "sources/perplexity", "sources/tasks"),
+                    uncached=tuple(f"sources/{part}" for part in SOURCES),
                 )
             },
         ),
@@ -157,6 +170,7 @@ STAGES = {
                     ("model", "model", "model", "models/dense"),
                     ("calibration", "calibration", "calibration.text", "data/calibration"),
                     ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}"),
+                    ("recovery", "recovery", "recovery", "data/recovery"),
                     ("tasks", "tasks", "tasks", "data/tasks"),
                 )
             },
@@ -204,6 +218,20 @@ STAGES = {
             },
         ),
         Stage(
+            name="recover",
+            version=1,
+            about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
+            parts={
+                "": Part(
+                    settings=("recovery", "calibration", "dtype"),
+                    deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
+                    outs=("metrics/plots/recovery.csv", "models/recovered"),
+                    metrics=("metrics/recovered/sparsity.json",),
+                )
+            },
+            plan=_plan_recover,
+        ),
+        Stage(
             name="perplexity",
             version=5,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
@@ -229,6 +257,7 @@ STAGES = {
                         },
                     },
                 ),
+                "recovered": _perplexity("recovered", deps=("reference/{text}",)),
             },
             plan=lambda params: {
                 "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
@@ -243,6 +272,7 @@ STAGES = {
             parts={
                 "dense": _zero_shot("dense", "models/dense/provenance.json"),
                 "pruned": _zero_shot("pruned", "metrics/details/dense/zero_shot.json"),
+                "recovered": _zero_shot("recovered", "metrics/details/dense/zero_shot.json"),
             },
             plan=lambda params: {
                 "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
@@ -277,10 +307,18 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
 
     UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
     """
-    row = STAGES[stage]
+    from wanda_dvc.study.files import write_text
+    from wanda_dvc.study.project import remove
+
+    row, wanted = STAGES[stage], project.params.recovery
     if stage != "plan":
         _check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts, part, text):
+        if "recover" in row.run_name(one) and not (wanted.tokens and (wanted.text or stage != "download")):
+            for path in row.parts[one].written:  # DVC expects each; nothing is in there
+                remove(place := project.root / path.format(text=name))
+                write_text(place if place.suffix else place / "none.json", "" if place.suffix == ".csv" else "{}\n")
+            continue
         words = {row.part_is: one} if one else {}
         words |= {"text": name} if name else {}
         row.function(project=project, **words)

@@ -11,7 +11,7 @@ from wanda_dvc.study.provenance import describe
 
 
 def download(*, project: Project, part: str, text: str = "") -> None:
-    """Sources → models/dense, data/calibration, data/perplexity/NAME or data/tasks."""
+    """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks."""
     named = f"{part}/{text}" if text else part
     target = project.model("dense") if part == "model" else project.data(named)
     source = _source(project, part, text)
@@ -27,7 +27,7 @@ def _source(project: Project, part: str, text: str) -> Source:
         return find_model(planned["source"])
     if part == "tasks":
         return find_tasks(Tasks(**planned), mirror)
-    if part == "calibration":
+    if part in ("calibration", "recovery"):
         # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
-        return find_text("calibration.text", ChosenText(**planned), mirror, as_documents=True)
+        return find_text(f"{part}.text", ChosenText(**planned), mirror, as_documents=True)
     return find_text(f"perplexity.texts.{text}", ChosenText(**planned), mirror)

@@ -24,8 +24,9 @@ from wanda_dvc.engine.rows import shards
 from wanda_dvc.engine.sizes import FIXED, WIDTH, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
+from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
+from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import ITEMS, TEXT, Project
 
@@ -54,7 +55,7 @@ class Known:
     """
 
     def __init__(self, project: Project, part: str = "", text: str = "") -> None:
-        params, self.model = project.params, project.model("pruned" if part == "pruned" else "dense")
+        params, self.model = project.params, project.model(part if part in MODELS else "dense")
         self.part, self.text = part, text
         self.params = params.model_copy(update={"dtype": dtype_of(self.model, params.dtype)})
         self.device = device_name(params.runtime).partition(":")[0]  # its kind
@@ -79,7 +80,7 @@ class Known:
 
 def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
     """Return the needs of a study's stage; nothing without the configuration of its model."""
-    model = project.model("pruned" if part == "pruned" else "dense")
+    model = project.model(part if part in MODELS else "dense")
     if stage not in NEEDS or not (model / "config.json").is_file():
         return Need()
     return NEEDS[stage](Known(project, part, text))
@@ -143,6 +144,15 @@ def _apply(on: Known) -> Need:
     return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
+def training(on: Known, *, kept: bool = False) -> int:
+    """Return the memory of `recover`. Activations are one block's, and the inputs of all; or, if `kept`, of all."""
+    model, length = on.sizes, min(RECOVERY_LENGTH, on.params.calibration.length)
+    block = 8 * length * model.features + 12 * length**2 * model.scored
+    blocks = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
+    dense = WIDTH[on.params.dtype if on.device == "cuda" else "float32"]
+    return FIXED + (16 + dense) * model.parameters + RECOVERY_BATCH * (blocks + 24 * length * model.vocabulary)
+
+
 def _perplexity(on: Known) -> Need:
     """The windows of one text, by default the largest; the dense model's predictions on all of them stay."""
     from wanda_dvc.engine import divergence  # imports transformers
@@ -156,7 +166,7 @@ def _perplexity(on: Known) -> Need:
     slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
     memory = held.activations + held.logits + TEXT_IN_MEMORY * size
     memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
-    kept = 0 if on.part == "pruned" else divergence.BYTES_A_TOKEN * tokens
+    kept = 0 if on.part in MODELS[1:] else divergence.BYTES_A_TOKEN * tokens
     return _walked(held, memory, disk=2 * on.states(tokens) + kept)
 
 
@@ -177,6 +187,7 @@ NEEDS: dict[str, Callable[[Known], Need]] = {
     "calibrate": _calibrate,
     "mask": _mask,
     "apply": _apply,
+    "recover": lambda on: Need(memory=training(on), disk=36 * on.sizes.parameters + on.stored()),  # 3 checkpoints
     "perplexity": _perplexity,
     "zero-shot": _zero_shot,
 }

@@ -20,7 +20,7 @@ from wanda_dvc.study.tensors import read_window, seal, write_window
 
 
 def perplexity(*, project: Project, model: str, text: str) -> None:
-    """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
+    """models/{dense,pruned,recovered} + data/perplexity/TEXT, reference → metrics/…/perplexity/TEXT.json."""
     measured, dtype = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
     rows, described = windows_of(project, project.model(model), text)
     run_name, reference = f"perplexity {model} {text}", project.reference(text)
@@ -59,12 +59,13 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             seal(work.out, made, parts="rows")
             work.publish(reference)
         else:
+            work.forget()
+        if model == "pruned":
             known = (read_window(reference, window)["true_log_p"] for window in range(len(rows)))
             both = {"dense": [finite(-log_p.double().mean().item()) for log_p in known], "pruned": details["losses"]}
             _plot(project, f"perplexity/{text}", predictions, both)
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
             _plot(project, f"divergence/{text}", predictions, columns)
-            work.forget()
 
 
 def _measure(run: Runner, out: Path, dense: Path | None, what: str) -> tuple[list[float], list[Divergence]]:

@@ -296,15 +296,24 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
     The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
     """
-    from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+    from wanda_dvc.engine.windows import draw, load_tokenizer, tokenize
 
     wanted = measured_with or calibrated_with(project)
     words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
-    folder, model = project.data("calibration"), project.model("dense")
+    drawn = windows_of_documents(project, "calibration", **words)
+    if drawn is not None:
+        return drawn
+    return draw(tokenize(project.text("calibration"), load_tokenizer(project.model("dense"))), **words)
+
+
+def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tensor, 'windows length'] | None":
+    """Draw windows from a text of separate documents; None of another text."""
+    from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
+
+    folder, model = project.data(part), project.model("dense")
     if not is_there(folder / DOCUMENTS):
-        text = project.text("calibration")
-        return draw(tokenize(text, load_tokenizer(model)), **words)
-    column = read_provenance(folder, "download calibration")["column"]
+        return None
+    column = read_provenance(folder, f"download {part}")["column"]
     project.work_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=project.work_root) as scratch:  # the system's own folder may be in memory
         documents = Documents(folder / DOCUMENTS, column, scratch)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def zero_shot(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
+    """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
     (measured, dtype), planned = check_ready(project, model), project.planned("zero-shot")
     same = {  # in the protocol of each task, and of the continuations
         "version": STAGES["zero-shot"].version,

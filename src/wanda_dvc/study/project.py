@@ -81,7 +81,7 @@ class Project:
                 shutil.copyfile(other.root / name, self.root / name)
 
     def model(self, which: str) -> Path:
-        """Return the folder of the `dense` or the `pruned` model."""
+        """Return the folder of the `dense`, the `pruned` or the `recovered` model."""
         return self.root / "models" / which
 
     def source(self, part: str) -> Path:

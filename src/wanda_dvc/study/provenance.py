@@ -16,7 +16,7 @@ from wanda_dvc.study.files import Json, write_json
 
 PROVENANCE = "provenance.json"
 INSTEAD = {"apply": "evaluate"}  # `evaluate` measures another model in the place of a pruned one
-MADE_BY = {"dense": "download model", "pruned": "apply"}  # the command behind each model
+MADE_BY = {"dense": "download model", "pruned": "apply", "recovered": "recover"}  # the command behind each model
 # Keys that may differ: the measured model, the reference that it is compared with, and the text: its tokens count.
 FREE = ("model", "reference", "wanda_dvc", "text")
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
@@ -80,7 +80,7 @@ def tokenizer_digest(model: Path) -> str:
 
 
 def dense_of(model: str, provenance: Json) -> str:
-    """Return the SHA-256 of the dense model, from its own provenance or from that of a model pruned from it."""
+    """Return the SHA-256 of the dense model, from its own provenance or from that of a model made from it."""
     return (provenance if model == "dense" else provenance["model"])["sha256"]
 
 

@@ -1,0 +1,176 @@
+"""Trains a pruned model towards the dense model, with transformers' Trainer: ours are the loss, the mask, the guard."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
+
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config, reason
+from wanda_dvc.engine.structure import stored_parts
+from wanda_dvc.engine.training import root_mean_square
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
+
+WARM_UP = 0.05  # of the steps
+LOOKS = 10  # of the guard, and checkpoints, during a training
+NOISE = ("drop", "jitter")  # in the names of rates that make a training random
+STATE, WEIGHTS = "trainer_state.json", "model.safetensors"
+
+
+def divergence(dense: Float[Tensor, "*position vocabulary"], pruned: Float[Tensor, "*position vocabulary"]) -> Tensor:
+    """Return the mean over positions of KL(dense ‖ pruned) in nats, of logits."""
+    p, q = (logits.float().log_softmax(-1) for logits in (dense, pruned))
+    return kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+
+
+class Recovery(Trainer):
+    """The trainer of a pruned model, with the dense model and the guard's windows, by text."""
+
+    model: Any
+    train_dataset: Any
+
+    def __init__(self, dense: Any, held: Mapping[str, Tensor], step: Callable[[], object], **words: Any) -> None:
+        super().__init__(**words)
+        self.remove_callback(PrinterCallback)
+        self.dense, self.held, self.step, self.steps = dense, held, step, 0
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        """Return the divergence of some windows. The dense model runs each time: its predictions would fill a disk."""
+        with torch.no_grad():
+            wanted = self.dense(**inputs).logits
+        return divergence(wanted, model(**inputs).logits)
+
+    def training_step(self, model: Any, *inputs: Any, **words: Any) -> Tensor:
+        """Compute gradients, except those of zeros in matrices: AdamW without decay then leaves them zero."""
+        if not self.curve:
+            self.evaluate()
+        while self.steps <= self.state.global_step:  # with those before an interruption
+            self.step()
+            self.steps += 1
+        loss: Tensor = super().training_step(model, *inputs, **words)
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.grad is not None:
+                parameter.grad.mul_(parameter.detach() != 0)
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make AdamW. A parameter's learning rate is a share of the root mean square of its nonzero values."""
+        every, rate = (model or self.model).parameters(), self.args.learning_rate
+        groups = [{"params": [p], "lr": rate * root_mean_square(p.detach())} for p in every if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """The guard's measures, first those before the training; a score is the mean share left of a divergence."""
+        return [one for one in self.state.log_history if "score" in one]
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure on the guard's windows, unless that is done; return the score."""
+        seen = self.state.global_step * BATCH * len(self.train_dataset[0]["input_ids"])
+        if not self.curve or self.curve[-1]["tokens"] != seen:  # the trainer asks twice after the last step
+            model, found = self.model_wrapped.eval(), dict[str, float]()
+            with torch.no_grad(), self.autocast_smart_context_manager():
+                for name, rows in self.held.items():
+                    each = ({"input_ids": row[None].to(self.args.device)} for row in rows)
+                    found[name] = fmean(self.compute_loss(model, inputs).item() for inputs in each)
+            start = self.curve[0] if self.curve else found
+            score = fmean(found[name] / start[name] if start[name] else math.inf for name in found)
+            self.log({"tokens": seen, **found, "score": score})
+            if self.args.should_save:  # the first process
+                shown = ", ".join(f"{name} {start[name]:.4f} → {found[name]:.4f}" for name in found)
+                notice(f"recover: {seen:,} tokens, divergence of held-out windows: {shown}")
+        return {"eval_score": self.curve[-1]["score"]}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the weights by their names in the model, without transformers' conversions."""
+        if self.args.should_save:
+            (folder := Path(output_dir or self.args.output_dir or "")).mkdir(parents=True, exist_ok=True)
+            save_file(state_dict or dict(self.model.named_parameters()), folder / WEIGHTS)
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a complete model that trains without dropout and jitter."""
+    config = read_config(folder)
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and any(word in name for word in NOISE):
+                setattr(part, name, 0.0)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+    return model.eval().to(device)
+
+
+def recover(  # noqa: PLR0913 - the inputs of a training
+    dense: Path, pruned: Path, *, rows: Int[Tensor, "windows length"], held: Mapping[str, Int[Tensor, "_ length"]],
+    rate: float, dtype: torch.dtype, device: torch.device, checkpointing: bool, work: Path, step: Callable[[], object],
+) -> tuple[Changed | None, list[dict[str, float]]]:  # fmt: skip
+    """Train a pruned model on `rows`, in their order, towards the dense model in another folder.
+
+    Returns the pruned checkpoint with the weights of the best score, or None if no score is better than the pruned
+    model's; and the guard's curve. An interrupted training resumes at its last checkpoint in `work`. Each process of
+    `accelerate launch` calls this, and takes its share of a step's windows.
+    """
+    logging.set_verbosity_error()
+    student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
+    try:
+        some = rows[:1, :8].to(device)
+        divergence(teacher(input_ids=some).logits, student.train()(input_ids=some).logits).backward()
+    except Exception as error:  # a model's class may raise any exception
+        family = student.config.model_type
+        raise UserError(f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0") from error
+    student.zero_grad(set_to_none=True)
+    if checkpointing and student.supports_gradient_checkpointing:
+        renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
+        (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
+    each, processes = math.ceil(len(rows) / BATCH / LOOKS), int(os.environ.get("WORLD_SIZE", "1"))
+    if (on_gpu := device.type == "cuda") and processes == 1:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    arguments = TrainingArguments(
+        output_dir=str(work.absolute()), per_device_train_batch_size=max(1, BATCH // processes), num_train_epochs=1,
+        train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=WARM_UP,
+        eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each, logging_strategy="no",
+        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
+        use_cpu=device.type == "cpu", bf16=on_gpu and dtype is torch.bfloat16, fp16=on_gpu and dtype is torch.float16,
+        report_to="none", log_level="error", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs
+    data = [{"input_ids": row} for row in rows]
+    trainer = Recovery(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train(resume_from_checkpoint=_last(work))
+    if not (trainer.state.best_metric or 1) < 1:
+        return None, trainer.curve
+    checkpoint, named = Checkpoint(pruned), dict(student.named_parameters(remove_duplicate=False))
+    parts = [(name, part) for name, every in stored_parts(student, checkpoint).items() for part in every]
+    weights = {part.address: part.of(named[name].detach()) for name, part in parts if name in named}
+
+    def read(address: Address) -> Tensor:
+        before = checkpoint.read(address)
+        new = weights[address].to("cpu", before.dtype)
+        if before.dim() > 1 and new[before == 0].count_nonzero():
+            raise RuntimeError(f"{address.tensor}: the training moved zeros")
+        return new
+
+    return Changed(checkpoint, read, weights), trainer.curve
+
+
+def _last(work: Path) -> str | None:
+    """Return the last complete checkpoint, if any. A checkpoint's state is written last."""
+    complete = {}
+    for folder in work.glob("checkpoint-*"):
+        try:
+            complete[json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]] = str(folder.absolute())
+        except (OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+    return complete[max(complete)] if complete else None

@@ -1,0 +1,99 @@
+"""Train the pruned model towards the dense model."""
+
+import contextlib
+import os
+import random
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.plan import RECOVERY_BATCH
+from wanda_dvc.reading import read_lines
+from wanda_dvc.stages import STAGES
+from wanda_dvc.study.files import load_json, write_csv, write_json
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import PROVENANCE, describe, digest, write_provenance
+
+HELD = 4  # windows of each text that the guard measures on
+COLUMNS = ("tokens", "text", "other")  # of the curve
+GUARD = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"  # evaluations have the split `test`
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def recover(*, project: Project) -> None:
+    """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
+    import torch
+
+    from wanda_dvc.engine.checkpoint import write_model
+    from wanda_dvc.engine.recovery import recover as train
+    from wanda_dvc.stages.needs import Known, gigabytes, training
+    from wanda_dvc.stages.running import check_ready, device_name, free_memory, own_device, progress
+
+    planned, folder = project.planned("recover"), project.model("pruned")
+    pruned, dtype = check_ready(project, "pruned")
+    device, free = own_device(project.params.runtime), free_memory(device_name(project.params.runtime))
+    if (least := training(Known(project))) > free:
+        what = f"{gigabytes(least)} of memory (16 bytes a parameter, the dense model and activations)"
+        raise UserError(f"recovery.tokens: found {gigabytes(free)}, expected {what}; set it to 0, or free some memory")
+    rows, held = windows(project)
+    own = {"version": STAGES["recover"].version, "pruned": digest(pruned), "windows_sha256": digest(rows.tolist())}
+    made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=planned, **own)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    with project.work(made) if first else contextlib.nullcontext(Work(project.work_root / digest(made)[:32])) as work:
+        steps = len(rows) // RECOVERY_BATCH
+        bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())
+        view, curve = train(
+            project.model("dense"), folder, rows=rows, held=held, rate=planned["rate"], device=device,
+            # A CPU trains in float32: it is slow in other types.
+            dtype=getattr(torch, dtype) if device.type == "cuda" else torch.float32,
+            checkpointing=training(Known(project), kept=True) > free,
+            work=work.path / "training", step=lambda: next(bar, None),
+        )  # fmt: skip
+        if not first:
+            return
+        if view is None:
+            notice("recover: the training did not help on held-out windows: models/recovered has the pruned weights")
+            shutil.copytree(folder, work.fresh(), copy_function=shutil.copyfile, dirs_exist_ok=True)
+        else:
+            list(write_model(view, work.fresh(), without=(PROVENANCE,)))
+            best = min(curve, key=lambda one: one["score"])
+            if worse := [name for name in held if best[name] >= curve[0][name]]:
+                notice(f"recover: warning: it did not help on {worse[0]}; metrics/plots/recovery.csv has the curve")
+        write_provenance(work.out, made | {"trained": view is not None})
+        work.publish(project.model("recovered"))
+    write_csv(project.plots("recovery"), COLUMNS, [[one.get(name, "") for name in COLUMNS] for one in curve])
+    write_json(project.metrics("recovered", "sparsity"), load_json(project.metrics("pruned", "sparsity")))
+
+
+def windows(project: Project) -> "tuple[Tensor, dict[str, Tensor]]":
+    """Return windows to train on in random order, the calibration's last, and the guard's, by text."""
+    import torch
+
+    from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
+    from wanda_dvc.stages.running import windows_of_documents
+
+    planned, tokenizer = project.planned("recover"), load_tokenizer(project.model("dense"))
+    length, seed, part = planned["length"], planned["seed"], "recovery" if planned["text"] else "calibration"
+    count = max(1, planned["tokens"] // length // RECOVERY_BATCH) * RECOVERY_BATCH
+    rows = windows_of_documents(project, part, samples=count + HELD, length=length, seed=seed + 1)
+    if rows is None:
+        tokens = tokenize(project.text(part), tokenizer)
+        rows = torch.stack(cut(tokens, length=length, windows=None, name="recovery.text"))
+        order, used = random.Random(0).sample(range(len(rows)), len(rows)), torch.zeros(len(tokens), dtype=torch.bool)
+        if part == "calibration":
+            words = {"samples": planned["windows"], "length": planned["calibrated"], "seed": seed}
+            used[draw(torch.arange(len(tokens)), **words).flatten()] = True
+        rows = rows[sorted(order, key=used[: rows.numel()].view_as(rows).any(-1).tolist().__getitem__)]
+    if len(rows) <= HELD:
+        raise UserError(f"recovery.text: {len(rows)} windows of {length} tokens, expected more; take a longer text")
+    held, rows = {"text": rows[:HELD]}, rows[HELD:]
+    if planned["embedded"]:
+        notice("recover: the guard has no other source: the text is the embedded one; recovery.text names another")
+    else:
+        tokens = tokenize("\n\n".join(row["text"] for _, row in read_lines(GUARD)), tokenizer)
+        held["other"] = torch.stack(cut(tokens, length=length, windows=HELD, name="the guard's text"))
+    return rows.repeat(-(-count // len(rows)), 1)[:count], held

@@ -1,0 +1,225 @@
+"""`recover`: zeros stay, a killed run ends with the same weights, two processes are one, and a guard."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Make, fetch, save_tiny_model
+from safetensors.torch import load_file, save_file
+from test_families import ALL, save
+from test_stages import prune
+
+from wanda_dvc.engine import recovery
+from wanda_dvc.engine.checkpoint import write_model
+from wanda_dvc.errors import UserError
+from wanda_dvc.export.build import export
+from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.show import show
+from wanda_dvc.stages import run
+from wanda_dvc.stages.recover import recover
+from wanda_dvc.stages.recover import windows as windows_of
+from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.files import load_json
+
+CPU = torch.device("cpu")
+
+
+def pair(folder: Path, *, family: str = "", **config: Any) -> tuple[Path, Path]:
+    """A dense model, and one whose matrices are 2:4 and whose other values are a little off."""
+    dense = save(family, folder / "dense") if family else save_tiny_model(folder / "dense", **config)
+    pruned = folder / "pruned"
+    shutil.copytree(dense, pruned)
+    path = pruned / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if weight.dim() > 1 and "embed" not in name and "wte" not in name and not weight.shape[-1] % 4:
+            weight.view(-1, 4)[:, :2] = 0
+    save_file(weights, path, {"format": "pt"})
+    return dense, pruned
+
+
+def windows(count: int, length: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 250, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(dense: Path, pruned: Path, work: Path, *, steps: int = 20, **changes: Any) -> Any:
+    words: dict[str, Any] = {
+        "rows": windows(2 * steps), "held": {"text": windows(2, seed=1), "other": windows(2, seed=2)}, "rate": 0.01,
+        "dtype": torch.float32, "device": CPU, "checkpointing": False, "work": work, "step": lambda: None,
+    }  # fmt: skip
+    return recovery.recover(dense, pruned, **words | changes)
+
+
+def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
+    list(write_model(view, folder))
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_divergence_falls_and_zeros_stay(tied: bool, tmp_path: Path):
+    dense, pruned = pair(tmp_path, tie_word_embeddings=tied)
+    weights, curve = train(dense, pruned, tmp_path / "work")
+    assert curve[-1]["text"] < curve[0]["text"]
+    assert curve[-1]["other"] < curve[0]["other"]
+    before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
+    for name, weight in before.items():
+        if weight.dim() > 1:
+            assert torch.equal(weight == 0, after[name] == 0), name
+        assert not torch.equal(weight, after[name]), name
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step: int) -> Callable[[], None]:
+    left = iter(range(step))
+
+    def count() -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return count
+
+
+def test_a_killed_training_resumes_and_ends_with_the_same_weights(tmp_path: Path):
+    dense, pruned = pair(tmp_path)
+    whole, curve = train(dense, pruned, tmp_path / "whole")
+    work = tmp_path / "killed"
+    with pytest.raises(Killed):
+        train(dense, pruned, work, step=killed_at(9))
+    (last,) = sorted(work.glob("checkpoint-*"))
+    shutil.copytree(last, work / "checkpoint-10")  # the kill came while the next one was written
+    (work / "checkpoint-10" / recovery.STATE).unlink()
+    steps: list[int] = []
+    again, resumed = train(dense, pruned, work, step=lambda: steps.append(1))
+    assert len(steps) == 20  # those before the kill count
+    assert resumed == curve
+    one, other = (written(made, tmp_path / str(place)) for place, made in enumerate((whole, again)))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(tmp_path: Path):
+    dense, pruned = pair(tmp_path)
+    weights, curve = train(dense, pruned, tmp_path / "far", rate=1.0, steps=4)
+    best = min(curve, key=lambda one: one["text"])
+    assert best not in (curve[0], curve[-1])
+    written(weights, tmp_path / "made")
+    _, seen = train(dense, tmp_path / "made", tmp_path / "again", steps=1)
+    assert seen[0]["text"] == pytest.approx(best["text"], rel=1e-4)
+    for start in (dense, pruned):
+        weights, _ = train(dense, start, tmp_path / start.name, steps=2, rate=0.0 if start == pruned else 0.01)
+        assert weights is None  # there is nothing to gain, or nothing is gained
+
+
+def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dense, pruned = pair(tmp_path)
+    one, curve = train(dense, pruned, tmp_path / "one", steps=4)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "1"}
+    children = []
+    for rank in ("0", "1"):
+        if not (child := os.fork()):
+            os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
+            code = 1
+            try:
+                made, seen = train(dense, pruned, tmp_path / "two", steps=4)
+                written(made, tmp_path / rank)
+                (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    first, second = (load_file(tmp_path / rank / "model.safetensors") for rank in "01")
+    for name, weight in written(one, tmp_path / "made").items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "0.json").read_text())[-1]["text"] == pytest.approx(curve[-1]["text"], rel=1e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
+    dense, pruned = pair(tmp_path, family=family)
+    weights, curve = train(dense, pruned, tmp_path / "work", steps=3, rate=1e-3, checkpointing=True)
+    assert weights is not None
+    assert curve[-1]["text"] < curve[0]["text"]
+    before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
+    assert before.keys() == after.keys()
+    assert all(after[name][weight == 0].count_nonzero() == 0 for name, weight in before.items() if weight.dim() > 1)
+
+
+def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dense, pruned = pair(tmp_path)
+    monkeypatch.setattr(recovery, "divergence", lambda *_: torch.ones(1))  # without gradients
+    with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):
+        train(dense, pruned, tmp_path / "work")
+
+
+# --- the stage ---
+
+PARTS = ("model", "calibration", "perplexity")
+SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
+
+
+def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_path: Path):
+    made = prune(fetch(project(**SMALL, pattern="2:4"), *PARTS))
+    for part in ("dense", "pruned", "recovered"):
+        if part == "recovered":
+            run("recover", project=made)
+        run("perplexity", project=made, part=part)
+    curve = made.plots("recovery").read_text().splitlines()
+    assert curve[0] == "tokens,text,other"
+    assert float(curve[-1].split(",")[1]) < float(curve[1].split(",")[1])
+    assert load_json(made.metrics("recovered", "sparsity")) == {"sparsity": 0.5}
+    before, after = (load_file(made.model(name) / "model.safetensors") for name in ("pruned", "recovered"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(before[name] == 0, after[name] == 0)
+    experiment = workspace(made)
+    assert list(experiment.models) == ["dense", "pruned", "recovered"]
+    assert experiment.made is experiment.recovered
+    (row,) = [line for line in show(project=made).splitlines() if line.startswith("| divergence, nats")]
+    assert row.count("to") == 2
+    said = export(project=made, experiment=None, target=tmp_path / "exported")
+    assert "the recovered model of the workspace" in said
+    assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")[name], after[name])
+    off = project(pattern="2:4")
+    for stage in ("download", "recover", "perplexity"):
+        run(stage, project=off, part={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
+    assert [path.name for path in off.model("recovered").iterdir()] == ["none.json"]
+    assert list(workspace(off).models) == ["dense", "pruned"]
+
+
+def test_windows_are_not_the_calibrations_and_the_guard_has_others(project: Make):
+    made = fetch(project(**SMALL, calibration__windows=8), "model", "calibration")
+    rows, held = windows_of(made)
+    drawn = calibration_windows(made)
+    pieces = {tuple(row[place : place + 32].tolist()) for row in drawn for place in range(33)}
+    for row in (*rows, *held["text"]):
+        assert not any(tuple(row[place : place + 32].tolist()) in pieces for place in range(33))
+    every = [tuple(row.tolist()) for row in (*rows, *held["text"])]
+    assert len(set(every)) == len(every) == 16 + 4
+    assert len(held["other"]) == 4
+    long = {"calibration__windows": 8, "recovery__tokens": 64 * 300}  # the text is shorter, and repeated
+    rows, held = windows_of(project(**long))
+    assert len(rows) == 300
+    assert not {tuple(row.tolist()) for row in rows} & {tuple(row.tolist()) for row in held["text"]}
+
+
+def test_a_machine_without_the_memory_is_refused(project: Make, monkeypatch: pytest.MonkeyPatch):
+    made = prune(fetch(project(**SMALL), *PARTS))
+    monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: 10**6)
+    with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
+        recover(project=made)
+    assert not made.model("recovered").exists()
