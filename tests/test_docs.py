@@ -220,6 +220,7 @@ def test_every_python_block_compiles(page: str):
             ast.parse(block.text)
 
 
+PRUNE = "wanda-dvc prune HuggingFaceTB/SmolLM2-135M-Instruct"
 # Where a command is not run, and why. A page stands for all of its commands.
 NOT_RUN = {
     "CONTRIBUTING.md": "makes the environment that the tests are running in, and runs them",
@@ -234,8 +235,9 @@ NOT_RUN = {
     ". .venv/bin/activate": "likewise",
     "pip install .[report]": "likewise",
     "pip install .[ray]": "the tests that need it say that it is not installed",
-    "wanda-dvc init ~/study": "test_init.py makes studies",
-    "cd ~/study": "the tests run in a study",
+    "wanda-dvc prune": "test_prune.py prunes tiny models",
+    f"{PRUNE} sparser --sparsity 0.7": "likewise",
+    f"{PRUNE} smaller --pattern neurons --sparsity 0.2": "likewise",
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
     "cd study": "likewise",
     "wanda-dvc init paper-table --preset paper": "test_init.py makes studies of presets",
@@ -263,6 +265,7 @@ QUEUE = "dvc exp run --queue -S tasks.names=[]"
 # What others are in a tiny study.
 AS_RUN = {
     "make repro": "dvc repro",
+    f"{PRUNE} pruned": "wanda-dvc export pruned",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
     f"{TASKS} -S ++zero_shot.limit=200": f"{TASKS} -S ++zero_shot.limit=4",
@@ -504,7 +507,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS)
     assert f"Dense: SmolLM2-135M {dense:.2f}, Gemma {gemma:.2f}" in readme
     assert f"a perplexity of {fisher:.1f} on WikiText-2" in readme
-    assert f"plain Wanda has {wanda:.1f}" in readme
+    assert f"Plain Wanda has {wanda:.1f}" in readme
     gains = [results.measured("distance")[f"{recipe} 50%"]["value"]["texts"] for recipe in ("fisher", "wanda")]
     same, other = (
         1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
