@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= logical
 # `make LOCK=` installs the newest libraries that pyproject.toml allows.
 LOCK ?= --constraint requirements.lock
-FAST := fuzz gram machine needs params plan products report results selection solvers
+FAST := fuzz gram needs params plan products report results selection solvers
 SHORT := not full and not pipeline and not slow
 export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import wanda_dvc
 from conftest import Factory, save_tiny_model, text_of, tree, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
@@ -167,13 +166,3 @@ def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: P
     (other / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="other: its tokenizer gives other token ids for the text embedded, exp"):
         evaluate(project=study, paths=[other])
-
-
-def test_the_command_prints_a_table_and_ends_with_2_for_a_missing_path(study: Project):
-    done = wanda_dvc("evaluate", "models/pruned", cwd=study.root)
-    assert done.returncode == 0, done.stderr
-    columns = [cell.strip() for cell in done.stdout.splitlines()[0].split("|")]
-    assert columns[2:5] == ["dense", "models/pruned", "models/pruned against dense"]
-    missing = wanda_dvc("evaluate", "nowhere", cwd=study.root)
-    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
-    assert "nowhere: not found" in missing.stderr

@@ -87,22 +87,6 @@ def test_other_content_at_the_same_path_is_seen_and_reruns_what_depends_on_it(st
     assert start.repro_up_to(*sorted(CALIBRATE)) == {"plan"}  # and the earlier model comes from the cache
 
 
-@pytest.mark.pipeline
-def test_an_experiment_elsewhere_sees_the_same_sources(start: Repository):
-    """Unchanged they fetch nothing there; changed they are fetched, and the workspace stays as it is."""
-    start.repro_up_to(*sorted(CALIBRATE))
-    start.commit()
-    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "++calibration.seed=3", *sorted(CALIBRATE))
-    assert ran(said) == {"plan"} | CALIBRATE
-    text = start.model.with_name("text.txt")
-    before = text.read_text()
-    text.write_text(before + " 1")
-    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "++calibration.seed=4", *sorted(CALIBRATE))
-    assert ran(said) == {"plan", "download-calibration"} | CALIBRATE
-    assert start.run("git", "status", "--porcelain") == ""
-    text.write_text(before)
-
-
 def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: Path, project):
     text = tmp_path / "a.txt"
     text.write_text("text")

@@ -148,14 +148,6 @@ def test_a_clone_without_the_cache_calibrates_once_for_a_queue_of_two(start: Rep
     assert second == {"plan"} | PRUNE | EVALUATE
 
 
-def test_a_stage_of_another_version_is_refused(repository: Repository):
-    text = (repository.root / "dvc.yaml").read_text(encoding="utf-8")
-    (repository.root / "dvc.yaml").write_text(
-        text.replace("wanda-dvc mask --stage-version ", "wanda-dvc mask --stage-version 9")
-    )
-    assert "the study is of another wanda-dvc" in repository.run("dvc", "repro", check=False)
-
-
 def test_an_experiment_changes_its_own_figures_and_caches_no_model(repository: Repository):
     """One in the workspace, two in the queue; compared, shown, applied."""
     assert (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import named
-from conftest import Make, Patch, calibrate, fetch, save_tiny_model, write_params
+from conftest import Make, Patch, calibrate, fetch, save_tiny_model
 from test_families import ALL, MIXTURES, save
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -33,7 +33,6 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -521,19 +520,3 @@ def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Make):
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}
-
-
-def test_zeros_in_a_smaller_model_need_a_second_study(study: Make, tmp_path: Path, texts: Any):
-    made = study(pattern="neurons", sparsity=0.25, recipe="admm")
-    mask(project=made)
-    apply(project=made)
-    (root := tmp_path / "second").mkdir()
-    write_params(root, made.model("pruned"), pattern="2:4", sparsity=0.5, recipe="wanda", **texts)
-    second = fetch(Project(root), "model", "calibration")
-    for run in (calibrate, mask, apply):
-        run(project=second)
-    pruned = Checkpoint(second.model("pruned"))
-    assert pruned.config.intermediate_size == 36
-    assert load_json(second.metrics("pruned", "sparsity")) == {"sparsity": 0.5}
-    weight = pruned.weight("model.layers.0.mlp.down_proj")
-    assert ((weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
