@@ -11,19 +11,21 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: repro test test-all test-fast coverage bench gpu docs wheel lint lock install
+.PHONY: repro test check test-all test-fast coverage bench gpu docs wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
 	@wanda-dvc show
 
-test: install lint ## lint, and each law on one row of its grid; without the tests on a real DVC repository, which run each night
+test: lint check ## lint, and each law on one row of its grid; without the tests on a real DVC repository, which run each night
+
+check: install ## the tests of `make test`, without lint
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"
 
 test-all: install lint ## every law on its whole grid, on real DVC repositories and on Ray, with more crashes and drawn examples, as each night
 	WANDA_DVC_NEW_EXAMPLES=1 WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
 
-test-fast: install ## of those, the laws of numbers, settings and results, in under a minute: no test of these files runs a stage
+test-fast: install ## of `check`, the laws of numbers, settings and results, in under a minute: no test of these files runs a stage
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)" $(FAST:%=tests/test_%.py)
 
 coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
