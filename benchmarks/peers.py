@@ -294,7 +294,7 @@ class Peers:
         folder, out = self.study("float32"), self.work / "result.json"
 
         def make() -> Part:
-            own = [sys.executable, __file__, "--run", *words, folder, str(self.sizes["limit"]), out]
+            own: list[str | Path] = [sys.executable, __file__, "--run", *words, folder, str(self.sizes["limit"]), out]
             made: Part = self.process(*own, cwd=self.work) | load_json(out)
             return made | {"wall": made["wall"] - made.get("search", 0)}
 
