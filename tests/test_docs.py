@@ -102,7 +102,7 @@ def checked_settings(overrides: list[str]) -> None:
     choices = []
     for override in overrides:
         name, _, given = override.partition("=")
-        values = [given] if given.startswith("[") else given.split(",")
+        values = [given] if given.startswith(("[", "{")) else given.split(",")
         choices.append([(name, YAML(typ="safe").load(value)) for value in values])
     for chosen in itertools.product(*choices):
         content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -360,7 +360,7 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
         preset = read_preset("paper")
         lengths = {name.replace(".", "__"): preset[name] for name in ("calibration.length", "perplexity.length")}
         assert set(lengths.values()) == {CONTEXT}
-        repository.change(**lengths)
+        repository.change(**lengths, perplexity__windows=preset["perplexity.windows"])
     values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)) | {
         "NAME": finished.experiment
     }
