@@ -97,6 +97,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
 def test_without_evaluation_nothing_is_measured(model: Path):
     said = pruned(model, "out", "--recipe", "wanda", "--no-eval")
     assert "perplexity" not in said
+    assert "Stale" not in said
     assert "| size, MB" in said
     assert not (studies(model)[0] / "metrics/dense").exists()
 
@@ -156,6 +157,7 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
         (["."], "here: exists already"),
         (["out", "--sparsity", "2"], "sparsity: found 2.0, expected"),
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
+        (["out", "--text", "./missing.txt"], "missing.txt not found; name a directory or a file of this machine"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
     ],
 )  # fmt: skip
@@ -246,6 +248,7 @@ def test_a_stopped_command_stops_the_processes_that_it_started():
 
 
 @pytest.mark.pipeline
+@pytest.mark.timeout(1800)  # some thirty processes
 def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resumes(
     tmp_path: Path, texts: dict[str, str], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,7 +13,7 @@ from typing import Any
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.export.build import check_target, export
-from wanda_dvc.params import Params, nested
+from wanda_dvc.params import Params, nested, sources
 from wanda_dvc.plan import TOKENS_A_FEATURE, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results.compare import cells, headings
@@ -27,7 +27,6 @@ from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
 
 FALLBACK = "wanda"  # needs the least memory and disk
-ZEROS, UNITS = 0.5, 0.2  # the sparsity by default
 OF_PRUNED = ("mask", "apply", "perplexity-pruned")  # the stages that another sparsity runs again
 GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {!r})('Once upon a time'))"
 
@@ -49,7 +48,7 @@ def prune(  # noqa: PLR0913 - an option each
     """
     if model and Path(model).expanduser().is_dir():  # also one with the form of a Hub id
         model = str(Path(model).expanduser().resolve())
-    share = sparsity if sparsity is not None else UNITS if pattern in STRUCTURES else ZEROS
+    share = sparsity if sparsity is not None else 0.2 if pattern in STRUCTURES else 0.5
     settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": share, "pattern": pattern}
     params = _checked(settings)
     name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
@@ -63,7 +62,10 @@ def prune(  # noqa: PLR0913 - an option each
         renew(study, nested(settings))
         if not (project.model("dense") / "config.json").is_file():
             reproduce(study, "download", "model", bars=bars)
-        settings |= {"calibration.windows": _windows(project, params)}
+        from wanda_dvc.engine.sizes import Sizes
+
+        tokens = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
+        settings["calibration.windows"] = max(params.calibration.windows, -(-tokens // params.calibration.length))
         if recipe is None:
             settings["recipe"] = _recommended(project, _checked(settings | {"recipe": _best(pattern)}))
         renew(study, nested(settings))
@@ -73,11 +75,15 @@ def prune(  # noqa: PLR0913 - an option each
 
 
 def _checked(settings: dict[str, Any]) -> Params:
-    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
+    """Check settings by dotted names. UserError, with the options' names, if one is wrong or a source is missing."""
     try:
-        return changed(PARAMS.read_text(encoding="utf-8"), nested(settings))[0]
+        params, _ = changed(PARAMS.read_text(encoding="utf-8"), nested(settings))
     except UserError as error:
         raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
+    for setting, source in sources(params).values():
+        if Path(source).is_absolute() and not Path(source).exists():
+            raise UserError(f"{setting}: {source} not found; name a directory or a file of this machine")
+    return params
 
 
 def _studies() -> Path:
@@ -90,14 +96,6 @@ def _studies() -> Path:
 
 
 # --- the settings that depend on the model ---
-
-
-def _windows(project: Project, params: Params) -> int:
-    """Return the number of calibration windows: at least params.yaml's, and enough tokens for solvers."""
-    from wanda_dvc.engine.sizes import Sizes
-
-    wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest
-    return max(params.calibration.windows, -(-wanted // params.calibration.length))
 
 
 def _best(pattern: str) -> str:
@@ -154,7 +152,7 @@ def _said(project: Project, target: Path, *, evaluate: bool) -> str:
         table(["", *models], rows),
         "Seconds: of the dense model once, of the pruned model for each recipe, sparsity and pattern.",
         *(note for note in notes(found.params, models) if evaluate and note.startswith("Perplexity on")),
-        *found.notes,
+        *(found.notes if evaluate else []),  # else the evaluation is another model's
         f"{target}: the pruned model, with a model card. Next:",
         "\n".join(f"  {command}   # {about}" for command, about in commands.items()),
         f"The study: {project.root}",
