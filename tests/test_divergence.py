@@ -121,6 +121,14 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: Patch
         assert dense.drawn_log_p[row].tolist() == pytest.approx(p[row, dense.drawn[row].long()].tolist(), abs=1e-4)
 
 
+def test_each_position_draws_from_an_offset_of_its_own(models: tuple[Path, Path], monkeypatch: Patch):
+    monkeypatch.setattr(divergence, "TOP", 5)
+    monkeypatch.setattr(divergence, "DRAWN", 2)
+    decoder, hidden = through(models[0])
+    _, dense = referenced(decoder, hidden[:, :1].expand_as(hidden).contiguous())
+    assert len({tuple(drawn) for drawn in dense.drawn.tolist()}) > 20
+
+
 def test_sums_by_doubling_are_the_cumulative_sums():
     """They take the place of CUDA's cumsum, which is not deterministic."""
     for length in (1, 2, 63, 64, 1000):
