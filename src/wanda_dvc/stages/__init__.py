@@ -315,9 +315,10 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
         _check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts, part, text):
         if "recover" in row.run_name(one) and not (wanted.tokens and (wanted.text or stage != "download")):
-            for path in row.parts[one].written:  # DVC expects each; nothing is in there
+            for path in row.parts[one].written:  # DVC expects each, and warns about an empty one; nothing is in there
                 remove(place := project.root / path.format(text=name))
-                write_text(place if place.suffix else place / "none.json", "" if place.suffix == ".csv" else "{}\n")
+                content = "none\n" if place.suffix == ".csv" else "{}\n"
+                write_text(place if place.suffix else place / "none.json", content)
             continue
         words = {row.part_is: one} if one else {}
         words |= {"text": name} if name else {}
