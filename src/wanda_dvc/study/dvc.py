@@ -16,6 +16,9 @@ from typing import Any
 
 from wanda_dvc.errors import UserError, notice
 
+# Lines of `dvc repro` that say nothing of a stage; the last is about the locks of a run that was killed.
+DVCS_OWN = ("Running stage", "Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc", "WARNING: Process '")
+
 
 @contextlib.contextmanager
 def repository(root: Path, otherwise: str) -> Iterator[Any]:
@@ -149,9 +152,7 @@ def repro(root: Path, stages: Sequence[str], *, bars: bool = False) -> None:
         for line in map(str.rstrip, process.stdout):
             if line.startswith("> "):
                 said.clear()
-            elif line and not line.startswith(
-                ("Running stage", "Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc")
-            ):
+            elif line and not line.startswith(DVCS_OWN):
                 said.append(line)
                 notice(line)
     if process.returncode:
