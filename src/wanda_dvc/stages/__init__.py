@@ -33,6 +33,8 @@ class Part:
     metrics: tuple[str, ...] = ()  # committed
     plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
     by_text: bool = False  # one run for each text of the perplexity
+    # Whether the settings ask for it. If not, a run writes files without content, because DVC expects each output.
+    wanted: "Callable[[Params], bool]" = lambda _: True
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
     )
 
 
-def _zero_shot(model: str, reads: str) -> Part:
+def _zero_shot(model: str, reads: str, **words: Any) -> Part:
     return Part(
         settings=("tasks", "zero_shot.limit", "dtype"),
         deps=("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt", reads),
@@ -97,6 +99,7 @@ def _zero_shot(model: str, reads: str) -> Part:
             f"metrics/plots/{model}/zero_shot.csv",
         ),
         metrics=(f"metrics/{model}/zero_shot.json",),
+        **words,
     )
 
 
@@ -109,9 +112,17 @@ def _calibrate(tier: str) -> Part:
     )
 
 
+def _recovers(params: "Params") -> bool:
+    return params.recovery.tokens > 0
+
+
+def _recovers_on_own_text(params: "Params") -> bool:
+    return _recovers(params) and params.recovery.text is not None
+
+
 def _plan_download(params: "Params") -> "dict[str, Json]":
     texts = {f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()}
-    own = params.recovery.text if params.recovery.tokens else None
+    own = params.recovery.text if _recovers_on_own_text(params) else None
     return {
         "download/model": {"source": params.model},
         "download/calibration": asdict(params.calibration.text.chosen),
@@ -165,13 +176,14 @@ STAGES = {
                     deps=(f"plan/download/{name}.json", f"sources/{name}"),
                     outs=(out,),
                     by_text=part == "perplexity",
+                    wanted=wanted,
                 )
-                for part, name, setting, out in (
-                    ("model", "model", "model", "models/dense"),
-                    ("calibration", "calibration", "calibration.text", "data/calibration"),
-                    ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}"),
-                    ("recovery", "recovery", "recovery", "data/recovery"),
-                    ("tasks", "tasks", "tasks", "data/tasks"),
+                for part, name, setting, out, wanted in (
+                    ("model", "model", "model", "models/dense", Part.wanted),
+                    ("calibration", "calibration", "calibration.text", "data/calibration", Part.wanted),
+                    ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}", Part.wanted),
+                    ("recovery", "recovery", "recovery", "data/recovery", _recovers_on_own_text),
+                    ("tasks", "tasks", "tasks", "data/tasks", Part.wanted),
                 )
             },
             plan=_plan_download,
@@ -227,6 +239,7 @@ STAGES = {
                     deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
                     outs=("metrics/plots/recovery.csv", "models/recovered"),
                     metrics=("metrics/recovered/sparsity.json",),
+                    wanted=_recovers,
                 )
             },
             plan=_plan_recover,
@@ -257,7 +270,7 @@ STAGES = {
                         },
                     },
                 ),
-                "recovered": _perplexity("recovered", deps=("reference/{text}",)),
+                "recovered": _perplexity("recovered", deps=("reference/{text}",), wanted=_recovers),
             },
             plan=lambda params: {
                 "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
@@ -272,7 +285,7 @@ STAGES = {
             parts={
                 "dense": _zero_shot("dense", "models/dense/provenance.json"),
                 "pruned": _zero_shot("pruned", "metrics/details/dense/zero_shot.json"),
-                "recovered": _zero_shot("recovered", "metrics/details/dense/zero_shot.json"),
+                "recovered": _zero_shot("recovered", "metrics/details/dense/zero_shot.json", wanted=_recovers),
             },
             plan=lambda params: {
                 "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
@@ -310,14 +323,14 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
     from wanda_dvc.study.files import write_text
     from wanda_dvc.study.project import remove
 
-    row, wanted = STAGES[stage], project.params.recovery
+    row = STAGES[stage]
     if stage != "plan":
         _check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts, part, text):
-        if "recover" in row.run_name(one) and not (wanted.tokens and (wanted.text or stage != "download")):
-            for path in row.parts[one].written:  # DVC expects each, and warns about an empty one; nothing is in there
+        if not row.parts[one].wanted(project.params):
+            for path in row.parts[one].written:
                 remove(place := project.root / path.format(text=name))
-                content = "none\n" if place.suffix == ".csv" else "{}\n"
+                content = "none\n" if place.suffix == ".csv" else "{}\n"  # DVC warns about an empty file
                 write_text(place if place.suffix else place / "none.json", content)
             continue
         words = {row.part_is: one} if one else {}
