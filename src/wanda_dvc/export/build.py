@@ -4,7 +4,6 @@ The experiment's files are copied from DVC's cache and git into the work folder.
 """
 
 import io
-import shutil
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -21,10 +20,9 @@ from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
 from wanda_dvc.study.dvc import Revision, copy_file
-from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import inline, table
 from wanda_dvc.study.project import Project, temporary_place
-from wanda_dvc.study.provenance import PROVENANCE, comparable, digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, comparable, digest, read_provenance, write_provenance
 
 REPRODUCE = """\
 With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:
@@ -64,16 +62,15 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
         if others := made_with_others(found):
             raise UserError(f"{what}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
-        pruned, metrics, folder = digest(made_from), found.made.metrics.get("sparsity"), study.model("recovered")
-        if study.params.recovery.tokens:
-            made_from = read_provenance(folder, "recover")
-            if made_from["pruned"] != pruned or not metrics:
-                raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
-            shutil.copytree(folder, work.out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        elif made:
-            for file in project.model("pruned").iterdir():
+        pruned, metrics = digest(made_from), found.made.metrics.get("sparsity")
+        finished = study.model("recovered") if study.params.recovery.tokens else project.model("pruned")
+        if study.params.recovery.tokens or made:
+            found_from = read_provenance(finished, MADE_BY[finished.name])
+            if found_from.get("pruned", digest(found_from)) != pruned or not metrics:
+                raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
+            made_from = found_from
+            for file in finished.iterdir():
                 copy_file(file, work.out / file.name)
-            metrics = load_json(project.metrics("pruned", "sparsity"))
         else:
             _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
