@@ -1,5 +1,6 @@
 """Write docs/commands.md from the command line itself, as typer documents it: python scripts/commands.py."""
 
+import re
 from pathlib import Path
 
 from typer import Context
@@ -9,6 +10,14 @@ from typer.main import get_command
 from wanda_dvc.cli import app
 
 TARGET = Path(__file__).parents[1] / "docs" / "commands.md"
+# What typer repeats for each command, in the order in which it goes.
+WITHOUT = (
+    r"\* `(-h, --help|--(install|show)-completion)`: .*\n",
+    r"\*\*Commands\*\*:\n\n(\* .*\n)+\n",  # the headings, cut to a few words
+    r"\*\*(Usage|Arguments|Options)\*\*:\n\n",
+    r"```console\n\$ wanda-dvc [a-z-]+ \[OPTIONS\]\n```\n\n",
+    r"\n(?=\n\n)",
+)
 
 
 def page() -> str:
@@ -17,6 +26,9 @@ def page() -> str:
     text = get_docs_for_click(
         obj=command, ctx=Context(command, **command.context_settings), name="wanda-dvc", title="Commands"
     )
+    for repeated in WITHOUT:
+        text = re.sub(repeated, "", text)
+    text = re.sub(r"(\n\* `\[?[A-Za-z][^ `]*) <[^`]*>", r"\1", text)  # the types of arguments
     return text.rstrip() + "\n"
 
 

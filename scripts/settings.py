@@ -22,20 +22,13 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-Every setting of `params.yaml`. Only `model` and the texts have to be there; all else has the default of this page.
-A change reruns `plan`, which takes a second, the stages named and those after them.
-`dvc exp run -S ++method=ria` adds a setting that the file does not have.
-`scripts/settings.py` writes this page from the schema.
+`dvc exp run --temp -S ++method=ria` sets a setting of `params.yaml`; `++` also adds one that the file does not have.
+Only `model` and the texts are required. A change reruns the stages named and those after them.
 
 """
 
 
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
-STATISTICS = (
-    ("norms", "‖X_j‖₂ of each input feature", "`magnitude`, `magnitude-rows`, `wanda`, `wanda-paper`"),
-    ("gram", "also XᵀX of each distinct input", "`wanda-refit`, `sparsegpt`, `admm`"),
-    ("gradients", "also the gradients of eight windows", "`fisher`, `blockwise`"),
-)
 PROPAGATIONS = (
     ("dense", "each block is calibrated on the outputs of dense blocks, which are cached"),
     ("pruned", "on the outputs of the pruned blocks before it, as in the paper"),
@@ -63,13 +56,12 @@ def page() -> str:
         "Recipes": _table(
             ["`recipe`", "result", "method", "group", "allocation", "reconstruction", "propagation"], recipes
         ),
-        "Statistics": _table(["`calibration.statistics`", "measured", "recipes that need them"], STATISTICS),
         "Patterns": _table(
             ["`pattern`", "meaning"],
             [
                 ("unstructured", "zeros anywhere in a group of weights"),
-                ("n:m", "n of every m neighbours stay, such as `2:4`, which sets the sparsity to 1 − n/m"),
-                *((x.name, f"removes {x.about}; `sparsity` is their share, rounded") for x in STRUCTURES.values()),
+                ("n:m", "n of every m neighbours stay, such as `2:4`; the sparsity is 1 − n/m"),
+                *((x.name, f"removes {x.about}") for x in STRUCTURES.values()),
             ],
         ),
         "Methods": _choices("method", methods()),

@@ -240,9 +240,8 @@ ALLOCATIONS = _by_name(
     ),
     Allocation(  # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
         "sensitivity",
-        "removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · √(F / Σ‖X‖²), with F the Fisher "
-        "information of the row's weights; strength is the largest difference between a linear's sparsity and the "
-        "model's; no sparsity is above 0.97",
+        "one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; strength is the "
+        "largest difference between a linear's sparsity and the model's; no sparsity is above 0.97",
         function="wanda_dvc.pruning.allocation:sensitivity",
         rating="wanda_dvc.pruning.allocation:sensitivity_rating",
         by_gradients=True,
@@ -313,17 +312,15 @@ class Recipe(Row):
 
 
 RECIPES = _by_name(
-    Recipe(
-        "magnitude", "removes the smallest weights of each linear: the paper's baseline", "magnitude", group="linear"
-    ),
-    Recipe("magnitude-rows", "removes the smallest weights of each row", "magnitude"),
-    Recipe("wanda", "removes the lowest |W| · ‖X‖₂ of each row", "wanda"),
+    Recipe("magnitude", "the paper's baseline", "magnitude", group="linear"),
+    Recipe("magnitude-rows", "the simplest baseline", "magnitude"),
+    Recipe("wanda", "the paper's method, on dense blocks", "wanda"),
     Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares"),
     Recipe("sparsegpt", "SparseGPT's masks and weights", "sparsegpt", group="linear", reconstruction="sparsegpt"),
     Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares"),
     Recipe(
         "fisher",
-        "ADMM; gradients of the loss decide masks, sparsities and new weights",
+        "ADMM, with gradients of the loss",
         "admm",
         group="outputs",
         allocation="sensitivity",
@@ -331,7 +328,7 @@ RECIPES = _by_name(
     ),
     Recipe(
         "blockwise",
-        "ADMM's masks; then a short training of each block towards the dense block's outputs",
+        "ADMM's masks, then a short training of each block",
         "admm",
         group="outputs",
         allocation="sensitivity",

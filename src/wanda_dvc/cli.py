@@ -46,10 +46,10 @@ def _presets() -> list[str]:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Text = Annotated[str, typer.Argument(metavar="[TEXT]", help="One of `perplexity.texts`; by default all.")]
+Text = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Experiments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME]...", help="Experiments, branches, tags or commits.", autocompletion=_experiments),
+    typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.", autocompletion=_experiments),
 ]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 REV = typer.Option(
@@ -152,7 +152,7 @@ def _command(stage: Stage) -> Callable[..., None]:
     part = Annotated[
         str,
         typer.Argument(
-            metavar=f"[{stage.part_is.upper()}]",
+            metavar=stage.part_is.upper(),
             help=f"{' or '.join(stage.parts)}; by default all.",
             autocompletion=lambda: list(stage.parts),
         ),
@@ -200,8 +200,8 @@ def prune(  # noqa: PLR0913, PLR0917 - an option each
     an interrupted command resumes if you repeat it.
 
     Without MODEL it prunes SmolLM2-135M from PyPI. Without DIR the options
-    give the directory its name. It measures perplexity and divergence; the
-    zero-shot tasks take minutes more: `dvc repro` in the study runs them.
+    give the directory its name. It measures perplexity and divergence;
+    `dvc repro` in the study also runs the zero-shot tasks.
     """
     from wanda_dvc.export.prune import prune as make
     from wanda_dvc.stages.running import stoppable
@@ -264,7 +264,7 @@ def report(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def evaluate(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Directories of safetensors, or GGUF files.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Directories of safetensors, or GGUF files.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""

@@ -153,7 +153,9 @@ class Calibration(_Section):
     length: int = Field(512, ge=2, le=MOST, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
     statistics: Literal["auto", "norms", "gram", "gradients"] = Field(
-        AUTO, description="what is measured; `auto`: what the recipe reads; a tier: at least that, for later recipes"
+        AUTO,
+        description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
+        "`gram` (also XᵀX of each input) or `gradients` (also those of eight windows)",
     )
 
 
