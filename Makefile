@@ -34,7 +34,7 @@ coverage: install ## the tests of `make test`, with a table of the lines and bra
 bench: install ## measure against the published procedure, stock lm-eval and the floor; BENCH="--mirror DIR --rows calibrate"
 	python benchmarks/peers.py $(BENCH)
 
-gpu: ## check a card against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
+gpu: ## check a GPU against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
 	PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)
 
 docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a broken link or anchor is an error

@@ -29,14 +29,7 @@ INSTEAD = {
     r"(?<!model )cards?": "GPU; the model card by its full name",
 }
 LONGEST = 25
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "CHANGELOG.md",
-    "docs/*.md",
-    "docs/tutorials/*.md",
-)
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/*.md")
 WORDS = {re.compile(rf"\b(?:{words})\b", flags=re.I): instead for words, instead in INSTEAD.items()}
 # From Python 3.12 on, the text of an f-string is a token of its own.
 STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
@@ -52,7 +45,8 @@ def blank(found: re.Match[str]) -> str:
 
 def long_sentences(text: str) -> Iterator[str]:
     """Yield the sentences of a page with more than `LONGEST` words, without code blocks and tables."""
-    text = re.sub(r"`[^`\n]*`", "code", re.sub(r"^( *)```.*?^\1```\s*$|^ *\|.*$|<[^>]*>", "", text, flags=re.M | re.S))
+    text = re.sub(r"^( *)```.*?^\1```\s*$|^ *\|[^\n]*$|<[^>]*>", "", text, flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "code", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.|#+) ", text):
         for sentence in re.split(r"(?<=[.!?])[\"')*]*\s", " ".join(paragraph.split())):
