@@ -98,7 +98,7 @@ OTHERS = {
         (["show"], {"tasks__names": "piqa"}, 'params.yaml: tasks.names: found "piqa", expected a valid list'),
         (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),
         (["perplexity", "thin"], {}, "found thin, expected dense, pruned"),
-        (["download", "weights"], {}, "found weights, expected model, calibration, perplexity, tasks"),
+        (["download", "weights"], {}, "found weights, expected model, calibration, perplexity, recovery, tasks"),
     ],
 )
 def test_a_users_mistake_is_a_line_and_exit_2(
