@@ -320,10 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         checked, timed = (
             (windows(small, 20, 32), windows(large, 4, 32))
             if words.tiny
-            else (
-                windows(small, 20, 512),
-                windows(large, 16, 2048),
-            )
+            else (windows(small, 20, 512), windows(large, 16, 2048))
         )
         print(f"{machine(device)}\n\n| check | found | bound | holds |\n| --- | ---: | ---: | --- |")
         holds = True

@@ -6,14 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import (
-    ALLOCATIONS,
-    GROUPS,
-    RECIPES,
-    RECONSTRUCTIONS,
-    STRUCTURES,
-    methods,
-)
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
 from wanda_dvc.params import flatten, read_params, settings
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.scaffold import PARAMS

@@ -57,7 +57,7 @@ def visible(
     return layout.hidden(sees[0, 0].cpu()).to(device)[None, None, None]
 
 
-def attend(  # noqa: PLR0913 - transformers calls it with these
+def attend(
     module: nn.Module,
     query: Float[Tensor, "1 heads length size"],
     key: Float[Tensor, "1 kv_heads length size"],

@@ -130,11 +130,7 @@ class Decoder:
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
     def run(
-        self,
-        index: int,
-        hidden: Float[Tensor, "1 length width"],
-        row: Row,
-        parameters: dict[str, Tensor] | None = None,
+        self, index: int, hidden: Float[Tensor, "1 length width"], row: Row, parameters: dict[str, Tensor] | None = None
     ) -> Float[Tensor, "1 length width"]:
         """Run a row through a block, which must be held.
 

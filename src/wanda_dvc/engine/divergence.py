@@ -55,10 +55,7 @@ class Divergence(NamedTuple):
 
 
 def measure_windows(
-    decoder: Decoder,
-    rows: Sequence[Row],
-    hidden: Sequence[Float[Tensor, "_ width"]],
-    dense: Sequence[Reference | None],
+    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], dense: Sequence[Reference | None]
 ) -> Iterator[tuple[float, Reference | Divergence]]:
     """Yield the loss of a shard's windows, and their divergence from the references in `dense`.
 

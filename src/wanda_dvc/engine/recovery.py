@@ -112,7 +112,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.eval().to(device)
 
 
-def recover(  # noqa: PLR0913 - the inputs of a training
+def recover(
     dense: Path, pruned: Path, *, rows: Int[Tensor, "windows length"], held: Mapping[str, Int[Tensor, "_ length"]],
     rate: float, dtype: torch.dtype, device: torch.device, checkpointing: bool, work: Path, step: Callable[[], object],
 ) -> tuple[Changed | None, list[dict[str, float]]]:  # fmt: skip

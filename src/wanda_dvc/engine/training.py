@@ -13,7 +13,7 @@ from wanda_dvc.engine.rows import Row
 EPSILON = 1e-8  # the least norm of a token's target, and of Adam
 
 
-def train(  # noqa: PLR0913 - the settings of a training
+def train(
     decoder: Decoder,
     index: int,
     keeps: Mapping[str, Tensor],

@@ -41,12 +41,7 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 
 
 def draw_from_documents(
-    documents: Sequence[str],
-    tokens_of: Callable[[str], Tensor],
-    *,
-    samples: int,
-    length: int,
-    seed: int,
+    documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int
 ) -> Int[Tensor, "windows length"]:
     """Draw windows within documents, as the Wanda authors do from C4.
 
@@ -81,11 +76,7 @@ def draw_from_documents(
 
 
 def cut(
-    tokens: Int[Tensor, " tokens"],
-    *,
-    length: int,
-    windows: int | str | None,
-    name: str = "the text",
+    tokens: Int[Tensor, " tokens"], *, length: int, windows: int | str | None, name: str = "the text"
 ) -> list[Int[Tensor, " _"]]:
     """Cut a text into consecutive windows without overlap: `windows` of them, or every complete one, and drop the rest.
 

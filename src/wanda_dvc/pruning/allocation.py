@@ -28,7 +28,7 @@ BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an o
 MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear without weights has no output
 
 
-def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocation
+def allocate(
     weights: Callable[[str], Tensor],
     blocks: Iterable[BlockStats],
     count: int,

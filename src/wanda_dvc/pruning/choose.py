@@ -26,7 +26,7 @@ Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
 # --- masks ---
 
 
-def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
+def choose(
     weight: Float[Tensor, "out in"],
     given: InputStats | Prepared,
     *,
@@ -76,7 +76,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
     return keep
 
 
-def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks are chosen
+def choose_block(
     weights: Weights,
     block: BlockStats,
     *,
@@ -144,7 +144,7 @@ def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
-def choose_units(  # noqa: PLR0913 - the units, their statistics, and how they are scored
+def choose_units(
     sets: Mapping[str, Units],
     weights: Weights,
     blocks: Iterable[BlockStats],
@@ -209,12 +209,7 @@ def _outputs(
 
 
 def aim_block(
-    weights: Weights,
-    block: BlockStats,
-    *,
-    grams: Mapping[str, Gram],
-    crosses: Mapping[str, Tensor],
-    strength: float,
+    weights: Weights, block: BlockStats, *, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor], strength: float
 ) -> dict[str, Tensor]:
     """Return the target weights of a block's linears: with them, pruned inputs give the dense outputs.
 
@@ -233,7 +228,7 @@ def aim_block(
     return aimed
 
 
-def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
+def reconstruct(
     weight: Tensor,
     keep: Tensor,
     prepared: Prepared,
@@ -261,7 +256,7 @@ class Pruned(NamedTuple):
     masked: float | None  # likewise, without new values
 
 
-def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
+def prune_linear(
     weight: Tensor,
     keep: Tensor,
     prepared: Prepared | None,

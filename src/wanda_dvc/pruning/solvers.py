@@ -142,7 +142,7 @@ def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, steps: int 
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
-def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the method
+def fisher_least_squares(
     weight: Weight,
     keep: Keep,
     prepared: Prepared,
@@ -195,7 +195,7 @@ def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weigh
     return min(1.0, (along + math.sqrt(along**2 + square * room)) / square) if square > 0 else 0.0
 
 
-def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
+def sparsegpt(
     weight: Weight,
     prepared: Prepared,
     *,
@@ -258,7 +258,7 @@ def _keep_in_block(
     return keep_highest(rows, rows.shape[1] - go).view(score.shape)
 
 
-def admm(  # noqa: PLR0913 - the target, and constants of the method
+def admm(
     weight: Weight,
     prepared: Prepared,
     *,
@@ -394,7 +394,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is solved
+def _conjugate_gradients(
     dense: Weight,
     keep: Keep,
     start: Weight,

@@ -121,11 +121,7 @@ def _costs(
 
 
 def least_squares(
-    weight: Float[Tensor, "out in"],
-    keep: Bool[Tensor, "out in"],
-    prepared: Prepared,
-    *,
-    damping: float = 0.01,
+    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], prepared: Prepared, *, damping: float = 0.01
 ) -> Solved:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
