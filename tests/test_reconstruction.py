@@ -172,7 +172,7 @@ def test_gradients_of_another_calibration_than_the_norms_are_refused(study: Make
     content = json.loads(provenance.read_text())
     provenance.unlink()
     write_json(provenance, content | {"params": content["params"] | {"seed": 7}})
-    with pytest.raises(UserError, match="found 2 blocks of .*, expected those .* that stats/norms names"):
+    with pytest.raises(UserError, match="found a calibration of .*, expected .* that stats/norms names"):
         mask(project=made)
 
 
@@ -184,7 +184,7 @@ def test_gradients_of_another_calibration_are_refused(study: Make):
     shutil.rmtree(made.gram)
     kept.rename(made.gram)
     study(reconstruction="output-weighted")
-    with pytest.raises(UserError, match="stats/gradients: found 2 blocks of .* that masks/ names"):
+    with pytest.raises(UserError, match="stats/gradients: found a calibration of .* that masks/ names"):
         apply(project=made)
 
 

@@ -76,6 +76,10 @@ class Stage:
                     yield self.run_name(one, named), one, named
 
 
+def _one(**words: Any) -> dict[str, Part]:
+    return {"": Part(**words)}
+
+
 def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
     details = f"metrics/details/{model}/perplexity/{{text}}.json"
     reference = ("reference/{text}",) if model == "dense" else ()
@@ -109,7 +113,12 @@ def _calibrate(tier: str) -> Part:
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
         outs=(f"stats/{tier}", *plotted),
+        wanted=lambda params: tier in _tiers(params),
     )
+
+
+def _tiers(params: "Params") -> tuple[str, ...]:
+    return STATISTICS[: STATISTICS.index(params.tier) + 1]
 
 
 def _recovers(params: "Params") -> bool:
@@ -133,9 +142,8 @@ def _plan_download(params: "Params") -> "dict[str, Json]":
 
 
 def _plan_calibrate(params: "Params") -> "dict[str, Json]":
-    measured = STATISTICS[: STATISTICS.index(params.tier) + 1]
     drawn = params.calibration.model_dump(include={"windows", "length", "seed"}) | {"dtype": params.dtype}
-    return {f"calibrate/{tier}": drawn | {"measured": tier in measured} for tier in STATISTICS}
+    return {f"calibrate/{tier}": drawn if tier in _tiers(params) else {} for tier in STATISTICS}
 
 
 def _plan_recover(params: "Params") -> "dict[str, Json]":
@@ -157,13 +165,11 @@ STAGES = {
             name="plan",
             version=1,
             about="Check the settings, and write what each stage has to know of them: plan/, sources/.",
-            parts={
-                "": Part(
-                    outs=("plan",),
-                    # Links to local sources, or notes: DVC hashes what they lead to.
-                    uncached=tuple(f"sources/{part}" for part in SOURCES),
-                )
-            },
+            parts=_one(
+                outs=("plan",),
+                # Links to local sources, or notes: DVC hashes what they lead to.
+                uncached=tuple(f"sources/{part}" for part in SOURCES),
+            ),
         ),
         Stage(
             name="download",
@@ -201,47 +207,41 @@ STAGES = {
             name="mask",
             version=11,
             about="Choose the weights to keep: masks/.",
-            parts={
-                "": Part(
-                    settings=("recipe", "sparsity", *CHOICES, "allocation_strength"),
-                    # The text is for propagation: pruned, corrected.
-                    deps=("plan/mask.json", "models/dense", *STATS, "data/calibration"),
-                    outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
-                )
-            },
+            parts=_one(
+                settings=("recipe", "sparsity", *CHOICES, "allocation_strength"),
+                # The text is for propagation: pruned, corrected.
+                deps=("plan/mask.json", "models/dense", *STATS, "data/calibration"),
+                outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
+            ),
             plan=lambda params: {"mask": params.plan.described},
         ),
         Stage(
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
-            parts={
-                "": Part(
-                    deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
-                    outs=(
-                        "metrics/details/pruned/sparsity.json",
-                        "metrics/details/pruned/layer_error.json",
-                        "metrics/plots/sparsity.csv",
-                        "metrics/plots/layer_error.csv",
-                    ),
-                    uncached=("models/pruned",),  # it follows from what is cached
-                    metrics=("metrics/pruned/sparsity.json",),
-                )
-            },
+            parts=_one(
+                deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
+                outs=(
+                    "metrics/details/pruned/sparsity.json",
+                    "metrics/details/pruned/layer_error.json",
+                    "metrics/plots/sparsity.csv",
+                    "metrics/plots/layer_error.csv",
+                ),
+                uncached=("models/pruned",),  # it follows from what is cached
+                metrics=("metrics/pruned/sparsity.json",),
+            ),
         ),
         Stage(
             name="recover",
             version=1,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
-            parts={
-                "": Part(
-                    settings=("recovery", "calibration", "dtype"),
-                    deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
-                    outs=("metrics/plots/recovery.csv", "models/recovered"),
-                    metrics=("metrics/recovered/sparsity.json",),
-                    wanted=_recovers,
-                )
-            },
+            parts=_one(
+                settings=("recovery", "calibration", "dtype"),
+                deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
+                outs=("metrics/plots/recovery.csv", "models/recovered"),
+                metrics=("metrics/recovered/sparsity.json",),
+                wanted=_recovers,
+            ),
             plan=_plan_recover,
         ),
         Stage(

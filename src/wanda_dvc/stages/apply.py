@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.mask import removal_of
-from wanda_dvc.stages.running import progress, solving_device, tier_provenance
+from wanda_dvc.stages.running import own_device, progress, tier_provenance
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
@@ -40,7 +41,7 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
-    solving_device(project.params.runtime)  # refused before any file is read
+    own_device(project.params.runtime)  # refused before any file is read
     made_from = describe_pruned(project)
     with project.work(made_from) as work:
         folder = work.fresh()
@@ -92,7 +93,7 @@ class Parts:
 
     def __init__(self, study: Project) -> None:
         self.plan = plan = Plan.read(read_provenance(study.masks, "mask")["params"])
-        self.checkpoint, device = Checkpoint(study.model("dense")), solving_device(study.params.runtime)
+        self.checkpoint, device = Checkpoint(study.model("dense")), solving_device(own_device(study.params.runtime))
         blocks = range(block_count(study.masks, "mask"))
         masks = [read_masks(study.masks, block) for block in blocks]
         self.blocks = {linear: block for block, keeps in enumerate(masks) for linear in keeps}

@@ -18,21 +18,18 @@ from wanda_dvc.study.provenance import PROVENANCE, describe, read_provenance
 def calibrate(*, project: Project, tier: str) -> None:
     """models/dense + data/calibration → stats/norms, stats/gram or stats/gradients.
 
-    A tier that nothing reads has no blocks. The tiers are stages of their own, so that each is measured once, in any
-    order of recipes. If the plan asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait
-    in their own unfinished work.
+    The tiers are stages of their own, so that each is measured once, in any order of recipes. If the plan asks for
+    norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
     """
-    measured, with_gram = (project.planned(f"calibrate/{name}")["measured"] for name in (tier, "gram"))
-    if measured:
-        check_ready(project, "dense", project.planned("calibrate/norms")["length"], "calibration.length")
-    made_from = _described(project, tier, measured=measured)
+    check_ready(project, "dense", project.planned("calibrate/norms")["length"], "calibration.length")
+    made_from = _described(project, tier)
     with project.work(made_from) as work:
-        if not measured or is_there(work.out / PROVENANCE):  # measured with the norms
+        if is_there(work.out / PROVENANCE):  # measured with the norms
             pass
         elif tier == "gradients":
             _backward(project, work)
-        elif tier == "norms" and with_gram:
-            gram_from = _described(project, "gram", measured=True)
+        elif tier == "norms" and project.planned("calibrate/gram"):
+            gram_from = _described(project, "gram")
             with project.work(gram_from) as gram:
                 _forward(project, norms=work, gram=gram)
                 tensors.seal(gram.out, gram_from)
@@ -51,7 +48,7 @@ def calibrate(*, project: Project, tier: str) -> None:
         write_csv(project.plots("norms"), headers, rows)
 
 
-def _described(project: Project, tier: str, *, measured: bool) -> Json:
+def _described(project: Project, tier: str) -> Json:
     """Return the provenance of a tier."""
     model = read_provenance(project.model("dense"), "download model")
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -65,9 +62,9 @@ def _described(project: Project, tier: str, *, measured: bool) -> Json:
         params=params,
     )
     if tier != "norms":
-        described["dtype"] = GRAM_DTYPE if measured else "none"
+        described["dtype"] = GRAM_DTYPE
     if tier == "gradients":
-        described["windows"] = min(WINDOWS_BACK, params["windows"]) if measured else 0
+        described["windows"] = min(WINDOWS_BACK, params["windows"])
     return described
 
 

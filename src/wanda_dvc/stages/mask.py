@@ -39,7 +39,10 @@ def mask(*, project: Project) -> None:
     calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    plan, device = project.plan, running.solving_device(project.params.runtime)  # refused before any file is read
+    plan, device = (
+        project.plan,
+        accelerator.solving_device(running.own_device(project.params.runtime)),
+    )  # refused before any file is read
     stats, tiers = running.statistics(project)
     checkpoint, blocks = Checkpoint(project.model("dense")), range(tensors.block_count(project.stats, "calibrate"))
     removal = removal_of(checkpoint, plan)
@@ -154,7 +157,7 @@ class Made(NamedTuple):
 Solving = Callable[[torch.device, Part], Made]
 
 
-def solve(  # noqa: PLR0913, PLR0917 - what all parts share, and one of them
+def solve(
     plan: Plan, source: Checkpoint, units: Mapping[str, Units], gradients: Path, device: torch.device, part: Part
 ) -> Made:
     """Return masks, and new weights if later blocks depend on them, of a part's linears.
@@ -235,7 +238,7 @@ def from_statistics(
         yield together(itertools.islice(made, len(own))), None
 
 
-def walked(  # noqa: PLR0913, PLR0917 - as from_statistics, and the walk
+def walked(
     project: Project, solving: Solving, shares: Sequence[choose.Share], stats: Json, work: Work, finished: int
 ) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.

@@ -182,13 +182,6 @@ def own_device(runtime: Runtime) -> "torch.device":
     return torch.device(name)
 
 
-def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device for masks and solvers. UserError if this machine does not have it."""
-    from wanda_dvc.engine import accelerator
-
-    return accelerator.solving_device(own_device(runtime))
-
-
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a progress bar on a terminal, else with a line a minute."""
     from tqdm import tqdm
@@ -280,13 +273,13 @@ def statistics(project: Project) -> tuple[Json, dict[str, str]]:
 def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
     """Return the provenance of stats/gram or stats/gradients.
 
-    UserError if it has no blocks, or is of another run than `made_with`: model, text and parameters of `what`.
+    UserError if it was not measured, or is of another run than `made_with`: model, text and parameters of `what`.
     """
     tier = read_provenance(folder, "calibrate")
-    if not tier["blocks"] or any(tier[name] != made_with[name] for name in ("model", "text", "params")):
+    if any(tier[name] != made_with[name] for name in ("model", "text", "params")):
         raise UserError(
-            f"stats/{folder.name}: found {tier['blocks']} blocks of {tier['model']['source']}, expected those of the "
-            f"model and the calibration that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
+            f"stats/{folder.name}: found a calibration of {tier['model']['source']}, expected that of the model and "
+            f"text that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
         )
     return tier
 
