@@ -174,7 +174,7 @@ def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: Pat
     write_params(study, tiny)
     (study / "models").mkdir()
     (study / "models/dense").symlink_to(tiny)
-    monkeypatch.setattr("wanda_dvc.views.doctor.free_memory", lambda _: free)
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: free)
     table, ok = doctor(start=study)
     assert ok
     assert re.search(r" free; needs about: calibrate 0.1 GB, .*, zero-shot 0.2 GB", row(table, "memory"))

@@ -28,9 +28,9 @@ from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project, alone
 
 
-def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, bars: bool = False) -> None:
+def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, shown: bool = False) -> None:
     """What DVC runs in a new study, without the starts of its processes."""
-    assert not bars
+    assert shown
     project = Project(root)
     for one in STAGES.values():
         for _name, named, text in one.runs(project.params.perplexity.texts):
@@ -90,6 +90,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{number(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
+    assert f"wanda-dvc prune {model} --recipe wanda --sparsity 0.7 " in said
     assert f"wanda-dvc init my-study --from {study}" in said
     assert not list(Path.cwd().parent.rglob("*.git"))
 
@@ -108,6 +109,16 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
     assert smaller.stat().st_size < dense.stat().st_size
     assert "tiny: wanda-refit, sparsity 0.2, pattern neurons" in said
     assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
+
+
+def test_a_recovered_model_is_the_one_that_is_written(model: Path):
+    said = pruned(model, "out", "--recipe", "wanda", "--recover", "1k")
+    (study,) = studies(model)
+    assert Path("out/model.safetensors").read_bytes() == (study / "models/recovered/model.safetensors").read_bytes()
+    header, _, divergence, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:])
+    assert header == ["", "dense", "pruned", "recovered"]
+    assert "–" not in divergence[2:]
+    assert "out: the recovered model, with a model card." in said
 
 
 def test_a_model_and_a_text_have_one_study(model: Path):
@@ -140,7 +151,7 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     memory: int, disk: int, recipe: str, said: str,
 ):  # fmt: skip
-    monkeypatch.setattr("wanda_dvc.stages.running.free_memory", lambda _: memory)
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
     assert "seconds" in prune(model=str(model), target=None, evaluate=False)
     assert re.search(said, capsys.readouterr().err)
@@ -159,6 +170,7 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
         (["out", "--text", "./missing.txt"], "missing.txt not found; name a directory or a file of this machine"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
+        (["out", "--recover", "1G"], "--recover: found 1G, expected a number of tokens, such as 200k or 1M"),
     ],
 )  # fmt: skip
 def test_a_wrong_target_or_setting_is_refused_before_any_work(model: Path, words: list[str], says: str):

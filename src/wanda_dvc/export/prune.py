@@ -6,7 +6,6 @@ A model and a calibration text have one study. Its statistics serve each further
 import contextlib
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
 
 FALLBACK = "wanda"  # needs the least memory and disk
-OF_PRUNED = ("mask", "apply", "perplexity-pruned")  # the stages that another sparsity runs again
+# The runs of a model; all others are the dense model's.
+RUNS = {"pruned": ("mask", "apply", "perplexity-pruned"), "recovered": ("recover", "perplexity-recovered")}
 GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {!r})('Once upon a time'))"
 
 
-def prune(  # noqa: PLR0913 - an option each
+def prune(
     *,
     model: str | None,
     target: Path | None,
@@ -39,8 +39,8 @@ def prune(  # noqa: PLR0913 - an option each
     sparsity: float | None = None,
     pattern: str = UNSTRUCTURED,
     text: str | None = None,
+    recover: str | None = None,
     evaluate: bool = True,
-    bars: bool = False,
 ) -> str:
     """Prune a model into a new directory; return a table of the dense and the pruned model, and the next commands.
 
@@ -50,10 +50,11 @@ def prune(  # noqa: PLR0913 - an option each
         model = str(Path(model).expanduser().resolve())
     share = sparsity if sparsity is not None else 0.2 if pattern in STRUCTURES else 0.5
     settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": share, "pattern": pattern}
+    settings["recovery.tokens"] = tokens = _tokens(recover or "0")
     params = _checked(settings)
     name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
     kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{share:g}"
-    target = check_place(target or Path("-".join(filter(None, [name, recipe, kind, amount]))))
+    target = check_place(target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
     study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
     project = Project(study)
     check_target(project, target)
@@ -61,17 +62,19 @@ def prune(  # noqa: PLR0913 - an option each
         check_target(project, target)  # the other one may have written it
         renew(study, nested(settings))
         if not (project.model("dense") / "config.json").is_file():
-            reproduce(study, "download", "model", bars=bars)
+            reproduce(study, "download", "model", shown=True)
         from wanda_dvc.engine.sizes import Sizes
 
-        tokens = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
-        settings["calibration.windows"] = max(params.calibration.windows, -(-tokens // params.calibration.length))
+        wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
+        settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // params.calibration.length))
         if recipe is None:
-            settings["recipe"] = _recommended(project, _checked(settings | {"recipe": _best(pattern)}))
+            row = STRUCTURES.get(pattern)
+            best = "fisher" if row is None else FALLBACK if row.method else "wanda-refit"  # docs/methods.md
+            settings["recipe"] = _recommended(project, _checked(settings | {"recipe": best}))
         renew(study, nested(settings))
-        reproduce(study, *(["perplexity"] if evaluate else ["apply"]), bars=bars)
+        reproduce(study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
         export(project=Project(study), experiment=None, target=target, made=True)
-        return _said(Project(study), target, evaluate=evaluate)
+        return _said(Project(study), target, recipe, evaluate=evaluate)
 
 
 def _checked(settings: dict[str, Any]) -> Params:
@@ -86,6 +89,14 @@ def _checked(settings: dict[str, Any]) -> Params:
     return params
 
 
+def _tokens(text: str) -> int:
+    """Return a number of tokens. UserError for another text than 500000, 500k or 1M."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
+    if not number.isdecimal():
+        raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
+    return int(number) * {"": 1, "k": 1_000, "M": 1_000_000}[unit]
+
+
 def _studies() -> Path:
     """Return the folder of the studies. UserError if it is not writable."""
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
@@ -98,24 +109,16 @@ def _studies() -> Path:
 # --- the settings that depend on the model ---
 
 
-def _best(pattern: str) -> str:
-    """Return the recommended recipe of a pattern (docs/methods.md)."""
-    row = STRUCTURES.get(pattern)
-    return "fisher" if row is None else FALLBACK if row.method else "wanda-refit"
-
-
 def _recommended(project: Project, params: Params) -> str:
     """Return the recommended recipe, which `params` has, or the fallback if memory or disk is too small for it."""
-    from wanda_dvc.stages.needs import gigabytes, need
-    from wanda_dvc.stages.running import device_name, free_memory
+    from wanda_dvc.stages.needs import free, gigabytes, need
 
     study, lacks = project.with_params(params), list[str]()
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
         needs = [need(study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target
-        memory = max(one.memory - one.mapped for one in needs), free_memory(device_name(params.runtime))
-        disk = sum(one.disk for one in needs), shutil.disk_usage(project.root).free
-        for what, (wanted, free) in {"memory": memory, "disk": disk}.items():
-            lacks += [f"{gigabytes(wanted)} of {what}, {gigabytes(free)} free"] if wanted > free else []
+        wanted = max(one.memory - one.mapped for one in needs), sum(one.disk for one in needs)
+        for most, (what, left) in zip(wanted, free(study).items(), strict=True):
+            lacks += [f"{gigabytes(most)} of {what}, {gigabytes(left)} free"] if most > left else []
     if lacks:
         notice(f"recipe: {FALLBACK}; the recommended {params.recipe} needs {' and '.join(lacks)}")
         return FALLBACK
@@ -126,22 +129,24 @@ def _recommended(project: Project, params: Params) -> str:
 # --- the result ---
 
 
-def _said(project: Project, target: Path, *, evaluate: bool) -> str:
-    """Return a table of the dense and the pruned model, and the next commands."""
+def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool) -> str:
+    """Return a table of the models, and the next commands."""
     found = workspace(project)
-    models = {"dense": found.dense, "pruned": found.pruned}
+    models = found.models
     columns = headings(list(models.values())) if evaluate else {}
     rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
-    folders = (project.model("dense"), target)
-    sizes = [sum(path.stat().st_size for path in folder.iterdir()) / 1e6 for folder in folders]
-    seconds = [0.0, 0.0]
+    sizes = [sum(path.stat().st_size for path in project.model(name).iterdir()) / 1e6 for name in models]
+    seconds = dict.fromkeys((*models, "recovered"), 0.0)
     for run, content in times(project).items():
         if evaluate or not run.startswith("perplexity"):
-            seconds[run.startswith(OF_PRUNED)] += content["seconds"]
-    rows += [["size, MB", *(f"{size:,.1f}" for size in sizes)], ["seconds", *(f"{one:,.0f}" for one in seconds)]]
+            seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
+    rows.append(["size, MB", *(f"{size:,.1f}" for size in sizes)])
+    rows.append(["seconds", *(f"{seconds[name]:,.0f}" for name in models)])
     text = found.params.calibration.text.source
     again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
-    again += ["--sparsity", "0.7" if found.params.sparsity < 0.6 else "0.5"]
+    less, more = ("0.1", "0.3") if (pattern := found.params.pattern) in STRUCTURES else ("0.5", "0.7")
+    again += ["--pattern", pattern] * (pattern in STRUCTURES) + ["--recipe", recipe] * bool(recipe)
+    again += ["--sparsity", more if found.params.sparsity < float(more) else less]
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",
         f'python -c "{GENERATE.format(os.path.relpath(target))}"': "generate text",
@@ -150,10 +155,10 @@ def _said(project: Project, target: Path, *, evaluate: bool) -> str:
     parts = [
         title(found, named=False),
         table(["", *models], rows),
-        "Seconds: of the dense model once, of the pruned model for each recipe, sparsity and pattern.",
+        "Seconds: of the dense model once, of the others for each recipe, sparsity and pattern.",
         *(note for note in notes(found.params, models) if evaluate and note.startswith("Perplexity on")),
         *(found.notes if evaluate else []),  # else the evaluation is another model's
-        f"{target}: the pruned model, with a model card. Next:",
+        f"{target}: the {list(models)[-1]} model, with a model card. Next:",
         "\n".join(f"  {command}   # {about}" for command, about in commands.items()),
         f"The study: {project.root}",
     ]

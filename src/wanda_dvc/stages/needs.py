@@ -212,12 +212,13 @@ def announce(*, project: Project, stage: str, part: str = "", text: str = "") ->
         return
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
         if (wanted := need(project, stage, part, text)) != Need():
-            free = (
-                gigabytes(free_memory(device_name(project.params.runtime))),
-                gigabytes(shutil.disk_usage(project.root).free),
-            )
             needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
-            notice(f"{stage} needs about {needed}; free: {' and '.join(free)}")
+            notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(project).values()))}")
+
+
+def free(project: Project) -> dict[str, int]:
+    """Return the free bytes of memory, the GPU's if stages run there, and of disk."""
+    return {"memory": free_memory(device_name(project.params.runtime)), "disk": shutil.disk_usage(project.root).free}
 
 
 def gigabytes(size: int) -> str:

@@ -113,7 +113,7 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def reproduce(root: Path, stage: str, part: str = "", text: str = "", *, bars: bool = False) -> None:
+def reproduce(root: Path, stage: str, part: str = "", text: str = "", *, shown: bool = False) -> None:
     """Run a stage of a study, or one part of it, and those before it, as far as settings or inputs have changed."""
     runs = STAGES[stage].runs(Project(root).params.perplexity.texts, part, text)
-    repro(root, [name for name, _, _ in runs], bars=bars)
+    repro(root, [name for name, _, _ in runs], shown=shown)

@@ -136,17 +136,17 @@ class Revision:
         return missing
 
 
-def repro(root: Path, stages: Sequence[str], *, bars: bool = False) -> None:
+def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
     """Run stages of a study and those before them, as far as settings or inputs have changed; print their messages.
 
-    With `bars` the stages write to this process's terminal, where they draw progress bars. UserError if a stage fails;
-    without `bars` with its messages.
+    With `shown` the stages write to this process's stderr; in a terminal they draw progress bars. UserError if a stage
+    fails; without `shown` with its messages.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     said: list[str] = []  # by the current stage
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE, stderr=None if bars else subprocess.STDOUT, encoding="utf-8", errors="replace",
+        stdout=subprocess.PIPE, stderr=None if shown else subprocess.STDOUT, encoding="utf-8", errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout
         for line in map(str.rstrip, process.stdout):
@@ -157,8 +157,8 @@ def repro(root: Path, stages: Sequence[str], *, bars: bool = False) -> None:
                 notice(line)
     if process.returncode:
         own = [line for line in said if not line.startswith(("ERROR:", "\tgit add"))]
-        failed = f"{root}: `dvc repro {' '.join(stages)}` failed{'; the messages above give the reason' * bars}"
-        raise UserError(*((not bars and (own or said)) or [failed]))
+        failed = f"{root}: `dvc repro {' '.join(stages)}` failed{'; the messages above give the reason' * shown}"
+        raise UserError(*((not shown and (own or said)) or [failed]))
 
 
 def checkout(root: Path) -> None:

@@ -5,7 +5,6 @@ What a stage or `dvc` refuses at once, with its own advice, is not checked here.
 
 import contextlib
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,8 +14,8 @@ from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
-from wanda_dvc.stages.needs import NEEDS, Need, gigabytes, need
-from wanda_dvc.stages.running import device_name, free_memory, own_device
+from wanda_dvc.stages.needs import NEEDS, Need, free, gigabytes, need
+from wanda_dvc.stages.running import free_memory, own_device
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
@@ -79,14 +78,13 @@ def _machine(params: Params) -> Iterator[Check]:
 
 def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
     """Check memory and disk for all stages."""
-    free = free_memory(device_name(project.params.runtime))
+    memory, disk = free(project).values()
     if needs:
         said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
-        enough = free > max(one.memory for one in needs.values())
+        enough = memory > max(one.memory for one in needs.values())
         todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
-        yield Check("memory", enough, f"{gigabytes(free)} free; needs about: {said}", todo, needed=False)
-    free = shutil.disk_usage(project.root).free
+        yield Check("memory", enough, f"{gigabytes(memory)} free; needs about: {said}", todo, needed=False)
     most = max((one.disk for one in needs.values()), default=10**9)
     said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items()) or "1 GB"
     todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"
-    yield Check("disk", free > most, f"{gigabytes(free)} free; needs about: {said}", todo)
+    yield Check("disk", disk > most, f"{gigabytes(disk)} free; needs about: {said}", todo)
