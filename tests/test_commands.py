@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import process
 from conftest import Factory, Patch, write_settings
-from repository import Repository, command_environment
+from repository import Repository
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -118,51 +116,3 @@ def test_a_stage_sets_the_environment_before_it_imports_libraries(tmp_path: Path
     write_settings(tmp_path, "org/name")
     ends = "import sys, wanda_dvc.cli as cli; cli._prepare = lambda *_, **__: sys.exit(str('tqdm' in sys.modules))"
     assert process("plan", cwd=tmp_path, first=ends).stderr == "False\n"
-
-
-# --- completion ---
-
-
-def completed(folder: Path, *words: str) -> list[str]:
-    """What bash is offered for the last word."""
-    environment = command_environment(real=True) | {
-        "_WANDA_DVC_COMPLETE": "complete_bash",
-        "COMP_WORDS": " ".join(["wanda-dvc", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stderr == ""
-    return done.stdout.split()
-
-
-@pytest.mark.slow
-def test_the_shell_completes_parts_and_presets(study: Project, tmp_path: Path):
-    assert completed(study.root, "download", "") == list(STAGES["download"].parts)
-    assert completed(study.root, "perplexity", "p") == ["pruned"]
-    assert completed(study.root, "zero-shot", "d") == ["dense"]
-    assert completed(study.root, "init", "--preset", "de") == ["default"]
-    assert completed(tmp_path, "zero-shot", "") == ["dense", "pruned"]
-
-
-@pytest.mark.slow
-def test_the_shell_completes_experiments(study: Project):
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=study.root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    for name in ("sparse-70", "sparse-30"):
-        git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}", commit)
-    git("update-ref", "refs/exps/celery/stash", commit)
-    try:
-        assert completed(study.root, "export", "--rev", "sp") == ["sparse-30", "sparse-70"]
-        assert completed(study.root, "report", "--rev", "") == ["sparse-30", "sparse-70"]
-        assert completed(study.root, "show", "sparse-7") == ["sparse-70"]
-    finally:
-        for name in ("sparse-70", "sparse-30"):
-            git("update-ref", "-d", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}")
-        git("update-ref", "-d", "refs/exps/celery/stash")

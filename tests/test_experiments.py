@@ -45,29 +45,30 @@ def repository(tmp_path_factory: Factory) -> Repository:
 
 def listed(repository: Repository) -> dict[str, dict[str, Any]]:
     records = json.loads(experiments(project=Project(repository.root), as_json=True))
-    return {record.pop("name"): record for record in records}
+    return {record["experiment"]: record for record in records}
 
 
 def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repository):
     found = listed(repository)
     states = {name: record["state"] for name, record in found.items()}
     assert states == {
-        "workspace": "workspace",
-        "main": "branch",
+        "workspace": "success",
+        "main": "success",
         "middling": "success",
         "broken": "failed",
         "waiting": "queued",
     }
-    assert {name: record["change"] for name, record in found.items()} == {
-        "workspace": {},
-        "main": {},
-        "middling": {"recipe": "magnitude-rows"},
-        "broken": {"pattern": "1:4"},
-        "waiting": {"sparsity": 0.3},
+    changed = ("recipe", "pattern", "sparsity")
+    assert {name: tuple(record[key] for key in changed) for name, record in found.items()} == {
+        "workspace": ("wanda", "unstructured", 0.5),
+        "main": ("wanda", "unstructured", 0.5),
+        "middling": ("magnitude-rows", "unstructured", 0.5),
+        "broken": ("wanda", "1:4", 0.5),
+        "waiting": ("wanda", "unstructured", 0.3),
     }
-    values: dict[str, Any] = {name: record["results"]["pruned"] for name, record in found.items()}
-    assert {name for name, one in values.items() if one} == {"workspace", "main", "middling"}
-    assert {name for name, one in values.items() if "mean_acc" in one} == {"workspace", "main", "middling"}
+    values = {name: {key: x for key, x in one.items() if key.startswith("pruned.")} for name, one in found.items()}
+    assert {name for name, one in values.items() if set(one.values()) != {None}} == {"workspace", "main", "middling"}
+    assert {name for name, one in values.items() if one["pruned.mean_acc"]} == {"workspace", "main", "middling"}
     assert values["middling"] != values["main"] == values["workspace"]
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
@@ -83,8 +84,7 @@ def test_a_workspaces_figure_is_the_one_that_dvc_lock_names(repository: Reposito
         found = listed(repository)["workspace"]
     finally:
         path.write_bytes(before)
-    assert found["stale"]
-    assert "perplexity" not in found["results"]["pruned"]
+    assert found["pruned.perplexity.embedded"] is None
 
 
 def test_results_are_flat_records_with_the_same_keys(repository: Repository):
@@ -100,11 +100,9 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
     assert all(
         isinstance(value, str | int | float | bool | list | None) for one in found.values() for value in one.values()
     )
-    shown = listed(repository)
+    assert found == listed(repository)
     for name, record in found.items():
-        pruned = shown[name]["results"]["pruned"]
-        assert record["pruned.perplexity.embedded"] == pruned.get("perplexity", {}).get("embedded", {}).get("value")
-        assert (record["pruned.acc.piqa"] is None) == ("acc" not in pruned)
+        assert (record["pruned.acc.piqa"] is None) == (record["pruned.perplexity.embedded"] is None)
         assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
         assert record["calibration.windows"] > 0
     assert found["middling"]["recipe"] == "magnitude-rows"
@@ -150,10 +148,11 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     try:
         path.write_text(before.replace("sparsity: 0.5", "sparsity: 0.9"), encoding="utf-8")
         found = listed(repository)["workspace"]
-        results = found.pop("results")
-        assert found == {"state": "workspace", "change": {"sparsity": 0.9}, "stale": True}
-        assert results["pruned"] == {}
-        assert results["dense"] == listed(repository)["main"]["results"]["dense"]  # of any sparsity
+        main = listed(repository)["main"]
+        assert (found["sparsity"], main["sparsity"]) == (0.9, 0.5)
+        assert {found[key] for key in found if key.startswith("pruned.")} == {None}
+        of_dense = [key for key in found if key.startswith("dense.")]
+        assert [found[key] for key in of_dense] == [main[key] for key in of_dense]  # of any sparsity
         said = experiments(project=Project(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")

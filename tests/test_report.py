@@ -257,5 +257,3 @@ def test_a_repository_is_reported(tmp_path: Path):
     assert study.run("git", "status", "--porcelain") == ""
     report(project=Project(root), output=output, revs=["middling"])
     assert "wanda 50 %" not in output.read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="no experiment of a model named like large with results"):
-        report(project=Project(root), output=output, model="large")

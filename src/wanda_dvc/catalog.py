@@ -177,12 +177,7 @@ WIDTHS = (
     "shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
 STRUCTURES = _by_name(
-    Structure(
-        "neurons",
-        "neurons of each MLP",
-        fields=WIDTHS,
-        multiple=64,
-    ),
+    Structure("neurons", "neurons of each MLP", fields=WIDTHS, multiple=64),
     Structure(
         "heads",
         "groups of attention heads of each block",
@@ -378,10 +373,7 @@ TEXTS = {
         None,
         splits=("train", "validation"),
         join=" ",
-        shards={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
+        shards={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
     # Its main branch is a script, which never runs here; the Hub has its rows as Parquet on another branch.
     "ptb": NamedText(

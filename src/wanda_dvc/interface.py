@@ -46,9 +46,6 @@ class Study:
         self.path = Project.find(Path(directory)).root
         self._temporary: tempfile.TemporaryDirectory[str] | None = None  # removed with the last reference
 
-    def __repr__(self) -> str:
-        return f"Study({str(self.path)!r})"
-
     def results(self) -> list[dict[str, Any]]:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
 

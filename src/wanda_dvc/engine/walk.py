@@ -93,7 +93,7 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
     return recorder.sums
 
 
-def _through(  # noqa: PLR0913, PLR0917 - a shard, and what watches it
+def _through(
     model: Decoder,
     index: int,
     rows: Sequence[Row],
@@ -166,11 +166,6 @@ class Runner:
         self.map, self.opened = executor.map, executor.opener(self.decoder)
 
     @property
-    def blocks(self) -> int:
-        """The number of blocks."""
-        return len(self.decoder.blocks)
-
-    @property
     def shards(self) -> list[Shard]:
         """The rows, cut into shards."""
         return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
@@ -188,7 +183,7 @@ class Runner:
             [[len(row.tokens) for row in shard.rows] for shard in self.shards],
             self.decoder.model.config.get_text_config().hidden_size,
             dtype or self.decoder.dtype,
-            kept=self.blocks + 2 if every else 2,
+            kept=len(self.decoder.blocks) + 2 if every else 2,
             device=self.decoder.device,
             room=self.decoder.room() // share,
         )
@@ -202,22 +197,22 @@ class Runner:
         blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
         also runs through the dense model, without changes of blocks. With `every` the files of all boundaries stay.
         """
-        self.rows = [row if isinstance(row, Row) else Row(row) for row in rows]
+        self.rows, blocks = [row if isinstance(row, Row) else Row(row) for row in rows], len(self.decoder.blocks)
         names = ["own", "dense"] if with_dense else ["own"]
         streams = {name: self.states(name, every=every, share=1 + (with_dense or every)) for name in names}
         self.own = streams["own"]
-        if kept == self.blocks:
+        if kept == blocks:
             return
         self.decoder.check_tokens(self.rows)
-        progress = Progress.open(self.work, [*streams.values()], self.blocks if kept is None else kept)
+        progress = Progress.open(self.work, [*streams.values()], blocks if kept is None else kept)
         if progress.finished < 0:
             deque(self.map(partial(embed, self.opened, progress.streams), self.shards, "embeddings, shard"), maxlen=0)
             progress.finish()
-        report_resumed(progress.finished, self.blocks)
+        report_resumed(progress.finished, blocks)
         try:
-            for index in range(progress.finished, self.blocks):
+            for index in range(progress.finished, blocks):
                 yield Step(self, Block(index, streams["own"], streams.get("dense")), progress)
-                progress.finish(last=index == self.blocks - 1)
+                progress.finish(last=index == blocks - 1)
         finally:
             self.not_finite = progress.not_finite
             self.decoder.release()
@@ -308,7 +303,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
     Raises:
         UserError: A gradient is not finite.
     """
-    decoder, blocks = runner.decoder, runner.blocks
+    decoder, blocks = runner.decoder, len(runner.decoder.blocks)
     for step in runner.walk(rows, every=True):
         step.advance()
     before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
@@ -341,7 +336,7 @@ def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: 
 
 
 @torch.no_grad()
-def run_back(  # noqa: PLR0913, PLR0917 - a block, and its files
+def run_back(
     opened: Opened,
     index: int,
     before: HiddenStates,

@@ -3,10 +3,8 @@
 Results belong to the settings in `dvc.lock`. Results of other runs are left out, and the notes say so.
 """
 
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -141,14 +139,6 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
             yield f"Left out, because measured on another models/{model} than the one here: {named}; run `dvc repro`."
 
 
-@contextlib.contextmanager
-def opened(project: Project, names: Sequence[str]) -> Iterator[list[Experiment]]:
-    """Read the named experiments, or the workspace without names; their files go with the context."""
-    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
-        places = [(name, Path(folder) / str(place)) for place, name in enumerate(names or [WORKSPACE])]
-        yield [workspace(project) if name == WORKSPACE else at(project, name, place) for name, place in places]
-
-
 # --- reading many ---
 
 
@@ -165,17 +155,11 @@ class Collected:
         """The numbers of experiments in words."""
         return f"{len(self.experiments)} experiments, {len(self.unfinished)} unfinished or failed"
 
-    @property
-    def excluded(self) -> list[tuple[str, str]]:
-        """The excluded experiments and the results that are missing, each with its reason."""
-        notes = [(one.name, note) for one in self.experiments for note in one.notes]
-        return [*self.unfinished, *self.notes, *notes]
 
-
-def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
+def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
     """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
 
-    `model` selects by a part of the model's name. Files from the cache are placed in `work`.
+    Files from the cache are placed in `work`.
     """
     found: dict[str, Experiment] = {}
     collected = Collected([], [], [])
@@ -191,7 +175,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
         if isinstance(one, str):
             if is_named:  # an old commit without results needs no note
                 collected.notes.append((state.name, one))
-        elif not model or model.lower() in one.params.model.lower():
+        else:
             key = json.dumps([one.settings, one.dense.metrics, one.made.metrics], sort_keys=True)
             first = found.setdefault(key, one)
             if is_named and state.name not in (first.name, *first.also):

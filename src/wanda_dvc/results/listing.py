@@ -7,15 +7,16 @@ numbers of its base commit.
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.inference import Estimate
-from wanda_dvc.results.measures import MEASURES, Results, figures
+from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study import dvc
@@ -130,37 +131,26 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)
     if as_json:
-        records = [
-            {
-                "name": one.name,
-                "state": _shown(one),
-                "change": dict(one.changes),
-                "stale": one.stale,
-                "results": {model: figures(results) for model, results in one.results.items()},
-            }
-            for one in states
-        ]
-        return json_text(records)
+        records = results(project, states)
+        return json_text(
+            [{key: DIVERGED if value == math.inf else value for key, value in one.items()} for one in records]
+        )
     columns = headings([one.made for one in states])
     rows = []
     for one in states:
         change = ", ".join(f"{key}={value}" for key, value in one.changes.items()) or DASH
-        rows.append([one.name, _shown(one), change, *cells(one.made, columns, interval=False)])
+        state = one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower()
+        rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
     if stale := [one.name for one in states if one.stale]:
         found += f"\n\nNo numbers of stages that have not run on the current settings: {some(stale, 10)}."
     return found
 
 
-def _shown(one: State) -> str:
-    """Return the state of an experiment; of other states their kind."""
-    return one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower()
-
-
-def results(project: Project) -> list[dict[str, Any]]:
+def results(project: Project, states: Sequence[State] | None = None) -> list[dict[str, Any]]:
     """Return every state of the study as a flat record with equal keys; None for values of other states."""
     found: list[dict[str, Any]] = []
-    for state in list_states(project):
+    for state in list_states(project) if states is None else states:
         commit = None if state.rev == WORKSPACE else state.rev
         record = {"experiment": state.name, "commit": commit, "state": state.state, **state.settings}
         for model, one in state.results.items():

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -48,14 +48,7 @@ LOOK: dict[Any, Any] = {  # for any settings of matplotlib
 }  # fmt: skip
 
 
-class Picture(NamedTuple):
-    """A chart and its title."""
-
-    title: str
-    figure: Figure
-
-
-Content = list[str | Picture]  # a text is a block of Markdown
+Content = list[str | tuple[str, Figure]]  # blocks of Markdown; charts with their titles
 
 
 def write(output: Path, title: str, content: Content) -> None:
@@ -75,8 +68,8 @@ def as_html(title: str, content: Content) -> str:
         if isinstance(part, str):
             parts.append(markdown.render(part))
         else:
-            picture = base64.b64encode(svg(part.figure)).decode()
-            parts.append(f'<p><img alt="{escapeHtml(part.title)}" src="data:image/svg+xml;base64,{picture}"></p>')
+            picture = base64.b64encode(svg(part[1])).decode()
+            parts.append(f'<p><img alt="{escapeHtml(part[0])}" src="data:image/svg+xml;base64,{picture}"></p>')
     return PAGE.substitute(title=escapeHtml(title), body="\n".join(parts), sign=SIGN)
 
 

@@ -22,7 +22,7 @@ from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compar
 from wanda_dvc.results.experiments import Collected, Experiment, collect
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import LOG, MODEL, TASK, TASKS, TEXT, Measure, Results
-from wanda_dvc.results.pages import Content, Picture, curves, write
+from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.study.markup import DASH, inline, table
 from wanda_dvc.study.project import Project
@@ -40,16 +40,15 @@ CAPTIONS = {  # of the tables, by what a measure is measured on
 FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
-def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
+def report(*, project: Project, output: Path, revs: list[str] | None = None) -> str:
     """Write `output`, a self-contained HTML page; return a message with its path."""
     check_place(output.parent)  # before minutes of reading
     output = output.absolute()
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        collected = collect(project=project, model=model, revs=revs or [], work=Path(work))
+        collected = collect(project=project, revs=revs or [], work=Path(work))
         if not collected.experiments:
-            waiting = "".join(f"\n{name}: {text}" for name, text in collected.excluded)
-            which = f" of a model named like {model}" if model else ""
-            raise UserError(f"{project.root}: no experiment{which} with results; run `dvc repro`{waiting}")
+            waiting = "".join(f"\n{name}: {text}" for name, text in (*collected.unfinished, *collected.notes))
+            raise UserError(f"{project.root}: no experiment with results; run `dvc repro`{waiting}")
         write(output, f"Pruning study: {project.root.name}", page(collected))
     return f"{output}: {collected.count}"
 
@@ -68,7 +67,9 @@ def page(collected: Collected) -> Content:
         for heading, chapter in CHAPTERS.items():
             content = chapter(section)
             parts += [f"### {heading}", *content] if content else []
-    said = [f"{inline(name)}: {private(text)}" for name, text in collected.excluded]
+    notes = [(one.name, note) for one in collected.experiments for note in one.notes]
+    excluded = [*collected.unfinished, *collected.notes, *notes]
+    said = [f"{inline(name)}: {private(text)}" for name, text in excluded]
     nothing = "Nothing: all experiments have finished, and all results are here."
     return [*parts, "## Excluded", bullets(said) if said else nothing]
 
@@ -219,7 +220,7 @@ def against_sparsity(section: Section, heading: str, measure: Measure, on: str) 
     dense = measure.read(section.models[DENSE], on) if DENSE in section.models else None
     level = dense.value if isinstance(dense, Estimate) else math.nan
     figure = curves(series, measure.title, level=level, log=measure.drawn == LOG)
-    return [Picture(f"{heading} against sparsity", figure), "Bars are 95 % intervals; the line is the dense model."]
+    return [(f"{heading} against sparsity", figure), "Bars are 95 % intervals; the line is the dense model."]
 
 
 def paired(section: Section) -> Content:

@@ -1,6 +1,8 @@
 """`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from wanda_dvc.catalog import EMBEDDED, RECIPES
 from wanda_dvc.errors import UserError
@@ -8,7 +10,8 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
-from wanda_dvc.results.experiments import Experiment, opened
+from wanda_dvc.results.experiments import Experiment, at, workspace
+from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import Json, json_text
@@ -25,7 +28,9 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
     Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
     the first: the dense one, or the first of several experiments.
     """
-    with opened(project, names) as experiments:
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
+        places = [(name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
+        experiments = [workspace(project) if name == WORKSPACE else at(project, name, place) for name, place in places]
         first = experiments[0]
         models = {DENSE: first.dense} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE

@@ -58,9 +58,5 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
             "name one that is there"
         )
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(place.name + ".part")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(source)
-    if place.is_dir() and not place.is_symlink():  # in a copy of a study that followed links
-        remove(place)
-    temporary.replace(place)
+    remove(place)
+    place.symlink_to(source)

@@ -48,7 +48,7 @@ FILES: Mapping[str, Traversable] = {
 }
 
 
-def init(  # noqa: PLR0913 - an option each
+def init(
     *,
     folder: Path,
     preset: str = DEFAULT,
