@@ -181,8 +181,8 @@ def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
 def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     small = {
-        "model": str(folder), "recipe": "wanda", "calibration__windows": 3, "calibration__length": 64, "perplexity__length": 64,
-        "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
+        "model": str(folder), "recipe": "wanda", "calibration__windows": 3, "calibration__length": 64,
+        "perplexity__length": 64, "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
     params = copy.deepcopy(_committed())
     for name, value in (small | changes).items():

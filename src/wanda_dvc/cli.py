@@ -97,7 +97,7 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
     for label, one, named in stage.runs(known, part, text):
         _prepare(label, network=stage.network)
         with stoppable(label):
-            if name != "plan" and stage.parts[one].wanted(project.params):
+            if stage.runs_model and stage.parts[one].wanted(project.params):
                 from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
 
                 announce(project=project, stage=name, part=one, text=named)

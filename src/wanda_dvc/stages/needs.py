@@ -204,12 +204,7 @@ def continuing(on: Known, tokens: int) -> int:
 
 
 def announce(*, project: Project, stage: str, part: str = "", text: str = "") -> None:
-    """Print a stage's needs and what is free to stderr.
-
-    Not of `mask` and `apply`: counting a model takes seconds of imports, which they do without.
-    """
-    if stage in ("mask", "apply"):
-        return
+    """Print a stage's needs and what is free to stderr."""
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
         if (wanted := need(project, stage, part, text)) != Need():
             needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
