@@ -80,7 +80,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
         case "show":
             assert number(content["models"]["dense"]["results"]["perplexity"]["embedded"]["value"]) in table.stdout
         case "list":
-            assert [record["name"] for record in content] == first == ["workspace", "main"]
+            assert [record["experiment"] for record in content] == first == ["workspace", "main"]
         case "stats":
             assert [str(record["block"]) for record in content] == first
             numbers = [[f"{record[key]:.4g}" for key in ("mean", "median", "max")] for record in content]
