@@ -10,14 +10,13 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import QWEN, make_checkpoint
-from origin import HERE, ROOT, origin, write_row
+from origin import HERE, ROOT, origin, process, write_row
 
 LLAMA_7B = ROOT / "tests/configs/llama-2-7b.json"
 LIMIT = 3e9  # bytes
@@ -32,17 +31,15 @@ JOIN = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
 @contextlib.contextmanager
 def limited(size: int) -> Iterator[list[str]]:
     """Yield the words that put a command under a limit of `size` bytes. RuntimeError where this user may set none."""
-    group = None
     for place, limit in LIMITS.items():
-        path = place / f"wanda-dvc-{os.getpid()}"
+        group = place / f"wanda-dvc-{os.getpid()}"
         with contextlib.suppress(OSError):
-            path.mkdir()
-            if (path / limit).is_file():
-                (path / limit).write_text(str(size))
-                group = path
+            group.mkdir()
+            if (group / limit).is_file():
+                (group / limit).write_text(str(size))
                 break
-            path.rmdir()
-    if group is None:
+            group.rmdir()
+    else:
         raise RuntimeError("no control group of memory that this user may make, expected one; run it as root on Linux")
     try:
         yield [*JOIN, str(group)]
@@ -89,34 +86,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
         make_checkpoint(model, json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"} if large else QWEN)
-        own = Path(sys.executable).parent / "wanda-dvc"
-        subprocess.run([own, "init", root, "--model", model], check=True)
+        process("wanda-dvc", "init", root, "--model", model, cwd=HERE)
 
         from wanda_dvc.study.scaffold import change_settings
 
         windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
         change_settings(root / "params.yaml", windows)
         for words in (["plan"], *(["download", part] for part in ("model", "calibration", "perplexity"))):
-            subprocess.run([own, *words], cwd=root, check=True)
+            process("wanda-dvc", *words, cwd=root)
         size = sum(path.stat().st_size for path in (root / "models/dense").glob("*.safetensors"))
         for stage, part in STAGES:
-            command = [sys.executable, __file__, "--run", str(root), stage, part, str(out)]
             forget(root)
             with contextlib.ExitStack() as stack:
                 words = stack.enter_context(limited(int(LIMIT))) if large else []
-                subprocess.run([*words, *command], check=True)
+                process(*words, sys.executable, __file__, "--run", root, stage, part, out, cwd=HERE)
             found = json.loads(out.read_text())
-            peak, most = (found["peak"] + found["imports"], LIMIT) if large else (found["peak"], 0.35 * size)
-            value = {
-                "share": peak / (LIMIT if large else size),
-                "goal": "< 1" if large else "< 0.35",
-                "met": peak < most,
-            }
-            what = (
-                f"LLaMA-2-7B's shape under 3 GB, {stage}{' dense' * (part == 'dense')}"
-                if large
-                else f"memory {stage}, share of the checkpoint"
-            )
+            what, share, goal = f"memory {stage}, share of the checkpoint", found["peak"] / size, 0.35
+            if large:
+                what = f"LLaMA-2-7B's shape under 3 GB, {stage}{' dense' * (part == 'dense')}"
+                share, goal = (found["peak"] + found["imports"]) / LIMIT, 1
+            value = {"share": share, "goal": f"< {goal}", "met": share < goal}
             write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL, [stage]))
             print(stage, found, flush=True)
 

@@ -4,7 +4,9 @@ A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An 
 before origins were kept have a word instead: `older`, of a script that wrote no origin, or `typed`, by hand.
 """
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,6 +56,34 @@ def write_row(path: Path, name: str, value: Any, made: Row | str) -> None:
     half = path.with_suffix(".part")
     half.write_text('{"rows": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
     half.replace(path)
+
+
+def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
+    """Return the command line of a script that measures rows, with the options that all of them have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mirror", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", default=[], help="words of a row's name")
+    parser.add_argument("--work", type=Path, default=HERE / ".work" / work)
+    return parser
+
+
+def process(*words: str | Path, cwd: Path, **env: str) -> float:
+    """Run a command of this environment with this code; return its wall seconds."""
+    env |= {"PYTHONPATH": str(ROOT / "src"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    began, run = time.perf_counter(), list(map(str, words))
+    pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(run, cwd=cwd, env=os.environ | env, check=False, **pipes)
+    wall = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(run)}: exit {done.returncode}: {done.stdout[-500:]}")
+    return wall
+
+
+def protocol(windows: int, measured: int, length: int, *texts: str) -> Row:
+    """Return the settings of the windows of WikiText-2 that calibrate, and of the texts' windows that are measured."""
+    calibration = {"text": {"source": "wikitext2", "split": "validation"}, "windows": windows, "length": length}
+    perplexity = {"texts": {text: {"source": text} for text in texts}, "windows": measured, "length": length}
+    return {"calibration": calibration, "perplexity": perplexity}
 
 
 def is_old(row: Row) -> bool:

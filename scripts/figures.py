@@ -34,7 +34,6 @@ THREE = ("piqa", "hellaswag", "arc_easy")
 # The rows on the page; the files have more.
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
 RECOMMENDED = "fisher"
-AMOUNTS = ("50%", "60%", "70%", "2:4", "4:8")
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 SMALLER = (
     "dense", "blocks 0.0333 admm", "blocks 0.0667 admm", "gguf Q5_0 dense", "neurons 0.1 wanda-refit",
@@ -72,27 +71,24 @@ def name(recipe: str) -> str:
     return f"**`{recipe}`**" if recipe == RECOMMENDED else f"`{recipe}`"
 
 
-def _recipes(recipes: Iterable[str], columns: dict[str, str]) -> str:
-    """Return the recipes' perplexity on WikiText-2; `columns` are of a model and an amount, by heading."""
-    rows = measured("recipes")
-    lines = []
+def _recipes(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]) -> str:
+    """Return the recipes' perplexity on WikiText-2, of two models at some amounts each."""
+    rows, lines = measured("recipes"), []
     for recipe in recipes:
-        found = [rows.get(column.replace(" ", f" {recipe} ")) for column in columns.values()]
-        lines.append([name(recipe), *(figure(value(row), row) for row in found)])
-    return table(["`recipe`", *columns], lines)
+        names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, small), (GEMMA, gemma)) for amount in some]
+        lines.append([name(recipe), *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
+    heads = ["`recipe`", *small, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
+    return table([head.replace("%", " %") for head in heads], lines)
 
 
 def readme() -> str:
     """Return the README's table."""
-    columns = {amount.replace("%", " %"): f"{SMALL} {amount}" for amount in ("50%", "70%", "2:4")}
-    return _recipes(RECIPES[:-1], columns | {"Gemma 3 270M, 50 %": f"{GEMMA} 50%"})
+    return _recipes(RECIPES[:-1], ["50%", "70%", "2:4"], ["50%"])
 
 
 def recipes() -> str:
     """Return all recipes at all settings, on another model at those that were measured."""
-    columns = {amount.replace("%", " %"): f"{SMALL} {amount}" for amount in AMOUNTS}
-    more = {f"Gemma 3 270M, {amount.replace('%', ' %')}": f"{GEMMA} {amount}" for amount in ("50%", "70%", "2:4")}
-    return _recipes(RECIPES, columns | more)
+    return _recipes(RECIPES, ["50%", "60%", "70%", "2:4", "4:8"], ["50%", "70%", "2:4"])
 
 
 def seconds() -> str:
@@ -136,37 +132,39 @@ def distance() -> str:
     for key, made in measured("distance").items():
         row = made["value"]
         if key == "dense" or (row.get("recipe") in RECIPES[1:] and row["amount"] in {"50%", "2:4"}):
-            both = [row["texts"][text] for text in ("wikitext2", "embedded")]
-            cells = [
-                cell for one in both for cell in (figure(one["perplexity"]), mean(one.get("divergence"), "{:.3f}"))
-            ]
-            lines.append([key.replace("%", "\N{NO-BREAK SPACE}%"), *cells, *_answers(row)])
+            cells = [*_text(row, "wikitext2"), *_text(row, "embedded"), *_answers(row)]
+            lines.append([key.replace("%", "\N{NO-BREAK SPACE}%"), *cells])
     heads = [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
     return table(["model", *heads, "agreement, WikiText-2, %", "changed answers, %"], lines)
 
 
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
-    lines = []
-    for key, made in measured("distance").items():
-        row = made["value"]
-        if key == "dense" or row.get("format") in FORMATS:
-            text = row["texts"]["wikitext2"]
-            cells = [figure(text["perplexity"]), mean(text.get("divergence"), "{:.3f}"), *_answers(row)]
-            lines.append([key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *cells])
+    rows = {key: made["value"] for key, made in measured("distance").items()}
+    lines = [
+        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row, "wikitext2"), *_answers(row)]
+        for key, row in rows.items()
+        if key == "dense" or row.get("format") in FORMATS
+    ]
     return table(["model", "MB", "perplexity", "divergence", "agreement, %", "changed answers, %"], lines)
 
 
+def _text(row: Row, name: str) -> list[str]:
+    """Return a model's perplexity and divergence on a text."""
+    text = row["texts"].get(name, {})
+    return [figure(text.get("perplexity")), mean(text.get("divergence"), "{:.3f}")]
+
+
 def _answers(row: Row) -> list[str]:
-    """Return in percent the agreement on WikiText-2, and the answers that changed; dashes for the dense model."""
-    agreement = mean(row["texts"]["wikitext2"].get("top1_agreement"), "{:.1f}", 100)
-    return [agreement, f"{100 * changed(row):.1f}" if row["flips"] else "–"]
+    """Return in percent the agreement on WikiText-2, and the answers to three tasks that differ from the dense model's.
 
-
-def changed(row: Row) -> float:
-    """Return the share of answers to the three tasks that differ from the dense model's."""
-    flips = [row["flips"][task]["acc"] for task in THREE]
-    return sum(one[key] for one in flips for key in ("lost", "gained", "swapped")) / sum(one["items"] for one in flips)
+    Dashes for the dense model.
+    """
+    agreement, flips = row["texts"]["wikitext2"].get("top1_agreement"), row["flips"]
+    tasks = [flips[task]["acc"] for task in THREE] if flips else []
+    changed = sum(one[key] for one in tasks for key in ("lost", "gained", "swapped"))
+    share = f"{100 * changed / sum(one['items'] for one in tasks):.1f}" if tasks else "–"
+    return [mean(agreement, "{:.1f}", 100), share]
 
 
 def mean(measure: Row | str | None, form: str, factor: float = 1) -> str:
@@ -184,15 +182,10 @@ def smaller() -> str:
                 share = f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %" if key != "dense" else "–"
                 speed = row.get("tokens_per_second")
                 faster = f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–"
-                lines.append([model, key, share, *texts(row), f"{row['bytes'] / 1e6:.0f}", faster])
+                cells = [*_text(row, "wikitext2"), _text(row, "embedded")[0], f"{row['bytes'] / 1e6:.0f}", faster]
+                lines.append([model, key, share, *cells])
     heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB", "tokens a second"]
     return table(heads, lines, left=2)
-
-
-def texts(row: Row) -> list[str]:
-    """Return a model's perplexity and divergence on WikiText-2, and its perplexity on the embedded text."""
-    text, other = (row["texts"].get(name, {}) for name in ("wikitext2", "embedded"))
-    return [figure(text.get("perplexity")), mean(text.get("divergence"), "{:.3f}"), figure(other.get("perplexity"))]
 
 
 def written(text: str) -> str:

@@ -6,20 +6,16 @@ The Markdown of this repository is the source, and works on GitHub as it is. For
 - a link to a file that is no page of the site leads to the file in the repository;
 - a <picture> becomes two images, of which the site's own mode shows one.
 
-The repository's address is `--repository`, or that of the GitHub workflow that runs this, or of git's `origin`. Where
-there is none, links into the repository become plain text. A link that leads nowhere and a page in no list are errors.
+The repository's address is that of the GitHub workflow that runs this. Elsewhere, links into the repository become
+plain text. A link that leads nowhere and a page in no list are errors.
 """
 
-import argparse
 import importlib
 import os
 import posixpath
 import re
 import shutil
-import subprocess
 import sys
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -55,15 +51,19 @@ def build(target: Path, repository: str | None) -> None:
 
     SiteError for a link that leads nowhere, an unknown section, and a page that the list of pages leaves out.
     """
-    published = pages()
-    _check_list(published)
+    published, config = pages(), CONFIG.read_text(encoding="utf-8")
+    listed, made = set(re.findall(r'"(\S+\.md)"', config)), set(published.values())
+    if listed != made:
+        raise SiteError(
+            f"{CONFIG.name}: nav: not listed: {', '.join(sorted(made - listed)) or 'none'}; "
+            f"listed and not there: {', '.join(sorted(listed - made)) or 'none'}; expected every page once"
+        )
     site = Site(published, repository)
     for source, page in published.items():
         _write(target / "docs" / page, site.page(source))
     for asset in sorted(site.assets):
         (target / "docs" / asset).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "docs" / asset, target / "docs" / asset)
-    config = CONFIG.read_text(encoding="utf-8")
     if repository:  # as `repo_url`, readers' browsers would ask its host for the number of stars
         config += (
             f'\n[[project.extra.social]]\nicon = "lucide/git-branch"\nname = "The repository"\nlink = "{repository}"\n'
@@ -91,14 +91,7 @@ class Site:
 
     def page(self, source: str) -> str:
         """Return the text of a page as the site's generator reads it."""
-        text = (ROOT / source).read_text(encoding="utf-8")
-        pieces, end = [], 0
-        for include in INCLUDE.finditer(text):
-            path, _, anchor = self._resolve(source, include["to"])
-            included = reference(path) if path.endswith(".py") else self._rewrite(section(path, anchor), path, source)
-            pieces += [self._rewrite(text[end : include.start()], source, source), included]
-            end = include.end()
-        return "".join([*pieces, self._rewrite(text[end:], source, source)])
+        return self._rewrite((ROOT / source).read_text(encoding="utf-8"), source, source)
 
     def _rewrite(self, text: str, source: str, page: str) -> str:
         """Return text of one file as it stands on the page of another: links, pictures and code in tables."""
@@ -109,6 +102,9 @@ class Site:
             return f"\0{len(code) - 1}\0"
 
         def link(found: re.Match[str]) -> str:
+            if found["title"] == ' "include"':
+                path, _, anchor = self._resolve(source, found["to"])
+                return reference(path) if path.endswith(".py") else self._rewrite(section(path, anchor), path, page)
             text = LINK.sub(link, found["text"])
             to = self._link(found["to"], source, page)
             return text if to is None else f"{found['image']}[{text}]({to}{found['title'] or ''})"
@@ -127,10 +123,14 @@ class Site:
         if re.match(r"[a-z]+:", to):
             return to
         path, kind, anchor = self._resolve(source, to)
-        here = posixpath.dirname(self.published[page]) or "."
         fragment = f"#{anchor}" if anchor else ""
-        if path == "README.md":
-            path, fragment = self._section(source, to, anchor)
+        if path == "README.md" and not anchor:
+            path = "index.md"
+        elif path == "README.md":
+            section(path, anchor)
+            if anchor not in self.sections:
+                raise SiteError(f"{source}: {to}: no page of the site includes this section of the README; include it")
+            path, fragment = self.sections[anchor], ""
         elif path in self.published:
             path = self.published[path]
         elif path.startswith("docs/") and kind == "blob":
@@ -138,18 +138,8 @@ class Site:
             self.assets.add(path)
         else:
             return f"{self.repository}/{kind}/main/{path}{fragment}" if self.repository else None
-        if path == self.published[page] and fragment:
-            return fragment
-        return posixpath.relpath(path, here) + fragment
-
-    def _section(self, source: str, to: str, anchor: str) -> tuple[str, str]:
-        """Return the page that has a section of the README, and the fragment to it."""
-        if not anchor:
-            return "index.md", ""
-        section("README.md", anchor)
-        if anchor not in self.sections:
-            raise SiteError(f"{source}: {to}: no page of the site includes this section of the README; include it")
-        return self.sections[anchor], ""
+        here = self.published[page]
+        return fragment if fragment and path == here else posixpath.relpath(path, posixpath.dirname(here)) + fragment
 
     def _resolve(self, source: str, to: str) -> tuple[str, str, str]:
         """Return the path in the repository that a link leads to, `blob` or `tree`, and its fragment."""
@@ -182,9 +172,7 @@ def slug(heading: str) -> str:
 
 def reference(path: str) -> str:
     """Return mkdocstrings' directives for what a module exports; for the module itself where it exports nothing."""
-    module = importlib.import_module(
-        path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    )
+    module = importlib.import_module(re.sub(r"^src/|(/__init__)?\.py$", "", path).replace("/", "."))
     exported = [name for name in getattr(module, "__all__", []) if not name.startswith("__")]
     names = [f"{getattr(module, name).__module__}.{name}" for name in exported] or [module.__name__]
     return "\n\n".join(f"::: {name}" for name in names)
@@ -196,47 +184,15 @@ def _restored(code: list[str], index: int) -> str:
     return kept if FENCED.fullmatch(kept) else kept.replace("\\|", "|")
 
 
-def _check_list(published: dict[str, str]) -> None:
-    """Refuse a page that is in no list, and a list with a page that does not exist."""
-    listed = set(_listed(tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]["nav"]))
-    made = set(published.values())
-    if listed != made:
-        raise SiteError(
-            f"{CONFIG.name}: nav: not listed: {', '.join(sorted(made - listed)) or 'none'}; "
-            f"listed and not there: {', '.join(sorted(listed - made)) or 'none'}; expected every page once"
-        )
-
-
-def _listed(nav: list[dict[str, object]]) -> Iterator[str]:
-    for entry in nav:
-        for value in entry.values():
-            if isinstance(value, list):
-                yield from _listed(value)
-            else:
-                yield str(value)
-
-
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _repository() -> str | None:
-    """Return the address of the repository on the web: the workflow's, or that of git's `origin`."""
-    if name := os.environ.get("GITHUB_REPOSITORY"):
-        return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
-    asked = subprocess.run(
-        ["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    found = re.fullmatch(r"(?:https://|git@|ssh://git@)([\w.-]+)[:/](.+?)(?:\.git)?\s*", asked.stdout)
-    return f"https://{found[1]}/{found[2]}" if found else None
-
-
 def main() -> None:
     """Write the pages into an emptied .site."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repository", metavar="URL", default=_repository())
-    repository = parser.parse_args().repository
+    name = os.environ.get("GITHUB_REPOSITORY")
+    repository = name and f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
     shutil.rmtree(TARGET, ignore_errors=True)
     try:
         build(TARGET, repository)

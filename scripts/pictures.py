@@ -22,39 +22,23 @@ MODES = {mode: {name: pair[place] for name, pair in COLOURS.items()} for place, 
 # Each recipe's colour and marker.
 LOOKS = {"wanda": ("blue", "o"), "wanda-refit": ("pink", "^"), "admm": ("green", "D"), "fisher": ("orange", "P")}
 PLACES = {"wanda": (-28, 6), "fisher": (-6, -25)}  # of the labels at 50 %
-MODEL = "SmolLM2-135M"
-
-
-def curves() -> tuple[float, dict[str, dict[int, float]]]:
-    """Return the dense perplexity, and each recipe's perplexity by sparsity in percent."""
-    rows = figures.measured("recipes")
-    dense: float = figures.value(rows[f"{figures.SMALL} dense"])
-    found = {
-        recipe: {
-            int(amount.removesuffix("%")): perplexity
-            for amount in ("50%", "60%", "70%")
-            if (perplexity := figures.value(rows.get(f"{figures.SMALL} {recipe} {amount}"))) is not None
-        }
-        for recipe in LOOKS
-    }
-    return dense, found
 
 
 def sparsity(colours: Mapping[str, str]) -> Figure:
     """Draw perplexity against sparsity, a line a recipe, over the dense model's."""
-    dense, found = curves()
+    rows = figures.measured("recipes")
+    dense = figures.value(rows[f"{figures.SMALL} dense"])
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("none")
     axes.set_yscale("log")
     axes.axhline(dense, color=colours["muted"], linestyle="--", linewidth=1.2)
     axes.annotate(f"dense {dense:.1f}", (70, dense), (9, -13), textcoords="offset points", color=colours["muted"])
-    for recipe, curve in found.items():
-        colour, marker = LOOKS[recipe]
-        points = {0: dense} | curve
-        axes.plot(
-            list(points), list(points.values()), color=colours[colour], marker=marker, linewidth=2.2, markersize=5.5
-        )
+    for recipe, (colour, marker) in LOOKS.items():
+        found = {at: figures.value(rows.get(f"{figures.SMALL} {recipe} {at}%")) for at in (50, 60, 70)}
+        curve = {0: dense} | {at: perplexity for at, perplexity in found.items() if perplexity is not None}
+        x, y = zip(*curve.items(), strict=True)
+        axes.plot(x, y, color=colours[colour], marker=marker, linewidth=2.2, markersize=5.5)
         for at, away in ((50, PLACES.get(recipe)), (max(curve), (9, -3))):
             if away:
                 text = f"{curve[at]:.1f}" if at == 50 else f"{recipe} {curve[at]:.0f}"
@@ -66,7 +50,7 @@ def sparsity(colours: Mapping[str, str]) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.minorticks_off()
     axes.set_xlabel("sparsity", color=colours["ink"])
-    axes.set_title(f"{MODEL}: perplexity on WikiText-2, log scale", color=colours["ink"], fontsize=10)
+    axes.set_title("SmolLM2-135M: perplexity on WikiText-2, log scale", color=colours["ink"], fontsize=10)
     axes.grid(axis="y", color=colours["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=colours["ink"], length=0)

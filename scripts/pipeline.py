@@ -35,30 +35,23 @@ def pipeline() -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump({"stages": stages}, written)
     _, mark, tail = TARGETS[1].read_text(encoding="utf-8").partition(MARK)
-    return HEAD + written.getvalue() + mark + tail
+    return HEAD + written.getvalue().replace("{text}", "${key}") + mark + tail
 
 
 def _entry(stage: Stage, name: str, part: Part) -> dict[str, Any]:
     """Return one stage of dvc.yaml."""
-
-    def named(path: str) -> str:
-        return path.replace("{text}", "${key}")
-
-    words = [stage.name, *([name] if name else []), *(["${key}"] if part.by_text else [])]
+    words = [stage.name, *([name] if name else []), *(["{text}"] if part.by_text else [])]
     entry: dict[str, Any] = {"cmd": f"wanda-dvc {' '.join(words)} --stage-version {stage.version}"}
     if stage.name == "plan":
         entry["params"] = [{"params.yaml": None}]  # all of it
     else:
-        entry["deps"] = list(map(named, part.deps))
+        entry["deps"] = list(part.deps)
     # `persist` keeps DVC from storing them for its run cache all the same.
-    uncached = [{named(path): {"cache": False, "persist": True}} for path in part.uncached]
-    entry["outs"] = [*map(named, part.outs), *uncached]
+    entry["outs"] = [*part.outs, *({path: {"cache": False, "persist": True}} for path in part.uncached)]
     if part.metrics:
-        entry["metrics"] = [{named(path): {"cache": False}} for path in part.metrics]
+        entry["metrics"] = [{path: {"cache": False}} for path in part.metrics]
     if part.plots:
-        entry["plots"] = [
-            {named(path): {key: named(value) for key, value in options.items()}} for path, options in part.plots.items()
-        ]
+        entry["plots"] = [{path: dict(options)} for path, options in part.plots.items()]
     return {"foreach": "${perplexity.texts}", "do": entry} if part.by_text else entry
 
 

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
 from wanda_dvc.params import flatten, read_params, settings
+from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.scaffold import PARAMS
 
@@ -19,8 +20,6 @@ HEAD = """\
 Only `model` and the texts are required. A change reruns the stages named and those after them.
 
 """
-
-
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
 PROPAGATIONS = (
     ("dense", "each block is calibrated on the outputs of dense blocks, which are cached"),
@@ -38,17 +37,10 @@ def page() -> str:
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
             rows.append([shown, f"`{default}`", ", ".join(_stages(name)) or "–", _meaning(field)])
-    recipes = [
-        [f"`{row.name}`", row.about, row.method, row.group, row.allocation, row.reconstruction, row.propagation]
-        for row in RECIPES.values()
-    ]
-    allocations = [
-        [f"`{row.name}`", row.about, f"{row.strength:g}" if row.strength else "–"] for row in ALLOCATIONS.values()
-    ]
+    recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
+    allocations = [[x.name, x.about, f"{x.strength:g}" if x.strength else "–"] for x in ALLOCATIONS.values()]
     sections = {
-        "Recipes": _table(
-            ["`recipe`", "result", "method", "group", "allocation", "reconstruction", "propagation"], recipes
-        ),
+        "Recipes": _table(["`recipe`", "result", *CHOICES], recipes),
         "Patterns": _table(
             ["`pattern`", "meaning"],
             [
@@ -68,7 +60,9 @@ def page() -> str:
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    quoted = [[row[0] if "`" in row[0] else f"`{row[0]}`", *map(_cell, row[1:])] for row in rows]
+    quoted = [
+        [row[0] if "`" in row[0] else f"`{row[0]}`", *(cell.replace("|", "\\|") for cell in row[1:])] for row in rows
+    ]
     return tabulate(quoted, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -76,19 +70,10 @@ def _choices(setting: str, table: Mapping[str, Any]) -> str:
     return _table([f"`{setting}`", "meaning"], [(row.name, row.about) for row in table.values()])
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def _stages(name: str) -> list[str]:
     """Return the stages that read a setting."""
-    found = []
-    for stage in STAGES.values():
-        for part in stage.parts.values():
-            reads = any(name == one or name.startswith(f"{one}.") for one in part.settings)
-            if reads and f"`{stage.name}`" not in found:
-                found.append(f"`{stage.name}`")
-    return found
+    read = {row.name: [one for part in row.parts.values() for one in part.settings] for row in STAGES.values()}
+    return [f"`{stage}`" for stage, some in read.items() if any(f"{name}.".startswith(f"{one}.") for one in some)]
 
 
 def _meaning(field: object) -> str:

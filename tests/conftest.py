@@ -134,8 +134,8 @@ def save_tiny_model(
 
 def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, config: dict[str, Any]) -> None:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from checkpoints import byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     shape = {
@@ -147,11 +147,7 @@ def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, 
     for parameter in model.parameters():  # far from the tiny values of the initializer, so that masks matter
         parameter.data.mul_(5)
     model.save_pretrained(folder, max_shard_size=shard)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<p>").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def script(name: str) -> ModuleType:

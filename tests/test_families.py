@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
+from cases.models import tensors
 from conftest import Make, Patch, kept, outputs, save_tiny_model, walk
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -191,16 +191,15 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
             assert torch.equal(linear.weight, decoder.checkpoint.read(address))
         if family not in REFUSED_LINEARS:
             recorded.append(step.record().stats)
+    assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    read: dict[str, torch.Tensor] = {}
+    read: dict[str, list[torch.Tensor]] = {}
     _, blocks, linears = ALL[family]
     block = model.get_submodule(blocks)[1]
     for name, module in block.named_modules():
         module.register_forward_hook(
-            lambda _, args, __, name=name: (
-                read.update({name: read.get(name, 0) + (args[0].reshape(-1, args[0].shape[-1]) ** 2).sum(0)})
-                if args and isinstance(args[0], torch.Tensor)
-                else None
+            lambda _, args, __, name=name: read.setdefault(name, []).extend(
+                x.clone() for x in args[:1] if isinstance(x, torch.Tensor)
             )
         )
     with torch.no_grad():
@@ -217,7 +216,10 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     for names, x in zip(found, inputs.values(), strict=True):
         for name in names.split():
             if name in dict(block.named_modules()):  # experts are none; they have a test of their own
-                torch.testing.assert_close(x.sum_squares.float(), read[name], rtol=1e-4, atol=1e-5)
+                seen = torch.cat([one.reshape(-1, one.shape[-1]) for one in read[name]]).double()
+                torch.testing.assert_close(x.sum_squares, (seen**2).sum(0), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(x.sum, seen.sum(0), rtol=1e-4, atol=1e-3)
+                assert x.count == len(seen)
 
 
 # Every family in a kind, and one of them in every kind.
@@ -266,14 +268,13 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     blocks, linears = ALL[family][1:]
     dense, pruned, exported = map(Checkpoint, (source, made.model("pruned"), tmp_path / "exported"))
     assert dense.where.keys() == pruned.where.keys()
-    for block, names in [(1, linears)]:
-        for name in " ".join(names).split():
-            before, after = (each.weight(f"{blocks}.{block}.{name}") for each in (dense, pruned))
-            transposed = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
-            rows, kept = (before.T, after.T) if transposed else (before, after)
-            assert ((kept == 0) | (kept == rows)).all(), name
-            assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
-            assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
+    for name in " ".join(linears).split():
+        before, after = (each.weight(f"{blocks}.1.{name}") for each in (dense, pruned))
+        transposed = family in ("gpt2", "openai-gpt", "gpt_oss") and "self_attn" not in name  # rows are inputs
+        rows, kept = (before.T, after.T) if transposed else (before, after)
+        assert ((kept == 0) | (kept == rows)).all(), name
+        assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
+        assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
     inside = {dense.find(f"{blocks}.1.{name}").tensor for name in " ".join(linears).split()}
     for name in dense.where:
         assert torch.equal(pruned.read(Address(name)), exported.read(Address(name))), name
@@ -282,11 +283,6 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"), dtype=dtype)
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 3
-
-
-def rows_are_inputs(name: str) -> bool:
-    """Of GPT-2's linears, and of gpt-oss's experts."""
-    return "self_attn" not in name
 
 
 def run(project: Project, *lines: str) -> str:
@@ -366,11 +362,10 @@ def test_one_linear_is_replaced_and_no_other(family: str, tmp_path: Path):
 def one_is_never_chosen(folder: Path) -> Path:
     """A mixture with one expert a token, whose expert 2 has the mean of two others' rows in the router."""
     save("mixtral", folder, num_experts_per_tok=1)
-    tensors = load_file(folder / "model.safetensors")
-    for name, router in tensors.items():
-        if name.endswith("gate.weight"):
-            router[2] = (router[0] + router[1]) / 2
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    routers = tensors(
+        lambda x: [g[2].copy_((g[0] + g[1]) / 2) for name, g in x.items() if name.endswith("gate.weight")]
+    )
+    routers(folder)
     return folder
 
 
@@ -426,9 +421,7 @@ def test_a_mixture_that_is_not_understood_is_refused_with_what_was_not(case: str
     shape = changes or SHAPE | ALL[family][0]
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path / "model")
     if without:
-        file = tmp_path / "model" / "model.safetensors"
-        tensors = {name: tensor for name, tensor in load_file(file).items() if without not in name}
-        save_file(tensors, file, {"format": "pt"})
+        tensors(lambda x: [x.pop(name) for name in list(x) if without in name])(tmp_path / "model")
 
     def look() -> None:
         decoder = Decoder(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"))

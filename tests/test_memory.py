@@ -11,18 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, text_of, write_params
+from checkpoints import QWEN, make_checkpoint
+from conftest import ROOT, fetch, write_params
+from memory import forget, limited
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import ALLOCATOR, LIBRARIES
-from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from checkpoints import QWEN, make_checkpoint
-from memory import forget, limited
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 slow = pytest.mark.slow  # models that are large enough to be told from the libraries
@@ -92,8 +88,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
     for name, (stage, part, settings) in runs.items():
         write_params(root, folder / "model", **{"method": "magnitude", **settings})
         texts.append((name, (root / "params.yaml").read_text(encoding="utf-8"), stage, part))
-    for part in ("model", "calibration", "perplexity"):
-        download(project=Project(root), part=part, text=text_of(part))
+    fetch(Project(root))
     # The allocator gives freed memory back at once, so that the peak counts no memory that is free.
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "2"}
     words: list[str | Path] = [sys.executable, "-c", MEASURE, ROOT / "benchmarks", root, found, json.dumps(texts)]

@@ -84,7 +84,7 @@ def dotted(content: dict[str, Any], name: str, value: object) -> dict[str, Any]:
     """A document with another value at a dotted key; `REMOVED` takes the key out."""
     first, _, rest = name.partition(".")
     if rest:
-        return content | {first: dotted(content[first], rest, value)}
+        return content | {first: dotted(content.get(first, {}), rest, value)}
     return {key: found for key, found in content.items() if key != first} | ({} if value is REMOVED else {first: value})
 
 
