@@ -23,6 +23,7 @@ from simulated_gpu import simulated_gpu
 from test_families import RECORDED, save
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
+from wanda_dvc.params import flatten
 from wanda_dvc.stages import running
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
@@ -89,22 +90,15 @@ def check_alike(host: Path, card: Path) -> None:
             elif x.is_floating_point() and path.parts[0] in ("stats", "models"):
                 torch.testing.assert_close(other[name], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
     for path in (path.relative_to(host) for path in (host / "metrics").rglob("*.json")):
-        one, other = (values(json.loads((root / path).read_text())) for root in (host, card))
+        one, other = (dict(flatten(json.loads((root / path).read_text()))) for root in (host, card))
         assert one.keys() == other.keys()
         for name, x in one.items():
             assert other[name] == (pytest.approx(x, rel=1e-3, abs=1e-3) if isinstance(x, float) else x), (path, name)
 
 
-def values(found: Any, where: str = "") -> dict[str, Any]:
-    """All values of a JSON file, by their place."""
-    if isinstance(found, dict):
-        return {key: x for name, one in found.items() for key, x in values(one, f"{where}.{name}").items()}
-    return {where: found}
-
-
 def made_by(project: Project) -> dict[str, bytes]:
     names = ("stats", "masks", "weights", "reference", "metrics")
-    return {f"{name}/{path}": content for name in names for path, content in tree(project.root / name).items()}
+    return {name: content for name, content in tree(project.root).items() if name.startswith(names)}
 
 
 ROWS = pairs(["gpu", "tasks"], CHOICES, RECORDED, allowed=sensible)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Make, Patch, write_settings
+from conftest import ROOT, Make, Patch, calibrate, fetch, planned, write_settings
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
@@ -81,14 +81,8 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     project = Project(study)
     methods.cache_clear()
     try:
-        for stage, part in (
-            ("plan", ""),
-            ("download", "model"),
-            ("download", "calibration"),
-            ("calibrate", ""),
-            ("mask", ""),
-        ):
-            run(stage, project=project, part=part)
+        calibrate(project=fetch(planned(project), "model", "calibration"))
+        run("mask", project=project)
     finally:
         sys.modules.pop("my_method", None)
         monkeypatch.undo()

@@ -12,13 +12,12 @@ from unittest import mock
 import offline
 import pytest
 import torch
-from conftest import Make, Patch, calibrate, fetch, save_tiny_model
-from safetensors.torch import load_file, save_file
+from cases.models import tensors
+from conftest import Make, Patch, calibrate, fetch, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -125,9 +124,7 @@ def test_a_node_that_does_not_see_the_files_is_refused(nodes: Any, tmp_path: Pat
 def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
     set_nodes(nodes, 1)
     folder = save_tiny_model(tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors(lambda x: x["model.layers.2.mlp.up_proj.weight"][3, 4].fill_(torch.nan))(folder)
     study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
     with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2: activations"):
         calibrate(project=study)
@@ -170,8 +167,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     perplexity(project=study, model="dense", text="embedded")
     perplexity(project=study, model="pruned", text="embedded")
     zero_shot(project=study, model="pruned")
-    found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
-    return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
+    return {name: content for name, content in tree(study.root).items() if name.startswith(MADE)}
 
 
 @slow
@@ -179,8 +175,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any
     tiers = {"calibration__statistics": "gradients", "calibration__windows": 20}
     settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
-    study = fetch(project(**settings), "model", "calibration", "perplexity")
-    download(project=study, part="tasks")
+    study = fetch(project(**settings), "model", "calibration", "perplexity", "tasks")
     expected = run_stages(study)
     for name in (*MADE, study.answers):
         shutil.rmtree(study.root / name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Factory, save_tiny_model, tree, write_params
+from conftest import Factory, fetch, save_tiny_model, tree, write_params
 from repository import Repository, command_environment
 
 from wanda_dvc.results.listing import experiments
@@ -27,9 +27,7 @@ SEEDS = (1, 2)  # of calibration: the settings that alternate
 @pytest.mark.slow  # runs stages as processes
 def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path, texts: dict[str, str]):
     write_params(tmp_path, tiny, **texts)
-    project = Project(tmp_path)
-    for part in ("model", "calibration"):
-        run("download", project=project, part=part)
+    project = fetch(Project(tmp_path), "model", "calibration")
     run("calibrate", project=project)
     expected = tree(tmp_path)
     shutil.rmtree(tmp_path / "stats")

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from command_line import wanda_dvc
-from conftest import Factory, Make, Patch, tree, without_privilege, write_params
+from conftest import Factory, Make, Patch, fetch, tree, without_privilege, write_params
 from test_families import save
 
 from wanda_dvc.catalog import STRUCTURES
@@ -267,9 +267,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
 ):
     """Whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
     write_params(tmp_path, tiny, calibration__windows=120)
-    project = Project(tmp_path)
-    for part in ("model", "calibration"):
-        run("download", project=project, part=part)
+    project = fetch(Project(tmp_path), "model", "calibration")
     code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
     words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -297,9 +295,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
     """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""
     write_params(tmp_path, tiny, calibration__windows=40)
-    project = Project(tmp_path)
-    for part in ("model", "calibration"):
-        run("download", project=project, part=part)
+    project = fetch(Project(tmp_path), "model", "calibration")
     run("calibrate", project=project)
     write_params(tmp_path, tiny, calibration__windows=41)
     before = tree(tmp_path)
@@ -342,9 +338,7 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     project: Make, tiny: Path, texts: dict[str, str], closed: str
 ):
     """`calibrate` over what may not be written or read; then it may."""
-    study = project()
-    for part in ("model", "calibration"):
-        run("download", project=study, part=part)
+    study = fetch(project(), "model", "calibration")
     write_params(study.root, tiny, calibration__windows=4, **texts)
     run("calibrate", project=Project(study.root))
     expected = tree(study.root)

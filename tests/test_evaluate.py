@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Factory, save_tiny_model, text_of, tree, write_params
+from cases.models import tensors
+from conftest import Factory, fetch, save_tiny_model, tree, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from gguf_writer import write_gguf
-from safetensors.torch import load_file, save_file
 from test_stages import prune
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
-from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
@@ -44,10 +43,7 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     root = tmp_path_factory.mktemp("evaluated") / "study"
     root.mkdir()
     write_params(root, make_model(root.parent / "model"), **texts)
-    project = Project(root)
-    for part in ("model", "calibration", "perplexity", "tasks"):
-        download(project=project, part=part, text=text_of(part))
-    prune(project)
+    project = prune(fetch(fetch(Project(root)), "tasks"))
     for model in ("dense", "pruned"):
         perplexity(project=project, model=model, text="embedded")
         zero_shot(project=project, model=model)
@@ -91,11 +87,12 @@ def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
 def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project, tmp_path: Path, kind: str):
     file, folder = tmp_path / "model.gguf", shutil.copytree(study.model("dense"), tmp_path / "same")
     write_gguf(study.model("dense"), file, kind)
-    weights, stored = load_file(folder / "model.safetensors"), GGMLQuantizationType[kind]
-    for name, weight in weights.items():
-        if weight.ndim == 2:
-            weights[name] = torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    stored = GGMLQuantizationType[kind]
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored))
+
+    tensors(lambda x: [weight.copy_(rounded(weight)) for weight in x.values() if weight.ndim == 2])(folder)
     own, same = evaluated(study, file, folder)
     assert (own["results"]["divergence"]["embedded"]["value"] > 0) == (kind != "F32")
     assert own["results"] == same["results"]
@@ -133,9 +130,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
 def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Path):
     """Transformers would draw those of the other parts of a file at random."""
     part = shutil.copytree(study.model("dense"), tmp_path / "part")
-    weights = load_file(part / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, part / "model.safetensors", {"format": "pt"})
+    tensors(lambda x: x.pop("model.layers.1.mlp.up_proj.weight"))(part)
     write_gguf(part, tmp_path / "m-00001-of-00002.gguf", "F32")
     with pytest.raises(UserError, match="00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights"):
         evaluate(project=study, paths=[tmp_path / "m-00001-of-00002.gguf"])
@@ -144,9 +139,7 @@ def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Pa
 def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path):
     """Its answers are meaningless: a comparison with NaN chooses the first."""
     folder = shutil.copytree(study.model("dense"), tmp_path / "nan")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tensors(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(folder)
     (found,) = evaluated(study, folder)
     assert found["results"]["perplexity"]["embedded"] == "diverged"
     assert found["results"]["mean_acc"] == found["results"]["acc"]["piqa"] == "diverged"

@@ -26,11 +26,6 @@ def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
     return {name: sums for _, found in backward(Runner(decoder, work), tokens) for name, sums in found.sums.items()}
 
 
-def matrices(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    came = backward(Runner(decoder, work), tokens, gram=True)
-    return {name: gram.matrix() for _, found in came for name, gram in found.grams.items()}
-
-
 def stock(folder: Path) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model
@@ -68,7 +63,8 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
     found = measured(decoder, tokens, tmp_path / "work")
-    grams = matrices(decoder, tokens, tmp_path / "grams")
+    came = backward(Runner(decoder, tmp_path / "grams"), tokens, gram=True)
+    grams = {name: gram.matrix() for _, one in came for name, gram in one.grams.items()}
     for name, gram in grams.items():  # of experts and of parts of a weight too
         torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
     assert grams.keys() == found.keys()

@@ -96,7 +96,7 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "llama"}, "preset: got llama, expected default"),
+        ({"preset": "llama"}, "preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"),
         ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
         ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
     ],

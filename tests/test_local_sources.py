@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Factory, Patch, save_tiny_model
 from dvc.repo import Repo
 from repository import Repository, ran
-from repository import Repository as Study
+from test_pipeline import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE
 
 from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
@@ -19,7 +19,6 @@ from wanda_dvc.study.dvc import states
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 
-CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-gradients"}
 UP_TO_CALIBRATE = {"plan", "download-model", "download-calibration"} | CALIBRATE
 
 
@@ -102,10 +101,6 @@ def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: P
     assert [place.name for place in made.source("perplexity").iterdir()] == ["embedded"]
 
 
-PRUNE = {"plan", "mask", "apply", "perplexity-pruned@embedded", "zero-shot-pruned"}
-DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
-
-
 def with_outs(root: Path, options: str) -> Project:
     """A study whose dvc.yaml says this of the sources."""
     text = (ROOT / PIPELINE).read_text(encoding="utf-8")
@@ -120,7 +115,7 @@ def with_outs(root: Path, options: str) -> Project:
 @pytest.mark.parametrize("options", ["", pytest.param(": { cache: false }", marks=pytest.mark.full)])
 def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts: dict[str, str], options: str):
     model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
-    mine = Study.new(tmp_path / "mine", model, settings=texts | {"tasks__names": []})
+    mine = Repository.new(tmp_path / "mine", model, settings=texts | {"tasks__names": []})
     with_outs(mine.root, options)
     mine.repro()
     mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
@@ -135,7 +130,7 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
     for folder in ("stats/norms", "stats/gram", "stats/gradients", "masks", "weights", "metrics/details"):
         assert (theirs.root / folder).is_dir()
     fetched = set() if options == "" else DOWNLOADS  # from the source, to the same bytes
-    assert theirs.repro(sparsity=0.7) == PRUNE | fetched
+    assert theirs.repro(sparsity=0.7) == {"plan"} | PRUNE | EVALUATE | fetched
     assert (theirs.root / "models/dense").is_dir()
     assert "calibrate" not in ran(theirs.run("dvc", "repro"))
 

@@ -7,41 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Capture, Make, Patch, calibrate, outputs, save_tiny_model, text_of, walk
-from safetensors.torch import load_file, save_file
+from cases.models import tensors
+from conftest import Capture, Make, Patch, calibrate, fetch, outputs, save_tiny_model, walk
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import prune
-from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 
-SHARD = "model.safetensors"
+EVERY = ("model", "calibration", "perplexity", "tasks")
 
 
 def spoiled(folder: Path, **weights: float) -> Path:
     """A tiny model with one weight of some tensors set; double underscores stand for dots."""
-    save_tiny_model(folder)
-    tensors = load_file(folder / SHARD)
-    for name, value in weights.items():
-        tensors[name.replace("__", ".")].view(-1)[0] = value
-    save_file(tensors, folder / SHARD, {"format": "pt"})
+    tensors(lambda x: [x[name.replace("__", ".")].view(-1)[0].fill_(value) for name, value in weights.items()])(
+        save_tiny_model(folder)
+    )
     return folder
-
-
-def fetched(project: Project, *parts: str) -> Project:
-    for part in ("model", "calibration", "perplexity", *parts):
-        download(project=project, part=part, text=text_of(part))
-    return project
 
 
 # --- tied heads ---
@@ -53,11 +44,9 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
     folder = save_tiny_model(tmp_path / "model")
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(stored | {"tie_word_embeddings": tied}))
-    tensors = load_file(folder / SHARD)
-    embeddings = tensors["model.embed_tokens.weight"]
     if head != "none":
-        tensors["lm_head.weight"] = embeddings.flip(0).contiguous() if head == "another" else embeddings.clone()
-    save_file(tensors, folder / SHARD, {"format": "pt"})
+        turned = [0] if head == "another" else []
+        tensors(lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].flip(turned).clone()}))(folder)
     if head == "none" and not tied:
         with pytest.raises(UserError, match=r"no tensor for lm_head.weight, which config.json asks for"):
             Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
@@ -66,8 +55,6 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens[None], labels=tokens[None])
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    from wanda_dvc.engine.rows import Row
-
     for step in walk(decoder, [Row(tokens)], tmp_path / "work"):
         step.advance()
     (hidden,) = outputs(decoder, [Row(tokens)], tmp_path / "work")
@@ -86,7 +73,7 @@ FIRST = {  # the weight that is not finite, and what the message names
 
 @pytest.mark.parametrize("weight", FIRST)
 def test_calibrate_names_the_block(weight: str, project: Make, tmp_path: Path):
-    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
+    made = fetch(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
     with pytest.raises(UserError) as caught:
         calibrate(project=made)
     assert all(words in str(caught.value) for words in (FIRST[weight], "not finite", "set dtype="))
@@ -95,7 +82,7 @@ def test_calibrate_names_the_block(weight: str, project: Make, tmp_path: Path):
 
 @pytest.mark.parametrize("weight", FIRST)
 def test_perplexity_names_the_block_and_show_repeats_it(weight: str, project: Make, tmp_path: Path, capsys: Capture):
-    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
+    made = fetch(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
     perplexity(project=made, model="dense", text="embedded")
     named = json.loads(made.details("dense", "perplexity/embedded").read_text())["not_finite"]
     assert named == FIRST[weight]
@@ -105,7 +92,7 @@ def test_perplexity_names_the_block_and_show_repeats_it(weight: str, project: Ma
 
 
 def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
-    made = fetched(project(model=spoiled(tmp_path / "source", model__norm__weight=math.nan)), "tasks")
+    made = fetch(project(model=spoiled(tmp_path / "source", model__norm__weight=math.nan)), *EVERY)
     perplexity(project=made, model="dense", text="embedded")
     run("zero-shot", project=made, part="dense")
     answered = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
@@ -117,7 +104,7 @@ def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
 @pytest.mark.slow
 def test_zero_shot_names_the_block(project: Make, tmp_path: Path):
     weight = "model__layers__2__mlp__gate_proj__weight"
-    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), "tasks")
+    made = fetch(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), *EVERY)
     run("zero-shot", project=made, part="dense")
     details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     assert details["not_finite"] == FIRST[weight]
@@ -133,7 +120,7 @@ def test_zero_shot_names_the_block(project: Make, tmp_path: Path):
 @pytest.mark.parametrize(("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333)])
 def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make, tmp_path: Path):
     source = save_tiny_model(tmp_path / "source", hidden_size=48, intermediate_size=96)
-    made = fetched(project(model=source, pattern=pattern, sparsity=sparsity))
+    made = fetch(project(model=source, pattern=pattern, sparsity=sparsity))
     calibrate(project=made)
     mask(project=made)
     n, m = map(int, pattern.split(":"))
@@ -165,13 +152,9 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize("stage", ["calibration", "perplexity"])
 def test_windows_longer_than_the_models_positions_are_refused(stage: str, project: Make):
-    made = fetched(project(**{f"{stage}__length": 513}))
+    made = fetch(project(**{f"{stage}__length": 513}))
     with pytest.raises(UserError, match=rf"{stage}.length: got 513, expected at most 512, the positions"):
-        run(
-            *(["calibrate"] if stage == "calibration" else ["perplexity"]),
-            project=made,
-            part="" if stage == "calibration" else "dense",
-        )
+        run("calibrate" if stage == "calibration" else stage, project=made, part="dense" * (stage == "perplexity"))
 
 
 def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
@@ -179,15 +162,15 @@ def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
     source = save_tiny_model(tmp_path / "source", vocab_size=257)  # without one for <p>, id 257
     (tmp_path / "good.txt").write_text("abc " * 100)
     (tmp_path / "bad.txt").write_text("abc <p> " * 100)
-    made = fetched(project(model=source, calibration__text__source=str(tmp_path / "good.txt")))
+    made = fetch(project(model=source, calibration__text__source=str(tmp_path / "good.txt")))
     calibrate(project=made)
-    made = fetched(project(model=source, calibration__text__source=str(tmp_path / "bad.txt")))
+    made = fetch(project(model=source, calibration__text__source=str(tmp_path / "bad.txt")))
     with pytest.raises(UserError, match=r"the tokenizer gives the id 257, expected at most 256"):
         calibrate(project=made)
 
 
 def test_no_tasks_means_perplexity_only(project: Make):
-    made = fetched(project(tasks__names=[]), "tasks")
+    made = fetch(project(tasks__names=[]), *EVERY)
     assert list(made.data("tasks").iterdir()) == []
     perplexity(project=made, model="dense", text="embedded")
     shown = show(project=made)

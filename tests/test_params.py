@@ -208,9 +208,3 @@ def test_a_text_is_not_calibrated_on_in_any_spelling(one: str, other: str, tmp_p
     texts = {"calibration__text__source": one, "calibration__text__split": "test"}
     found = problems(tmp_path, **texts, perplexity__texts__embedded__source=other)
     assert any("found the text that perplexity is measured on" in problem for problem in found)
-
-
-def test_two_texts_of_one_name_are_refused_in_one_line(tmp_path: Path):
-    (tmp_path / "params.yaml").write_text("perplexity: {texts: {a: {source: ptb}, a: {source: c4}}}", encoding="utf-8")
-    with pytest.raises(UserError, match='^params.yaml: not valid YAML: line [0-9]+: found duplicate key "a"'):
-        read_params(tmp_path / "params.yaml")

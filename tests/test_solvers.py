@@ -151,8 +151,6 @@ def test_outputs_whose_gradients_are_independent_make_fisher_least_squares_the_p
     apart = torch.diag(of_gradients(12).diagonal())
     found = fisher_least_squares(weight, keep, prepared, apart, steps=200).weight
     torch.testing.assert_close(found, least_squares(weight, keep, prepared, steps=100).weight, rtol=0, atol=1e-3)
-    without = fisher_least_squares(weight, keep, prepared, None)
-    assert torch.equal(without.weight, least_squares(weight, keep, prepared).weight)
 
 
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
@@ -295,11 +293,9 @@ def test_admm_is_the_papers_algorithm():
 
 def best_mask_error(weight: torch.Tensor, gram: torch.Tensor, go: int) -> float:
     """The least error of one row over all masks, by trying each."""
-    from itertools import combinations
-
     g, w, features = gram.double().numpy(), weight.double().numpy()[0], len(gram)
     best = np.inf
-    for lost in combinations(range(features), go):
+    for lost in itertools.combinations(range(features), go):
         some = np.setdiff1d(np.arange(features), lost)
         v = np.zeros(features)
         v[some] = np.linalg.solve(g[np.ix_(some, some)], g[some] @ w)
@@ -419,11 +415,14 @@ def test_fewer_tokens_than_features_solve_without_raising():
     assert zero.weight.isfinite().all()
 
 
-def test_what_is_not_finite_is_refused():
+def test_what_is_not_finite_and_a_matrix_without_a_factor_are_refused():
     gram = torch.eye(3)
     gram[1, 2] = torch.inf
     with pytest.raises(UserError, match=r"q_proj: values that are not finite: activations overflow; set dtype="):
         Prepared(gram, "q_proj")
+    gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
+    with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
+        Prepared(gram).inverse_root(0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -462,9 +461,7 @@ def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()
     keep = sparsegpt(weight, Prepared(gram), share=Fraction("0.37"), group=group, block=16).keep
-    assert (~keep).sum() == (
-        12 * removed(120, Fraction("0.37")) if group == "row" else removed(12 * 120, Fraction("0.37"))
-    )
+    assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -477,13 +474,6 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
     assert solved.unchanged == 0
     assert torch.equal(solved.weight[:, dead], (weight * solved.keep)[:, dead])
     assert (solved.keep[:, dead].sum(1) == 2).all()
-
-
-def test_a_matrix_without_a_factor_is_refused():
-    gram = torch.full((4, 4), -1e30)
-    gram.diagonal().fill_(1e-3)
-    with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
-        Prepared(gram).inverse_root(0.01)
 
 
 def test_the_corrected_target_leaves_the_weights_of_dead_features():

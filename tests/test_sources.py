@@ -17,7 +17,8 @@ import huggingface_hub
 import offline
 import pytest
 import torch
-from conftest import ROOT, Make, Patch, calibrate, save_tiny_model, shared, text_of
+from conftest import ROOT, Make, Patch, calibrate, fetch, save_tiny_model, shared, text_of
+from safetensors.torch import load_file
 
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -284,10 +285,11 @@ def test_a_local_model_is_cloned_or_copied_and_never_linked(
     source.mkdir()
     for path in snapshot.iterdir():  # as the Hub's cache keeps a snapshot
         (source / path.name).symlink_to(path)
-    cloned = cloned_by(monkeypatch, clone)
-    made = project(model=source)
-    download(project=made, part="model")
     names = {path.name for path in source.iterdir()}
+    (source / "pytorch_model.bin").write_bytes(b"a second copy in another format, which is not taken")
+    cloned = cloned_by(monkeypatch, clone)
+    made = fetch(project(model=source), "model")
+    assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert set(cloned) == (set() if clone is unsupported else names)
     for name in names:
         taken, own = made.model("dense") / name, source / name
@@ -419,8 +421,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
         calibration__windows=20,
         runtime__mirror=str(tmp_path / "mirror") if mirrored else None,
     )
-    for part in ("model", "calibration"):
-        download(project=made, part=part, text=text_of(part))
+    fetch(made, "model", "calibration")
     assert hub.fetched == ([] if mirrored else [SHARD])
     assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
     found = provenance(made.data("calibration"))
@@ -515,10 +516,6 @@ def test_too_short_a_text_says_how_short():
 
 def test_windows_are_those_of_the_reference():
     """WikiText-2 as the Wanda authors join it for calibration, and as the papers join it for perplexity."""
-    import json
-
-    from safetensors.torch import load_file
-
     folder = shared()
     if not (ROOT / "models" / "dense").is_dir():
         pytest.skip("models/dense is not there: `make repro` makes it")
