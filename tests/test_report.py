@@ -71,7 +71,7 @@ def experiment(study: Project, name: str = "it", commit: str | None = None) -> E
 
 def markdown_of(parts: Content) -> str:
     """The Markdown of a page, with the titles of its pictures."""
-    return "\n\n".join(part if isinstance(part, str) else f"![{part.title}]()" for part in parts)
+    return "\n\n".join(part if isinstance(part, str) else f"![{part[0]}]()" for part in parts)
 
 
 def said_of(*experiments: Experiment, notes: Sequence[tuple[str, str]] = ()) -> str:

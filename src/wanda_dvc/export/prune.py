@@ -145,7 +145,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
     text = found.params.calibration.text.source
     again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
     less, more = ("0.1", "0.3") if (pattern := found.params.pattern) in STRUCTURES else ("0.5", "0.7")
-    again += ["--pattern", pattern] * (pattern in STRUCTURES) + ["--recipe", recipe] * bool(recipe)
+    again += ["--pattern", pattern] * (pattern in STRUCTURES) + (["--recipe", recipe] if recipe else [])
     again += ["--sparsity", more if found.params.sparsity < float(more) else less]
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",
