@@ -83,7 +83,7 @@ def _recipes(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str])
 
 def readme() -> str:
     """Return the README's table."""
-    return _recipes(RECIPES[:-1], ["50%", "70%", "2:4"], ["50%"])
+    return _recipes(RECIPES[:-1], ["50%", "70%", "2:4"], [])
 
 
 def recipes() -> str:
