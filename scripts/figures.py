@@ -175,7 +175,7 @@ def mean(measure: Row | str | None, form: str, factor: float = 1) -> str:
 def smaller() -> str:
     """Return the smaller models of `SMALLER`, after the dense one of each model."""
     rows, lines = {key: row["value"] for key, row in measured("smaller").items()}, []
-    for model in (SMALL, GEMMA):
+    for model, shown in {SMALL: "SmolLM2", GEMMA: "Gemma"}.items():
         dense = rows[f"{model} dense"]
         for key in SMALLER:
             if row := rows.get(f"{model} {key}"):
@@ -183,7 +183,7 @@ def smaller() -> str:
                 speed = row.get("tokens_per_second")
                 faster = f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–"
                 cells = [*_text(row, "wikitext2"), _text(row, "embedded")[0], f"{row['bytes'] / 1e6:.0f}", faster]
-                lines.append([model, key, share, *cells])
+                lines.append([shown, key, share, *cells])
     heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB", "tokens a second"]
     return table(heads, lines, left=2)
 

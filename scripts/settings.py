@@ -36,7 +36,7 @@ def page() -> str:
         if not name.startswith(TEXTS[1]):  # a text's settings are described once
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
-            rows.append([shown, f"`{default}`", ", ".join(_stages(name)) or "–", _meaning(field)])
+            rows.append([shown, _meaning(field), f"`{default}`", ", ".join(_stages(name)) or "–"])
     recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
     allocations = [[x.name, x.about, f"{x.strength:g}" if x.strength else "–"] for x in ALLOCATIONS.values()]
     sections = {
@@ -56,7 +56,7 @@ def page() -> str:
         "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS),
     }
     tables = [f"## {title}\n\n{table}\n" for title, table in sections.items()]
-    return "\n".join([f"{HEAD}{_table(['setting', 'default', 'stage', 'meaning'], rows)}\n", *tables])
+    return "\n".join([f"{HEAD}{_table(['setting', 'meaning', 'default', 'stage'], rows)}\n", *tables])
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
