@@ -39,7 +39,6 @@ from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
-from wanda_dvc.catalog import STATISTICS  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
@@ -248,11 +247,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def calibrate(*, project: Project) -> None:
-    """The stage `calibrate`, of every tier."""
-    from wanda_dvc.stages import calibrate as module
+    """The stage `calibrate`, of every tier that something reads."""
+    from wanda_dvc.stages import run
 
-    for tier in STATISTICS:
-        module.calibrate(project=project, tier=tier)
+    run("calibrate", project=project)
 
 
 CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}
