@@ -35,30 +35,26 @@ BLOCK = 15.2e6 * 4  # bytes in float32
 LIMIT = 0.6e9  # bytes: imports take 0.3, the formula 0.2
 
 # A shape and the stages that run on it, one after the other, with their settings.
-Runs = dict[str, tuple[str, str | None, dict[str, Any]]]
-WALKS: Runs = {
-    "calibrate": ("calibrate", None, {}),
-    "mask": ("mask", None, {}),
-    "perplexity": ("perplexity", "dense", {}),
-}
+Runs = dict[str, tuple[str, str, dict[str, Any]]]
+WALKS: Runs = {"calibrate": ("calibrate", "", {}), "mask": ("mask", "", {}), "perplexity": ("perplexity", "dense", {})}
 ADMM = {"method": "admm", "calibration__statistics": "gram"}
 BACK = {"calibration__statistics": "gradients"}
 SOLVES: Runs = {
-    "the way back": ("calibrate", None, ADMM | BACK),
-    "a solver's masks": ("mask", None, ADMM),
-    "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
-    "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "output-weighted"}),
-    "trained": ("mask", None, ADMM | {"reconstruction": "blockwise", "propagation": "corrected"}),
+    "the way back": ("calibrate", "", ADMM | BACK),
+    "a solver's masks": ("mask", "", ADMM),
+    "least squares": ("apply", "", ADMM | {"reconstruction": "least-squares"}),
+    "Fisher least squares": ("apply", "", ADMM | BACK | {"reconstruction": "output-weighted"}),
+    "trained": ("mask", "", ADMM | {"reconstruction": "blockwise", "propagation": "corrected"}),
 }
 RATED = {"method": "wanda"}
-RATES: Runs = {name: ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
+RATES: Runs = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 FIRST = ("the way back", "a solver's masks", "sensitivity")  # the most that calibration, a solver and ratings hold
 SHORT: Runs = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
 LONG: Runs = {"the way back": SOLVES["the way back"]} | {
     name: run for name, run in (SOLVES | RATES).items() if name not in FIRST
 }
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
-CORRECTS: Runs = {"all Gram matrices": ("calibrate", None, CORRECTED), "corrected": ("mask", None, CORRECTED)}
+CORRECTS: Runs = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
 
 # Each stage is a fork of its own, before which nothing but imports has taken memory.
 MEASURE = """
@@ -86,7 +82,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
     make_checkpoint(folder / "model", QWEN | shape, shard=1e8)
     texts = []
     for name, (stage, part, settings) in runs.items():
-        write_params(root, folder / "model", **{"method": "magnitude", **settings})
+        write_params(root, folder / "model", **{"dtype": "float32", "method": "magnitude", **settings})
         texts.append((name, (root / "params.yaml").read_text(encoding="utf-8"), stage, part))
     fetch(Project(root))
     # The allocator gives freed memory back at once, so that the peak counts no memory that is free.
