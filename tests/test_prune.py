@@ -90,7 +90,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{number(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
-    assert f"wanda-dvc prune {model} --recipe wanda --sparsity 0.7 " in said
+    assert " --recipe wanda --sparsity 0.7   # another sparsity" in said
     assert f"wanda-dvc init my-study --from {study}" in said
     assert not list(Path.cwd().parent.rglob("*.git"))
 
