@@ -30,6 +30,12 @@ def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that prints
 
 
+def reason(error: BaseException) -> str:
+    """Return a library's error as one short line, with its name if the text alone is too short."""
+    text = " ".join(str(error).split())[:300]
+    return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()
+
+
 def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
     """Return the lines of an error that the user can fix: a setting, a file, the disk, the memory, a missing library.
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wanda_dvc.catalog import Dtype
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
@@ -227,12 +227,6 @@ def positions_of(config: Any) -> int | None:
     """Return the maximum tokens of a text, if the configuration has a limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) else None
-
-
-def reason(error: BaseException) -> str:
-    """Return a library's error as one short line, with its name if the text alone is too short."""
-    text = " ".join(str(error).split())[:300]
-    return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()
 
 
 # --- writing ---

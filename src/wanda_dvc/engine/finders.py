@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Checkpoint, reason
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
 from wanda_dvc.engine.structure import Linear, Part, build_empty, find_blocks, stored_linears, stored_parts
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, stay_of
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open

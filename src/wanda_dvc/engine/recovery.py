@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config, reason
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.engine.training import root_mean_square
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import UserError, notice, reason
 from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
 
 WARM_UP = 0.05  # of the steps

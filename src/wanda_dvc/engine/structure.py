@@ -19,9 +19,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint, reason
+from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.engine.windows import load_tokenizer
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 
 _BUILDING = Lock()  # building an empty model replaces functions of torch, in all threads
 

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import reason
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 
 
 def load_tokenizer(model: Path) -> Any:

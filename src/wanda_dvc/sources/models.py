@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError, explain
+from wanda_dvc.errors import UserError, explain, reason
 from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
@@ -157,8 +157,6 @@ def _dequantize(gguf: Path, target: Path) -> None:
     """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from wanda_dvc.engine.checkpoint import reason
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanda_dvc.engine.checkpoint import reason
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import EMBEDDED, Source
