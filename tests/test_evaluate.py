@@ -125,6 +125,9 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one of another quant")
     write_unknown_quantization(tmp_path / "b.gguf")
     refused(tmp_path / "b.gguf", "b.gguf: Dequantization for Q8_K is not yet implemented, expected a GGUF file that")
+    part = shutil.copytree(study.model("dense"), tmp_path / "part")
+    tensors(lambda x: x.pop("model.layers.1.mlp.up_proj.weight"))(part)
+    refused(part, f"^{part}: no tensor for model.layers.1.mlp.up_proj.weight")  # not the copy that the stages read
 
 
 def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Path):
