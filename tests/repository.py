@@ -91,7 +91,8 @@ class Repository:
                 if not path.exists():
                     file = path if path.suffix else path / "nothing.json"
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text("{}" if "metrics" in file.parts else '{"made_by": "download model"}', encoding="utf-8")
+                    empty = "{}" if "metrics" in file.parts else '{"made_by": "download model"}'
+                    file.write_text(empty, encoding="utf-8")
         self.run("dvc", "commit", "--force", "--quiet")
         if name == "main":
             self.commit()
