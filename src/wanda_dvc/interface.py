@@ -7,6 +7,7 @@ weights and figures are the pipeline's. Keyword arguments are the settings of `p
 """
 
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,6 @@ class Study:
 
     def __init__(self, directory: str | Path = ".") -> None:
         self.path = Project.find(Path(directory)).root
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None  # removed with the last reference
 
     def results(self) -> list[dict[str, Any]]:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
@@ -114,7 +114,8 @@ def calibrate(
     folder = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
     init(folder=folder, model=str(model) if isinstance(model, str | Path) else None)
     study = Study(folder)
-    study._temporary = temporary
+    if temporary:
+        weakref.finalize(study, temporary.cleanup)
     if not isinstance(model, str | Path):
         settings = {"model": str(_save(model, tokenizer, folder / MEMORY))} | settings
     _change(study, settings)
