@@ -57,9 +57,9 @@ class Study:
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
-        from wanda_dvc.results.listing import results
+        from wanda_dvc.results.listing import list_states, results
 
-        return results(Project(self.path))
+        return results(list_states(Project(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
         """Return the norm tier of one block, by distinct input.

@@ -6,6 +6,7 @@ A model and a calibration text have one study. Its statistics serve each further
 import contextlib
 import os
 import shlex
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
     columns = headings(list(models.values())) if evaluate else {}
     rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
     sizes = [sum(path.stat().st_size for path in project.model(name).iterdir()) / 1e6 for name in models]
-    seconds = dict.fromkeys((*models, "recovered"), 0.0)
+    seconds = defaultdict[str, float](float)  # also of runs that were not wanted
     for run, content in times(project).items():
         if evaluate or not run.startswith("perplexity"):
             seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
@@ -144,8 +145,11 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
     rows.append(["seconds", *(f"{seconds[name]:,.0f}" for name in models)])
     text = found.params.calibration.text.source
     again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
-    less, more = ("0.1", "0.3") if (pattern := found.params.pattern) in STRUCTURES else ("0.5", "0.7")
-    again += ["--pattern", pattern] * (pattern in STRUCTURES) + (["--recipe", recipe] if recipe else [])
+    less, more = "0.5", "0.7"
+    if found.params.pattern in STRUCTURES:
+        again += ["--pattern", found.params.pattern]
+        less, more = "0.1", "0.3"
+    again += ["--recipe", recipe] if recipe else []
     again += ["--sparsity", more if found.params.sparsity < float(more) else less]
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",

@@ -100,10 +100,12 @@ def made_with_others(experiment: Experiment) -> list[str]:
 
 
 def at(project: Project, name: str, folder: Path) -> Experiment:
-    """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache.
+    """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache; or the workspace.
 
     UserError for an unknown name, one without settings, or with those of another version.
     """
+    if name == WORKSPACE:
+        return workspace(project)
     folder.mkdir(parents=True, exist_ok=True)
     study, revision = Project(folder), Revision.open(project.root, name, otherwise="`wanda-dvc show` needs none")
     for part in ("params.yaml", LOCK):
@@ -187,7 +189,7 @@ def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
 def _read(project: Project, state: State, folder: Path) -> Experiment | str:
     """Return the experiment of a state, or the reason for its exclusion."""
     try:
-        found = workspace(project) if state.rev == WORKSPACE else at(project, state.rev, folder)
+        found = at(project, state.rev, folder)
     except UserError as error:
         return error.problems[0]
     if not found.made.metrics:

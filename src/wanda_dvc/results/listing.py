@@ -131,7 +131,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)
     if as_json:
-        records = results(project, states)
+        records = results(states)
         return json_text(
             [{key: DIVERGED if value == math.inf else value for key, value in one.items()} for one in records]
         )
@@ -147,10 +147,10 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     return found
 
 
-def results(project: Project, states: Sequence[State] | None = None) -> list[dict[str, Any]]:
-    """Return every state of the study as a flat record with equal keys; None for values of other states."""
+def results(states: Sequence[State]) -> list[dict[str, Any]]:
+    """Return every state as a flat record with equal keys; None for values of other states."""
     found: list[dict[str, Any]] = []
-    for state in list_states(project) if states is None else states:
+    for state in states:
         commit = None if state.rev == WORKSPACE else state.rev
         record = {"experiment": state.name, "commit": commit, "state": state.state, **state.settings}
         for model, one in state.results.items():

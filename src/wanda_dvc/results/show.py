@@ -10,7 +10,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
-from wanda_dvc.results.experiments import Experiment, at, workspace
+from wanda_dvc.results.experiments import Experiment, at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
@@ -29,8 +29,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
     the first: the dense one, or the first of several experiments.
     """
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        places = [(name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
-        experiments = [workspace(project) if name == WORKSPACE else at(project, name, place) for name, place in places]
+        experiments = [at(project, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
         first = experiments[0]
         models = {DENSE: first.dense} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE

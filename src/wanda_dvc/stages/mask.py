@@ -39,10 +39,8 @@ def mask(*, project: Project) -> None:
     calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    plan, device = (
-        project.plan,
-        accelerator.solving_device(running.own_device(project.params.runtime)),
-    )  # refused before any file is read
+    plan = project.plan
+    device = accelerator.solving_device(running.own_device(project.params.runtime))  # refused before any file is read
     stats, tiers = running.statistics(project)
     checkpoint, blocks = Checkpoint(project.model("dense")), range(tensors.block_count(project.stats, "calibrate"))
     removal = removal_of(checkpoint, plan)
