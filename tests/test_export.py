@@ -2,18 +2,26 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import Make
+from conftest import Make, fetch
+from gguf import GGUFReader
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from test_families import save
+from test_stages import prune
 
+from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export, settings_of
+from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance
+from wanda_dvc.study.tensors import read_stats
 
 
 @pytest.fixture
@@ -160,3 +168,32 @@ def test_the_settings_on_the_card_are_the_experiments(project: Make):
     changed = {key: (value, again[key]) for key, value in own.items() if again[key] != value}
     assert changed.keys() == {"model", "calibration.text.source", "perplexity.texts.embedded.source"}
     assert all(Path(new) == Path("/path/to") / Path(old).name for old, new in changed.values())
+
+
+LLAMA = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "neurons", "blocks"])
+def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, project: Make, tmp_path: Path):
+    """Blocks and neurons that stay are found by the smaller model's values."""
+    study = prune(fetch(project(save("llama", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
+    importance(study, tmp_path / "x.gguf")
+    found = {one.name: one.data for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    dense, small = (load_file(study.model(which) / "model.safetensors") for which in ("dense", "pruned"))
+    blocks = read_config(study.model("pruned")).num_hidden_layers
+    assert len(found) == 2 * blocks * len(LLAMA)
+    for before, after in product(range(3), range(blocks)):
+        of, to = f"model.layers.{before}.mlp.up_proj.weight", f"model.layers.{after}.mlp.up_proj.weight"
+        inputs = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
+        if pattern == "unstructured" and before == after:
+            inputs = list(range(len(dense[of])))
+        stats = read_stats(study.stats, before)
+        for name, gguf in LLAMA.items() if inputs else ():
+            x = next(stats.inputs[key] for key, by in stats.readers.items() if f"model.layers.{before}.{name}" in by)
+            sums = x.sum_squares[inputs] if name == "mlp.down_proj" else x.sum_squares
+            assert found[f"blk.{after}.{gguf}.weight.in_sum2"].tolist() == [sums.float().tolist()]
+            assert found[f"blk.{after}.{gguf}.weight.counts"].tolist() == [[x.count]]

@@ -65,69 +65,27 @@ class Method(Row):
 
 # Baselines first: reports compare a later method with an earlier one.
 _METHODS = _by_name(
-    Method(
-        "magnitude",
-        "|W|",
-        paper="[Han et al. 2015](https://arxiv.org/abs/1506.02626)",
-        function="wanda_dvc.pruning.scores:magnitude",
-        needs="weights",
-        scores_by_row=True,
-    ),
-    Method(
-        "wanda",
-        "|W| · ‖X‖₂",
-        paper="[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
-        function="wanda_dvc.pruning.scores:wanda",
-        needs="norms",
-        scores_by_row=True,
-    ),
-    Method(
-        "wanda-variant",
-        "|W| · ‖X‖₂, and each row loses the same share of its total score",
-        paper="[Sun et al. 2024, appendix](https://arxiv.org/abs/2306.11695)",
-        function="wanda_dvc.pruning.scores:wanda",
-        needs="norms",
-        competition="rows",
-        scores_by_row=True,
-    ),
-    Method(
-        "ria",
-        "(|W| over its row's sum + |W| over its column's sum) · ‖X‖₂^½",
-        paper="[Zhang et al. 2024](https://openreview.net/forum?id=Tr0lPx9woF)",
-        function="wanda_dvc.pruning.scores:ria",
-        needs="norms",
-    ),
-    Method(
-        "sparsegpt",
-        "W² over the inverse Gram matrix's diagonal, 128 inputs at a time, later ones updated in between",
-        paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
-        function="wanda_dvc.pruning.solvers:sparsegpt",
-        needs="gram",
-    ),
-    Method(
-        "admm",
-        "20 alternating updates of mask and weights; the mask grows over the first 15",
-        paper="[Boža 2024](https://arxiv.org/abs/2401.02938)",
-        function="wanda_dvc.pruning.solvers:admm",
-        needs="gram",
-    ),
-    Method(
-        "reap",
-        "experts only: mean of gate · ‖output‖₂ over routed tokens",
-        paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)",
-        function="wanda_dvc.pruning.scores:reap",
-        needs="norms",
-        competition="experts",
-    ),
-    Method(
-        "influence",
-        "blocks only: 1 − cosine of a block's input and output, mean over tokens",
-        paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)",
-        function="wanda_dvc.pruning.scores:influence",
-        needs="norms",
-        competition="blocks",
-    ),
-)
+    Method("magnitude", "|W|", paper="[Han et al. 2015](https://arxiv.org/abs/1506.02626)", needs="weights",
+           function="wanda_dvc.pruning.scores:magnitude", scores_by_row=True),
+    Method("wanda", "|W| · ‖X‖₂", paper="[Sun et al. 2024](https://arxiv.org/abs/2306.11695)", needs="norms",
+           function="wanda_dvc.pruning.scores:wanda", scores_by_row=True),
+    Method("wanda-variant", "|W| · ‖X‖₂, and each row loses the same share of its total score", needs="norms",
+           paper="[Sun et al. 2024, appendix](https://arxiv.org/abs/2306.11695)",
+           function="wanda_dvc.pruning.scores:wanda", competition="rows", scores_by_row=True),
+    Method("ria", "(|W| over its row's sum + |W| over its column's sum) · ‖X‖₂^½", needs="norms",
+           paper="[Zhang et al. 2024](https://openreview.net/forum?id=Tr0lPx9woF)",
+           function="wanda_dvc.pruning.scores:ria"),
+    Method("sparsegpt", needs="gram", function="wanda_dvc.pruning.solvers:sparsegpt",
+           about="W² over the inverse Gram matrix's diagonal, 128 inputs at a time, later ones updated in between",
+           paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
+    Method("admm", "20 alternating updates of mask and weights; the mask grows over the first 15", needs="gram",
+           paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
+    Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", competition="experts",
+           paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
+    Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
+           paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
+           competition="blocks"),
+)  # fmt: skip
 
 
 @cache
@@ -178,27 +136,14 @@ WIDTHS = (
 )  # fmt: skip
 STRUCTURES = _by_name(
     Structure("neurons", "neurons of each MLP", fields=WIDTHS, multiple=64),
-    Structure(
-        "heads",
-        "groups of attention heads of each block",
-        fields=("num_key_value_heads",),
-        scaled=("num_attention_heads",),
-    ),
-    Structure(
-        "experts",
-        "routed experts of each block",
-        fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-        find="wanda_dvc.engine.finders:find_experts",
-        method="reap",
-    ),
-    Structure(
-        "blocks",
-        "blocks",
-        fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-        find="wanda_dvc.engine.finders:find_block_units",
-        method="influence",
-    ),
-)
+    Structure("heads", "groups of attention heads of each block", fields=("num_key_value_heads",),
+              scaled=("num_attention_heads",)),
+    Structure("experts", "routed experts of each block", find="wanda_dvc.engine.finders:find_experts", method="reap",
+              fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+                      "num_routed_experts")),
+    Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="influence",
+              fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+)  # fmt: skip
 
 
 # --- groups, allocations and reconstructions ---
@@ -313,25 +258,12 @@ RECIPES = _by_name(
     Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares"),
     Recipe("sparsegpt", "SparseGPT's masks and weights", "sparsegpt", group="linear", reconstruction="sparsegpt"),
     Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares"),
-    Recipe(
-        "fisher",
-        "ADMM, with gradients of the loss",
-        "admm",
-        group="outputs",
-        allocation="sensitivity",
-        reconstruction="output-weighted",
-    ),
-    Recipe(
-        "blockwise",
-        "ADMM's masks, then a short training of each block",
-        "admm",
-        group="outputs",
-        allocation="sensitivity",
-        reconstruction="blockwise",
-        propagation="corrected",
-    ),
+    Recipe("fisher", "ADMM, with gradients of the loss", "admm", group="outputs", allocation="sensitivity",
+           reconstruction="output-weighted"),
+    Recipe("blockwise", "ADMM's masks, then a short training of each block", "admm", group="outputs",
+           allocation="sensitivity", reconstruction="blockwise", propagation="corrected"),
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
-)
+)  # fmt: skip
 
 
 # --- sources ---
@@ -368,18 +300,13 @@ EMBEDDED = "embedded"
 TEXTS = {
     EMBEDDED: NamedText(None, None, splits=("train", "test")),
     "wikitext2": NamedText("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "c4": NamedText(
-        "allenai/c4",
-        None,
-        splits=("train", "validation"),
-        join=" ",
-        shards={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
-    ),
+    "c4": NamedText("allenai/c4", None, splits=("train", "validation"), join=" ", shards={
+        "train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz",
+    }),
     # Its main branch is a script, which never runs here; the Hub has its rows as Parquet on another branch.
-    "ptb": NamedText(
-        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", join=" ", revision="refs/convert/parquet"
-    ),
-}
+    "ptb": NamedText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", join=" ",
+                     revision="refs/convert/parquet"),
+}  # fmt: skip
 
 
 def function_of(row: str) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The command line: thin commands that validate arguments and call a function."""
 
 import gc
+import inspect
 import itertools
 import os
 import sys
@@ -119,26 +120,18 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 
 def _command(stage: Stage) -> Callable[..., None]:
-    """Return the command of a stage: its part where it has some, and the version that dvc.yaml asks for."""
+    """Return the command of a stage: its part and text where it has some, and the version that dvc.yaml asks for."""
     part = Annotated[
         str, typer.Argument(metavar=stage.part_is.upper(), help=f"{' or '.join(stage.parts)}; by default all.")
     ]
 
-    if any(row.by_text for row in stage.parts.values()):
+    def command(part: part = "", text: Text = "", version: Version = None) -> None:
+        _run(stage.name, version, part, text)
 
-        def command(part: part = "", text: Text = "", version: Version = None) -> None:
-            _run(stage.name, version, part, text)
-
-    elif stage.part_is:
-
-        def command(part: part = "", version: Version = None) -> None:  # type: ignore[misc]
-            _run(stage.name, version, part)
-
-    else:
-
-        def command(version: Version = None) -> None:  # type: ignore[misc]
-            _run(stage.name, version)
-
+    has = {"part": bool(stage.part_is), "text": any(row.by_text for row in stage.parts.values()), "version": True}
+    signature = inspect.signature(command)
+    own = [parameter for name, parameter in signature.parameters.items() if has[name]]
+    vars(command)["__signature__"] = signature.replace(parameters=own)
     command.__doc__ = stage.about
     return command
 
@@ -271,7 +264,9 @@ def init(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
-    directory: Annotated[Path, typer.Argument(help="A new directory.")], rev: Annotated[str | None, REV] = None
+    directory: Annotated[Path, typer.Argument(help="A new directory.")],
+    rev: Annotated[str | None, REV] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
@@ -280,7 +275,7 @@ def export(
     with stoppable("export", AGAIN):
         from wanda_dvc.export.build import export as build
 
-        typer.echo(build(project=project, experiment=rev, target=directory))
+        typer.echo(build(project=project, experiment=rev, target=directory, imatrix=imatrix))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place, is_there
@@ -31,14 +32,18 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 {settings}````"""
 
 
-def export(*, project: Project, experiment: str | None, target: Path, made: bool = False) -> str:
+def export(
+    *, project: Project, experiment: str | None, target: Path, made: bool = False, imatrix: Path | None = None
+) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
     The experiment is a name, commit, branch or tag; None is the workspace. If `made`, its model is in `models/pruned`
-    and is copied.
+    and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
     """
     target, what = check_place(target), experiment or "the workspace"
     check_target(project, target)
+    if imatrix and is_there(imatrix):
+        raise UserError(f"{imatrix}: exists already; name a new file")
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
         study = Project(work.path / "study")
@@ -50,7 +55,7 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
             study.link_to(project, parts, ("params.yaml", LOCK))
         else:
             found = at(project, experiment, study.root)
-            _take_experiment(project, study, experiment)
+            _take_experiment(project, study, experiment, ["stats/norms"] if imatrix else [])
         stale = Runs.read(study.root).stale
         if "mask" in stale:  # no settings describe these masks
             before = ", ".join(name for name in stale if name.startswith(("calibrate", "mask")))
@@ -79,8 +84,10 @@ def export(*, project: Project, experiment: str | None, target: Path, made: bool
         found.recovered.keep_of(digest(made_from))
         found.made.metrics["sparsity"] = metrics
         (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
+        said = [importance(study, imatrix)] if imatrix else []
         work.publish(target)
-    return "\n".join([f"{target}: the {list(found.models)[-1]} model of {what}, with a model card", *found.notes])
+    said.insert(0, f"{target}: the {list(found.models)[-1]} model of {what}, with a model card")
+    return "\n".join([*said, *found.notes])
 
 
 def check_target(project: Project, target: Path) -> None:
@@ -96,8 +103,8 @@ def check_target(project: Project, target: Path) -> None:
 # --- the parts of an experiment, in a folder laid out like a project ---
 
 
-def _take_experiment(project: Project, study: Project, experiment: str) -> None:
-    """Take the files that `apply` reads out of git and the cache."""
+def _take_experiment(project: Project, study: Project, experiment: str, parts: list[str]) -> None:
+    """Take the files that `apply` reads, and other parts, out of git and the cache."""
     revision = Revision.open(project.root, experiment, otherwise="without --rev, the workspace is exported")
 
     def take(part: str, what: str) -> None:
@@ -112,11 +119,11 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         take("models/recovered", "its recovered model is")
     made = read_provenance(study.masks, "mask")
     plan = Plan.read(made["params"])
-    parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
+    parts = parts + {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
     if plan.weights_come_from == "gram" and plan.solver.by_gradients:
         parts.append("stats/gradients")
     for part in parts:
-        take(part, f"what reconstruction {plan.reconstruction.name} reads is")
+        take(part, "what is read of it is")
     wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:

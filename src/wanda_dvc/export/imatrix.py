@@ -1,0 +1,65 @@
+"""llama.cpp's importance matrix of a pruned model: the norm tier, by the names of a GGUF file."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from wanda_dvc.engine.checkpoint import read_config
+from wanda_dvc.errors import UserError
+from wanda_dvc.plan import Plan
+from wanda_dvc.study.project import Project, temporary_place
+from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.tensors import block_count, read_masks, read_stats
+
+OTHER_NAMES = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r"}  # of architectures
+FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a checkpoint, and often two in GGUF
+REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
+
+
+def importance(study: Project, target: Path) -> str:
+    """Write the importance matrix of a study's pruned model; return a line about it.
+
+    It has Σx² and the number of tokens for each input of each weight, of the dense model on the calibration text,
+    without inputs that went. Experts are merged, as [experts, in]. Format: llama.cpp #9400.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+
+    kind = read_config(study.model("dense")).get_text_config().model_type.removesuffix("_text")
+    spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
+    if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
+        raise UserError(f"--imatrix: found {kind}, expected an architecture of llama.cpp; leave the option out")
+    smaller = Plan.read(read_provenance(study.masks, "mask")["params"]).structure is not None
+    measured, blocks, block = read_provenance(study.stats, "calibrate"), block_count(study.stats, "calibrate"), 0
+    named, found, left_out = get_tensor_name_map(known[0], blocks), defaultdict(list), set[str]()
+    for before in range(blocks):
+        stats, keeps = read_stats(study.stats, before), read_masks(study.masks, before)
+        for linear, keep in keeps.items():
+            if smaller and not keep.any():  # of an expert or a block that went
+                continue
+            x = next(stats.inputs[name] for name, readers in stats.readers.items() if linear in readers)
+            inputs = keep.any(dim=1 if linear in stats.transposed else 0) | (not smaller)
+            name = re.sub(r"experts\.\d+\.", "experts.", re.sub(r"\.\d+\.", f".{block}.", linear, count=1))
+            name = name.replace("language_model.", "")
+            names = [named.get_name(name) or named.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]]
+            if REORDERED in name or None in names:
+                left_out.add(name)
+            for one in set(names) if name not in left_out else ():
+                found[f"{one}.weight"].append((x.sum_squares[inputs].numpy(), x.count))
+        block += not smaller or any(keep.any() for keep in keeps.values())
+    writer = GGUFWriter(part := temporary_place(target), MODEL_ARCH_NAMES[known[0]])
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [measured["text"]["source"]])
+    writer.add_uint32("imatrix.chunk_count", measured["params"]["windows"])
+    writer.add_uint32("imatrix.chunk_size", measured["params"]["length"])
+    for name, rows in sorted(found.items()):
+        writer.add_tensor(f"{name}.in_sum2", np.stack([sums for sums, _ in rows]).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.array([[count] for _, count in rows], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    part.replace(target)
+    without = f", without {', '.join(sorted(left_out))}" if left_out else ""
+    return f"{target}: the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
