@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
 
 DOCUMENTS = ("README.md", "docs/results.md")
+MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
 SMALL, GEMMA = "smollm2-135m", "gemma-3-270m"
@@ -53,7 +54,14 @@ def value(row: Row | None, text: str = "wikitext2", measure: str = "perplexity")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table; columns after the first `left` ones are aligned to the right."""
+    """Return a Markdown table; columns after the first `left` ones are aligned to the right.
+
+    If all figures have a mark, the first header has it instead.
+    """
+    figures = [cell for row in rows for cell in row[left:] if cell != "–"]
+    if figures and all(cell.endswith(MARK) for cell in figures):
+        headers = [headers[0] + MARK, *headers[1:]]
+        rows = [[*row[:left], *(cell.removesuffix(MARK) for cell in row[left:])] for row in rows]
     rule = ["---"] * left + ["---:"] * (len(headers) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
 
@@ -63,7 +71,7 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
     if value is None or isinstance(value, str):
         return value or "–"
     shown = f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-    return f"{shown}\N{NO-BREAK SPACE}¹" if row and is_old(row) else shown
+    return shown + MARK if row and is_old(row) else shown
 
 
 def name(recipe: str) -> str:
