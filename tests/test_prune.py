@@ -161,6 +161,13 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
 # --- refused before any work ---
 
 
+def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: 10**6)
+    with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
+        prune(model=str(model), target=None, recover="200k")
+    assert not (studies(model)[0] / "stats").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

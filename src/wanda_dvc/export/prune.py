@@ -65,7 +65,10 @@ def prune(
         if not (project.model("dense") / "config.json").is_file():
             reproduce(study, "download", "model", shown=True)
         from wanda_dvc.engine.sizes import Sizes
+        from wanda_dvc.stages.needs import computes_twice
 
+        if tokens:  # refused before any work
+            computes_twice(project.with_params(params))
         wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
         settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // params.calibration.length))
         if recipe is None:
@@ -150,6 +153,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
         again += ["--pattern", found.params.pattern]
         less, more = "0.1", "0.3"
     again += ["--recipe", recipe] if recipe else []
+    again += ["--recover", str(tokens)] if (tokens := found.params.recovery.tokens) else []
     again += ["--sparsity", more if found.params.sparsity < float(more) else less]
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",

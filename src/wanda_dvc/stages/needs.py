@@ -153,6 +153,16 @@ def training(on: Known, *, kept: bool = False) -> int:
     return FIXED + (16 + dense) * model.parameters + RECOVERY_BATCH * (blocks + 24 * length * model.vocabulary)
 
 
+def computes_twice(project: Project) -> bool:
+    """Whether `recover` has to compute activations twice. UserError if the memory is too small even so."""
+    on = Known(project)
+    least, most, free = training(on), training(on, kept=True), free_memory(device_name(project.params.runtime))
+    if least > free:
+        what = f"{gigabytes(least)} of memory (16 bytes a parameter, the dense model and activations)"
+        raise UserError(f"recovery.tokens: found {gigabytes(free)}, expected {what}; set it to 0, or free some memory")
+    return most > free
+
+
 def _perplexity(on: Known) -> Need:
     """The windows of one text, by default the largest; the dense model's predictions on all of them stay."""
     from wanda_dvc.engine import divergence  # imports transformers

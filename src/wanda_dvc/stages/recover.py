@@ -30,15 +30,12 @@ def recover(*, project: Project) -> None:
 
     from wanda_dvc.engine.checkpoint import write_model
     from wanda_dvc.engine.recovery import recover as train
-    from wanda_dvc.stages.needs import Known, gigabytes, training
-    from wanda_dvc.stages.running import check_ready, device_name, free_memory, own_device, progress
+    from wanda_dvc.stages.needs import computes_twice
+    from wanda_dvc.stages.running import check_ready, own_device, progress
 
     planned, folder = project.planned("recover"), project.model("pruned")
     pruned, dtype = check_ready(project, "pruned")
-    device, free = own_device(project.params.runtime), free_memory(device_name(project.params.runtime))
-    if (least := training(Known(project))) > free:
-        what = f"{gigabytes(least)} of memory (16 bytes a parameter, the dense model and activations)"
-        raise UserError(f"recovery.tokens: found {gigabytes(free)}, expected {what}; set it to 0, or free some memory")
+    device, checkpointing = own_device(project.params.runtime), computes_twice(project)
     rows, held = windows(project)
     own = {"version": STAGES["recover"].version, "pruned": digest(pruned), "windows_sha256": digest(rows.tolist())}
     made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=planned, **own)
@@ -50,8 +47,7 @@ def recover(*, project: Project) -> None:
             project.model("dense"), folder, rows=rows, held=held, rate=planned["rate"], device=device,
             # A CPU trains in float32: it is slow in other types.
             dtype=getattr(torch, dtype) if device.type == "cuda" else torch.float32,
-            checkpointing=training(Known(project), kept=True) > free,
-            work=work.path / "training", step=lambda: next(bar, None),
+            checkpointing=checkpointing, work=work.path / "training", step=lambda: next(bar, None),
         )  # fmt: skip
         if not first:
             return
