@@ -21,12 +21,9 @@ from wanda_dvc.study.project import Project
 
 # Every command but the stages: those that print a table have --json; the others write files and say which.
 TABLES = {
-    "show": ["show"],
-    "list": ["list"],
-    "stats": ["stats", "--layer", "1"],
+    "show": ["show"], "list": ["list"], "stats": ["stats", "--layer", "1"], "doctor": ["doctor"],
     "evaluate": ["evaluate", "models/pruned"],
-    "doctor": ["doctor"],
-}
+}  # fmt: skip
 WRITE = {"report", "export", "init", "prune"}
 
 

@@ -35,13 +35,9 @@ from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_m
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
-    {},
-    {"pattern": "2:4"},
-    {"pattern": "4:8"},
-    {"pattern": "3:4", "sparsity": 0.25},
-    {"group": "linear"},
+    {}, {"pattern": "2:4"}, {"pattern": "4:8"}, {"pattern": "3:4", "sparsity": 0.25}, {"group": "linear"},
     {"group": "outputs"},
-)
+)  # fmt: skip
 
 
 COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))

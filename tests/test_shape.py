@@ -13,6 +13,7 @@ from command_line import process, wanda_dvc
 from conftest import ROOT, Patch, fetch, read_preset, script, write_params, write_settings
 from lm_eval.tasks._index import TaskIndex
 
+from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.cli import app
 from wanda_dvc.errors import EXTRAS
 from wanda_dvc.params import check_params, nested, settings
@@ -179,25 +180,15 @@ TORCH = {"numpy", "torch"}
 MODELS = TORCH | {"accelerate", "scipy", "transformers"}  # transformers brings the others
 QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
 # Of those, what each run may import, in an order in which a process may have imported what the later ones need.
+NOTHING = ("plan", "download calibration", "download perplexity")
+UNASKED = ("download recovery", "recover", "perplexity recovered", "zero-shot recovered")  # without recovery.tokens
+WALKS = (*(f"calibrate {tier}" for tier in STATISTICS), "perplexity dense", "perplexity pruned")
 MAY_IMPORT = {
-    "plan": set[str](),
-    "download recovery": set[str](),  # these do nothing without recovery.tokens
-    "recover": set[str](),
-    "perplexity recovered": set[str](),
-    "zero-shot recovered": set[str](),
-    "download calibration": set[str](),
-    "download perplexity": set[str](),
+    **{words: set[str]() for words in (*NOTHING, *UNASKED)},
     "download tasks": QUESTIONS,
-    "mask": TORCH,
-    "apply": TORCH,
-    "download model": MODELS,
-    "calibrate norms": MODELS,
-    "calibrate gram": MODELS,
-    "calibrate gradients": MODELS,
-    "perplexity dense": MODELS,
-    "perplexity pruned": MODELS,
-    "zero-shot dense": MODELS | QUESTIONS,
-    "zero-shot pruned": MODELS | QUESTIONS,
+    **dict.fromkeys(("mask", "apply"), TORCH),
+    **dict.fromkeys(("download model", *WALKS), MODELS),
+    **dict.fromkeys(("zero-shot dense", "zero-shot pruned"), MODELS | QUESTIONS),
 }
 BEFORE = {  # imported once for a run and those after it
     "mask": "torch",

@@ -219,15 +219,11 @@ def test_what_is_no_model_for_us_is_said_before_its_weights_are_read(
     assert set(hub.fetched) <= {"config.json"}
 
 
+GATED, DOWN = "GatedRepoError", "HfHubHTTPError: Service in pieces"
 TROUBLES = {
-    "gated": "GatedRepoError",
-    "gated, logged in": "GatedRepoError",
-    "unknown": "RepositoryNotFoundError",
-    "revision": "RevisionNotFoundError",
-    "offline": "OfflineModeIsEnabled",
-    "no network": "ConnectError",
-    "down": "HfHubHTTPError: Service in pieces",
-}
+    "gated": GATED, "gated, logged in": GATED, "unknown": "RepositoryNotFoundError", "down": DOWN,
+    "revision": "RevisionNotFoundError", "offline": "OfflineModeIsEnabled", "no network": "ConnectError",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["model", "perplexity"])
