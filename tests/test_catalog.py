@@ -20,7 +20,7 @@ from wanda_dvc.pruning.choose import choose
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.provenance import file_digest, read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 
@@ -83,11 +83,23 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     try:
         calibrate(project=fetch(planned(project), "model", "calibration"))
         run("mask", project=project)
+        made, function = read_provenance(project.masks, "mask"), site / "my_method.py"
+        assert project.source("method").resolve() == function
+        assert made["method"] == file_digest(function)
+        text = function.read_text()
+        for wrong, said in (
+            ("x.nrm", "AttributeError: .*'nrm'; correct"),
+            ("weight[:, 1:]", r"returned \[\d+, \d+\], exp"),
+        ):
+            function.write_text(f"{text}\n\ndef score(weight, x):\n    return {wrong}\n")
+            sys.modules.pop("my_method")
+            with pytest.raises(UserError, match=f"method deviation: my_method:score.* {said}"):
+                run("mask", project=project)
     finally:
         sys.modules.pop("my_method", None)
         monkeypatch.undo()
         methods.cache_clear()
-    assert read_provenance(project.masks, "mask")["libraries"]["my-method"] == "1.0"
+    assert made["libraries"]["my-method"] == "1.0"
     keep = read_masks(project.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
     x = read_stats(project.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
     weight = (

@@ -40,7 +40,7 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
     assert made.source("calibration").readlink() == text
     assert made.source("perplexity/embedded").read_text() == '{\n  "source": "embedded"\n}\n'
     assert sorted(path.name for path in made.source("model").parent.iterdir()) == [
-        "calibration", "model", "perplexity", "recovery", "tasks",
+        "calibration", "method", "model", "perplexity", "recovery", "tasks",
     ]  # fmt: skip
     plan(project=project("org/model"))  # the link goes, and not what it leads to
     assert not made.source("model").is_symlink()

@@ -50,7 +50,7 @@ LINES = {
 def test_each_problem_has_its_line(tmp_path: Path):
     """What a wrong value of each setting says: tests/test_trust.py."""
     for changes, expected in LINES.items():
-        given = YAML(typ="safe").load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
+        given = YAML(typ="safe", pure=True).load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
         (problem,) = problems(tmp_path, **given)
         assert problem.startswith(f"params.yaml: {expected}")
 

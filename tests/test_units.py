@@ -51,16 +51,10 @@ REFUSED = {
 }
 # With more experts than the families' tests, so that some can go.
 EXPERTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8},
     "qwen3_moe": {},
-    "qwen2_moe": {"num_experts": 8},
-    "olmoe": {"num_experts": 8},
     "deepseek_v3": {"n_routed_experts": 8},
-    "jamba": {"num_experts": 8},
-    "jamba mixed": {"num_experts": 8},
-    "granitemoe": {"num_local_experts": 8},
-    "gpt_oss": {"num_local_experts": 8},
-    "jetmoe": {"num_local_experts": 8},
+    **{family: {"num_experts": 8} for family in ("qwen2_moe", "olmoe", "jamba", "jamba mixed")},
+    **{family: {"num_local_experts": 8} for family in ("mixtral", "granitemoe", "gpt_oss", "jetmoe")},
 }
 SHARES = {"neurons": "0.25", "heads": "0.5", "blocks": "1/3", "experts": "0.25"}
 CASES = [

@@ -38,14 +38,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     "openbookqa": {"question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
 }
 DEFINITIONS = {
-    "piqa": "piqa/piqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "rte": "glue/rte/default.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-}
+    "piqa": "piqa/piqa.yaml", "hellaswag": "hellaswag/hellaswag.yaml", "arc_easy": "arc/arc_easy.yaml",
+    "boolq": "super_glue/boolq/default.yaml", "rte": "glue/rte/default.yaml",
+    "winogrande": "winogrande/default.yaml", "openbookqa": "openbookqa/openbookqa.yaml",
+}  # fmt: skip
 # The task, the field, and its wrong value.
 WRONG: list[tuple[str, str, object]] = [
     *((task, "label", value) for task in ("piqa", "boolq", "rte") for value in (-1, 2, "1", 0.5, None)),

@@ -5,7 +5,7 @@ table. A test imports every function. A package adds a method through an entry p
 that names a `Method`.
 """
 
-import importlib
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 
 ENTRY_POINTS = "wanda_dvc.methods"
 Dtype = Literal["float32", "bfloat16", "float16"]  # in which a model runs
@@ -57,6 +57,22 @@ class Method(Row):
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
     package: str = ""  # the installed package that the method is from, if not this one
+
+    @property
+    def file(self) -> str:
+        """The file with the function of a package: an edit changes masks. `none` of a built-in method."""
+        spec = importlib.util.find_spec(self.function.partition(":")[0]) if self.package else None
+        return (spec and spec.origin) or "none"
+
+    def __call__(self, *args: Any, **words: Any) -> Any:
+        """Call the function. UserError, with the method's name, for an error in a package's function."""
+        try:
+            return function_of(self.function)(*args, **words)
+        except Exception as error:  # any
+            if not self.package or isinstance(error, UserError):
+                raise
+            where = f"method {self.name}: {self.function} of {self.package}"
+            raise UserError(f"{where}: {type(error).__name__}: {reason(error)}; correct the function") from error
 
     def selects_by_row(self, pattern: str, group: str) -> bool:
         """Whether masks of some rows do not depend on the other rows."""
@@ -171,23 +187,17 @@ class Allocation(Row):
 
 ALLOCATIONS = _by_name(
     Allocation("uniform", "the same sparsity in every block"),
-    Allocation(  # Yin et al. 2024, arXiv 2310.05175
-        "owl",
-        "the more outlying Wanda scores a block has, the lower its sparsity; strength is λ, half their range",
-        function="wanda_dvc.pruning.allocation:owl",
-        rating="wanda_dvc.pruning.allocation:outlier_rating",
-        strength=0.08,
-    ),
-    Allocation(  # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
-        "sensitivity",
-        "one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; strength is the "
-        "largest difference between a linear's sparsity and the model's; no sparsity is above 0.97",
-        function="wanda_dvc.pruning.allocation:sensitivity",
-        rating="wanda_dvc.pruning.allocation:sensitivity_rating",
-        by_gradients=True,
-        strength=0.2,
-    ),
-)
+    # Yin et al. 2024, arXiv 2310.05175
+    Allocation("owl", function="wanda_dvc.pruning.allocation:owl", strength=0.08,
+               rating="wanda_dvc.pruning.allocation:outlier_rating",
+               about="the more outlying Wanda scores a block has, the lower its sparsity; strength is λ, half their "
+                     "range"),
+    # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
+    Allocation("sensitivity", function="wanda_dvc.pruning.allocation:sensitivity", by_gradients=True, strength=0.2,
+               rating="wanda_dvc.pruning.allocation:sensitivity_rating",
+               about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; strength "
+               "is the largest difference between a linear's sparsity and the model's; no sparsity is above 0.97"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,30 +214,20 @@ class Reconstruction(Row):
 
 RECONSTRUCTIONS = _by_name(
     Reconstruction("none", "unchanged"),
-    Reconstruction(  # Meng et al. 2024, ALPS, arXiv 2406.07831
-        "least-squares",
-        "least squares by conjugate gradients: the output of each linear closest to the dense output",
-        function="wanda_dvc.pruning.solvers:least_squares",
-    ),
-    Reconstruction(  # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
-        "output-weighted",
-        "least squares, weighted by gradients of the loss; rows compensate for each other",
-        function="wanda_dvc.pruning.solvers:fisher_least_squares",
-        by_gradients=True,
-    ),
-    Reconstruction(  # Frantar and Alistarh 2023, arXiv 2301.00774
-        "sparsegpt",
-        "input by input: the weights to the right compensate for each removed weight",
-        function="wanda_dvc.pruning.solvers:sparsegpt_update",
-    ),
-    Reconstruction(  # arXiv 2510.14444
-        "blockwise",
-        "least squares, then a short training of each block towards the dense block's output (with `propagation` "
-        "`corrected` or `pruned`)",
-        function="wanda_dvc.pruning.solvers:least_squares",
-        trains=True,
-    ),
-)
+    # Meng et al. 2024, ALPS, arXiv 2406.07831
+    Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares",
+                   about="least squares by conjugate gradients: the output of each linear closest to the dense output"),
+    # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
+    Reconstruction("output-weighted", function="wanda_dvc.pruning.solvers:fisher_least_squares", by_gradients=True,
+                   about="least squares, weighted by gradients of the loss; rows compensate for each other"),
+    # Frantar and Alistarh 2023, arXiv 2301.00774
+    Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
+                   about="input by input: the weights to the right compensate for each removed weight"),
+    # arXiv 2510.14444
+    Reconstruction("blockwise", function="wanda_dvc.pruning.solvers:least_squares", trains=True,
+                   about="least squares, then a short training of each block towards the dense block's output (with "
+                         "`propagation` `corrected` or `pruned`)"),
+)  # fmt: skip
 # Where complete inputs go, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
     "least-squares",

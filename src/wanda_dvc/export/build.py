@@ -140,7 +140,13 @@ def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, trained = experiment.models, experiment.params.recovery.tokens
     said = [*experiment.notes, *notes(experiment.params, models)]
-    said += [f"All weights that stay were then trained on {trained:,} tokens towards the dense model."] * bool(trained)
+    if trained:
+        helped = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])["trained"]
+        said.append(
+            f"All weights that stay were then trained on {trained:,} tokens towards the dense model."
+            if helped
+            else f"A training on {trained:,} tokens towards the dense model did not help: its weights are not used."
+        )
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     own, other = (results.details("continuations") for results in (experiment.made, experiment.dense))

@@ -158,7 +158,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",
         f'python -c "{GENERATE.format(os.path.relpath(target))}"': "generate text",
-        f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, with these results",
+        f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, to compare several",
     }
     parts = [
         title(found, named=False),

@@ -52,20 +52,23 @@ def choose(
         if units:
             return spread(cheapest(weight, given, units), units.layout).expand(weight.shape)
         among = "row" if group == "row" else "linear"  # solvers ignore the row weights
-        return function_of(method.function)(weight, given, share=share, pattern=pattern, group=among).keep
-    score = function_of(method.function)
+        return method(weight, given, share=share, pattern=pattern, group=among).keep
     by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
     x = given.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
-        scored = score(rows.contiguous(), x)
+        scored = method(rows.contiguous(), x)
+        if scored.shape != rows.shape:
+            found = f"{method.function} returned {list(scored.shape)}"
+            raise UserError(f"method {method.name}: {found}, expected the weight's {list(rows.shape)}; correct it")
         scored = scored.float() if scored.dtype in (torch.bfloat16, torch.float16) else scored  # numpy has no bfloat16
         if worth is not None:  # needed only where rows compete
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(
-                f"{name}: scores that are not finite: weights or activations overflow; set dtype=float32 or bfloat16"
+                f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
+                "dtype=float32 or bfloat16"
             )
         if units:
             into.copy_(spread(highest(summed(scored, units), units.stay), units.layout).expand(scored.shape))
@@ -160,7 +163,6 @@ def choose_units(
     is not finite, or the outputs of experts were not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
-    score = function_of(method.function)
     for block in blocks:
         inputs = {name: block.inputs[source] for source, names in block.readers.items() for name in names}
         for name, units in sets.items():
@@ -168,15 +170,15 @@ def choose_units(
                 if linears[0] not in inputs:  # of another block
                     continue
                 if method.competition == "blocks":
-                    found = score(block)
+                    found = method(block)
                 elif method.competition == "experts":
-                    found = score(_outputs(block, linears, inputs, method))
+                    found = method(_outputs(block, linears, inputs, method))
                 else:
                     found = 0.0
                     for linear in linears:
                         weight = weights(linear) if device is None else weights(linear).to(device)
                         weight = oriented(weight, linear in block.transposed)
-                        found += score(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
+                        found += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
                 if not math.isfinite(found):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "

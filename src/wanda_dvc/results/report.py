@@ -263,9 +263,6 @@ def origins(section: Section) -> Content:
 
 
 CHAPTERS: dict[str, Callable[[Section], Content]] = {
-    "Protocol": protocol,
-    "Results": measured,
-    "Paired comparisons": paired,
-    "Published figures": of_published,
+    "Protocol": protocol, "Results": measured, "Paired comparisons": paired, "Published figures": of_published,
     "Experiments": origins,
-}
+}  # fmt: skip

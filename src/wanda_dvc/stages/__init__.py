@@ -157,7 +157,7 @@ def _plan_recover(params: "Params") -> "dict[str, Json]":
 
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
-SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks")
+SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
 STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
 STAGES = {
     stage.name: stage
@@ -212,7 +212,7 @@ STAGES = {
             parts=_one(
                 settings=("recipe", "sparsity", *CHOICES, "allocation_strength"),
                 # The text is for propagation: pruned, corrected.
-                deps=("plan/mask.json", "models/dense", *STATS, "data/calibration"),
+                deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
                 outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
             ),
             plan=lambda params: {"mask": params.plan.described},

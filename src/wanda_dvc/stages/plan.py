@@ -14,7 +14,7 @@ from wanda_dvc.study.project import Project, remove
 
 
 def plan(*, project: Project) -> None:
-    """params.yaml → plan/, sources/model, sources/calibration, sources/perplexity/NAME and sources/tasks."""
+    """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method."""
     params, texts = project.params, project.source("perplexity")
     parts = sources(params)
     for part, (setting, source) in parts.items():
@@ -23,6 +23,7 @@ def plan(*, project: Project) -> None:
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)
     plan = params.plan
+    _link_source(project, "method", "method", plan.method.file)
     if plan.left_out:
         notice(
             f"plan: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "

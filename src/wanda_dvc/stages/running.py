@@ -23,7 +23,7 @@ from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import Stage
 from wanda_dvc.study.files import Documents, Json, write_json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
-from wanda_dvc.study.provenance import MADE_BY, check_source, digest, read_provenance
+from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
 KEPT = "finished blocks are kept, and the next run resumes after them"
@@ -252,7 +252,7 @@ def calibrated_with(project: Project) -> Json:
 
 
 def statistics(project: Project) -> tuple[Json, dict[str, str]]:
-    """Return the provenance of stats/norms, and by name the digests of the other tiers that masks depend on.
+    """Return the provenance of stats/norms, and by name the digests of what else masks read: tiers, a function.
 
     UserError if they are of another model, or of other settings.
     """
@@ -267,7 +267,8 @@ def statistics(project: Project) -> tuple[Json, dict[str, str]]:
     plan = project.plan
     gram = [project.gram] if plan.method.needs == "gram" and not plan.propagates else []
     others = [*gram, project.gradients] if plan.masks_read_sums or plan.masks_read_gradients else gram
-    return stats, {folder.name: digest(tier_provenance(folder, stats)) for folder in others}
+    function = {"method": file_digest(project.source("method"))} if plan.method.package else {}
+    return stats, function | {folder.name: digest(tier_provenance(folder, stats)) for folder in others}
 
 
 def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:

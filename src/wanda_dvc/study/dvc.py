@@ -17,7 +17,7 @@ from typing import Any
 from wanda_dvc.errors import UserError, notice
 
 # Lines of `dvc repro` that say nothing of a stage; the last is about the locks of a run that was killed.
-DVCS_OWN = ("Running stage", "Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc", "WARNING: Process '")
+DVCS_OWN = ("Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc", "WARNING: Process '")
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def repository(root: Path, otherwise: str) -> Iterator[Any]:
     except SCMError:  # stages run by hand leave .dvc/
         repo = None
     if repo is None or isinstance(repo.scm, NoSCM):
-        raise UserError(f"{root}: no git repository; run `git init`")
+        raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {root}` makes one")
     with repo:
         yield repo
 

@@ -31,21 +31,17 @@ DEFAULT = "default"
 NEXT = """
   dvc repro                             # run the pipeline
   wanda-dvc show                        # compare dense and pruned
-  dvc exp run --temp -S sparsity=0.7    # another sparsity; calibration is reused
+  dvc exp run --temp -S sparsity=0.3    # another sparsity; calibration is reused
 
 `wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
-    PIPELINE: TEMPLATE / "pipeline.yaml",
-    "params.yaml": PARAMS,
-    PROMPTS: TEMPLATE / "prompts.txt",
-    ".gitignore": TEMPLATE / "gitignore",
-    ".dvcignore": TEMPLATE / "dvcignore",
-    ".dvc/config": TEMPLATE / "config",
+    PIPELINE: TEMPLATE / "pipeline.yaml", "params.yaml": PARAMS, PROMPTS: TEMPLATE / "prompts.txt",
+    ".gitignore": TEMPLATE / "gitignore", ".dvcignore": TEMPLATE / "dvcignore", ".dvc/config": TEMPLATE / "config",
     "README.md": TEMPLATE / "README.md",
     **{f".dvc/plots/{plot.name}": plot for plot in (TEMPLATE / "plots").iterdir() if plot.name.endswith(".json")},
-}
+}  # fmt: skip
 
 
 def init(
