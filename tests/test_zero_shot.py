@@ -316,9 +316,7 @@ def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(project: Make
 
 
 def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(project: Make):
-    expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
-    assert read_prompts(project()) == expected
-    assert len(expected) == 5
+    assert read_prompts(project()) == FILES[PROMPTS].read_text(encoding="utf-8").splitlines() != []
 
 
 def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, monkeypatch: Patch, capsys: Capture):
@@ -333,3 +331,7 @@ def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, 
     assert f"No continuations by the dense model: {skipped}." in show(project=made)
     zero_shot(project=made, model="dense")
     assert load_json(made.details("dense", "continuations"))["prompts"]
+    (made.root / PROMPTS).write_text("")
+    monkeypatch.setattr("wanda_dvc.stages.zero_shot.continuations", None)  # nothing opens the model
+    zero_shot(project=made, model="dense")
+    assert load_json(made.details("dense", "continuations"))["prompts"] == []

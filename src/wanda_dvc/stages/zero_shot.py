@@ -191,7 +191,7 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
         notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
     dtype = getattr(torch, protocol["dtype"])
-    written = continuations(project.model(model), prompts, dtype=dtype, device=device)
+    written = continuations(project.model(model), prompts, dtype=dtype, device=device) if prompts else []
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}
 
