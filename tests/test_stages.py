@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite_are_refused(project: Make):
     made = fetch(project(method="magnitude"))
     calibrate(project=made)
     spoil_weights(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(made.model("dense"))
-    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores that are not finite"):
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores of method magnitude that are not finite"):
         mask(project=made)
 
 
