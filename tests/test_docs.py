@@ -513,7 +513,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     )
     assert f"by {same:.0%} on WikiText-2, and by {other:.0%} on the embedded text".replace("%", " %") in page
     assert 0.45 < other / same < 0.55
-    assert "`fisher` gains [about half as much]" in readme
+    assert "advantage over Wanda is [about half as large]" in readme
     missed = [row["value"]["met"] for file in ("peers", "memory") for row in results.measured(file).values()]
     assert f"{missed.count(False)} of {len(missed)} goals were missed" in page
 
