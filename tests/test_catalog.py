@@ -86,12 +86,11 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
         made, function = read_provenance(project.masks, "mask"), site / "my_method.py"
         assert project.source("method").resolve() == function
         assert made["method"] == file_digest(function)
-        text = function.read_text()
         for wrong, said in (
             ("x.nrm", "AttributeError: .*'nrm'; correct"),
             ("weight[:, 1:]", r"returned \[\d+, \d+\], exp"),
         ):
-            function.write_text(f"{text}\n\ndef score(weight, x):\n    return {wrong}\n")
+            function.write_text(f"{function.read_text()}\n\ndef score(weight, x):\n    return {wrong}\n")
             sys.modules.pop("my_method")
             with pytest.raises(UserError, match=f"method deviation: my_method:score.* {said}"):
                 run("mask", project=project)

@@ -17,7 +17,7 @@ from wanda_dvc.catalog import function_of, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
 from wanda_dvc.pruning.choose import choose
-from wanda_dvc.pruning.selection import keep_by_share, removed, select
+from wanda_dvc.pruning.selection import keep_by_share, pack_bits, removed, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, places, summed
 
@@ -53,7 +53,8 @@ def test_rows_and_layer_equal_the_loops(weight, share):
     score = oracle.scores(weight.tolist())
     rows, columns = weight.shape
     by_row = select(scores.magnitude(weight), share=share, group="row")
-    assert by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
+    packed = unpack_bits(pack_bits(by_row), columns).tolist()
+    assert packed == by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
     by_layer = select(scores.magnitude(weight), share=share, group="linear")
     assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
