@@ -55,7 +55,7 @@ def test_rows_and_layer_equal_the_loops(weight, share):
     by_row = select(scores.magnitude(weight), share=share, group="row")
     packed = unpack_bits(pack_bits(by_row), columns).tolist()
     assert packed == by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
-    by_layer = select(scores.magnitude(weight), share=share, group="linear")
+    by_layer = select(scores.wanda(weight, InputStats.empty(columns)), share=share, group="linear")  # as by magnitude
     assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
 
