@@ -18,7 +18,7 @@ from test_stages import prune
 from wanda_dvc.engine import recovery
 from wanda_dvc.engine.checkpoint import write_model
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export
+from wanda_dvc.export.build import export, sections
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
@@ -26,6 +26,7 @@ from wanda_dvc.stages.recover import recover
 from wanda_dvc.stages.recover import windows as windows_of
 from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.files import load_json
+from wanda_dvc.study.provenance import read_provenance, write_provenance
 
 CPU = torch.device("cpu")
 
@@ -194,6 +195,9 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     said = export(project=made, experiment=None, target=tmp_path / "exported")
     assert "the recovered model of the workspace" in said
     assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")[name], after[name])
+    assert "were then trained on 1,024 tokens" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"trained": False})
+    assert "A training on 1,024 tokens towards the dense model did not help" in sections(experiment)["Results"]
     off = project(pattern="2:4")
     for stage in ("download", "recover", "perplexity"):
         run(stage, project=off, part={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))

@@ -64,20 +64,14 @@ def replaced_by_link(name: str, target: str = "nowhere") -> Callable[[Path], obj
 
 # What is no document of ours, whatever file it stands in, and the words that tell it.
 NO_OBJECTS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "found no JSON"),
-    "half": (b'{"a": ', "found no JSON"),
-    "words": (b"not JSON at all", "found no JSON"),
-    "binary": (b"\x80\x04\x95\xff\xfe\x00", "is no UTF-8"),
-    "null": (b"null", "found null"),
-    "a number": (b"1", "found a number"),
-    "text": (b'"a"', "found text"),
-    "a list": (b"[1, 2]", "found a list"),
-    "true": (b"true", "found true or false"),
-    "deep": (b"[" * 100_000, "found no JSON"),
+    "empty": (b"", "found no JSON"), "half": (b'{"a": ', "found no JSON"), "words": (b"not JSON", "found no JSON"),
+    "binary": (b"\x80\x04\x95\xff\xfe\x00", "is no UTF-8"), "null": (b"null", "found null"),
+    "a number": (b"1", "found a number"), "text": (b'"a"', "found text"), "a list": (b"[1, 2]", "found a list"),
+    "true": (b"true", "found true or false"), "deep": (b"[" * 100_000, "found no JSON"),
     "deep objects": (b'{"a":' * 100_000, "found no JSON"),
     "a huge number": (b'{"a": ' + b"1" * 5000 + b"}", "found no JSON"),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "found no JSON"),
-}
+}  # fmt: skip
 
 
 def dotted(content: dict[str, Any], name: str, value: object) -> dict[str, Any]:
