@@ -82,6 +82,8 @@ def test_sums_of_shards_merge_to_those_of_all_tokens(tier: Any):
         merged.merge(part)
     assert merged.count == direct.count == 200
     torch.testing.assert_close(SUMS[tier](merged), SUMS[tier](direct), rtol=1e-14, atol=1e-12)
+    if tier is InputStats:
+        torch.testing.assert_close(merged.sum, direct.sum, rtol=1e-14, atol=1e-12)
 
 
 @pytest.mark.parametrize("features", [1, 2, 5, 200])
