@@ -249,7 +249,7 @@ def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
 def test_holm_rejects_step_by_step():
     p = [0.04, 0.001, 0.5, 0.013, 0.012]
     adjusted = inference.holm(p)
-    for level in (0.005, 0.05, 0.06, 0.2):
+    for level in (0.005, 0.045, 0.05, 0.06, 0.2):
         rejected, left = set(), sorted(range(len(p)), key=p.__getitem__)
         while left and p[left[0]] <= level / len(left):
             rejected.add(left.pop(0))
