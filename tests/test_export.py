@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_families import save
 from test_stages import prune
 
+from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export, settings_of
@@ -20,7 +21,7 @@ from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance
+from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import read_stats
 
 
@@ -170,16 +171,13 @@ def test_the_settings_on_the_card_are_the_experiments(project: Make):
     assert all(Path(new) == Path("/path/to") / Path(old).name for old, new in changed.values())
 
 
-LLAMA = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+LLAMA = {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {"self_attn.o_proj": "attn_output"}
+LLAMA |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "neurons", "blocks"])
+@pytest.mark.parametrize("pattern", ["unstructured", *(name for name in STRUCTURES if name != "experts")])
 def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, project: Make, tmp_path: Path):
-    """Blocks and neurons that stay are found by the smaller model's values."""
+    """Blocks, neurons and heads that stay are found by the smaller model's values. Experts: test_experts.py."""
     study = prune(fetch(project(save("llama", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
     importance(study, tmp_path / "x.gguf")
     found = {one.name: one.data for one in GGUFReader(tmp_path / "x.gguf").tensors}
@@ -187,13 +185,17 @@ def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str
     blocks = read_config(study.model("pruned")).num_hidden_layers
     assert len(found) == 2 * blocks * len(LLAMA)
     for before, after in product(range(3), range(blocks)):
-        of, to = f"model.layers.{before}.mlp.up_proj.weight", f"model.layers.{after}.mlp.up_proj.weight"
-        inputs = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
-        if pattern == "unstructured" and before == after:
-            inputs = list(range(len(dense[of])))
+        inputs = {}
+        for reader, made in (("mlp.down_proj", "mlp.up_proj"), ("self_attn.o_proj", "self_attn.q_proj")):
+            of, to = (f"model.layers.{at}.{made}.weight" for at in (before, after))
+            inputs[reader] = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
+            inputs[reader] += range(len(dense[of]) * (pattern == "unstructured" and before == after))  # no row is equal
         stats = read_stats(study.stats, before)
-        for name, gguf in LLAMA.items() if inputs else ():
+        for name, gguf in LLAMA.items() if inputs["mlp.down_proj"] else ():
             x = next(stats.inputs[key] for key, by in stats.readers.items() if f"model.layers.{before}.{name}" in by)
-            sums = x.sum_squares[inputs] if name == "mlp.down_proj" else x.sum_squares
+            sums = x.sum_squares[inputs[name]] if name in inputs else x.sum_squares
             assert found[f"blk.{after}.{gguf}.weight.in_sum2"].tolist() == [sums.float().tolist()]
             assert found[f"blk.{after}.{gguf}.weight.counts"].tolist() == [[x.count]]
+    write_provenance(study.stats, read_provenance(study.stats, "calibrate") | {"version": 0})
+    with pytest.raises(UserError, match="stats/norms: found another calibration than the masks have"):
+        importance(study, tmp_path / "y.gguf")

@@ -129,10 +129,8 @@ def _command(stage: Stage) -> Callable[..., None]:
         _run(stage.name, version, part, text)
 
     has = {"part": bool(stage.part_is), "text": any(row.by_text for row in stage.parts.values()), "version": True}
-    signature = inspect.signature(command)
-    own = [parameter for name, parameter in signature.parameters.items() if has[name]]
-    vars(command)["__signature__"] = signature.replace(parameters=own)
-    command.__doc__ = stage.about
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if has[name]]
+    vars(command)["__signature__"] = inspect.Signature(own)
     return command
 
 
@@ -290,7 +288,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 for _stage in STAGES.values():  # last in --help
-    app.command(_stage.name, rich_help_panel=STAGE_PANEL)(_command(_stage))
+    app.command(_stage.name, help=_stage.about, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
 def run() -> None:

@@ -42,7 +42,7 @@ def export(
     """
     target, what = check_place(target), experiment or "the workspace"
     check_target(project, target)
-    if imatrix and is_there(imatrix):
+    if imatrix and is_there(check_place(imatrix.absolute().parent) / imatrix.name):
         raise UserError(f"{imatrix}: exists already; name a new file")
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
@@ -84,9 +84,9 @@ def export(
         found.recovered.keep_of(digest(made_from))
         found.made.metrics["sparsity"] = metrics
         (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
-        said = [importance(study, imatrix)] if imatrix else []
+        said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
+        said += [importance(study, imatrix)] if imatrix else []
         work.publish(target)
-    said.insert(0, f"{target}: the {list(found.models)[-1]} model of {what}, with a model card")
     return "\n".join([*said, *found.notes])
 
 
@@ -123,7 +123,7 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
     if plan.weights_come_from == "gram" and plan.solver.by_gradients:
         parts.append("stats/gradients")
     for part in parts:
-        take(part, "what is read of it is")
+        take(part, f"its {part} is")
     wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
@@ -141,12 +141,10 @@ def sections(experiment: Experiment) -> dict[str, str]:
     models, trained = experiment.models, experiment.params.recovery.tokens
     said = [*experiment.notes, *notes(experiment.params, models)]
     if trained:
+        how = f"on {trained:,} tokens towards the dense model"
         helped = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])["trained"]
-        said.append(
-            f"All weights that stay were then trained on {trained:,} tokens towards the dense model."
-            if helped
-            else f"A training on {trained:,} tokens towards the dense model did not help: its weights are not used."
-        )
+        failed = f"A training {how} did not help: its weights are not used."
+        said.append(f"All weights that stay were then trained {how}." if helped else failed)
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     own, other = (results.details("continuations") for results in (experiment.made, experiment.dense))

@@ -9,8 +9,9 @@ import numpy as np
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
+from wanda_dvc.study.markup import some
 from wanda_dvc.study.project import Project, temporary_place
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks, read_stats
 
 OTHER_NAMES = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r"}  # of architectures
@@ -30,15 +31,17 @@ def importance(study: Project, target: Path) -> str:
     spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
     if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
         raise UserError(f"--imatrix: found {kind}, expected an architecture of llama.cpp; leave the option out")
-    smaller = Plan.read(read_provenance(study.masks, "mask")["params"]).structure is not None
-    measured, blocks, block = read_provenance(study.stats, "calibrate"), block_count(study.stats, "calibrate"), 0
+    masks, measured = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
+    if masks["stats"] != digest(measured):
+        raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
+    smaller, blocks, block = bool(Plan.read(masks["params"]).structure), block_count(study.stats, "calibrate"), 0
     named, found, left_out = get_tensor_name_map(known[0], blocks), defaultdict(list), set[str]()
     for before in range(blocks):
         stats, keeps = read_stats(study.stats, before), read_masks(study.masks, before)
+        read = {linear: stats.inputs[name] for name, readers in stats.readers.items() for linear in readers}
         for linear, keep in keeps.items():
             if smaller and not keep.any():  # of an expert or a block that went
                 continue
-            x = next(stats.inputs[name] for name, readers in stats.readers.items() if linear in readers)
             inputs = keep.any(dim=1 if linear in stats.transposed else 0) | (not smaller)
             name = re.sub(r"experts\.\d+\.", "experts.", re.sub(r"\.\d+\.", f".{block}.", linear, count=1))
             name = name.replace("language_model.", "")
@@ -46,8 +49,9 @@ def importance(study: Project, target: Path) -> str:
             if REORDERED in name or None in names:
                 left_out.add(name)
             for one in set(names) if name not in left_out else ():
-                found[f"{one}.weight"].append((x.sum_squares[inputs].numpy(), x.count))
+                found[f"{one}.weight"].append((read[linear].sum_squares[inputs].numpy(), read[linear].count))
         block += not smaller or any(keep.any() for keep in keeps.values())
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(part := temporary_place(target), MODEL_ARCH_NAMES[known[0]])
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [measured["text"]["source"]])
@@ -61,5 +65,5 @@ def importance(study: Project, target: Path) -> str:
     writer.write_tensors_to_file()
     writer.close()
     part.replace(target)
-    without = f", without {', '.join(sorted(left_out))}" if left_out else ""
+    without = f", without {some(sorted(left_out))}" if left_out else ""
     return f"{target}: the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
