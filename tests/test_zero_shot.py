@@ -316,7 +316,9 @@ def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(project: Make
 
 
 def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(project: Make):
-    assert read_prompts(project()) == FILES[PROMPTS].read_text(encoding="utf-8").splitlines() != []
+    expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
+    assert read_prompts(project()) == expected
+    assert len(expected) == 5
 
 
 def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, monkeypatch: Patch, capsys: Capture):
