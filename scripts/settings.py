@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
 from wanda_dvc.params import flatten, read_params, settings
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
@@ -41,14 +41,6 @@ def page() -> str:
     allocations = [[x.name, x.about, f"{x.strength:g}" if x.strength else "–"] for x in ALLOCATIONS.values()]
     sections = {
         "Recipes": _table(["`recipe`", "result", *CHOICES], recipes),
-        "Patterns": _table(
-            ["`pattern`", "meaning"],
-            [
-                ("unstructured", "zeros anywhere in a group of weights"),
-                ("n:m", "n of every m neighbours stay, such as `2:4`; the sparsity is 1 − n/m"),
-                *((x.name, f"removes {x.about}") for x in STRUCTURES.values()),
-            ],
-        ),
         "Methods": _choices("method", methods()),
         "Groups": _table(["`group`", "meaning"], GROUPS.items()),
         "Allocations": _table(["`allocation`", "sparsities", "`allocation_strength: null`"], allocations),

@@ -230,7 +230,9 @@ class Params(_Section):
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
     sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units that goes; n:m has its own")
     pattern: Annotated[str, AfterValidator(_pattern)] = Field(
-        UNSTRUCTURED, description="`unstructured`; `n:m`: n of every m neighbours stay; or units to remove: see below"
+        UNSTRUCTURED,
+        description="`unstructured`: zeros anywhere in a group; `n:m`, such as `2:4`: n of every m neighbours stay; "
+        "or units to remove: `neurons`, `heads`, `experts`, `blocks`",
     )
     method: Annotated[str, _one_of(catalog.methods)] | None = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
