@@ -15,7 +15,7 @@ WITHOUT = (
     r"\* `(-h, --help|--(install|show)-completion)`: .*\n",
     r"\*\*Commands\*\*:\n\n(\* .*\n)+\n",  # the headings, cut to a few words
     r"\*\*(Usage|Arguments|Options)\*\*:\n\n",
-    r"```console\n\$ wanda-dvc [a-z-]+ \[OPTIONS\]\n```\n\n",
+    r"```console\n\$ wanda-dvc [a-z-]+ .*\n```\n\n",  # the arguments are listed
     r"\n(?=\n\n)",
 )
 

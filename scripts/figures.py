@@ -27,8 +27,6 @@ TIMES = {
     "a further sparsity by dvc repro apply, against (a)": "each further sparsity: `dvc repro apply`, starts included ²",
     "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ³",
     "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ³",
-    "the study's grid in float32, against (a) and (b)": "six prunes and seven evaluations, float32 ⁴",
-    "the study's grid in bfloat16, against (a) and (b) in float32": "the same in bfloat16, baseline in float32 ⁴",
 }
 # The tasks that the dense model answers better than a constant answer does.
 THREE = ("piqa", "hellaswag", "arc_easy")
@@ -38,7 +36,7 @@ RECOMMENDED = "fisher"
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 SMALLER = (
     "dense", "blocks 0.0333 admm", "blocks 0.0667 admm", "gguf Q5_0 dense", "neurons 0.1 wanda-refit",
-    "neurons 0.2 wanda-refit", "neurons 0.2 wanda", "neurons 0.2 admm", "neurons 0.2 magnitude-refit",
+    "neurons 0.2 wanda-refit", "neurons 0.2 admm", "neurons 0.2 magnitude-refit",
     "neurons 0.3 wanda-refit",
 )  # fmt: skip
 
@@ -131,7 +129,7 @@ def goals() -> str:
             if not found["met"]:
                 ratio = f"{found['ratio' if file == 'peers' else 'share']:.3g}"
                 lines.append([key, found["goal"], ratio + "\N{NO-BREAK SPACE}¹" * is_old(row)])
-    return table(["missed", "goal", "measured"], lines)
+    return table(["missed", "goal", "measured"], lines, left=2)
 
 
 def distance() -> str:
@@ -140,44 +138,36 @@ def distance() -> str:
     for key, made in measured("distance").items():
         row = made["value"]
         if key == "dense" or (row.get("recipe") in RECIPES[1:] and row["amount"] in {"50%", "2:4"}):
-            cells = [*_text(row, "wikitext2"), *_text(row, "embedded"), *_answers(row)]
+            cells = [*_text(row, "wikitext2"), *_text(row, "embedded"), _answers(row)]
             lines.append([key.replace("%", "\N{NO-BREAK SPACE}%"), *cells])
     heads = [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
-    return table(["model", *heads, "agreement, WikiText-2, %", "changed answers, %"], lines)
+    return table(["model", *heads, "changed answers, %"], lines)
 
 
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
     rows = {key: made["value"] for key, made in measured("distance").items()}
     lines = [
-        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row, "wikitext2"), *_answers(row)]
+        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row, "wikitext2"), _answers(row)]
         for key, row in rows.items()
         if key == "dense" or row.get("format") in FORMATS
     ]
-    return table(["model", "MB", "perplexity", "divergence", "agreement, %", "changed answers, %"], lines)
+    return table(["model", "MB", "perplexity", "divergence", "changed answers, %"], lines)
 
 
 def _text(row: Row, name: str) -> list[str]:
     """Return a model's perplexity and divergence on a text."""
     text = row["texts"].get(name, {})
-    return [figure(text.get("perplexity")), mean(text.get("divergence"), "{:.3f}")]
+    divergence = text.get("divergence")  # missing of the dense model, and a word if it diverged
+    return [figure(text.get("perplexity")), f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"]
 
 
-def _answers(row: Row) -> list[str]:
-    """Return in percent the agreement on WikiText-2, and the answers to three tasks that differ from the dense model's.
-
-    Dashes for the dense model.
-    """
-    agreement, flips = row["texts"]["wikitext2"].get("top1_agreement"), row["flips"]
+def _answers(row: Row) -> str:
+    """Return the answers to three tasks that differ from the dense model's, in percent; a dash for the dense model."""
+    flips = row["flips"]
     tasks = [flips[task]["acc"] for task in THREE] if flips else []
     changed = sum(one[key] for one in tasks for key in ("lost", "gained", "swapped"))
-    share = f"{100 * changed / sum(one['items'] for one in tasks):.1f}" if tasks else "–"
-    return [mean(agreement, "{:.1f}", 100), share]
-
-
-def mean(measure: Row | str | None, form: str, factor: float = 1) -> str:
-    """Return the mean of a measure; a dash if it is missing, or diverged."""
-    return form.format(factor * measure["mean"]) if isinstance(measure, dict) else "–"
+    return f"{100 * changed / sum(one['items'] for one in tasks):.1f}" if tasks else "–"
 
 
 def smaller() -> str:
@@ -188,11 +178,9 @@ def smaller() -> str:
         for key in SMALLER:
             if row := rows.get(f"{model} {key}"):
                 share = f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %" if key != "dense" else "–"
-                speed = row.get("tokens_per_second")
-                faster = f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–"
-                cells = [*_text(row, "wikitext2"), _text(row, "embedded")[0], f"{row['bytes'] / 1e6:.0f}", faster]
+                cells = [*_text(row, "wikitext2"), _text(row, "embedded")[0], f"{row['bytes'] / 1e6:.0f}"]
                 lines.append([shown, key, share, *cells])
-    heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB", "tokens a second"]
+    heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB"]
     return table(heads, lines, left=2)
 
 
