@@ -4,7 +4,6 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 """
 
 import atexit
-import copy
 import ctypes
 import gc
 import importlib.util
@@ -31,6 +30,8 @@ install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "checker.checked"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+for _role in ("AUTHOR", "COMMITTER"):  # of the commits that tests make
+    os.environ |= {f"GIT_{_role}_NAME": "test", f"GIT_{_role}_EMAIL": "test@example.org"}
 
 import offline  # noqa: E402 - after the hook
 import pytest  # noqa: E402
@@ -163,8 +164,8 @@ TEXTS = ("calibration__text", "perplexity__texts__embedded")  # their settings
 
 
 def text_of(part: str) -> str:
-    """The name of the text that a part of `download` or of `perplexity` reads; "" if it reads none by name."""
-    return "embedded" if part in ("perplexity", "dense", "pruned") else ""
+    """The name of the text that a part of `download` reads; "" if it reads none by name."""
+    return "embedded" if part == "perplexity" else ""
 
 
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
@@ -179,7 +180,7 @@ def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
         "model": str(folder), "recipe": "wanda", "calibration__windows": 3, "calibration__length": 64,
         "perplexity__length": 64, "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
-    params = copy.deepcopy(_committed())
+    params = committed()
     for name, value in (small | changes).items():
         *sections, leaf = name.split("__")
         target = params
@@ -196,8 +197,8 @@ def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
     (root / "params.yaml").write_text("".join(lines), encoding="utf-8")
 
 
-@cache
-def _committed() -> Any:
+def committed() -> Any:
+    """The settings of the committed params.yaml."""
     return YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from conftest import ROOT, write_settings
 from dvc.repo import Repo
@@ -29,21 +30,11 @@ class Repository:
     imported_with: Mapping[str, str] = field(default_factory=dict)  # variables that are set when libraries are imported
 
     @classmethod
-    def new(
-        cls,
-        root: Path,
-        model: Path,
-        *,
-        real: bool = False,
-        settings: Mapping[str, object] | None = None,
-        imported_with: Mapping[str, str] | None = None,
-    ) -> "Repository":
+    def new(cls, root: Path, model: Path, **options: Any) -> "Repository":
         """The repository's own pipeline around a tiny model; nothing has run yet."""
         root.mkdir()
-        repository = cls(root, model, real, settings or {}, imported_with or {})
+        repository = cls(root, model, **options)
         repository.run("git", "init", "--quiet", "--initial-branch", "main")
-        repository.run("git", "config", "user.name", "test")
-        repository.run("git", "config", "user.email", "test@example.org")
         repository.run("dvc", "init", "--quiet")
         for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore", "prompts.txt"):
             shutil.copyfile(ROOT / name, root / name)
@@ -59,12 +50,8 @@ class Repository:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def repro(self, **changes: object) -> set[str]:
-        """Change parameters, reproduce; the stages whose commands ran."""
-        return self.repro_up_to(**changes)
-
-    def repro_up_to(self, *targets: str, **changes: object) -> set[str]:
-        """The same for some stages and those before them."""
+    def repro(self, *targets: str, **changes: object) -> set[str]:
+        """Change parameters, reproduce some stages, by default all; the stages whose commands ran."""
         if changes:
             self.change(**changes)
         return ran(self.run("dvc", "repro", *targets))

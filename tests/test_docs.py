@@ -15,7 +15,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, read_preset, save_tiny_model, script
+from conftest import ROOT, committed, read_preset, save_tiny_model, script
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -103,7 +103,7 @@ def checked_settings(overrides: list[str]) -> None:
         values = [given] if given.startswith(("[", "{")) else given.split(",")
         choices.append([(name, YAML(typ="safe").load(value)) for value in values])
     for chosen in itertools.product(*choices):
-        content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        content = committed()
         for name, value in chosen:
             *sections, leaf = name.lstrip("+~").split(".")
             target = content
@@ -478,12 +478,12 @@ def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
     """`python scripts/pictures.py` writes them. Versions of the library may round and number things differently."""
     pictures = script("pictures")
     pictures.save(tmp_path)
-    committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}
+    before = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
-    assert drawn.keys() == committed.keys()
+    assert drawn.keys() == before.keys()
     for name, picture in drawn.items():
-        assert texts(picture) == texts(committed[name]), name
-        assert places(picture) == pytest.approx(places(committed[name]), abs=0.5), name
+        assert texts(picture) == texts(before[name]), name
+        assert places(picture) == pytest.approx(places(before[name]), abs=0.5), name
 
 
 def test_the_drawn_pipeline_has_every_stage():

@@ -35,15 +35,11 @@ def pruned(finished: Path, tmp_path: Path) -> Project:
     return Project(tmp_path / "study")
 
 
-def digest_of(model: Path) -> str:
-    """The digest of a model in protocols."""
-    return digest(read_provenance(model, MADE_BY[model.name]))
-
-
 def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
     """As the stage writes it, for the model at hand or another one."""
     folder = project.model(which)
-    protocol = {"model": model or digest_of(folder), "windows": 4, "length": 64, "rest": "dropped"}
+    own = digest(read_provenance(folder, MADE_BY[which]))
+    protocol = {"model": model or own, "windows": 4, "length": 64, "rest": "dropped"}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
     write_json(project.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})
     write_json(project.metrics(which, "perplexity/embedded"), {"perplexity": perplexity})

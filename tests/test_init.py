@@ -17,13 +17,6 @@ from wanda_dvc.views.doctor import doctor
 WRITTEN = {*FILES, ".dvc/.gitignore"}
 
 
-@pytest.fixture(autouse=True)
-def _author(monkeypatch: Patch):
-    for role in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{role}_NAME", "test")
-        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
-
-
 def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 

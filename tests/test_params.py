@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_settings
+from conftest import committed, write_settings
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
@@ -88,8 +88,7 @@ WAYS = [(recipe, pattern) for recipe in RECIPES for pattern in ("unstructured", 
 
 
 def asked(recipe: str, pattern: str = "unstructured", **changes: object) -> Params:
-    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    return check_params(content | {"recipe": recipe, "pattern": pattern} | changes)
+    return check_params(committed() | {"recipe": recipe, "pattern": pattern} | changes)
 
 
 @pytest.mark.parametrize(("recipe", "pattern"), WAYS)
@@ -192,7 +191,7 @@ def test_a_text_of_the_calibrations_source_is_known(tmp_path: Path, source: str,
 )
 def test_texts_have_names(texts: object):
     """A name is a part of file names, which have at most 255 characters."""
-    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content = committed()
     content["perplexity"]["texts"] = texts
     with pytest.raises(UserError) as refused:
         check_params(content)

@@ -61,14 +61,10 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     assert times["perplexity-pruned@embedded"]["seconds"] > 0
 
 
-def test_runtime_reruns_the_plan_alone(repository: Repository, tmp_path: Path):
-    changes = {"device": "cpu", "mirror": str(tmp_path)}
-    assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == {"plan"}
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"runtime__device": "cpu", "runtime__mirror": "/"}, set()),
         ({"method": "magnitude"}, PRUNE | EVALUATE),
         ({"calibration__windows": 4}, CALIBRATE | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download-calibration"} | CALIBRATE | PRUNE | EVALUATE),

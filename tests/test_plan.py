@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Capture, Make, read_preset, script, write_params, write_settings
-from ruamel.yaml import YAML
+from conftest import Capture, Make, committed, read_preset, script, write_params, write_settings
 
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
@@ -119,20 +118,12 @@ def test_a_lock_that_is_none_is_said(text: str):
 
 
 def test_the_default_is_the_committed_params_yaml():
-    content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    committed = {name: value for name, value in flatten(content) if not name.startswith("runtime.")}
+    given = {name: value for name, value in flatten(committed()) if not name.startswith("runtime.")}
     found = read_preset("default")
-    assert found | committed == found
-    assert {name: default for name, default in defaults().items() if name not in committed}.items() <= found.items()
-
-
-def defaults() -> dict[str, object]:
-    """The defaults of the schema, of the settings that have one and that are no text's."""
-    return {
-        name: field.get_default()
-        for name, field in settings()
-        if not field.is_required() and not name.startswith(("runtime.", "perplexity.texts."))
-    }
+    assert found | given == found
+    for name, field in settings():
+        if name not in given and not field.is_required() and not name.startswith(("runtime.", "perplexity.texts.")):
+            assert found[name] == field.get_default()
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
-from conftest import ROOT, Make, Patch, calibrate, tree, walk
-from ruamel.yaml import YAML
+from conftest import Make, Patch, calibrate, committed, tree, walk
 from test_families import save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +39,7 @@ PATTERNS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+COMMITTED = committed()
 
 
 def together(pattern: dict[str, Any], reconstruction: str, propagation: str, method: str) -> bool:

@@ -54,9 +54,8 @@ def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
     (folder / "wanda-dvc").write_text(script)
     (folder / "wanda-dvc").chmod(0o755)
     there = command_environment(real=True)
-    authors = {f"GIT_{role}_{part}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     path = f"{folder}{os.pathsep}{there['PATH']}"
-    return there | authors | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
+    return there | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def run(*words: str, cwd: Path, environment: dict[str, str]) -> str:

@@ -142,10 +142,6 @@ def test_the_two_texts_share_no_passage():
 THREE = ["piqa", "rte", "arc_easy"]
 
 
-class Killed(BaseException):
-    """A kill while a task is asked."""
-
-
 @pytest.fixture
 def study(tmp_path: Path, tiny: Path) -> Project:
     """A study of three tasks, whose dense model has not been asked yet."""
@@ -161,7 +157,7 @@ def asked(monkeypatch: Patch) -> list[str]:
 
     def spy(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
         if f"not {task}" in asked:
-            raise Killed
+            raise KeyboardInterrupt
         asked.append(task)
         return ask(project, model, task, protocol, work)
 
@@ -193,7 +189,7 @@ def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(study
 
 def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(study: Project, asked: list[str]):
     asked.append("not rte")
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         results(study, THREE)
     assert asked == ["not rte", "piqa"]
     assert not study.metrics("dense", "zero_shot").exists()
