@@ -6,6 +6,7 @@ import sys
 import tomllib
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -108,20 +109,6 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     assert (keep != (by_norm.argsort(axis=1).argsort(axis=1) >= weight.shape[1] // 2)).any()
 
 
-class Entry:
-    """An entry point that loads something."""
-
-    name, value, dist = "x", "package:thing", None
-
-    def __init__(self, loaded: object) -> None:
-        self.loaded = loaded
-
-    def load(self) -> object:
-        if isinstance(self.loaded, Exception):
-            raise self.loaded
-        return self.loaded
-
-
 @pytest.mark.parametrize(
     ("loaded", "message"),
     [
@@ -134,6 +121,7 @@ class Entry:
     ],
 )
 def test_an_entry_point_that_is_no_method_is_named(monkeypatch: Patch, loaded: object, message: str):
-    monkeypatch.setattr(catalog, "entry_points", lambda **_: [Entry(loaded)])
+    entry = mock.Mock(value="package:thing", dist=None, load=mock.Mock(side_effect=[loaded]))
+    monkeypatch.setattr(catalog, "entry_points", lambda **_: [entry])
     with pytest.raises(UserError, match=message):
         catalog.methods.__wrapped__()

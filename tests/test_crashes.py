@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from command_line import wanda_dvc
+from command_line import process, wanda_dvc
 from conftest import Factory, Make, Patch, fetch, tree, without_privilege, write_params
 from test_families import save
 
@@ -203,7 +203,10 @@ CRASHES_AT = [
 def test_any_file_operation_is_a_crash_point_that_recovers(
     root: Path, killer: Killer, tmp_path: Path, name: str, part: str, settings: str, gone: bool
 ):
-    """A second kill in the recovery is a crash point of the next run. Those of a publication: the test above."""
+    """A second kill in the recovery is a crash point of the next run. Those of a publication: the test above.
+
+    Some of a stage's operations are tried; the next run leaves what a run without a kill leaves.
+    """
     study = shutil.copytree(root, tmp_path / "study", symlinks=True)
     if SETTINGS[settings]:
         params = (study / "params.yaml").read_text(encoding="utf-8")
@@ -224,7 +227,21 @@ def test_any_file_operation_is_a_crash_point_that_recovers(
             path = study / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    check_recovery(study, killer, name, body, remove)
+    def forget() -> None:
+        shutil.rmtree(Project(study).answers, ignore_errors=True)  # with them the tasks are not asked again
+        remove()
+
+    forget()
+    assert killer.run(study, -1, body)
+    expected, points = tree(study), killer.count
+    assert points >= 3
+    for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
+        forget()
+        assert not killer.run(study, at, body), f"operation {at} did not happen"
+        remove()
+        body()
+        assert tree(study) == expected, f"killed at operation {at} of {points}"
+        assert not leftovers(study), f"killed at operation {at} of {points}"
 
 
 def removed_before(name: str, part: str) -> list[str]:
@@ -234,28 +251,6 @@ def removed_before(name: str, part: str) -> list[str]:
     rows = [row for one, row in STAGES[name].parts.items() if part in (one, "")]
     found = [path for row in rows for path in (*row.outs, *row.metrics, *(row.plots or ()))]
     return [path.replace("{text}", "embedded") for path in found]
-
-
-def check_recovery(
-    root: Path, killer: Killer, name: str, body: Callable[[], object], remove: Callable[[], object] = lambda: None
-) -> None:
-    """Kill a stage at some of its file operations, and compare what the next run leaves."""
-
-    def forget() -> None:
-        shutil.rmtree(Project(root).answers, ignore_errors=True)  # with them the tasks are not asked again
-        remove()
-
-    forget()
-    assert killer.run(root, -1, body)
-    expected, points = tree(root), killer.count
-    assert points >= 3
-    for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
-        forget()
-        assert not killer.run(root, at, body), f"operation {at} did not happen"
-        remove()
-        body()
-        assert tree(root) == expected, f"killed at operation {at} of {points}"
-        assert not leftovers(root), f"killed at operation {at} of {points}"
 
 
 @pytest.mark.slow
@@ -299,13 +294,9 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
     run("calibrate", project=project)
     write_params(tmp_path, tiny, calibration__windows=41)
     before = tree(tmp_path)
-    code = (
-        "import sys, signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
-    )
-    words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    limited = "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    done = process("calibrate", cwd=tmp_path, first=limited)
     assert done.returncode == 2, done.stderr
     assert "disk full (File too large); free some space" in done.stderr
     assert tree(tmp_path) == before
@@ -334,28 +325,22 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
 
 
 @pytest.mark.parametrize("closed", ["stats", "stats/norms", ".dvc/tmp/wanda-dvc"])
-def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
-    project: Make, tiny: Path, texts: dict[str, str], closed: str
-):
+def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(study: Make, closed: str):
     """`calibrate` over what may not be written or read; then it may."""
-    study = fetch(project(), "model", "calibration")
-    write_params(study.root, tiny, calibration__windows=4, **texts)
-    run("calibrate", project=Project(study.root))
-    expected = tree(study.root)
-    write_params(study.root, tiny, **texts)
-    run("calibrate", project=Project(study.root))
-    write_params(study.root, tiny, calibration__windows=4, **texts)
-    before = tree(study.root)
-    path = study.root / closed
-    path.parent.mkdir(parents=True, exist_ok=True)
+    root = study().root
+    expected = tree(root)
+    run("calibrate", project=study(calibration__windows=3))
+    made = study()
+    before = tree(root)
+    path = root / closed
     mode = path.stat().st_mode
     path.chmod(0o555)
-    done = without_privilege(lambda: wanda_dvc("calibrate", cwd=study.root))
+    done = without_privilege(lambda: wanda_dvc("calibrate", cwd=root))
     path.chmod(mode)
     assert done.returncode == 2, done.stderr
     assert "Permission denied, expected permission to read and write; change it" in done.stderr
-    assert tree(study.root) == before
-    again = wanda_dvc("calibrate", cwd=study.root)
+    assert tree(root) == before
+    again = wanda_dvc("calibrate", cwd=root)
     assert again.returncode == 0, again.stderr
-    assert tree(study.root) == expected
-    assert {one.suffix for one in study.work_root.iterdir()} == {".lock"}
+    assert tree(root) == expected
+    assert {one.suffix for one in made.work_root.iterdir()} == {".lock"}

@@ -1,4 +1,4 @@
-"""`wanda-dvc list`, and the Python interface, which runs the pipeline: experiments with their state and own numbers."""
+"""`list`, `report`, and the Python interface, which runs the pipeline: experiments with their state and own numbers."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study.project import Project
 
@@ -129,6 +130,19 @@ def test_the_page_about_python_prints_what_it_says(repository: Repository, monke
     assert not shown
 
 
+def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
+    """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
+    output = tmp_path / "report.html"
+    said = report(project=Project(repository.root), output=output)
+    assert said == f"{output}: 2 experiments, 2 unfinished or failed"
+    text = output.read_text(encoding="utf-8")
+    assert "wanda 50 % against magnitude-rows 50 %" in text
+    assert str(repository.root) not in text
+    assert repository.run("git", "status", "--porcelain") == ""
+    report(project=Project(repository.root), output=output, revs=["middling"])
+    assert "wanda 50 %" not in output.read_text(encoding="utf-8")
+
+
 def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     """Stages that were run by hand leave .dvc/, in which DVC looks for git."""
     root = tmp_path / "study"
@@ -174,20 +188,15 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
         show(project=Project(repository.root), names=["nothing"])
 
 
-SMALL: dict[str, Any] = {"perplexity": {"length": 64, "windows": 4}, "dtype": "float32"}
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     source = {"source": texts["calibration__text__source"], "split": None}
     measured = {"embedded": {"source": texts["perplexity__texts__embedded__source"], "split": None}}
-    settings = SMALL | {"perplexity": SMALL["perplexity"] | {"texts": measured}}
-    calibration = {"windows": 3, "length": 64, "text": source}
-    return wd.calibrate(
-        model, tmp_path_factory.mktemp("made") / "study", tokenizer=tokenizer, calibration=calibration, **settings
-    )
+    settings: dict[str, Any] = {"perplexity": {"length": 64, "windows": 4, "texts": measured}, "dtype": "float32"}
+    settings |= {"calibration": {"windows": 3, "length": 64, "text": source}}
+    return wd.calibrate(model, tmp_path_factory.mktemp("made") / "study", tokenizer=tokenizer, **settings)
 
 
 def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.Study):

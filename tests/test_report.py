@@ -1,4 +1,4 @@
-"""The report: what it may compare, what it shows of outside names, its pictures, and a page of a real repository."""
+"""The report: what it may compare, what it shows of outside names, its pictures. A repository: test_experiments.py."""
 
 import html
 import math
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import read_preset, write_settings
 from markdown_it import MarkdownIt
-from repository import Repository
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
@@ -18,7 +17,7 @@ from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Collected, Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, write
-from wanda_dvc.results.report import page, report
+from wanda_dvc.results.report import page
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 
@@ -63,12 +62,6 @@ def divergence_of(mean: float) -> dict[str, Any]:
     return dict(zip(names, (kl, {"mean": 0.5, "low": 0.45, "high": 0.55}, 0.125), strict=True))
 
 
-def experiment(study: Project, name: str = "it", commit: str | None = None) -> Experiment:
-    """The experiment in a folder of results."""
-    dense = Results.of(study, "dense")
-    return Experiment(name, commit, study, dense, Results.of(study, "pruned", dense=dense))
-
-
 def markdown_of(parts: Content) -> str:
     """The Markdown of a page, with the titles of its pictures."""
     return "\n\n".join(part if isinstance(part, str) else f"![{part[0]}]()" for part in parts)
@@ -88,7 +81,9 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
         recipe: str = "wanda", sparsity: float = 0.5, loss: float = 2.5, right: int = 20, **words: Any
     ) -> Experiment:
         name = f"e{len(found)}"
-        found.append(experiment(write_results(tmp_path / name, recipe, sparsity, loss, right, **words), name))
+        study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
+        dense = Results.of(study, "dense")
+        found.append(Experiment(name, None, study, dense, Results.of(study, "pruned", dense=dense)))
         return found[-1]
 
     return make
@@ -165,20 +160,14 @@ def test_no_local_path_is_published(made: Callable[..., Experiment]):
         assert shown in said
 
 
-def hostile_page(made: Callable[..., Experiment]) -> Content:
-    """The report of two experiments whose names, model and text are markup."""
+def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path: Path):
+    """Two experiments whose names, model and text are markup."""
     plain = HOSTILE.replace("/", "")
     experiments = [made(model=f"/m/{plain}", perplexity__texts__embedded__source=f"/t/{plain}.txt") for _ in range(2)]
     for number, one in enumerate(experiments):
         one.name = f"{number}{HOSTILE}"
     unfinished = [(HOSTILE, f"queued (sparsity={HOSTILE})")]
-    return page(Collected(experiments, unfinished, [(HOSTILE, "no results")]))
-
-
-def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path: Path):
-    output = tmp_path / "out/report.html"
-    output.parent.mkdir()
-    content = hostile_page(made)
+    content, output = page(Collected(experiments, unfinished, [(HOSTILE, "no results")])), tmp_path / "report.html"
     write(output, HOSTILE, content)
     tokens = MarkdownIt("commonmark").enable("table").parse("\n\n".join(x for x in content if isinstance(x, str)))
     flat = [inner for token in tokens for inner in [token, *(token.children or [])]]
@@ -235,25 +224,3 @@ def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: P
     plain = re.sub(r"!\[.*?\]\(.*?\)", "", markdown).replace("\\", "")
     body = html.unescape(re.sub(r"<[^>]*>", " ", text.partition("<body>")[2]))
     assert set(words.findall(plain + "Pruning study: Written by wanda-dvc report.")) == set(words.findall(body))
-
-
-@pytest.mark.pipeline
-def test_a_repository_is_reported(tmp_path: Path):
-    """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
-    root = tmp_path / "study"
-    study = Repository.new(root, root)
-    write_results(root, "wanda", 0.5, 2.5, 20)
-    study.save("main")
-    write_results(root, "magnitude-rows", 0.5, 3.5, 4)
-    study.save("middling")
-    study.run("git", "checkout", "--", ".")
-    study.run("dvc", "checkout", "--force")
-    output = tmp_path / "report.html"
-    said = report(project=Project(root), output=output)
-    assert said == f"{output}: 2 experiments, 0 unfinished or failed"
-    text = output.read_text(encoding="utf-8")
-    assert "wanda 50 % against magnitude-rows 50 %" in text
-    assert str(tmp_path) not in text
-    assert study.run("git", "status", "--porcelain") == ""
-    report(project=Project(root), output=output, revs=["middling"])
-    assert "wanda 50 %" not in output.read_text(encoding="utf-8")

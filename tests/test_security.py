@@ -46,21 +46,11 @@ def plant(folder: Path, marker: Path, *, config: bool, tokenizer: bool) -> Path:
     return folder
 
 
-@pytest.fixture
-def nobody_answers(monkeypatch: Patch) -> None:
-    """A prompt is a failure."""
-
-    def ask(*_: object) -> str:
-        raise AssertionError("a prompt appeared")
-
-    monkeypatch.setattr("builtins.input", ask)
-
-
 @pytest.mark.parametrize(("config", "tokenizer"), [(True, False), (False, True), (True, True)])
-@pytest.mark.usefixtures("nobody_answers")
 def test_no_code_of_a_model_runs_and_nobody_is_asked(
-    config: bool, tokenizer: bool, project: Make, tiny: Path, tmp_path: Path
+    config: bool, tokenizer: bool, project: Make, tiny: Path, tmp_path: Path, monkeypatch: Patch
 ):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt appeared"))
     marker = tmp_path / "ran"
     source = plant(shutil.copytree(tiny, tmp_path / "source"), marker, config=config, tokenizer=tokenizer)
     made = project(model=source)
@@ -167,15 +157,13 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
 # --- paths ---
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"perplexity__texts__embedded__split": "../../secret"}, {"perplexity__texts__embedded__split": "/etc/passwd"}],
-)
-def test_a_mirror_is_not_left(changes: dict[str, str], project: Make, tmp_path: Path):
+@pytest.mark.parametrize("split", ["../../secret", "/etc/passwd"])
+def test_a_mirror_is_not_left(split: str, project: Make, tmp_path: Path):
     (tmp_path / "mirror/org/text").mkdir(parents=True)
     for place in (tmp_path / "secret.jsonl", tmp_path / "mirror/secret.jsonl"):
         place.write_text('{"text": "secret"}\n')
-    made = project(perplexity__texts__embedded__source="org/text", runtime__mirror=str(tmp_path / "mirror"), **changes)
+    text = {"source": "org/text", "split": split}
+    made = project(perplexity__texts={"embedded": text}, runtime__mirror=str(tmp_path / "mirror"))
     with pytest.raises(UserError, match=r"runtime.mirror: got .*, expected a place inside"):
         download(project=made, part="perplexity", text="embedded")
 

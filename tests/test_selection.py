@@ -175,12 +175,6 @@ def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
     assert keep.sum() == 64 * (200 - 74)
 
 
-def test_dead_features_go_first():
-    weight, norm = torch.randn(8, 20), torch.ones(20)
-    norm[[3, 7, 11]] = 0
-    assert not select(scores.wanda(weight, of_norm(norm)), share=Fraction("0.15"))[:, [3, 7, 11]].any()
-
-
 @pytest.mark.parametrize(
     ("size", "sparsity", "expected"), [(100, 0.29, 29), (1536, 0.3, 460), (576, 0.5, 288), (10, 0.0, 0), (3, 0.999, 2)]
 )

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from cases import NO_OBJECTS, Case, dotted, models, settings, texts
 from conftest import ROOT, TEXTS, Factory, Make, fetch, planned, save_tiny_model, tree, without_privilege, write_params
 from safetensors import safe_open
@@ -81,11 +80,13 @@ def test_an_artifact_of_other_inputs_is_refused(
     assert tree(root) == before
 
 
-def spoiled(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors of a block's file; its header stays."""
+def spoil_values(path: Path) -> None:
+    """Make a value of each tensor of a block's file not finite; its header stays."""
     with safe_open(path, framework="pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    change(tensors)
+    for values in tensors.values():
+        if values.is_floating_point() and values.dim():
+            values.view(-1)[:1].fill_(float("nan"))
     save_file(tensors, path, header)
 
 
@@ -108,15 +109,11 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
     if recipe == "paper-refit":
         run("mask", project=project)
         run("apply", project=project)
-    spoiled(root / folder / "block_001.safetensors", lambda x: [t.view(-1)[:1].fill_(float("nan")) for t in floats(x)])
+    spoil_values(root / folder / "block_001.safetensors")
     before = tree(root)
     with pytest.raises(UserError, match=says):
         run(stage, project=project)
     assert tree(root) == before
-
-
-def floats(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [x for x in tensors.values() if x.is_floating_point() and x.dim()]
 
 
 @pytest.mark.parametrize(

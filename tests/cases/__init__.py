@@ -1,5 +1,6 @@
 """Damaged and odd input as data: what is spoiled, and what the message must say."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,20 @@ class Case:
     says: tuple[str, ...]
 
 
-def written(name: str, content: bytes | str) -> Callable[[Path], object]:
-    """Write a file."""
-    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Put something in a file's place."""
 
     def spoil(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
-        (folder / name).write_bytes(data)
+        make(folder / name)
 
     return spoil
+
+
+def written(name: str, content: bytes | str) -> Callable[[Path], object]:
+    """Write a file."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    return replaced(name, lambda path: path.write_bytes(data))
 
 
 def removed(name: str) -> Callable[[Path], object]:
@@ -33,33 +39,17 @@ def removed(name: str) -> Callable[[Path], object]:
 
 def replaced_by_folder(name: str) -> Callable[[Path], object]:
     """Put a folder in a file's place."""
-
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).mkdir()
-
-    return spoil
+    return replaced(name, Path.mkdir)
 
 
 def replaced_by_pipe(name: str) -> Callable[[Path], object]:
     """Put a pipe in a file's place: whoever opens it waits for ever."""
-    import os
-
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return spoil
+    return replaced(name, os.mkfifo)
 
 
 def replaced_by_link(name: str, target: str = "nowhere") -> Callable[[Path], object]:
     """Put a link in a file's place."""
-
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(target)
-
-    return spoil
+    return replaced(name, lambda path: path.symlink_to(target))
 
 
 # What is no document of ours, whatever file it stands in, and the words that tell it.

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from cases import REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_link, replaced_by_pipe, written
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,30 +24,24 @@ def config(**changes: object) -> Callable[[Path], object]:
     return spoil
 
 
-def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    """Change the header of the one shard; its data stay."""
+def entry(name: str, **changes: object) -> Callable[[Path], object]:
+    """Change what the header of the one shard says of a tensor; its data stay."""
 
     def spoil(folder: Path) -> None:
         content = (folder / SINGLE).read_bytes()
         size = int.from_bytes(content[:8], "little")
         entries = json.loads(content[8 : 8 + size])
-        entries = change(entries) or entries
+        entries[name].update(changes)
         new = json.dumps(entries).encode()
         (folder / SINGLE).write_bytes(len(new).to_bytes(8, "little") + new + content[8 + size :])
 
     return spoil
 
 
-def entry(name: str, **changes: object) -> Callable[[Path], object]:
-    return header(lambda entries: entries[name].update(changes))
-
-
 def tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Change the tensors themselves, and write them as a whole file."""
 
     def spoil(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
         loaded = load_file(folder / SINGLE)
         change(loaded)
         save_file(loaded, folder / SINGLE, {"format": "pt"})
@@ -52,13 +49,8 @@ def tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obje
     return spoil
 
 
-def stored_as(name: str, dtype: str) -> Callable[[Path], object]:
-    def change(loaded: dict[str, Any]) -> None:
-        import torch
-
-        loaded[name] = loaded[name].to(getattr(torch, dtype))
-
-    return tensors(change)
+def stored_as(name: str, dtype: torch.dtype) -> Callable[[Path], object]:
+    return tensors(lambda loaded: loaded.update({name: loaded[name].to(dtype)}))
 
 
 def index(weight_map: object, **more: object) -> Callable[[Path], object]:
@@ -99,7 +91,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"index: shard {shard!r}", index({QUERY: shard}), says)
     for name, spoil in DAMAGED.items():
         yield Case(f"shard: {name}", spoil, (SINGLE, "damaged", "expected a safetensors file"))
-    for kind, dtype in (("int8", "I8"), ("float8_e4m3fn", "F8_E4M3")):
+    for kind, dtype in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
         yield Case(f"shard: {dtype}", stored_as(QUERY, kind), (f"{QUERY} is {dtype}", "expected F32, F16, BF16"))
     for name, (spoil, *words) in OTHERS.items():
         yield Case(name, spoil, tuple(words))
