@@ -135,9 +135,17 @@ def test_a_model_and_a_text_have_one_study(model: Path):
     assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
 
 
-def test_solvers_get_ten_tokens_for_each_feature(model: Path):
+def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: pytest.MonkeyPatch):
     save_tiny_model(model, num_hidden_layers=2, intermediate_size=192)
-    pruned(model, "--recipe", "wanda", "--no-eval")
+
+    def download_alone(root: Path, stage: str, part: str = "", *, shown: bool) -> None:
+        if stage != "download":
+            raise KeyboardInterrupt
+        in_this_process(root, stage, part, shown=shown)
+
+    monkeypatch.setattr(module, "reproduce", download_alone)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model=str(model), target=None, recipe="wanda")
     assert read_params(studies(model)[0] / "params.yaml").calibration.windows * 64 == 192 * 10
 
 
