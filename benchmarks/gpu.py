@@ -9,7 +9,6 @@ shape in bfloat16, of a few blocks. The tables go into docs/results.md. Exit 1 i
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ except ImportError:
 from checkpoints import make_checkpoint
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
-from wanda_dvc.engine.checkpoint import Changed, write_model
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows
 from wanda_dvc.engine.recorder import Recorded
@@ -49,7 +47,6 @@ TINY = LLAMA_7B | {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300,
 }  # fmt: skip
-BLOCKS_7B = 32
 TOGETHER = 8192  # tokens a multiplication: they fill a card
 HALF = Fraction(1, 2)
 CPU = torch.device("cpu")
@@ -221,24 +218,14 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     plain = bench.run(folder, tokens, dtype, gram=False)
     share = floor / plain.seconds
     yield "`calibrate`, a block", f"{1e3 * plain.seconds:.1f} ms, {100 * share:.0f} % of the linears' speed"
-    yield f"`calibrate` of {BLOCKS_7B} such blocks", f"{BLOCKS_7B * plain.seconds:.1f} s for {tokens.numel():,} tokens"
-    checkpoint, first = decoder.checkpoint, plain.recorded[0]
     for pattern in ("unstructured", "2:4"):
 
         def choose(pattern: str = pattern) -> None:
-            for keep in masks(checkpoint.weight, first, "wanda", pattern, device).values():
+            for keep in masks(decoder.checkpoint.weight, plain.recorded[0], "wanda", pattern, device).values():
                 pack_bits(keep)
 
         yield f"`mask`, wanda {pattern}, a block", f"{1e3 * bench.seconds(choose):.0f} ms"
-    addresses = [checkpoint.find(linear) for names in first.stats.readers.values() for linear in names]
-    began = time.perf_counter()
-    for _ in write_model(Changed(checkpoint, checkpoint.read, addresses), bench.work / "copy"):
-        pass
-    written = sum(math.prod(entry.shape) for entry in checkpoint.entries.values()) * dtype.itemsize
-    yield "writing a checkpoint", f"{written / 1e9 / (time.perf_counter() - began):.2f} GB/s"
     if device.type == "cuda":
-        content = torch.empty(2**28, dtype=torch.uint8).pin_memory()
-        yield "link, host to card", f"{0.268 / bench.seconds(lambda: content.to(device)):.1f} GB/s"
         yield "peak memory of the card", f"{plain.peak / 1e9:.2f} GB"
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from checkpoints import QWEN, make_checkpoint
 from origin import HERE, ROOT, origin, process, write_row
 
+from wanda_dvc.study.scaffold import change_settings
+
 LLAMA_7B = ROOT / "tests/configs/llama-2-7b.json"
 LIMIT = 3e9  # bytes
 PROTOCOL = "random weights in bfloat16, 2 windows of 512 tokens of the embedded text"
@@ -87,9 +89,6 @@ def main() -> None:
         root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
         make_checkpoint(model, json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"} if large else QWEN)
         process("wanda-dvc", "init", root, "--model", model, cwd=HERE)
-
-        from wanda_dvc.study.scaffold import change_settings
-
         windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
         change_settings(root / "params.yaml", windows)
         for words in (["plan"], *(["download", part] for part in ("model", "calibration", "perplexity"))):

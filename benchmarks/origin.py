@@ -67,9 +67,9 @@ def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
     return parser
 
 
-def process(*words: str | Path, cwd: Path, **env: str) -> float:
+def process(*words: str | Path, cwd: Path) -> float:
     """Run a command of this environment with this code; return its wall seconds."""
-    env |= {"PYTHONPATH": str(ROOT / "src"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {"PYTHONPATH": str(ROOT / "src"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     began, run = time.perf_counter(), list(map(str, words))
     pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     done = subprocess.run(run, cwd=cwd, env=os.environ | env, check=False, **pipes)

@@ -29,7 +29,6 @@ CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", flags=re.DOTAL
 LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>(?:!\[[^\]]*\]\([^)]*\)|\\.|[^\[\]])*)\]\((?P<to>[^)\s]+)(?P<title> +\"[^\"]*\")?\)"
 )
-INCLUDE = re.compile(r"^\[[^\]]+\]\((?P<to>[^)\s]+) \"include\"\)$", flags=re.MULTILINE)
 PICTURE = re.compile(
     r"<picture>\s*<source [^>]*dark[^>]*srcset=\"(?P<dark>[^\"]+)\">\s*<source [^>]*srcset=\"(?P<light>[^\"]+)\">\s*"
     r"<img alt=\"(?P<alt>[^\"]*)\"[^>]*>\s*</picture>"
@@ -81,13 +80,6 @@ class Site:
         self.published = published
         self.repository = repository
         self.assets = {"site.css"}
-        # Where a section of the README stands on the site, by its anchor: on the first page that includes it.
-        self.sections: dict[str, str] = {}
-        for source in published:
-            for to in INCLUDE.findall((ROOT / source).read_text(encoding="utf-8")):
-                path, _, anchor = self._resolve(source, to)
-                if path == "README.md":
-                    self.sections.setdefault(anchor, published[source])
 
     def page(self, source: str) -> str:
         """Return the text of a page as the site's generator reads it."""
@@ -124,14 +116,7 @@ class Site:
             return to
         path, kind, anchor = self._resolve(source, to)
         fragment = f"#{anchor}" if anchor else ""
-        if path == "README.md" and not anchor:
-            path = "index.md"
-        elif path == "README.md":
-            section(path, anchor)
-            if anchor not in self.sections:
-                raise SiteError(f"{source}: {to}: no page of the site includes this section of the README; include it")
-            path, fragment = self.sections[anchor], ""
-        elif path in self.published:
+        if path in self.published:
             path = self.published[path]
         elif path.startswith("docs/") and kind == "blob":
             path = path.removeprefix("docs/")
@@ -171,11 +156,10 @@ def slug(heading: str) -> str:
 
 
 def reference(path: str) -> str:
-    """Return mkdocstrings' directives for what a module exports; for the module itself where it exports nothing."""
+    """Return mkdocstrings' directives for what a module exports."""
     module = importlib.import_module(re.sub(r"^src/|(/__init__)?\.py$", "", path).replace("/", "."))
-    exported = [name for name in getattr(module, "__all__", []) if not name.startswith("__")]
-    names = [f"{getattr(module, name).__module__}.{name}" for name in exported] or [module.__name__]
-    return "\n\n".join(f"::: {name}" for name in names)
+    exported = [name for name in module.__all__ if not name.startswith("__")]
+    return "\n\n".join(f"::: {getattr(module, name).__module__}.{name}" for name in exported)
 
 
 def _restored(code: list[str], index: int) -> str:
