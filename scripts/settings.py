@@ -38,12 +38,12 @@ def page() -> str:
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
             rows.append([shown, _meaning(field), f"`{default}`", ", ".join(_stages(name)) or "–"])
     recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
-    allocations = [[x.name, x.about, f"{x.strength:g}" if x.strength else "–"] for x in ALLOCATIONS.values()]
+    allocations = [[x.name, x.about] for x in ALLOCATIONS.values()]
     sections = {
         "Recipes": _table(["`recipe`", "result", *CHOICES], recipes),
         "Methods": _choices("method", methods()),
         "Groups": _table(["`group`", "meaning"], GROUPS.items()),
-        "Allocations": _table(["`allocation`", "sparsities", "`allocation_strength: null`"], allocations),
+        "Allocations": _table(["`allocation`", "sparsities"], allocations),
         "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
         "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS),
     }

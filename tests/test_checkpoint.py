@@ -97,7 +97,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                 stacked[address.expert] = keep.numpy()
     made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
-    made["params"] |= {"allocation": "uniform", "allocation_strength": None}
+    made["params"] |= {"allocation": "uniform"}
     made["params"] |= {"reconstruction": "none", "propagation": "dense"}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
     seal(tmp_path / "masks", made)

@@ -147,7 +147,7 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     """Stages that were run by hand leave .dvc/, in which DVC looks for git."""
     root = tmp_path / "study"
     Repository.new(root, root)
-    write_results(root, "wanda", 0.5, 2.5, 20, allocation="owl", allocation_strength=0.01)
+    write_results(root, "wanda", 0.5, 2.5, 20, allocation="owl")
     shutil.rmtree(root / ".git")
     assert "perplexity" in show(project=Project(root))
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):

@@ -137,8 +137,7 @@ def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
 
 @pytest.mark.parametrize(("allocation", "method"), [*itertools.product(ALLOCATIONS, ["magnitude", "wanda", "admm"])])
 def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
-    strength = None if allocation == "uniform" else 0.1
-    made = study(method=method, allocation=allocation, allocation_strength=strength, sparsity=0.6)
+    made = study(method=method, allocation=allocation, sparsity=0.6)
     mask(project=made)
     keeps = [keep for block in range(2) for keep in read_masks(made.masks, block).values()]
     zeros = sum(int((~keep).sum()) for keep in keeps)

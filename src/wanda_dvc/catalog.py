@@ -182,7 +182,7 @@ class Allocation(Row):
     rating: str = ""  # `module:function`: (weights, BlockStats) → a part's rating
     # Whether the rating needs the gradients tier, and the parts are linears instead of blocks: a rating per linear.
     by_gradients: bool = False
-    strength: float | None = None  # the value of `allocation_strength: null`; None: the allocation has no strength
+    strength: float | None = None  # how far shares differ, as the function defines it; None: they do not
 
 
 ALLOCATIONS = _by_name(

@@ -239,7 +239,6 @@ class Params(_Section):
     )
     group: Annotated[str, _one_of(catalog.GROUPS)] | None = Field(None, description="the weights that compete")
     allocation: Annotated[str, _one_of(catalog.ALLOCATIONS)] | None = Field(None, description="how sparsities differ")
-    allocation_strength: float | None = Field(None, gt=0, lt=1, description="how far sparsities differ")
     reconstruction: Annotated[str, _one_of(catalog.RECONSTRUCTIONS)] | None = Field(
         None, description="weights that stay"
     )
@@ -256,8 +255,7 @@ class Params(_Section):
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""
         given = {name: getattr(self, name) for name in CHOICES}
-        strength = self.allocation_strength
-        return Plan.of(self.recipe, given, strength=strength, pattern=self.pattern, sparsity=self.sparsity)
+        return Plan.of(self.recipe, given, pattern=self.pattern, sparsity=self.sparsity)
 
     @property
     def tier(self) -> str:
@@ -285,10 +283,6 @@ class Params(_Section):
 
     def _conflicts(self) -> Iterator[str]:
         """Yield problems of individually valid settings that conflict or have no effect."""
-        plan = self.plan
-        if self.allocation_strength is not None and plan.allocation.strength is None:
-            found = f"{self.allocation_strength} with allocation {plan.allocation.name}"
-            yield f"allocation_strength: found {found}, expected null: it has no strength"
         for text in self.perplexity.texts.values():
             found = ", ".join(word for word in (text.source, text.chosen.split) if word)
             for setting, own in (("calibration", self.calibration.text), ("recovery", self.recovery.text)):
@@ -405,7 +399,7 @@ def nested(settings: Mapping[str, Any]) -> Settings:
 def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.described
-    content |= {name: chosen[name] for name in (*CHOICES, "allocation_strength", "sparsity")}
+    content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
     content["calibration"]["text"] = params.calibration.text.filled
     content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
     return dict(flatten(content))

@@ -33,7 +33,6 @@ class Plan:
     method: Method
     group: str
     allocation: Allocation
-    strength: float | None  # of the allocation, or None
     reconstruction: Reconstruction
     propagation: str
     pattern: str
@@ -41,9 +40,7 @@ class Plan:
     left_out: tuple[str, ...] = ()  # choices excluded by the pattern: the recipe's, and any group
 
     @classmethod
-    def of(
-        cls, recipe: str, given: Mapping[str, str | None], *, strength: float | None, pattern: str, sparsity: float
-    ) -> "Plan":
+    def of(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
         """Return the plan of a recipe and separately set choices.
 
         A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
@@ -64,9 +61,7 @@ class Plan:
             chosen["group"] = "row"
         wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
         left_out = tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])
-        strength = catalog.ALLOCATIONS[chosen["allocation"]].strength if strength is None else strength
-        plan = cls.read(chosen | {"pattern": pattern, "sparsity": sparsity, "allocation_strength": strength})
-        return replace(plan, left_out=left_out)
+        return replace(cls.read(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Plan":
@@ -79,7 +74,6 @@ class Plan:
             method=catalog.methods().get(name) or replace(catalog.methods()["wanda"], name=name),
             group=described["group"],
             allocation=catalog.ALLOCATIONS[described["allocation"]],
-            strength=described["allocation_strength"],
             reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
             pattern=pattern,
@@ -96,7 +90,7 @@ class Plan:
             "group": self.group,
             "propagation": self.propagation,
             "allocation": self.allocation.name,
-            "allocation_strength": self.strength,
+            "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
         if self.propagates:  # new weights determine the next block's input

@@ -17,7 +17,6 @@ MEANT: dict[str, list[object]] = {
     "tasks": [['piqa']],
     "recipe": ['wanda\xa0', 'wanda ', 'wandas', None],
     "calibration.length": [BIG, 1],
-    "allocation_strength": [1],
     "calibration.seed": [-1],
     "calibration.text": ['embedded'],
     "calibration.text.source": ['a.txt', '/a.csv', 'org/..'],

@@ -36,14 +36,13 @@ def allocate(
     allocation: Allocation,
     share: Fraction,
     group: str,
-    strength: float | None,
 ) -> Sequence[Share]:
     """Return the share of weights to prune, of each block or of each linear.
 
     `blocks` yields the statistics of the `count` blocks, with the gradients tier where the allocation needs it. Without
-    `strength` all shares are equal, and `blocks` is not read.
+    a strength all shares are equal, and `blocks` is not read.
     """
-    if strength is None:
+    if allocation.strength is None:
         return [share] * count
     rate, divide = function_of(allocation.rating), function_of(allocation.function)
     parts: list[dict[str, tuple[int, int]]] = []  # the competing groups of each part's linears: number and size
@@ -61,7 +60,7 @@ def allocate(
         ratings += rated if allocation.by_gradients else [rated]
     groups = [list(part.values()) for part in parts]
     sizes = [sum(number * size for number, size in part) for part in groups]
-    shares = settle(divide(share, sizes, ratings, strength), share, groups)
+    shares = settle(divide(share, sizes, ratings, allocation.strength), share, groups)
     if not allocation.by_gradients:
         return shares
     of_linears = [(linear, share) for part, share in zip(parts, shares, strict=True) for linear in part]

@@ -29,7 +29,7 @@ from wanda_dvc.study.project import Project
 
 OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
 # The settings of pruning in a row's name; they also determine the required statistics.
-OF_PRUNING = (*CHOICES, "allocation_strength", "sparsity", "pattern", "calibration.statistics")
+OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")
 OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally. Answers that pruning changed, of all."
 CAPTIONS = {  # of the tables, by what a measure is measured on
     TEXT: "On {}; intervals over windows (t).",
@@ -99,7 +99,7 @@ class Section:
         pairs = [(name, DENSE) for name in self.experiments if DENSE in self.models]
         for (other, another), (name, one) in combinations(self.experiments.items(), 2):
             differing = {key for key, value in one.settings.items() if another.settings.get(key) != value}
-            if differing and differing <= {*CHOICES, "allocation_strength"}:
+            if differing and differing <= set(CHOICES):
                 pairs.append((name, other))
         found = compare([(self.models[one], self.models[other]) for one, other in pairs])
         return dict(zip(pairs, found, strict=True))

@@ -76,7 +76,7 @@ def title(experiment: Experiment, *, named: bool) -> str:
 
 def recipe(params: Params) -> str:
     """Return the recipe, with the choices that were set separately."""
-    usual = {name: getattr(RECIPES[params.recipe], name) for name in CHOICES} | {"allocation_strength": None}
+    usual = {name: getattr(RECIPES[params.recipe], name) for name in CHOICES}
     own = [f"{name}={getattr(params, name)}" for name in usual if getattr(params, name) not in (None, usual[name])]
     return f"{params.recipe} ({', '.join(own)})" if own else params.recipe
 

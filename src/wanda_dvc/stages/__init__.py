@@ -210,7 +210,7 @@ STAGES = {
             version=11,
             about="Choose the weights to keep: masks/.",
             parts=_one(
-                settings=("recipe", "sparsity", *CHOICES, "allocation_strength"),
+                settings=("recipe", "sparsity", *CHOICES),
                 # The text is for propagation: pruned, corrected.
                 deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
                 outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation

@@ -65,7 +65,6 @@ def mask(*, project: Project) -> None:
         allocation=plan.allocation,
         share=plan.share,
         group=plan.group,
-        strength=plan.strength,
     )
     made_from = _describe(plan, stats, tiers, shares, removal)
     solving = partial(solve, plan, checkpoint, removal.units if removal else {}, gradients)
