@@ -179,8 +179,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "weights": {},
     "trained": {"group": "", "reconstruction": "", "propagation": "", "recipe": "blockwise"},
     **{
-        name: {"group": "", "reconstruction": "", "propagation": "", "pattern": name, "recipe": "admm"}
+        name: {"group": "", "reconstruction": "", "propagation": "", "pattern": name, "recipe": recipe}
         for name in STRUCTURES
+        for recipe in ["wanda" if name == "blocks" else "admm"]  # experts repair no blocks
     },
 }
 # A stage, its part, its settings, and whether DVC has removed the earlier output.

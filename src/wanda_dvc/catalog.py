@@ -234,6 +234,11 @@ SOLVED_UNITS = Reconstruction(
     "least squares: the output of each linear that reads removed units closest to the dense output",
     function="wanda_dvc.pruning.units:least_squares",
 )
+REPAIR = Reconstruction(
+    "least-squares",
+    "least squares: the linear before the removed blocks, which are neighbours, takes over a part of what they add",
+    function="wanda_dvc.engine.repair:repair",
+)
 
 
 # --- recipes ---

@@ -44,15 +44,16 @@ class Plan:
         """Return the plan of a recipe and separately set choices.
 
         A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
-        gradients: group `outputs` stays. Experts and blocks have scores of their own, and the weights that stay do not
-        change.
+        gradients: group `outputs` stays. Experts and blocks have scores of their own. The weights that stay do not
+        change, except by the repair for blocks.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         chosen: dict[str, Any] = {name: getattr(row, name) for name in CHOICES}
         if pattern != UNSTRUCTURED:
             chosen["allocation"] = "uniform"
         if structure and structure.method:
-            chosen |= {"reconstruction": "none", "propagation": "dense"}
+            repairs = pattern == "blocks" and catalog.RECONSTRUCTIONS[row.reconstruction].function
+            chosen |= {"reconstruction": "least-squares" if repairs else "none", "propagation": "dense"}
             if catalog.methods()[row.method].needs != "weights":
                 chosen["method"] = structure.method
         chosen |= {name: value for name, value in given.items() if value is not None}
@@ -108,12 +109,18 @@ class Plan:
     @property
     def solver(self) -> Reconstruction:
         """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
-        return catalog.SOLVED_UNITS if self.structure else self.reconstruction
+        of_units = catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
+        return of_units if self.structure else self.reconstruction
 
     @property
     def solves(self) -> bool:
         """Whether kept weights get new values."""
         return self.reconstruction.function is not None
+
+    @property
+    def repairs(self) -> bool:
+        """Whether blocks that go are neighbours, and the linear before them takes over a part of what they add."""
+        return self.pattern == "blocks" and self.solves
 
     @property
     def propagates(self) -> bool:
@@ -150,14 +157,15 @@ class Plan:
     @property
     def weights_come_from(self) -> str | None:
         """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
-        return None if not self.solves else "weights" if self.propagates else "gram"
+        return None if not self.solves else "weights" if self.propagates or self.repairs else "gram"
 
     @property
     def needs(self) -> str:
         """The highest tier of statistics that stages read: norms, gram or gradients."""
         if self.masks_read_sums or self.solver.by_gradients:
             return "gradients"
-        return "gram" if not self.propagates and (self.method.needs == "gram" or self.solves) else "norms"
+        solves_here = self.method.needs == "gram" and not self.propagates
+        return "gram" if solves_here or self.weights_come_from == "gram" else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
@@ -172,7 +180,7 @@ class Plan:
             yield f"{of_method}, expected a method that scores {pattern}"
         for excluded, choice, found, expected in (
             (pattern != UNSTRUCTURED, "allocation", self.allocation.name, "uniform"),
-            (own, "reconstruction", self.reconstruction.name, "none"),
+            (own, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
             (own, "propagation", self.propagation, "dense"),
         ):
             if excluded and found != expected:

@@ -36,7 +36,7 @@ class Sums:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
-    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX
+    crosses: dict[str, Float64[Tensor, "other in"]] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers
     crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
@@ -264,6 +264,10 @@ class InputRecorder:
             self._is_dense = False
             self._held.clear()
             self._routed.end_window()
+
+    def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
+        """Sum the products of the next row's numbers, of each token, with a linear's input: `Sums.crosses`."""
+        self._dense[name], self._tokens = numbers, len(numbers)
 
     def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:
         """Add the influence of the block on a row."""

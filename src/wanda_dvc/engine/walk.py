@@ -50,7 +50,7 @@ class Block:
     writes: bool = True  # the hidden states after the block
 
 
-def _load(model: Decoder, row: Row, index: int, then: int, change: Change | None = None) -> None:
+def load(model: Decoder, row: Row, index: int, then: int, change: Change | None = None) -> None:
     """Load a block, unless it is loaded; a thread reads the block that follows."""
     model.calls(row)  # the first call runs the first block, which must not be loaded yet
     model.hold(index, then, change)
@@ -70,7 +70,7 @@ def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device,
 def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Sums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
     model, index, finite = opened(device), block.index, list[Tensor]()
-    _load(model, shard.rows[0], index, index + 1, block.change)
+    load(model, shard.rows[0], index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
     passing = partial(_through, model, index, shard.rows, finite)
     if block.dense is not None:
@@ -126,7 +126,7 @@ def train_block(
     assert block.change is not None
     assert block.dense is not None
     model = opened(device)
-    _load(model, rows[0], block.index, block.index + 1, block.change)
+    load(model, rows[0], block.index, block.index + 1, block.change)
     cut = range(len(block.own.lengths))
     return training.train(
         model,
@@ -171,35 +171,36 @@ class Runner:
         return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
 
     def states(
-        self, name: str, *, dtype: torch.dtype | None = None, every: bool = False, share: int = 1
+        self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int = 1
     ) -> HiddenStates:
         """Return the files of the rows' hidden states, by default in the dtype of the walk.
 
-        They are those of two boundaries, or of `every` boundary, and may take a share, 1 / `share`, of the room on a
-        GPU.
+        They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
         """
         return HiddenStates(
             self.work / name,
             [[len(row.tokens) for row in shard.rows] for shard in self.shards],
             self.decoder.model.config.get_text_config().hidden_size,
             dtype or self.decoder.dtype,
-            kept=len(self.decoder.blocks) + 2 if every else 2,
+            kept=boundaries,
             device=self.decoder.device,
             room=self.decoder.room() // share,
         )
 
     def walk(
-        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, every: bool = False
+        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, boundaries: int = 2
     ) -> Iterator["Step"]:
         """Yield a step for each block, whose methods run the rows through the block.
 
         The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept`
         blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
-        also runs through the dense model, without changes of blocks. With `every` the files of all boundaries stay.
+        also runs through the dense model, without changes of blocks. The files of all but one of the last
+        `boundaries` stay.
         """
         self.rows, blocks = [row if isinstance(row, Row) else Row(row) for row in rows], len(self.decoder.blocks)
         names = ["own", "dense"] if with_dense else ["own"]
-        streams = {name: self.states(name, every=every, share=1 + (with_dense or every)) for name in names}
+        share = 1 + (with_dense or boundaries > 2)
+        streams = {name: self.states(name, boundaries=boundaries, share=share) for name in names}
         self.own = streams["own"]
         if kept == blocks:
             return
@@ -304,7 +305,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
         UserError: A gradient is not finite.
     """
     decoder, blocks = runner.decoder, len(runner.decoder.blocks)
-    for step in runner.walk(rows, every=True):
+    for step in runner.walk(rows, boundaries=blocks + 2):
         step.advance()
     before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
     back = Progress.open(runner.work / "back", [gradients], kept)
@@ -351,7 +352,7 @@ def run_back(
     """
     model = opened(device)
     done = len(model.blocks) - 1 - index
-    _load(model, shard.rows[0], index, index - 1)
+    load(model, shard.rows[0], index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
     rows = zip(states, after, shard.rows, strict=True)
     weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}

@@ -17,7 +17,7 @@ from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram, layer_errors
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
-from wanda_dvc.pruning.units import Units, cheapest, highest, spread, summed
+from wanda_dvc.pruning.units import Units, cheapest, highest, neighbours, spread, summed
 
 Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
 Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
@@ -153,10 +153,13 @@ def choose_units(
     blocks: Iterable[BlockStats],
     *,
     method: Method,
+    together: bool = False,
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> dict[str, Bool[Tensor, " units"]]:
     """Return the units of each set that stay: those with the highest scores; of ties the first goes.
+
+    With `together` the units that go are neighbours, and not the first.
 
     The units are complete linears: blocks or experts. Without a score of units, a unit's is the sum of its weights'
     scores. `dtype` is that of the scores and the sums. `weights` reads a linear's stored weight. UserError if a score
@@ -188,7 +191,8 @@ def choose_units(
     stays = {}
     for name, units in sets.items():
         parts = torch.tensor(scores[name], dtype=dtype).chunk(units.groups)
-        stays[name] = torch.cat([highest(part, units.stay // units.groups) for part in parts])
+        keep = neighbours if together else highest
+        stays[name] = torch.cat([keep(part, units.stay // units.groups) for part in parts])
     return stays
 
 

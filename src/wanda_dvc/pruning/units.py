@@ -73,6 +73,22 @@ def highest(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]
     return keep
 
 
+def neighbours(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]:
+    """Keep `stay` units: the others follow one another, after the first unit, with the least sum of scores."""
+    keep, gone = torch.ones_like(score, dtype=torch.bool), len(score) - stay
+    first = 1 + int(score[1:].unfold(0, gone, 1).sum(dim=1).argmin()) if gone else 0
+    keep[first : first + gone] = False
+    return keep
+
+
+def added(
+    prepared: Prepared, cross: Float[Tensor, "out in"], damping: float, *, device: torch.device
+) -> Float[Tensor, "out in"]:
+    """Return the D with the least ‖XDᵀ − R‖² + λ‖D‖²: RᵀX (G + λI)⁻¹, λ = damping · mean diagonal of G."""
+    inverse, _ = factor_inverse(prepared.gram.to(device), damping, prepared.mean)
+    return multiply(cross.to(device), inverse)
+
+
 def cheapest(
     weight: Float[Tensor, "out in"], prepared: Prepared, units: Units, *, damping: float = 0.01
 ) -> Bool[Tensor, " units"]:

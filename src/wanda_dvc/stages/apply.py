@@ -103,7 +103,8 @@ class Parts:
             self.changed = [read_weights(study.weights, block) for block in blocks]
         elif plan.weights_come_from == "gram" and plan.solver.by_gradients:
             self.gradients = [read_grams(study.gradients, block, device) for block in blocks]
-        self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
+        measured = 0 if plan.repairs else block_count(study.gram, "calibrate")  # a repaired linear differs on purpose
+        self.grams = [read_grams(study.gram, block, device) for block in range(measured)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 

@@ -14,7 +14,7 @@ from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.errors import notice
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning import choose
 from wanda_dvc.pruning.allocation import allocate
@@ -29,14 +29,14 @@ from wanda_dvc.study.provenance import check_source, describe, digest, read_prov
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
-    from wanda_dvc.engine.walk import Step
+    from wanda_dvc.engine.walk import Runner, Step
 
 
 def mask(*, project: Project) -> None:
     """models/dense + stats/ (+ data/calibration) → masks/, weights/.
 
-    weights/ has blocks only with `propagation: pruned` and a reconstruction: new weights change the next block's
-    calibration inputs, and do not follow from the statistics of the dense model.
+    weights/ has blocks only with a reconstruction, and `propagation: pruned` or the repair for blocks: new weights then
+    do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
     plan = project.plan
@@ -52,7 +52,13 @@ def mask(*, project: Project) -> None:
             every = (tensors.read_stats(project.stats, block) for block in blocks)
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
             stays = choose.choose_units(
-                removal.sets, checkpoint.weight, every, method=plan.method, dtype=dtype, device=device
+                removal.sets,
+                checkpoint.weight,
+                every,
+                method=plan.method,
+                together=plan.repairs,
+                dtype=dtype,
+                device=device,
             )
             removal = confirmed(checkpoint, removal.with_stays(stays))
     gradients = project.gradients.absolute()
@@ -71,6 +77,7 @@ def mask(*, project: Project) -> None:
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
         unreached: dict[int, set[str]] = {}
+        repairs = repaired(project, checkpoint, removal, stats, work) if removal and plan.repairs else {}
         stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
         finished = min(map(tensors.finished_blocks, stored))
         solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, solving, shares, blocks[finished:])
@@ -78,7 +85,7 @@ def mask(*, project: Project) -> None:
             solved = walked(project, solving, shares, stats, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
         for made, step in running.progress(solved, total=len(blocks) - finished, what=what):
-            keep, changed = made.keeps, made.weights
+            keep, (changed, diagnostics) = made.keeps, repairs.get(made.block, (made.weights, made.diagnostics))
             if removal:  # of removed units, all weights go
                 keep = tensors.pack_masks(removal.spread(keep))
                 changed = {name: choose.masked(weight, keep[name]) for name, weight in changed.items()}
@@ -86,7 +93,7 @@ def mask(*, project: Project) -> None:
                 trained = step.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if weights in stored:
-                tensors.write_weights(weights, made.block, changed, made.diagnostics)
+                tensors.write_weights(weights, made.block, changed, diagnostics)
             tensors.write_masks(masks, made.block, keep)
             if step:
                 step.change(keep, changed)
@@ -243,14 +250,11 @@ def walked(
     The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
     depend on stats/, and on no setting of calibration.
     """
-    plan, measured_with = project.plan, stats["params"]
-    text = read_provenance(project.data("calibration"), "download calibration")
-    check_source("stats", stats["text"], text, "calibrate")
-    windows = running.calibration_windows(project, measured_with)
+    plan = project.plan
+    run, windows = _calibrated(project, stats, work)
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
     # A training needs the dense block's outputs too, a correction its inputs.
-    run = running.runner(project, "dense", work, dtype=measured_with["dtype"])
     for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
         recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
         if plan.records_grams:
@@ -260,3 +264,41 @@ def walked(
         made = together(run.map(solving, own, f"block {step.index}, solver"))
         tensors.block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step
+
+
+def _calibrated(project: Project, stats: Json, work: Work) -> "tuple[Runner, Tensor]":
+    """Return a runner of the dense model and the windows, as for stats/. UserError if the text is another."""
+    text = read_provenance(project.data("calibration"), "download calibration")
+    check_source("stats", stats["text"], text, "calibrate")
+    windows = running.calibration_windows(project, stats["params"])
+    return running.runner(project, "dense", work, dtype=stats["params"]["dtype"]), windows
+
+
+def repaired(
+    project: Project, source: Checkpoint, removal: "Removal", stats: Json, work: Work
+) -> dict[int, tuple[dict[str, Tensor], Json]]:
+    """Return the new weight of the last linear before blocks that go, and diagnostics, by its block."""
+    from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
+
+    (stay,) = removal.stays.values()
+    if stay.all():
+        return {}
+    gone = (~stay).nonzero()[:, 0].tolist()
+    block = gone[0] - 1
+    # In the order of their calls; experts last.
+    *_, last = (name for names in tensors.read_stats(project.stats, block).readers.values() for name in names)
+    run, windows = _calibrated(project, stats, work)
+    if run.decoder.linears(block)[last].part.expert is not None:
+        raise UserError(
+            f"reconstruction: block {block}, before the blocks that go, ends with experts, expected one linear; set "
+            "recipe=wanda"
+        )
+    end = gone[-1] + 1
+    walk = run.walk(windows, boundaries=end - block + 2)
+    for step in running.progress(walk, total=end, what="mask, blocks run for the repair"):
+        if step.index == end:
+            break
+        step.advance()
+    device = accelerator.solving_device(running.own_device(project.params.runtime))
+    weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end, device=device)
+    return {block: ({last: weight}, {last: diagnostics})}

@@ -116,12 +116,12 @@ def _mask(on: Known) -> Need:
         chosen = model.prunable + SELECTION * min((1 if on_gpu else cores()) * scores, model.prunable)
     chosen = max(chosen, _probing(on))
     masks = model.count // 8
-    if not plan.propagates:
+    if not plan.propagates and not plan.repairs:
         return Need(memory=FIXED + chosen, disk=masks)
     length = on.params.calibration.length
     held = on.walk(length)
     window = held.activations + held.norms + plan.corrects * held.dense
-    sums = plan.records_grams * held.grams + plan.corrects * held.crosses
+    sums = (plan.records_grams or plan.repairs) * held.grams + plan.corrects * held.crosses
     # A solver reads a packed triangle and, for a correction, a cross product. A training takes more than a solver.
     chosen += (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
     chosen = max(chosen, plan.reconstruction.trains * TRAINED * model.block)
@@ -129,9 +129,10 @@ def _mask(on: Known) -> Need:
     weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)
     memory = (3 if plan.reconstruction.trains else 1) * window + sums + chosen + weights
     memory += TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    waiting = (
-        (1 + (plan.corrects or plan.reconstruction.trains)) * 2 * on.states(on.params.calibration.windows * length)
-    )
+    boundaries = 2 * (1 + (plan.corrects or plan.reconstruction.trains))
+    if plan.repairs:
+        boundaries = 2 + round(float(plan.share) * model.blocks)
+    waiting = boundaries * on.states(on.params.calibration.windows * length)
     made = masks + (on.stored() if plan.weights_come_from == "weights" else 0)
     return _walked(held, memory, disk=waiting + made)
 

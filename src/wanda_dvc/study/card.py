@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from wanda_dvc.catalog import HUB_ID, RECONSTRUCTIONS, SOLVED_UNITS, STRUCTURES, methods
+from wanda_dvc.catalog import HUB_ID, RECONSTRUCTIONS, STRUCTURES, methods
+from wanda_dvc.plan import Plan
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline, table
 from wanda_dvc.study.project import Project
@@ -89,7 +90,7 @@ def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None
     if structure and method and method.needs == "gram":
         cited = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
     if structure and chosen.function and not chosen.trains:
-        chosen = SOLVED_UNITS
+        chosen = Plan.read(params).solver
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),

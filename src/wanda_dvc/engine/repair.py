@@ -1,0 +1,103 @@
+"""The repair for neighbouring blocks that go: the last linear before them takes over a part of what they add.
+
+ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new weight W + D can do more, as it has
+more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from wanda_dvc.engine.recorder import InputRecorder, Sums
+from wanda_dvc.engine.rows import HiddenStates, Shard
+from wanda_dvc.engine.walk import Opened, Runner, load
+from wanda_dvc.engine.weights import Change
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.choose import oriented, prepare
+from wanda_dvc.pruning.units import added
+
+HELD_OUT = 4  # the dampings are tried on every so many-th shard
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def repair(
+    runner: Runner, linear: str, weight: Tensor, *, block: int, end: int, device: torch.device
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` go.
+
+    A walk up to `end` has kept the hidden states. The damping is the one with the least error of these on held-out
+    rows; all rows give the weight. The second result has the damping, and the error over that without a repair.
+    UserError if no damping lowers the error, which a norm after the linear may prevent.
+    """
+    across = runner.decoder.linears(block)[linear].transposed
+    held = runner.shards[::HELD_OUT]
+    fitted = [shard for number, shard in enumerate(runner.shards) if number % HELD_OUT] or held
+    some, others = (_sums(runner, block, end, linear, shards) for shards in (fitted, held))
+
+    def changed(sums: Sums, damping: float) -> Tensor:
+        prepared = prepare(sums.grams[linear], linear)
+        found = added(prepared, sums.crosses[linear].float(), damping, device=device)
+        return (weight.float() + oriented(found, across).to(weight.device)).to(weight.dtype).contiguous()
+
+    changes = [Change({}, {}), *(Change({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]
+    trying = partial(run_changed, runner.opened, runner.own, block, end, changes)
+    before, *errors = torch.stack([*runner.map(trying, held, "repair, shard")]).sum(dim=0).sqrt().tolist()
+    least, damping = min(zip(errors, DAMPINGS, strict=True))
+    if not least < before:
+        raise UserError(
+            f"reconstruction: {linear} cannot take over the outputs of blocks {block + 1} to {end - 1}: the error on "
+            f"held-out windows is {least:.4g}, expected less than {before:.4g}, the error without a change; set "
+            "recipe=wanda"
+        )
+    some.merge(others)
+    return changed(some, damping), {"damping": damping, "held_out": least / before}
+
+
+def _sums(runner: Runner, block: int, end: int, linear: str, shards: Iterable[Shard]) -> Sums:
+    """Return the sums of several shards."""
+    recording, total = partial(run_before, runner.opened, runner.own, block, end, linear), Sums()
+    for sums in runner.map(recording, shards, "repair, shard"):
+        total.merge(sums)
+    return total
+
+
+@torch.no_grad()
+def run_before(
+    opened: Opened, states: HiddenStates, index: int, end: int, linear: str, device: torch.device, shard: Shard
+) -> Sums:
+    """Return a shard's XᵀX and RᵀX: X is the input of a block's linear, R what the blocks after it add until `end`."""
+    model = opened(device)
+    load(model, shard.rows[0], index, -1)
+    recorder = InputRecorder(linears={linear: model.linears(index)[linear]}, gram=True)
+    boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
+    with recorder.recording():
+        for row, before, after, wanted in zip(shard.rows, *boundaries, strict=True):
+            recorder.cross(linear, (wanted.float() - after.float()).to(model.device))
+            model.run(index, before[None].to(model.device), row)
+            recorder.end_window()
+    return recorder.sums
+
+
+@torch.no_grad()
+def run_changed(
+    opened: Opened,
+    states: HiddenStates,
+    index: int,
+    end: int,
+    changes: Iterable[Change],
+    device: torch.device,
+    shard: Shard,
+) -> Float[Tensor, " changes"]:
+    """Return for each change of a block Σ ‖y − h‖² over a shard: y is the block's output, h the state at `end`."""
+    model, errors = opened(device), []
+    boundaries = [states.read(boundary, shard.number) for boundary in (index, end)]
+    for change in changes:
+        load(model, shard.rows[0], index, -1, change)
+        rows = zip(shard.rows, *boundaries, strict=True)
+        made = ((model.run(index, x[None].to(model.device), row)[0].cpu(), wanted) for row, x, wanted in rows)
+        errors.append(sum(vector_norm(y.float() - wanted.cpu().float()).item() ** 2 for y, wanted in made))
+    return torch.tensor(errors, dtype=torch.float64)

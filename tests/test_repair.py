@@ -1,0 +1,88 @@
+"""The repair for neighbouring blocks that go, against least squares by torch on the hidden states of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Make, Patch, calibrate, fetch
+from test_families import save
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine import repair
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.scores import influence
+from wanda_dvc.pruning.units import neighbours
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.tensors import read_stats, read_weights
+
+DOWN = "mlp.down_proj"
+WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibration__windows": 8}
+
+
+def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(project: Make):
+    made = fetch(project(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration")
+    calibrate(project=made)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    scores = [influence(read_stats(made.stats, block)) for block in range(4)]
+    first = min((1, 2), key=lambda block: scores[block] + scores[block + 1])
+    kept = [block for block in range(4) if block not in (first, first + 1)]
+    model = AutoModelForCausalLM.from_pretrained(made.model("dense")).double().eval()
+    block = model.model.layers[first - 1]
+    inputs: list[torch.Tensor] = []
+    hook = block.mlp.down_proj.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    windows = calibration_windows(made)
+    final: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: final.append(out))
+    with torch.no_grad():
+        states = [*model.model(input_ids=windows, output_hidden_states=True).hidden_states[:-1], final.pop()]
+    hook.remove()
+    after, wanted = states[first], states[first + 2]
+    held = torch.arange(8) % 4 == 0
+
+    def fit(rows: torch.Tensor, damping: float) -> torch.Tensor:
+        x, r = inputs[0][rows].flatten(0, 1), (wanted - after)[rows].flatten(0, 1)
+        gram = x.T @ x
+        return torch.linalg.solve(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ r).T
+
+    def error(change: torch.Tensor | float) -> float:
+        return float((after + inputs[0] @ (change * torch.ones(32, 48).double()).T - wanted)[held].norm())
+
+    errors = {damping: error(fit(~held, damping)) for damping in repair.DAMPINGS}
+    best = min(errors, key=errors.__getitem__)
+    weights, diagnostics = read_weights(made.weights, first - 1)
+    (name,) = weights
+    assert name == f"model.layers.{first - 1}.{DOWN}"
+    assert diagnostics[name] == {"damping": best, "held_out": pytest.approx(errors[best] / error(0.0), rel=1e-4)}
+    expected = dense.weight(name).double() + fit(torch.ones(8, dtype=torch.bool), best)
+    torch.testing.assert_close(weights[name].double(), expected, rtol=1e-3, atol=1e-5)
+    assert pruned.config.num_hidden_layers == 2
+    for new, old in enumerate(kept):
+        for linear in (DOWN, "mlp.up_proj", "self_attn.o_proj", "input_layernorm"):
+            before = weights.get(f"model.layers.{old}.{linear}", dense.weight(f"model.layers.{old}.{linear}"))
+            assert torch.equal(before, pruned.weight(f"model.layers.{new}.{linear}"))
+
+
+def test_a_repair_that_does_not_help_is_refused(project: Make, tmp_path: Path, monkeypatch: Patch):
+    """Where the last linear is an expert's; and where the error on held-out windows does not fall."""
+    monkeypatch.setattr(repair, "added", lambda _, cross, *__, **___: torch.ones_like(cross))
+    for family, problem in (
+        ("qwen3_moe", "before the blocks that go, ends with experts"),
+        ("olmo2", "cannot take over"),
+    ):
+        model = save(family, tmp_path / family, num_hidden_layers=3)
+        made = fetch(project(model, sparsity=0.34, calibration__length=32, **WANTED), "model", "calibration")
+        calibrate(project=made)
+        with pytest.raises(UserError, match=problem):
+            mask(project=made)
+
+
+def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():
+    score = torch.tensor([0.0, 5.0, 1.0, 4.0, 2.0, 2.0])
+    assert neighbours(score, 4).tolist() == [True, True, True, True, False, False]
+    assert neighbours(score, 6).all()
