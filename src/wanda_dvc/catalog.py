@@ -190,13 +190,13 @@ ALLOCATIONS = _by_name(
     # Yin et al. 2024, arXiv 2310.05175
     Allocation("owl", function="wanda_dvc.pruning.allocation:owl", strength=0.08,
                rating="wanda_dvc.pruning.allocation:outlier_rating",
-               about="the more outlying Wanda scores a block has, the lower its sparsity; strength is λ, half their "
-                     "range"),
+               about="the more outlying Wanda scores a block has, the lower its sparsity; they differ by up to 0.16 "
+               "(λ = 0.08)"),
     # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
     Allocation("sensitivity", function="wanda_dvc.pruning.allocation:sensitivity", by_gradients=True, strength=0.2,
                rating="wanda_dvc.pruning.allocation:sensitivity_rating",
-               about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; strength "
-               "is the largest difference between a linear's sparsity and the model's; no sparsity is above 0.97"),
+               about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; a "
+               "linear's sparsity differs from the model's by up to 0.2, and is at most 0.97"),
 )  # fmt: skip
 
 
