@@ -223,10 +223,10 @@ class Peers:
 
         return self.part(" ".join([dtype, *words, *map(str, (change or {}).values())]), dtype, make)
 
-    def further(self, dtype: str, **change: Any) -> float:
-        """Return the seconds of `mask` and `apply` of a further experiment."""
+    def further(self, dtype: str, clock: str = "wall", **change: Any) -> float:
+        """Return the seconds of `mask` and `apply` of a further experiment; `clock` is `wall`, or inside `seconds`."""
         self.stage(dtype, "calibrate")
-        return sum(float(self.stage(dtype, name, change=change)["wall"]) for name in ("mask", "apply"))
+        return sum(float(self.stage(dtype, name, change=change)[clock]) for name in ("mask", "apply"))
 
     def peer(self, *words: str) -> Part:
         """Run (a) or (b) as a process; the search for the best batch size is not counted."""
@@ -240,15 +240,16 @@ class Peers:
 
         return self.part(" ".join(words), words[1] if words[0] == "stock" else F32, make)
 
-    def repro(self, sparsity: float) -> Part:
-        """Run `dvc repro apply` on the study in float32."""
+    def repro(self, name: str, *words: str, sparsity: float = DEFAULT["sparsity"]) -> Part:
+        """Run `dvc repro` on the study in float32; `seconds` is inside all stages, when they ran last."""
         folder = self.study(F32)
 
         def make() -> Part:
             change_settings(folder / "params.yaml", DEFAULT | {"sparsity": sparsity})
-            return {"wall": process("dvc", "repro", "apply", cwd=folder)}
+            wall = process("dvc", "repro", *words, cwd=folder)
+            return {"wall": wall, "seconds": sum(run["seconds"] for run in times(Project(folder)).values())}
 
-        return self.part(f"dvc repro, {sparsity}", F32, make)
+        return self.part(f"dvc repro, {name}", F32, make)
 
     def floor(self, dtype: str, done: Part, tokens: int, pairs: float) -> float:
         """Return the seconds of the operations that tokens and pairs of positions need, at a measured speed."""
@@ -285,10 +286,15 @@ def share_of_questions(peers: Peers, dtype: str) -> Part:
     return against(floor, done["seconds"], note=f"{stock['tokens']} tokens")
 
 
-def first_prune(peers: Peers) -> Part:
-    """`calibrate`, `mask` and `apply` against (a)."""
-    calibrated = peers.stage(F32, "calibrate")
-    return against(scaled(peers.peer("plain", "wanda"), calibrated), calibrated["wall"] + peers.further(F32))
+def seconds(found: float) -> Part:
+    """A measure in seconds, without a peer."""
+    return {"ours_s": found, "ratio": found}
+
+
+def first_prune(peers: Peers, dtype: str) -> Part:
+    """`calibrate`, `mask` and `apply` against (a) in float32."""
+    ours = peers.stage(dtype, "calibrate")["wall"] + peers.further(dtype)
+    return against(scaled(peers.peer("plain", "wanda"), peers.stage(F32, "calibrate")), ours)
 
 
 def faster_in_bfloat16(peers: Peers) -> Part:
@@ -296,11 +302,30 @@ def faster_in_bfloat16(peers: Peers) -> Part:
     return against(*(peers.stage(dtype, "calibrate")["seconds"] for dtype in (F32, BF16)))
 
 
-def further_by_dvc(peers: Peers) -> Part:
-    """A further sparsity by `dvc repro apply`, against (a)."""
-    peers.repro(DEFAULT["sparsity"])
-    done = peers.repro(0.7)
-    return against(scaled(peers.peer("plain", "wanda"), done), done["wall"])
+def each_further(peers: Peers) -> Part:
+    """`mask` and `apply` of the slowest of three further experiments, against (a)."""
+    changes: list[Part] = [{"sparsity": 0.7}, {"pattern": "2:4"}, {"recipe": "magnitude"}]
+    return against(peers.peer("plain", "wanda")["wall"], max(peers.further(F32, "seconds", **x) for x in changes))
+
+
+def further_by_dvc(peers: Peers, evaluated: bool) -> Part:
+    """A further sparsity by `dvc repro` against (a), without or with perplexity and zero-shot."""
+    peers.repro("full")
+    done = peers.repro("evaluated", sparsity=0.6) if evaluated else peers.repro("applied", "apply", sparsity=0.7)
+    parts = [("plain", "wanda"), *([("plain", "perplexity"), ("stock", F32)] if evaluated else [])]
+    return against(sum(scaled(peers.peer(*words), done) for words in parts), done["wall"])
+
+
+def nothing_to_do(peers: Peers) -> Part:
+    """`dvc repro` where every result is there, in seconds."""
+    further_by_dvc(peers, True)
+    return seconds(peers.repro("again", sparsity=0.6)["wall"])
+
+
+def overhead(peers: Peers) -> Part:
+    """What a full `dvc repro` takes over the seconds inside its stages, starts of processes included."""
+    done = peers.repro("full")
+    return against(done["seconds"], done["wall"]) | {"ratio": done["wall"] / done["seconds"] - 1}
 
 
 def zero_shot(peers: Peers, dtype: str) -> Part:
@@ -335,12 +360,22 @@ ROWS: dict[str, tuple[Any, ...]] = {
     f"calibrate {BF16}, share of the floor": ("≥ 0.65", share, BF16, "calibrate"),
     f"calibrate {BF16} against {F32}": ("≥ 2.5", faster_in_bfloat16),
     f"perplexity {F32}, share of the floor": ("≥ 0.8", share, F32, "perplexity", "dense"),
-    f"first prune {F32}, against (a)": ("≥ 2", first_prune),
-    "a further sparsity by dvc repro apply, against (a)": ("≥ 15", further_by_dvc),
+    f"first prune {F32}, against (a)": ("≥ 2", first_prune, F32),
+    f"first prune {BF16}, against (a) in {F32}": ("≥ 4", first_prune, BF16),
+    "mask, seconds": (
+        "< 1",
+        lambda peers: seconds(peers.further(F32, "seconds") - peers.stage(F32, "apply")["seconds"]),
+    ),
+    "each further experiment inside mask and apply, against (a)": ("≥ 50", each_further),
+    "a further sparsity by dvc repro apply, against (a)": ("≥ 15", further_by_dvc, False),
+    "a further sparsity by dvc repro with its evaluation, against (a) and (b)": ("≥ 1.8", further_by_dvc, True),
+    "dvc repro with nothing to do, seconds": ("< 3", nothing_to_do),
+    "overhead of DVC on a full run, starts included": ("< 0.05", overhead),
     f"zero-shot {F32}, share of the floor": ("≥ 0.82", share_of_questions, F32),
     f"zero-shot {BF16}, share of the floor": ("≥ 0.62", share_of_questions, BF16),
     f"zero-shot {F32}, against (b)": ("≥ 1.8", zero_shot, F32),
     f"zero-shot {BF16}, against (b)": ("≥ 1.8", zero_shot, BF16),
+    f"zero-shot {F32}, other answers than (b)": ("= 0", other_answers, F32),
     f"zero-shot {BF16}, other answers than (b)": ("= 0", other_answers, BF16),
     f"the study's grid in {F32}, against (a) and (b)": ("≥ 1.9", study, F32),
     f"the study's grid in {BF16}, against (a) and (b) in {F32}": ("≥ 4", study, BF16),
