@@ -18,15 +18,13 @@ from wanda_dvc.engine.walk import Opened, Runner, load
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import oriented, prepare
-from wanda_dvc.pruning.units import added
+from wanda_dvc.pruning.products import multiply
 
 HELD_OUT = 4  # the dampings are tried on every so many-th shard
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-def repair(
-    runner: Runner, linear: str, weight: Tensor, *, block: int, end: int, device: torch.device
-) -> tuple[Tensor, dict[str, float]]:
+def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int) -> tuple[Tensor, dict[str, float]]:
     """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` go.
 
     A walk up to `end` has kept the hidden states. The damping is the one with the least error of these on held-out
@@ -39,8 +37,8 @@ def repair(
     some, others = (_sums(runner, block, end, linear, shards) for shards in (fitted, held))
 
     def changed(sums: Sums, damping: float) -> Tensor:
-        prepared = prepare(sums.grams[linear], linear)
-        found = added(prepared, sums.crosses[linear].float(), damping, device=device)
+        root = prepare(sums.grams[linear], linear).inverse_root(damping).matrix
+        found = multiply(multiply(sums.crosses[linear].float(), root.T), root)  # D = RᵀX (G + λI)⁻¹
         return (weight.float() + oriented(found, across).to(weight.device)).to(weight.dtype).contiguous()
 
     changes = [Change({}, {}), *(Change({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]

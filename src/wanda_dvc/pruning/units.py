@@ -81,14 +81,6 @@ def neighbours(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " unit
     return keep
 
 
-def added(
-    prepared: Prepared, cross: Float[Tensor, "out in"], damping: float, *, device: torch.device
-) -> Float[Tensor, "out in"]:
-    """Return the D with the least ‖XDᵀ − R‖² + λ‖D‖²: RᵀX (G + λI)⁻¹, λ = damping · mean diagonal of G."""
-    inverse, _ = factor_inverse(prepared.gram.to(device), damping, prepared.mean)
-    return multiply(cross.to(device), inverse)
-
-
 def cheapest(
     weight: Float[Tensor, "out in"], prepared: Prepared, units: Units, *, damping: float = 0.01
 ) -> Bool[Tensor, " units"]:

@@ -299,6 +299,5 @@ def repaired(
         if step.index == end:
             break
         step.advance()
-    device = accelerator.solving_device(running.own_device(project.params.runtime))
-    weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end, device=device)
+    weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end)
     return {block: ({last: weight}, {last: diagnostics})}
