@@ -208,12 +208,13 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     """Time a block of one model in bfloat16."""
     dtype, device = torch.bfloat16, bench.device
     decoder = Decoder(folder, dtype=dtype, device=device)
-    with decoder.block(0) as block:
-        flops = 2.0 * tokens.numel() * sum(x.numel() for x in block.parameters() if x.dim() > 1)
-        weights = [x for x in block.parameters() if x.dim() > 1]
-        x = {size: torch.randn(TOGETHER, size, dtype=dtype, device=device) for _, size in (w.shape for w in weights)}
-        passes = [bench.seconds(partial(torch.matmul, x[w.shape[1]], w.T)) for w in weights]
-        floor = sum(passes) * tokens.numel() / TOGETHER
+    decoder.hold(0, -1)
+    weights = [x for x in decoder.blocks[0].parameters() if x.dim() > 1]
+    decoder.release()
+    flops = 2.0 * tokens.numel() * sum(x.numel() for x in weights)
+    x = {size: torch.randn(TOGETHER, size, dtype=dtype, device=device) for _, size in (w.shape for w in weights)}
+    passes = [bench.seconds(partial(torch.matmul, x[w.shape[1]], w.T)) for w in weights]
+    floor = sum(passes) * tokens.numel() / TOGETHER
     yield "linears alone, a block", f"{1e3 * floor:.1f} ms, {flops / floor / 1e12:.1f} TFLOP/s"
     plain = bench.run(folder, tokens, dtype, gram=False)
     share = floor / plain.seconds

@@ -36,8 +36,8 @@ def through(folder: Path, tokens: torch.Tensor = TOKENS) -> tuple[Decoder, torch
         decoder.calls(row)
         hidden = decoder.embed(row)
         for index in range(len(decoder.blocks)):
-            with decoder.block(index):
-                hidden = decoder.run(index, hidden, row)
+            decoder.hold(index, -1)
+            hidden = decoder.run(index, hidden, row)
     return decoder, hidden
 
 

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -24,7 +25,6 @@ PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a fo
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 RUNS_IN = get_args(Dtype)  # in which a model may run
-COPIED_AT_A_TIME = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._headers: dict[Path, dict[str, Entry]] = {}
-        self._files: dict[Path, safe_open] = {}
+        self.header = cache(read_header)  # of one shard: its tensors, of which an index may omit some
+        self._opened = cache(partial(safe_open, framework="pt"))
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -92,18 +92,9 @@ class Checkpoint:
         """The files, sorted."""
         return sorted(set(self.where.values()))
 
-    def header(self, path: Path) -> dict[str, Entry]:
-        """Return dtype, shape and place of every tensor in one shard; an index may omit some."""
-        if path not in self._headers:
-            self._headers[path] = read_header(path)
-        return self._headers[path]
-
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
-        path = self.where[address.tensor]
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-        tensor = self._files[path].get_tensor(address.tensor)
+        tensor: Tensor = self._opened(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
 
     def find(self, linear: str) -> Address:
@@ -280,17 +271,18 @@ def _write_shard(view: Changed, shard: Path, path: Path) -> Iterator[str]:
         # omit some tensors.
         names = [name for name in names if name in view.source.entries and new.get(name, name) is not None]
         names.sort(key=lambda name: -DTYPES.get(stored[name].dtype, 8))
-    written = [new[name] for name in names if name in new]
-    pieces = _made_ahead(piece for name in written if name for piece in view.pieces(name))
-    with shard.open("rb") as original, path.open("wb") as file:
+    pieces = _made_ahead(piece for name in map(new.get, names) if name for piece in view.pieces(name))
+    original = np.memmap(shard, np.uint8, "r")
+    with path.open("wb") as file:
         if view.changes:
             file.write(_header(view, [new.get(name) or name for name in names]))
         else:
-            _copy(original, file, 0, min(entry.begin for entry in stored.values()))
+            file.write(original[: min(entry.begin for entry in stored.values())].data)
         for old in names:
             name = new.get(old)
             if name is None:
-                _copy(original, file, stored[old].begin, stored[old].length)
+                begin = stored[old].begin
+                file.write(original[begin : begin + stored[old].length].data)
                 continue
             entry = view.entries[name]
             left = entry.length
@@ -331,13 +323,6 @@ def _made_ahead(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
             made = maker.submit(next, pieces, None)
             yield piece
             del piece  # before the next one arrives
-
-
-def _copy(stored: BinaryIO, file: BinaryIO, begin: int, length: int) -> None:
-    """Copy bytes from a place of one file to the end of another."""
-    stored.seek(begin)
-    for start in range(0, length, COPIED_AT_A_TIME):
-        file.write(stored.read(min(COPIED_AT_A_TIME, length - start)))
 
 
 def _write_json(path: Path, content: object) -> None:

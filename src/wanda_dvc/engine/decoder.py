@@ -4,7 +4,6 @@ The model's own forward pass supplies the arguments of each block. There is no f
 """
 
 import contextlib
-import inspect
 import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
@@ -42,12 +41,6 @@ def _held(value: Any) -> Iterator[int]:
             yield from _held(part)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
-
-
 class Decoder:
     """A causal language model, run block by block. Memory holds one or two blocks, embeddings, norm and head.
 
@@ -63,10 +56,8 @@ class Decoder:
         self.model = build_empty(config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
-        self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
-        self.hold = self.weights.hold
+        self.hold, self.linears, self.blocks = self.weights.hold, self.weights.linears, self.weights.blocks
         self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
-        self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
@@ -196,8 +187,6 @@ class Decoder:
         Results differ if positions are distances from the row's start (ALiBi), if a block mixes neighbours without
         attention, or if the model's attention cannot be replaced.
         """
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            return False
         tokens = torch.arange(24) % 7
         layout = Layout(
             positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
@@ -238,18 +227,15 @@ class Decoder:
         recorded: list[tuple[Tensor, Call]] = []
         extra = self._extra_outputs if until > 0 else None  # computed before blocks are replaced
 
-        def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
-            if recorded and hidden is not recorded[-1][0] and not torch.equal(hidden, recorded[-1][0]):
+        def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = recorded[-1][0] if recorded else hidden_states
+            if hidden_states is not before and not torch.equal(hidden_states, before):
                 where = f"between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
-            recorded.append((hidden, (args, kwargs)))
+            recorded.append((hidden_states, (args, kwargs)))
             if index == until:
                 raise _Stop
-            return hidden if extra is None else (hidden, *extra)
+            return hidden_states if extra is None else (hidden_states, *extra)
 
         words: dict[str, Any] = {}
         if row.layout is not None:
@@ -269,7 +255,7 @@ class Decoder:
         return recorded
 
     def _record_calls(self, row: Row) -> list[Call]:
-        """Return the calls of all blocks. For the first row of a length, check that they do not depend on the tokens.
+        """Return the calls of all blocks. Check that they do not depend on the tokens.
 
         Layouts need no check: `holds_layouts` compares results.
         """
@@ -280,20 +266,20 @@ class Decoder:
 
         if row.layout is not None:
             return record(row)
-        calls = record(Row(torch.zeros_like(row.tokens)))
-        if len(row.tokens) not in self._checked:
-            (values, shape), (others, other) = map(tree_flatten, (calls, record(Row(torch.ones_like(row.tokens)))))
-            if shape != other or not all(map(_equal, values, others)):
-                raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
-            self._checked.add(len(row.tokens))
+        calls, again = (record(Row(torch.full_like(row.tokens, token))) for token in (0, 1))
+        (values, shape), (others, other_shape) = map(tree_flatten, (calls, again))
+        equal = (torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(values, others, strict=True))
+        if shape != other_shape or list(map(type, values)) != list(map(type, others)) or not all(equal):
+            raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
         return calls
 
     @cached_property
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
         hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        with self.block(0) as block:
-            out = block(hidden, *args, **words)
+        self.hold(0, -1)
+        out = self.blocks[0](hidden, *args, **words)
+        self.weights.release()
         if not isinstance(out, (tuple, list)):
             return None
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
@@ -329,9 +315,9 @@ class Decoder:
                 self.calls(row)
             hidden = [self.embed(row).float() for row in rows]
             for index in self.one_of_each_kind:
-                with self.block(index) as block:
-                    exact = {name: parameter.float() for name, parameter in block.named_parameters()}
-                    hidden = [self.run(index, x, row, exact) for x, row in zip(hidden, rows, strict=True)]
+                self.hold(index, -1)
+                exact = {name: parameter.float() for name, parameter in self.blocks[index].named_parameters()}
+                hidden = [self.run(index, x, row, exact) for x, row in zip(hidden, rows, strict=True)]
             return [x[0] for x in hidden]
         except (TypeError, ValueError, RuntimeError, UserError):  # attention of its own, incompatible with ours
             return None
@@ -339,7 +325,7 @@ class Decoder:
             for name, size in sizes.items():
                 setattr(config, name, size)
             self._ours_for_windows = before
-            self._calls.clear()
+            self.release()
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         """Whether two results for hidden states agree up to the rounding of their dtype."""

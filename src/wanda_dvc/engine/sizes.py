@@ -17,8 +17,8 @@ class Sizes:
 
     def __init__(self, config: Path) -> None:
         """Count the model of a config.json, or of its directory. Windowed attention counts as full attention."""
-        from wanda_dvc.engine.checkpoint import read_config
-        from wanda_dvc.engine.structure import build_empty, find_blocks, weight_shapes
+        from wanda_dvc.engine.checkpoint import Address, read_config
+        from wanda_dvc.engine.structure import Part, build_empty, find_blocks, stored_linears
 
         stored = read_config(config)
         self.dtype = str(stored.dtype or "float32").removeprefix("torch.")  # as stored; a model's default is float32
@@ -26,7 +26,8 @@ class Sizes:
         model: Any = build_empty(stored, str(config))  # it changes the dtype
         text, blocks = model.config.get_text_config(), find_blocks(model)[1]
         counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        shapes = [weight_shapes(block) for block in blocks]
+        linears = [stored_linears(block, "", lambda name: [Part(Address(name))]).values() for block in blocks]
+        shapes = [[(x.weight.numel() // x.features, x.features) for x in block] for block in linears]
         each = [shape for block in shapes for shape in block]
         weights = [sum(out * features for out, features in block) for block in shapes]
         reads = [sum(features**2 for _, features in block) for block in shapes]

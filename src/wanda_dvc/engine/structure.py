@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, reason
-
-_BUILDING = Lock()  # building an empty model replaces functions of torch, in all threads
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,9 @@ class Linear:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored as [in, out]: GPT-2's, and experts declared transposed by transformers."""
-        return _is_transposed(self.module, experts=self.part.expert is not None)
+        if self.part.expert is None:
+            return isinstance(self.module, Conv1D)
+        return bool(getattr(self.module, "is_transposed", False))
 
     @property
     def features(self) -> int:
@@ -84,7 +83,7 @@ def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) 
     from transformers.initialization import no_init_weights
 
     try:
-        with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a model's class may raise any exception, such as KeyError for an unknown activation
         raise UserError(
@@ -126,21 +125,21 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
                 if parameter.dim() == 3 and min(parameter.shape) > 1:
                     weights[inside + leaf] = module
                     mixtures[name.rpartition(".")[0]] = len(parameter)
-    owners = [_owner(name) for name in weights]
+    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]  # the parent of each weight's module
 
-    def is_gate(name: str, module: nn.Module) -> bool:
+    def is_gate(module: nn.Module, owner: str) -> bool:
         """Whether a linear chooses experts, or weights the shared expert.
 
         It has one output, or one per expert, and is a sibling of the experts, or the only linear in a sibling.
         """
-        owner = _owner(name)
         return isinstance(module, nn.Linear) and any(
             module.out_features in (1, experts)
             and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
             for mixture, experts in mixtures.items()
         )
 
-    return {name: module for name, module in weights.items() if not is_gate(name, module)}
+    pairs = zip(weights.items(), owners, strict=True)
+    return {name: module for (name, module), owner in pairs if not is_gate(module, owner)}
 
 
 def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[Part]]) -> dict[str, Linear]:
@@ -158,25 +157,6 @@ def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list
             parts = [Part(address, expert=address.expert) for address in addresses]
         linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
     return linears
-
-
-def _owner(weight: str) -> str:
-    """Return the parent of a weight's module."""
-    return weight.rpartition(".")[0].rpartition(".")[0]
-
-
-def weight_shapes(block: nn.Module) -> list[tuple[int, int]]:
-    """Return the shapes of a block's linears, [out, in]; each expert has its own."""
-    shapes: list[tuple[int, int]] = []
-    for name, module in find_linears(block).items():
-        *experts, rows, columns = module.get_parameter(name.rpartition(".")[2]).shape
-        matrix = (columns, rows) if _is_transposed(module, experts=bool(experts)) else (rows, columns)
-        shapes += [matrix] * math.prod(experts)
-    return shapes
-
-
-def _is_transposed(module: nn.Module, *, experts: bool) -> bool:
-    return bool(getattr(module, "is_transposed", False)) if experts else isinstance(module, Conv1D)
 
 
 def check_model(folder: Path) -> None:

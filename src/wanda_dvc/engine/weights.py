@@ -1,7 +1,6 @@
 """The weights of a model: reads them from its checkpoint, converts them, and holds a block's weights while loaded."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from wanda_dvc.engine.accelerator import Copies, empty_weight
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts, unsupported
-from wanda_dvc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,6 @@ class Weights:
             raise unsupported(self.checkpoint, f"{prefix[:-1]} has no linear")
         return linears
 
-    @contextlib.contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Hold one block inside the context."""
-        self.hold(index, -1)
-        try:
-            yield self.blocks[index]
-        finally:
-            self.release()
-
     def hold(self, index: int, then: int, change: Change | None = None) -> None:
         """Load a block, with a change of its weights, until another block or change is held, or `release`.
 
@@ -117,9 +106,6 @@ class Weights:
             if name not in change.weights:
                 writable(name).mul_(change.keeps[name].to(self.device))
         for name, weight in change.weights.items():
-            if weight.shape != every[name].weight.shape:
-                found, expected = list(weight.shape), list(every[name].weight.shape)
-                raise UserError(f"{name}: its new weight is {found}, expected {expected}, as it is stored")
             writable(name).copy_(weight)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
@@ -171,11 +157,8 @@ class Weights:
         for aliases in names.values():
             stored = [name for name in aliases if name in self.parts]
             empty = self.model.get_parameter(stored[0])
-            found = {
-                name: nn.Parameter(tensor, requires_grad=False)
-                for name, tensor in self._read(dict.fromkeys(stored, empty)).items()
-            }
-            first = found[stored[0]]
+            found = self._read(dict.fromkeys(stored, empty))
+            first = nn.Parameter(found[stored[0]], requires_grad=False)
             for alias in aliases:
                 own = found.get(alias, first)
                 set_parameter(self.model, alias, first if torch.equal(own, first) else own)
