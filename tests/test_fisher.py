@@ -62,9 +62,9 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     for row in tokens:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
-    found = measured(decoder, tokens, tmp_path / "work")
-    came = backward(Runner(decoder, tmp_path / "grams"), tokens, gram=True)
-    grams = {name: gram.matrix() for _, one in came for name, gram in one.grams.items()}
+    came = [one for _, one in backward(Runner(decoder, tmp_path / "work"), tokens)]
+    found = {name: sums for one in came for name, sums in one.sums.items()}
+    grams = {name: gram.matrix() for one in came for name, gram in one.grams.items()}
     for name, gram in grams.items():  # of experts and of parts of a weight too
         torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
     assert grams.keys() == found.keys()
@@ -133,25 +133,25 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: Patch
 ):
     rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
-    expected = list(backward(Runner(llama(), tmp_path / "whole"), rows, gram=True))
-    killed = backward(Runner(llama(), tmp_path / "work"), rows, gram=True)
+    expected = list(backward(Runner(llama(), tmp_path / "whole"), rows))
+    killed = backward(Runner(llama(), tmp_path / "work"), rows)
     found = [next(killed) for _ in range(taken)]
     del killed  # the last one that it gave may not have been written
     found = found[:-1]
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    found += backward(Runner(decoder, tmp_path / "work"), rows, gram=True, kept=len(found))
+    found += backward(Runner(decoder, tmp_path / "work"), rows, kept=len(found))
     alike(found, expected)
 
 
 def test_what_the_caller_has_lost_comes_back_anew(llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: Patch):
     """But nothing goes forward again."""
     rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
-    expected = list(backward(Runner(llama(), tmp_path), rows, gram=True))
+    expected = list(backward(Runner(llama(), tmp_path), rows))
     decoder = llama()
     monkeypatch.setattr(decoder, "embed", None)
-    alike(list(backward(Runner(decoder, tmp_path), rows, gram=True, kept=1)), expected)
+    alike(list(backward(Runner(decoder, tmp_path), rows, kept=1)), expected)
 
 
 def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradients]]) -> None:

@@ -21,7 +21,7 @@ from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.rows import CALLS_BYTES, Layout, Row
 from wanda_dvc.engine.structure import build_empty, unsupported
-from wanda_dvc.engine.weights import Weights
+from wanda_dvc.engine.weights import Change, Weights
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import products
 
@@ -56,7 +56,7 @@ class Decoder:
         self.model = build_empty(config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
-        self.hold, self.linears, self.blocks = self.weights.hold, self.weights.linears, self.weights.blocks
+        self.linears, self.blocks = self.weights.linears, self.weights.blocks
         self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
@@ -107,6 +107,11 @@ class Decoder:
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
             self._calls[key] = calls, sum(sizes.values())
         return self._calls[key][0]
+
+    def hold(self, index: int, then: int, change: Change | None = None) -> None:
+        """Load a block, as `Weights.hold`. The first block runs once before any block is loaded."""
+        self._extra_outputs  # noqa: B018 - computed here
+        self.weights.hold(index, then, change)
 
     def release(self) -> None:
         """Free the memory of the block that is held, and of the recorded calls."""
@@ -259,7 +264,6 @@ class Decoder:
 
         Layouts need no check: `holds_layouts` compares results.
         """
-        self._extra_outputs  # noqa: B018 - runs the first block now; later it may be in use
 
         def record(row: Row) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
@@ -277,7 +281,7 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
         hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        self.hold(0, -1)
+        self.weights.hold(0, -1)
         out = self.blocks[0](hidden, *args, **words)
         self.weights.release()
         if not isinstance(out, (tuple, list)):

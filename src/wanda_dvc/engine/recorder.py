@@ -40,7 +40,8 @@ class Sums:
     crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
-    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
+    # Σ (1 − cosine of the block's input and output), and tokens
+    influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
 
     def merge(self, other: "Sums") -> None:
@@ -55,8 +56,7 @@ class Sums:
             self.crossed[name] = self.crossed.get(name, 0) + other.crossed[name]
         _merge(self.outputs, other.outputs)
         self.is_finite &= other.is_finite
-        if other.influence is not None:
-            self.influence = other.influence if self.influence is None else self.influence + other.influence
+        self.influence += other.influence
 
     def add_reader(self, linear: str, source: str) -> None:
         """Add a linear to the readers of an input. UserError if it reads another input."""
@@ -70,8 +70,7 @@ class Sums:
         for (module, leaf, expert), names in _weights(linears).items():
             if expert is not None and (module, leaf) not in reached:
                 raise unsupported(names[0], "its experts do not multiply by the stored matrices")
-            of_a_list = sum(word.isdigit() for word in names[0].split(".")) > 1  # as an expert with its own modules is
-            if expert is None and names[0] not in source and not of_a_list:
+            if expert is None and names[0] not in source:
                 raise unsupported(names[0], "the model does not call this linear")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
@@ -144,9 +143,9 @@ class RoutedOutputs:
     _seen: list[_Output] = field(default_factory=list)
     _of: dict[int, _Output] = field(default_factory=dict)  # by the tensor's identity
 
-    def begin(self, made: Tensor, segments: Iterable[Segment]) -> None:
+    def begin(self, made: Tensor, segments: list[Segment]) -> None:
         """Follow the output of a product of experts, [tokens, out], or several one below the other."""
-        output = _Output(weakref.ref(made), list(segments))
+        output = _Output(weakref.ref(made), segments)
         self._seen.append(output)
         self._of[id(made)] = output
 
@@ -274,8 +273,7 @@ class InputRecorder:
         one, other = before.float(), after.float()
         cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
         turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
-        found = torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
-        self.sums.merge(Sums(influence=found))
+        self.sums.influence += torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
 
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""
@@ -296,18 +294,18 @@ class Gradients:
     """
 
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
-    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal; optional
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal
 
     def merge(self, other: "Gradients") -> None:
         """Add the sums of other rows."""
         for name, sums in other.sums.items():
-            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+            self.sums[name] = self.sums.get(name, 0) + sums
         _merge(self.grams, other.grams)
 
 
 @contextlib.contextmanager
-def recording_gradients(linears: dict[str, Linear], *, gram: bool = False) -> Iterator[Gradients]:
-    """Record the gradients by the outputs of these linears in every pass inside; `gram` adds their Gram matrices.
+def recording_gradients(linears: dict[str, Linear]) -> Iterator[Gradients]:
+    """Record the gradients by the outputs of these linears in every pass inside.
 
     Linears without a gradient then drop out, and the sums are in main memory.
     """
@@ -328,21 +326,17 @@ def recording_gradients(linears: dict[str, Linear], *, gram: bool = False) -> It
         for name in names:
             rows = slice(*(linears[name].part.rows or (None,)))
             own = sums[rows]
-            count = own.any() * len(gradient)
-            tokens[name] = tokens[name] + count if name in tokens else count
-            found.sums[name] = found.sums[name] + own if name in found.sums else own.clone()
-            if gram:
-                found.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
+            tokens[name] = tokens.get(name, 0) + own.any() * len(gradient)
+            found.sums[name] = found.sums.get(name, 0) + own
+            found.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
 
     with _watching(linears, see):
         yield found
     counts = torch.stack(list(tokens.values())).tolist() if tokens else []
     for name, count in zip(tokens, counts, strict=True):
-        sums, matrix = found.sums.pop(name), found.grams.pop(name, None)
+        sums, matrix = found.sums.pop(name), found.grams.pop(name)
         if count:
-            found.sums[name] = sums.cpu()
-        if count and matrix:
-            found.grams[name] = Gram(matrix.upper, count)
+            found.sums[name], found.grams[name] = sums.cpu(), Gram(matrix.upper, count)
 
 
 ALL = slice(None)
@@ -394,25 +388,19 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         made = function(*args, **kwargs)
+        parts: list[tuple[list[str], slice]] = []  # of a product of experts: the linears and the tokens of each
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            x, weight = args[:2]
-            if weight.dim() == 2 and (names := self._of.get(weight.data_ptr())):
-                self._look(made, x, [(names, ALL)])
-                return made
-            # Tokens are sorted by expert: the end of each expert's tokens.
-            if kwargs.get("offs") is not None and (every := self._every.get(weight.data_ptr())):
-                ends = kwargs["offs"].tolist()
+            weight = args[1]
+            if weight.dim() == 2 and (own := self._of.get(weight.data_ptr())):
+                parts = [(own, ALL)]
+            elif kwargs.get("offs") is not None and (every := self._every.get(weight.data_ptr())):
+                ends = kwargs["offs"].tolist()  # tokens are sorted by expert: the end of each expert's tokens
                 pairs = zip(every, [0, *ends], ends, strict=False)
-                self._look(made, x, [(names, slice(start, end)) for names, start, end in pairs if end > start])
-                return made
-        if self.routed:
+                parts = [(names, slice(start, end)) for names, start, end in pairs if end > start]
+        for names, tokens in parts:
+            self.see(names, args[0], made, tokens)
+        if self.routed and parts:
+            self.routed.begin(made, [(names[0], *tokens.indices(len(made))[:2]) for names, tokens in parts])
+        elif self.routed:
             self.routed.follow(function, args, made)
         return made
-
-    def _look(self, made: Tensor, x: Tensor, parts: list[tuple[list[str], slice]]) -> None:
-        """See a product of experts: the linears and the tokens of each."""
-        for names, tokens in parts:
-            self.see(names, x, made, tokens)
-        if self.routed:
-            segments = [(names[0], *tokens.indices(len(made))[:2]) for names, tokens in parts]
-            self.routed.begin(made, segments)

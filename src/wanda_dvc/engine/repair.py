@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.recorder import InputRecorder, Sums
 from wanda_dvc.engine.rows import HiddenStates, Shard
-from wanda_dvc.engine.walk import Opened, Runner, load
+from wanda_dvc.engine.walk import Opened, Runner
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import oriented, prepare
@@ -69,7 +69,7 @@ def run_before(
 ) -> Sums:
     """Return a shard's XᵀX and RᵀX: X is the input of a block's linear, R what the blocks after it add until `end`."""
     model = opened(device)
-    load(model, shard.rows[0], index, -1)
+    model.hold(index, -1)
     recorder = InputRecorder(linears={linear: model.linears(index)[linear]}, gram=True)
     boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
     with recorder.recording():
@@ -94,7 +94,7 @@ def run_changed(
     model, errors = opened(device), []
     boundaries = [states.read(boundary, shard.number) for boundary in (index, end)]
     for change in changes:
-        load(model, shard.rows[0], index, -1, change)
+        model.hold(index, -1, change)
         rows = zip(shard.rows, *boundaries, strict=True)
         made = ((model.run(index, x[None].to(model.device), row)[0].cpu(), wanted) for row, x, wanted in rows)
         errors.append(sum(vector_norm(y.float() - wanted.cpu().float()).item() ** 2 for y, wanted in made))

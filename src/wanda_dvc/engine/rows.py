@@ -110,7 +110,6 @@ class Executor:
 
 # --- hidden states, and the progress of a walk ---
 
-CPU = torch.device("cpu")
 SAVED_EVERY = 60  # seconds, if a GPU holds all rows
 PROGRESS = "progress.json"
 CHECKSUM = 4  # bytes, at the end of a file
@@ -132,9 +131,9 @@ class HiddenStates:
     lengths: Sequence[Sequence[int]]  # of the rows of each shard
     width: int
     dtype: torch.dtype
-    kept: int = 2
-    device: torch.device = CPU
-    room: int = 0  # device memory for them in bytes
+    kept: int
+    device: torch.device
+    room: int  # device memory for them in bytes
     _staying: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -50,18 +50,10 @@ class Block:
     writes: bool = True  # the hidden states after the block
 
 
-def load(model: Decoder, row: Row, index: int, then: int, change: Change | None = None) -> None:
-    """Load a block, unless it is loaded; a thread reads the block that follows."""
-    model.calls(row)  # the first call runs the first block, which must not be loaded yet
-    model.hold(index, then, change)
-
-
 @torch.no_grad()
 def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device, shard: Shard) -> None:
     """Write a shard's hidden states before the first block."""
     model = opened(device)
-    for row in shard.rows:
-        model.calls(row)
     for states in streams:
         states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
 
@@ -70,7 +62,7 @@ def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device,
 def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Sums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
     model, index, finite = opened(device), block.index, list[Tensor]()
-    load(model, shard.rows[0], index, index + 1, block.change)
+    model.hold(index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
     passing = partial(_through, model, index, shard.rows, finite)
     if block.dense is not None:
@@ -126,7 +118,7 @@ def train_block(
     assert block.change is not None
     assert block.dense is not None
     model = opened(device)
-    load(model, rows[0], block.index, block.index + 1, block.change)
+    model.hold(block.index, block.index + 1, block.change)
     cut = range(len(block.own.lengths))
     return training.train(
         model,
@@ -287,10 +279,10 @@ def report_resumed(kept: int, blocks: int, way: str = "") -> None:
 # --- the backward pass ---
 
 
-def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-    """Yield each block, the last one first, and by linear Σ ‖x‖² (∂ℓ/∂y)² over all tokens, [out].
+def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+    """Yield each block, the last one first, with two sums by linear over all tokens.
 
-    With `gram` also Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
+    Σ ‖x‖² (∂ℓ/∂y)², [out], and Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal is the first sum.
 
     x and y are the linear's input and output at one token; ℓ = −Σ log p(token) over the row, with the text's own
     tokens. The sum is, for each row of the weight, the trace of its empirical Fisher information, with the tokens taken
@@ -316,7 +308,7 @@ def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -
             deque(runner.map(turning, runner.shards, "output head back, shard"), maxlen=0)
             back.finish()
         for index in reversed(range(blocks - back.finished)):
-            total, backing = Gradients(), partial(run_back, runner.opened, index, before, gradients, gram)
+            total, backing = Gradients(), partial(run_back, runner.opened, index, before, gradients)
             for sums in runner.map(backing, runner.shards, f"backward pass, block {index}, shard"):
                 total.merge(sums)
                 del sums  # before the next shard's are there
@@ -338,13 +330,7 @@ def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: 
 
 @torch.no_grad()
 def run_back(
-    opened: Opened,
-    index: int,
-    before: HiddenStates,
-    gradients: HiddenStates,
-    gram: bool,
-    device: torch.device,
-    shard: Shard,
+    opened: Opened, index: int, before: HiddenStates, gradients: HiddenStates, device: torch.device, shard: Shard
 ) -> Gradients:
     """Write the gradients of each row's loss by its hidden states before a block, from those after the block.
 
@@ -352,7 +338,7 @@ def run_back(
     """
     model = opened(device)
     done = len(model.blocks) - 1 - index
-    load(model, shard.rows[0], index, index - 1)
+    model.hold(index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
     rows = zip(states, after, shard.rows, strict=True)
     weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
@@ -363,6 +349,6 @@ def run_back(
             out = model.run(index, hidden, row, weights)
         return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
 
-    with recording_gradients(model.linears(index), gram=gram) as found:
+    with recording_gradients(model.linears(index)) as found:
         gradients.write(done + 1, shard.number, itertools.starmap(back, rows))
     return found

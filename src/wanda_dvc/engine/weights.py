@@ -34,7 +34,10 @@ class Weights:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
         self.parts = stored_parts(model, checkpoint)  # by parameter
-        self._empty = [dict(block.named_parameters()) for block in self.blocks]
+        self._empty = [
+            {f"{self.blocks_name}.{index}.{name}": parameter for name, parameter in block.named_parameters()}
+            for index, block in enumerate(self.blocks)
+        ]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -76,7 +79,7 @@ class Weights:
         if self._held != (index, then, None):
             self.release()
             for name, tensor in self._take(index, then).items():
-                set_parameter(self.blocks[index], name, tensor)
+                set_parameter(self.model, name, tensor)
         self._held = index, then, change
         if change is not None:
             self._apply(index, change)
@@ -84,9 +87,8 @@ class Weights:
     def release(self) -> None:
         """Empty the block that is held, if any."""
         if self._held is not None:
-            index = self._held[0]
-            for name, parameter in self._empty[index].items():
-                set_parameter(self.blocks[index], name, parameter)
+            for name, parameter in self._empty[self._held[0]].items():
+                set_parameter(self.model, name, parameter)
         self._held = None
 
     @torch.no_grad()
@@ -110,10 +112,8 @@ class Weights:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
-        prefix = f"{self.blocks_name}.{index}."
         with self._copies.running():
-            tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            return self._read(self._empty[index])
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
         """Return a block's tensors; a thread then reads the following block."""

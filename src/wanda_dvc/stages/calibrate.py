@@ -104,7 +104,7 @@ def _backward(project: Project, work: Work) -> None:
     run = runner(project, "dense", work)
     blocks = len(run.decoder.blocks)
     kept = tensors.finished_blocks(work.out, reversed(range(blocks)))
-    back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
+    back = backward(run, calibration_windows(project)[:WINDOWS_BACK], kept=kept)
     for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
         each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
         tensors.write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
