@@ -13,8 +13,9 @@ from test_families import save
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import Sizes, Walk
+from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
-from wanda_dvc.stages.needs import NEEDS, Need, need
+from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.study.project import Project
 
 CONFIGS = ROOT / "tests/configs"
@@ -105,7 +106,8 @@ def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch
 
 def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(project: Make, capsys: Capture):
     made = project()
-    assert need(made, "calibrate") == Need()
+    with pytest.raises(UserError, match="config.json: missing"):
+        need(made, "calibrate")
     needs.announce(project=made, stage="calibrate")
     made.model("dense").mkdir(parents=True)
     for content in ("{", '{"model_type": "abacus"}', "{}"):

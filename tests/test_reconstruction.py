@@ -26,7 +26,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.running import calibration_windows, open_decoder
+from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
@@ -111,7 +111,8 @@ def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tm
 
 def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path):
     made = study()
-    steps = walk(open_decoder(made, "dense"), calibration_windows(made), tmp_path / "walk")
+    decoder = Decoder(made.model("dense"), dtype=torch.float32, device=torch.device("cpu"))
+    steps = walk(decoder, calibration_windows(made), tmp_path / "walk")
     step = next(steps)  # whose block stays as long as `steps`
     half = read_grams(made.gram, 0)
     for name, gram in step.record(gram=True).grams.items():
@@ -226,7 +227,7 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
             model(windows)
         hook.remove()
         seen.append(inputs[0].flatten(0, 1))
-    decoder = open_decoder(made, "dense")
+    decoder = Decoder(made.model("dense"), dtype=torch.float32, device=torch.device("cpu"))
     recorder = InputRecorder(linears=decoder.linears(0), gram=True)
     cross(decoder, recorder, dense, pruned)
     name = "model.layers.0.mlp.down_proj"

@@ -38,11 +38,11 @@ BYTES_A_TOKEN = 4  # of English text, about
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a stage needs at its peak, in bytes; 0 if nothing, or not known yet."""
+    """What a stage needs at its peak, in bytes."""
 
-    memory: int = 0
+    memory: int
     mapped: int = 0  # of the memory: page cache, which the system may reclaim
-    disk: int = 0  # with its outputs
+    disk: int  # with its outputs
 
 
 class Known:
@@ -79,10 +79,7 @@ class Known:
 
 
 def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
-    """Return the needs of a study's stage; nothing without the configuration of its model."""
-    model = project.model(part if part in MODELS else "dense")
-    if stage not in NEEDS or not (model / "config.json").is_file():
-        return Need()
+    """Return the needs of a study's stage. UserError without the configuration of its model."""
     return NEEDS[stage](Known(project, part, text))
 
 
@@ -217,9 +214,9 @@ def continuing(on: Known, tokens: int) -> int:
 def announce(*, project: Project, stage: str, part: str = "", text: str = "") -> None:
     """Print a stage's needs and what is free to stderr."""
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
-        if (wanted := need(project, stage, part, text)) != Need():
-            needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
-            notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(project).values()))}")
+        wanted = need(project, stage, part, text)
+        needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
+        notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(project).values()))}")
 
 
 def free(project: Project) -> dict[str, int]:

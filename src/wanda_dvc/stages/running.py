@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.rows import Executor
     from wanda_dvc.engine.walk import Runner
 
@@ -318,10 +317,24 @@ def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tens
 
 
 def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Runner":
-    """Return a runner of rows through one of the project's models, in this process or on the cluster."""
+    """Return a runner of rows through one of the project's models, in this process or on the cluster.
+
+    With a cluster the model is on the CPU: this process computes nothing itself. The dtype is by default params.yaml's.
+    """
+    import torch
+
+    from wanda_dvc.engine.attention import has_units
+    from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.walk import Runner
 
-    decoder = open_decoder(project, model, dtype=dtype)
+    runtime, dtype = project.params.runtime, dtype or model_dtype(project, model)
+    device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
+    if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
+        notice(
+            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
+            "dtype=float32 (last digits differ), or use another machine"
+        )
+    decoder = Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)
     run = executor(project, [project.model(model), project.work_root])
     return Runner(decoder, work.path.absolute(), run)
 
@@ -338,23 +351,3 @@ def executor(project: Project, folders: Sequence[Path], *, here: bool = False) -
     cluster = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
     notice(f"runtime.ray: workers: {cluster.workers}")
     return cluster
-
-
-def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
-    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
-
-    With a cluster it is on the CPU: this process computes nothing itself.
-    """
-    import torch
-
-    from wanda_dvc.engine.attention import has_units
-    from wanda_dvc.engine.decoder import Decoder
-
-    runtime, dtype = project.params.runtime, dtype or model_dtype(project, model)
-    device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
-    if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
-        notice(
-            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
-            "dtype=float32 (last digits differ), or use another machine"
-        )
-    return Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)

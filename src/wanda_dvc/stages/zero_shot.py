@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ CONTINUED = 40  # tokens of a continuation, at most
 
 if TYPE_CHECKING:
     import torch
-
-    from wanda_dvc.engine.walk import Step
 
 
 def zero_shot(*, project: Project, model: str) -> None:
@@ -125,10 +123,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     run = runner(project, model, work)
-
-    def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
-        return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
-
+    blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks")
     language_model = EngineLM(project.model(model), run, progress=blocks)
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
     where = run.not_finite

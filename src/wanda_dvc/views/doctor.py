@@ -49,7 +49,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
     else:
         with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
-            needs = {stage: one for stage in NEEDS if (one := need(project, stage)) != Need()}
+            needs = {stage: need(project, stage) for stage in NEEDS}
         checks.append(Check("params.yaml", True, "valid"))
         checks += [*_machine(params), *_room(project, needs)]
     missing = [check.what for check in checks if check.needed and not check.good]
