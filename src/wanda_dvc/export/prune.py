@@ -72,8 +72,8 @@ def prune(
         wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
         settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // params.calibration.length))
         if recipe is None:
-            row = STRUCTURES.get(pattern)
-            best = "fisher" if row is None else FALLBACK if row.method else "wanda-refit"  # docs/methods.md
+            units = {name: "wanda-refit" for name in STRUCTURES} | {"experts": FALLBACK}
+            best = units.get(pattern, "fisher")  # docs/methods.md
             settings["recipe"] = _recommended(project, _checked(settings | {"recipe": best}))
         renew(study, nested(settings))
         reproduce(study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
