@@ -17,7 +17,7 @@ HEAD = """\
 # Settings
 
 `dvc exp run --temp -S ++method=ria` sets a setting of `params.yaml`; `++` also adds one that the file does not have.
-Only `model` and the texts are required. A change reruns the stages named and those after them.
+`params.yaml` must name `model` and the texts. A change reruns the stages named and those after them.
 
 """
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
@@ -36,7 +36,8 @@ def page() -> str:
         if not name.startswith(TEXTS[1]):  # a text's settings are described once
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
-            rows.append([shown, _meaning(field), f"`{default}`", ", ".join(_stages(name)) or "–"])
+            stages = _stages(name)[: 1 if name.startswith(TEXTS[0]) else None]  # the first stage of both texts
+            rows.append([shown, _meaning(field), f"`{default}`", ", ".join(stages) or "`plan`"])
     recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
     allocations = [[x.name, x.about] for x in ALLOCATIONS.values()]
     sections = {

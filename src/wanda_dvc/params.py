@@ -237,13 +237,17 @@ class Params(_Section):
     method: Annotated[str, _one_of(catalog.methods)] | None = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
     )
-    group: Annotated[str, _one_of(catalog.GROUPS)] | None = Field(None, description="the weights that compete")
-    allocation: Annotated[str, _one_of(catalog.ALLOCATIONS)] | None = Field(None, description="how sparsities differ")
+    group: Annotated[str, _one_of(catalog.GROUPS)] | None = Field(
+        None, description="the weights whose scores are compared"
+    )
+    allocation: Annotated[str, _one_of(catalog.ALLOCATIONS)] | None = Field(
+        None, description="sparsity of each block or linear"
+    )
     reconstruction: Annotated[str, _one_of(catalog.RECONSTRUCTIONS)] | None = Field(
-        None, description="weights that stay"
+        None, description="new values of the weights that stay"
     )
     propagation: Literal["dense", "pruned", "corrected"] | None = Field(
-        None, description="outputs read by the calibration"
+        None, description="the outputs that a block is calibrated on"
     )
     perplexity: Perplexity
     tasks: Tasks = Tasks()

@@ -72,7 +72,7 @@ def prune(
         wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
         settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // params.calibration.length))
         if recipe is None:
-            units = {name: "wanda-refit" for name in STRUCTURES} | {"experts": FALLBACK}
+            units = dict.fromkeys(STRUCTURES, "wanda-refit") | {"experts": FALLBACK}
             best = units.get(pattern, "fisher")  # docs/methods.md
             settings["recipe"] = _recommended(project, _checked(settings | {"recipe": best}))
         renew(study, nested(settings))
