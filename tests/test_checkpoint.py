@@ -79,12 +79,14 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     write_json(source / "provenance.json", {"made_by": "download model", "source": "x", "sha256": "0"})
     generator = torch.Generator().manual_seed(0)
     keeps: dict[str, np.ndarray] = {}
-    (tmp_path / "masks").mkdir()
+    study = Project(tmp_path / "study")
+    study.masks.mkdir(parents=True)
+    write_params(study.root, source)
     checkpoint = Checkpoint(source)
     zeros = {}
     for block, names in enumerate(linears):
         masks = {n: torch.rand(x.weight.shape, generator=generator) < 0.5 for n, x in names.items()}
-        write_masks(tmp_path / "masks", block, masks)
+        write_masks(study.masks, block, masks)
         for name, keep in masks.items():
             address, weight = checkpoint.find(name), checkpoint.weight(name)
             zeros[name] = (block, int(((weight == 0) | ~keep).sum()), weight.numel())
@@ -96,18 +98,11 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                 )
                 stacked[address.expert] = keep.numpy()
     made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
-    made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
-    made["params"] |= {"allocation": "uniform"}
-    made["params"] |= {"reconstruction": "none", "propagation": "dense"}
+    made |= {"params": study.params.plan.described}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
-    seal(tmp_path / "masks", made)
-
-    study = Project(tmp_path / "study")
-    study.root.mkdir()
-    shutil.move(tmp_path / "masks", study.masks)
+    seal(study.masks, made)
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(source)
-    write_params(study.root, source)
     found = {name: entry[:3] for name, entry in prune(study, tmp_path / "pruned")[0].items()}
 
     expected, written = tree(overwritten(source, tmp_path / "expected", keeps)), tree(tmp_path / "pruned")

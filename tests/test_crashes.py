@@ -328,10 +328,13 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
 @pytest.mark.parametrize("closed", ["stats", "stats/norms", ".dvc/tmp/wanda-dvc"])
 def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(study: Make, closed: str):
     """`calibrate` over what may not be written or read; then it may."""
-    root = study().root
+    norms = {"calibration__statistics": "norms"}
+    made = study(**norms)
+    root = made.root
+    run("calibrate", project=made)
     expected = tree(root)
-    run("calibrate", project=study(calibration__windows=3))
-    made = study()
+    run("calibrate", project=study(calibration__windows=3, **norms))
+    study(**norms)
     before = tree(root)
     path = root / closed
     mode = path.stat().st_mode

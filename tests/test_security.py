@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import zipfile
@@ -219,15 +218,12 @@ def test_a_token_is_found_nowhere(tmp_path: Path, texts: dict[str, str], monkeyp
     home = tmp_path / "home"
     (home / "huggingface").mkdir(parents=True)
     (home / "huggingface/token").write_text(TOKEN)
-    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
+    holders = {"HF_HOME": str(home / "huggingface"), "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
+    for name, value in holders.items():
+        monkeypatch.setenv(name, value)
+    settings = texts | {"tasks__names": tasks}
     model = save_tiny_model(tmp_path / "model")
-    holders = ("HF_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    imported_with = {name: os.environ[name] for name in holders}
-    repository = Repository.new(
-        tmp_path / "study", model, settings=texts | {"tasks__names": tasks}, imported_with=imported_with
-    )
+    repository = Repository.new(tmp_path / "study", model, settings=settings, imported_with=holders)
     said = repository.run("dvc", "repro")
     repository.commit()
     said += repository.run("wanda-dvc", "show")

@@ -112,8 +112,10 @@ def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
     assert json.loads(made.metrics("pruned", "sparsity").read_text()) == {"sparsity": 0.5}
 
 
-def test_what_is_plotted_is_what_the_stages_found(project: Make):
-    made = prune(fetch(project(sparsity=0.3)))
+def test_what_is_plotted_is_what_the_stages_found(study: Make):
+    made = study(sparsity=0.3)
+    mask(project=made)
+    apply(project=made)
 
     def plotted(name: str) -> list[dict[str, str]]:
         with made.plots(name).open(encoding="utf-8", newline="") as file:
@@ -121,7 +123,7 @@ def test_what_is_plotted_is_what_the_stages_found(project: Make):
 
     weights = load_file(made.model("pruned") / "model.safetensors")
     expected = {
-        (str(block), name): weights[f"{name}.weight"] for block in range(4) for name in read_masks(made.masks, block)
+        (str(block), name): weights[f"{name}.weight"] for block in range(2) for name in read_masks(made.masks, block)
     }
     rows = plotted("sparsity")
     assert [(row["block"], row["linear"]) for row in rows] == list(expected)
@@ -129,7 +131,7 @@ def test_what_is_plotted_is_what_the_stages_found(project: Make):
         assert int(row["zeros"]) == (weight == 0).sum()
         assert int(row["weights"]) == weight.numel()
         assert float(row["sparsity"]) == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
-    inputs = [(block, x) for block in range(4) for x in read_stats(made.stats, block).inputs.values()]
+    inputs = [(block, x) for block in range(2) for x in read_stats(made.stats, block).inputs.values()]
     for row, (block, x) in zip(plotted("norms"), inputs, strict=True):
         norms = x.sum_squares.sqrt()
         assert (int(row["block"]), int(row["features"])) == (block, len(norms))
@@ -147,13 +149,12 @@ def test_what_is_plotted_is_what_the_stages_found(project: Make):
     ],
 )
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, changes: dict[str, Any], loops):
-    made = fetch(project(method=method, **changes))
-    calibrate(project=made)
+def test_masks_are_those_of_the_loops(study: Make, method: str, changes: dict[str, Any], loops):
+    made = study(method=method, **changes)
     mask(project=made)
-    weights = load_file(tiny / "model.safetensors")
-    inputs, readers, *_ = read_stats(made.stats, 2)
-    keeps = read_masks(made.masks, 2)
+    weights = load_file(made.model("dense") / "model.safetensors")
+    inputs, readers, *_ = read_stats(made.stats, 1)
+    keeps = read_masks(made.masks, 1)
     for source, names in readers.items():
         for name in names:
             norm = inputs[source].norm.tolist()
@@ -161,11 +162,9 @@ def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, ch
             assert keeps[name].tolist() == loops(score)
 
 
-def test_statistics_cut_in_another_way_are_refused(project: Make):
-    made = fetch(project())
-    calibrate(project=made)
-    with pytest.raises(UserError, match=r"stats/: measured with .*'windows': 3.* expected .*'windows': 4"):
-        mask(project=project(calibration__windows=4))
+def test_statistics_cut_in_another_way_are_refused(study: Make):
+    with pytest.raises(UserError, match=r"stats/: measured with .*'windows': 4.* expected .*'windows': 3"):
+        mask(project=study(calibration__windows=3))
 
 
 @pytest.mark.parametrize("name", list(OF_WEIGHTS))
@@ -266,12 +265,12 @@ def kill(*_: object) -> None:
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
 )
 def test_progress_counts_only_with_the_states_that_it_speaks_of(
-    project: Make, monkeypatch: Patch, spoil: Callable[[Path], object]
+    study: Make, monkeypatch: Patch, spoil: Callable[[Path], object]
 ):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
     from wanda_dvc.engine import divergence as module
 
-    made = fetch(project(), "model", "perplexity")
+    made = study()
     perplexity(project=made, model="dense", text="embedded")
     complete = made.details("dense", "perplexity/embedded").read_bytes()
     with monkeypatch.context() as killed:
@@ -284,13 +283,11 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
-def test_blocks_that_a_killed_run_has_lost_are_made_again(project: Make, monkeypatch: Patch, propagation: str):
+def test_blocks_that_a_killed_run_has_lost_are_made_again(study: Make, monkeypatch: Patch, propagation: str):
     """Finished work that had been moved away was published without its blocks, with exit 0."""
-    made = fetch(project(propagation=propagation))
-    calibrate(project=made)
+    made = study(propagation=propagation, calibration__statistics="norms")
     mask(project=made)
-    target = made.stats if propagation == "dense" else made.masks
-    stage = calibrate if propagation == "dense" else mask
+    target, stage = (made.stats, calibrate) if propagation == "dense" else (made.masks, mask)
     complete = tree(target)
     with monkeypatch.context() as killed:
         killed.setattr(tensors, "seal", kill)
@@ -301,18 +298,16 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(project: Make, monkeyp
     assert tree(target) == complete
 
 
-def test_an_m_that_does_not_divide_the_inputs_is_refused(project: Make):
-    made = fetch(project(pattern="3:6"))
-    calibrate(project=made)  # statistics serve any pattern
+def test_an_m_that_does_not_divide_the_inputs_is_refused(study: Make):
+    made = study(pattern="3:6")
     message = r"pattern: got 3:6, but model.layers.0.self_attn.\w* has 32 inputs, expected a multiple of 6"
     with pytest.raises(UserError, match=message):
         mask(project=made)
     assert not made.masks.exists()
 
 
-def test_weights_that_are_not_finite_are_refused(project: Make):
-    made = fetch(project(method="magnitude"))
-    calibrate(project=made)
+def test_weights_that_are_not_finite_are_refused(study: Make):
+    made = study(method="magnitude")
     spoil_weights(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(made.model("dense"))
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores of method magnitude that are not finite"):
         mask(project=made)
@@ -421,10 +416,12 @@ def test_a_task_without_an_accuracy_is_refused():
 # --- results ---
 
 
-def test_show_says_whose_model_is_in_the_workspace(project: Make):
-    made = prune(fetch(project(), "model", "calibration"))
+def test_show_says_whose_model_is_in_the_workspace(study: Make):
+    made = study()
+    mask(project=made)
+    apply(project=made)
     assert "another experiment" not in show(project=made)
-    changed = project(sparsity=0.7)
+    changed = study(sparsity=0.7)
     assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(project=changed)
     mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
     shown = show(project=changed)
@@ -434,9 +431,8 @@ def test_show_says_whose_model_is_in_the_workspace(project: Make):
     assert "another experiment" not in show(project=changed)
 
 
-def test_stats_are_a_summary_of_the_norms(project: Make):
-    made = fetch(project(), "model", "calibration")
-    calibrate(project=made)
+def test_stats_are_a_summary_of_the_norms(study: Make):
+    made = study()
     records = json.loads(stats.stats(project=made, layer=1, as_json=True))
     inputs = read_stats(made.stats, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
@@ -446,13 +442,12 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
         assert record["max"] == norm[0][1]
         assert record["median"] == pytest.approx(float(np.median(x.norm)))
         assert record["outliers"] == pytest.approx(sum(v > 6 * record["median"] for _, v in norm) / len(norm))
-    assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 4 * 4
-    with pytest.raises(UserError, match="--layer: got 4, expected 0 to 3: the model has 4 blocks"):
-        stats.stats(project=made, layer=4, as_json=False)
+    assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 2 * 4
+    with pytest.raises(UserError, match="--layer: got 2, expected 0 to 1: the model has 2 blocks"):
+        stats.stats(project=made, layer=2, as_json=False)
 
 
-def test_too_few_tokens_for_solvers_are_reported(project, capsys: Capture):
-    made = fetch(project(calibration__statistics="gram", calibration__windows=4), "model", "calibration")
-    calibrate(project=made)
+def test_too_few_tokens_for_solvers_are_reported(study: Make, capsys: Capture):
+    calibrate(project=study(calibration__statistics="gram"))
     shown = capsys.readouterr().err
     assert "calibrate: 256 tokens, expected 480 or more for solvers" in shown
