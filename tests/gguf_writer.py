@@ -28,8 +28,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         if values.ndim == 1:
             stored = GGMLQuantizationType.F32
         place = names.get_name(name, try_suffixes=(".weight",))
-        if place is None:
-            raise RuntimeError(f"{folder}: {name} has no name in GGUF's llama, expected a Llama")
+        assert place, name
         writer.add_tensor(place, quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,7 +1,6 @@
 """A local model or text is watched by its content, and a study is shared with a team, on a real DVC repository."""
 
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from conftest import ROOT, Factory, save_tiny_model
 from dvc.repo import Repo
 from repository import Repository, ran
+from test_init import git
 from test_pipeline import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE
 
 from wanda_dvc.engine.checkpoint import INDEX
@@ -128,25 +128,20 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
 
 def test_commits_without_experiments_are_not_read(tmp_path: Path):
     """`list` and `report` read every commit of the repository: minutes in a large one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    git("init", "--quiet")
+    git(tmp_path, "init", "--quiet")
     Repo.init(str(tmp_path)).close()
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     revs = []
     for number in range(4):
         (tmp_path / "params.yaml").write_text(f"sparsity: 0.{number}\n")
-        git("add", ".")
-        git("commit", "--quiet", "--message", f"{number}")
-        revs.append(git("rev-parse", "HEAD"))
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "--quiet", "--message", f"{number}")
+        revs.append(git(tmp_path, "rev-parse", "HEAD"))
         if number == 1:
             (tmp_path / "params.yaml").write_text("sparsity: 0.9\n")
             with Repo(str(tmp_path)) as repo:
                 repo.experiments.save(name="an-experiment")
-            git("checkout", "--", ".")
+            git(tmp_path, "checkout", "--", ".")
     with Repo(str(tmp_path)) as repo:
         found = states(tmp_path, repo)
     assert {state.rev for state in found} == {"workspace", revs[3], revs[1]}

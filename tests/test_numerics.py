@@ -1,4 +1,4 @@
-"""Tied heads as transformers ties them, activations that are not finite, and sparsities that no decimal is."""
+"""Tied heads as transformers ties them, and activations that are not finite."""
 
 import itertools
 import json
@@ -17,12 +17,9 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
-from wanda_dvc.stages.apply import prune
-from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.tensors import read_masks
 
 EVERY = ("model", "calibration", "perplexity", "tasks")
 
@@ -96,23 +93,6 @@ def test_both_measures_name_it_and_show_repeats_it(weight: str, project: Make, t
     assert load_json(made.metrics("dense", "zero_shot"))["piqa"] == {"acc": "diverged", "acc_norm": "diverged"}
     (row,) = [line for line in show(project=made).splitlines() if line.startswith("| piqa, acc, %")]
     assert "diverged" in row
-
-
-# --- what no decimal is ---
-
-
-@pytest.mark.parametrize(("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333)])
-def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make, tmp_path: Path):
-    source = save_tiny_model(tmp_path / "source", hidden_size=48, intermediate_size=96)
-    made = fetch(project(model=source, pattern=pattern, sparsity=sparsity))
-    calibrate(project=made)
-    mask(project=made)
-    n, m = map(int, pattern.split(":"))
-    for block in range(4):
-        for keep in read_masks(made.masks, block).values():
-            assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
-    _, metrics = prune(made, tmp_path / "pruned")
-    assert metrics == {"sparsity": round(1 - n / m, 6)}
 
 
 # --- devices, lengths and no tasks ---

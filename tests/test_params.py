@@ -65,11 +65,8 @@ def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
     (tmp_path / "folder").symlink_to(tmp_path)
     (tmp_path / "link.txt").symlink_to("text.txt")
     for name in ("link.txt", "folder/text.txt", "folder/link.txt", "../" + tmp_path.name + "/text.txt"):
-        sources = {
-            "perplexity__texts__embedded__source": str(tmp_path / "text.txt"),
-            "perplexity__texts__embedded__split": None,
-        }
-        write_settings(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
+        measured = {"perplexity__texts__embedded__source": str(tmp_path / "text.txt")}
+        write_settings(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **measured)
         with pytest.raises(UserError, match="calibration.text: found the text that perplexity is measured on"):
             read_params(tmp_path / "params.yaml")
 

@@ -154,29 +154,23 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
 @pytest.mark.parametrize(
     ("setting", "propagation"),
     [("group", "dense"), ("group", "pruned"), ("allocation", "dense"), ("allocation", "pruned"),
-     ("reconstruction", "pruned")],
+     ("reconstruction", "pruned"), ("reconstruction", "dense")],
 )  # fmt: skip
-def test_gradients_of_another_calibration_than_the_norms_are_refused(study: Make, setting: str, propagation: str):
+def test_gradients_of_another_calibration_are_refused(study: Make, setting: str, propagation: str):
+    """By `apply` where the weights alone follow from them."""
+    by_apply = (setting, propagation) == ("reconstruction", "dense")
+    stage, made_with = (apply, "masks/") if by_apply else (mask, "stats/norms")
     value = {"group": "outputs", "allocation": "sensitivity", "reconstruction": "output-weighted"}[setting]
     made = study(**{setting: value}, propagation=propagation)
+    if by_apply:
+        mask(project=made)
     provenance = made.gradients / "provenance.json"
     content = json.loads(provenance.read_text())
     provenance.unlink()
     write_json(provenance, content | {"params": content["params"] | {"seed": 7}})
-    with pytest.raises(UserError, match="found a calibration of .*, expected .* that stats/norms names"):
-        mask(project=made)
-
-
-def test_gradients_of_another_calibration_are_refused(study: Make):
-    made = study(reconstruction="output-weighted")
-    mask(project=made)
-    kept = made.gram.rename(made.root / "kept")
-    calibrate(project=study(calibration__seed=1))
-    shutil.rmtree(made.gram)
-    kept.rename(made.gram)
-    study(reconstruction="output-weighted")
-    with pytest.raises(UserError, match="stats/gradients: found a calibration of .* that masks/ names"):
-        apply(project=made)
+    said = f"stats/gradients: found a calibration of .*, expected .* that {made_with} names"
+    with pytest.raises(UserError, match=said):
+        stage(project=made)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])

@@ -108,7 +108,9 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(tmp_
 def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pair(tmp_path)
     one, curve = train(dense, pruned, tmp_path / "one", steps=4)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     children = []
     for rank in ("0", "1"):
         if not (child := os.fork()):
@@ -128,12 +130,6 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "0.json").read_text())[-1]["text"] == pytest.approx(curve[-1]["text"], rel=1e-3)
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
 
 
 @pytest.mark.parametrize("family", ALL)

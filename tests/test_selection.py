@@ -66,10 +66,10 @@ def test_scores_of_any_sign_are_ranked_by_value(score, share):
     assert select(score, share=share).tolist() == expected
 
 
-@given(
-    st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 17), (2, 257), (1, 300), (256, 512)]),
-    st.data(),
-)
+N_OF_M = [(1, 2), (1, 3), (2, 3), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 17), (2, 257), (1, 300), (256, 512)]
+
+
+@given(st.sampled_from(N_OF_M), st.data())
 def test_n_of_m_equals_the_loops(n_of_m, data):
     n, m = n_of_m
     weight = data.draw(matrices(st.integers(1, 3).map(lambda groups: groups * m)))

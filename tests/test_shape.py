@@ -126,12 +126,15 @@ def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Pat
     assert "Traceback" in wanda_dvc("--debug", "calibrate", cwd=tmp_path).stderr
 
 
-HEAVY_LIBRARIES = {"torch", "transformers", "lm_eval", "datasets", "dvc", "numpy", "matplotlib", "scipy"}
+SLOW_TO_IMPORT = {
+    "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
+    "transformers",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["catalog", "cli", "errors", "params"])
 def test_a_light_module_loads_no_heavy_library(module: str):
-    heavy = HEAVY_LIBRARIES | ({"pydantic"} if module == "cli" else set())
+    heavy = SLOW_TO_IMPORT | ({"pydantic"} if module == "cli" else set())
     code = f"import sys, wanda_dvc.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -171,10 +174,6 @@ def test_another_missing_module_is_a_bug(tmp_path: Path):
     assert "This is a bug" in done.stderr
 
 
-SLOW_TO_IMPORT = {
-    "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
-    "transformers",
-}  # fmt: skip
 TORCH = {"numpy", "torch"}
 MODELS = TORCH | {"accelerate", "scipy", "transformers"}  # transformers brings the others
 QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}

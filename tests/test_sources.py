@@ -131,13 +131,8 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Path):
-    doubles = {
-        "pytorch_model.bin": b"x",
-        "consolidated.safetensors": b"x",
-        "original__model.pth": b"x",
-        "README.md": b"x",
-    }
-    hub.add("models/org/tiny", tiny, **doubles)
+    doubles = ("pytorch_model.bin", "consolidated.safetensors", "original__model.pth", "README.md")
+    hub.add("models/org/tiny", tiny, **dict.fromkeys(doubles, b"x"))
     made = project(model="org/tiny@v1")
     download(project=made, part="model")
     names = {path.name for path in tiny.iterdir()}

@@ -131,6 +131,8 @@ def test_what_is_plotted_is_what_the_stages_found(study: Make):
         assert int(row["zeros"]) == (weight == 0).sum()
         assert int(row["weights"]) == weight.numel()
         assert float(row["sparsity"]) == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
+    zeros, total = (sum(int(row[name]) for row in rows) for name in ("zeros", "weights"))
+    assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": round(zeros / total, 6)}  # no short decimal
     inputs = [(block, x) for block in range(2) for x in read_stats(made.stats, block).inputs.values()]
     for row, (block, x) in zip(plotted("norms"), inputs, strict=True):
         norms = x.sum_squares.sqrt()

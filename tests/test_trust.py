@@ -50,6 +50,14 @@ def studies(tmp_path_factory: Factory, texts: dict[str, str]) -> dict[str, Path]
     return {name: made(folder / name, *words).root for name, words in given.items()}
 
 
+def refused_with(says: str, stage: str, project: Project, part: str = "") -> None:
+    """The stage is refused and changes no file."""
+    before = tree(project.root)
+    with pytest.raises(UserError, match=says):
+        run(stage, project=project, part=part)
+    assert tree(project.root) == before
+
+
 @pytest.mark.parametrize(
     ("stage", "part", "taken", "of", "says"),
     [
@@ -74,10 +82,7 @@ def test_an_artifact_of_other_inputs_is_refused(
     if stage == "mask-pruned":
         stage, project = "mask", project.with_params(project.params.model_copy(update={"propagation": "pruned"}))
         planned(project)
-    before = tree(root)
-    with pytest.raises(UserError, match=says):
-        run(stage, project=project, part=part)
-    assert tree(root) == before
+    refused_with(says, stage, project, part)
 
 
 def spoil_values(path: Path) -> None:
@@ -110,10 +115,7 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
         run("mask", project=project)
         run("apply", project=project)
     spoil_values(root / folder / "block_001.safetensors")
-    before = tree(root)
-    with pytest.raises(UserError, match=says):
-        run(stage, project=project)
-    assert tree(root) == before
+    refused_with(says, stage, project)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +133,7 @@ def test_a_block_that_is_missing_or_damaged_is_refused(
 ):
     root = shutil.copytree(studies["own"], tmp_path / "study")
     spoil(root)
-    before = tree(root)
-    with pytest.raises(UserError, match=says):
-        run(stage, project=Project(root))
-    assert tree(root) == before
+    refused_with(says, stage, Project(root))
 
 
 def test_no_provenance_names_a_time_a_host_or_a_path(studies: dict[str, Path]):
