@@ -4,12 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-QWEN = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 1536,
-    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16",
-}  # fmt: skip
+CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
 
 
 def make_checkpoint(folder: Path, config: dict[str, Any], *, shard: float = 1e9) -> None:

@@ -26,7 +26,7 @@ try:
 except ImportError:
     sys.modules["jaxtyping"] = MagicMock()  # its names only annotate
 
-from checkpoints import make_checkpoint
+from checkpoints import CONFIGS, make_checkpoint
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.engine.decoder import Decoder
@@ -38,7 +38,6 @@ from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linea
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import pack_bits
 
-CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
 LLAMA_7B, SMOLLM2 = (
     json.loads((CONFIGS / f"{name}.json").read_text()) | {"num_hidden_layers": blocks, "tie_word_embeddings": False}
     for name, blocks in (("llama-2-7b", 4), ("smollm2-135m", 6))

@@ -15,17 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints import QWEN, make_checkpoint
-from origin import HERE, ROOT, origin, process, write_row
+from checkpoints import CONFIGS, make_checkpoint
+from origin import HERE, origin, process, write_row
 
 from wanda_dvc.study.scaffold import change_settings
 
-LLAMA_7B = ROOT / "tests/configs/llama-2-7b.json"
 LIMIT = 3e9  # bytes
 PROTOCOL = "random weights in bfloat16, 2 windows of 512 tokens of the embedded text"
 STAGES = (("calibrate", "norms"), ("mask", ""), ("apply", ""), ("perplexity", "dense"))
-GROUPS = Path("/sys/fs/cgroup")
-LIMITS = {GROUPS: "memory.max", GROUPS / "memory": "memory.limit_in_bytes"}  # of version 2 and 1
+LIMITS = {Path("/sys/fs/cgroup"): "memory.max", Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes"}  # v2, v1
 # The process joins the group, then becomes the command.
 JOIN = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
 
@@ -87,7 +85,8 @@ def main() -> None:
     large = parser.parse_args().large
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
-        make_checkpoint(model, json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"} if large else QWEN)
+        shape = json.loads((CONFIGS / f"{'llama-2-7b' if large else 'qwen2.5-1.5b'}.json").read_text())
+        make_checkpoint(model, shape | {"dtype": "bfloat16"})
         process("wanda-dvc", "init", root, "--model", model, cwd=HERE)
         windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
         change_settings(root / "params.yaml", windows)

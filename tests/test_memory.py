@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import QWEN, make_checkpoint
+from checkpoints import CONFIGS, make_checkpoint
 from conftest import ROOT, fetch, write_params
 from memory import forget, limited
 
@@ -23,6 +23,7 @@ from wanda_dvc.study.project import Project
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 slow = pytest.mark.slow  # models that are large enough to be told from the libraries
 
+QWEN = json.loads((CONFIGS / "qwen2.5-1.5b.json").read_text())
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 2000,
