@@ -21,7 +21,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import seal, write_masks
+from wanda_dvc.study.tensors import pack_masks, seal, write_masks
 
 UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
 words = st.text("ab01", min_size=1, max_size=3)
@@ -86,7 +86,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     zeros = {}
     for block, names in enumerate(linears):
         masks = {n: torch.rand(x.weight.shape, generator=generator) < 0.5 for n, x in names.items()}
-        write_masks(study.masks, block, masks)
+        write_masks(study.masks, block, pack_masks(masks))
         for name, keep in masks.items():
             address, weight = checkpoint.find(name), checkpoint.weight(name)
             zeros[name] = (block, int(((weight == 0) | ~keep).sum()), weight.numel())

@@ -70,7 +70,7 @@ def test_a_directory_has_the_stages_figures(study: Project):
     (found,) = evaluated(study, folder)
     left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
-    own = figures(Results.of(study, "pruned", dense=Results.of(study, "dense")))
+    own = figures(Results.of(study, "pruned"))
     assert found["results"] == {name: value for name, value in own.items() if name not in ("sparsity", "layer_error")}
     assert found["tests"][0]["measure"] == "perplexity"
 

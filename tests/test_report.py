@@ -18,6 +18,7 @@ from wanda_dvc.results.experiments import Collected, Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, write
 from wanda_dvc.results.report import page
+from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 
@@ -82,8 +83,7 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
     ) -> Experiment:
         name = f"e{len(found)}"
         study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
-        dense = Results.of(study, "dense")
-        found.append(Experiment(name, None, study, dense, Results.of(study, "pruned", dense=dense)))
+        found.append(Experiment(name, None, study, {model: Results.of(study, model) for model in MODELS}))
         return found[-1]
 
     return make

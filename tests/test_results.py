@@ -68,7 +68,7 @@ def both(study: Project, **changes: Any) -> tuple[Results, Results]:
     """The results of a dense and a pruned model; `changes` of the pruned model's protocols."""
     dense = write_results(study, "dense", 2.0, 36)
     write_results(study, "pruned", 2.5, 26, **changes)
-    return Results.of(study, "pruned", dense=dense), dense
+    return Results.of(study, "pruned"), dense
 
 
 # --- who may be compared ---
@@ -117,7 +117,7 @@ def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Projec
     pruned, dense = both(here)
     write_json(here.metrics("pruned", "perplexity/embedded"), {"perplexity": "diverged", "divergence": "diverged"})
     write_json(here.metrics("pruned", "zero_shot"), {"piqa": {"acc": "diverged"}})
-    pruned = Results.of(here, "pruned", dense=dense)
+    pruned = Results.of(here, "pruned")
     _, rows = side_by_side({"dense": dense, "pruned": pruned}, base="dense")
     assert {row[0]: row[2] for row in rows}["mean acc, %"] == "diverged"
     assert {row[0] for row in rows if row[2] == "diverged"} >= {"perplexity", "divergence, nats", "right → wrong"}
@@ -203,7 +203,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         covered["perplexity"] += one.low <= math.exp(2.0) <= one.high
         covered["ratio"] += both.low <= math.exp(0.1) <= both.high
         tasks = [list(random.choice([-1.0, 0.0, 1.0], size, p=[0.2, 0.5, 0.3])) for size in (30, 60)]
-        mean = inference.mean_of_tasks(tasks)
+        mean = inference.mean_of_tasks(tasks, -1)
         assert mean
         covered["tasks"] += mean.low <= 0.1 <= mean.high
     assert all(0.91 <= count / 400 <= 0.985 for count in covered.values()), covered
@@ -235,7 +235,7 @@ def test_a_shorter_window_counts_by_its_predictions():
 def test_nothing_is_said_of_what_is_not_finite_or_alone():
     assert inference.perplexity([1.0, math.nan], [3, 3]) is None
     assert inference.perplexity([1.0], [3]) is None
-    same = inference.mean_of_tasks([[0.0] * 9, [0.0] * 9])
+    same = inference.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
     assert same
     assert same.p == 1
 
@@ -243,7 +243,7 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
 @pytest.mark.parametrize("tasks", [[[-1.0]], [[-1.0, -1.0]], [[1.0, 0.0, 1.0], [1.0]], [[1.0] * 3, [0.0] * 3]])
 def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
     """A t interval of no width would say that one item is beyond noise."""
-    assert inference.mean_of_tasks(tasks) is None
+    assert inference.mean_of_tasks(tasks, -1) is None
 
 
 def test_holm_rejects_step_by_step():
@@ -259,13 +259,14 @@ def test_holm_rejects_step_by_step():
 def test_an_interval_of_accuracies_stays_within_0_and_1():
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
-    plain = inference.mean_of_tasks([[float(x) for x in answers[0]]])
-    most, least = inference.mean_accuracy(answers[:1]), inference.mean_accuracy(answers[1:])
-    assert plain
+    most, least = inference.mean_of_tasks(answers[:1], 0), inference.mean_of_tasks(answers[1:], 0)
     assert most
     assert least
-    assert (plain.high > 1, most.high, least.low) == (True, 1, 0)
-    assert inference.mean_accuracy(answers) == inference.mean_of_tasks(answers)
+    assert most.value + (most.value - most.low) == pytest.approx(1.0256, abs=1e-4)  # the other end, not cut
+    assert (most.high, least.low) == (1, 0)
+    both = inference.mean_of_tasks(answers, 0)
+    assert both
+    assert both.high - both.value == pytest.approx(both.value - both.low) != 0  # not cut
 
 
 # --- show ---

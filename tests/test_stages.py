@@ -41,7 +41,7 @@ from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import tokenizer_digest
-from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
+from wanda_dvc.study.tensors import pack_masks, read_masks, read_stats, write_masks
 from wanda_dvc.views import stats
 
 
@@ -191,7 +191,7 @@ def test_linears_of_a_block_give_up_different_shares():
 
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
     keep = torch.rand(64, 1001) > 0.5
-    write_masks(tmp_path, 0, {"a.linear": keep})
+    write_masks(tmp_path, 0, pack_masks({"a.linear": keep}))
     assert torch.equal(read_masks(tmp_path, 0)["a.linear"], keep)
     assert next(tmp_path.iterdir()).stat().st_size < 64 * 126 + 500
 

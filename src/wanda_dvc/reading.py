@@ -14,11 +14,6 @@ from wanda_dvc.errors import UserError
 
 COPY = "copy it again"
 DIVERGED = "diverged"  # replaces a non-finite perplexity or loss: JSON has no such number
-# Bytes a number, by safetensors' name; without types of less than a byte, which the project does not use.
-DTYPES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
-}  # fmt: skip
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON's escaped form, also a complete pair
 NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 

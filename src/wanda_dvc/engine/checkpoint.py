@@ -1,6 +1,7 @@
 """The only reader and writer of Hugging Face directories: config.json, and tensors in safetensors files."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Dtype
 from wanda_dvc.errors import UserError, reason
-from wanda_dvc.reading import COPY, DTYPES, Entry, is_there, name_of, read_header, read_object
+from wanda_dvc.reading import COPY, Entry, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -270,7 +271,7 @@ def _write_shard(view: Changed, shard: Path, path: Path) -> Iterator[str]:
         # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect. An index may
         # omit some tensors.
         names = [name for name in names if name in view.source.entries and new.get(name, name) is not None]
-        names.sort(key=lambda name: -DTYPES.get(stored[name].dtype, 8))
+        names.sort(key=lambda name: -stored[name].length / max(1, math.prod(stored[name].shape)))
     pieces = _made_ahead(piece for name in map(new.get, names) if name for piece in view.pieces(name))
     original = np.memmap(shard, np.uint8, "r")
     with path.open("wb") as file:

@@ -25,7 +25,7 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, places, spread
-from wanda_dvc.reading import DTYPES, Entry
+from wanda_dvc.reading import Entry
 
 TOKENS = 32  # of the probe
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
@@ -217,7 +217,7 @@ class Smaller(Changed):
             shape = list(entry.shape)
             for cut in self.removal.cuts_of.get(Address(old, 0 if experts else None).linear, ()):
                 shape[cut.dim + bool(experts)] = sum(cut.layout) * self.removal.sets[cut.units].stay
-            length = entry.length if shape == entry.shape else math.prod(shape) * DTYPES[entry.dtype]
+            length = entry.length * math.prod(shape) // max(1, math.prod(entry.shape))
             found[name] = entry._replace(shape=shape, length=length)
         return found
 

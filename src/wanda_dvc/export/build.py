@@ -13,17 +13,17 @@ from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place, is_there
-from wanda_dvc.results.compare import side_by_side
+from wanda_dvc.results.compare import DENSE, side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
 from wanda_dvc.results.show import continuations, notes
-from wanda_dvc.stages import TRACKED
+from wanda_dvc.stages import MODELS, TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
 from wanda_dvc.study.dvc import Revision, copy_file
 from wanda_dvc.study.markup import inline, table
 from wanda_dvc.study.project import Project, temporary_place
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, comparable, digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, differing, digest, read_provenance, write_provenance
 
 REPRODUCE = """\
 With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:
@@ -52,7 +52,7 @@ def export(
             found = workspace(project)
             read_provenance(project.masks, "mask")
             parts = ("models/dense", "models/recovered", "masks", "stats", "weights")
-            study.link_to(project, parts, ("params.yaml", LOCK))
+            study.link_to(project, *parts, "params.yaml", LOCK)
         else:
             found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment, ["stats/norms"] if imatrix else [])
@@ -79,9 +79,9 @@ def export(
         else:
             _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
-        found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
-        found.pruned.keep_of(pruned)
-        found.recovered.keep_of(digest(made_from))
+        dense = digest(read_provenance(study.model("dense"), "download model"))
+        for model, own in zip(MODELS, (dense, pruned, digest(made_from)), strict=True):
+            found.results[model].keep_of(own)
         found.made.metrics["sparsity"] = metrics
         (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
         said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
@@ -147,8 +147,9 @@ def sections(experiment: Experiment) -> dict[str, str]:
         said.append(f"All weights that stay were then trained {how}." if helped else failed)
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
-    own, other = (results.details("continuations") for results in (experiment.made, experiment.dense))
-    if comparable(own.get("protocol"), other.get("protocol")) and (texts := continuations(models, inline)):
+    both = (experiment.made, experiment.results[DENSE])
+    own, other = (results.details("continuations").get("protocol") for results in both)
+    if own and other and not differing(own, other) and (texts := continuations(models, inline)):
         found["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     found["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(experiment.params))

@@ -48,10 +48,8 @@ def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
     for first, second in pairs:
         tests: Tests = {}
         for measure, on in _both(first, second):
-            test = (
-                measure.test.run(first, second, on) if measure.test and not reason(measure, first, second, on) else None
-            )
-            if test:
+            alike = not reason(measure, first, second, on)
+            if measure.test and alike and (test := measure.test.run(first, second, on)):
                 tests[measure.name, on] = test
         found.append(tests)
     known = [(tests, key) for tests in found for key, test in tests.items() if not math.isnan(test.p)]
@@ -77,14 +75,12 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
     """Return by model its measures, and its paired tests against `base`."""
     tests = against(models, base)
     return {
-        name: {"results": figures(one), "tests": [_record(*key, test) for key, test in tests.get(name, {}).items()]}
+        name: {
+            "results": figures(one),
+            "tests": [{"measure": key, "on": on, **test.record} for (key, on), test in tests.get(name, {}).items()],
+        }
         for name, one in models.items()
     }
-
-
-def _record(measure: str, on: str, test: Estimate) -> Json:
-    known = {key: value for key, value in test._asdict().items() if math.isfinite(value)}
-    return {"measure": measure, "on": on, **known}
 
 
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:

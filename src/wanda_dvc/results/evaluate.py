@@ -35,7 +35,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
         if (path / "config.json").is_file():
             _check_alike(project, path, path)  # before any model runs
-    dense = workspace(project).dense
+    dense = workspace(project).results[DENSE]
     if set(dense.texts) != set(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
         raise UserError(
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
@@ -45,7 +45,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
         work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
         models = {DENSE: dense}
         for place, path in enumerate(paths):
-            models[str(path)] = _measured(project, path, Project(work.path / str(place)), dense)
+            models[str(path)] = _measured(project, path, Project(work.path / str(place)))
         found = records(models, base=DENSE)  # read before the work folder goes
         parts = [table(*side_by_side(models, base=DENSE)), *notes(project.params, models)]
         work.forget()
@@ -54,10 +54,9 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
     return "\n\n".join(parts)
 
 
-def _measured(project: Project, path: Path, study: Project, dense: Results) -> Results:
+def _measured(project: Project, path: Path, study: Project) -> Results:
     """Run the stages on a model in a new study. Messages name the user's path."""
-    study.root.mkdir(parents=True)
-    study.link_to(project, LINKED, ("params.yaml", PROMPTS))
+    study.link_to(project, *LINKED, "params.yaml", PROMPTS)
     try:
         _place(project, path, study.model("pruned"))
         for text in project.params.perplexity.texts:
@@ -66,7 +65,7 @@ def _measured(project: Project, path: Path, study: Project, dense: Results) -> R
     except UserError as error:
         place = str(study.model("pruned"))
         raise UserError(*(problem.replace(place, str(path)) for problem in error.problems)) from None
-    return Results.of(study, "pruned", dense=dense)
+    return Results.of(study, "pruned")
 
 
 # --- models ---

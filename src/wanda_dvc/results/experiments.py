@@ -13,6 +13,7 @@ from typing import Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, resolved
 from wanda_dvc.reading import is_there
+from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.listing import SUCCESS, WORKSPACE, Kind, State, list_states
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS
@@ -31,9 +32,7 @@ class Experiment:
         name: Of the experiment, branch, tag or commit; or `workspace`.
         commit: None for the workspace.
         study: A folder with its params.yaml, dvc.lock and metrics/; `study.params` are the settings of its results.
-        dense: The dense model's results.
-        pruned: The pruned model's results.
-        recovered: The recovered model's results; none without a recovery.
+        results: By model, dense, pruned and recovered; empty without a recovery.
         notes: Sentences on results that are missing, stale, or of another run.
         also: Other names of the same results.
     """
@@ -41,9 +40,7 @@ class Experiment:
     name: str
     commit: str | None
     study: Project
-    dense: Results
-    pruned: Results
-    recovered: Results = field(default_factory=lambda: Results({}))
+    results: dict[str, Results]
     notes: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
 
@@ -55,13 +52,12 @@ class Experiment:
     @property
     def made(self) -> Results:
         """The results of the model that the settings make: recovered, or pruned."""
-        return self.recovered if self.params.recovery.tokens else self.pruned
+        return self.results["recovered" if self.params.recovery.tokens else "pruned"]
 
     @property
     def models(self) -> dict[str, Results]:
-        """The results of its models, by their names."""
-        models = {"dense": self.dense, "pruned": self.pruned, "recovered": self.recovered}
-        return models if self.recovered.metrics else {name: models[name] for name in MODELS[:2]}
+        """The results of the models that it has: without a recovery two."""
+        return {model: one for model, one in self.results.items() if model != "recovered" or one.metrics}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -121,10 +117,9 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
 
 def _experiment(study: Project, name: str, commit: str | None, runs: Runs, others: set[str]) -> Experiment:
     made = study.with_params(runs.params(study.params))
-    dense = Results.of(made, "dense", left_out=others)
-    pruned, recovered = (Results.of(made, model, dense=dense, left_out=others) for model in MODELS[1:])
+    results = {model: Results.of(made, model, left_out=others) for model in MODELS}
     notes = [f"Stale: {', '.join(runs.stale)}."] if runs.stale else []
-    return Experiment(name, commit, made, dense, pruned, recovered, notes)
+    return Experiment(name, commit, made, results, notes)
 
 
 def _of_other_models(experiment: Experiment) -> Iterator[str]:
@@ -172,27 +167,19 @@ def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
             said = state.state.lower() + (f" ({changes})" if changes else "")
             collected.unfinished.append((state.name, said))
             continue
-        one = _read(project, state, work / state.rev)
         is_named = state.kind < Kind.COMMIT
-        if isinstance(one, str):
-            if is_named:  # an old commit without results needs no note
-                collected.notes.append((state.name, one))
-        else:
-            key = json.dumps([one.settings, one.dense.metrics, one.made.metrics], sort_keys=True)
+        try:
+            one = at(project, state.rev, work / state.rev)
+            problem = "" if one.made.metrics else " ".join(one.notes) or "no results"
+        except UserError as error:
+            problem = error.problems[0]
+        if not problem:
+            one.name = state.name
+            key = json.dumps([one.settings, one.results[DENSE].metrics, one.made.metrics], sort_keys=True)
             first = found.setdefault(key, one)
             if is_named and state.name not in (first.name, *first.also):
                 first.also.append(state.name)
+        elif is_named:  # an old commit without results needs no note
+            collected.notes.append((state.name, problem))
     collected.experiments = list(found.values())
     return collected
-
-
-def _read(project: Project, state: State, folder: Path) -> Experiment | str:
-    """Return the experiment of a state, or the reason for its exclusion."""
-    try:
-        found = at(project, state.rev, folder)
-    except UserError as error:
-        return error.problems[0]
-    if not found.made.metrics:
-        return " ".join(found.notes) or "no results"
-    found.name = state.name
-    return found

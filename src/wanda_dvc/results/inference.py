@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wanda_dvc.engine.intervals import LEVEL
+from wanda_dvc.study.files import Json, finite
 
 ALPHA = 0.05  # p-values below it are beyond noise
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -26,9 +27,9 @@ class Estimate(NamedTuple):
     p: float = math.nan
 
     @property
-    def ends(self) -> tuple[float, float] | None:
-        """The two ends of the interval, if known."""
-        return None if math.isnan(self.low) else (self.low, self.high)
+    def record(self) -> Json:
+        """Its known numbers, as JSON has them."""
+        return {key: finite(number) for key, number in self._asdict().items() if not math.isnan(number)}
 
     def within(self, low: float, high: float) -> "Estimate":
         """Return the estimate with its interval cut to possible values; the coverage does not change."""
@@ -69,13 +70,14 @@ def accuracy(right: Sequence[bool]) -> Estimate:
     return Estimate(share, (middle - half) / (1 + spread), (middle + half) / (1 + spread)).within(0, 1)
 
 
-def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
+def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | None:
     """Return the unweighted mean over tasks of each task's mean over items; the test's hypothesis is a mean of 0.
 
-    One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. The variance is the sum
-    of the tasks' variances, with Welch's and Satterthwaite's degrees of freedom for the t distribution. The tasks are
-    fixed, not a sample of tasks. None if a task has fewer than two items, or if each task's values are constant and the
-    mean is not 0: then no variance is known.
+    One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. `least` is the smallest
+    possible value: the interval is cut to [least, 1]. The variance is the sum of the tasks' variances, with Welch's and
+    Satterthwaite's degrees of freedom for the t distribution. The tasks are fixed, not a sample of tasks. None if a
+    task has fewer than two items, or if each task's values are constant and the mean is not 0: then no variance is
+    known.
     """
     if any(len(task) < 2 for task in tasks):
         return None
@@ -85,13 +87,7 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
         return Estimate(value, value, value, 1.0) if value == 0 else None
     sizes = [len(task) for task in tasks]
     freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
-    return _student(value, math.sqrt(variance), freedom)
-
-
-def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate | None:
-    """Return the mean accuracy over tasks, with `mean_of_tasks`' interval cut to [0, 1]."""
-    found = mean_of_tasks([[float(right) for right in task] for task in tasks])
-    return found and found.within(0, 1)
+    return _student(value, math.sqrt(variance), freedom).within(least, 1)
 
 
 def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> float:

@@ -102,14 +102,13 @@ def _own(project: Project, repo: Any, rev: str, settings: Json, metrics: dict[st
     """Return the metrics that were measured with the settings."""
     if not metrics:
         return {}
-    runs = Runs({})
-    with contextlib.suppress(UserError):  # a commit may have a lock with conflicts
-        text = dvc.text_at(project.root, repo, rev, LOCK) if rev != WORKSPACE else None
-        runs = Runs.read(project.root) if rev == WORKSPACE else Runs.parse(text or "{}")
+    runs, here = Runs({}), rev == WORKSPACE
+    with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
+        runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
     stale = runs.stale_for(settings)
     ran = [one for name, one in runs.stages.items() if name not in stale]
     outs = {out["path"] for one in ran for out in one.get("outs", [])}
-    if rev == WORKSPACE:  # a stage run by hand, or `git checkout`, leaves other files there
+    if here:  # a stage run by hand, or `git checkout`, leaves other files there
         outs -= runs.others(project.root)
     return {path: content for path, content in metrics.items() if path in outs}
 

@@ -13,6 +13,7 @@ let a stage write its number below metrics/ (`dvc metrics diff` then has it too)
 only if `results.compare.reason` finds no difference of their protocols.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from typing import NamedTuple
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results import inference
 from wanda_dvc.results.inference import Estimate
-from wanda_dvc.study.files import Json, finite, load_json
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
 
@@ -38,27 +39,20 @@ class Results:
 
     Attributes:
         metrics: The numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`.
-        dense: The results of the dense model that this pruned model is compared with; None for the dense model.
         folder: The folder of details; None without details, as in `list`.
-        left_out: The details that are of another run, by path below `folder`.
     """
 
     metrics: Json
-    dense: "Results | None" = None
     folder: Path | None = None
-    left_out: Collection[str] = ()
     _details: Json = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, study: Project, model: str, *, dense: "Results | None" = None, left_out: Collection[str] = ()
-    ) -> "Results":
+    def of(cls, study: Project, model: str, *, left_out: Collection[str] = ()) -> "Results":
         """Read the results of the `dense`, `pruned` or `recovered` model of a study.
 
         Args:
             study: A study, or a folder with its params.yaml and metrics/.
             model: `dense`, `pruned` or `recovered`.
-            dense: The dense model's results; for another model.
             left_out: Files of another run, by path below the study; `stages.runs.Runs.others` finds them.
         """
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
@@ -66,8 +60,8 @@ class Results:
         for path in sorted(folder.rglob("*.json")):
             if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
                 metrics[path.relative_to(folder).with_suffix("").as_posix()] = content
-        others = {path[len(details) : -len(".json")] for path in left_out if path.startswith(details)}
-        return cls(metrics, dense, study.root / details, others)
+        others = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
+        return cls(metrics, study.root / details, others)
 
     @property
     def texts(self) -> list[str]:
@@ -82,8 +76,7 @@ class Results:
     def details(self, name: str) -> Json:
         """Return the details of a file of metrics: its protocol, and each window's or item's result; {} if missing."""
         if name not in self._details:
-            known = self.folder is not None and name not in self.left_out
-            self._details[name] = load_json(self.folder / f"{name}.json") if known and self.folder else {}
+            self._details[name] = load_json(self.folder / f"{name}.json") if self.folder else {}
         return self._details[name]
 
     def keep_of(self, model: str) -> list[str]:
@@ -144,14 +137,14 @@ def mean_accuracy(results: Results, _: str) -> Value:
         return DIVERGED if DIVERGED in values else None
     value = sum(one.value for one in values if isinstance(one, Estimate)) / len(values)
     items = [_right(results, task) for task in results.tasks]
-    ends = inference.mean_accuracy(items) if all(items) else None
+    ends = inference.mean_of_tasks(items, 0) if all(items) else None
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
 def changed(results: Results, _: str, *, way: str) -> Value:
     """The number of answers that pruning changed in one way, over all tasks."""
     scores = list(results.metrics.get("zero_shot", {}).values())
-    if results.dense and any(one.get("acc") == DIVERGED for one in scores):
+    if any(one.get("acc") == DIVERGED for one in scores):
         return DIVERGED
     counts = [one["flips"]["acc"] for one in scores if "flips" in one]
     return Estimate(sum(one[way] for one in counts)) if counts else None
@@ -203,8 +196,7 @@ def difference(first: Results, second: Results, task: str) -> Estimate | None:
     pairs = [(_right(first, one), _right(second, one)) for one in ([task] if task else first.tasks)]
     if DIVERGED in (read(first, task), read(second, task)) or not all(right for right, _ in pairs):
         return None
-    found = inference.mean_of_tasks([[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in pairs])
-    found = found and found.within(-1, 1)
+    found = inference.mean_of_tasks([[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in pairs], -1)
     if not task:
         return found
     [(right, others)] = pairs
@@ -291,7 +283,8 @@ class Measure:
 def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, interval: bool = True) -> str:
     if value is None or isinstance(value, str):
         return value or DASH
-    return form(value.value) + unit + (f" ({form(value.low)} to {form(value.high)})" if interval and value.ends else "")
+    shown = interval and not math.isnan(value.low)
+    return form(value.value) + unit + (f" ({form(value.low)} to {form(value.high)})" if shown else "")
 
 
 _text = partial(Measure, per=TEXT)
@@ -326,14 +319,8 @@ def figures(results: Results) -> Json:
     """Return every measure as JSON: its value, and `low` and `high` if known, by name, and by text or task."""
     found: Json = {}
     for measure in MEASURES:
-        values = {on: _figure(measure.read(results, on)) for on in measure.where(results)}
+        read = {on: measure.read(results, on) for on in measure.where(results)}
+        values = {on: value.record if isinstance(value, Estimate) else value for on, value in read.items()}
         if values:
             found[measure.name] = values if measure.per in (TEXT, TASK) else values[""]
     return found
-
-
-def _figure(value: Value) -> object:
-    if not isinstance(value, Estimate):
-        return value
-    known = {"value": value.value} | ({"low": value.low, "high": value.high} if value.ends else {})
-    return {key: finite(number) for key, number in known.items()}

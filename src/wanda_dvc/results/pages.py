@@ -51,34 +51,27 @@ LOOK: dict[Any, Any] = {  # for any settings of matplotlib
 Content = list[str | tuple[str, Figure]]  # blocks of Markdown; charts with their titles
 
 
+@mpl.rc_context(LOOK)
 def write(output: Path, title: str, content: Content) -> None:
-    """Write the page; UserError if another program's file is there. Only an earlier report is replaced."""
+    """Write the page, byte-identical for equal content. Only an earlier report is replaced.
+
+    UserError if another program's file is there.
+    """
     if os.path.lexists(output) and not (
         output.is_file() and not output.is_symlink() and SIGN in output.read_text(encoding="utf-8", errors="replace")
     ):
         raise UserError(f"{output}: `wanda-dvc report` did not write it; move it, or choose another --output")
-    write_text(output, as_html(title, content))
-
-
-def as_html(title: str, content: Content) -> str:
-    """Return the page; byte-identical for equal content."""
     markdown = MarkdownIt("js-default")  # HTML in the Markdown stays text
     parts = []
     for part in content:
         if isinstance(part, str):
             parts.append(markdown.render(part))
         else:
-            picture = base64.b64encode(svg(part[1])).decode()
+            chart, svg = part[1], io.BytesIO()
+            chart.savefig(svg, format="svg", metadata={"Date": None, "Creator": SIGN})
+            picture = base64.b64encode(svg.getvalue()).decode()
             parts.append(f'<p><img alt="{escapeHtml(part[0])}" src="data:image/svg+xml;base64,{picture}"></p>')
-    return PAGE.substitute(title=escapeHtml(title), body="\n".join(parts), sign=SIGN)
-
-
-@mpl.rc_context(LOOK)
-def svg(figure: Figure) -> bytes:
-    """Return the picture as an SVG file, byte-identical for equal figures."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": SIGN})
-    return buffer.getvalue()
+    write_text(output, PAGE.substitute(title=escapeHtml(title), body="\n".join(parts), sign=SIGN))
 
 
 @mpl.rc_context(LOOK)

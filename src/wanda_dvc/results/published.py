@@ -11,13 +11,13 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.params import Settings
+from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Value, accuracy, perplexity
 from wanda_dvc.study.markup import DASH
 
 OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
-DENSE = "dense"  # the method of a published row of the dense model
 PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # default of a pruned row
 HEADERS = ["", "source", "measure", "published", "here", "here / published"]
 
@@ -66,7 +66,8 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     for source in sources():
         for row in source.rows:
             for name, one in experiments.items():
-                results, named = (one.dense, DENSE) if row["method"] == DENSE else (one.pruned, name)
+                model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", name)
+                results = one.results[model]
                 measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
                 for text in results.texts:
                     filled = one.params.perplexity.texts[text].filled

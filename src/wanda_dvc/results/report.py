@@ -84,7 +84,7 @@ class Section:
     @cached_property
     def models(self) -> dict[str, Results]:
         """The dense model, measured by any of the experiments, and the pruned ones, by name."""
-        dense = max((one.dense for one in self.experiments.values()), key=lambda dense: len(dense.metrics))
+        dense = max((one.results[DENSE] for one in self.experiments.values()), key=lambda dense: len(dense.metrics))
         pruned = {name: one.made for name, one in self.experiments.items()}
         return {DENSE: dense} | pruned if dense.metrics else pruned
 
@@ -125,7 +125,8 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
 def differing(one: Experiment, other: Experiment) -> list[str]:
     """Return what keeps the results of two experiments from being compared; [] if nothing does."""
     found = [key for key in ("model", "dtype") if one.settings[key] != other.settings[key]]
-    found += [*apart(one.dense, other.dense).values(), *apart(one.made, other.made).values()]
+    found += apart(one.results[DENSE], other.results[DENSE]).values()
+    found += apart(one.made, other.made).values()
     return [key for key in dict.fromkeys(found) if key != "missing details"]
 
 

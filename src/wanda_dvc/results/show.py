@@ -19,8 +19,6 @@ from wanda_dvc.study.markup import one_line, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 
-PRUNED = "pruned"
-
 
 def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
@@ -31,7 +29,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         experiments = [at(project, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
         first = experiments[0]
-        models = {DENSE: first.dense} | {one.name: one.made for one in experiments} if names else first.models
+        models = {DENSE: first.results[DENSE]} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE
         if as_json:
             made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}
@@ -69,7 +67,7 @@ def title(experiment: Experiment, *, named: bool) -> str:
         return f"{experiment.name}: {described}"
     if not is_there(experiment.study.masks / PROVENANCE):
         return f"{params.model}: no masks yet; `dvc repro` makes them."
-    if not is_there(experiment.study.model(PRUNED) / PROVENANCE):
+    if not is_there(experiment.study.model("pruned") / PROVENANCE):
         return f"{described}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
     return described
 

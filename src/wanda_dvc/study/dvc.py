@@ -67,13 +67,10 @@ def states(root: Path, repo: Any) -> list[Any]:
     return found
 
 
-def text_at(root: Path, repo: Any, rev: str, name: str) -> str | None:
-    """Return the text of a study's file in a commit; None if the commit lacks it."""
-    try:
-        content: str = repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    return content
+def text_at(root: Path, repo: Any, rev: str, name: str) -> str:
+    """Return the text of a study's file in a commit. FileNotFoundError if the commit lacks it."""
+    text: str = repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
+    return text
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,8 @@ def code(text: object) -> str:
     return f"{fence}{line}{fence}" if not longest else f"{fence} {line} {fence}"
 
 
-def number(perplexity: float | str | None) -> str:
-    """Format a perplexity: two decimals, zero from 1,000 on; `diverged` stays, and a dash means missing."""
-    if perplexity is None or isinstance(perplexity, str):
-        return perplexity or "–"
+def number(perplexity: float) -> str:
+    """Format a perplexity: two decimals, zero from 1,000 on."""
     if perplexity < 1000:
         return f"{perplexity:.2f}"
     return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,15 +70,15 @@ class Project:
         other.__dict__["params"] = params
         return other
 
-    def link_to(self, other: "Project", folders: Sequence[str], files: Sequence[str]) -> None:
-        """Link to folders of another project, and copy some of its files, where they exist."""
-        for name in folders:
-            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            if (other.root / name).exists():
-                (self.root / name).symlink_to(other.root / name)
-        for name in files:
-            if (other.root / name).is_file():
-                shutil.copyfile(other.root / name, self.root / name)
+    def link_to(self, other: "Project", *names: str) -> None:
+        """Link to folders of another project, and copy files of it, where they exist."""
+        for name in names:
+            source, target = other.root / name, self.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                target.symlink_to(source)
+            elif source.is_file():
+                shutil.copyfile(source, target)
 
     def model(self, which: str) -> Path:
         """Return the folder of the `dense`, the `pruned` or the `recovered` model."""
@@ -206,14 +206,12 @@ def alone(path: Path, waiting: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         notice(waiting)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def remove(path: Path) -> None:

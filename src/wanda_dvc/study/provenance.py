@@ -93,11 +93,6 @@ def differing(one: Json, other: Json) -> str | None:
     return next((key for key in first | second if first.get(key) != second.get(key)), None)
 
 
-def comparable(one: Json | None, other: Json | None) -> bool:
-    """Whether two results may be compared, by their protocols; unknown protocols may not."""
-    return one is not None and other is not None and differing(one, other) is None
-
-
 def _comparable_part(protocol: Json) -> Json:
     libraries = {name: version.partition("+")[0] for name, version in protocol.get("libraries", {}).items()}
     return {key: value for key, value in protocol.items() if key not in FREE} | {"libraries": libraries}

@@ -172,17 +172,16 @@ def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
     return weights, header["solved"]
 
 
-def write_masks(folder: Path, block: int, keeps: "Mapping[str, Tensor]") -> None:
-    """Write one block's `keep` masks (bool, in the orientation of the stored weights), one bit a weight.
+def write_masks(folder: Path, block: int, masks: "Masks") -> None:
+    """Write one block's `keep` masks.
 
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
-    masks = keeps if isinstance(keeps, Masks) else pack_masks(keeps)
     _save(block_file(folder, block), masks.packed, {"columns": masks.columns})
 
 
 def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
-    """Return `keep` masks in the form of `write_masks`, one bit a weight."""
+    """Return `keep` masks (bool, in the orientation of the stored weights) as one bit a weight."""
     from wanda_dvc.pruning.selection import pack_bits
 
     return Masks(
@@ -234,8 +233,6 @@ class Masks(Mapping[str, "Tensor"]):
 
 def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
     """Write the provenance of a finished artifact, with its number of blocks, or other parts."""
-    for half in folder.glob("*.part"):  # of a write that was killed
-        half.unlink()
     write_provenance(folder, made_from | {parts: len(list(folder.glob("*.safetensors")))})
 
 
