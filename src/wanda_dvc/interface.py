@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from wanda_dvc.pruning.statistics import BlockStats
 
-MEMORY = "model"  # the folder in a study of a model that was in memory
-
 
 class Study:
     """A study on disk: the directory of `dvc repro` and `dvc exp run`.
@@ -117,7 +115,7 @@ def calibrate(
     if temporary:
         weakref.finalize(study, temporary.cleanup)
     if not isinstance(model, str | Path):
-        settings = {"model": str(_save(model, tokenizer, folder / MEMORY))} | settings
+        settings = {"model": str(_save(model, tokenizer, folder / "model"))} | settings
     _change(study, settings)
     reproduce(study.path, "calibrate")
     return study

@@ -92,8 +92,10 @@ def _place(project: Project, path: Path, folder: Path) -> None:
 
     dense = project.model(DENSE)
     sha256 = read_model(path, folder)
-    if path.suffix == GGUF:
-        _take_rope(project, folder)
+    if path.suffix == GGUF:  # transformers does not read the scaling of rotary positions from such a file
+        config, dense_config = (load_json(place / "config.json") for place in (folder, dense))
+        if rope := dense_config.get("rope_parameters"):
+            write_json(folder / "config.json", config | {"rope_parameters": rope})
     _check_alike(project, folder, path)
     own, its = load_tokenizer(folder), load_tokenizer(dense)
     texts = {f"the text {text}": project.text(f"perplexity/{text}") for text in project.params.perplexity.texts}
@@ -113,10 +115,3 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     found = read_provenance(dense, "download model")
     compared = {"source": found["source"], "sha256": found["sha256"]}
     write_provenance(folder, describe("evaluate", model=compared, sha256=sha256))
-
-
-def _take_rope(project: Project, folder: Path) -> None:
-    """Take the dense model's scaling of rotary positions, which transformers does not read from a GGUF file."""
-    own, dense = (load_json(place / "config.json") for place in (folder, project.model(DENSE)))
-    if (rope := dense.get("rope_parameters")) and own.get("rope_parameters") != rope:
-        write_json(folder / "config.json", own | {"rope_parameters": rope})

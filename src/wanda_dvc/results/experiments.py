@@ -159,13 +159,13 @@ def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
     Files from the cache are placed in `work`.
     """
     found: dict[str, Experiment] = {}
-    collected = Collected([], [], [])
+    unfinished, notes = list[tuple[str, str]](), list[tuple[str, str]]()
     named = [State(rev, rev, Kind.EXPERIMENT) for rev in revs]
     for state in sorted(named or list_states(project), key=lambda one: one.kind):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             said = state.state.lower() + (f" ({changes})" if changes else "")
-            collected.unfinished.append((state.name, said))
+            unfinished.append((state.name, said))
             continue
         is_named = state.kind < Kind.COMMIT
         try:
@@ -180,6 +180,5 @@ def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
             if is_named and state.name not in (first.name, *first.also):
                 first.also.append(state.name)
         elif is_named:  # an old commit without results needs no note
-            collected.notes.append((state.name, problem))
-    collected.experiments = list(found.values())
-    return collected
+            notes.append((state.name, problem))
+    return Collected(list(found.values()), unfinished, notes)

@@ -58,7 +58,8 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
         found = Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     else:
         found = _student(mean, math.sqrt(variance), len(values) - 1)
-    return Estimate(_exp(found.value), _exp(found.low), _exp(found.high), found.p)
+    value, low, high = (math.exp(x) if x < 709 else math.inf for x in found[:3])  # the largest float is exp(709.8)
+    return Estimate(value, low, high, found.p)
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
@@ -117,10 +118,3 @@ def _student(value: float, error: float, freedom: float) -> Estimate:
 
     half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
     return Estimate(value, value - half, value + half, float(2 * stdtr(freedom, -abs(value) / error)))
-
-
-def _exp(x: float) -> float:
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf

@@ -64,9 +64,9 @@ def list_states(project: Project) -> list[State]:
         def add(name: str, kind: Kind, state: Any, base: Any, running: str = SUCCESS) -> None:
             settings, before = _settings(state, below), _settings(base, below)
             changes = {key: value for key, value in settings.items() if before.get(key) != value}
-            every = _metrics(state, below) if running == SUCCESS else {}  # else they are the base commit's
-            own = _own(project, repo, state.rev, settings, every)
-            found.append(State(name, state.rev, kind, running, settings, changes, len(own) < len(every), _results(own)))
+            known = state.data and running == SUCCESS  # else they are the base commit's
+            own, others = _measured(project, repo, state.rev, settings, state.data.metrics if known else {}, below)
+            found.append(State(name, state.rev, kind, running, settings, changes, others, own))
 
         for place, state in enumerate(listed):
             if state.rev == WORKSPACE:  # DVC lists it before its base commit
@@ -90,37 +90,28 @@ def _settings(state: Any, below: str) -> dict[str, Any]:
     return dict(flatten(files.get(f"{below}params.yaml", {}).get("data") or {}))
 
 
-def _metrics(state: Any, below: str) -> dict[str, Json]:
-    """Return the metrics of the study, by path."""
-    files = state.data.metrics if state.data else {}
-    return {
-        path.removeprefix(below): content.get("data") or {} for path, content in files.items() if path.startswith(below)
-    }
-
-
-def _own(project: Project, repo: Any, rev: str, settings: Json, metrics: dict[str, Json]) -> dict[str, Json]:
-    """Return the metrics that were measured with the settings."""
-    if not metrics:
-        return {}
-    runs, here = Runs({}), rev == WORKSPACE
-    with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
-        runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
-    stale = runs.stale_for(settings)
-    ran = [one for name, one in runs.stages.items() if name not in stale]
-    outs = {out["path"] for one in ran for out in one.get("outs", [])}
-    if here:  # a stage run by hand, or `git checkout`, leaves other files there
-        outs -= runs.others(project.root)
-    return {path: content for path, content in metrics.items() if path in outs}
-
-
-def _results(metrics: dict[str, Json]) -> dict[str, Results]:
-    """Return the results of the models, of metrics by path."""
-    folders = {model: f"metrics/{model}/" for model in MODELS}
-    names = {path: path.removesuffix(".json") for path, content in metrics.items() if content}
-    return {
-        model: Results({names[path].removeprefix(folder): metrics[path] for path in names if path.startswith(folder)})
-        for model, folder in folders.items()
-    }
+def _measured(
+    project: Project, repo: Any, rev: str, settings: Json, files: Mapping[str, Any], below: str
+) -> tuple[dict[str, Results], bool]:
+    """Return by model the results in files of metrics that have these settings, and whether other results are there."""
+    every = {path.removeprefix(below): one.get("data") or {} for path, one in files.items() if path.startswith(below)}
+    outs = set[str]()
+    if every:
+        runs, here = Runs({}), rev == WORKSPACE
+        with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
+            runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
+        stale = runs.stale_for(settings)
+        ran = [one for name, one in runs.stages.items() if name not in stale]
+        outs = {out["path"] for one in ran for out in one.get("outs", [])}
+        if here:  # a stage run by hand, or `git checkout`, leaves other files there
+            outs -= runs.others(project.root)
+    own = {path: content for path, content in every.items() if path in outs}
+    found = {model: Results({}) for model in MODELS}
+    for path, content in own.items():
+        model, _, name = path.removeprefix("metrics/").partition("/")
+        if content and model in found:
+            found[model].metrics[name.removesuffix(".json")] = content
+    return found, len(own) < len(every)
 
 
 # --- the table and the records ---

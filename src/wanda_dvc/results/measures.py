@@ -60,7 +60,7 @@ class Results:
         for path in sorted(folder.rglob("*.json")):
             if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
                 metrics[path.relative_to(folder).with_suffix("").as_posix()] = content
-        others = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
+        others: Json = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
         return cls(metrics, study.root / details, others)
 
     @property
@@ -111,9 +111,9 @@ def perplexity(results: Results, text: str) -> Value:
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
-def of_text(results: Results, text: str, *, name: str, part: str = "mean") -> Value:
-    """A measure that `perplexity` wrote with the perplexity; one over windows has a mean and its interval."""
-    found = results.metrics.get(ON_TEXT + text, {}).get(name)
+def written(results: Results, text: str, *, name: str, part: str = "mean") -> Value:
+    """A number that `perplexity` wrote of a text, or `apply` of the weights; one over windows has a mean's interval."""
+    found = results.metrics.get(ON_TEXT + text if text else "sparsity", {}).get(name)
     if not isinstance(found, dict):
         return found if found is None or found == DIVERGED else Estimate(found)
     ends = [found[end] for end in ("low", "high") if end in found and part == "mean"]
@@ -154,12 +154,6 @@ def layer_error(results: Results, _: str) -> Value:
     """The mean over linears of ‖(W−Ŵ)X‖² / ‖WX‖²; needs Gram matrices."""
     linears = results.details("layer_error").get("linears", {})
     return Estimate(sum(one["error"] for one in linears.values()) / len(linears)) if linears else None
-
-
-def of_sparsity(results: Results, _: str, *, name: str) -> Value:
-    """A number that `apply` measured on the pruned weights."""
-    value = results.metrics.get("sparsity", {}).get(name)
-    return None if value is None else Estimate(value)
 
 
 def _losses(results: Results, text: str) -> tuple[list[float], list[int]]:
@@ -289,10 +283,10 @@ def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, in
 
 _text = partial(Measure, per=TEXT)
 _tasks = partial(Measure, per=TASKS)
-_divergence = partial(of_text, name="divergence")
-_agreement = partial(of_text, name="top1_agreement")
-_rms_change = partial(of_text, name="rms_probability_change")
-_removed = partial(of_sparsity, name="removed_parameters")
+_divergence = partial(written, name="divergence")
+_agreement = partial(written, name="top1_agreement")
+_rms_change = partial(written, name="rms_probability_change")
+_removed = partial(written, name="removed_parameters")
 MEASURES: tuple[Measure, ...] = (
     _text("divergence", "divergence", "nats", _divergence, brief=True),
     _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True),
@@ -310,7 +304,7 @@ MEASURES: tuple[Measure, ...] = (
     _tasks("gained", "wrong → right", "", partial(changed, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(changed, way="swapped"), "{:.0f}".format),
     Measure("layer_error", "layer error, mean", "", layer_error),
-    Measure("sparsity", "measured sparsity", "", partial(of_sparsity, name="sparsity")),
+    Measure("sparsity", "measured sparsity", "", partial(written, name="sparsity")),
     Measure("removed_parameters", "parameters removed", "%", _removed, _percent, brief=True),
 )  # fmt: skip
 

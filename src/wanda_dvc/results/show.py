@@ -111,14 +111,8 @@ def notes(params: Params, models: dict[str, Results], *, base: str = DENSE) -> I
         "predictions."
     )
     for name, one in models.items():
-        yield from _limits(name, one)
-
-
-def _limits(name: str, results: Results) -> Iterator[str]:
-    """Yield sentences on a model that is not finite, or was not continued."""
-    every = [results.details(f"perplexity/{text}") for text in results.texts]
-    every += [results.answers(task) for task in results.tasks]
-    for where in dict.fromkeys(one["not_finite"] for one in every if "not_finite" in one):
-        yield f"{name}: activations are not finite from here on: {where}."
-    if skipped := results.details("continuations").get("skipped"):
-        yield f"No continuations by the {name} model: {skipped}."
+        details = [one.details(f"perplexity/{text}") for text in one.texts] + [one.answers(task) for task in one.tasks]
+        for where in dict.fromkeys(found["not_finite"] for found in details if "not_finite" in found):
+            yield f"{name}: activations are not finite from here on: {where}."
+        if skipped := one.details("continuations").get("skipped"):
+            yield f"No continuations by the {name} model: {skipped}."

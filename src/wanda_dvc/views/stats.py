@@ -1,6 +1,7 @@
 """The statistics as a table: the input norms, their outliers, and the layer errors of a pruned model."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
@@ -27,13 +28,10 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     blocks = block_count(project.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
-    records = []
+    records, errors = [], _layer_errors(project)
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
-        records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
-    if errors := _layer_errors(project):
-        for record in records:
-            record["layer_error"] = {name: errors[name] for name in record["linears"] if name in errors}
+        records += [_summary(block, measured.readers[name], x, errors) for name, x in measured.inputs.items()]
     if as_json:
         return json_text(records)
     rows = []
@@ -60,14 +58,15 @@ def _layer_errors(project: Project) -> dict[str, float]:
     return {}
 
 
-def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
+def _summary(block: int, linears: list[str], x: "InputStats", errors: Mapping[str, float]) -> dict[str, Any]:
     from wanda_dvc.pruning.statistics import summary
 
     top = x.norm.topk(min(5, len(x.norm)))
     largest = [{"index": int(index), "norm": float(value)} for value, index in zip(*top, strict=True)]
     known = {**summary(x.norm), "largest": largest}
     record = {"block": block, "linears": linears, "features": len(x.norm), "tokens": x.count}
-    return record | (known if x.count else dict.fromkeys(known))
+    own = {"layer_error": {name: errors[name] for name in linears if name in errors}} if errors else {}
+    return record | (known if x.count else dict.fromkeys(known)) | own
 
 
 def _last_word(linear: str) -> str:
