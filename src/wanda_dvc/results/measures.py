@@ -3,7 +3,7 @@
 `show`, `list`, the report, the model card, `evaluate` and `Study.results()` loop over `MEASURES`. To add a measure,
 let a stage write its number below metrics/ (`dvc metrics diff` then has it too), and add a function and a row here:
 
-    results = Results.of(project, "pruned", dense=Results.of(project, "dense"))
+    results = Results.of(project, "pruned")
     for measure in MEASURES:
         for on in measure.where(results):         # texts, tasks, or "" for the model
             estimate = measure.read(results, on)  # an Estimate, `diverged`, or None: not measured

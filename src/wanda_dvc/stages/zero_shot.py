@@ -15,7 +15,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
-from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import describe, differing, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
@@ -31,7 +31,7 @@ def zero_shot(*, project: Project, model: str) -> None:
     same = {  # in the protocol of each task, and of the continuations
         "version": STAGES["zero-shot"].version,
         "model": digest(measured),
-        "dense": dense_of(model, measured),
+        "dense": measured.get("model", measured)["sha256"],  # a model made from the dense one names it
         "tokenizer_sha256": tokenizer_digest(project.model(model)),
     }
     details, metrics = Json(), Json()

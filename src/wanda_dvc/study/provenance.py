@@ -79,11 +79,6 @@ def tokenizer_digest(model: Path) -> str:
 # --- the protocol of a result: all inputs that determine it ---
 
 
-def dense_of(model: str, provenance: Json) -> str:
-    """Return the SHA-256 of the dense model, from its own provenance or from that of a model made from it."""
-    return (provenance if model == "dense" else provenance["model"])["sha256"]
-
-
 def differing(one: Json, other: Json) -> str | None:
     """Return the first key that makes two results incomparable; None if they may be compared.
 
