@@ -503,8 +503,8 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS[:2])
     assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
     assert f"(dense {dense:.2f})" in readme
-    said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (ADMM) or {wanda:.1f} (Wanda); the dense model has {dense:.1f}"
-    assert f"a perplexity on WikiText-2 of {said}" in readme
+    said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (ADMM) or {wanda:.1f} (Wanda). The dense model has {dense:.1f}"
+    assert f"a WikiText-2 perplexity of {said}" in readme
     gains = [results.measured("distance")[f"{recipe} 50%"]["value"]["texts"] for recipe in ("fisher", "wanda")]
     same, other = (
         1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
@@ -513,7 +513,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     assert 0.45 < other / same < 0.55
     assert "advantage over Wanda is [about half as large]" in readme
     missed = [row["value"]["met"] for file in ("peers", "memory") for row in results.measured(file).values()]
-    assert f"{missed.count(False)} of {len(missed)} goals were missed" in page
+    assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in page
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():
