@@ -14,7 +14,7 @@ from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning import choose
 from wanda_dvc.pruning.allocation import allocate
@@ -285,14 +285,10 @@ def repaired(
         return {}
     gone = (~stay).nonzero()[:, 0].tolist()
     block = gone[0] - 1
-    # In the order of their calls; experts last.
-    *_, last = (name for names in tensors.read_stats(project.stats, block).readers.values() for name in names)
     run, windows = _calibrated(project, stats, work)
-    if run.decoder.linears(block)[last].part.expert is not None:
-        raise UserError(
-            f"reconstruction: block {block}, before the blocks that go, ends with experts, expected one linear; set "
-            "recipe=wanda"
-        )
+    linears, readers = run.decoder.linears(block), tensors.read_stats(project.stats, block).readers
+    # In the order of their calls. Of an expert's outputs only some tokens have a part.
+    *_, last = (name for names in readers.values() for name in names if linears[name].part.expert is None)
     end = gone[-1] + 1
     walk = run.walk(windows, boundaries=end - block + 2)
     for step in running.progress(walk, total=end, what="mask, blocks run for the repair"):
