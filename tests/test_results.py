@@ -17,8 +17,9 @@ from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.results.show import show
-from wanda_dvc.study.files import Json, json_text, write_json
+from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import differing
 
 WINDOWS = {
     "model": "dense", "version": 4, "libraries": {"torch": "2.9", "transformers": "5.1"}, "dtype": "float32",
@@ -86,6 +87,21 @@ def test_values_of_other_libraries_are_not_compared(here: Project, library: str)
     assert set(tests) == ({("perplexity", "embedded")} if library == "lm_eval" else set())
     of_tasks = dict.fromkeys(["piqa, acc, %", "mean acc, %"], "libraries")
     assert apart(pruned, dense) == of_tasks | ({} if library == "lm_eval" else {"perplexity": "libraries"})
+
+
+@pytest.mark.parametrize("name", ["perplexity/embedded", "zero_shot", "continuations"])
+def test_each_key_of_a_protocol_counts_but_those_of_the_measured_model(finished: Path, name: str):
+    details = load_json(Project(finished).details("dense", name))
+    own = details.get("protocol") or next(iter(details["tasks"].values()))["protocol"]
+    assert {"dtype", "libraries"} <= own.keys()
+    for key in own:
+        counts = key not in ("model", "reference", "wanda_dvc", "text")
+        changed, without = own | {key: {"torch": "0"}}, {name: own[name] for name in own if name != key}
+        for one, other in ((own, changed), (own, without), (without, own)):
+            assert differing(one, other) == (key if counts else None)
+    for version, alike in (("+cu128", True), (".1", False)):
+        versions = own["libraries"] | {"torch": own["libraries"]["torch"].partition("+")[0] + version}
+        assert (differing(own, own | {"libraries": versions}) is None) == alike
 
 
 # --- the table ---
