@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import committed, write_settings
+from hypothesis import given
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
@@ -102,6 +104,19 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
     assert set(choices) == set(CHOICES)
     for other in RECIPES:
         assert asked(other, pattern, **choices).plan.described == plan.described
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
+    """The walk records its own; only sums and Gram matrices of gradients are the dense model's."""
+    plan = asked(recipe, propagation="pruned").plan
+    by_gradients = plan.group == "outputs" or plan.allocation.by_gradients or plan.reconstruction.by_gradients
+    assert plan.needs == ("gradients" if by_gradients else "norms")
+
+
+@given(st.integers(1, 999))
+def test_a_sparsity_is_the_fraction_that_its_digits_say(thousandths: int):
+    assert asked("wanda", sparsity=thousandths / 1000).plan.share == Fraction(thousandths, 1000)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
