@@ -14,7 +14,7 @@ from scipy import stats
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import Divergence, Reference, measure, summarize, sums_by_doubling
+from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
@@ -198,6 +198,11 @@ def test_the_interval_is_students():
     plain = mean_interval([0.0, 1.0, 1.0], [1, 1, 1], within=(0, 1))
     assert plain["high"] == 1
     assert stats.t.interval(0.95, 2, 2 / 3, stats.sem([0, 1, 1]))[1] > 1
+
+
+def test_a_shorter_window_counts_by_its_predictions():
+    assert from_losses([1.0, 3.0], [3, 1]) == float(f"{math.exp(1.5):.6g}")
+    assert from_losses([1.0, 3.0], [2, 2]) == float(f"{math.exp(2):.6g}")
 
 
 def test_windows_are_summarized_over_their_tokens():

@@ -130,7 +130,7 @@ class Plan:
     @property
     def corrects(self) -> bool:
         """Whether target weights are corrected towards the dense model's outputs."""
-        return self.propagation == "corrected" and self.solves
+        return self.propagation == "corrected"
 
     @property
     def records_grams(self) -> bool:
