@@ -114,6 +114,12 @@ def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     assert plan.needs == ("gradients" if by_gradients else "norms")
 
 
+@pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
+def test_weights_are_corrected_where_the_propagation_says_so(propagation: str):
+    plan = asked("wanda-refit", propagation=propagation).plan
+    assert plan.corrects == ("correction" in plan.described) == (propagation == "corrected")
+
+
 @given(st.integers(1, 999))
 def test_a_sparsity_is_the_fraction_that_its_digits_say(thousandths: int):
     assert asked("wanda", sparsity=thousandths / 1000).plan.share == Fraction(thousandths, 1000)
