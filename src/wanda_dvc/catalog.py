@@ -237,7 +237,6 @@ SOLVED_UNITS = Reconstruction(
 REPAIR = Reconstruction(
     "least-squares",
     "least squares: the linear before the removed blocks, which are neighbours, takes over a part of what they add",
-    function="wanda_dvc.engine.repair:repair",
 )
 
 
