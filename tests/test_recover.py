@@ -62,10 +62,10 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_divergence_falls_and_zeros_stay(tied: bool, tmp_path: Path):
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
+def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied)
-    weights, curve = train(dense, pruned, tmp_path / "work")
+    weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["other"] < curve[0]["other"]
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")

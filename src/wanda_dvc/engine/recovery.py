@@ -68,7 +68,7 @@ class Recovery(Trainer):
         """Make AdamW. A parameter's learning rate is a share of the root mean square of its nonzero values."""
         every, rate = (model or self.model).parameters(), self.args.learning_rate
         groups = [{"params": [p], "lr": rate * root_mean_square(p.detach())} for p in every if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # torch's fastest, on each device
         return self.optimizer
 
     @property
@@ -135,14 +135,14 @@ def recover(
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
         (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
     each, processes = math.ceil(len(rows) / BATCH / LOOKS), int(os.environ.get("WORLD_SIZE", "1"))
-    if (on_gpu := device.type == "cuda") and processes == 1:
+    if device.type == "cuda" and processes == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=max(1, BATCH // processes), num_train_epochs=1,
         train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=WARM_UP,
         eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each, logging_strategy="no",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
-        use_cpu=device.type == "cpu", bf16=on_gpu and dtype is torch.bfloat16, fp16=on_gpu and dtype is torch.float16,
+        use_cpu=device.type == "cpu", bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
         report_to="none", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs

@@ -235,7 +235,7 @@ STAGES = {
         ),
         Stage(
             name="recover",
-            version=1,
+            version=2,
             runs_model=True,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             parts=_one(

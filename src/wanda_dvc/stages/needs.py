@@ -142,12 +142,17 @@ def _apply(on: Known) -> Need:
     return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
+def trained_in(dtype: str, device: str) -> str:
+    """Return the dtype of the dense model in `recover`, and of the training's products: the Trainer's limits."""
+    return dtype if dtype in {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",)}.get(device, ()) else "float32"
+
+
 def training(on: Known, *, kept: bool = False) -> int:
     """Return the memory of `recover`. Activations are one block's, and the inputs of all; or, if `kept`, of all."""
     model, length = on.sizes, min(RECOVERY_LENGTH, on.params.calibration.length)
     block = 8 * length * model.features + 12 * length**2 * model.scored
     blocks = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
-    dense = WIDTH[on.params.dtype if on.device == "cuda" else "float32"]
+    dense = WIDTH[trained_in(on.params.dtype, on.device)]
     return FIXED + (16 + dense) * model.parameters + RECOVERY_BATCH * (blocks + 24 * length * model.vocabulary)
 
 

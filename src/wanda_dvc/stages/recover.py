@@ -30,7 +30,7 @@ def recover(*, project: Project) -> None:
 
     from wanda_dvc.engine.checkpoint import write_model
     from wanda_dvc.engine.recovery import recover as train
-    from wanda_dvc.stages.needs import computes_twice
+    from wanda_dvc.stages.needs import computes_twice, trained_in
     from wanda_dvc.stages.running import check_ready, own_device, progress
 
     planned, folder = project.planned("recover"), project.model("pruned")
@@ -45,9 +45,8 @@ def recover(*, project: Project) -> None:
         bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())
         view, curve = train(
             project.model("dense"), folder, rows=rows, held=held, rate=planned["rate"], device=device,
-            # A CPU trains in float32: it is slow in other types.
-            dtype=getattr(torch, dtype) if device.type == "cuda" else torch.float32,
-            checkpointing=checkpointing, work=work.path / "training", step=lambda: next(bar, None),
+            dtype=getattr(torch, trained_in(dtype, device.type)), checkpointing=checkpointing,
+            work=work.path / "training", step=lambda: next(bar, None),
         )  # fmt: skip
         if not first:
             return
