@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,30 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def anonymous() -> int:
+    """Return this process's memory without mapped files, whose pages the system may reclaim, in bytes."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def sampled() -> Iterator[list[int]]:
+    """Sample the anonymous memory 300 times a second, by a thread, first before what follows."""
+    samples, done = [anonymous()], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(1 / 300):
+            samples.append(anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+        samples.append(anonymous())
+
+
 def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     """Run one stage in this process; return its peak above the imports' memory, and the formula's bound."""
     import torch
@@ -62,14 +87,13 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import STAGES, run
     from wanda_dvc.stages.needs import need
-    from wanda_dvc.stages.running import sampled_memory
     from wanda_dvc.study.project import Project
 
     project = Project(root)
     torch.set_num_threads(cores())
     _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
     wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
-    with sampled_memory(samples_a_second=300) as samples:
+    with sampled() as samples:
         run(stage, project=project, part=part)
     return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": wanted.memory - wanted.mapped}
 

@@ -17,8 +17,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-KEYS = ("protocol", "commit", "stages", "libraries", "cpu", "date")
-WORDS = ("older", "typed")  # in place of an origin
 LIBRARIES = ("torch", "transformers")
 
 Row = dict[str, Any]

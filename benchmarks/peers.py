@@ -362,10 +362,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     f"perplexity {F32}, share of the floor": ("≥ 0.8", share, F32, "perplexity", "dense"),
     f"first prune {F32}, against (a)": ("≥ 2", first_prune, F32),
     f"first prune {BF16}, against (a) in {F32}": ("≥ 4", first_prune, BF16),
-    "mask, seconds": (
-        "< 1",
-        lambda peers: seconds(peers.further(F32, "seconds") - peers.stage(F32, "apply")["seconds"]),
-    ),
+    "mask, seconds": ("< 1", lambda x: seconds(x.further(F32, "seconds") - x.stage(F32, "apply")["seconds"])),
     "each further experiment inside mask and apply, against (a)": ("≥ 50", each_further),
     "a further sparsity by dvc repro apply, against (a)": ("≥ 15", further_by_dvc, False),
     "a further sparsity by dvc repro with its evaluation, against (a) and (b)": ("≥ 1.8", further_by_dvc, True),

@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src/wanda_dvc")
 LONGEST = 600  # seconds a mutant
-
 TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 

@@ -138,16 +138,12 @@ class Site:
 def section(path: str, anchor: str) -> str:
     """Return a section of a Markdown file without its heading, up to the next heading; SiteError if it is missing."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    fenced = [found.span() for found in FENCED.finditer(text)]
-    headings = [
-        found
-        for found in re.finditer(r"^#+ +(.*?)\s*$", text, flags=re.MULTILINE)
-        if not any(start <= found.start() < end for start, end in fenced)
-    ]
-    for heading, following in zip(headings, [*headings[1:], None], strict=True):
-        if slug(heading[1]) == anchor:
-            return text[heading.end() : following.start() if following else None].strip()
-    raise SiteError(f"{path}: no section #{anchor}; it has {', '.join(slug(heading[1]) for heading in headings)}")
+    text = FENCED.sub(lambda found: found[0].replace("\n#", "\n\0#"), text)  # a comment is no heading
+    _, *parts = re.split(r"^#+ +(.*?)\s*$", text, flags=re.MULTILINE)
+    sections = {slug(heading): body for heading, body in zip(parts[::2], parts[1::2], strict=True)}
+    if anchor not in sections:
+        raise SiteError(f"{path}: no section #{anchor}; it has {', '.join(sections)}")
+    return sections[anchor].replace("\0", "").strip()
 
 
 def slug(heading: str) -> str:

@@ -54,9 +54,8 @@ def sparsity(colours: Mapping[str, str]) -> Figure:
     axes.grid(axis="y", color=colours["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=colours["ink"], length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(colours["line"])
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(colours["line"])
     return figure
 
 

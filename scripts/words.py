@@ -64,11 +64,6 @@ def problems(name: str, text: str) -> Iterator[str]:
                 yield f"{name}:{number}: {found[0]}: use {instead}"
 
 
-def pages() -> list[str]:
-    """Return the pages that are read."""
-    return sorted(path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern))
-
-
 def prose(source: str) -> str:
     """Return the docstrings, comments and messages of a module, each on its own lines; all other lines are empty.
 
@@ -87,9 +82,9 @@ def prose(source: str) -> str:
 
 def texts() -> dict[str, str]:
     """Return the checked text of each page and module, by name."""
-    modules = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "src").rglob("*.py"))]
-    read = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*pages(), *modules)}
-    return read | {name: prose(read[name]) for name in modules}
+    files = sorted(path for pattern in (*PAGES, "src/**/*.py") for path in ROOT.glob(pattern))
+    read = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    return {name: text if name.endswith(".md") else prose(text) for name, text in read.items()}
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import mmap
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -210,20 +209,6 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
 
     with project().work({"a": 1}) as work, pytest.raises(Timeout):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
-
-
-@pytest.mark.skipif(not running.anonymous_memory(), reason="this system does not tell anonymous memory apart")
-def test_the_memory_of_a_run_is_without_mapped_pages(tmp_path: Path):
-    """A checkpoint's pages are the system's to reclaim; counting them showed 13.6 GB of a stage that ran within 3."""
-    size = 2**26
-    (tmp_path / "mapped").write_bytes(b"x" * size)
-    with running.sampled_memory() as mapped:
-        assert np.memmap(tmp_path / "mapped", np.uint8, "r").max() == ord("x")
-    with running.sampled_memory() as held:
-        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        np.frombuffer(pages, np.uint8)[:] = 1
-    assert max(mapped) - mapped[0] < size / 2
-    assert max(held) - held[0] > 0.9 * size
 
 
 def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):

@@ -74,16 +74,19 @@ def test_every_mixture_is_here():
     [
         (1536, "0.2", 1216),  # 1228.8 is nearer to 19 times 64 than to 20 times
         (1536, "0.25", 1152),
-        (11008, "0.5", 5504),
-        (48, "0.25", 36),  # a 16th of 48 is 3: multiples of 2
-        (48, "0.99", 2),
+        (2048, "0.2", 1664),  # 1638.4: 256 is more than a 16th
+        (4096, "0.2", 3328),  # 3276.8 is nearer to 13 times 256 than to 12 times
+        (11008, "0.2", 8704),
+        (80, "0.25", 60),  # a 16th of 80 is 5: multiples of 4
+        (80, "0.99", 4),
+        (48, "0.27", 35),  # a 16th of 48 is 3: multiples of 1
         (10, "0.25", 8),  # 7.5, to even
         (11008, "0", 11008),
         (2731, "0.001", 2731),  # never more than there are
     ],
 )
 def test_the_width_is_the_nearest_multiple(width: int, share: str, stay: int):
-    assert stay_of(width, Fraction(share), 64) == stay
+    assert stay_of(width, Fraction(share), STRUCTURES["neurons"].multiple) == stay
 
 
 def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

@@ -134,8 +134,7 @@ class Structure(Row):
 
     _: KW_ONLY
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
-    # Widths of up to so many are multiples of the largest power of two that is a 16th of the width or less; wider ones
-    # of 64, which kernels like.
+    # Of a width that stays, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
     # Other fields of config.json that stay in proportion to the number of units. A unit is then several inputs of its
     # reader, and the field has the number of units.
@@ -151,7 +150,7 @@ WIDTHS = (
     "shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
 STRUCTURES = _by_name(
-    Structure("neurons", "neurons of each MLP", fields=WIDTHS, multiple=64),
+    Structure("neurons", "neurons of each MLP", fields=WIDTHS, multiple=256),
     Structure("heads", "groups of attention heads of each block", fields=("num_key_value_heads",),
               scaled=("num_attention_heads",)),
     Structure("experts", "routed experts of each block", find="wanda_dvc.engine.finders:find_experts", method="reap",

@@ -97,6 +97,8 @@ class Plan:
         if self.propagates:  # new weights determine the next block's input
             described |= {"training": TRAINING} if self.reconstruction.trains else {}
             described |= {"correction": CORRECTION} if self.corrects else {}
+        if self.structure and self.structure.multiple > 1:
+            described["multiple"] = self.structure.multiple
         return described
 
     # --- dependencies of masks ---

@@ -33,13 +33,13 @@ class Units(NamedTuple):
 def stay_of(width: int, share: Fraction, multiple: int) -> int:
     """Return the number of units that stay: the multiple nearest to width · (1 − share), at least one multiple.
 
-    The multiple is `multiple`, a power of two, or for small widths the largest power of two that is at most a 16th of
+    The multiple is `multiple`, a power of four, or for small widths the largest power of four that is at most a 16th of
     the width. All units stay at share 0.
     """
     if not share:
         return width
     while multiple > max(1, width // SIXTEENTH):
-        multiple //= 2
+        multiple //= 4
     nearest = multiple * max(1, round(width * (1 - share) / multiple))
     return min(width, nearest)
 

@@ -25,7 +25,6 @@ from wanda_dvc.study.files import Documents, Json, write_json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
 
-SAMPLES_A_SECOND = 20  # of a stage's memory
 KEPT = "finished blocks are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
@@ -45,15 +44,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
-    """Keep the time of a run, its machine, and its peak memory."""
+    """Keep the time of a run, and its machine."""
     began = time.perf_counter()
-    with sampled_memory() as memory:
-        yield
-    content: Json = {"seconds": round(time.perf_counter() - began, 2)}
-    if peak := max(memory):  # some systems do not say
-        content["peak_anonymous_gb"] = round(peak / 1e9, 3)
-    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
-    write_json(project.time(stage.run_name(part, text)), content)
+    yield
+    spent = round(time.perf_counter() - began, 2)
+    where = {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
+    write_json(project.time(stage.run_name(part, text)), {"seconds": spent} | where)
 
 
 @contextlib.contextmanager
@@ -105,38 +101,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
         writer.close()
         thread.join()
         reader.close()
-
-
-@contextlib.contextmanager
-def sampled_memory(samples_a_second: int = SAMPLES_A_SECOND) -> Iterator[list[int]]:
-    """Sample the anonymous memory of this process, in bytes, by a thread: at the start, the peak so far, at the end.
-
-    The resident peak counts mapped checkpoint pages too, which the system may reclaim at any time: a model of 13.5 GB
-    runs under a hard limit of 3 GB.
-    """
-    samples, done = [anonymous_memory()] * 2, threading.Event()
-
-    def sample() -> None:
-        while not done.wait(1 / samples_a_second):
-            samples[1] = max(samples[1], anonymous_memory())
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
-        samples.append(anonymous_memory())
-
-
-def anonymous_memory() -> int:
-    """Return the anonymous memory of this process in bytes; 0 if the system hides it."""
-    with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="utf-8") as status:
-        for line in status:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def device_name(runtime: Runtime) -> str:
