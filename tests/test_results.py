@@ -44,10 +44,11 @@ def write_results(
     """The files of a model with this mean loss on a text and this number of correct answers of 40."""
     losses = [loss + x for x in ((-0.1, 0.0, 0.02, 0.08) if model == "dense" else (-0.08, -0.02, 0.0, 0.1))]
     of = {"model": model}
-    write_json(study.details(model, "perplexity/embedded"), {"protocol": windows | of, "losses": losses})
+    details: Json = {"protocol": windows | of, "losses": losses}
     numbers: dict[str, Any] = {"perplexity": float(f"{math.exp(sum(losses) / 4):.6g}")}
     answered: dict[str, Any] = {"acc": right / 40}
     if model == "pruned":
+        details |= {"divergences": [loss / 5 + x for x in (0.02, -0.02, 0.01, 0)], "agreements": [right / 52] * 4}
         kl = {"mean": 0.5, "low": 0.4, "high": 0.6, "median": 0.25, "p99": 2.0, "largest": 3.0}
         agreed = {"mean": 0.5, "low": 0.45, "high": 0.55}
         numbers |= {"divergence": kl, "top1_agreement": agreed, "rms_probability_change": 0.125}
@@ -55,6 +56,7 @@ def write_results(
         write_json(study.metrics(model, "sparsity"), {"sparsity": 0.5})
         linears = {"q": {"error": 0.1, "masked": 0.2}, "k": {"error": 0.3, "masked": 0.4}}
         write_json(study.details(model, "layer_error"), {"protocol": of, "linears": linears})
+    write_json(study.details(model, "perplexity/embedded"), details)
     write_json(study.metrics(model, "perplexity/embedded"), numbers)
     answers = [{"item": i, "answer": 2 * (i >= right), "acc": float(i < right)} for i in range(40)]
     write_json(study.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}})
@@ -127,6 +129,17 @@ def test_every_measure_is_read_and_formatted(here: Project):
         ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
     ]
+
+
+def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(here: Project, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    write_params(tmp_path / "other", "org/model")
+    one, other = write_results(here, "pruned", 2.5, 26), write_results(Project(tmp_path / "other"), "pruned", 3.0, 13)
+    _, rows = side_by_side({"one": one, "other": other}, base="one")
+    cells = {row[0]: row[3] for row in rows}
+    assert cells["divergence, nats"] == "+0.1000 nats (+0.1000 to +0.1000) *"
+    assert cells["top-1 agreement, %"] == "−25.0 points (−25.0 to −25.0) *"
+    assert cells["divergence, median, nats"] == ""
 
 
 def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Project):
@@ -236,6 +249,11 @@ def test_the_paired_test_agrees_with_permutations():
     permuted = np.abs((signs * difference).mean(axis=1))
     assert got.p == pytest.approx((permuted >= abs(difference.mean()) - 1e-12).mean(), abs=0.03)
     assert got.value == pytest.approx(math.exp(difference.mean()))
+    moved = inference.apart(list(losses), list(others), [10] * 12)
+    assert moved
+    expected = stats.ttest_rel(losses, others)
+    assert (moved.value, moved.p) == pytest.approx((difference.mean(), expected.pvalue))
+    assert moved[1:3] == pytest.approx(tuple(expected.confidence_interval()))
     unpaired = inference.perplexity(list(losses), [10] * 12)
     assert unpaired
     assert math.log(got.high / got.low) < math.log(unpaired.high / unpaired.low) / 3  # why it is paired

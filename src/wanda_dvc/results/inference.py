@@ -45,21 +45,26 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """Return the first model's perplexity over the second's on the same windows: t interval and test of paired losses.
-
-    None as for `perplexity`.
-    """
-    values, share = np.subtract(losses, others), np.divide(predictions, sum(predictions))
-    if len(values) < 2 or not np.isfinite(values).all():
+    """Return the first model's perplexity over the second's on the same windows. None as for `perplexity`."""
+    if (found := apart(losses, others, predictions)) is None:
         return None
-    mean = float(share @ values)
-    variance = float(share**2 @ (values - mean) ** 2) * len(values) / (len(values) - 1)
-    if variance == 0:
-        found = Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    else:
-        found = _student(mean, math.sqrt(variance), len(values) - 1)
     value, low, high = (math.exp(x) if x < 709 else math.inf for x in found[:3])  # the largest float is exp(709.8)
     return Estimate(value, low, high, found.p)
+
+
+def apart(values: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return the first model's mean minus the second's on the same windows: t interval and test of paired means.
+
+    `values` and `others` are windows' means over their predictions. None as for `perplexity`.
+    """
+    differences, share = np.subtract(values, others), np.divide(predictions, sum(predictions))
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return None
+    mean = float(share @ differences)
+    variance = float(share**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
+    if variance == 0:
+        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:

@@ -107,7 +107,7 @@ def perplexity(results: Results, text: str) -> Value:
     value = results.metrics.get(ON_TEXT + text, {}).get("perplexity")
     if value is None or value == DIVERGED:
         return value
-    ends = inference.perplexity(*_losses(results, text))
+    ends = inference.perplexity(*_windows(results, text, "losses"))
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
@@ -156,15 +156,15 @@ def layer_error(results: Results, _: str) -> Value:
     return Estimate(sum(one["error"] for one in linears.values()) / len(linears)) if linears else None
 
 
-def _losses(results: Results, text: str) -> tuple[list[float], list[int]]:
-    """Return the windows' losses and numbers of predictions; nothing if one is not finite or they are missing."""
+def _windows(results: Results, text: str, what: str) -> tuple[list[float], list[int]]:
+    """Return the windows' means and numbers of predictions; nothing if one is not finite or they are missing."""
     details = results.details(ON_TEXT + text)
-    losses = details.get("losses", [])
-    if not losses or DIVERGED in (*losses, results.metrics[ON_TEXT + text].get("perplexity")):
+    means = details.get(what, [])
+    if not means or DIVERGED in (*means, results.metrics[ON_TEXT + text].get("perplexity")):
         return [], []
     protocol = details["protocol"]
     predictions = [protocol["length"] - 1] * protocol["windows"]
-    return losses, predictions if protocol["rest"] == "dropped" else [*predictions, protocol["rest"] - 1]
+    return means, predictions if protocol["rest"] == "dropped" else [*predictions, protocol["rest"] - 1]
 
 
 def _right(results: Results, task: str) -> list[bool]:
@@ -175,10 +175,12 @@ def _right(results: Results, task: str) -> list[bool]:
 # --- paired tests of a model against another one, on the same windows or items ---
 
 
-def ratio(first: Results, second: Results, text: str) -> Estimate | None:
-    """The first perplexity divided by the second, paired by window; None without finite losses."""
-    (losses, predictions), (others, _) = (_losses(one, text) for one in (first, second))
-    return inference.ratio(losses, others, predictions) if losses and others else None
+def by_window(
+    first: Results, second: Results, text: str, *, what: str, how: Callable[..., Estimate | None] = inference.apart
+) -> Estimate | None:
+    """The first mean minus the second, or another comparison, paired by window; None without finite values."""
+    (means, predictions), (others, _) = (_windows(one, text, what) for one in (first, second))
+    return how(means, others, predictions) if means and others else None
 
 
 def difference(first: Results, second: Results, task: str) -> Estimate | None:
@@ -211,6 +213,10 @@ def _factor(value: float) -> str:
 
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 class Test(NamedTuple):
@@ -287,10 +293,13 @@ _divergence = partial(written, name="divergence")
 _agreement = partial(written, name="top1_agreement")
 _rms_change = partial(written, name="rms_probability_change")
 _removed = partial(written, name="removed_parameters")
+_ratio = partial(by_window, what="losses", how=inference.ratio)
+_moved, _agreed = partial(by_window, what="divergences"), partial(by_window, what="agreements")
 MEASURES: tuple[Measure, ...] = (
-    _text("divergence", "divergence", "nats", _divergence, brief=True),
-    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True),
-    _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(ratio, _factor, " ×"), drawn=LOG),
+    _text("divergence", "divergence", "nats", _divergence, brief=True, test=Test(_moved, _nats, " nats")),
+    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True,
+          test=Test(_agreed, _points, " points")),
+    _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(_ratio, _factor, " ×"), drawn=LOG),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
     _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),

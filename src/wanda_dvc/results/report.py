@@ -239,7 +239,7 @@ def paired(section: Section) -> Content:
     ]
     count = sum(map(len, section.tests.values()))
     caption = (
-        "On the same windows and items: ratio of perplexities, difference of accuracies in points. p-values are "
+        "On the same windows and items: ratio of perplexities, differences of the other measures. p-values are "
         f"adjusted for the {count} tests of this section; intervals are not. Windows of one text count as "
         "independent, so intervals of single perplexities are slightly too narrow. A test covers these items, this "
         "text and one calibration; another seed is another experiment."
