@@ -66,9 +66,9 @@ def runs(project: Project) -> Runs:
     """The runs of a study in which the masks were made with its settings."""
     plan = stage("plan", **project.params.model_dump(mode="json"))
     masks = stage("masks", "stats/norms", "plan/mask.json")
-    masks["deps"][1]["md5"] = md5(project.root / "plan/mask.json")
+    masks["deps"][1]["md5"] = md5((project.root / "plan/mask.json").read_bytes())
     calibrate = stage("stats/norms", "plan/calibrate/norms.json")
-    calibrate["deps"][0]["md5"] = md5(project.root / "plan/calibrate/norms.json")
+    calibrate["deps"][0]["md5"] = md5((project.root / "plan/calibrate/norms.json").read_bytes())
     return Runs({"plan": plan, "mask": masks, "apply": stage("models/pruned", "masks"), "calibrate-norms": calibrate})
 
 
@@ -100,7 +100,7 @@ def test_files_of_another_run_are_named(project: Make):
     names = [path.relative_to(study.root).as_posix() for path in paths]
     for path in paths:
         write_json(path, {"a": 1})
-    own = md5(paths[0])
+    own = md5(paths[0].read_bytes())
     stages: dict[str, Any] = {"apply": stage("models/pruned"), "zero-shot": stage(names[1], "models/pruned")}
     stages["apply"]["outs"].append({"path": names[0], "md5": own})
     stages["zero-shot"]["outs"][0]["md5"] = own

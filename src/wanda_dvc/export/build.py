@@ -105,7 +105,7 @@ def check_target(project: Project, target: Path) -> None:
 
 def _take_experiment(project: Project, study: Project, experiment: str, parts: list[str]) -> None:
     """Take the files that `apply` reads, and other parts, out of git and the cache."""
-    revision = Revision.open(project.root, experiment, otherwise="without --rev, the workspace is exported")
+    revision = Revision.open(project.root, experiment)
 
     def take(part: str, what: str) -> None:
         if revision.take(part, study.root):

@@ -76,8 +76,7 @@ def workspace(project: Project) -> Experiment:
     if unmet := runs.unmet(project.params):
         asked = ", ".join(f"{name}={value}" for name, value in unmet.items())
         found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
-    stale = {out["path"] for name in runs.stale for out in runs.stages[name].get("outs", [])}
-    if hidden := sorted(path for path in others - stale if path.endswith(".json")):
+    if hidden := sorted(path for path in others - runs.outs(runs.stale).keys() if path.endswith(".json")):
         found.notes.append(
             f"Left out, because dvc.lock has other results: {some(hidden)}; run `dvc repro`, or `dvc checkout` after "
             "`git checkout`."
@@ -103,7 +102,7 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
     if name == WORKSPACE:
         return workspace(project)
     folder.mkdir(parents=True, exist_ok=True)
-    study, revision = Project(folder), Revision.open(project.root, name, otherwise="`wanda-dvc show` needs none")
+    study, revision = Project(folder), Revision.open(project.root, name)
     for part in ("params.yaml", LOCK):
         if revision.take(part, folder):
             raise UserError(f"{name}: no {part}, expected an experiment of this study that has run; run `dvc repro`")

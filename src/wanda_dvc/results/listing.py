@@ -58,7 +58,7 @@ def list_states(project: Project) -> list[State]:
     UserError without a repository, or if DVC cannot list it.
     """
     found: list[State] = []
-    with dvc.repository(project.root, "`wanda-dvc show` needs none") as repo:
+    with dvc.repository(project.root) as repo:
         below, listed = dvc.below(project.root, repo.root_dir), dvc.states(project.root, repo)
 
         def add(name: str, kind: Kind, state: Any, base: Any, running: str = SUCCESS) -> None:
@@ -100,9 +100,7 @@ def _measured(
         runs, here = Runs({}), rev == WORKSPACE
         with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
             runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
-        stale = runs.stale_for(settings)
-        ran = [one for name, one in runs.stages.items() if name not in stale]
-        outs = {out["path"] for one in ran for out in one.get("outs", [])}
+        outs = set(runs.outs(runs.stages.keys() - runs.stale_for(settings)))
         if here:  # a stage run by hand, or `git checkout`, leaves other files there
             outs -= runs.others(project.root)
     own = {path: content for path, content in every.items() if path in outs}

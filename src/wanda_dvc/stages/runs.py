@@ -5,10 +5,10 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from wanda_dvc.errors import UserError
@@ -43,10 +43,9 @@ class Runs:
             return cls(stages)
         raise UserError(f"{LOCK}: got {name_of(content)}, {todo}")
 
-    @cached_property
-    def made(self) -> dict[str, str | None]:
-        """The MD5 of each output, by path."""
-        return {out["path"]: out.get("md5") for stage in self.stages.values() for out in stage.get("outs", [])}
+    def outs(self, stages: Iterable[str]) -> dict[str, str | None]:
+        """Return the MD5 of each output of some stages, by path."""
+        return {out["path"]: out.get("md5") for name in stages for out in self.stages[name].get("outs", [])}
 
     @cached_property
     def stale(self) -> list[str]:
@@ -58,24 +57,22 @@ class Runs:
 
         {} means the settings of the stage `plan`'s last run.
         """
-        now = dict(self.made)
+        now = self.outs(self.stages)
         with contextlib.suppress(UserError):  # settings of another version
             for name, content in planned(check_params(nested(asked) if asked else self.settings)).items():
-                written = f"{json_text(content)}\n".encode()
-                now[f"plan/{name}.json"] = hashlib.md5(written, usedforsecurity=False).hexdigest()
+                now[f"plan/{name}.json"] = md5(f"{json_text(content)}\n".encode())
         stale: set[str] = set()
-        outs: set[str] = set()  # of stale stages
         while True:  # the lock has any order
+            outs = self.outs(stale)
             found = {
                 name
                 for name, stage in self.stages.items()
-                for path, md5 in ((dep["path"], dep.get("md5")) for dep in stage.get("deps", []))
-                if now.get(path, md5) != md5 or any(path == out or path.startswith(f"{out}/") for out in outs)
+                for path, was in ((dep["path"], dep.get("md5")) for dep in stage.get("deps", []))
+                if now.get(path, was) != was or any(PurePath(path).is_relative_to(out) for out in outs)
             }
             if found == stale:
                 return [name for name in self.stages if name in stale]
             stale = found
-            outs = {out["path"] for name in stale for out in self.stages[name].get("outs", [])}
 
     @property
     def settings(self) -> Json:
@@ -102,15 +99,14 @@ class Runs:
         """
         if not self.stages:
             return set()  # stages that ran without DVC
-        of_stale = {out["path"] for name in self.stale for out in self.stages[name].get("outs", [])}
-        paths = [path for path in (root / "metrics").rglob("*") if path.is_file()]
-        found = {path.relative_to(root).as_posix(): path for path in paths}
-        return {name for name, path in found.items() if name in of_stale or self.made.get(name) != md5(path)}
+        current = self.outs(self.stages.keys() - self.stale)
+        paths = {path.relative_to(root).as_posix(): path for path in (root / "metrics").rglob("*") if path.is_file()}
+        return {name for name, path in paths.items() if current.get(name) != md5(path.read_bytes())}
 
 
-def md5(path: Path) -> str:
+def md5(content: bytes) -> str:
     """Return a file's MD5, as `dvc.lock` has it."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def reproduce(root: Path, stage: str, part: str = "", text: str = "", *, shown: bool = False) -> None:

@@ -21,8 +21,8 @@ DVCS_OWN = ("Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc"
 
 
 @contextlib.contextmanager
-def repository(root: Path, otherwise: str) -> Iterator[Any]:
-    """Open the study's DVC repository. UserError without one, with advice, or without git."""
+def repository(root: Path) -> Iterator[Any]:
+    """Open the study's DVC repository. UserError without one, or without git."""
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
@@ -30,7 +30,7 @@ def repository(root: Path, otherwise: str) -> Iterator[Any]:
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
-        raise UserError(f"{root}: no DVC repository; {otherwise}") from None
+        raise UserError(f"{root}: no DVC repository; `wanda-dvc show` needs none") from None
     except SCMError:  # stages run by hand leave .dvc/
         repo = None
     if repo is None or isinstance(repo.scm, NoSCM):
@@ -82,12 +82,12 @@ class Revision:
     prefix: str  # of the project inside the repository
 
     @classmethod
-    def open(cls, root: Path, name: str, *, otherwise: str) -> "Revision":
-        """Open a revision. UserError for an unknown name; `otherwise` is the advice without a repository."""
+    def open(cls, root: Path, name: str) -> "Revision":
+        """Open a revision. UserError for an unknown name, or without a repository."""
         from dvc.api import DVCFileSystem
         from dvc.scm import SCMError
 
-        with repository(root, otherwise) as repo:
+        with repository(root) as repo:
             around = repo.root_dir
         try:
             files = DVCFileSystem(around, rev=name)
@@ -189,3 +189,11 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     else:
         target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Hard-link a file that never changes, or copy it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
