@@ -240,7 +240,7 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
-    with pytest.raises(wd.UserError, match="model: got both"):
+    with pytest.raises(wd.UserError, match="model: found both"):
         wd.perplexity(study, "both")
 
 

@@ -13,7 +13,7 @@ import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, notice
-from wanda_dvc.stages import STAGES, Stage, check_version
+from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.stages import run as run_stage
 
 if TYPE_CHECKING:
@@ -82,28 +82,26 @@ def _project() -> "Project":
     return Project.find()
 
 
-def _run(name: str, version: int | None, part: str = "", text: str = "") -> None:
+def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
     from wanda_dvc.stages.running import stoppable, timed
 
-    stage = STAGES[name]
-    if part and part not in stage.parts:
-        raise UserError(f"{stage.part_is}: found {part}, expected {', '.join(stage.parts)}")
-    check_version(name, version)
+    if version not in (None, stage.version):
+        raise UserError(
+            f"dvc.yaml: {stage.name}: version {version}, expected {stage.version}: the study is of another wanda-dvc; "
+            "install that one, or make a new study with `wanda-dvc init DIR` and copy your settings into its "
+            "params.yaml"
+        )
     project = _project()
-    known = list(project.params.perplexity.texts)  # all that is wrong in params.yaml is said before anything starts
-    by_text = bool(part) and stage.parts[part].by_text
-    if text and (not by_text or text not in known):
-        raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
-    for label, one, named in stage.runs(known, part, text):
+    for label, one, named in stage.runs(project.params.perplexity.texts, part, text):
         _prepare(label, network=stage.network)
         with stoppable(label):
             if stage.runs_model and stage.parts[one].wanted(project.params):
                 from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
 
-                announce(project=project, stage=name, part=one, text=named)
+                announce(project=project, stage=stage.name, part=one, text=named)
             with timed(project, stage, one, named):
-                run_stage(name, project=project, part=one, text=named)
+                run_stage(stage.name, project=project, part=one, text=named)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:
@@ -126,7 +124,7 @@ def _command(stage: Stage) -> Callable[..., None]:
     ]
 
     def command(part: part = "", text: Text = "", version: Version = None) -> None:
-        _run(stage.name, version, part, text)
+        _run(stage, version, part, text)
 
     has = {"part": bool(stage.part_is), "text": any(row.by_text for row in stage.parts.values()), "version": True}
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if has[name]]
@@ -166,7 +164,7 @@ def prune(
     from wanda_dvc.export.prune import prune as make
     from wanda_dvc.stages.running import stoppable
 
-    again = "finished work is kept; run the same command again to resume"
+    again = "finished blocks are kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
         _say(
             make(

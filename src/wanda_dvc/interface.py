@@ -146,10 +146,9 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
 
     _change(study, settings)
     reproduce(study.path, "apply")
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        Project(study.path).model("pruned"), dtype="auto", trust_remote_code=False
-    )
-    return loaded.eval()
+    folder = Project(study.path).model("pruned")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    return model
 
 
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
@@ -168,16 +167,11 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
-    from wanda_dvc.stages import MODELS
     from wanda_dvc.study.files import load_json
 
-    if model not in MODELS:
-        raise UserError(f"model: got {model}, expected {', '.join(MODELS)}")
     _change(study, settings)
     project = Project(study.path)
-    texts = list(project.params.perplexity.texts)
-    if (text := text or texts[0]) not in texts:
-        raise UserError(f"text: got {text}, expected one of {', '.join(texts)}")
+    text = text or next(iter(project.params.perplexity.texts))
     reproduce(study.path, "perplexity", model, text)
     found = load_json(project.metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")

@@ -6,7 +6,7 @@ this table too.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,14 @@ class Stage:
         """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""
         return self.name + (f"-{part}" if part else "") + (f"@{text}" if text else "")
 
-    def runs(self, texts: Iterable[str], part: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
-        """Yield the name, part and text of each run; of one part or text, if it is named."""
+    def runs(self, texts: Collection[str], part: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
+        """Yield the name, part and text of each run; of one part or text, if named. UserError for another name."""
+        if part and part not in self.parts:
+            raise UserError(f"{self.part_is}: found {part}, expected {', '.join(self.parts)}")
+        by_text = any(row.by_text for one, row in self.parts.items() if part in ("", one))
+        if text and (not by_text or text not in texts):
+            expected = ", ".join(texts) if by_text else f"none: {part} is no text"
+            raise UserError(f"text: found {text}, expected {expected}")
         for one, row in self.parts.items():
             for named in texts if row.by_text else [""]:
                 if part in ("", one) and text in ("", named):
@@ -308,16 +314,6 @@ TRACKED = sorted(
 def planned(params: "Params") -> "dict[str, Json]":
     """Return the content of each file in `plan/`, by its path without `.json`."""
     return {name: content for stage in STAGES.values() for name, content in stage.plan(params).items()}
-
-
-def check_version(stage: str, asked: int | None) -> None:
-    """Raise UserError if `dvc.yaml` is for another version of a stage."""
-    computed = STAGES[stage].version
-    if asked is not None and asked != computed:
-        raise UserError(
-            f"dvc.yaml: {stage}: version {asked}, expected {computed}: the study is of another wanda-dvc; install that "
-            "one, or make a new study with `wanda-dvc init DIR` and copy your settings into its params.yaml"
-        )
 
 
 def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> None:
