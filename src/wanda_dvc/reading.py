@@ -107,16 +107,16 @@ class Entry(NamedTuple):
     length: int
 
 
-def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Read the header of a safetensors file: its tensors by name. UserError if the library refuses the file."""
     from safetensors import SafetensorError, safe_open
 
-    check_file(path, todo)
+    check_file(path)
     try:
         with safe_open(path, framework="np"):  # it checks that header and data belong together
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}), expected a safetensors file; {todo}") from None
+        raise UserError(f"{path}: damaged ({error}), expected a safetensors file; {COPY}") from None
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))

@@ -87,15 +87,12 @@ def _user_errors(where: str, name: str) -> Iterator[None]:
     """Convert errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
     from huggingface_hub import errors as hub
 
+    of_hub = (hub.HTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError)  # type: ignore[attr-defined]
     try:
         yield
-    except (OSError, hub.HTTPError, hub.HFValidationError) as raised:  # type: ignore[attr-defined]
+    except (*of_hub, ConnectionError, TimeoutError) as raised:
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
-        wrapped = isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ is not None
-        error = raised.__cause__ if wrapped else raised
-        of_hub = (hub.HTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError)  # type: ignore[attr-defined]
-        if not isinstance(error, (*of_hub, ConnectionError, TimeoutError)):
-            raise
+        error = raised.__cause__ if isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ else raised
         said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
         raise UserError(
             f"{where}: {name}: {type(error).__name__}: {said:.200}; correct its id or revision, accept its conditions "

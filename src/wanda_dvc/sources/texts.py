@@ -18,16 +18,14 @@ from wanda_dvc.study.project import DOCUMENTS, TEXT
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
-def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
-    """Find the text of a setting, such as `calibration.text`.
-
-    `as_documents`: where the data set has one file of documents a split, they stay separate instead of being joined.
-    """
+def find_text(setting: str, wanted: ChosenText, mirror: str | None) -> Source:
+    """Find the text of a setting, such as `calibration.text`."""
     where, named = f"params.yaml: {setting}", TEXTS.get(wanted.source)
     shard = named.shards.get(wanted.split or "") if named else None
     place, title = _place(setting, wanted, mirror, shard)
     origin: Json = {"source": title, "revision": place.commit if isinstance(place, Repository) else None}
-    made_by = f"download {setting.partition('.')[0]}"
+    part = setting.partition(".")[0]
+    made_by = f"download {part}"
 
     def write(out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
@@ -38,7 +36,7 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
                 file = scratch / "hub" / shard
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 documents = Documents(file, column, lines)
-                if as_documents:
+                if part != "perplexity":  # windows are drawn within documents, as the Wanda authors do
                     if not len(documents) or not documents[0]:  # reading the first checks that it is text
                         raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
                     shutil.copyfile(file, out / DOCUMENTS)

@@ -18,9 +18,9 @@ def download(*, project: Project, part: str, text: str = "") -> None:
         source = find_model(planned["source"])
     elif part == "tasks":
         source = find_tasks(Tasks(**planned), mirror)
-    else:  # documents stay separate where windows are drawn within documents, as the Wanda authors do
+    else:
         setting = f"perplexity.texts.{text}" if text else f"{part}.text"
-        source = find_text(setting, ChosenText(**planned), mirror, as_documents=part != "perplexity")
+        source = find_text(setting, ChosenText(**planned), mirror)
     with project.work(describe(f"download {part}", version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
         work.publish(target)

@@ -15,7 +15,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.running import HEAD, check_ready, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, differing, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import TOKENIZER, describe, differing, digest, files_digest, read_provenance
 from wanda_dvc.study.tensors import read_window, seal, write_window
 
 
@@ -30,7 +30,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         libraries=("torch", "transformers"),
         model=digest(measured),
         dense=measured.get("model", measured)["sha256"],  # a model made from the dense one names it
-        tokenizer_sha256=tokenizer_digest(project.model(model)),
+        tokenizer_sha256=files_digest(project.model(model), TOKENIZER),
         **described,
         dtype=dtype,
     )

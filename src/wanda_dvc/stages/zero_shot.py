@@ -15,7 +15,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
-from wanda_dvc.study.provenance import describe, differing, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import TOKENIZER, describe, differing, digest, files_digest, read_provenance
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
@@ -32,7 +32,7 @@ def zero_shot(*, project: Project, model: str) -> None:
         "version": STAGES["zero-shot"].version,
         "model": digest(measured),
         "dense": measured.get("model", measured)["sha256"],  # a model made from the dense one names it
-        "tokenizer_sha256": tokenizer_digest(project.model(model)),
+        "tokenizer_sha256": files_digest(project.model(model), TOKENIZER),
     }
     details, metrics = Json(), Json()
     for task in planned["tasks"]:
@@ -206,9 +206,8 @@ def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype",
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
     ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends, pad_token_id=0
     )
     room, found = (positions_of(model.config) or sys.maxsize) - CONTINUED, []
     for prompt in prompts:

@@ -6,6 +6,7 @@ inputs that do not belong together. Two results may be compared if their protoco
 
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,16 +65,12 @@ def write_provenance(artifact: Path, content: Json) -> None:
     write_json(artifact / PROVENANCE, content)
 
 
-def files_digest(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder but its provenance, by relative path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
-
-
-def tokenizer_digest(model: Path) -> str:
-    """Return one SHA-256 of the files of a model's tokenizer."""
-    files = sorted({path for pattern in TOKENIZER for path in model.glob(pattern)})
-    return digest({path.name: file_digest(path) for path in files})
+def files_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
+    """Return one SHA-256 of the files below a folder that match patterns, by default of all but its provenance."""
+    paths = {
+        path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != PROVENANCE
+    }
+    return digest({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
 
 
 # --- the protocol of a result: all inputs that determine it ---

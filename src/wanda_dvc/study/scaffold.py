@@ -20,7 +20,7 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, Settings, check_params, nested
 from wanda_dvc.reading import check_place, read_text
-from wanda_dvc.study.dvc import checkout, init_repository
+from wanda_dvc.study.dvc import checkout, init_repository, link_file
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.markup import some
 
@@ -86,16 +86,9 @@ def _take_results(study: Path, folder: Path) -> None:
 
     Without `models/pruned`, which `dvc repro` writes again.
     """
-
-    def take(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:  # another file system
-            shutil.copy(source, target)
-
     if not (study / "dvc.lock").is_file():
         return
-    for place, how in ((".dvc/cache", take), ("metrics", shutil.copy)):
+    for place, how in ((".dvc/cache", link_file), ("metrics", shutil.copy)):
         if (study / place).is_dir():
             shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
     shutil.copy(study / "dvc.lock", folder)
