@@ -69,9 +69,8 @@ def page(collected: Collected) -> Content:
             parts += [f"### {heading}", *content] if content else []
     notes = [(one.name, note) for one in collected.experiments for note in one.notes]
     excluded = [*collected.unfinished, *collected.notes, *notes]
-    said = [f"{inline(name)}: {private(text)}" for name, text in excluded]
-    nothing = "Nothing: all experiments have finished, and all results are here."
-    return [*parts, "## Excluded", bullets(said) if said else nothing]
+    said = "\n".join(f"- {inline(name)}: {private(text)}" for name, text in excluded)
+    return [*parts, "## Excluded", said or "Nothing: all experiments have finished, and all results are here."]
 
 
 @dataclass(eq=False)
@@ -173,11 +172,6 @@ def private(text: str) -> str:
 # --- chapters ---
 
 
-def bullets(items: Sequence[str]) -> str:
-    """Return a list."""
-    return "\n".join(f"- {item}" for item in items)
-
-
 def protocol(section: Section) -> Content:
     """The texts, tasks, calibration and libraries of all results."""
     experiments = list(section.experiments.values())
@@ -189,7 +183,7 @@ def protocol(section: Section) -> Content:
     libraries = {name: version for found in every for name, version in found.get("libraries", {}).items()}
     if libraries:
         said.append(f"Libraries: {inline(', '.join(f'{name} {version}' for name, version in libraries.items()))}.")
-    return [bullets(said)]
+    return ["\n".join(f"- {item}" for item in said)]
 
 
 def measured(section: Section) -> Content:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
-from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
@@ -38,7 +37,7 @@ def mask(*, project: Project) -> None:
     weights/ has blocks only with a reconstruction, and `propagation: pruned` or the repair for blocks: new weights then
     do not follow from the statistics of the dense model.
     """
-    keep_freed_memory()
+    accelerator.keep_freed_memory()
     plan = project.plan
     device = accelerator.solving_device(running.own_device(project.params.runtime))  # refused before any file is read
     stats, tiers = running.statistics(project)
@@ -247,8 +246,7 @@ def walked(
 ) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
-    The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
-    depend on stats/, and on no setting of calibration.
+    The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/.
     """
     plan = project.plan
     run, windows = _calibrated(project, stats, work)
@@ -270,8 +268,8 @@ def _calibrated(project: Project, stats: Json, work: Work) -> "tuple[Runner, Ten
     """Return a runner of the dense model and the windows, as for stats/. UserError if the text is another."""
     text = read_provenance(project.data("calibration"), "download calibration")
     check_source("stats", stats["text"], text, "calibrate")
-    windows = running.calibration_windows(project, stats["params"])
-    return running.runner(project, "dense", work, dtype=stats["params"]["dtype"]), windows
+    windows = running.calibration_windows(project)
+    return running.runner(project, "dense", work), windows
 
 
 def repaired(

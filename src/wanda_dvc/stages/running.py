@@ -25,7 +25,7 @@ from wanda_dvc.study.files import Documents, Json, write_json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
 
-KEPT = "finished work is kept, and the next run resumes after it"
+KEPT = "finished blocks are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
 
@@ -62,9 +62,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     because the main thread may be inside a multiplication for seconds. A killed DVC leaves its stage running, and the
     next run of the experiment would wait for it. Only the command line calls this.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
@@ -210,8 +207,7 @@ def say_not_finite(run: str, where: str | None) -> None:
 
 def calibrated_with(project: Project) -> Json:
     """Return the settings that determine the calibration windows and the run."""
-    planned = project.planned("calibrate/norms")
-    return {name: planned[name] for name in ("windows", "length", "seed")} | {"dtype": model_dtype(project)}
+    return project.planned("calibrate/norms") | {"dtype": model_dtype(project)}
 
 
 def statistics(project: Project) -> tuple[Json, dict[str, str]]:
@@ -248,15 +244,12 @@ def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") ->
     return tier
 
 
-def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
-    """Draw windows from data/calibration, with the dense model's tokenizer.
-
-    The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
-    """
+def calibration_windows(project: Project) -> "Int[Tensor, 'windows length']":
+    """Draw windows from data/calibration, with the dense model's tokenizer."""
     from wanda_dvc.engine.windows import draw, load_tokenizer, tokenize
 
-    wanted = measured_with or calibrated_with(project)
-    words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
+    planned = project.planned("calibrate/norms")
+    words = {"samples": planned["windows"], "length": planned["length"], "seed": planned["seed"]}
     drawn = windows_of_documents(project, "calibration", **words)
     if drawn is not None:
         return drawn
@@ -280,10 +273,10 @@ def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tens
 # --- what runs a model ---
 
 
-def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Runner":
+def runner(project: Project, model: str, work: Work) -> "Runner":
     """Return a runner of rows through one of the project's models, in this process or on the cluster.
 
-    With a cluster the model is on the CPU: this process computes nothing itself. The dtype is by default params.yaml's.
+    With a cluster the model is on the CPU: this process computes nothing itself.
     """
     import torch
 
@@ -291,7 +284,7 @@ def runner(project: Project, model: str, work: Work, *, dtype: str | None = None
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.walk import Runner
 
-    runtime, dtype = project.params.runtime, dtype or model_dtype(project, model)
+    runtime, dtype = project.params.runtime, model_dtype(project, model)
     device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
     if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
         notice(

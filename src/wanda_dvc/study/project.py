@@ -54,10 +54,7 @@ class Project:
 
     def planned(self, name: str) -> Json:
         """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
-        path, todo = self.root / "plan" / f"{name}.json", "run `dvc repro` or `wanda-dvc plan`"
-        if not is_there(path):
-            raise UserError(f"{path}: missing; {todo} first")
-        return read_object(path, todo)
+        return read_object(self.root / "plan" / f"{name}.json", "run `dvc repro` or `wanda-dvc plan`")
 
     @cached_property
     def plan(self) -> Plan:
