@@ -15,16 +15,13 @@ from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
 from wanda_dvc.study.dvc import copy_file, link_file
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import describe, file_digest, files_digest, write_provenance
+from wanda_dvc.study.provenance import TOKENIZER, describe, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
 PACKAGE, GGUF = "package:", ".gguf"
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
-MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+MODEL_FILES = (*TOKENIZER, "config.json", "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 

@@ -60,14 +60,13 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
     options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
-    samples = Path(EMBEDDED, "tasks", *place)
-    if source == "embedded" and not samples.is_file():
-        raise UserError(
-            f"{where}: no embedded questions; remove this task from the list, or set tasks.source=benchmark"
-        )
-    origin: Path | Repository | None = samples if source == "embedded" else in_mirror(mirror, *place)
-    if origin is None:
-        origin = resolve("dataset", dataset, given.get("revision"), where)
+    if source == "embedded":  # the samples are laid out like a mirror
+        mirror = str(EMBEDDED / "tasks")
+        if not Path(mirror, *place).is_file():
+            raise UserError(
+                f"{where}: no embedded questions; remove this task from the list, or set tasks.source=benchmark"
+            )
+    origin = in_mirror(mirror, *place) or resolve("dataset", dataset, given.get("revision"), where)
     return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
 
 

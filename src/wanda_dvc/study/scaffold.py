@@ -190,9 +190,8 @@ def _said(folder: Path, params: Params, around: Path | None, committed: bool) ->
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets, the default first."""
-    found = (file.name.removesuffix(".yaml") for file in PRESETS.iterdir() if file.name.endswith(".yaml"))
-    return [DEFAULT, *sorted(found)]
+    """Return the names of the presets."""
+    return sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir())
 
 
 def preset_changes(name: str) -> Settings:
@@ -202,8 +201,7 @@ def preset_changes(name: str) -> Settings:
     """
     if name not in preset_names():
         raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/data.md)")
-    text = "{}" if name == DEFAULT else (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-    content: Settings = YAML(typ="safe", pure=True).load(text)
+    content: Settings = YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     return content
 
 
