@@ -284,14 +284,14 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 @pytest.fixture(scope="session")
 def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
     """A project of which every stage has run."""
-    from wanda_dvc.stages import STAGES, run
+    from wanda_dvc.stages import run
     from wanda_dvc.stages.running import timed
 
     def make(root: Path) -> None:
         shutil.copytree(calibrated, root, symlinks=True)
         project = fetch(Project(root), "tasks")
         for name in ("mask", "apply", "perplexity", "zero-shot"):
-            with timed(project, STAGES[name], ""):
+            with timed(project, name):
                 run(name, project=project)
 
     return once(tmp_path_factory, "finished", make)

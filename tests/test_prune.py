@@ -33,10 +33,10 @@ def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, show
     assert shown
     project = Project(root)
     for one in STAGES.values():
-        for _name, named, text in one.runs(project.params.perplexity.texts):
+        for name, named, text in one.runs(project.params.perplexity.texts):
             if named == "tasks":
                 continue
-            with timed(project, one, named, text):
+            with timed(project, name):
                 run(one.name, project=project, part=named, text=text)
             if (one.name, named) == (stage, part):
                 return

@@ -31,7 +31,7 @@ from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import STAGES, running, times
+from wanda_dvc.stages import running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
@@ -213,7 +213,7 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
 
 def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):
     made = fetch(project(), "model", "calibration")
-    with running.timed(made, STAGES["calibrate"], "norms"):
+    with running.timed(made, "calibrate-norms"):
         calibrate(project=made)
     found = times(made)
     assert set(found) == {"calibrate-norms"}

@@ -100,7 +100,7 @@ def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
                 from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
 
                 announce(project=project, stage=stage.name, part=one, text=named)
-            with timed(project, stage, one, named):
+            with timed(project, label):
                 run_stage(stage.name, project=project, part=one, text=named)
 
 

@@ -40,8 +40,7 @@ def export(
     The experiment is a name, commit, branch or tag; None is the workspace. If `made`, its model is in `models/pruned`
     and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
     """
-    target, what = check_place(target), experiment or "the workspace"
-    check_target(project, target)
+    target, what = check_target(project, target), experiment or "the workspace"
     if imatrix and is_there(check_place(imatrix.absolute().parent) / imatrix.name):
         raise UserError(f"{imatrix}: exists already; name a new file")
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -90,14 +89,16 @@ def export(
     return "\n".join([*said, *found.notes])
 
 
-def check_target(project: Project, target: Path) -> None:
-    """Raise UserError unless a model can be written to a directory that is new, or empty and not the current one."""
+def check_target(project: Project, target: Path) -> Path:
+    """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
+    target = check_place(target)
     root, place = project.root.resolve(), target.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     for path in (target, temporary_place(target)):  # the second is for an unfinished copy
         if is_there(path) and (not path.is_dir() or any(path.iterdir()) or path.samefile(".")):
             raise UserError(f"{path}: exists already; name a new directory, or an empty one")
+    return target
 
 
 # --- the parts of an experiment, in a folder laid out like a project ---

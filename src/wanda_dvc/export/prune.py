@@ -55,10 +55,9 @@ def prune(
     params = _checked(settings)
     name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
     kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{share:g}"
-    target = check_place(target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
     study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
     project = Project(study)
-    check_target(project, target)
+    target = check_target(project, target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
     with alone(study, f"waiting for another `wanda-dvc prune` of this model, in {study} …"):
         check_target(project, target)  # the other one may have written it
         renew(study, nested(settings))

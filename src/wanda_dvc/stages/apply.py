@@ -171,8 +171,7 @@ def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
 
         view = Smaller(checkpoint, removal.with_stays(removal.stays_in(parts.keeps)), read, addresses)
     written = write_model(view, target, without=(PROVENANCE, CARD))
-    for _ in progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"):
-        pass
+    list(progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"))
     for linear in blocks.keys() - found.keys():  # of complete experts or blocks that went
         found[linear] = parts.make(checkpoint.find(linear))[1]
     zeros = {linear: found[linear] for linear in blocks}

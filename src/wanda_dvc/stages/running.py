@@ -20,7 +20,6 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
 from wanda_dvc.reading import check_file, is_there
-from wanda_dvc.stages import Stage
 from wanda_dvc.study.files import Documents, Json, write_json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
@@ -43,13 +42,13 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
+def timed(project: Project, run: str) -> Iterator[None]:
     """Keep the time of a run, and its machine."""
     began = time.perf_counter()
     yield
     spent = round(time.perf_counter() - began, 2)
     where = {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
-    write_json(project.time(stage.run_name(part, text)), {"seconds": spent} | where)
+    write_json(project.time(run), {"seconds": spent} | where)
 
 
 @contextlib.contextmanager

@@ -65,17 +65,15 @@ def _flips(project: Project, details: Json) -> Json:
     """
     dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
     for task, one in details.items():
-        samples = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
-        if samples or task not in dense:
+        before, items = dense.get(task), read_provenance(project.data("tasks") / task, "download tasks")
+        if items["samples"] or not before:
             continue
-        before = dense[task]
         if key := differing(before["protocol"], one["protocol"]):
             notice(
                 f"zero-shot pruned: {task}: not compared with the dense model's answers, which are of another {key}; "
                 "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
             )
-            continue
-        if before["items"] and one["items"]:  # none if a model diverged
+        elif before["items"] and one["items"]:  # none if a model diverged
             metrics = [metric for metric in METRICS if metric in one["items"][0]]
             found[task] = {"flips": {metric: count_flips(before["items"], one["items"], metric) for metric in metrics}}
     return found

@@ -68,14 +68,12 @@ class Project:
         return other
 
     def link_to(self, other: "Project", *names: str) -> None:
-        """Link to folders of another project, and copy files of it, where they exist."""
+        """Link to folders and files of another project, where they exist."""
         for name in names:
             source, target = other.root / name, self.root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(source)
-            elif source.is_file():
-                shutil.copyfile(source, target)
 
     def model(self, which: str) -> Path:
         """Return the folder of the `dense`, the `pruned` or the `recovered` model."""
