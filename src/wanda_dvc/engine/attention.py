@@ -101,8 +101,9 @@ def _parts(
     layout = _layout.get()
     if layout is not None:
         assert mask is not None
-        for place, hidden in layout.by_question(mask.flatten()):
-            yield place, place, hidden
+        sizes = [place.stop - place.start for place in layout.places]
+        for place, size, hidden in zip(layout.places, sizes, mask.flatten().split([n**2 for n in sizes]), strict=True):
+            yield place, place, hidden.view(size, size)
         return
     later = torch.ones(QUERIES_AT_A_TIME, QUERIES_AT_A_TIME, dtype=torch.bool, device=device).triu_(1)
     for start in range(0, length, QUERIES_AT_A_TIME):

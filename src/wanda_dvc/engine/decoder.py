@@ -51,9 +51,7 @@ class Decoder:
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         accelerator.keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
-        config = self.checkpoint.config
-        self._positions = positions_of(config) or sys.maxsize
-        self.model = build_empty(config, self.checkpoint, dtype)
+        self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.linears, self.blocks = self.weights.linears, self.weights.blocks
@@ -293,7 +291,7 @@ class Decoder:
 
         The row is longer than a tile of our attention, and than the windows of the model's masks.
         """
-        length = min(attention.QUERIES_AT_A_TIME * 5 // 4, self._positions)
+        length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
         stock, ours = (
             self._tried([Row(torch.arange(length) % 7)], ours=ours, few=length // 3) for ours in (False, True)
         )

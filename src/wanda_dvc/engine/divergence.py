@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32
 from torch import Tensor
 
+from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
@@ -85,24 +86,18 @@ def measure(
             continue
         log_p = logits[: len(targets)].float().log_softmax(-1)
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
-        for some, wanted in _slices(log_p, targets):
+        where = solving_device(log_p.device)
+        size = max(1, AT_A_TIME[where.type] // log_p.shape[1])
+        for some, wanted in zip(log_p.to(where).split(size), targets.to(where).split(size), strict=True):
             own = slice(place, place + len(some))
             if dense is None:
-                parts.append(_reference(some, wanted, offsets[own].to(some.device)))
+                parts.append(_reference(some, wanted, offsets[own].to(where)))
             else:
-                parts.append(_seen(some, wanted, dense.top[own].to(some.device), dense.drawn[own].to(some.device)))
+                parts.append(_seen(some, wanted, dense.top[own].to(where), dense.drawn[own].to(where)))
             place = own.stop
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     loss = float(sum(torch.stack(losses).tolist())) / place
     return loss, Reference(*columns) if dense is None else _divergence(dense, columns)
-
-
-def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield some positions at a time, on the host if the device has no float64."""
-    if log_p.device.type == "mps":
-        log_p, targets = log_p.cpu(), targets.cpu()
-    positions = max(1, AT_A_TIME[log_p.device.type] // log_p.shape[1])
-    yield from zip(log_p.split(positions), targets.split(positions), strict=True)
 
 
 def _reference(
@@ -110,20 +105,19 @@ def _reference(
     targets: Int[Tensor, " positions"],
     offsets: Float64[Tensor, " positions"],
 ) -> tuple[Tensor, ...]:
-    """Return the parts of a reference. The top's log-probabilities are overwritten in `log_p`.
+    """Return the parts of a reference, as `_seen`, after the choice of its tokens.
 
     The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
     """
     vocabulary = log_p.shape[1]
-    first, true = log_p.argmax(-1), log_p.gather(-1, targets[:, None])[:, 0]
-    top_log_p, top = log_p.topk(min(TOP, vocabulary), -1)
-    tail = _tail(log_p, top)
-    p = log_p.exp()
+    top = log_p.topk(min(TOP, vocabulary), -1).indices
+    p = log_p.exp().scatter_(-1, top, 0)
     cumulative = sums_by_doubling(p) if p.is_cuda else p.cumsum(-1, dtype=torch.float64)
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
     wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1)
-    return top.int(), top_log_p, tail, drawn.int(), log_p.gather(-1, drawn), first.int(), true
+    drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1).int()
+    top_log_p, tail, drawn_log_p, first, true = _seen(log_p, targets, top.int(), drawn)
+    return top.int(), top_log_p, tail, drawn, drawn_log_p, first, true
 
 
 def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:
@@ -144,16 +138,14 @@ def _seen(
     top: Int32[Tensor, "positions top"],
     drawn: Int32[Tensor, "positions drawn"],
 ) -> tuple[Tensor, ...]:
-    """Return log-probabilities of the reference's top, tail and drawn tokens; the first token; the true one's."""
+    """Return log-probabilities of the reference's top, tail and drawn tokens; the first token; the true one's.
+
+    In `log_q` the top's entries become −∞.
+    """
     first, true = log_q.argmax(-1), log_q.gather(-1, targets[:, None])[:, 0]
-    of_drawn = log_q.gather(-1, drawn.long())
     of_top = log_q.gather(-1, top.long())
-    return of_top, _tail(log_q, top.long()), of_drawn, first.int(), true
-
-
-def _tail(log_p: Float32[Tensor, "positions vocabulary"], top: Int[Tensor, "positions top"]) -> Tensor:
-    """Return the log-probability of all tokens outside the top, whose entries become −∞."""
-    return log_p.scatter_(-1, top, -math.inf).logsumexp(-1)
+    tail = log_q.scatter_(-1, top.long(), -math.inf).logsumexp(-1)
+    return of_top, tail, log_q.gather(-1, drawn.long()), first.int(), true
 
 
 Parts = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
+from wanda_dvc.engine.removal import Cut, Field, Removal, Stays, changed, probe, refused
 from wanda_dvc.engine.structure import Linear, Part, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, stay_of
@@ -54,12 +54,9 @@ def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) 
 # --- neurons and heads: inputs of a linear ---
 
 
-class _Dim(NamedTuple):
-    """A dimension of a stored tensor whose size follows a field of the configuration."""
-
-    size: int
-    number: int  # the field's value, or the value that null means
-    field: str
+# Dimensions of stored tensors whose sizes follow a field of the configuration: by tensor and dimension its size, the
+# field's value, or the value that null means, and the field.
+_Dims = dict[tuple[Address, int], tuple[int, int, str]]
 
 
 def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
@@ -99,10 +96,10 @@ def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Re
 
 def _dims(
     source: Checkpoint, structure: Structure, full: nn.Module, parts: Mapping[str, list[Part]], others: dict[str, int]
-) -> dict[tuple[Address, int], _Dim]:
+) -> _Dims:
     """Return the dimensions of stored tensors that follow the fields of a structure; `others` change with them."""
     (where, _), text = find_blocks(full), source.config.get_text_config()
-    dims: dict[tuple[Address, int], _Dim] = {}
+    dims: _Dims = {}
     for field in structure.fields:
         value = getattr(text, field, 0)
         if value == 0:
@@ -119,7 +116,7 @@ def _dims(
             module = full.get_submodule(name.rpartition(".")[0])
             experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
             for address, dim, own in _stored(parts[name], place, experts, source):
-                dims[address, dim] = _Dim(own, number, field)
+                dims[address, dim] = own, number, field
     if not dims:
         looked = ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
@@ -143,9 +140,8 @@ def _with_cuts(source: Checkpoint, found: Removal, sizes: Mapping[tuple[Address,
     """
     places = {place: size // found.sets[_owner(place[0])].total for place, size in sizes.items()}
     read = {address: sum(found.sets[_owner(address)].layout) for address, _ in places}
-    several = any(size > read[address] for (address, _), size in places.items())
     problem = ""
-    for sections in (True, False) if several else (True,):
+    for sections in (True, False):
         cuts = tuple(
             Cut(address, dim, _owner(address), _sections(size, read[address]) if sections else (size,))
             for (address, dim), size in places.items()
@@ -206,7 +202,7 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
     for name in source.where:
         found = block.fullmatch(name)
         if found and found[1] in heads:
-            numbered[name] = Numbered(where, int(found[2]), found[1], found[3])
+            numbered[name] = where, int(found[2]), found[1], found[3]
     stay = stay_of(total, share, structure.multiple)
     return Removal(
         structure=structure,
@@ -268,7 +264,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
                 cuts.append(Cut(part.address, dim, set_of[name], (1,)))
             else:  # the last such number in its name is the expert's
                 head, _, tail = tensor.rpartition(f".{part.expert}.")
-                numbered[tensor] = Numbered(set_of[name], part.expert, f"{head}.", f".{tail}")
+                numbered[tensor] = set_of[name], part.expert, f"{head}.", f".{tail}"
     mixtures = sorted(set(set_of.values()))
     members = {mixture: [list[str]() for _ in range(number)] for mixture in mixtures}
     names = {id(module): name for name, module in full.named_modules()}

@@ -48,15 +48,6 @@ class Field(NamedTuple):
     sets: tuple[str, ...]  # that it counts the units of; (): it is written with its value, which may be a default
 
 
-class Numbered(NamedTuple):
-    """A stored tensor of one unit, named HEAD UNIT TAIL."""
-
-    units: str  # the set
-    unit: int
-    head: str
-    tail: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Removal:
     """The units that go, in sets from which the same share goes; a set is one MLP's neurons, for example.
@@ -70,7 +61,8 @@ class Removal:
     lists: Mapping[str, list[Any]] = field(default_factory=dict)  # fields with an entry for each unit of the only set
     readers: Mapping[str, Cut] = field(default_factory=dict)  # by linear: its inputs, which are units
     cuts: tuple[Cut, ...] = ()  # of all tensors
-    numbered: Mapping[str, Numbered] = field(default_factory=dict)  # by stored name
+    # The stored tensors of one unit, by name, HEAD UNIT TAIL: the set, the unit, the head and the tail.
+    numbered: Mapping[str, tuple[str, int, str, str]] = field(default_factory=dict)
     routers: tuple[str, ...] = ()  # the model's parameters and buffers by which experts are chosen
     close: float = 1e-2  # the allowed difference in the probe, relative to the effect of the units that go
     stays: Stays = field(default_factory=dict)  # once they are chosen
@@ -152,7 +144,7 @@ class Removal:
     def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return masks, on the host, without all weights of units that go, given the masks of the units' readers."""
         keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
-        stays = self.stays or self.stays_in({name: keep for name, keep in keeps.items() if name in self.readers})
+        stays = self.stays or self.stays_in(keeps)
         for linear, keep in keeps.items():
             if linear in self._unit_of:
                 name, unit = self._unit_of[linear]

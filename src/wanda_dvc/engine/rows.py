@@ -59,12 +59,6 @@ class Layout:
             pairs.append(~(visible[at][:, at] & related).ravel())
         return torch.from_numpy(np.concatenate(pairs))
 
-    def by_question(self, hidden: Bool[Tensor, " pairs"]) -> Iterator[tuple[slice, Bool[Tensor, "tokens tokens"]]]:
-        """Yield each question's tokens, and its part of the result of `hidden`."""
-        sizes = [place.stop - place.start for place in self.places]
-        for place, size, part in zip(self.places, sizes, hidden.split([size**2 for size in sizes]), strict=True):
-            yield place, part.view(size, size)
-
 
 @dataclass(frozen=True, eq=False)
 class Row:

@@ -40,7 +40,7 @@ class Weights:
         ]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}  # the next block, if it is read
         self._held: tuple[int, int, Change | None] | None = None
         self._load_rest()
 
@@ -94,21 +94,14 @@ class Weights:
     @torch.no_grad()
     def _apply(self, index: int, change: Change) -> None:
         """Zero the weights outside the masks; then set the new weights."""
-        copied: set[tuple[nn.Module, str]] = set()
         every = self.of_block(index)
-
-        def writable(name: str) -> Tensor:
-            linear = every[name]
-            if (linear.module, linear.leaf) not in copied:
-                copied.add((linear.module, linear.leaf))
-                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
-            return linear.weight
-
-        for name in change.keeps:
+        for module, leaf in {(every[name].module, every[name].leaf) for name in (*change.keeps, *change.weights)}:
+            set_parameter(module, leaf, module.get_parameter(leaf).clone())
+        for name, keep in change.keeps.items():
             if name not in change.weights:
-                writable(name).mul_(change.keeps[name].to(self.device))
+                every[name].weight.mul_(keep.to(self.device))
         for name, weight in change.weights.items():
-            writable(name).copy_(weight)
+            every[name].weight.copy_(weight)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
@@ -117,15 +110,13 @@ class Weights:
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
         """Return a block's tensors; a thread then reads the following block."""
-        if self._ahead is not None and self._ahead[0] == index:
-            tensors, self._ahead = self._ahead[1].result(), None
-        else:
-            if self._ahead is not None and self._ahead[0] != then:
-                self._ahead = None  # frees its memory before the next read
-            tensors = self.read_block(index)
+        ahead = self._ahead.pop(index, None)
+        for other in self._ahead.keys() - {then}:
+            del self._ahead[other]  # frees its memory before the next read
+        tensors = ahead.result() if ahead else self.read_block(index)
         self._copies.finish(tensors.values())
-        if 0 <= then < len(self.blocks) and (self._ahead is None or self._ahead[0] != then):
-            self._ahead = then, self._reader.submit(self.read_block, then)
+        if 0 <= then < len(self.blocks) and then not in self._ahead:
+            self._ahead[then] = self._reader.submit(self.read_block, then)
         return tensors
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
