@@ -158,14 +158,14 @@ def _apart(one: Run, other: Run) -> float:
 def _masks_apart(bench: Bench, weights: Weights, run: Run, name: str, pattern: str) -> float:
     apart = count = 0
     for recorded in run.recorded:
-        host, card = (masks(weights, recorded, name, pattern, device) for device in (None, bench.device))
+        host, card = (masks(weights, recorded, name, pattern, device) for device in (CPU, bench.device))
         apart += sum(int((keep != card[linear].cpu()).sum()) for linear, keep in host.items())
         count += sum(keep.numel() for keep in host.values())
     return apart / count
 
 
 def masks(
-    weights: Weights, recorded: Recorded, name: str, pattern: str, device: torch.device | None
+    weights: Weights, recorded: Recorded, name: str, pattern: str, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the masks of a block's linears at 50 %."""
     return choose_block(weights, recorded.stats, method=methods()[name], share=HALF, pattern=pattern, device=device)
@@ -173,7 +173,7 @@ def masks(
 
 def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str) -> float:
     recorded, how, errors = run.recorded[0], RECONSTRUCTIONS[reconstruction], []
-    keeps = masks(weights, recorded, "wanda", "unstructured", None)
+    keeps = masks(weights, recorded, "wanda", "unstructured", CPU)
     for device in (CPU, bench.device):
         found = []
         for name, prepared in prepared_linears(recorded.stats.readers, _on(device, recorded.grams)):

@@ -20,7 +20,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap
-from wanda_dvc.pruning.statistics import OutputStats
+from wanda_dvc.pruning.statistics import TokenSum
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
@@ -74,7 +74,7 @@ def oracle(model: Any) -> Norms:
     return seen
 
 
-def recorded(folder: Path, work: Path, implementation: str) -> dict[str, OutputStats]:
+def recorded(folder: Path, work: Path, implementation: str) -> dict[str, TokenSum]:
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     if decoder.model.config.model_type != "jetmoe":  # transformers has one implementation of it
         decoder.model.set_experts_implementation(implementation)
@@ -177,10 +177,10 @@ def test_stages_on_other_ways_to_store_experts(family: str, mixture: Make):
 
 
 def test_outputs_of_shards_merge():
-    one, other = OutputStats(torch.tensor(2.0).double(), 3), OutputStats(torch.tensor(0.5).double(), 2)
+    one, other = TokenSum(torch.tensor(2.0).double(), 3), TokenSum(torch.tensor(0.5).double(), 2)
     one.merge(other)
     assert (one.sum.item(), one.count, reap(one)) == (2.5, 5, 0.5)
-    assert reap(OutputStats(torch.tensor(0.0).double(), 0)) == 0
+    assert reap(TokenSum(torch.tensor(0.0).double(), 0)) == 0
 
 
 def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(mixture: Make, monkeypatch: Patch):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.pruning.allocation import count_scores, outlier_ratio, owl, sensitivity, settle, shift
-from wanda_dvc.pruning.choose import prepare, prune_linear
+from wanda_dvc.pruning.choose import prune_linear
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import removed
+from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.statistics import InputStats
 
 
@@ -132,11 +133,11 @@ def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
     gram.add(x)
     keep = torch.ones(7, 20, dtype=torch.bool)
     keep[:, 3:9] = False
-    _, error, plain = prune_linear(weight, keep, prepare(gram, "x"))
+    _, error, plain = prune_linear(weight, keep, Prepared(gram.matrix()))
     assert (error, plain) == (0, 0)
     keep[:, 0] = False
     expected = ((weight[:, :1] @ x.T[:1]).norm() / (weight @ x.T).norm()) ** 2
-    assert prune_linear(weight, keep, prepare(gram, "x")).error == pytest.approx(expected.item(), rel=1e-5)
+    assert prune_linear(weight, keep, Prepared(gram.matrix())).error == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: Patch):

@@ -415,11 +415,7 @@ def test_fewer_tokens_than_features_solve_without_raising():
     assert zero.weight.isfinite().all()
 
 
-def test_what_is_not_finite_and_a_matrix_without_a_factor_are_refused():
-    gram = torch.eye(3)
-    gram[1, 2] = torch.inf
-    with pytest.raises(UserError, match=r"q_proj: values that are not finite: activations overflow; set dtype="):
-        Prepared(gram, "q_proj")
+def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
     with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
         Prepared(gram).inverse_root(0.01)

@@ -52,7 +52,7 @@ class Method(Row):
     needs: Literal["weights", "norms", "gram"]
     # groups: every group (a row, a linear, m neighbours) loses the same number of lowest scores.
     # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
-    # experts, blocks: the function scores complete ones: (OutputStats or BlockStats) → score; with that pattern alone.
+    # experts, blocks: the function scores complete ones: (TokenSum or BlockStats) → score; with that pattern alone.
     competition: Literal["groups", "rows", "experts", "blocks"] = "groups"
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
@@ -178,7 +178,7 @@ class Allocation(Row):
     _: KW_ONLY
     # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
     function: str = ""
-    rating: str = ""  # `module:function`: (weights, BlockStats) → a part's rating
+    rating: str = ""  # `module:function`: (weights, BlockStats) → the ratings of a block's parts
     # Whether the rating needs the gradients tier, and the parts are linears instead of blocks: a rating per linear.
     by_gradients: bool = False
     strength: float | None = None  # how far shares differ, as the function defines it; None: they do not

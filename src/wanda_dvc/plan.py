@@ -134,11 +134,6 @@ class Plan:
         """Whether target weights are corrected towards the dense model's outputs."""
         return self.propagation == "corrected"
 
-    @property
-    def records_grams(self) -> bool:
-        """Whether a walk through pruned blocks keeps the Gram matrices of the current block."""
-        return self.propagates and (self.method.needs == "gram" or self.solves)
-
     # --- the statistics that stages read ---
 
     @property

@@ -48,7 +48,7 @@ def multiply_exactly() -> None:
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Return the device for masks and solvers: a CUDA GPU or the host; other devices lack float64."""
+    """Return the device for masks, solvers and sums: a CUDA GPU or the host; other devices lack float64."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
@@ -89,7 +89,7 @@ def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 
     On the heap, which keeps freed memory, weights would fragment the memory of the activations.
     """
-    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+    if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)

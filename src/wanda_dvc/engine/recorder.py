@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
+from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.products import multiply
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats, in_sums
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum, in_sums
 
 
 class Recorded(NamedTuple):
@@ -36,10 +37,9 @@ class Sums:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
-    crosses: dict[str, Float64[Tensor, "other in"]] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers
-    crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
+    crosses: dict[str, TokenSum] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers R
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
-    outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
+    outputs: dict[str, TokenSum] = field(default_factory=dict)  # of routed experts, by the last linear of each
     # Σ (1 − cosine of the block's input and output), and tokens
     influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
@@ -50,10 +50,7 @@ class Sums:
             self.add_reader(linear, source)
         _merge(self.stats, other.stats)
         _merge(self.grams, other.grams)
-        for name, cross in other.crosses.items():
-            if self.crosses.setdefault(name, cross) is not cross:
-                self.crosses[name] += cross.to(self.crosses[name])
-            self.crossed[name] = self.crossed.get(name, 0) + other.crossed[name]
+        _merge(self.crosses, other.crosses)
         _merge(self.outputs, other.outputs)
         self.is_finite &= other.is_finite
         self.influence += other.influence
@@ -82,7 +79,7 @@ class Sums:
             readers.setdefault(source[linear], []).append(linear)
         inputs = {name: stats[name].to("cpu") for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
-        crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
+        crosses = {name: x.sum for name, x in self.crosses.items() if x.count == stats[name].count}
         outputs = {name: replace(x, sum=x.sum.cpu()) for name in linears if (x := self.outputs.get(name))}
         measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
         return Recorded(measured, self.grams, crosses)
@@ -137,7 +134,7 @@ class RoutedOutputs:
 
     An expert's output is followed through additions, norms and conversions, row by row; the last multiplication by one
     number a token is by the gates. Outputs that a block uses in another way have no norms here, and
-    `OutputStats.count` is then below the number of tokens that the expert read.
+    `TokenSum.count` is then below the number of tokens that the expert read.
     """
 
     _seen: list[_Output] = field(default_factory=list)
@@ -168,15 +165,14 @@ class RoutedOutputs:
             self._of[id(made)] = output
             return
 
-    def end_window(self) -> dict[str, OutputStats]:
+    def end_window(self) -> dict[str, TokenSum]:
         """Return the sums of the window's tokens by linear, and forget the window."""
-        found: dict[str, OutputStats] = {}
+        found: dict[str, TokenSum] = {}
         for output in self._seen:
             for name, begin, end in output.segments:
                 if output.norms is not None and end > begin:
                     own = output.norms[begin:end]
-                    where = own.device if own.is_cuda else "cpu"  # not every accelerator has float64
-                    _merge(found, {name: OutputStats(own.to(where).double().sum(), end - begin)})
+                    _merge(found, {name: TokenSum(own.to(solving_device(own.device)).double().sum(), end - begin)})
         self._seen.clear()
         self._of.clear()
         return found
@@ -244,14 +240,14 @@ class InputRecorder:
         if self._is_dense:
             self._dense[name] = x
             return
-        sums, where = self.sums, x.device if x.is_cuda else "cpu"  # not every accelerator has float64
+        sums, where = self.sums, solving_device(x.device)
         sums.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
             sums.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x) == self._tokens:
             product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
-            sums.merge(Sums(crosses={name: product}, crossed={name: len(x)}))
+            _merge(sums.crosses, {name: TokenSum(product, len(x))})
 
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
@@ -321,7 +317,7 @@ def recording_gradients(linears: dict[str, Linear]) -> Iterator[Gradients]:
             y.register_hook(lambda gradient: add(names, rows(gradient).mul(norms)))
 
     def add(names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator has float64
+        where = solving_device(gradient.device)
         sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
             rows = slice(*(linears[name].part.rows or (None,)))

@@ -12,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder, Sums
 from wanda_dvc.engine.rows import HiddenStates, Shard
-from wanda_dvc.engine.walk import Opened, Runner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import oriented, prepare
+from wanda_dvc.pruning.choose import oriented
 from wanda_dvc.pruning.products import multiply
+from wanda_dvc.pruning.solvers import Prepared
 
 HELD_OUT = 4  # the dampings are tried on every so many-th shard
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -34,15 +36,16 @@ def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int)
     across = runner.decoder.linears(block)[linear].transposed
     held = runner.shards[::HELD_OUT]
     fitted = [shard for number, shard in enumerate(runner.shards) if number % HELD_OUT] or held
-    some, others = (_sums(runner, block, end, linear, shards) for shards in (fitted, held))
+    recording = partial(run_before, runner.own, block, end, linear)
+    some, others = (runner.sum(recording, Sums(), shards, "repair, shard") for shards in (fitted, held))
 
     def changed(sums: Sums, damping: float) -> Tensor:
-        root = prepare(sums.grams[linear], linear).inverse_root(damping).matrix
-        found = multiply(multiply(sums.crosses[linear].float(), root.T), root)  # D = RᵀX (G + λI)⁻¹
+        root = Prepared(sums.grams[linear].matrix()).inverse_root(damping).matrix
+        found = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)  # D = RᵀX (G + λI)⁻¹
         return (weight.float() + oriented(found, across).to(weight.device)).to(weight.dtype).contiguous()
 
     changes = [Change({}, {}), *(Change({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]
-    trying = partial(run_changed, runner.opened, runner.own, block, end, changes)
+    trying = partial(run_changed, runner.own, block, end, changes)
     before, *errors = torch.stack([*runner.map(trying, held, "repair, shard")]).sum(dim=0).sqrt().tolist()
     least, damping = min(zip(errors, DAMPINGS, strict=True))
     if not least < before:
@@ -55,20 +58,9 @@ def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int)
     return changed(some, damping), {"damping": damping, "held_out": least / before}
 
 
-def _sums(runner: Runner, block: int, end: int, linear: str, shards: Iterable[Shard]) -> Sums:
-    """Return the sums of several shards."""
-    recording, total = partial(run_before, runner.opened, runner.own, block, end, linear), Sums()
-    for sums in runner.map(recording, shards, "repair, shard"):
-        total.merge(sums)
-    return total
-
-
 @torch.no_grad()
-def run_before(
-    opened: Opened, states: HiddenStates, index: int, end: int, linear: str, device: torch.device, shard: Shard
-) -> Sums:
+def run_before(states: HiddenStates, index: int, end: int, linear: str, model: Decoder, shard: Shard) -> Sums:
     """Return a shard's XᵀX and RᵀX: X is the input of a block's linear, R what the blocks after it add until `end`."""
-    model = opened(device)
     model.hold(index, -1)
     recorder = InputRecorder(linears={linear: model.linears(index)[linear]}, gram=True)
     boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
@@ -82,16 +74,10 @@ def run_before(
 
 @torch.no_grad()
 def run_changed(
-    opened: Opened,
-    states: HiddenStates,
-    index: int,
-    end: int,
-    changes: Iterable[Change],
-    device: torch.device,
-    shard: Shard,
+    states: HiddenStates, index: int, end: int, changes: Iterable[Change], model: Decoder, shard: Shard
 ) -> Float[Tensor, " changes"]:
     """Return for each change of a block Σ ‖y − h‖² over a shard: y is the block's output, h the state at `end`."""
-    model, errors = opened(device), []
+    errors = []
     boundaries = [states.read(boundary, shard.number) for boundary in (index, end)]
     for change in changes:
         model.hold(index, -1, change)

@@ -9,11 +9,11 @@ resumes at the last finished block. For the gradients tier, the rows then run ba
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,17 +23,22 @@ from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, check_finite, recording_gradients
 from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, R, Row, Shard, T, shards
-from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import FIX, UserError, notice
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Opened = Callable[[torch.device], Decoder]  # the model on a device
+M = TypeVar("M", Sums, Gradients)
 # Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
 
 # --- units of work ---
+
+
+def with_model(opened: Opened, function: Callable[[Decoder, T], R], device: torch.device, given: T) -> R:
+    """Apply a function of the model to an input."""
+    return function(opened(device), given)
 
 
 @dataclass(frozen=True)
@@ -51,17 +56,16 @@ class Block:
 
 
 @torch.no_grad()
-def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device, shard: Shard) -> None:
+def embed(streams: Sequence[HiddenStates], model: Decoder, shard: Shard) -> None:
     """Write a shard's hidden states before the first block."""
-    model = opened(device)
     for states in streams:
         states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
 
 
 @torch.no_grad()
-def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Sums:
+def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
-    model, index, finite = opened(device), block.index, list[Tensor]()
+    index, finite = block.index, list[Tensor]()
     model.hold(index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
     passing = partial(_through, model, index, shard.rows, finite)
@@ -111,13 +115,10 @@ def _through(
             recorder.end_window()
 
 
-def train_block(
-    opened: Opened, block: Block, rows: Sequence[Row], device: torch.device, settings: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def train_block(block: Block, rows: Sequence[Row], model: Decoder, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Train a changed block on its masks (`engine.training`), towards the dense model's hidden states after it."""
     assert block.change is not None
     assert block.dense is not None
-    model = opened(device)
     model.hold(block.index, block.index + 1, block.change)
     cut = range(len(block.own.lengths))
     return training.train(
@@ -131,11 +132,9 @@ def train_block(
     )
 
 
-def run_head(
-    opened: Opened, states: HiddenStates, function: Head[T, R], device: torch.device, shard: tuple[Shard, T]
-) -> Iterator[R]:
+def run_head(states: HiddenStates, function: Head[T, R], model: Decoder, shard: tuple[Shard, T]) -> Iterator[R]:
     """Apply a function to a shard's hidden states after the last block."""
-    model, ((number, rows), given) = opened(device), shard
+    (number, rows), given = shard
     return function(model, rows, states.read(len(model.blocks), number), given)
 
 
@@ -151,11 +150,15 @@ class Runner:
     executor: Executor | None = None  # None: this process
     rows: list[Row] = field(init=False)
     own: HiddenStates = field(init=False)  # of these rows
-    not_finite: str | None = field(default=None, init=False)  # the first block with non-finite hidden states
+    progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
         executor = self.executor or Executor(self.decoder.device)
-        self.map, self.opened = executor.map, executor.opener(self.decoder)
+        self.on_device, self.opened = executor.map, executor.opener(self.decoder)
+
+    def map(self, function: Callable[[Decoder, T], R], inputs: Iterable[T], what: str) -> Iterator[R]:
+        """Yield the result of a function of the model for each input, in order (`Executor.map`)."""
+        return self.on_device(partial(with_model, self.opened, function), inputs, what)
 
     @property
     def shards(self) -> list[Shard]:
@@ -197,22 +200,29 @@ class Runner:
         if kept == blocks:
             return
         self.decoder.check_tokens(self.rows)
-        progress = Progress.open(self.work, [*streams.values()], blocks if kept is None else kept)
+        self.progress = progress = Progress.open(self.work, [*streams.values()], blocks if kept is None else kept)
         if progress.finished < 0:
-            deque(self.map(partial(embed, self.opened, progress.streams), self.shards, "embeddings, shard"), maxlen=0)
+            deque(self.map(partial(embed, progress.streams), self.shards, "embeddings, shard"), maxlen=0)
             progress.finish()
-        report_resumed(progress.finished, blocks)
+        if progress.finished > 0:
+            notice(f"resuming after {progress.finished} of {blocks} blocks")
         try:
             for index in range(progress.finished, blocks):
-                yield Step(self, Block(index, streams["own"], streams.get("dense")), progress)
+                yield Step(self, Block(index, streams["own"], streams.get("dense")))
                 progress.finish(last=index == blocks - 1)
         finally:
-            self.not_finite = progress.not_finite
             self.decoder.release()
+
+    def sum(self, function: Callable[[Decoder, Shard], M], total: M, over: Iterable[Shard], what: str) -> M:
+        """Add the sums of some shards, which a function returns, to `total`, in the shards' order; return it."""
+        for sums in self.map(function, over, what):
+            total.merge(sums)
+            del sums  # before the next shard's are there
+        return total
 
     def head(self, function: Head[T, R], inputs: Callable[[range], T]) -> Iterator[R]:
         """Apply a function to each shard's last hidden states, in order, and to what `inputs` returns for its rows."""
-        heading = partial(run_head, self.opened, self.own, function)
+        heading = partial(run_head, self.own, function)
         given = zip(self.shards, map(inputs, shards(len(self.rows))), strict=True)
         for found in self.map(heading, given, "output head, shard"):
             yield from found
@@ -224,17 +234,11 @@ class Step:
 
     runner: Runner
     block: Block
-    progress: Progress
 
     @property
     def index(self) -> int:
         """The block's number."""
         return self.block.index
-
-    @property
-    def linears(self) -> dict[str, Linear]:
-        """The block's prunable weights."""
-        return self.runner.decoder.linears(self.index)
 
     def advance(self) -> None:
         """Run every row through the block."""
@@ -247,7 +251,7 @@ class Step:
         rows' next hidden states are not written: `change` follows.
         """
         block = replace(self.block, records=True, gram=gram, crosses=crosses, writes=not changes)
-        return self._run(block).of(self.linears)
+        return self._run(block).of(self.runner.decoder.linears(self.index))
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Run every own row through the block once more, with masked weights and the given new weights."""
@@ -256,24 +260,16 @@ class Step:
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
         run, block = self.runner, replace(self.block, change=Change(keeps, weights))
-        training = partial(train_block, run.opened, block, run.rows)
+        training = partial(train_block, block, run.rows)
         return next(run.map(training, [settings], f"training of block {self.index}"))
 
     def _run(self, block: Block) -> Sums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""
-        running, total = partial(run_block, self.runner.opened, block), Sums()
-        for sums in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
-            total.merge(sums)
-            del sums  # before the next shard's are there
+        run = self.runner
+        total = run.sum(partial(run_block, block), Sums(), run.shards, f"block {self.index}, shard")
         if not total.is_finite:
-            self.progress.not_finite = self.progress.not_finite or f"block {self.index}"
+            run.progress.not_finite = run.progress.not_finite or f"block {self.index}"
         return total
-
-
-def report_resumed(kept: int, blocks: int, way: str = "") -> None:
-    """Report the number of blocks finished by an interrupted run, if any."""
-    if kept > 0:
-        notice(f"resuming after {kept} of {blocks} blocks{way}")
 
 
 # --- the backward pass ---
@@ -301,17 +297,16 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
         step.advance()
     before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
     back = Progress.open(runner.work / "back", [gradients], kept)
-    report_resumed(back.finished, blocks, " of the backward pass")
+    if back.finished > 0:
+        notice(f"resuming after {back.finished} of {blocks} blocks of the backward pass")
     try:
         if back.finished < 0:
-            turning = partial(turn, runner.opened, before, gradients)
+            turning = partial(turn, before, gradients)
             deque(runner.map(turning, runner.shards, "output head back, shard"), maxlen=0)
             back.finish()
         for index in reversed(range(blocks - back.finished)):
-            total, backing = Gradients(), partial(run_back, runner.opened, index, before, gradients)
-            for sums in runner.map(backing, runner.shards, f"backward pass, block {index}, shard"):
-                total.merge(sums)
-                del sums  # before the next shard's are there
+            backing = partial(run_back, index, before, gradients)
+            total = runner.sum(backing, Gradients(), runner.shards, f"backward pass, block {index}, shard")
             check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
             yield index, total
             back.finish(last=index == 0)
@@ -320,23 +315,19 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
 
 
 @torch.no_grad()
-def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: torch.device, shard: Shard) -> None:
+def turn(before: HiddenStates, gradients: HiddenStates, model: Decoder, shard: Shard) -> None:
     """Write the gradients of each row's loss by its hidden states after the last block."""
-    model = opened(device)
     last = before.read(len(model.blocks), shard.number)
     pairs = zip(last, shard.rows, strict=True)
     gradients.write(0, shard.number, (model.loss_gradient(x[None], row.tokens)[0] for x, row in pairs))
 
 
 @torch.no_grad()
-def run_back(
-    opened: Opened, index: int, before: HiddenStates, gradients: HiddenStates, device: torch.device, shard: Shard
-) -> Gradients:
+def run_back(index: int, before: HiddenStates, gradients: HiddenStates, model: Decoder, shard: Shard) -> Gradients:
     """Write the gradients of each row's loss by its hidden states before a block, from those after the block.
 
     `before` has all boundaries; boundaries of `gradients` count from the last one.
     """
-    model = opened(device)
     done = len(model.blocks) - 1 - index
     model.hold(index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)

@@ -6,7 +6,6 @@ as with a uniform share.
 """
 
 import bisect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 
@@ -45,37 +44,36 @@ def allocate(
     if allocation.strength is None:
         return [share] * count
     rate, divide = function_of(allocation.rating), function_of(allocation.function)
-    parts: list[dict[str, tuple[int, int]]] = []  # the competing groups of each part's linears: number and size
+    linears: list[dict[str, tuple[int, int]]] = []  # of each block: the number and size of their competing groups
     ratings: list[object] = []
-    ends: list[int] = []  # the parts up to each block's end
     for measured in blocks:
-        linears: dict[str, tuple[int, int]] = {}
+        own: dict[str, tuple[int, int]] = {}
         for source, names in measured.readers.items():
             for name in names:
                 number, features = weights(name).numel(), len(measured.inputs[source].sum)
-                linears[name] = (number // features, features) if group == "row" else (1, number)
-        parts += [{name: groups} for name, groups in linears.items()] if allocation.by_gradients else [linears]
-        ends.append(len(parts))
-        rated = rate(weights, measured)
-        ratings += rated if allocation.by_gradients else [rated]
-    groups = [list(part.values()) for part in parts]
+                own[name] = (number // features, features) if group == "row" else (1, number)
+        linears.append(own)
+        ratings += rate(weights, measured)
+    groups = [list(own.values()) for own in linears]  # of each part
+    if allocation.by_gradients:
+        groups = [[one] for block in groups for one in block]
     sizes = [sum(number * size for number, size in part) for part in groups]
     shares = settle(divide(share, sizes, ratings, allocation.strength), share, groups)
     if not allocation.by_gradients:
         return shares
-    of_linears = [(linear, share) for part, share in zip(parts, shares, strict=True) for linear in part]
-    return [dict(of_linears[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
+    of_linears = iter(shares)
+    return [{name: next(of_linears) for name in own} for own in linears]
 
 
-def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> float:
-    """Return the percentage of outliers among a block's Wanda scores, for OWL."""
+def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[float]:
+    """Return the percentage of outliers among a block's Wanda scores, for OWL: the block is one part."""
 
     def scores() -> Iterator[Tensor]:
         for source, names in block.readers.items():
             for name in names:
                 yield from _wanda_scores(weights, block, name, source)
 
-    return outlier_ratio(scores)
+    return [outlier_ratio(scores)]
 
 
 def sensitivity_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[Tensor | None]:

@@ -1,6 +1,6 @@
 """The Gram tier: XᵀX of a linear's input, and the layer error computed from it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +52,17 @@ class Gram:
         """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
         return unpack(self.triangle()) if self.count else torch.eye(len(self.upper), device=self.upper.device)
 
-    def triangle(self) -> Float[Tensor, " packed"]:
-        """Return the upper triangle row by row, float32, [in · (in + 1) / 2]."""
-        return self._pack(lambda row, _: row)
+    def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
+        """Return the upper triangle row by row, float32, [in · (in + 1) / 2], with every feature divided by `norm`.
+
+        No second matrix is in memory.
+        """
+        features = len(self.upper)
+        packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
+        for first, part in _rows(packed, features):
+            row = self.upper[first, first:]
+            part.copy_(row if norm is None else row / norm[first:] / norm[first])
+        return packed
 
     @classmethod
     def from_triangle(
@@ -67,16 +75,7 @@ class Gram:
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
         norm = self.upper.diagonal().sqrt()
-        safe = norm.where(norm > 0, 1)
-        return norm.float(), self._pack(lambda row, first: row / safe[first:] / safe[first])
-
-    def _pack(self, row_from: Callable[[Tensor, int], Tensor]) -> Float[Tensor, " packed"]:
-        """Apply `row_from` to each row, from the diagonal on; no second matrix is in memory."""
-        features = len(self.upper)
-        packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
-        for first, part in _rows(packed, features):
-            part.copy_(row_from(self.upper[first, first:], first))
-        return packed
+        return norm.float(), self.triangle(norm.where(norm > 0, 1))
 
 
 def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, finfo, float32
 
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
 
 def magnitude(weight: Float[Tensor, "out in"], x: InputStats | None = None) -> Float[Tensor, "out in"]:
@@ -31,7 +31,7 @@ def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in
     return (size / of_input).add_(size / of_output).mul_(x.norm.sqrt())
 
 
-def reap(outputs: OutputStats) -> float:
+def reap(outputs: TokenSum) -> float:
     """Return REAP's score: the mean over the tokens sent to an expert of gate · ‖output‖₂; 0 without tokens.
 
     Lasby et al. 2025, arXiv 2510.13999, equation 9. The norm is of the product that the model computes.

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -51,10 +52,8 @@ class Prepared:
     uncorrelated with them. Its weights are pruned first; kept ones do not change.
     """
 
-    def __init__(self, gram: Square, name: str = "Gram matrix") -> None:
-        """Prepare XᵀX, symmetric; `name` is for messages. UserError where a value is not finite."""
-        if not gram.isfinite().all():
-            raise UserError(f"{name}: values that are not finite: activations overflow; set dtype=float32 or bfloat16")
+    def __init__(self, gram: Square) -> None:
+        """Prepare XᵀX, symmetric and finite."""
         self.gram = gram.float().clone()
         self.dead = self.gram.diagonal() <= 0
         live = self.gram.diagonal()[~self.dead]
@@ -62,48 +61,35 @@ class Prepared:
         self.gram[self.dead] = 0
         self.gram[:, self.dead] = 0
         self.gram.diagonal()[self.dead] = self.mean
-        self._factors: dict[tuple[str, float, float], Factor] = {}
+        self.preconditioned = cache(partial(_preconditioned, self.gram, self.mean))
+        self.inverse_root = cache(partial(_inverse_root, self.gram, self.mean))
+        self.inverse = cache(partial(_inverse, self.gram))
 
-    def preconditioned(self, damping: float) -> Factor:
-        """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
 
-        def make() -> Factor:
-            _, used = _cholesky(self.gram, damping, self.mean)
-            scale = (self.gram.diagonal() + used * self.mean).rsqrt()
-            matrix = self.gram * scale[:, None] * scale
-            matrix.diagonal().fill_(1)
-            return Factor(matrix, scale, used, used > damping)
+def _preconditioned(gram: Square, mean: float, damping: float) -> Factor:
+    """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
+    _, used = _cholesky(gram, damping, mean)
+    scale = (gram.diagonal() + used * mean).rsqrt()
+    matrix = gram * scale[:, None] * scale
+    matrix.diagonal().fill_(1)
+    return Factor(matrix, scale, used, used > damping)
 
-        return self._once("preconditioned", damping, 0, make)
 
-    def inverse_root(self, damping: float) -> Factor:
-        """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
+def _inverse_root(gram: Square, mean: float, damping: float) -> Factor:
+    """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
+    # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
+    lower, used = _cholesky(gram.flip(0, 1), damping, mean)
+    root = _inverse_of_lower(lower).flip(0, 1)
+    return Factor(root, root.diagonal().clone(), used, used > damping)
 
-        def make() -> Factor:
-            # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
-            lower, used = _cholesky(self.gram.flip(0, 1), damping, self.mean)
-            root = _inverse_of_lower(lower).flip(0, 1)
-            return Factor(root, root.diagonal().clone(), used, used > damping)
 
-        return self._once("inverse root", damping, 0, make)
-
-    def inverse(self, damping: float, penalty: float) -> Factor:
-        """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
-
-        def make() -> Factor:
-            scale = self.gram.diagonal().sqrt()
-            matrix = self.gram / scale[:, None] / scale
-            matrix.diagonal().add_(penalty)
-            lower, used = _cholesky(matrix, damping, 1.0)
-            return Factor(_squared(_inverse_of_lower(lower)), scale, used, used > damping)
-
-        return self._once("inverse", damping, penalty, make)
-
-    def _once(self, name: str, damping: float, penalty: float, make: Callable[[], Factor]) -> Factor:
-        key = name, damping, penalty
-        if key not in self._factors:
-            self._factors[key] = make()
-        return self._factors[key]
+def _inverse(gram: Square, damping: float, penalty: float) -> Factor:
+    """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
+    scale = gram.diagonal().sqrt()
+    matrix = gram / scale[:, None] / scale
+    matrix.diagonal().add_(penalty)
+    inverse, used = factor_inverse(matrix, damping, 1.0)
+    return Factor(inverse, scale, used, used > damping)
 
 
 @dataclass(frozen=True)
@@ -121,8 +107,7 @@ class Solved:
     @property
     def diagnostics(self) -> dict[str, float]:
         """The diagnostics that apply to the solver; no tensors."""
-        diagnostics = {name: getattr(self, name) for name in ("unchanged", "dead", "damping", "raised", "part")}
-        return {name: value for name, value in diagnostics.items() if value is not None}
+        return {name: x for name, x in vars(self).items() if name not in ("keep", "weight") and x is not None}
 
 
 def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, steps: int = 10, damping: float = 0.01) -> Solved:
@@ -368,16 +353,6 @@ def _inverse_of_lower(lower: Square) -> Square:
     return inverse
 
 
-def _squared(lower: Square) -> Square:
-    """Return LᵀL."""
-    square = torch.empty_like(lower)
-    for begin, end in _panels(lower):
-        part = multiply(lower[begin:, begin:end].T, lower[begin:, begin:])
-        square[begin:end, begin:] = part
-        square[begin:, begin:end] = part.T
-    return square
-
-
 def _panels(matrix: Square) -> Iterator[tuple[int, int]]:
     """Yield the bounds of each panel; on an accelerator one panel covers all."""
     size = PANEL if matrix.device.type == "cpu" else len(matrix)
@@ -423,7 +398,13 @@ def _conjugate_gradients(
 def factor_inverse(matrix: Square, damping: float, unit: float) -> tuple[Square, float]:
     """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
     lower, used = _cholesky(matrix, damping, unit)
-    return _squared(_inverse_of_lower(lower)), used
+    root = _inverse_of_lower(lower)
+    inverse = torch.empty_like(root)
+    for begin, end in _panels(root):
+        part = multiply(root[begin:, begin:end].T, root[begin:, begin:])
+        inverse[begin:end, begin:] = part
+        inverse[begin:, begin:end] = part.T
+    return inverse, used
 
 
 def _choose(

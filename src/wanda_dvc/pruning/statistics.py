@@ -63,15 +63,15 @@ class InputStats:
 
 
 @dataclass
-class OutputStats:
-    """Sums over the tokens that a router sent to one expert. Sums of several shards merge."""
+class TokenSum:
+    """A sum over some tokens, and their number. Sums of several shards merge."""
 
-    sum: Float64[Tensor, ""]  # of ‖gate · output‖₂
-    count: int  # tokens
+    sum: Float64[Tensor, "..."]
+    count: int
 
-    def merge(self, other: "OutputStats") -> None:
+    def merge(self, other: "TokenSum") -> None:
         """Add the sums of other tokens."""
-        self.sum = self.sum + other.sum.to(self.sum)
+        self.sum += other.sum.to(self.sum)
         self.count += other.count
 
 
@@ -82,7 +82,8 @@ class BlockStats(NamedTuple):
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the gradients tier by linear, if it was measured and read
-    outputs: Mapping[str, OutputStats] = {}  # by an expert's linear: its last one, which the gates multiply
+    # Of ‖gate · output‖₂ over the tokens that a router sent to an expert, by its last linear, which the gates multiply.
+    outputs: Mapping[str, TokenSum] = {}
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def of(self, name: str) -> "BlockStats":

@@ -15,7 +15,8 @@ from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
+from wanda_dvc.pruning.choose import prune_linear, reconstruct
+from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import own_device, progress, tier_provenance
@@ -106,7 +107,7 @@ class Parts:
         measured = 0 if plan.repairs else block_count(study.gram, "calibrate")  # a repaired linear differs on purpose
         self.grams = [read_grams(study.gram, block, device) for block in range(measured)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
-        self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
+        self._prepared = lru_cache(maxsize=2)(lambda block, source: Prepared(self.grams[block][source].matrix()))
 
     def make(self, address: Address) -> tuple[Tensor, Zeros]:
         """Return one linear's weights in the pruned model, as stored, and its measures."""

@@ -254,12 +254,12 @@ def walked(
     folder.mkdir(exist_ok=True)
     # A training needs the dense block's outputs too, a correction its inputs.
     for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
-        recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
-        if plan.records_grams:
+        recorded = step.record(gram=plan.solves_by_input, crosses=plan.corrects, changes=True)
+        if plan.solves_by_input:
             tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
         own = parts_of(plan, step.index, recorded.stats, shares[step.index], folder)
         del recorded  # the next matrices need its memory
-        made = together(run.map(solving, own, f"block {step.index}, solver"))
+        made = together(run.on_device(solving, own, f"block {step.index}, solver"))
         tensors.block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step
 

@@ -118,9 +118,9 @@ def _mask(on: Known) -> Need:
     length = on.params.calibration.length
     held = on.walk(length)
     window = held.activations + held.norms + plan.corrects * held.dense
-    sums = (plan.records_grams or plan.repairs) * held.grams + plan.corrects * held.crosses
+    sums = (plan.solves_by_input or plan.repairs) * held.grams + plan.corrects * held.crosses
     # A solver reads a packed triangle and, for a correction, a cross product. A training takes more than a solver.
-    chosen += (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
+    chosen += (2 * plan.solves_by_input + 4 * plan.corrects) * model.widest**2
     chosen = max(chosen, plan.reconstruction.trains * TRAINED * model.block)
     # A copy of the pruned block's weights, and the new ones as they are stored.
     weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)

@@ -42,7 +42,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
         losses, divergences = _measure(run, work.out, reference if dense else None, f"{run_name}, output head, windows")
-        where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
+        where = run.progress.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
         details: Json = {"protocol": protocol, "losses": [finite(x) for x in losses]}

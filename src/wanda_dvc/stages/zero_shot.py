@@ -124,7 +124,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks")
     language_model = EngineLM(project.model(model), run, progress=blocks)
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
-    where = run.not_finite
+    where = run.progress.not_finite
     result, samples = evaluated["results"][task], evaluated["samples"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
     if where is None and not all(math.isfinite(value) for one in samples for value, _ in one["filtered_resps"]):

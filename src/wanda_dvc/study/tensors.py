@@ -57,7 +57,7 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
 
 def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> "BlockStats":
     """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
-    from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
+    from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
     tensors, header = _load(block_file(folder, block), "calibrate", finite=True)
     readers, transposed = header["readers"], header["transposed"]
@@ -68,7 +68,7 @@ def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> "B
     outputs = {}
     for linear in itertools.chain.from_iterable(readers.values()):
         if (pair := tensors.get(f"{linear}.{OUTPUTS}")) is not None:
-            outputs[linear] = OutputStats(pair[0], int(pair[1]))
+            outputs[linear] = TokenSum(pair[0], int(pair[1]))
     fisher = read_fisher(gradients, block) if gradients else {}
     return BlockStats(inputs, readers, transposed, fisher, outputs, tensors.get(INFLUENCE))
 
