@@ -276,7 +276,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == 128 + number
-    assert "calibrate-norms: stopped; finished blocks are kept" in said
+    assert "calibrate-norms: stopped; finished work is kept" in said
     assert "Traceback" not in said
     again = wanda_dvc("calibrate", cwd=tmp_path)
     assert again.returncode == 0

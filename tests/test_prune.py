@@ -291,7 +291,7 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
                 break
         rest = stopped.stderr.read()
     assert stopped.returncode == 130, rest
-    assert "prune: stopped; finished blocks are kept; run the same command again to resume" in rest
+    assert "prune: stopped; finished work is kept; run the same command again to resume" in rest
     assert not list(Path().iterdir())
 
     def command(*words: str) -> str:

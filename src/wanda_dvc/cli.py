@@ -164,7 +164,7 @@ def prune(
     from wanda_dvc.export.prune import prune as make
     from wanda_dvc.stages.running import stoppable
 
-    again = "finished blocks are kept; run the same command again to resume"
+    again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
         _say(
             make(

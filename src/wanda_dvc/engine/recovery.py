@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
+from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.engine.training import root_mean_square
@@ -123,6 +124,7 @@ def recover(
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
     logging.set_verbosity_error()
+    keep_freed_memory()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
     try:
         some = rows[:1, :8].to(device)

@@ -14,7 +14,10 @@ from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks, read_stats
 
-OTHER_NAMES = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r"}  # of architectures
+OTHER_NAMES = {  # of architectures
+    "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "mistral": "llama", "mixtral": "llama",
+}  # fmt: skip
 FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a checkpoint, and often two in GGUF
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
 

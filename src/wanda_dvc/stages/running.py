@@ -24,7 +24,7 @@ from wanda_dvc.study.files import Documents, Json, write_json
 from wanda_dvc.study.project import DOCUMENTS, Project, Work
 from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
 
-KEPT = "finished blocks are kept, and the next run resumes after them"
+KEPT = "finished work is kept, and the next run resumes after it"
 AGAIN = "run it again"  # where no work is kept
 SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
 
