@@ -22,6 +22,7 @@ from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.engine.training import root_mean_square
 from wanda_dvc.errors import UserError, notice, reason
 from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
+from wanda_dvc.pruning.products import install
 
 WARM_UP = 0.05  # of the steps
 LOOKS = 10  # of the guard, and checkpoints, during a training
@@ -126,6 +127,8 @@ def recover(
     logging.set_verbosity_error()
     keep_freed_memory()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
+    for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
+        install(model)
     try:
         some = rows[:1, :8].to(device)
         divergence(teacher(input_ids=some).logits, student.train()(input_ids=some).logits).backward()

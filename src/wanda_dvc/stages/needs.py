@@ -143,8 +143,11 @@ def _apply(on: Known) -> Need:
 
 
 def trained_in(dtype: str, device: str) -> str:
-    """Return the dtype of the dense model in `recover`, and of the training's products: the Trainer's limits."""
-    return dtype if dtype in {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",)}.get(device, ()) else "float32"
+    """Return the dtype of the products in `recover`: the model's, if the Trainer and the processor have it."""
+    import torch
+
+    has = {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",) * torch.cpu._is_avx512_bf16_supported()}
+    return dtype if dtype in has.get(device, ()) else "float32"
 
 
 def training(on: Known, *, kept: bool = False) -> int:

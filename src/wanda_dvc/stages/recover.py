@@ -36,8 +36,10 @@ def recover(*, project: Project) -> None:
     planned, folder = project.planned("recover"), project.model("pruned")
     pruned, dtype = check_ready(project, "pruned")
     device, checkpointing = own_device(project.params.runtime), computes_twice(project)
+    dtype = trained_in(dtype, device.type)
     rows, held = windows(project)
     own = {"version": STAGES["recover"].version, "pruned": digest(pruned), "windows_sha256": digest(rows.tolist())}
+    own["trained_in"] = dtype
     made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=planned, **own)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     with project.work(made) if first else contextlib.nullcontext(Work(project.work_root / digest(made)[:32])) as work:
@@ -45,7 +47,7 @@ def recover(*, project: Project) -> None:
         bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())
         view, curve = train(
             project.model("dense"), folder, rows=rows, held=held, rate=planned["rate"], device=device,
-            dtype=getattr(torch, trained_in(dtype, device.type)), checkpointing=checkpointing,
+            dtype=getattr(torch, dtype), checkpointing=checkpointing,
             work=work.path / "training", step=lambda: next(bar, None),
         )  # fmt: skip
         if not first:
