@@ -140,7 +140,6 @@ def _with_cuts(source: Checkpoint, found: Removal, sizes: Mapping[tuple[Address,
     """
     places = {place: size // found.sets[_owner(place[0])].total for place, size in sizes.items()}
     read = {address: sum(found.sets[_owner(address)].layout) for address, _ in places}
-    problem = ""
     for sections in (True, False):
         cuts = tuple(
             Cut(address, dim, _owner(address), _sections(size, read[address]) if sections else (size,))

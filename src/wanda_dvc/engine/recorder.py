@@ -73,9 +73,9 @@ class Sums:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
         # Experts last and in index order, instead of the order of their first tokens.
-        experts = [name for name, linear in linears.items() if linear.part.expert is not None]
+        experts = dict.fromkeys(name for name, linear in linears.items() if linear.part.expert is not None)
         readers: dict[str, list[str]] = {}
-        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
+        for linear in [*(name for name in source if name not in experts), *experts]:
             readers.setdefault(source[linear], []).append(linear)
         inputs = {name: stats[name].to("cpu") for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]

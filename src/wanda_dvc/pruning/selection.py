@@ -78,7 +78,6 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
             f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
             f"{most:.3f}, which is what a share of {LARGEST_SHARE:g} of its scores removes; use method=wanda"
         )
-    go = removed_of(high)
     for _ in range(50):
         alpha = (low + high) / 2
         go = removed_of(alpha)
