@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.listing import list_states, results
 from wanda_dvc.stages.runs import reproduce
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import change_settings, init
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -55,8 +58,6 @@ class Study:
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
-        from wanda_dvc.results.listing import list_states, results
-
         return results(list_states(Project(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
@@ -106,8 +107,6 @@ def calibrate(
         >>> study = wd.calibrate("HuggingFaceTB/SmolLM2-135M-Instruct", "study")
         >>> study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.study.scaffold import init
-
     temporary = None if directory else tempfile.TemporaryDirectory(prefix="wanda-dvc-")
     folder = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
     init(folder=folder, model=str(model) if isinstance(model, str | Path) else None)
@@ -167,8 +166,6 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
-    from wanda_dvc.study.files import load_json
-
     _change(study, settings)
     project = Project(study.path)
     text = text or next(iter(project.params.perplexity.texts))
@@ -196,7 +193,5 @@ def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None",
 
 def _change(study: Study, settings: Mapping[str, Any]) -> None:
     """Write settings into a study's params.yaml. UserError, with all problems, if one is wrong."""
-    from wanda_dvc.study.scaffold import change_settings
-
     if settings:
         change_settings(study.path / "params.yaml", dict(settings))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
+from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.export.build import check_target, export
 from wanda_dvc.params import Params, nested, sources
@@ -20,6 +21,7 @@ from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
+from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project, alone
@@ -63,9 +65,6 @@ def prune(
         renew(study, nested(settings))
         if not (project.model("dense") / "config.json").is_file():
             reproduce(study, "download", "model", shown=True)
-        from wanda_dvc.engine.sizes import Sizes
-        from wanda_dvc.stages.needs import computes_twice
-
         if tokens:  # refused before any work
             computes_twice(project.with_params(params))
         wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
@@ -114,8 +113,6 @@ def _studies() -> Path:
 
 def _recommended(project: Project, params: Params) -> str:
     """Return the recommended recipe, which `params` has, or the fallback if memory or disk is too small for it."""
-    from wanda_dvc.stages.needs import free, gigabytes, need
-
     study, lacks = project.with_params(params), list[str]()
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
         needs = [need(study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target

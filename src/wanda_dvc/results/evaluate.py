@@ -7,6 +7,8 @@ stages `perplexity` and `zero-shot` measure it there.
 from collections.abc import Sequence
 from pathlib import Path
 
+from wanda_dvc.engine.checkpoint import read_config
+from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.compare import DENSE, records, side_by_side
 from wanda_dvc.results.experiments import workspace
@@ -73,8 +75,6 @@ def _measured(project: Project, path: Path, study: Project) -> Results:
 
 def _check_alike(project: Project, folder: Path, path: Path) -> None:
     """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
-    from wanda_dvc.engine.checkpoint import read_config
-
     own, dense = (read_config(place) for place in (folder, project.model(DENSE)))
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
         mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
@@ -88,8 +88,6 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     Its tokenizer has to be the dense model's, by the token ids of the study's texts. The dense model's own files then
     replace it, and the names of tokens that end a text.
     """
-    from wanda_dvc.engine.windows import load_tokenizer
-
     dense = project.model(DENSE)
     sha256 = read_model(path, folder)
     if path.suffix == GGUF:  # transformers does not read the scaling of rotary positions from such a file

@@ -9,6 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from wanda_dvc.engine.checkpoint import INDEX, SINGLE, Checkpoint, read_config, read_index
+from wanda_dvc.engine.structure import check_model
 from wanda_dvc.errors import UserError, explain, reason
 from wanda_dvc.reading import check_file, read_object
 from wanda_dvc.sources import Source
@@ -44,9 +48,6 @@ def _write_provenance(out: Path, origin: Json, license: str | None = None, libra
 
 def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
     """Fetch the model's files: small ones first, and no second copy of the weights in another format."""
-    from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
-    from wanda_dvc.engine.structure import check_model
-
     where, target = f"{repository.where}: {repository.name}", scratch / "hub"
     here = [file for file in repository.files if "/" not in file]
     repository.fetch(target, "config.json")
@@ -70,8 +71,6 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
 
 def _write_local(folder: Path, out: Path, _: Path) -> None:
     """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
-    from wanda_dvc.engine.structure import check_model
-
     files = _files(folder)
     check_model(folder)
     for path in files:
@@ -81,8 +80,6 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
 
 def _files(source: Path) -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
-    from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
-
     shards = Checkpoint(source).shards
     here = sorted(source.iterdir())  # dangling links too
     check_decoder(source, [path.name for path in here], str(source))
@@ -170,8 +167,6 @@ def read_model(path: Path, out: Path) -> str:
     Of a directory of safetensors the files are linked; a GGUF file is dequantized. UserError if there is no complete
     decoder, or no known reader for its quantization.
     """
-    from wanda_dvc.engine.structure import check_model
-
     out.mkdir(parents=True)
     if path.suffix == GGUF:
         check_file(path, "name another")
@@ -188,10 +183,6 @@ def check_decoder(folder: Path, names: list[str], where: str) -> None:
 
     One of the model's files, `names`, must be a tokenizer.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from wanda_dvc.engine.checkpoint import read_config
-
     stored = read_object(folder / "config.json")
     kind, problem = stored.get("model_type"), ""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None

@@ -1,7 +1,6 @@
 """Fetch the model, the texts and the tasks. The only stage that may touch a network."""
 
 from wanda_dvc.params import ChosenText, Tasks
-from wanda_dvc.sources.models import find_model
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
@@ -15,6 +14,8 @@ def download(*, project: Project, part: str, text: str = "") -> None:
     target = project.model("dense") if part == "model" else project.data(named)
     mirror, planned = project.params.runtime.mirror, project.planned(f"download/{named}")
     if part == "model":
+        from wanda_dvc.sources.models import find_model  # imports transformers, which takes seconds
+
         source = find_model(planned["source"])
     elif part == "tasks":
         source = find_tasks(Tasks(**planned), mirror)

@@ -7,11 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from wanda_dvc.engine.checkpoint import positions_of
+from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import Known, continuing
 from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
@@ -20,9 +25,6 @@ from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
 CONTINUED = 40  # tokens of a continuation, at most
-
-if TYPE_CHECKING:
-    import torch
 
 
 def zero_shot(*, project: Project, model: str) -> None:
@@ -171,10 +173,6 @@ def read_prompts(project: Project) -> list[str]:
 
 def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
-    import torch
-
-    from wanda_dvc.stages.needs import Known, continuing
-
     device, prompts = own_device(project.params.runtime), read_prompts(project)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
     needed = continuing(Known(project, model), longest + CONTINUED)
@@ -189,17 +187,13 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     return {"details": {"protocol": protocol, "prompts": pairs}}
 
 
-def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype", device: "torch.device") -> list[str]:
+def continuations(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Continue each prompt by the likeliest token, by transformers' own generation: the complete model is in memory.
 
     Each prompt runs alone, without padding; of a prompt that leaves no positions, its last tokens. Of
     the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from wanda_dvc.engine.checkpoint import positions_of
-    from wanda_dvc.engine.windows import load_tokenizer
+    from transformers import AutoModelForCausalLM, GenerationConfig  # takes seconds
 
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)

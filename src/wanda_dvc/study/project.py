@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
@@ -196,8 +198,6 @@ class Work:
 @contextlib.contextmanager
 def alone(path: Path, waiting: str) -> Iterator[None]:
     """Let one process at a time use a path; another one reports that it is `waiting`."""
-    from filelock import FileLock, Timeout
-
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
     try:

@@ -7,20 +7,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.selection import pack_bits, unpack_bits
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance, write_provenance
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from wanda_dvc.pruning.gram import Gram
-    from wanda_dvc.pruning.statistics import BlockStats
 
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 CROSS = "cross"
@@ -34,7 +34,7 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"block_{block:03d}.safetensors"
 
 
-def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
+def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
     """Write one block's statistics.
 
     Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). For the
@@ -42,8 +42,6 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     block: `influence` (float64 [2]), Σ (1 − cosine of its input and output) and the number of tokens. Header: the
     linears that read each input, and the linears whose weights are stored transposed.
     """
-    import torch
-
     tensors: dict[str, Tensor] = {}
     for name, x in stats.inputs.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
@@ -55,10 +53,8 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     _save(block_file(folder, block), tensors, header)
 
 
-def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> "BlockStats":
+def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> BlockStats:
     """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
-    from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-
     tensors, header = _load(block_file(folder, block), "calibrate", finite=True)
     readers, transposed = header["readers"], header["transposed"]
     inputs = {
@@ -74,11 +70,7 @@ def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> "B
 
 
 def write_grams(
-    folder: Path,
-    block: int,
-    stats: "BlockStats",
-    grams: "Mapping[str, Gram]",
-    crosses: "Mapping[str, Tensor] | None" = None,
+    folder: Path, block: int, stats: BlockStats, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write one block's Gram matrices of inputs, or of gradients by linear; `stats` says who reads them.
 
@@ -90,8 +82,6 @@ def write_grams(
     With `crosses`, of a block recorded in a walk: no norms, triangles of XᵀX itself in float32, and `NAME.cross`
     (float32 [in, in]), X_denseᵀX, where it was recorded.
     """
-    import torch
-
     tensors: dict[str, Tensor] = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in stats.fisher.items()}
     for name, gram in grams.items():
         if crosses is None:
@@ -105,7 +95,7 @@ def write_grams(
 
 
 def read_grams(
-    folder: Path, block: int, device: "torch.device | None" = None, *, of: Iterable[str] | None = None
+    folder: Path, block: int, device: torch.device | None = None, *, of: Iterable[str] | None = None
 ) -> "Grams":
     """Read one block's Gram matrices, by distinct input or linear, onto a device, by default the host.
 
@@ -115,33 +105,31 @@ def read_grams(
     return Grams(tensors, header["readers"], header["transposed"], device)
 
 
-def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
+def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     """Read the sums of squared gradients of one block, by linear."""
     tensors, _ = _load(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,), finite=True)
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Grams(Mapping[str, "Gram"]):
+class Grams(Mapping[str, Gram]):
     """The Gram matrices of one block, as their file has them; each is unpacked at access.
 
     Inputs without tokens are missing.
     """
 
-    tensors: "dict[str, Tensor]"
+    tensors: dict[str, Tensor]
     readers: dict[str, list[str]]
     transposed: list[str]
-    device: "torch.device | None" = None  # of the unpacked matrices
+    device: torch.device | None = None  # of the unpacked matrices
 
     @property
-    def crosses(self) -> "dict[str, Tensor]":
+    def crosses(self) -> dict[str, Tensor]:
         """The cross products X_denseᵀX by distinct input, if they were recorded."""
         found = {name: self.tensors.get(f"{name}.{CROSS}") for name in self.readers}
         return {name: cross.to(self.device) for name, cross in found.items() if cross is not None}
 
-    def __getitem__(self, name: str) -> "Gram":
-        from wanda_dvc.pruning.gram import Gram
-
+    def __getitem__(self, name: str) -> Gram:
         norm, triangle, count = (self.tensors.get(f"{name}.{kind}") for kind in GRAM)
         if triangle is None or count is None:
             raise KeyError(name)
@@ -158,7 +146,7 @@ class Grams(Mapping[str, "Gram"]):
         return sum(1 for _ in self)
 
 
-def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved: Json) -> None:
+def write_weights(folder: Path, block: int, weights: dict[str, Tensor], solved: Json) -> None:
     """Write one block's reconstructed weights, named, oriented and typed as stored.
 
     Header: solver diagnostics of each linear.
@@ -166,7 +154,7 @@ def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved
     _save(block_file(folder, block), {name: x.contiguous() for name, x in weights.items()}, {"solved": solved})
 
 
-def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
+def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
     """Read one block's reconstructed weights, and solver diagnostics of each linear."""
     weights, header = _load(block_file(folder, block), "mask", finite=True)
     return weights, header["solved"]
@@ -180,10 +168,8 @@ def write_masks(folder: Path, block: int, masks: "Masks") -> None:
     _save(block_file(folder, block), masks.packed, {"columns": masks.columns})
 
 
-def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
+def pack_masks(keeps: Mapping[str, Tensor]) -> "Masks":
     """Return `keep` masks (bool, in the orientation of the stored weights) as one bit a weight."""
-    from wanda_dvc.pruning.selection import pack_bits
-
     return Masks(
         {name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()}
     )
@@ -195,33 +181,31 @@ def read_masks(folder: Path, block: int) -> "Masks":
     return Masks(tensors, header["columns"])
 
 
-def write_window(folder: Path, window: int, tensors: "Mapping[str, Tensor]") -> None:
+def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the reference of one evaluation window: the tensors of `engine.divergence.Reference`."""
     _save(folder / f"window_{window:05d}.safetensors", {name: x.contiguous() for name, x in tensors.items()}, {})
 
 
-def read_window(folder: Path, window: int) -> "dict[str, Tensor]":
+def read_window(folder: Path, window: int) -> dict[str, Tensor]:
     """Read the reference of one evaluation window."""
     return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense")[0]
 
 
 @dataclass(frozen=True, eq=False)
-class Masks(Mapping[str, "Tensor"]):
+class Masks(Mapping[str, Tensor]):
     """The `keep` masks of a block or a model, one bit a weight; each is unpacked at access.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
 
-    packed: "dict[str, Tensor]"
+    packed: dict[str, Tensor]
     columns: dict[str, int]
 
     def __or__(self, other: "Masks") -> "Masks":
         """Return the union of two sets of masks."""
         return Masks(self.packed | other.packed, self.columns | other.columns)
 
-    def __getitem__(self, name: str) -> "Tensor":
-        from wanda_dvc.pruning.selection import unpack_bits
-
+    def __getitem__(self, name: str) -> Tensor:
         return unpack_bits(self.packed[name], self.columns[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -255,11 +239,8 @@ def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
     return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
 
 
-def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
     """Write tensors and a header to a temporary safetensors file, then rename it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     temporary = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     try:
@@ -280,14 +261,12 @@ def _load(
     of: Iterable[str] | None = None,
     *,
     finite: bool = False,
-) -> "tuple[dict[str, Tensor], Json]":
+) -> tuple[dict[str, Tensor], Json]:
     """Read the tensors and the header of a safetensors file.
 
     Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
     the file is missing or damaged, or if numbers that have to be finite are not.
     """
-    from safetensors import SafetensorError, safe_open
-
     check_file(path, f"run `dvc repro` or `wanda-dvc {made_by}` again")
     found = {}
     try:

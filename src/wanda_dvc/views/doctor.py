@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from wanda_dvc import __version__
+from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
@@ -64,8 +65,6 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
 
 def _machine(params: Params) -> Iterator[Check]:
     """Show CPU and GPUs, and the device of the stages."""
-    from wanda_dvc.engine import accelerator
-
     yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory('cpu'))} of memory free")
     for gpu in accelerator.gpus():
         yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {gigabytes(free_memory(gpu))} free")

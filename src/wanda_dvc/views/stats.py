@@ -2,17 +2,16 @@
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.statistics import InputStats, summary
+from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.files import json_text, load_json
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, check_source, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
-
-if TYPE_CHECKING:
-    from wanda_dvc.pruning.statistics import InputStats
 
 INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 
@@ -49,8 +48,6 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
 
 def _layer_errors(project: Project) -> dict[str, float]:
     """Return the layer error of every linear; empty if it belongs to other masks or Gram matrices."""
-    from wanda_dvc.stages.apply import describe_pruned
-
     measured = load_json(project.details("pruned", "layer_error"))
     with contextlib.suppress(UserError):  # nothing is pruned
         if measured.get("linears") and measured["protocol"]["model"] == digest(describe_pruned(project)):
@@ -58,9 +55,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
     return {}
 
 
-def _summary(block: int, linears: list[str], x: "InputStats", errors: Mapping[str, float]) -> dict[str, Any]:
-    from wanda_dvc.pruning.statistics import summary
-
+def _summary(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
     top = x.norm.topk(min(5, len(x.norm)))
     largest = [{"index": int(index), "norm": float(value)} for value, index in zip(*top, strict=True)]
     known = {**summary(x.norm), "largest": largest}
