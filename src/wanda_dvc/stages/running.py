@@ -61,6 +61,9 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     because the main thread may be inside a multiplication for seconds. A killed DVC leaves its stage running, and the
     next run of the experiment would wait for it. Only the command line calls this.
     """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
