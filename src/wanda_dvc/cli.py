@@ -84,7 +84,7 @@ def _project() -> "Project":
 
 def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
-    from wanda_dvc.stages.running import stoppable, timed
+    from wanda_dvc.stages.running import AGAIN, KEPT, stoppable, timed
 
     if version not in (None, stage.version):
         raise UserError(
@@ -95,7 +95,7 @@ def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     project = _project()
     for label, one, named in stage.runs(project.params.perplexity.texts, part, text):
         _prepare(label, network=stage.network)
-        with stoppable(label):
+        with stoppable(label, AGAIN if stage.name == "apply" else KEPT):
             if stage.runs_model and stage.parts[one].wanted(project.params):
                 from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
 
