@@ -150,13 +150,15 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
 
     bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
     began = said = time.monotonic()
+    before = 0
     for done, item in enumerate(bar, start=1):
         yield item
         now = time.monotonic()
         if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
-            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
+            # At the speed since the last line: the first items of a resumed stage take no time.
+            left = f", about {(now - said) / (done - before) * (total - done):.0f} s left" if done < total else ""
             notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
-            said = now
+            said, before = now, done
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
