@@ -240,7 +240,7 @@ def kill(*_: object) -> None:
 
 def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     now = [0.0]
-    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     for item in running.progress(range(10), total=10, what="steps"):
         now[0] += 100 * (item > 3)  # a resumed stage has the first ones
     assert "steps: 6 of 10, 200 s, about 400 s left" in capsys.readouterr().err
