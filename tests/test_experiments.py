@@ -240,8 +240,10 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
+    before = (study.path / "params.yaml").read_bytes()
     with pytest.raises(wd.UserError, match="model: found both"):
-        wd.perplexity(study, "both")
+        wd.perplexity(study, "both", sparsity=0.7)
+    assert (study.path / "params.yaml").read_bytes() == before
 
 
 def test_all_names_are_there_and_no_others():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.listing import list_states, results
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
@@ -166,6 +167,7 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
+    next(STAGES["perplexity"].runs([""], model))  # UserError for another model, before a setting changes
     _change(study, settings)
     project = Project(study.path)
     text = text or next(iter(project.params.perplexity.texts))
