@@ -30,7 +30,7 @@ def repository(root: Path) -> Iterator[Any]:
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
-        raise UserError(f"{root}: no DVC repository; `wanda-dvc show` needs none") from None
+        raise UserError(f"{root}: no DVC repository; `show`, and `export` without --rev, need none") from None
     except SCMError:  # stages run by hand leave .dvc/
         repo = None
     if repo is None or isinstance(repo.scm, NoSCM):
