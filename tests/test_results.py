@@ -249,7 +249,7 @@ def test_the_paired_test_agrees_with_permutations():
     permuted = np.abs((signs * difference).mean(axis=1))
     assert got.p == pytest.approx((permuted >= abs(difference.mean()) - 1e-12).mean(), abs=0.03)
     assert got.value == pytest.approx(math.exp(difference.mean()))
-    moved = inference.apart(list(losses), list(others), [10] * 12)
+    moved = inference.mean_difference(list(losses), list(others), [10] * 12)
     assert moved
     expected = stats.ttest_rel(losses, others)
     assert (moved.value, moved.p) == pytest.approx((difference.mean(), expected.pvalue))

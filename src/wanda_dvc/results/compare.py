@@ -109,6 +109,6 @@ def side_by_side(
             continue
         values = [measure.text(measure.read(one, on)) for one in models.values()]
         known = measure.read(models[base], on) is not None  # the dense model has no divergence from itself
-        cells = (measure.test_text(one.get((measure.name, on))) if known else "" for one in tests.values())
-        rows.append([heading, *values, *cells])
+        tested = (measure.test_text(one.get((measure.name, on))) if known else "" for one in tests.values())
+        rows.append([heading, *values, *tested])
     return ["", *models, *(f"{name} against {base}" for name in tests)], rows

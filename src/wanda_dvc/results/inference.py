@@ -46,13 +46,13 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
     """Return the first model's perplexity over the second's on the same windows. None as for `perplexity`."""
-    if (found := apart(losses, others, predictions)) is None:
+    if (found := mean_difference(losses, others, predictions)) is None:
         return None
     value, low, high = (math.exp(x) if x < 709 else math.inf for x in found[:3])  # the largest float is exp(709.8)
     return Estimate(value, low, high, found.p)
 
 
-def apart(values: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+def mean_difference(values: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
     """Return the first model's mean minus the second's on the same windows: t interval and test of paired means.
 
     `values` and `others` are windows' means over their predictions. None as for `perplexity`.

@@ -176,7 +176,12 @@ def _right(results: Results, task: str) -> list[bool]:
 
 
 def by_window(
-    first: Results, second: Results, text: str, *, what: str, how: Callable[..., Estimate | None] = inference.apart
+    first: Results,
+    second: Results,
+    text: str,
+    *,
+    what: str,
+    how: Callable[..., Estimate | None] = inference.mean_difference,
 ) -> Estimate | None:
     """The first mean minus the second, or another comparison, paired by window; None without finite values."""
     (means, predictions), (others, _) = (_windows(one, text, what) for one in (first, second))

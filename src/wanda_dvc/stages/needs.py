@@ -146,6 +146,7 @@ def trained_in(dtype: str, device: str) -> str:
     """Return the dtype of the products in `recover`: the model's, if the Trainer and the processor have it."""
     import torch
 
+    # Not `attention.has_units`: torch also says yes of AVX-512 without bfloat16.
     has = {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",) * torch.cpu._is_avx512_bf16_supported()}
     return dtype if dtype in has.get(device, ()) else "float32"
 
