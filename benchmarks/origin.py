@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -61,7 +62,8 @@ def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mirror", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", default=[], help="words of a row's name")
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / work)
+    # Outside the clone: DVC refuses a repository in a folder that git ignores.
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "wanda-dvc" / work)
     return parser
 
 

