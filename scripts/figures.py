@@ -7,6 +7,7 @@ figure has a mark, ¹, if its row has no origin, or was measured with another ve
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
+from recipes import RECOVERED, REPAIRING, SMALLER, TOKENS  # noqa: E402
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
@@ -28,17 +30,14 @@ TIMES = {
     "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ³",
     "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ³",
 }
-# The tasks that the dense model answers better than a constant answer does.
-THREE = ("piqa", "hellaswag", "arc_easy")
 # The rows on the page; the files have more.
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
+AMOUNTS = ("50%", "70%", "2:4")
 RECOMMENDED = "fisher"
+THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
-SMALLER = (
-    "dense", "blocks 0.0333 admm", "blocks 0.0667 admm", "gguf Q5_0 dense", "neurons 0.1 wanda-refit",
-    "neurons 0.2 wanda-refit", "neurons 0.2 admm", "neurons 0.2 magnitude-refit",
-    "neurons 0.3 wanda-refit",
-)  # fmt: skip
+TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
+TITLES = {SMALL: "SmolLM2", GEMMA: "Gemma"}
 
 
 def measured(name: str) -> dict[str, Row]:
@@ -89,12 +88,12 @@ def _recipes(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str])
 
 def readme() -> str:
     """Return the README's table."""
-    return _recipes(RECIPES[:-1], ["50%", "70%", "2:4"], [])
+    return _recipes(RECIPES[:-1], AMOUNTS, [])
 
 
 def recipes() -> str:
-    """Return all recipes at all settings, on another model at those that were measured."""
-    return _recipes(RECIPES, ["50%", "60%", "70%", "2:4", "4:8"], ["50%", "70%", "2:4"])
+    """Return all recipes at all settings, on both models."""
+    return _recipes(RECIPES, AMOUNTS, AMOUNTS)
 
 
 def seconds() -> str:
@@ -132,34 +131,50 @@ def goals() -> str:
     return table(["missed", "goal", "measured"], lines, left=2)
 
 
-def distance() -> str:
-    """Return the models pruned at 50 % and in 2:4, after the dense one, on two texts; magnitude is far off."""
-    lines = []
-    for key, made in measured("distance").items():
-        row = made["value"]
-        if key == "dense" or (row.get("recipe") in RECIPES[1:] and row["amount"] in {"50%", "2:4"}):
-            cells = [*_text(row, "wikitext2"), *_text(row, "embedded"), _answers(row)]
-            lines.append([key.replace("%", "\N{NO-BREAK SPACE}%"), *cells])
-    heads = [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
-    return table(["model", *heads, "changed answers, %"], lines)
+def texts() -> str:
+    """Return the distance of pruned models from the dense one on two texts; magnitude is far off."""
+    return _both([SMALL], ["dense", *(f"{recipe} {amount}" for amount in AMOUNTS for recipe in RECIPES[1:])])
+
+
+def smaller() -> str:
+    """Return the smaller models, after the dense one of each model."""
+    return _both([SMALL, GEMMA], ["dense", *(f"{recipe} {amount}" for amount in SMALLER for recipe in REPAIRING)])
+
+
+def recovered() -> str:
+    """Return pruned models before and after a training."""
+    names = (f"{' '.join(row)}{tokens}" for row in RECOVERED for tokens in ("", *(f" {count}" for count in TOKENS)))
+    return _both([SMALL, GEMMA], ["dense", *names])
+
+
+def _both(models: Sequence[str], names: Sequence[str]) -> str:
+    """Return the size, and the perplexity and divergence on both texts, of the models' rows that were measured."""
+    rows, lines = measured("recipes"), []
+    for model, key in product(models, names):
+        if row := rows.get(f"{model} {key}"):
+            texts = (cell for text in TEXTS for cell in _text(row["value"].get(text, {}), row))
+            size = row["value"].get("parameters")
+            lines.append([TITLES[model], key.replace("%", " %"), f"{size / 1e6:.1f}" if size else "–", *texts])
+    heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
+    return table(["model", "recipe", "parameters, M", *heads], lines, left=2)
 
 
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
     rows = {key: made["value"] for key, made in measured("distance").items()}
     lines = [
-        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row, "wikitext2"), _answers(row)]
+        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row["texts"]["wikitext2"]), _answers(row)]
         for key, row in rows.items()
         if key == "dense" or row.get("format") in FORMATS
     ]
     return table(["model", "MB", "perplexity", "divergence", "changed answers, %"], lines)
 
 
-def _text(row: Row, name: str) -> list[str]:
-    """Return a model's perplexity and divergence on a text."""
-    text = row["texts"].get(name, {})
-    divergence = text.get("divergence")  # missing of the dense model, and a word if it diverged
-    return [figure(text.get("perplexity")), f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"]
+def _text(found: Row, row: Row | None = None) -> list[str]:
+    """Return the perplexity and the divergence that were `found` on a text; an old `row` has marks."""
+    divergence = found.get("divergence")  # missing of the dense model, and a word if it diverged
+    mean = f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"
+    return [figure(found.get("perplexity"), row), mean + MARK if row and is_old(row) and divergence else mean]
 
 
 def _answers(row: Row) -> str:
@@ -168,20 +183,6 @@ def _answers(row: Row) -> str:
     tasks = [flips[task]["acc"] for task in THREE] if flips else []
     changed = sum(one[key] for one in tasks for key in ("lost", "gained", "swapped"))
     return f"{100 * changed / sum(one['items'] for one in tasks):.1f}" if tasks else "–"
-
-
-def smaller() -> str:
-    """Return the smaller models of `SMALLER`, after the dense one of each model."""
-    rows, lines = {key: row["value"] for key, row in measured("smaller").items()}, []
-    for model, shown in {SMALL: "SmolLM2", GEMMA: "Gemma"}.items():
-        dense = rows[f"{model} dense"]
-        for key in SMALLER:
-            if row := rows.get(f"{model} {key}"):
-                share = f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %" if key != "dense" else "–"
-                cells = [*_text(row, "wikitext2"), _text(row, "embedded")[0], f"{row['bytes'] / 1e6:.0f}"]
-                lines.append([shown, key, share, *cells])
-    heads = ["model", "removed", "parameters", "WikiText-2", "divergence", "embedded text", "MB"]
-    return table(heads, lines, left=2)
 
 
 def runtimes() -> str:
@@ -194,7 +195,8 @@ def runtimes() -> str:
 def written(text: str) -> str:
     """Return a document with the current figures between its markers."""
     tables = {
-        one.__name__: one() for one in (readme, recipes, seconds, times, goals, distance, formats, smaller, runtimes)
+        one.__name__: one()
+        for one in (readme, recipes, seconds, times, goals, texts, formats, smaller, recovered, runtimes)
     }
     return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
 

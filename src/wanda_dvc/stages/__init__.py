@@ -241,7 +241,7 @@ STAGES = {
         ),
         Stage(
             name="recover",
-            version=2,
+            version=3,
             runs_model=True,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             parts=_one(

@@ -143,12 +143,12 @@ def _apply(on: Known) -> Need:
 
 
 def trained_in(dtype: str, device: str) -> str:
-    """Return the dtype of the products in `recover`: the model's, if the Trainer and the processor have it."""
+    """Return the dtype of the products in `recover`: bfloat16 if the processor has it, whose weights stay in float32."""
     import torch
 
     # Not `attention.has_units`: torch also says yes of AVX-512 without bfloat16.
-    has = {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",) * torch.cpu._is_avx512_bf16_supported()}
-    return dtype if dtype in has.get(device, ()) else "float32"
+    units = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device, bool)
+    return "bfloat16" if units() else dtype if device == "cuda" and dtype == "float16" else "float32"
 
 
 def training(on: Known, *, kept: bool = False) -> int:
