@@ -108,6 +108,8 @@ def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypa
         (tmp_path / "site/evil-1.dist-info").mkdir(parents=True)
         (tmp_path / "site/evil-1.dist-info/METADATA").write_text("Name: evil\nVersion: 1\n")
         (tmp_path / "site/evil-1.dist-info/RECORD").write_text("evil/own.gguf,,\n")
+        (tmp_path / "site/evil").mkdir()
+        (tmp_path / "site/evil/own.gguf").touch()
         patch.syspath_prepend(tmp_path / "site")
         patch.setattr("wanda_dvc.sources.models._wheel", None)
         assert _gguf("evil==1", tmp_path / "wheels") == tmp_path / "site/evil/own.gguf"

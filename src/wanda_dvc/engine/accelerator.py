@@ -27,6 +27,13 @@ def has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
+def has_bfloat16(kind: str) -> bool:
+    """Whether a processor has instructions for bfloat16. Torch's own check also says yes of AVX-512 without them."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def full_name(device: torch.device | str) -> str:
     """Return the name of a CUDA device's model."""
     return torch.cuda.get_device_name(device)

@@ -143,12 +143,10 @@ def _apply(on: Known) -> Need:
 
 
 def trained_in(dtype: str, device: str) -> str:
-    """Return the dtype of the products in `recover`: bfloat16 if the processor has it, whose weights stay in float32."""
-    import torch
+    """Return the dtype of the products in `recover`, whose weights are in float32: bfloat16 if the processor has it."""
+    from wanda_dvc.engine.accelerator import has_bfloat16
 
-    # Not `attention.has_units`: torch also says yes of AVX-512 without bfloat16.
-    units = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device, bool)
-    return "bfloat16" if units() else dtype if device == "cuda" and dtype == "float16" else "float32"
+    return "bfloat16" if has_bfloat16(device) else dtype if (device, dtype) == ("cuda", "float16") else "float32"
 
 
 def training(on: Known, *, kept: bool = False) -> int:
