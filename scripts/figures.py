@@ -6,7 +6,7 @@ figure has a mark, ¹, if its row has no origin, or was measured with another ve
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ RECOMMENDED = "fisher"
 THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
+ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 TITLES = {SMALL: "SmolLM2", GEMMA: "Gemma"}
 
 
@@ -76,7 +77,7 @@ def name(recipe: str) -> str:
     return f"**`{recipe}`**" if recipe == RECOMMENDED else f"`{recipe}`"
 
 
-def _recipes(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]) -> str:
+def by_recipe(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]) -> str:
     """Return the recipes' perplexity on WikiText-2, of two models at some amounts each."""
     rows, lines = measured("recipes"), []
     for recipe in recipes:
@@ -84,16 +85,6 @@ def _recipes(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str])
         lines.append([name(recipe), *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
     heads = ["`recipe`", *small, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
     return table([head.replace("%", " %") for head in heads], lines)
-
-
-def readme() -> str:
-    """Return the README's table."""
-    return _recipes(RECIPES[:-1], AMOUNTS, [])
-
-
-def recipes() -> str:
-    """Return all recipes at all settings, on both models."""
-    return _recipes(RECIPES, AMOUNTS, AMOUNTS)
 
 
 def seconds() -> str:
@@ -131,27 +122,11 @@ def goals() -> str:
     return table(["missed", "goal", "measured"], lines, left=2)
 
 
-def texts() -> str:
-    """Return the distance of pruned models from the dense one on two texts; magnitude is far off."""
-    return _both([SMALL], ["dense", *(f"{recipe} {amount}" for amount in AMOUNTS for recipe in RECIPES[1:])])
-
-
-def smaller() -> str:
-    """Return the smaller models, after the dense one of each model."""
-    return _both([SMALL, GEMMA], ["dense", *(f"{recipe} {amount}" for amount in SMALLER for recipe in REPAIRING)])
-
-
-def recovered() -> str:
-    """Return pruned models before and after a training."""
-    names = (f"{' '.join(row)}{tokens}" for row in RECOVERED for tokens in ("", *(f" {count}" for count in TOKENS)))
-    return _both([SMALL, GEMMA], ["dense", *names])
-
-
-def _both(models: Sequence[str], names: Sequence[str]) -> str:
+def by_text(models: Sequence[str], names: Sequence[str]) -> str:
     """Return the size, and the perplexity and divergence on both texts, of the models' rows that were measured."""
     rows, lines = measured("recipes"), []
     for model, key in product(models, names):
-        if row := rows.get(f"{model} {key}"):
+        if (row := rows.get(f"{model} {key}")) and row["value"].keys() >= TEXTS.keys():
             texts = (cell for text in TEXTS for cell in _text(row["value"].get(text, {}), row))
             size = row["value"].get("parameters")
             lines.append([TITLES[model], key.replace("%", " %"), f"{size / 1e6:.1f}" if size else "–", *texts])
@@ -192,13 +167,20 @@ def runtimes() -> str:
     return table(["model", "format", "MB", "divergence"], lines, left=2)
 
 
+# The tables by the names of their places in the documents.
+TABLES: dict[str, Callable[[], str]] = {
+    "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
+    "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
+    "texts": lambda: by_text([SMALL], ["dense", *map(" ".join, product(RECIPES[1:], AMOUNTS))]),
+    "smaller": lambda: by_text([SMALL, GEMMA], ["dense", *map(" ".join, product(REPAIRING, SMALLER))]),
+    "recovered": lambda: by_text([SMALL, GEMMA], [" ".join(row) + end for row in RECOVERED for end in ENDS]),
+    "seconds": seconds, "times": times, "goals": goals, "formats": formats, "runtimes": runtimes,
+}  # fmt: skip
+
+
 def written(text: str) -> str:
     """Return a document with the current figures between its markers."""
-    tables = {
-        one.__name__: one()
-        for one in (readme, recipes, seconds, times, goals, texts, formats, smaller, recovered, runtimes)
-    }
-    return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
+    return PLACE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[4]}", text)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
         for recipe, one in (("wanda", made), ("admm", "typed"), ("fisher", made | {"stages": {"mask": 0}}))
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
-    cells = dict(line.strip("| ").split(" | ")[:2] for line in figures.readme().splitlines()[2:])
+    cells = dict(line.strip("| ").split(" | ")[:2] for line in figures.TABLES["readme"]().splitlines()[2:])
     assert cells["`wanda`"] == "30.25"
     assert cells["`admm`"] == cells["**`fisher`**"] == "30.25\N{NO-BREAK SPACE}¹"
     assert cells["`magnitude-rows`"] == "–"
@@ -81,9 +82,12 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
 def test_each_recipe_is_measured_once_at_each_amount_dense_first_and_trained_last():
     rows = list(dict.fromkeys(recipes.wanted()))
     for model in recipes.MODELS:
-        of_model = [row for row in rows if row[0] == model]
-        assert of_model[0][1] == "dense"
-        assert len(of_model) == 1 + len(recipes.AMOUNTS) * (len(recipes.RECIPES) + 1)
+        of_model = [row[1:] for row in rows if row[0] == model]
+        assert of_model[0] == ("dense",)
+        assert {*product(recipes.RECIPES, recipes.AMOUNTS)} < {*of_model}
+        trained = [row for row in of_model if row[2:]]
+        assert trained == [(*row, tokens) for tokens in recipes.TOKENS for row in recipes.RECOVERED]
+        assert all(of_model.index(row[:2]) < of_model.index(row) for row in trained)
     assert {row[1] for row in rows[-2 * len(recipes.AMOUNTS) :]} == {recipes.SLOW}
 
 

@@ -121,7 +121,11 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
 @pytest.mark.parametrize(
     ("stage", "spoil", "says"),
     [
-        ("mask", lambda root: (root / "stats/norms/block_001.safetensors").unlink(), "stats/norms: found 1 blocks, expected 2"),
+        (
+            "mask",
+            lambda root: (root / "stats/norms/block_001.safetensors").unlink(),
+            "norms: found 1 blocks, expected 2",
+        ),
         ("apply", lambda root: (root / "masks/block_000.safetensors").unlink(), "found 1 blocks, expected 2"),
         ("apply", lambda root: (root / "masks/block_000.safetensors").write_bytes(b"x"), "masks/block_000.*: damaged"),
         ("apply", lambda root: (root / "masks/provenance.json").write_text("{"), "provenance.json: found no JSON"),
