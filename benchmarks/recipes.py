@@ -1,8 +1,7 @@
 """Measure every recipe by one protocol on two models, SmolLM2-135M and Gemma 3 270M: benchmarks/recipes.json.
 
-    python benchmarks/recipes.py --mirror DIR               perplexity and divergence, about twelve hours
     python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
-    python benchmarks/recipes.py --mirror DIR --seconds     also the seconds of `mask` and `apply`; on a quiet machine
+    python benchmarks/recipes.py --mirror DIR --seconds     all, with the seconds of `mask` and `apply`; a day
 
 Calibration: 32 windows of 2,048 tokens of WikiText-2's validation split, because a mirror need not have the train
 split. Evaluation: 16 windows of 2,048 tokens of WikiText-2's test split and 16 of the embedded text. No window of an

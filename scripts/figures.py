@@ -34,6 +34,7 @@ TIMES = {
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
 AMOUNTS = ("50%", "70%", "2:4")
 RECOMMENDED = "fisher"
+NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECOMMENDED}`**"}
 THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
@@ -72,17 +73,12 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
     return shown + MARK if row and is_old(row) else shown
 
 
-def name(recipe: str) -> str:
-    """Return a recipe's name; the recommended one is bold."""
-    return f"**`{recipe}`**" if recipe == RECOMMENDED else f"`{recipe}`"
-
-
 def by_recipe(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]) -> str:
     """Return the recipes' perplexity on WikiText-2, of two models at some amounts each."""
     rows, lines = measured("recipes"), []
     for recipe in recipes:
         names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, small), (GEMMA, gemma)) for amount in some]
-        lines.append([name(recipe), *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
+        lines.append([NAMES[recipe], *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
     heads = ["`recipe`", *small, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
     return table([head.replace("%", " %") for head in heads], lines)
 
@@ -96,7 +92,7 @@ def seconds() -> str:
         calibrate = rows[f"{SMALL} calibrate {tiers.get(recipe, 'gradients')} seconds"]
         row = rows[f"{SMALL} {recipe} 50% seconds"]
         both = f"{sum(row['value'].values()):g}\N{NO-BREAK SPACE}{'¹' if is_old(row) else ''}".strip()
-        lines.append([name(recipe), f"{calibrate['value']['calibrate']:g}\N{NO-BREAK SPACE}¹", both])
+        lines.append([NAMES[recipe], f"{calibrate['value']['calibrate']:g}\N{NO-BREAK SPACE}¹", both])
     return table(["`recipe`", "`calibrate`, once, s", "`mask` and `apply`, each experiment, s"], lines)
 
 
