@@ -53,9 +53,7 @@ RATED = {"method": "wanda"}
 RATES: Runs = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 FIRST = ("the way back", "a solver's masks", "sensitivity")  # the most that calibration, a solver and ratings hold
 SHORT: Runs = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
-LONG: Runs = {"the way back": SOLVES["the way back"]} | {
-    name: run for name, run in (SOLVES | RATES).items() if name not in FIRST
-}
+LONG: Runs = {name: run for name, run in (SOLVES | RATES).items() if name != FIRST[-1]}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
 CORRECTS: Runs = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
 
@@ -64,9 +62,12 @@ MEASURE = """
 import json, os, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import memory, wanda_dvc.stages.calibrate, wanda_dvc.stages.mask, wanda_dvc.stages.perplexity
+from wanda_dvc.stages import run
+from wanda_dvc.study.project import Project
 for name, params, stage, part in json.loads(sys.argv[4]):
     if not os.fork():
         pathlib.Path(sys.argv[2], "params.yaml").write_text(params)
+        run("plan", project=Project(pathlib.Path(sys.argv[2])))
         found = memory.measure(pathlib.Path(sys.argv[2]), stage, part)
         pathlib.Path(sys.argv[3], name).write_text(json.dumps(found))
         os._exit(0)
@@ -96,7 +97,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
             forget(folder / "model")
             with contextlib.suppress(RuntimeError):  # a container without control groups of its own
                 words = [*stack.enter_context(limited(int(limit))), *words]
-        subprocess.run(words, check=True, env=env, capture_output=True)
+        subprocess.run(words, check=True, env=env)
     return {path.name: json.loads(path.read_text()) for path in found.iterdir() if path.is_file()}
 
 

@@ -135,7 +135,9 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("family", ALL)
 def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
     dense, pruned = pair(tmp_path, family=family)
-    weights, curve = train(dense, pruned, tmp_path / "work", steps=3, rate=1e-3, checkpointing=True)
+    rows = windows(2).repeat(4, 1)  # trained on, and measured
+    held = {"text": rows[:2], "other": rows[:2]}
+    weights, curve = train(dense, pruned, tmp_path / "work", rows=rows, held=held, rate=1e-3, checkpointing=True)
     assert weights is not None
     assert curve[-1]["text"] < curve[0]["text"]
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")

@@ -92,15 +92,15 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     content = YAML(typ="safe").load(study / "params.yaml")
     YAML().dump(updated(content, nested(small)), study / "params.yaml")
     named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
-    assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "dvc", "wanda-dvc"]
+    assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "wanda-dvc", "dvc"]
     printed = [run("sh", "-c", command, cwd=study, environment=environment) for command in named]
-    assert "calibrate" in ran(printed[1])
-    assert "calibrate" not in ran(printed[2])
-    assert "measured sparsity" in printed[3]
-    assert "0.7" in run("wanda-dvc", "list", cwd=study, environment=environment)
+    assert "calibrate-norms" in ran(printed[1])
+    assert "measured sparsity" in printed[2]
+    assert "calibrate-norms" not in ran(printed[3])
+    assert "0.3" in run("wanda-dvc", "list", cwd=study, environment=environment)
     # What the DVC extension of VS Code asks.
     workspace, *_ = json.loads(run("dvc", "exp", "show", "--json", cwd=study, environment=environment))
-    assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.7
+    assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.5
     assert workspace["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]["perplexity"] > 0
     plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
     plots = json.loads(run(*plotted, cwd=study, environment=environment))
