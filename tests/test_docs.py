@@ -505,7 +505,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     assert f"(dense {dense:.2f})" in readme
     said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (ADMM) or {wanda:.1f} (Wanda). The dense model has {dense:.1f}"
     assert f"a WikiText-2 perplexity of {said}" in readme
-    gains = [results.measured("distance")[f"{recipe} 50%"]["value"]["texts"] for recipe in ("fisher", "wanda")]
+    gains = [results.measured("recipes")[f"{results.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda")]
     same, other = (
         1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
     )
