@@ -35,7 +35,7 @@ def sparsity(colours: Mapping[str, str]) -> Figure:
     axes.axhline(dense, color=colours["muted"], linestyle="--", linewidth=1.2)
     axes.annotate(f"dense {dense:.1f}", (70, dense), (9, -13), textcoords="offset points", color=colours["muted"])
     for recipe, (colour, marker) in LOOKS.items():
-        found = {at: figures.value(rows.get(f"{figures.SMALL} {recipe} {at}%")) for at in (50, 60, 70)}
+        found = {at: figures.value(rows.get(f"{figures.SMALL} {recipe} {at}%")) for at in (50, 70)}
         curve = {0: dense} | {at: perplexity for at, perplexity in found.items() if perplexity is not None}
         x, y = zip(*curve.items(), strict=True)
         axes.plot(x, y, color=colours[colour], marker=marker, linewidth=2.2, markersize=5.5)
@@ -45,7 +45,7 @@ def sparsity(colours: Mapping[str, str]) -> Figure:
                 axes.annotate(text, (at, curve[at]), away, textcoords="offset points", color=colours[colour])
     axes.set_xlim(-2, 104)
     axes.set_ylim(13.5, 1500)
-    axes.set_xticks([0, 50, 60, 70], ["0 %", "50 %", "60 %", "70 %"])
+    axes.set_xticks([0, 50, 70], ["0 %", "50 %", "70 %"])
     axes.set_yticks([50, 100, 200, 500, 1000])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.minorticks_off()
