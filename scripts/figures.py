@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
-from recipes import RECOVERED, REPAIRING, SMALLER, TOKENS  # noqa: E402
+from recipes import RECOVERED, TOKENS  # noqa: E402
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
@@ -39,7 +39,7 @@ THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers 
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
-TITLES = {SMALL: "SmolLM2", GEMMA: "Gemma"}
+TITLES = {SMALL: "", GEMMA: "Gemma"}
 
 
 def measured(name: str) -> dict[str, Row]:
@@ -119,15 +119,14 @@ def goals() -> str:
 
 
 def by_text(models: Sequence[str], names: Sequence[str]) -> str:
-    """Return the size, and the perplexity and divergence on both texts, of the models' rows that were measured."""
+    """Return the perplexity and the divergence on both texts of the models' rows that were measured."""
     rows, lines = measured("recipes"), []
     for model, key in product(models, names):
         if (row := rows.get(f"{model} {key}")) and row["value"].keys() >= TEXTS.keys():
-            texts = (cell for text in TEXTS for cell in _text(row["value"].get(text, {}), row))
-            size = row["value"].get("parameters")
-            lines.append([TITLES[model], key.replace("%", " %"), f"{size / 1e6:.1f}" if size else "–", *texts])
+            texts = (cell for text in TEXTS for cell in _text(row["value"][text], row))
+            lines.append([f"{TITLES[model]} {key}".replace("%", " %").strip(), *texts])
     heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
-    return table(["model", "recipe", "parameters, M", *heads], lines, left=2)
+    return table(["model", *heads], lines)
 
 
 def formats() -> str:
@@ -163,13 +162,18 @@ def runtimes() -> str:
     return table(["model", "format", "MB", "divergence"], lines, left=2)
 
 
+def trained() -> list[tuple[str, str]]:
+    """Return the pruned models that were trained, on any number of tokens."""
+    rows = measured("recipes").keys()
+    return [row for row in RECOVERED if any(f"{SMALL} {' '.join(row)}{end}" in rows for end in ENDS[1:])]
+
+
 # The tables by the names of their places in the documents.
 TABLES: dict[str, Callable[[], str]] = {
     "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
     "texts": lambda: by_text([SMALL], ["dense", *map(" ".join, product(RECIPES[1:], AMOUNTS))]),
-    "smaller": lambda: by_text([SMALL, GEMMA], ["dense", *map(" ".join, product(REPAIRING, SMALLER))]),
-    "recovered": lambda: by_text([SMALL, GEMMA], [" ".join(row) + end for row in RECOVERED for end in ENDS]),
+    "recovered": lambda: by_text([SMALL, GEMMA], [" ".join(row) + end for row in trained() for end in ENDS]),
     "seconds": seconds, "times": times, "goals": goals, "formats": formats, "runtimes": runtimes,
 }  # fmt: skip
 
