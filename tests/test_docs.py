@@ -281,7 +281,7 @@ SAID = {
     "wanda-dvc stats --layer 12": "block",
     "wanda-dvc report": "report.html",
     "dvc metrics diff": "perplexity",
-    "dvc queue status": "Worker status",
+    "dvc queue status": "Queued",
 }
 
 
