@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
-from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.engine.training import root_mean_square
@@ -125,7 +124,6 @@ def recover(
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
     logging.set_verbosity_error()
-    keep_freed_memory()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
     for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
         install(model)

@@ -50,7 +50,10 @@ class Gram:
 
     def matrix(self) -> Float[Tensor, "in in"]:
         """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
-        return unpack(self.triangle()) if self.count else torch.eye(len(self.upper), device=self.upper.device)
+        if not self.count:
+            return torch.eye(len(self.upper), device=self.upper.device)
+        matrix = self.upper.float().triu_()
+        return matrix.add_(matrix.triu(1).T)
 
     def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
         """Return the upper triangle row by row, float32, [in · (in + 1) / 2], with every feature divided by `norm`.

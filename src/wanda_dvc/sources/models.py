@@ -7,10 +7,11 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -143,14 +144,18 @@ def _only(requirement: str, files: Iterable[str]) -> str:
 
 def _dequantize(gguf: Path, target: Path) -> None:
     """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely."""
+    import gguf as reader
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers reads the file three times, and computes the map of names for each module.
+    once: dict[str, Any] = {name: cache(getattr(reader, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        with patch.multiple(reader, **once):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # gguf and transformers raise exceptions of many classes
         if explain(error):
             raise

@@ -37,7 +37,6 @@ def mask(*, project: Project) -> None:
     weights/ has blocks only with a reconstruction, and `propagation: pruned` or the repair for blocks: new weights then
     do not follow from the statistics of the dense model.
     """
-    accelerator.keep_freed_memory()
     plan = project.plan
     device = accelerator.solving_device(running.own_device(project.params.runtime))  # refused before any file is read
     stats, tiers = running.statistics(project)

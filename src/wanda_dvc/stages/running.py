@@ -133,6 +133,7 @@ def own_device(runtime: Runtime) -> "torch.device":
     from wanda_dvc.engine import accelerator
 
     torch.set_num_threads(cores())
+    accelerator.keep_freed_memory()
     accelerator.multiply_exactly()
     name, gpus = device_name(runtime), len(accelerator.gpus())
     if runtime.ray is not None:
