@@ -97,7 +97,7 @@ def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch
     project = config_only()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 64 * 32 * 4 * 2))
     monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
-    needs.announce(project=project, stage="calibrate")
+    needs.announce(project, "calibrate")
     needs_memory = f"{need(project, 'calibrate').memory / 1e9:.1f} GB of memory"
     assert capsys.readouterr().err == (
         f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
@@ -108,9 +108,9 @@ def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(project
     made = project()
     with pytest.raises(UserError, match="config.json: missing"):
         need(made, "calibrate")
-    needs.announce(project=made, stage="calibrate")
+    needs.announce(made, "calibrate")
     made.model("dense").mkdir(parents=True)
     for content in ("{", '{"model_type": "abacus"}', "{}"):
         (made.model("dense") / "config.json").write_text(content)
-        needs.announce(project=made, stage="calibrate")
+        needs.announce(made, "calibrate")
     assert capsys.readouterr().err == ""

@@ -95,13 +95,8 @@ def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     project = _project()
     for label, one, named in stage.runs(project.params.perplexity.texts, part, text):
         _prepare(label, network=stage.network)
-        with stoppable(label, AGAIN if stage.name == "apply" else KEPT):
-            if stage.runs_model and stage.parts[one].wanted(project.params):
-                from wanda_dvc.stages.needs import announce  # imports libraries that read the environment
-
-                announce(project=project, stage=stage.name, part=one, text=named)
-            with timed(project, label):
-                run_stage(stage.name, project=project, part=one, text=named)
+        with stoppable(label, AGAIN if stage.name == "apply" else KEPT), timed(project, label):
+            run_stage(stage.name, project=project, part=one, text=named)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:

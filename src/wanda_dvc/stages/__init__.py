@@ -57,7 +57,6 @@ class Stage:
     plan: "Callable[[Params], dict[str, Json]]" = lambda _: {}
     part_is: str = ""  # the name of the argument
     network: bool = False
-    runs_model: bool = False  # it says first what that needs; to count a model takes seconds of imports
 
     @property
     def function(self) -> Callable[..., None]:
@@ -205,7 +204,6 @@ STAGES = {
         Stage(
             name="calibrate",
             version=11,
-            runs_model=True,
             about="Measure the dense model's activations once: stats/.",
             part_is="tier",
             parts={tier: _calibrate(tier) for tier in STATISTICS},
@@ -242,7 +240,6 @@ STAGES = {
         Stage(
             name="recover",
             version=3,
-            runs_model=True,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             parts=_one(
                 settings=("recovery", "calibration", "dtype"),
@@ -256,7 +253,6 @@ STAGES = {
         Stage(
             name="perplexity",
             version=5,
-            runs_model=True,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             part_is="model",
             # The dense model's run keeps its predictions; the pruned model is compared with them.
@@ -289,7 +285,6 @@ STAGES = {
         Stage(
             name="zero-shot",
             version=10,
-            runs_model=True,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             part_is="model",
             # The pruned model's answers are compared with the dense model's.

@@ -8,6 +8,7 @@ from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.running import calibrated_with, calibration_windows, check_ready, progress, runner, say_unreached
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import Json, write_csv
@@ -74,6 +75,7 @@ def _forward(project: Project, *, norms: Work | None = None, gram: Work | None =
     A killed run resumes after the blocks that all works have.
     """
     works = [work for work in (norms, gram) if work]
+    announce(project, "calibrate")
     run = runner(project, "dense", works[0])
     windows, blocks = calibration_windows(project), len(run.decoder.blocks)
     each = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
@@ -101,6 +103,7 @@ def _backward(project: Project, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
     from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
 
+    announce(project, "calibrate")
     run = runner(project, "dense", work)
     blocks = len(run.decoder.blocks)
     kept = tensors.finished_blocks(work.out, reversed(range(blocks)))

@@ -218,7 +218,7 @@ def continuing(on: Known, tokens: int) -> int:
 # --- the line before a stage ---
 
 
-def announce(*, project: Project, stage: str, part: str = "", text: str = "") -> None:
+def announce(project: Project, stage: str, part: str = "", text: str = "") -> None:
     """Print a stage's needs and what is free to stderr."""
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
         wanted = need(project, stage, part, text)

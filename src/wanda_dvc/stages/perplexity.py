@@ -12,6 +12,7 @@ from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.running import HEAD, check_ready, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project
@@ -22,6 +23,7 @@ from wanda_dvc.study.tensors import read_window, seal, write_window
 def perplexity(*, project: Project, model: str, text: str) -> None:
     """models/{dense,pruned,recovered} + data/perplexity/TEXT, reference → metrics/…/perplexity/TEXT.json."""
     measured, dtype = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
+    announce(project, "perplexity", model, text)
     rows, described = windows_of(project, project.model(model), text)
     run_name, reference = f"perplexity {model} {text}", project.reference(text)
     protocol = describe(

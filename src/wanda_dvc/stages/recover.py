@@ -30,7 +30,7 @@ def recover(*, project: Project) -> None:
 
     from wanda_dvc.engine.checkpoint import write_model
     from wanda_dvc.engine.recovery import recover as train
-    from wanda_dvc.stages.needs import computes_twice, trained_in
+    from wanda_dvc.stages.needs import announce, computes_twice, trained_in
     from wanda_dvc.stages.running import check_ready, own_device, progress
 
     planned, folder = project.planned("recover"), project.model("pruned")
@@ -42,6 +42,8 @@ def recover(*, project: Project) -> None:
     own["trained_in"] = dtype
     made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=planned, **own)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    if first:
+        announce(project, "recover")
     with project.work(made) if first else contextlib.nullcontext(Work(project.work_root / digest(made)[:32])) as work:
         steps = len(rows) // RECOVERY_BATCH
         bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())

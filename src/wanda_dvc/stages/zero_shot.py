@@ -16,7 +16,7 @@ from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.needs import Known, continuing
+from wanda_dvc.stages.needs import Known, announce, continuing
 from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
@@ -30,6 +30,7 @@ CONTINUED = 40  # tokens of a continuation, at most
 def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
     (measured, dtype), planned = check_ready(project, model), project.planned("zero-shot")
+    announce(project, "zero-shot", model)
     same = {  # in the protocol of each task, and of the continuations
         "version": STAGES["zero-shot"].version,
         "model": digest(measured),
