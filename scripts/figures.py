@@ -98,12 +98,13 @@ def seconds() -> str:
 
 def times() -> str:
     """Return the benchmarks that have a baseline, with the words of this script."""
-    rows = {key: row["value"] for key, row in measured("peers").items()}
+    found = measured("peers")
+    rows, old = {key: row["value"] for key, row in found.items()}, any(map(is_old, found.values()))
     lines = [
         [words, f"{rows[key]['ours_s']:,.0f}", f"{rows[key]['baseline_s']:,.0f}", f"{rows[key]['ratio']:.2f}"]
         for key, words in TIMES.items()
     ]
-    return table(["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"], lines)
+    return table(["SmolLM2-135M" + MARK * old, "wanda-dvc, s", "baseline, s", "ratio"], lines)
 
 
 def goals() -> str:
@@ -131,13 +132,14 @@ def by_text(models: Sequence[str], names: Sequence[str]) -> str:
 
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
-    rows = {key: made["value"] for key, made in measured("distance").items()}
+    found = measured("distance")
+    rows, old = {key: made["value"] for key, made in found.items()}, any(map(is_old, found.values()))
     lines = [
         [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row["texts"]["wikitext2"]), _answers(row)]
         for key, row in rows.items()
         if key == "dense" or row.get("format") in FORMATS
     ]
-    return table(["model", "MB", "perplexity", "divergence", "changed answers, %"], lines)
+    return table(["model" + MARK * old, "MB", "perplexity", "divergence", "changed answers, %"], lines)
 
 
 def _text(found: Row, row: Row | None = None) -> list[str]:

@@ -234,7 +234,7 @@ NOT_RUN = {
     "pip install .[ray]": "the tests that need it say that it is not installed",
     "wanda-dvc prune": "test_prune.py prunes tiny models",
     "wanda-dvc prune MODEL DIR": "likewise",
-    "wanda-dvc prune MODEL DIR --pattern neurons --sparsity 0.2": "likewise",
+    "wanda-dvc prune MODEL SMALLER --pattern neurons --sparsity 0.2": "likewise",
     f"{PRUNE} sparser --sparsity 0.7": "likewise",
     f"{PRUNE} smaller --pattern neurons --sparsity 0.2": "likewise",
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
@@ -503,8 +503,8 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS[:2])
     assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
     assert f"(dense {dense:.2f})" in readme
-    said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (ADMM) or {wanda:.1f} (Wanda). The dense model has {dense:.1f}"
-    assert f"a WikiText-2 perplexity of {said}" in readme
+    said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (`admm`) or {wanda:.1f} (`wanda`)"
+    assert f"a WikiText-2 perplexity of {said}. The dense model has {dense:.1f}" in readme
     gains = [results.measured("recipes")[f"{results.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda")]
     same, other = (
         1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")

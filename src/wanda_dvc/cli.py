@@ -38,7 +38,7 @@ Experiments = Annotated[
     list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")
 ]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
-REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace; a report takes several.")
+REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -203,7 +203,7 @@ def stats(
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
-    rev: Annotated[list[str] | None, REV] = None,
+    rev: Annotated[list[str] | None, typer.Option(help="As of `export`; repeat it for several.")] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write

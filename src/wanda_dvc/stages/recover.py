@@ -95,4 +95,6 @@ def windows(project: Project) -> "tuple[Tensor, dict[str, Tensor]]":
     else:
         tokens = tokenize("\n\n".join(row["text"] for _, row in read_lines(GUARD)), tokenizer)
         held["other"] = torch.stack(cut(tokens, length=length, windows=HELD, name="the guard's text"))
+    if count > len(rows):
+        notice(f"recover: the text repeats after {rows.numel():,} tokens; recovery.text names a longer one")
     return rows.repeat(-(-count // len(rows)), 1)[:count], held
