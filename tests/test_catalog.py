@@ -6,6 +6,7 @@ import sys
 import tomllib
 from fractions import Fraction
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from conftest import ROOT, Make, Patch, calibrate, fetch, planned, write_setting
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
-from wanda_dvc.catalog import STRUCTURES, Method, function_of, methods
+from wanda_dvc.catalog import STRUCTURES, Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import choose
 from wanda_dvc.pruning.statistics import InputStats
@@ -27,7 +28,7 @@ from wanda_dvc.study.tensors import read_masks, read_stats
 
 @pytest.mark.parametrize("method", methods().values(), ids=methods())
 def test_a_method_is_a_row_and_a_function(method: Method, project: Make):
-    assert callable(function_of(method.function))
+    assert callable(resolve_name(method.function))
     assert re.fullmatch(r"\[.+\]\(https://\S+\)", method.paper)
     pattern = method.competition if method.competition in STRUCTURES else "unstructured"
     made = project(method=method.name, pattern=pattern, calibration__statistics="gram")

@@ -128,7 +128,7 @@ def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
     """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
     output = tmp_path / "report.html"
     said = report(project=Project(repository.root), output=output)
-    assert said == f"{output}: 2 experiments, 2 unfinished or failed"
+    assert said == f"{output}: 2 experiments, 2 excluded"
     text = output.read_text(encoding="utf-8")
     assert "wanda 50 % against magnitude-rows 50 %" in text
     assert str(repository.root) not in text

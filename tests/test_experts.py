@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from test_families import RECORDED, run, save
 from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.catalog import RECIPES, function_of, methods
+from wanda_dvc.catalog import RECIPES, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
@@ -146,7 +147,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
                 outputs = stats.outputs.get(linears[-1])  # none of an expert that no token reached
                 scores.append(outputs.sum.item() / outputs.count if outputs else 0)
                 continue
-            function = function_of(methods()[method].function)
+            function = resolve_name(methods()[method].function)
             scores.append(sum(function(dense.weight(x), stats.inputs[source[x]]).sum().item() for x in linears))
         wanted = sorted(sorted(range(8), key=scores.__getitem__)[2:])
         assert list(stay) == wanted

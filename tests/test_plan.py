@@ -74,13 +74,13 @@ def runs(project: Project) -> Runs:
 
 def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(project: Make):
     ran = runs(project(sparsity=0.5))
-    assert ran.stale == []
-    assert ran.stale_for(dict(flatten(project(sparsity=0.5).params.model_dump(mode="json")))) == []
+    assert ran.stale() == []
+    assert ran.stale(dict(flatten(project(sparsity=0.5).params.model_dump(mode="json")))) == []
     other = dict(flatten(project(sparsity=0.7).params.model_dump(mode="json")))
-    assert ran.stale_for(other) == ["mask", "apply"]
-    assert Runs(ran.stages | {"plan": stage("plan", **nested(other))}).stale == ["mask", "apply"]  # `mask` has failed
+    assert ran.stale(other) == ["mask", "apply"]
+    assert Runs(ran.stages | {"plan": stage("plan", **nested(other))}).stale() == ["mask", "apply"]  # `mask` has failed
     anew = ran.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
-    assert Runs(ran.stages | {"calibrate-norms": anew}).stale == ["mask", "apply"]
+    assert Runs(ran.stages | {"calibrate-norms": anew}).stale() == ["mask", "apply"]
 
 
 @pytest.mark.parametrize("other", RECIPES)

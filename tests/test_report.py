@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
-from wanda_dvc.results.experiments import Collected, Experiment
+from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, write
 from wanda_dvc.results.report import page
@@ -70,7 +70,7 @@ def markdown_of(parts: Content) -> str:
 
 def said_of(*experiments: Experiment, notes: Sequence[tuple[str, str]] = ()) -> str:
     """The report of experiments as Markdown, with single spaces."""
-    return re.sub(r" {2,}", " ", markdown_of(page(Collected(list(experiments), [], list(notes)))))
+    return re.sub(r" {2,}", " ", markdown_of(page(list(experiments), list(notes))))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path:
     for number, one in enumerate(experiments):
         one.name = f"{number}{HOSTILE}"
     unfinished = [(HOSTILE, f"queued (sparsity={HOSTILE})")]
-    content, output = page(Collected(experiments, unfinished, [(HOSTILE, "no results")])), tmp_path / "report.html"
+    content, output = page(experiments, [*unfinished, (HOSTILE, "no results")]), tmp_path / "report.html"
     write(output, HOSTILE, content)
     tokens = MarkdownIt("commonmark").enable("table").parse("\n\n".join(x for x in content if isinstance(x, str)))
     flat = [inner for token in tokens for inner in [token, *(token.children or [])]]
@@ -210,7 +210,7 @@ def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: P
     ]
     experiments[0].also.append("main")
     unfinished = [("waiting", "queued (sparsity=0.3)")]
-    parts = page(Collected(experiments, unfinished, [("lost", "no results")]))
+    parts = page(experiments, [*unfinished, ("lost", "no results")])
     output = tmp_path / "report.html"
     write(output, "Pruning study: study", parts)
     markdown = markdown_of(parts) + "\n"

@@ -29,7 +29,7 @@ def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_ord
     )
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "continuations", "inputs", "needs", "running", "runs"} == set(STAGES)
+    assert modules - {"--init--", "needs", "running", "runs"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[-len(STAGES) :] == list(STAGES)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from test_families import ALL, MIXTURES, save
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.catalog import STRUCTURES, function_of, methods
+from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.removal import Removal, Smaller
@@ -164,7 +165,7 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
 # --- families ---
 
 FINDERS: dict[str, Callable[..., Removal]] = {
-    structure.name: function_of(structure.find) for structure in STRUCTURES.values()
+    structure.name: resolve_name(structure.find) for structure in STRUCTURES.values()
 }
 
 

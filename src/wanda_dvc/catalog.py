@@ -7,16 +7,15 @@ that names a `Method`.
 
 import importlib.util
 import re
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, Literal, TypeVar
 
 from wanda_dvc.errors import UserError, reason
 
 ENTRY_POINTS = "wanda_dvc.methods"
-Dtype = Literal["float32", "bfloat16", "float16"]  # in which a model runs
 STATISTICS = ("norms", "gram", "gradients")  # each includes those before it
 
 
@@ -67,7 +66,7 @@ class Method(Row):
     def __call__(self, *args: Any, **words: Any) -> Any:
         """Call the function. UserError, with the method's name, for an error in a package's function."""
         try:
-            return function_of(self.function)(*args, **words)
+            return resolve_name(self.function)(*args, **words)
         except Exception as error:  # any
             if not self.package or isinstance(error, UserError):
                 raise
@@ -310,12 +309,6 @@ TEXTS = {
     "ptb": NamedText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", join=" ",
                      revision="refs/convert/parquet"),
 }  # fmt: skip
-
-
-def function_of(row: str) -> Callable[..., Any]:
-    """Return the function that a row of the catalog names as `module:function`."""
-    module, _, name = row.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:

@@ -116,7 +116,7 @@ def calibrate(
         weakref.finalize(study, temporary.cleanup)
     if not isinstance(model, str | Path):
         settings = {"model": str(_save(model, tokenizer, folder / "model"))} | settings
-    _change(study, settings)
+    change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "calibrate")
     return study
 
@@ -129,7 +129,7 @@ def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows colu
         >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
-    _change(study, settings)
+    change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "mask")
     return study.masks()
 
@@ -144,7 +144,7 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    _change(study, settings)
+    change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "apply")
     folder = Project(study.path).model("pruned")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
@@ -168,7 +168,7 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         (15.6137, 88.5321)
     """
     next(STAGES["perplexity"].runs([""], model))  # UserError for another model, before a setting changes
-    _change(study, settings)
+    change_settings(study.path / "params.yaml", settings)
     project = Project(study.path)
     text = text or next(iter(project.params.perplexity.texts))
     reproduce(study.path, "perplexity", model, text)
@@ -191,9 +191,3 @@ def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None",
     tokenizer.save_pretrained(folder)
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     return folder
-
-
-def _change(study: Study, settings: Mapping[str, Any]) -> None:
-    """Write settings into a study's params.yaml. UserError, with all problems, if one is wrong."""
-    if settings:
-        change_settings(study.path / "params.yaml", dict(settings))

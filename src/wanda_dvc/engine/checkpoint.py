@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wanda_dvc.catalog import Dtype
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.reading import COPY, Entry, is_there, name_of, read_header, read_object
 
@@ -25,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-RUNS_IN = get_args(Dtype)  # in which a model may run
+RUNS_IN = ("float32", "bfloat16", "float16")  # in which a model may run
 
 
 @dataclass(frozen=True)

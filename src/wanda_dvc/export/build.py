@@ -55,7 +55,7 @@ def export(
         else:
             found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment, ["stats/norms"] if imatrix else [])
-        stale = Runs.read(study.root).stale
+        stale = Runs.read(study.root).stale()
         if "mask" in stale:  # no settings describe these masks
             before = ", ".join(name for name in stale if name.startswith(("calibrate", "mask")))
             raise UserError(

@@ -8,12 +8,13 @@ as with a uniform share.
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from pkgutil import resolve_name
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wanda_dvc.catalog import Allocation, function_of
+from wanda_dvc.catalog import Allocation
 from wanda_dvc.pruning.choose import Share, oriented
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.pruning.scores import wanda
@@ -43,7 +44,7 @@ def allocate(
     """
     if allocation.strength is None:
         return [share] * count
-    rate, divide = function_of(allocation.rating), function_of(allocation.function)
+    rate, divide = resolve_name(allocation.rating), resolve_name(allocation.function)
     linears: list[dict[str, tuple[int, int]]] = []  # of each block: the number and size of their competing groups
     ratings: list[object] = []
     for measured in blocks:

@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, function_of, parse_pattern
+from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram, layer_errors
-from wanda_dvc.pruning.selection import keep_by_share, select
+from wanda_dvc.pruning.selection import keep_by_share, keep_highest, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.pruning.units import Units, cheapest, highest, neighbours, spread, summed
+from wanda_dvc.pruning.units import Units, cheapest, neighbours, spread, summed
 
 Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
 Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
@@ -72,7 +73,8 @@ def choose(
                 "dtype=float32 or bfloat16"
             )
         if units:
-            into.copy_(spread(highest(summed(scored, units), units.stay), units.layout).expand(scored.shape))
+            stays = keep_highest(summed(scored, units)[None], units.stay)[0]
+            into.copy_(spread(stays, units.layout).expand(scored.shape))
         elif method.competition == "rows":
             into.copy_(keep_by_share(scored, float(share)))
         else:
@@ -190,8 +192,9 @@ def choose_units(
     stays = {}
     for name, units in sets.items():
         parts = torch.tensor(scores[name], dtype=dtype).chunk(units.groups)
-        keep = neighbours if together else highest
-        stays[name] = torch.cat([keep(part, units.stay // units.groups) for part in parts])
+        count = units.stay // units.groups
+        kept = (neighbours(x, count) if together else keep_highest(x[None], count)[0] for x in parts)
+        stays[name] = torch.cat([*kept])
     return stays
 
 
@@ -244,7 +247,7 @@ def reconstruct(
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
     """
-    solve, device = function_of(reconstruction.function or ""), prepared.gram.device
+    solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
     further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
     solved = solve(*there, prepared, *further)

@@ -72,22 +72,16 @@ class Gram:
         cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
     ) -> "Gram":
         """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them."""
-        matrix = unpack(packed)
-        return cls((matrix if norm is None else matrix * norm * norm[:, None]).double(), count)
+        features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
+        upper = torch.zeros(features, features, device=packed.device)
+        for first, row in _rows(packed, features):
+            upper[first, first:] = row
+        return cls((upper if norm is None else upper * norm * norm[:, None]).double(), count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
         norm = self.upper.diagonal().sqrt()
         return norm.float(), self.triangle(norm.where(norm > 0, 1))
-
-
-def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:
-    """Return the symmetric matrix, float32, of an upper triangle."""
-    features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
-    matrix = torch.zeros(features, features, device=packed.device)
-    for first, row in _rows(packed, features):
-        matrix[first, first:] = row
-    return matrix.add_(matrix.triu(1).T)
 
 
 def layer_errors(

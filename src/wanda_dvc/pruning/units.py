@@ -66,13 +66,6 @@ def summed(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " unit
     return found
 
 
-def highest(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]:
-    """Keep the `stay` highest scores; of ties the leftmost goes first."""
-    keep = torch.ones_like(score, dtype=torch.bool)
-    keep[score.sort(stable=True).indices[: len(score) - stay]] = False
-    return keep
-
-
 def neighbours(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]:
     """Keep `stay` units: the others follow one another, after the first unit, with the least sum of scores."""
     keep, gone = torch.ones_like(score, dtype=torch.bool), len(score) - stay

@@ -76,7 +76,7 @@ def workspace(project: Project) -> Experiment:
     if unmet := runs.unmet(project.params):
         asked = ", ".join(f"{name}={value}" for name, value in unmet.items())
         found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
-    if hidden := sorted(path for path in others - runs.outs(runs.stale).keys() if path.endswith(".json")):
+    if hidden := sorted(path for path in others - runs.outs(runs.stale()).keys() if path.endswith(".json")):
         found.notes.append(
             f"Left out, because dvc.lock has other results: {some(hidden)}; run `dvc repro`, or `dvc checkout` after "
             "`git checkout`."
@@ -117,7 +117,7 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
 def _experiment(study: Project, name: str, commit: str | None, runs: Runs, others: set[str]) -> Experiment:
     made = study.with_params(runs.params(study.params))
     results = {model: Results.of(made, model, left_out=others) for model in MODELS}
-    notes = [f"Stale: {', '.join(runs.stale)}."] if runs.stale else []
+    notes = [f"Stale: {', '.join(stale)}."] if (stale := runs.stale()) else []
     return Experiment(name, commit, made, results, notes)
 
 
@@ -138,33 +138,22 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
 # --- reading many ---
 
 
-@dataclass
-class Collected:
-    """The experiments with results, and the excluded ones."""
-
-    experiments: list[Experiment]
-    unfinished: list[tuple[str, str]]  # queued, running, failed: the name and the reason
-    notes: list[tuple[str, str]]
-
-    @property
-    def count(self) -> str:
-        """The numbers of experiments in words."""
-        return f"{len(self.experiments)} experiments, {len(self.unfinished)} unfinished or failed"
+Excluded = list[tuple[str, str]]  # names, with the reasons
 
 
-def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
+def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Experiment], Excluded]:
     """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
 
-    Files from the cache are placed in `work`.
+    Also return those that are unfinished or have no results. Files from the cache are placed in `work`.
     """
     found: dict[str, Experiment] = {}
-    unfinished, notes = list[tuple[str, str]](), list[tuple[str, str]]()
+    excluded: Excluded = []
     named = [State(rev, rev, Kind.EXPERIMENT) for rev in revs]
     for state in sorted(named or list_states(project), key=lambda one: one.kind):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             said = state.state.lower() + (f" ({changes})" if changes else "")
-            unfinished.append((state.name, said))
+            excluded.append((state.name, said))
             continue
         is_named = state.kind < Kind.COMMIT
         try:
@@ -179,5 +168,5 @@ def collect(*, project: Project, revs: list[str], work: Path) -> Collected:
             if is_named and state.name not in (first.name, *first.also):
                 first.also.append(state.name)
         elif is_named:  # an old commit without results needs no note
-            notes.append((state.name, problem))
-    return Collected(list(found.values()), unfinished, notes)
+            excluded.append((state.name, problem))
+    return list(found.values()), excluded

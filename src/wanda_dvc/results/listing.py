@@ -100,7 +100,7 @@ def _measured(
         runs, here = Runs({}), rev == WORKSPACE
         with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
             runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
-        outs = set(runs.outs(runs.stages.keys() - runs.stale_for(settings)))
+        outs = set(runs.outs(runs.stages.keys() - runs.stale(settings)))
         if here:  # a stage run by hand, or `git checkout`, leaves other files there
             outs -= runs.others(project.root)
     own = {path: content for path, content in every.items() if path in outs}

@@ -19,7 +19,7 @@ from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results import published
 from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compare, headings
-from wanda_dvc.results.experiments import Collected, Experiment, collect
+from wanda_dvc.results.experiments import Excluded, Experiment, collect
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import LOG, MODEL, TASK, TASKS, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
@@ -45,18 +45,19 @@ def report(*, project: Project, output: Path, revs: list[str] | None = None) -> 
     check_place(output.parent)  # before minutes of reading
     output = output.absolute()
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        collected = collect(project=project, revs=revs or [], work=Path(work))
-        if not collected.experiments:
-            waiting = "".join(f"\n{name}: {text}" for name, text in (*collected.unfinished, *collected.notes))
+        found, excluded = collect(project=project, revs=revs or [], work=Path(work))
+        if not found:
+            waiting = "".join(f"\n{name}: {text}" for name, text in excluded)
             raise UserError(f"{project.root}: no experiment with results; run `dvc repro`{waiting}")
-        write(output, f"Pruning study: {project.root.name}", page(collected))
-    return f"{output}: {collected.count}"
+        write(output, f"Pruning study: {project.root.name}", page(found, excluded))
+    return f"{output}: {len(found)} experiments, {len(excluded)} excluded"
 
 
-def page(collected: Collected) -> Content:
+def page(experiments: list[Experiment], excluded: Excluded) -> Content:
     """Return the report below its title: every chapter for each section, then the excluded experiments."""
-    sections = group(collected.experiments)
-    parts: Content = [f"{collected.count}; wanda-dvc {__version__}. Intervals in parentheses are at 95 %."]
+    sections = group(experiments)
+    count = f"{len(experiments)} experiments, {len(excluded)} excluded"
+    parts: Content = [f"{count}; wanda-dvc {__version__}. Intervals in parentheses are at 95 %."]
     if len(sections) > 1:
         parts.append(
             f"The results were measured in {len(sections)} ways. Each has a section of its own; numbers of different "
@@ -67,9 +68,8 @@ def page(collected: Collected) -> Content:
         for heading, chapter in CHAPTERS.items():
             content = chapter(section)
             parts += [f"### {heading}", *content] if content else []
-    notes = [(one.name, note) for one in collected.experiments for note in one.notes]
-    excluded = [*collected.unfinished, *collected.notes, *notes]
-    said = "\n".join(f"- {inline(name)}: {private(text)}" for name, text in excluded)
+    notes = [(one.name, note) for one in experiments for note in one.notes]
+    said = "\n".join(f"- {inline(name)}: {private(text)}" for name, text in (*excluded, *notes))
     return [*parts, "## Excluded", said or "Nothing: all experiments have finished, and all results are here."]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.catalog import EMBEDDED, STATISTICS
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import RECOVERY_LENGTH
+from wanda_dvc.plan import CHOICES, RECOVERY_LENGTH
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
@@ -82,10 +82,6 @@ class Stage:
                     yield self.run_name(one, named), one, named
 
 
-def _one(**words: Any) -> dict[str, Part]:
-    return {"": Part(**words)}
-
-
 def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
     details = f"metrics/details/{model}/perplexity/{{text}}.json"
     reference = ("reference/{text}",) if model == "dense" else ()
@@ -114,7 +110,9 @@ def _zero_shot(model: str, reads: str, **words: Any) -> Part:
 
 
 def _calibrate(tier: str) -> Part:
-    by_recipe, plotted = (("recipe", *CHOICES), ()) if tier != "norms" else ((), ("metrics/plots/norms.csv",))
+    by_recipe, plotted = (
+        (("recipe", "pattern", *CHOICES), ()) if tier != "norms" else ((), ("metrics/plots/norms.csv",))
+    )
     return Part(
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
@@ -161,7 +159,6 @@ def _plan_recover(params: "Params") -> "dict[str, Json]":
 
 
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
-CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
 SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
 STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
 STAGES = {
@@ -171,11 +168,13 @@ STAGES = {
             name="plan",
             version=1,
             about="Check the settings, and write what each stage has to know of them: plan/, sources/.",
-            parts=_one(
-                outs=("plan",),
-                # Links to local sources, or notes: DVC hashes what they lead to.
-                uncached=tuple(f"sources/{part}" for part in SOURCES),
-            ),
+            parts={
+                "": Part(
+                    outs=("plan",),
+                    # Links to local sources, or notes: DVC hashes what they lead to.
+                    uncached=tuple(f"sources/{part}" for part in SOURCES),
+                )
+            },
         ),
         Stage(
             name="download",
@@ -213,41 +212,47 @@ STAGES = {
             name="mask",
             version=11,
             about="Choose the weights to keep: masks/.",
-            parts=_one(
-                settings=("recipe", "sparsity", *CHOICES),
-                # The text is for propagation: pruned, corrected.
-                deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
-                outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
-            ),
+            parts={
+                "": Part(
+                    settings=("recipe", "sparsity", "pattern", *CHOICES),
+                    # The text is for propagation: pruned, corrected.
+                    deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
+                    outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
+                )
+            },
             plan=lambda params: {"mask": params.plan.described},
         ),
         Stage(
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
-            parts=_one(
-                deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
-                outs=(
-                    "metrics/details/pruned/sparsity.json",
-                    "metrics/details/pruned/layer_error.json",
-                    "metrics/plots/sparsity.csv",
-                    "metrics/plots/layer_error.csv",
-                ),
-                uncached=("models/pruned",),  # it follows from what is cached
-                metrics=("metrics/pruned/sparsity.json",),
-            ),
+            parts={
+                "": Part(
+                    deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
+                    outs=(
+                        "metrics/details/pruned/sparsity.json",
+                        "metrics/details/pruned/layer_error.json",
+                        "metrics/plots/sparsity.csv",
+                        "metrics/plots/layer_error.csv",
+                    ),
+                    uncached=("models/pruned",),  # it follows from what is cached
+                    metrics=("metrics/pruned/sparsity.json",),
+                )
+            },
         ),
         Stage(
             name="recover",
             version=3,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
-            parts=_one(
-                settings=("recovery", "calibration", "dtype"),
-                deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
-                outs=("metrics/plots/recovery.csv", "models/recovered"),
-                metrics=("metrics/recovered/sparsity.json",),
-                wanted=_recovers,
-            ),
+            parts={
+                "": Part(
+                    settings=("recovery", "calibration", "dtype"),
+                    deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
+                    outs=("metrics/plots/recovery.csv", "models/recovered"),
+                    metrics=("metrics/recovered/sparsity.json",),
+                    wanted=_recovers,
+                )
+            },
             plan=_plan_recover,
         ),
         Stage(
@@ -347,7 +352,7 @@ def _check_plan(project: "Project") -> None:
 
 
 def times(study: "Project") -> "dict[str, Json]":
-    """Return time, memory and machine of the last run of each stage in this checkout, by run."""
+    """Return time and machine of the last run of each stage in this checkout, by run."""
     from wanda_dvc.study.files import load_json
 
     names = [name for stage in STAGES.values() for name, _, _ in stage.runs(study.params.perplexity.texts)]

@@ -5,12 +5,12 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import notice
@@ -131,7 +131,7 @@ def removal_of(source: Checkpoint, plan: Plan) -> "Removal | None":
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
-    return function_of(plan.structure.find)(source, plan.structure, plan.share)
+    return resolve_name(plan.structure.find)(source, plan.structure, plan.share)
 
 
 # --- the unit of work ---

@@ -1,4 +1,4 @@
-"""How a stage runs: its time and memory, its device, its inputs, checked in one place, and what runs a model."""
+"""How a stage runs: its time, its device, its inputs, checked in one place, and what runs a model."""
 
 import contextlib
 import importlib

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -47,15 +46,10 @@ class Runs:
         """Return the MD5 of each output of some stages, by path."""
         return {out["path"]: out.get("md5") for name in stages for out in self.stages[name].get("outs", [])}
 
-    @cached_property
-    def stale(self) -> list[str]:
-        """The stages with an input that is not the current output of the stage that makes it."""
-        return self.stale_for({})
+    def stale(self, asked: Mapping[str, Any] | None = None) -> list[str]:
+        """Return the stages with an input that is not the current output of the stage that makes it.
 
-    def stale_for(self, asked: Mapping[str, Any]) -> list[str]:
-        """Return the stages that are stale, or ran on another plan than `asked`, settings by dotted name.
-
-        {} means the settings of the stage `plan`'s last run.
+        So is a plan other than that of `asked`, settings by dotted name; by default those of the last run.
         """
         now = self.outs(self.stages)
         with contextlib.suppress(UserError):  # settings of another version
@@ -99,7 +93,7 @@ class Runs:
         """
         if not self.stages:
             return set()  # stages that ran without DVC
-        current = self.outs(self.stages.keys() - self.stale)
+        current = self.outs(self.stages.keys() - self.stale())
         paths = {path.relative_to(root).as_posix(): path for path in (root / "metrics").rglob("*") if path.is_file()}
         return {name for name, path in paths.items() if current.get(name) != md5(path.read_bytes())}
 

@@ -121,7 +121,7 @@ class Project:
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
     def time(self, run: str) -> Path:
-        """Return the file with time, memory and machine of the last run of a stage in this checkout.
+        """Return the file with time and machine of the last run of a stage in this checkout.
 
         It is no output of the pipeline: outputs would differ between machines and runs.
         """

@@ -1,1 +1,1 @@
-"""Views for use between runs: results, norms, statistics, the machine."""
+"""Views for use between runs: statistics, the machine."""
