@@ -23,6 +23,7 @@ from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import change_settings
 
 
 def make_model(folder: Path, **config: Any) -> Path:
@@ -147,6 +148,12 @@ def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
     study.metrics("dense", "zero_shot").unlink()
     with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
         evaluate(project=study, paths=[study.model("pruned")])
+
+
+def test_settings_that_have_not_run_measure_nothing(study: Project):
+    change_settings(study.root / "params.yaml", {"zero_shot": {"limit": 3}})
+    with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
+        evaluate(project=Project(study.root), paths=[study.model("pruned")])
 
 
 def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: Path):

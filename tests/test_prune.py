@@ -68,9 +68,6 @@ def pruned(model: Path, *words: str) -> str:
     return done.stdout
 
 
-# --- the result ---
-
-
 def test_a_model_becomes_a_directory_and_a_table(model: Path):
     said = pruned(model, "--recipe", "wanda")
     target = Path("tiny-wanda-0.5").absolute()
@@ -84,9 +81,8 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
         assert (target / name).read_bytes() == (study / "models/pruned" / name).read_bytes()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "dense", "pruned"]
-    assert [row[0] for row in rows[2:]] == [
-        "divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds",
-    ]  # fmt: skip
+    names = [row[0] for row in rows[2:]]
+    assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds"]
     measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{number(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
@@ -136,17 +132,18 @@ def test_a_model_and_a_text_have_one_study(model: Path):
 
 
 def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: pytest.MonkeyPatch):
-    save_tiny_model(model, num_hidden_layers=2, intermediate_size=192)
-
     def download_alone(root: Path, stage: str, part: str = "", *, shown: bool) -> None:
         if stage != "download":
             raise KeyboardInterrupt
         in_this_process(root, stage, part, shown=shown)
 
     monkeypatch.setattr(module, "reproduce", download_alone)
-    with pytest.raises(KeyboardInterrupt):
-        prune(model=str(model), target=None, recipe="wanda")
-    assert read_params(studies(model)[0] / "params.yaml").calibration.windows * 64 == 192 * 10
+    for width, length in ((192, 64), (256, 32)):  # another model at the same path, of fewer positions
+        save_tiny_model(model, num_hidden_layers=2, intermediate_size=width, max_position_embeddings=length)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model=str(model), target=None, recipe="wanda")
+        drawn = read_params(studies(model)[0] / "params.yaml").calibration
+        assert (drawn.length, drawn.windows * length) == (length, width * 10)
 
 
 @pytest.mark.parametrize(
@@ -321,9 +318,6 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     assert "> wanda-dvc calibrate" not in again.stdout
     assert "> wanda-dvc mask" not in again.stdout
     assert (own / "models/pruned/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
-
-
-# --- tables in a terminal ---
 
 
 def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(

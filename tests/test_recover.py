@@ -152,8 +152,6 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
         train(dense, pruned, tmp_path / "work")
 
 
-# --- the stage ---
-
 PARTS = ("model", "calibration", "perplexity")
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
 

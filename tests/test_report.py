@@ -18,6 +18,7 @@ from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, write
 from wanda_dvc.results.report import page
+from wanda_dvc.results.show import notes
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -89,9 +90,6 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
     return make
 
 
-# --- what is set against what ---
-
-
 def test_published_rows_are_compared_under_their_own_protocol_only():
     study = read_preset("llama-2-7b") | {"sparsity": 0.5, "calibration.statistics": "gradients"}
 
@@ -119,12 +117,21 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(**paper) == {5.12, 6.42}
 
 
+def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
+    """Another calibration text, and a text of another name in the settings."""
+    one, other = made(), made(calibration__text__source="wikitext2", calibration__text__split="train")
+    models = {"e0": one.made, "e1": other.made}
+    first, second, *_ = notes({"e0": one.params, "e1": other.params}, models, base="e0")
+    assert re.fullmatch(r"e0: Perplexity on embedded: 4 windows .* has the same source.*", first)
+    assert re.fullmatch(r"e1: Perplexity on embedded: 4 windows .* has another source.", second)
+    renamed = one.params.model_copy(deep=True)
+    renamed.perplexity.texts["docs"] = renamed.perplexity.texts.pop("embedded")
+    assert next(notes({"e0": renamed}, models)).endswith("float32.")
+
+
 def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
-    one, same, other = (
-        made(),
-        made("magnitude-rows", loss=3.5, right=4),
-        made("magnitude-rows", loss=3.5, right=4, text="1"),
-    )
+    worse: dict[str, Any] = {"recipe": "magnitude-rows", "loss": 3.5, "right": 4}
+    one, same, other = made(), made(**worse), made(**worse, text="1")
     said = said_of(one, same)
     assert "| wanda 50 % against magnitude-rows 50 % | 0.368 ×" in said
     said = said_of(one, other)
@@ -141,8 +148,6 @@ def test_p_values_are_adjusted_for_all_tests_of_a_section(made: Callable[..., Ex
     assert "for the 3 tests of this section" in said
     assert re.search(r"\| wanda 50 % against dense \| 1\.649 × \([\d.]+ to [\d.]+\) \* \| −2\.5 [^*]* \|\n", said)
 
-
-# --- what comes from outside ---
 
 HOSTILE = "<script>alert(1)</script>|`code`|``|&lt;[x](y)|*a*|__b__|$c$|0.12345|\\"
 
@@ -195,9 +200,6 @@ def test_another_programs_page_stays(tmp_path: Path):
     output.symlink_to(tmp_path / "another")
     with pytest.raises(UserError, match="report.html: `wanda-dvc report` did not write it"):
         write(output, "study", [])
-
-
-# --- the page ---
 
 
 def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: Path):

@@ -1,5 +1,6 @@
 """The command line: thin commands that validate arguments and call a function."""
 
+import contextlib
 import gc
 import inspect
 import itertools
@@ -95,7 +96,8 @@ def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     project = _project()
     for label, one, named in stage.runs(project.params.perplexity.texts, part, text):
         _prepare(label, network=stage.network)
-        with stoppable(label, AGAIN if stage.name == "apply" else KEPT), timed(project, label):
+        clock = timed(project, label) if stage.parts[one].wanted(project.params) else contextlib.nullcontext()
+        with stoppable(label, AGAIN if stage.name == "apply" else KEPT), clock:
             run_stage(stage.name, project=project, part=one, text=named)
 
 

@@ -139,13 +139,16 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
 
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
-    models, trained = experiment.models, experiment.params.recovery.tokens
-    said = [*experiment.notes, *notes(experiment.params, models)]
-    if trained:
-        how = f"on {trained:,} tokens towards the dense model"
-        helped = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])["trained"]
+    models, params = experiment.models, experiment.params
+    said = [*experiment.notes, *notes({experiment.name: params}, models)]
+    if params.recovery.tokens:
+        made = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])
+        helped, text = made["trained"], params.recovery.text or params.calibration.text
+        how = f"on {made.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
         failed = f"A training {how} did not help: its weights are not used."
-        said.append(f"All weights that stay were then trained {how}." if helped else failed)
+        said.append(
+            f"All weights that stay were then trained {how}, of {Path(text.source).name}." if helped else failed
+        )
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     both = (experiment.made, experiment.results[DENSE])

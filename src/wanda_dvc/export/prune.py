@@ -6,11 +6,13 @@ A model and a calibration text have one study. Its statistics serve each further
 import contextlib
 import os
 import shlex
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
+from wanda_dvc.engine.checkpoint import positions_of, read_config
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.export.build import check_target, export
@@ -60,15 +62,18 @@ def prune(
     study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
     project = Project(study)
     target = check_target(project, target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
+    began = time.time()
     with alone(study, f"waiting for another `wanda-dvc prune` of this model, in {study} …"):
         check_target(project, target)  # the other one may have written it
         renew(study, nested(settings))
-        if not (project.model("dense") / "config.json").is_file():
-            reproduce(study, "download", "model", shown=True)
+        reproduce(study, "download", "model", shown=True)
+        longest = positions_of(read_config(project.model("dense"))) or params.calibration.length
+        for name in ("calibration", "perplexity"):
+            settings[f"{name}.length"] = min(longest, getattr(params, name).length)
         if tokens:  # refused before any work
             computes_twice(project.with_params(params))
         wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
-        settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // params.calibration.length))
+        settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // settings["calibration.length"]))
         if recipe is None:
             units = dict.fromkeys(STRUCTURES, "wanda-refit") | {"experts": FALLBACK}
             best = units.get(pattern, "fisher")  # docs/methods.md
@@ -76,7 +81,7 @@ def prune(
         renew(study, nested(settings))
         reproduce(study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
         export(project=Project(study), experiment=None, target=target, made=True)
-        return _said(Project(study), target, recipe, evaluate=evaluate)
+        return _said(Project(study), target, recipe, evaluate=evaluate, began=began)
 
 
 def _checked(settings: dict[str, Any]) -> Params:
@@ -129,16 +134,16 @@ def _recommended(project: Project, params: Params) -> str:
 # --- the result ---
 
 
-def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool) -> str:
+def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:
     """Return a table of the models, and the next commands."""
     found = workspace(project)
     models = found.models
     columns = headings(list(models.values())) if evaluate else {}
     rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
     sizes = [sum(path.stat().st_size for path in project.model(name).iterdir()) / 1e6 for name in models]
-    seconds = defaultdict[str, float](float)  # also of runs that were not wanted
+    seconds = defaultdict[str, float](float)
     for run, content in times(project).items():
-        if evaluate or not run.startswith("perplexity"):
+        if project.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
             seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
     rows.append(["size, MB", *(f"{size:,.1f}" for size in sizes)])
     rows.append(["seconds", *(f"{seconds[name]:,.0f}" for name in models)])
@@ -150,17 +155,19 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool)
         less, more = "0.1", "0.3"
     again += ["--recipe", recipe] if recipe else []
     again += ["--recover", str(tokens)] if (tokens := found.params.recovery.tokens) else []
-    again += ["--sparsity", more if found.params.sparsity < float(more) else less]
+    change = "pattern" if ":" in found.params.pattern else "sparsity"
+    other = "4:8" if found.params.pattern == "2:4" else "2:4"
+    again += [f"--{change}", other if change == "pattern" else more if found.params.sparsity < float(more) else less]
     commands = {
-        f"wanda-dvc prune {shlex.join(again)}": "another sparsity, with the same statistics",
+        f"wanda-dvc prune {shlex.join(again)}": f"another {change}, with the same statistics",
         f'python -c "{GENERATE.format(os.path.relpath(target))}"': "generate text",
         f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, to compare several",
     }
     parts = [
         title(found, named=False),
         table(["", *models], rows),
-        "Seconds: of the dense model once, of the others for each recipe, sparsity and pattern.",
-        *(note for note in notes(found.params, models) if evaluate and note.startswith("Perplexity on")),
+        "Seconds: of the stages that ran now; the others had finished before.",
+        *(note for note in notes({found.name: found.params}, models) if evaluate and note.startswith("Perplexity on")),
         *(found.notes if evaluate else []),  # else the evaluation is another model's
         f"{target}: the {list(models)[-1]} model, with a model card. Next:",
         "\n".join(f"  {command}   # {about}" for command, about in commands.items()),

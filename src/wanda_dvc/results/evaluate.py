@@ -15,6 +15,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.show import notes
 from wanda_dvc.sources.models import GGUF, read_model
+from wanda_dvc.stages import check_plan
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import json_text, load_json, write_json
@@ -37,6 +38,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
         if (path / "config.json").is_file():
             _check_alike(project, path, path)  # before any model runs
+    check_plan(project)
     dense = workspace(project).results[DENSE]
     if set(dense.texts) != set(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
         raise UserError(
@@ -49,7 +51,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
         for place, path in enumerate(paths):
             models[str(path)] = _measured(project, path, Project(work.path / str(place)))
         found = records(models, base=DENSE)  # read before the work folder goes
-        parts = [table(*side_by_side(models, base=DENSE)), *notes(project.params, models)]
+        parts = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: project.params}, models)]
         work.forget()
     if as_json:
         return json_text([{"model": name, "metrics": one.metrics, **found[name]} for name, one in models.items()])

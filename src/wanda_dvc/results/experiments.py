@@ -74,7 +74,7 @@ def workspace(project: Project) -> Experiment:
     others = runs.others(project.root)
     found = _experiment(project, WORKSPACE, None, runs, others)
     if unmet := runs.unmet(project.params):
-        asked = ", ".join(f"{name}={value}" for name, value in unmet.items())
+        asked = ", ".join(f"{name}={value}".replace("\n", "\\n") for name, value in unmet.items())
         found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
     if hidden := sorted(path for path in others - runs.outs(runs.stale()).keys() if path.endswith(".json")):
         found.notes.append(

@@ -175,7 +175,8 @@ def private(text: str) -> str:
 def protocol(section: Section) -> Content:
     """The texts, tasks, calibration and libraries of all results."""
     experiments = list(section.experiments.values())
-    said = [private(note) for note in notes(experiments[0].params, section.models)]
+    params = {name: one.params for name, one in section.experiments.items()}
+    said = [private(note) for note in notes(params, section.models)]
     if not any(key.startswith("calibration.") for key in varying(experiments)):
         settings = {key[12:]: shown(value) for key, value in experiments[0].settings.items() if "calibration." in key}
         said.append(f"Calibration: {inline(', '.join(f'{key}={value}' for key, value in settings.items()))}.")

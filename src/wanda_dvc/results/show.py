@@ -1,7 +1,8 @@
 """`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.catalog import EMBEDDED, RECIPES
@@ -46,7 +47,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
             "\n".join(title(one, named=bool(names)) for one in experiments),
             "\n".join(note for one in experiments for note in one.notes),
             table(headers, rows),
-            *notes(first.params, models, base=base),
+            *notes({one.name: one.params for one in experiments}, models, base=base),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -79,32 +80,22 @@ def recipe(params: Params) -> str:
     return f"{params.recipe} ({', '.join(own)})" if own else params.recipe
 
 
-def notes(params: Params, models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
-    """Yield what a reader of the table has to know: the texts, the items, the tests, and limits of the values."""
+def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
+    """Yield what a reader of the table has to know: the texts, the items, the tests, and limits of the values.
+
+    `params` has each experiment's settings by name; those of other models are the first's.
+    """
     every = list(models.values())
     for name, one in models.items():
         if base in models and name not in (base, DENSE) and (found := apart(one, models[base])):
             named = ", ".join(f"{what} (different {key})" for what, key in found.items())
             yield f"{name} not compared with {base}: {named}. `dvc repro` measures both models in the same way."
-    for text in dict.fromkeys(text for one in every for text in one.texts):
-        protocols = [one.details(f"perplexity/{text}").get("protocol") for one in every]
-        if protocol := next((one for one in protocols if one), None):
-            yield (
-                f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens of "
-                f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
-                f"{params.about_text(text)}."
-            )
-    if asked := [one.answers(task).get("protocol", {}) for one in every for task in one.tasks]:
-        limit = params.items
+    yield from _protocols(params, models)
+    if any(one.tasks for one in every) and any(one.tasks.source == EMBEDDED for one in params.values()):
         yield (
-            f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each "
-            f"task, {asked[0].get('dtype', params.dtype)}."
+            "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and "
+            "nothing else."
         )
-        if params.tasks.source == "embedded":
-            yield (
-                "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and "
-                "nothing else."
-            )
     yield (
         "In brackets: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
         "p < 0.05, adjusted for the number of tests (Holm). Divergence is KL(dense ‖ pruned) of the next token's "
@@ -116,3 +107,25 @@ def notes(params: Params, models: dict[str, Results], *, base: str = DENSE) -> I
             yield f"{name}: activations are not finite from here on: {where}."
         if skipped := one.details("continuations").get("skipped"):
             yield f"No continuations by the {name} model: {skipped}."
+
+
+def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:
+    """Yield a sentence on each text, and on the tasks; several where models were measured in several ways."""
+    first, said = next(iter(params.values())), defaultdict[str, dict[str, str]](dict)  # by what, and model
+    for name, one in models.items():
+        own = params.get(name, first)
+        for text in one.texts:
+            if protocol := one.details(f"perplexity/{text}").get("protocol"):
+                said[text][name] = (
+                    f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens of "
+                    f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+                )
+                said[text][name] += f" {own.about_text(text)}." if text in own.perplexity.texts else ""
+        for asked in (one.answers(task).get("protocol", {}) for task in one.tasks):
+            items = f"the first {limit} items" if (limit := asked.get("limit", own.items)) else "all items"
+            dtype = asked.get("dtype", own.dtype)
+            said[""][name] = f"Zero-shot: no examples in the prompt, {items} of each task, {dtype}."
+    for sentences in said.values():
+        for sentence in dict.fromkeys(sentences.values()):
+            names = ", ".join(name for name, own in sentences.items() if own == sentence)
+            yield sentence if len(set(sentences.values())) == 1 else f"{names}: {sentence}"

@@ -326,7 +326,7 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
 
     row = STAGES[stage]
     if stage != "plan":
-        _check_plan(project)
+        check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts, part, text):
         if not row.parts[one].wanted(project.params):
             for path in row.parts[one].written:
@@ -339,7 +339,7 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
         row.function(project=project, **words)
 
 
-def _check_plan(project: "Project") -> None:
+def check_plan(project: "Project") -> None:
     """Raise UserError if a study's `plan/` is not what its settings say now."""
     for name, content in planned(project.params).items():
         found = project.planned(name)

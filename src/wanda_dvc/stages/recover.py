@@ -62,7 +62,8 @@ def recover(*, project: Project) -> None:
             best = min(curve, key=lambda one: one["score"])
             if worse := [name for name in held if best[name] >= curve[0][name]]:
                 notice(f"recover: warning: it did not help on {worse[0]}; metrics/plots/recovery.csv has the curve")
-        write_provenance(work.out, made | {"trained": view is not None})
+        tokens = int(min(curve, key=lambda one: one["score"])["tokens"] or curve[-1]["tokens"])
+        write_provenance(work.out, made | {"trained": view is not None, "tokens": tokens})  # behind the best weights
         work.publish(project.model("recovered"))
     write_csv(project.plots("recovery"), COLUMNS, [[one.get(name, "") for name in COLUMNS] for one in curve])
     write_json(project.metrics("recovered", "sparsity"), load_json(project.metrics("pruned", "sparsity")))
