@@ -25,7 +25,7 @@ from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
-from wanda_dvc.study.markup import table
+from wanda_dvc.study.markup import DASH, table
 from wanda_dvc.study.project import Project, alone
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
@@ -146,7 +146,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool,
         if project.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
             seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
     rows.append(["size, MB", *(f"{size:,.1f}" for size in sizes)])
-    rows.append(["seconds", *(f"{seconds[name]:,.0f}" for name in models)])
+    rows.append(["seconds", *(f"{seconds[name]:,.0f}" if name in seconds else DASH for name in models)])
     text = found.params.calibration.text.source
     again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
     less, more = "0.5", "0.7"
