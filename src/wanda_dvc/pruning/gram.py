@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -62,9 +63,9 @@ class Gram:
         """
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
-        for first, part in _rows(packed, features):
-            row = self.upper[first, first:]
-            part.copy_(row if norm is None else row / norm[first:] / norm[first])
+        scale = torch.ones_like(self.upper[0]) if norm is None else norm
+        for row, part, scaled in _rows(self.upper, packed, scale):
+            part[:] = row / scaled / scaled[0]
         return packed
 
     @classmethod
@@ -74,9 +75,9 @@ class Gram:
         """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them."""
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
         upper = torch.zeros(features, features, device=packed.device)
-        for first, row in _rows(packed, features):
-            upper[first, first:] = row
-        return cls((upper if norm is None else upper * norm * norm[:, None]).double(), count)
+        for row, part, _ in _rows(upper, packed.float(), upper[0]):
+            row[:] = part
+        return cls((upper if norm is None else upper.mul_(norm).mul_(norm[:, None])).double(), count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
@@ -114,6 +115,14 @@ def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -
     return (weight @ gram).mul_(weight).sum().item()
 
 
-def _rows(packed: Shaped[Tensor, " packed"], features: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number and the part of each row of a packed upper triangle, from the diagonal on."""
-    return enumerate(packed.split(list(range(features, 0, -1))))
+def _rows(matrix: Tensor, packed: Tensor, features: Tensor) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the parts of each row from the diagonal on: the matrix's, the packed triangle's, and of a vector.
+
+    On a CPU they are numpy's, whose slices take a tenth of the time.
+    """
+    arrays = (matrix, packed, features)
+    whole, flat, vector = [x.numpy() for x in arrays] if matrix.device.type == "cpu" else arrays
+    end = 0
+    for first in range(len(whole)):
+        begin, end = end, end + len(whole) - first
+        yield whole[first, first:], flat[begin:end], vector[first:]
