@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
-from recipes import RECOVERED, TOKENS  # noqa: E402
+from recipes import SMALLER, TOKENS  # noqa: E402
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
@@ -38,6 +38,7 @@ NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECO
 THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
+MODELS = (*product(RECIPES[1:], AMOUNTS), *product(("wanda-refit",), SMALLER))  # measured on both texts
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 TITLES = {SMALL: "", GEMMA: "Gemma"}
 
@@ -164,18 +165,11 @@ def runtimes() -> str:
     return table(["model", "format", "MB", "divergence"], lines, left=2)
 
 
-def trained() -> list[tuple[str, str]]:
-    """Return the pruned models that were trained, on any number of tokens."""
-    rows = measured("recipes").keys()
-    return [row for row in RECOVERED if any(f"{SMALL} {' '.join(row)}{end}" in rows for end in ENDS[1:])]
-
-
 # The tables by the names of their places in the documents.
 TABLES: dict[str, Callable[[], str]] = {
     "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
-    "texts": lambda: by_text([SMALL], ["dense", *map(" ".join, product(RECIPES[1:], AMOUNTS))]),
-    "recovered": lambda: by_text([SMALL, GEMMA], [" ".join(row) + end for row in trained() for end in ENDS]),
+    "texts": lambda: by_text([SMALL, GEMMA], ["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
     "seconds": seconds, "times": times, "goals": goals, "formats": formats, "runtimes": runtimes,
 }  # fmt: skip
 
