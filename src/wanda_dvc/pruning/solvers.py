@@ -133,7 +133,7 @@ def fisher_least_squares(
     prepared: Prepared,
     gradients: Float[Tensor, "out out"] | None,
     *,
-    steps: int = 20,
+    steps: int = 30,
     damping: float = 0.01,
     output_damping: float = 1.0,
 ) -> Solved:
