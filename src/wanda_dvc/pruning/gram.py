@@ -74,10 +74,11 @@ class Gram:
     ) -> "Gram":
         """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them."""
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
-        upper = torch.zeros(features, features, device=packed.device)
-        for row, part, _ in _rows(upper, packed.float(), upper[0]):
-            row[:] = part
-        return cls((upper if norm is None else upper.mul_(norm).mul_(norm[:, None])).double(), count)
+        upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
+        scale = torch.ones(features, device=packed.device) if norm is None else norm
+        for row, part, scaled in _rows(upper, packed.float(), scale):
+            row[:] = part * scaled * scaled[0]
+        return cls(upper, count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""

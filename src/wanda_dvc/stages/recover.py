@@ -54,15 +54,15 @@ def recover(*, project: Project) -> None:
         )  # fmt: skip
         if not first:
             return
+        best = min(curve, key=lambda one: one["score"])
         if view is None:
             notice("recover: the training did not help on held-out windows: models/recovered has the pruned weights")
             shutil.copytree(folder, work.fresh(), copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
             list(write_model(view, work.fresh(), without=(PROVENANCE,)))
-            best = min(curve, key=lambda one: one["score"])
             if worse := [name for name in held if best[name] >= curve[0][name]]:
                 notice(f"recover: warning: it did not help on {worse[0]}; metrics/plots/recovery.csv has the curve")
-        tokens = int(min(curve, key=lambda one: one["score"])["tokens"] or curve[-1]["tokens"])
+        tokens = int(best["tokens"] or curve[-1]["tokens"])
         write_provenance(work.out, made | {"trained": view is not None, "tokens": tokens})  # behind the best weights
         work.publish(project.model("recovered"))
     write_csv(project.plots("recovery"), COLUMNS, [[one.get(name, "") for name in COLUMNS] for one in curve])

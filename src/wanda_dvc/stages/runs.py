@@ -49,7 +49,7 @@ class Runs:
     def stale(self, asked: Mapping[str, Any] | None = None) -> list[str]:
         """Return the stages with an input that is not the current output of the stage that makes it.
 
-        So is a plan other than that of `asked`, settings by dotted name; by default those of the last run.
+        A plan other than that of `asked` counts too: settings by dotted name, by default those of the last run.
         """
         now = self.outs(self.stages)
         with contextlib.suppress(UserError):  # settings of another version
