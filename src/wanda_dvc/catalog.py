@@ -198,6 +198,9 @@ ALLOCATIONS = _by_name(
 )  # fmt: skip
 
 
+STEPS = 15  # of conjugate gradients, in `output-weighted`: part of its plan (dev/decisions/0028-fisher-least-squares.md)
+
+
 @dataclass(frozen=True)
 class Reconstruction(Row):
     """A rule for the values of kept weights."""
