@@ -161,8 +161,11 @@ def _answers(row: Row) -> str:
 def runtimes() -> str:
     """Return the files of llama.cpp; rounding can make a zero negative."""
     rows = ((key.rsplit(" ", 1), row["value"]) for key, row in measured("runtimes").items())
-    lines = [[*name, f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}"] for name, of in rows]
-    return table(["model", "format", "MB", "divergence"], lines, left=2)
+    lines = []
+    for name, of in rows:
+        speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
+        lines.append([*name, f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
+    return table(["model", "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
 
 
 # The tables by the names of their places in the documents.

@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path("src/wanda_dvc")
-LONGEST = 600  # seconds a mutant
 TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
@@ -34,7 +32,7 @@ def survives(root: Path, tests: str) -> bool:
     words += ["-m", "not full and not slow and not pipeline", *(f"tests/test_{name}.py" for name in tests.split())]
     env = os.environ | {"PYTHONPATH": str(root / "src")}
     with contextlib.suppress(subprocess.SubprocessError):
-        return bool(subprocess.run(words, cwd=root, env=env, capture_output=True, check=True, timeout=LONGEST))
+        return bool(subprocess.run(words, cwd=root, env=env, capture_output=True, check=True, timeout=600))
     return False
 
 
@@ -46,7 +44,7 @@ def main(files: list[str]) -> int:
         subprocess.run(["git", "checkout-index", "--all", f"--prefix={root}/"], cwd=ROOT, check=True)
         for name in files or TABLE:
             tests, changes = TABLE[name]["tests"], TABLE[name]["changes"]
-            path = root / PACKAGE / f"{name}.py"
+            path = root / f"src/wanda_dvc/{name}.py"
             source = path.read_text(encoding="utf-8")
             if not survives(root, tests):
                 raise SystemExit(f"{name}: {tests} fail without a change; mend them first")

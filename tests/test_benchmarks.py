@@ -1,6 +1,6 @@
 """The figures' files say where each row comes from, and the scripts compare like with like."""
 
-import argparse
+import json
 import os
 import subprocess
 import sys
@@ -133,28 +133,28 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
 def test_files_of_llama_cpp_are_quantized_by_importance_and_compared_with_the_dense_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    calls = []
+    calls, speeds = [], [{"samples_ts": [300, 100, 200]}, {"samples_ts": [30, 10, 20]}]
 
-    def tool(program: Path, *words: str | Path) -> str:
-        calls.append([program.name, *(word.name if isinstance(word, Path) else word for word in words)])
-        if program.name == "llama-quantize":
+    def tool(program: str, *words: str | Path) -> str:
+        calls.append([program, *(word.name if isinstance(word, Path) else word for word in words)])
+        if program == "llama-quantize":
             Path(words[-2]).touch()
-        return "Mean    KLD:   0.250000 ±   0.010000" if program.name == "llama-perplexity" else "[]"
+        return "Mean    KLD:   0.250000 ±   0.010000" if program == "llama-perplexity" else json.dumps(speeds)
 
     monkeypatch.setattr(runtimes, "tool", tool)
     monkeypatch.setattr(runtimes, "export", lambda _, file, *__: file.touch())
-    monkeypatch.setattr(runtimes, "GGUFReader", lambda _: argparse.Namespace(tensors=[]))
     monkeypatch.setattr(runtimes, "TARGET", tmp_path / "rows.json")
-    words = ["--mirror", str(tmp_path), "--llama-cpp", str(tmp_path), "--work", str(tmp_path)]
+    words = ["--mirror", str(tmp_path), "--convert", "true", "--work", str(tmp_path)]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["runtimes.py", *words])
         runtimes.main()
-    assert [row["value"]["divergence"] for row in origin.read_rows(tmp_path / "rows.json").values()] == [
-        {"mean": 0.25, "error": 0.01}
-    ] * len(runtimes.MODELS) * len(runtimes.FORMATS)
+    for row in (found := origin.read_rows(tmp_path / "rows.json")).values():
+        assert row["value"]["divergence"] == {"mean": 0.25, "error": 0.01}
+        assert row["value"]["tokens a second"] == {"prompt": 200, "written": 20}
+    assert list(found) == [" ".join(row) for row in runtimes.WANTED]
     quantized = [call[1:] for call in calls if call[0] == "llama-quantize"]
     assert ["--imatrix", "dense imatrix.gguf", "dense f16.gguf", "dense Q4_K_M.gguf", "Q4_K_M"] in quantized
-    assert len(quantized) == len(runtimes.MODELS) * (len(runtimes.FORMATS) - 1)
+    assert len(quantized) == sum(form != "f16" for _, form in runtimes.WANTED)
     compared = [call for call in calls if call[0] == "llama-perplexity"]
     assert {call[2] for call in compared if "--kl-divergence" not in call} == {"dense f16.gguf"}
 
@@ -221,7 +221,7 @@ def test_every_mutant_changes_the_code_that_is_there():
     """`python scripts/mutants.py` runs them."""
     mutants = script("mutants")
     for name, row in mutants.TABLE.items():
-        source = (ROOT / mutants.PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        source = (ROOT / f"src/wanda_dvc/{name}.py").read_text(encoding="utf-8")
         for old, new in row["changes"]:
             compile(mutants.mutated(source, old, new), name, "exec")
         assert all((ROOT / f"tests/test_{test}.py").is_file() for test in row["tests"].split()), row["tests"]

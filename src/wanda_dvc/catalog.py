@@ -198,7 +198,8 @@ ALLOCATIONS = _by_name(
 )  # fmt: skip
 
 
-STEPS = 15  # of conjugate gradients, in `output-weighted`: part of its plan (dev/decisions/0028-fisher-least-squares.md)
+# Of conjugate gradients, in `output-weighted`: part of its plan. dev/decisions/0028-fisher-least-squares.md.
+STEPS = 15
 
 
 @dataclass(frozen=True)
