@@ -102,6 +102,7 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
         "propagation": plan.propagation,
     }
     assert set(choices) == set(CHOICES)
+    assert ("steps" in plan.described) == plan.solver.by_gradients  # studies of other solvers do not run again
     for other in RECIPES:
         assert asked(other, pattern, **choices).plan.described == plan.described
 
