@@ -287,10 +287,7 @@ for _stage in STAGES.values():  # last in --help
 
 
 def run() -> None:
-    """Run the command line and end the process: errors are lines, not tracebacks.
-
-    Exit codes: 0 success, 1 a bug of ours, 2 an error that the user can fix, 128 + n stopped by signal n.
-    """
+    """Run the command line and end the process: errors are lines, not tracebacks. `--help` has the exit codes."""
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)

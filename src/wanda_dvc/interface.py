@@ -75,7 +75,7 @@ class Study:
         """Return the masks by linear, in the shape of the stored weight; True stays. Each is unpacked at access."""
         from wanda_dvc.study.tensors import Masks, block_count, read_masks
 
-        folder, found = Project(self.path).masks, Masks({}, {})
+        folder, found = Project(self.path).masks, Masks()
         for block in range(block_count(folder, "mask")):
             found |= read_masks(folder, block)
         return found

@@ -177,11 +177,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_config(place: Path) -> Any:
-    """Read a config.json, or the config.json in a directory. No remote code runs.
-
-    Raises:
-        UserError: transformers refuses it.
-    """
+    """Read a config.json, or the one in a directory; no remote code runs. UserError if transformers refuses it."""
     from transformers import AutoConfig
 
     path = place if place.is_file() else place / "config.json"

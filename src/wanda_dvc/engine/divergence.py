@@ -216,15 +216,10 @@ def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
     counts = [len(one.kl) for one in windows]
     every, total = sorted(value for one in windows for value in one.kl), sum(counts)
-    rounded = {
-        "divergence": mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts)
-        | {
-            "median": every[math.ceil(0.5 * total) - 1],
-            "p99": every[math.ceil(0.99 * total) - 1],
-            "largest": every[-1],
-        },
-        "top1_agreement": mean_interval([one.agreed / len(one.kl) for one in windows], counts, within=(0, 1)),
-    }
+    kl = mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts)
+    kl |= {"median": every[math.ceil(0.5 * total) - 1], "p99": every[math.ceil(0.99 * total) - 1], "largest": every[-1]}
+    agreed = mean_interval([one.agreed / len(one.kl) for one in windows], counts, within=(0, 1))
+    rounded = {"divergence": kl, "top1_agreement": agreed}
     change = math.sqrt(math.fsum(one.squared_change for one in windows) / total)
     return {
         name: {key: float(f"{value:.6g}") for key, value in measures.items()} for name, measures in rounded.items()

@@ -120,16 +120,10 @@ def train_block(block: Block, rows: Sequence[Row], model: Decoder, settings: Map
     assert block.change is not None
     assert block.dense is not None
     model.hold(block.index, block.index + 1, block.change)
-    cut = range(len(block.own.lengths))
-    return training.train(
-        model,
-        block.index,
-        block.change.keeps,
-        rows=rows,
-        inputs=[x for shard in cut for x in block.own.read(block.index, shard)],
-        targets=[x for shard in cut for x in block.dense.read(block.index + 1, shard)],
-        **settings,
-    )
+    index, cut = block.index, range(len(block.own.lengths))
+    inputs = [x for shard in cut for x in block.own.read(index, shard)]
+    targets = [x for shard in cut for x in block.dense.read(index + 1, shard)]
+    return training.train(model, index, block.change.keeps, rows=rows, inputs=inputs, targets=targets, **settings)
 
 
 def run_head(states: HiddenStates, function: Head[T, R], model: Decoder, shard: tuple[Shard, T]) -> Iterator[R]:
@@ -172,15 +166,10 @@ class Runner:
 
         They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
         """
-        return HiddenStates(
-            self.work / name,
-            [[len(row.tokens) for row in shard.rows] for shard in self.shards],
-            self.decoder.model.config.get_text_config().hidden_size,
-            dtype or self.decoder.dtype,
-            kept=boundaries,
-            device=self.decoder.device,
-            room=self.decoder.room() // share,
-        )
+        decoder, lengths = self.decoder, [[len(row.tokens) for row in shard.rows] for shard in self.shards]
+        width, room = decoder.model.config.get_text_config().hidden_size, decoder.room() // share
+        dtype = dtype or decoder.dtype
+        return HiddenStates(self.work / name, lengths, width, dtype, kept=boundaries, device=decoder.device, room=room)
 
     def walk(
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, boundaries: int = 2

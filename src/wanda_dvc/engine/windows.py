@@ -42,12 +42,7 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 def draw_from_documents(
     documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int
 ) -> Int[Tensor, "windows length"]:
-    """Draw windows within documents, as the Wanda authors do from C4.
-
-    For each sample, from one generator:
-
-        while True: i = randint(0, documents − 1); break if document i has more than `length` tokens
-        start = randint(0, its tokens − length − 1)
+    """Draw windows within documents, as the Wanda authors do from C4: documents until one is long enough, and a start.
 
     The draws are identical, but two faults are fixed. A document is tokenized only if it can be long enough: each
     token covers at least one byte, except tokens that the tokenizer adds to an empty text and one more before a first

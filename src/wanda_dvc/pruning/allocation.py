@@ -1,8 +1,6 @@
 """Allocation: the sparsity of each block or linear, with the requested sparsity as the mean.
 
-Shares are exact fractions in [0, 1]. Their mean, weighted by the number of weights in each part, equals the sparsity
-exactly. Within a part, ⌊size · share⌋ weights of each group are removed: less than one weight a group below the share,
-as with a uniform share.
+Shares are exact fractions in [0, 1]. `settle` makes up for the counts of groups, which are rounded down.
 """
 
 import bisect
@@ -15,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
-from wanda_dvc.pruning.choose import Share, oriented
+from wanda_dvc.pruning.choose import Share, Weights, oriented
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
@@ -29,13 +27,7 @@ MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear
 
 
 def allocate(
-    weights: Callable[[str], Tensor],
-    blocks: Iterable[BlockStats],
-    count: int,
-    *,
-    allocation: Allocation,
-    share: Fraction,
-    group: str,
+    weights: Weights, blocks: Iterable[BlockStats], count: int, *, allocation: Allocation, share: Fraction, group: str
 ) -> Sequence[Share]:
     """Return the share of weights to prune, of each block or of each linear.
 
@@ -66,7 +58,7 @@ def allocate(
     return [{name: next(of_linears) for name in own} for own in linears]
 
 
-def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[float]:
+def outlier_rating(weights: Weights, block: BlockStats) -> list[float]:
     """Return the percentage of outliers among a block's Wanda scores, for OWL: the block is one part."""
 
     def scores() -> Iterator[Tensor]:
@@ -77,7 +69,7 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[
     return [outlier_ratio(scores)]
 
 
-def sensitivity_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[Tensor | None]:
+def sensitivity_rating(weights: Weights, block: BlockStats) -> list[Tensor | None]:
     """Return a histogram of each linear's scores; None without Fisher information.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
@@ -96,9 +88,7 @@ def sensitivity_rating(weights: Callable[[str], Tensor], block: BlockStats) -> l
     return [rate(name, source) for source, names in block.readers.items() for name in names]
 
 
-def _wanda_scores(
-    weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
-) -> Iterator[Float[Tensor, "rows in"]]:
+def _wanda_scores(weights: Weights, block: BlockStats, name: str, source: str) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
     weight = oriented(weights(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):

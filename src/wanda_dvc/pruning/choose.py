@@ -130,11 +130,8 @@ def choose_block(
         return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {
-            name: pool.submit(keep, name, block.inputs[source])
-            for source, names in block.readers.items()
-            for name in names
-        }
+        inputs = {name: block.inputs[source] for source, names in block.readers.items() for name in names}
+        jobs = {name: pool.submit(keep, name, x) for name, x in inputs.items()}
         return {name: job.result() for name, job in jobs.items()}
 
 

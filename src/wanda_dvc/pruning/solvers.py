@@ -30,6 +30,9 @@ from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, sele
 Weight = Float[Tensor, "out in"]
 Keep = Bool[Tensor, "out in"]  # True stays
 Square = Float[Tensor, "in in"]
+Product = Callable[[Weight], Weight]
+Sum = Callable[[Weight], Tensor]  # the sum over each independent problem
+Solve = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 MOST_DAMPING = 1e6
@@ -233,9 +236,7 @@ def sparsegpt_update(weight: Weight, keep: Keep, prepared: Prepared) -> Solved:
     return sparsegpt(weight, prepared, given=keep)
 
 
-def _keep_in_block(
-    score: Float[Tensor, "out block"], begin: int, end: int, share: Fraction, group: str
-) -> Bool[Tensor, "out block"]:
+def _keep_in_block(score: Weight, begin: int, end: int, share: Fraction, group: str) -> Keep:
     """Keep the highest scores of a block; with the blocks before it, ⌊size · share⌋ of each group are pruned."""
     rows = score if group == "row" else score.reshape(1, -1)
     each = rows.shape[1] // (end - begin)  # weights of a group at one input
@@ -369,14 +370,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _conjugate_gradients(
-    dense: Weight,
-    keep: Keep,
-    start: Weight,
-    product: Callable[[Tensor], Tensor],
-    total: Callable[[Tensor], Tensor],
-    steps: int,
-) -> Weight:
+def _conjugate_gradients(dense: Weight, keep: Keep, start: Weight, product: Product, total: Sum, steps: int) -> Weight:
     """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` is the symmetric A.
 
     `total` sums over each independent problem: `_by_row` over each row, `_of_all` over the linear.
@@ -407,14 +401,7 @@ def factor_inverse(matrix: Square, damping: float, unit: float) -> tuple[Square,
     return inverse, used
 
 
-def _choose(
-    weight: Weight,
-    prepared: Prepared,
-    factor: Factor,
-    solve: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
-    *,
-    together: bool,
-) -> Solved:
+def _choose(weight: Weight, prepared: Prepared, factor: Factor, solve: Solve, *, together: bool) -> Solved:
     """Solve slices of rows, or all rows if `together`: `solve` returns a mask and weights, read on the mask only."""
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from wanda_dvc.pruning.products import multiply
-from wanda_dvc.pruning.solvers import Prepared, Solved, factor_inverse, settle_rows
+from wanda_dvc.pruning.solvers import Keep, Prepared, Solved, Square, Weight, factor_inverse, settle_rows
 
 TOGETHER = 16  # inputs of units that go at once, before the costs of the others are computed again
 SIXTEENTH = 16  # a rounded width differs from the exact one by at most half of a 16th of the width
@@ -74,9 +74,7 @@ def neighbours(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " unit
     return keep
 
 
-def cheapest(
-    weight: Float[Tensor, "out in"], prepared: Prepared, units: Units, *, damping: float = 0.01
-) -> Bool[Tensor, " units"]:
+def cheapest(weight: Weight, prepared: Prepared, units: Units, *, damping: float = 0.01) -> Bool[Tensor, " units"]:
     """Remove the units that cost least if the weights that stay make up for them; return those that stay.
 
     With H = (G + λI)⁻¹, λ = damping · mean diagonal of G, and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
@@ -109,9 +107,7 @@ def cheapest(
     return stay
 
 
-def _costs(
-    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], inputs: Int[Tensor, "units size"]
-) -> Float[Tensor, " units"]:
+def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -> Float[Tensor, " units"]:
     """Return tr(W_J (H_JJ)⁻¹ W_Jᵀ) of each unit's inputs J."""
     if inputs.shape[1] == 1:
         one = inputs[:, 0]
@@ -121,9 +117,7 @@ def _costs(
     return (torch.linalg.solve(own, read) * read).sum(dim=(1, 2))
 
 
-def least_squares(
-    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], prepared: Prepared, *, damping: float = 0.01
-) -> Solved:
+def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, damping: float = 0.01) -> Solved:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
     With r the removed inputs, k the others and λ = damping · mean diagonal of G: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.

@@ -1,12 +1,7 @@
 """Compares the results of models: who may be compared, and the paired tests of those that may.
 
 One function on protocols, `study.provenance.differing`, says whether values may be compared: the same windows or items,
-dtype, prompts, and versions of the libraries that computed them. `compare` makes the tests of all pairs of a table, and
-adjusts their p-values for the number of tests (Holm):
-
-    tests = compare([(pruned, dense), (other, dense)])
-    tests[0]["perplexity", "embedded"]   # an Estimate: value, low, high, and adjusted p
-    apart(pruned, dense)                 # what may not be compared, with the reason
+dtype, prompts, and versions of the libraries that computed them.
 """
 
 import math

@@ -14,7 +14,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, resolved
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE
-from wanda_dvc.results.listing import SUCCESS, WORKSPACE, Kind, State, list_states
+from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_states
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs
@@ -26,23 +26,14 @@ from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provena
 
 @dataclass(eq=False)
 class Experiment:
-    """One set of settings and its results.
+    """One set of settings and its results."""
 
-    Attributes:
-        name: Of the experiment, branch, tag or commit; or `workspace`.
-        commit: None for the workspace.
-        study: A folder with its params.yaml, dvc.lock and metrics/; `study.params` are the settings of its results.
-        results: By model, dense, pruned and recovered; empty without a recovery.
-        notes: Sentences on results that are missing, stale, or of another run.
-        also: Other names of the same results.
-    """
-
-    name: str
-    commit: str | None
-    study: Project
-    results: dict[str, Results]
-    notes: list[str] = field(default_factory=list)
-    also: list[str] = field(default_factory=list)
+    name: str  # of the experiment, branch, tag or commit; or `workspace`
+    commit: str | None  # None for the workspace
+    study: Project  # a folder with its params.yaml, dvc.lock and metrics/
+    results: dict[str, Results]  # by model: dense, pruned, and recovered, empty without a recovery
+    notes: list[str] = field(default_factory=list)  # sentences on results that are missing, stale, or of another run
+    also: list[str] = field(default_factory=list)  # other names of the same results
 
     @property
     def params(self) -> Params:
@@ -148,14 +139,14 @@ def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Expe
     """
     found: dict[str, Experiment] = {}
     excluded: Excluded = []
-    named = [State(rev, rev, Kind.EXPERIMENT) for rev in revs]
-    for state in sorted(named or list_states(project), key=lambda one: one.kind):
+    named = [State(rev, rev, "experiment") for rev in revs]
+    for state in sorted(named or list_states(project), key=lambda one: KINDS.index(one.kind)):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             said = state.state.lower() + (f" ({changes})" if changes else "")
             excluded.append((state.name, said))
             continue
-        is_named = state.kind < Kind.COMMIT
+        is_named = state.kind != "commit"
         try:
             one = at(project, state.rev, work / state.rev)
             problem = "" if one.made.metrics else " ".join(one.notes) or "no results"

@@ -8,7 +8,6 @@ numbers of its base commit.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
@@ -28,10 +27,8 @@ WORKSPACE = "workspace"
 SUCCESS = "success"
 
 
-class Kind(IntEnum):
-    """The kind of a state. If states share results, the lowest kind names them."""
-
-    EXPERIMENT, BRANCH, WORKSPACE, COMMIT = range(4)  # a branch or a tag; a commit without either
+# Of a state; `branch` is also a tag, and `commit` has neither. If states share results, the first kind names them.
+KINDS = ("experiment", "branch", "workspace", "commit")
 
 
 class State(NamedTuple):
@@ -39,7 +36,7 @@ class State(NamedTuple):
 
     name: str
     rev: str  # a commit, or `workspace`
-    kind: Kind
+    kind: str
     state: str = SUCCESS  # or the reason for missing results: `failed`, `queued`, `running`, `unreadable: …`
     settings: Mapping[str, Any] = {}  # by dotted name
     changes: Mapping[str, Any] = {}  # of the settings, against its base commit
@@ -61,7 +58,7 @@ def list_states(project: Project) -> list[State]:
     with dvc.repository(project.root) as repo:
         below, listed = dvc.below(project.root, repo.root_dir), dvc.states(project.root, repo)
 
-        def add(name: str, kind: Kind, state: Any, base: Any, running: str = SUCCESS) -> None:
+        def add(name: str, kind: str, state: Any, base: Any, running: str = SUCCESS) -> None:
             settings, before = _settings(state, below), _settings(base, below)
             changes = {key: value for key, value in settings.items() if before.get(key) != value}
             known = state.data and running == SUCCESS  # else they are the base commit's
@@ -70,16 +67,16 @@ def list_states(project: Project) -> list[State]:
 
         for place, state in enumerate(listed):
             if state.rev == WORKSPACE:  # DVC lists it before its base commit
-                add(WORKSPACE, Kind.WORKSPACE, state, listed[min(place + 1, len(listed) - 1)])
+                add(WORKSPACE, "workspace", state, listed[min(place + 1, len(listed) - 1)])
                 continue
             if state.name or state.experiments:  # results of a branch's older commits are not current
-                add(state.name or state.rev[:7], Kind.BRANCH if state.name else Kind.COMMIT, state, state)
+                add(state.name or state.rev[:7], "branch" if state.name else "commit", state, state)
             for experiment in state.experiments or []:
                 last = experiment.revs[0]
                 running = (experiment.executor.state if experiment.executor else None) or SUCCESS
                 if running == SUCCESS and last.data is None:
                     running = f"unreadable: {last.error.msg}"
-                add(experiment.name or last.name or last.rev[:7], Kind.EXPERIMENT, last, state, running)
+                add(experiment.name or last.name or last.rev[:7], "experiment", last, state, running)
     done = {one.rev for one in found if one.state == SUCCESS}
     return [one for one in found if one.state == SUCCESS or one.rev not in done]
 
@@ -119,15 +116,13 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)
     if as_json:
-        records = results(states)
-        return json_text(
-            [{key: DIVERGED if value == math.inf else value for key, value in one.items()} for one in records]
-        )
+        records = [{key: DIVERGED if x == math.inf else x for key, x in one.items()} for one in results(states)]
+        return json_text(records)
     columns = headings([one.made for one in states])
     rows = []
     for one in states:
         change = ", ".join(f"{key}={value}" for key, value in one.changes.items()) or DASH
-        state = one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower()
+        state = one.state if one.kind == "experiment" else one.kind
         rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
     if stale := [one.name for one in states if one.stale]:

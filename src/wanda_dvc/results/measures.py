@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results import inference
-from wanda_dvc.results.inference import Estimate
+from wanda_dvc.results.inference import Estimate, mean_difference
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
@@ -35,25 +35,17 @@ ON_TEXT = "perplexity/"
 
 @dataclass(eq=False)
 class Results:
-    """The results of one model.
+    """The results of one model."""
 
-    Attributes:
-        metrics: The numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`.
-        folder: The folder of details; None without details, as in `list`.
-    """
-
-    metrics: Json
-    folder: Path | None = None
+    metrics: Json  # the numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`
+    folder: Path | None = None  # of details; None without details, as in `list`
     _details: Json = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Project, model: str, *, left_out: Collection[str] = ()) -> "Results":
         """Read the results of the `dense`, `pruned` or `recovered` model of a study.
 
-        Args:
-            study: A study, or a folder with its params.yaml and metrics/.
-            model: `dense`, `pruned` or `recovered`.
-            left_out: Files of another run, by path below the study; `stages.runs.Runs.others` finds them.
+        `left_out` are files of another run, by path below the study; `stages.runs.Runs.others` finds them.
         """
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
         metrics: Json = {}
@@ -176,12 +168,7 @@ def _right(results: Results, task: str) -> list[bool]:
 
 
 def by_window(
-    first: Results,
-    second: Results,
-    text: str,
-    *,
-    what: str,
-    how: Callable[..., Estimate | None] = inference.mean_difference,
+    first: Results, second: Results, text: str, what: str, how: Callable[..., Estimate | None] = mean_difference
 ) -> Estimate | None:
     """The first mean minus the second, or another comparison, paired by window; None without finite values."""
     (means, predictions), (others, _) = (_windows(one, text, what) for one in (first, second))
@@ -234,29 +221,17 @@ class Test(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: Its name in JSON.
-        title: Its name in tables.
-        unit: The unit of its formatted values.
-        read: Returns a model's value on a text, on a task, or on "".
-        form: Formats a number.
-        per: TEXT, TASK, TASKS or MODEL.
-        brief: Whether `list` shows it; the other views show every measure.
-        test: None: the values are only shown.
-        drawn: The scale of the report's picture of it, LINEAR or LOG; "": no picture.
-    """
-
-    name: str
-    title: str
-    unit: str
-    read: Callable[[Results, str], Value]
-    form: Callable[[float], str] = "{:.4f}".format
-    per: str = MODEL
-    brief: bool = False
-    test: Test | None = None
-    drawn: str = ""
+    name: str  # in JSON
+    title: str  # in tables
+    unit: str  # of its formatted values
+    read: Callable[[Results, str], Value]  # a model's value on a text, on a task, or on ""
+    form: Callable[[float], str] = "{:.4f}".format  # formats a number
+    per: str = MODEL  # or TEXT, TASK, TASKS
+    brief: bool = False  # whether `list` shows it; the other views show every measure
+    test: Test | None = None  # None: the values are only shown
+    drawn: str = ""  # the scale of the report's picture of it, LINEAR or LOG; "": no picture
 
     def protocols(self, results: Results, on: str) -> dict[str, Json | None]:
         """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""

@@ -225,13 +225,10 @@ def paired(section: Section) -> Content:
     columns = {heading: one for heading, one in section.columns.items() if (one[0].name, one[1]) in tested}
     if not columns:
         return []
-    rows = [
-        [
-            f"{inline(one)} against {inline(other)}",
-            *(measure.test_text(tests.get((measure.name, on))) for measure, on in columns.values()),
-        ]
-        for (one, other), tests in section.tests.items()
-    ]
+    rows = []
+    for (one, other), tests in section.tests.items():
+        own = (measure.test_text(tests.get((measure.name, on))) for measure, on in columns.values())
+        rows.append([f"{inline(one)} against {inline(other)}", *own])
     count = sum(map(len, section.tests.values()))
     caption = (
         "On the same windows and items: ratio of perplexities, differences of the other measures. p-values are "

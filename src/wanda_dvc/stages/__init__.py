@@ -5,9 +5,9 @@ A row has all that `dvc.yaml` says of the stage, and what the stage has to know 
 this table too.
 """
 
-import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.catalog import EMBEDDED, STATISTICS
@@ -57,12 +57,6 @@ class Stage:
     plan: "Callable[[Params], dict[str, Json]]" = lambda _: {}
     part_is: str = ""  # the name of the argument
     network: bool = False
-
-    @property
-    def function(self) -> Callable[..., None]:
-        """The stage itself."""
-        name = self.name.replace("-", "_")
-        return getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
 
     def run_name(self, part: str = "", text: str = "") -> str:
         """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""
@@ -336,7 +330,8 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
             continue
         words = {row.part_is: one} if one else {}
         words |= {"text": name} if name else {}
-        row.function(project=project, **words)
+        module = stage.replace("-", "_")
+        resolve_name(f"wanda_dvc.stages.{module}:{module}")(project=project, **words)
 
 
 def check_plan(project: "Project") -> None:

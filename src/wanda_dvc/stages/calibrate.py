@@ -1,7 +1,4 @@
-"""Measure the dense model's activations once: the norm tier of each distinct input.
-
-The plan may ask for the Gram tier too, and for the gradients by each linear's outputs.
-"""
+"""Measure the dense model's activations once: the tiers of stats/ that the plan asks for."""
 
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK

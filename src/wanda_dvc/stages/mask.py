@@ -41,7 +41,7 @@ def mask(*, project: Project) -> None:
     device = accelerator.solving_device(running.own_device(project.params.runtime))  # refused before any file is read
     stats, tiers = running.statistics(project)
     checkpoint, blocks = Checkpoint(project.model("dense")), range(tensors.block_count(project.stats, "calibrate"))
-    removal = removal_of(checkpoint, plan)
+    read, removal = checkpoint.weight, removal_of(checkpoint, plan)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
         if not removal.readers:  # units are complete linears
@@ -50,26 +50,14 @@ def mask(*, project: Project) -> None:
             every = (tensors.read_stats(project.stats, block) for block in blocks)
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
             stays = choose.choose_units(
-                removal.sets,
-                checkpoint.weight,
-                every,
-                method=plan.method,
-                together=plan.repairs,
-                dtype=dtype,
-                device=device,
+                removal.sets, read, every, method=plan.method, together=plan.repairs, dtype=dtype, device=device
             )
             removal = confirmed(checkpoint, removal.with_stays(stays))
     gradients = project.gradients.absolute()
     sums = gradients if plan.masks_read_sums else None
-    rated = (tensors.read_stats(project.stats, block, gradients=sums) for block in blocks)
-    shares = allocate(
-        checkpoint.weight,
-        running.progress(rated, total=len(blocks), what="mask, blocks rated"),
-        len(blocks),
-        allocation=plan.allocation,
-        share=plan.share,
-        group=plan.group,
-    )
+    every = (tensors.read_stats(project.stats, block, gradients=sums) for block in blocks)
+    rated = running.progress(every, total=len(blocks), what="mask, blocks rated")
+    shares = allocate(read, rated, len(blocks), allocation=plan.allocation, share=plan.share, group=plan.group)
     made_from = _describe(plan, stats, tiers, shares, removal)
     solving = partial(solve, plan, checkpoint, removal.units if removal else {}, gradients)
     with project.work(made_from) as work:
@@ -197,13 +185,9 @@ def solve(
             back = tensors.read_grams(gradients, part.block, of=names)
         for name, prepared in choose.prepared_linears(block.readers, grams):
             if prepared is not None and (plan.corrects or not choose.keeps_all(name, plan.pattern, units)):
+                weight, keep, across = weights(name), chosen[name], name in block.transposed
                 solved = choose.reconstruct(
-                    weights(name),
-                    chosen[name],
-                    prepared,
-                    reconstruction=plan.solver,
-                    gradients=back.get(name),
-                    transposed=name in block.transposed,
+                    weight, keep, prepared, reconstruction=plan.solver, gradients=back.get(name), transposed=across
                 )
                 changed[name] = solved.weight.to("cpu", source.weight(name).dtype)
                 diagnostics[name] = solved.diagnostics

@@ -48,10 +48,7 @@ class Need:
 class Known:
     """What the formulas read of a study: its settings, its model's configuration, the size of its texts.
 
-    Args:
-        project: The study.
-        part: Of the stage; "": the part that needs most.
-        text: Of the perplexity; "": each.
+    Without a part it is for the part of the stage that needs most; without a text of the perplexity, for each.
     """
 
     def __init__(self, project: Project, part: str = "", text: str = "") -> None:

@@ -24,21 +24,13 @@ TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the f
 
 
 class Project:
-    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs.
-
-    Attributes:
-        root: The directory.
-        stats: The folder of the norm tier.
-        gram: The folder of the Gram tier.
-        gradients: The folder of the gradients tier.
-        masks: The folder of masks.
-        weights: The folder of reconstructed weights that cannot be recomputed from masks/ and stats/.
-    """
+    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.stats, self.gram, self.gradients = (root / "stats" / tier for tier in STATISTICS)
-        self.masks, self.weights = root / "masks", root / "weights"
+        self.masks = root / "masks"
+        self.weights = root / "weights"  # new weights that cannot be recomputed from masks/ and stats/
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Project":

@@ -73,26 +73,16 @@ def init(
     init_repository(folder, inside=around is not None and around != folder.resolve())
     for place, file in FILES.items():
         write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
-    if study:
-        _take_results(study, folder)
+    if study and (study / "dvc.lock").is_file():  # its results; `dvc repro` writes models/pruned again
+        for place, how in ((".dvc/cache", link_file), ("metrics", shutil.copy)):  # cached files never change
+            if (study / place).is_dir():
+                shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
+        shutil.copy(study / "dvc.lock", folder)
+        checkout(folder)
     _git(folder, "add", "--all", ".")
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
     committed = around is None and not _git(folder, *commit, check=False).returncode  # experiments start from a commit
     return _said(folder, params, around, committed)
-
-
-def _take_results(study: Path, folder: Path) -> None:
-    """Copy the results of a study, and let DVC place them. Cached files never change, so they are linked if possible.
-
-    Without `models/pruned`, which `dvc repro` writes again.
-    """
-    if not (study / "dvc.lock").is_file():
-        return
-    for place, how in ((".dvc/cache", link_file), ("metrics", shutil.copy)):
-        if (study / place).is_dir():
-            shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
-    shutil.copy(study / "dvc.lock", folder)
-    checkout(folder)
 
 
 def renew(folder: Path, settings: Settings) -> None:

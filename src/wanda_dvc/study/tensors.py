@@ -4,9 +4,10 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,7 +103,7 @@ def read_grams(
     `of` names the inputs or linears to read, by default all.
     """
     tensors, header = _load(block_file(folder, block), "calibrate", (*GRAM, CROSS), of, finite=True)
-    return Grams(tensors, header["readers"], header["transposed"], device)
+    return Grams(tensors, header, device)
 
 
 def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
@@ -111,39 +112,23 @@ def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Grams(Mapping[str, Gram]):
-    """The Gram matrices of one block, as their file has them; each is unpacked at access.
+class Grams(UserDict[str, Any]):
+    """The Gram matrices of one block, as their file has them; each is unpacked at access, onto a device.
 
-    Inputs without tokens are missing.
+    Inputs without tokens are missing. `crosses` has X_denseᵀX by distinct input, if they were recorded.
     """
 
-    tensors: dict[str, Tensor]
-    readers: dict[str, list[str]]
-    transposed: list[str]
-    device: torch.device | None = None  # of the unpacked matrices
-
-    @property
-    def crosses(self) -> dict[str, Tensor]:
-        """The cross products X_denseᵀX by distinct input, if they were recorded."""
-        found = {name: self.tensors.get(f"{name}.{CROSS}") for name in self.readers}
-        return {name: cross.to(self.device) for name, cross in found.items() if cross is not None}
+    def __init__(self, tensors: Mapping[str, Tensor], header: Json, device: torch.device | None) -> None:
+        self.readers, self.transposed, self.device = header["readers"], header["transposed"], device
+        known = [name for name in self.readers if f"{name}.count" in tensors]
+        super().__init__({name: [tensors.get(f"{name}.{kind}") for kind in GRAM] for name in known})
+        crosses = {name: tensors.get(f"{name}.{CROSS}") for name in self.readers}
+        self.crosses = {name: cross.to(device) for name, cross in crosses.items() if cross is not None}
 
     def __getitem__(self, name: str) -> Gram:
-        norm, triangle, count = (self.tensors.get(f"{name}.{kind}") for kind in GRAM)
-        if triangle is None or count is None:
-            raise KeyError(name)
+        norm, triangle, count = self.data[name]
         norm = None if norm is None else norm.to(self.device)
         return Gram.from_triangle(triangle.to(self.device), int(count), norm)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own method would unpack the matrix
-        return f"{name}.count" in self.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self.readers if name in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def write_weights(folder: Path, block: int, weights: dict[str, Tensor], solved: Json) -> None:
@@ -165,20 +150,19 @@ def write_masks(folder: Path, block: int, masks: "Masks") -> None:
 
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
-    _save(block_file(folder, block), masks.packed, {"columns": masks.columns})
+    columns = {name: columns for name, (_, columns) in masks.data.items()}
+    _save(block_file(folder, block), {name: bits for name, (bits, _) in masks.data.items()}, {"columns": columns})
 
 
 def pack_masks(keeps: Mapping[str, Tensor]) -> "Masks":
     """Return `keep` masks (bool, in the orientation of the stored weights) as one bit a weight."""
-    return Masks(
-        {name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()}
-    )
+    return Masks({name: (pack_bits(keep), keep.shape[1]) for name, keep in keeps.items()})
 
 
 def read_masks(folder: Path, block: int) -> "Masks":
     """Read one block's `keep` masks: bool, in the orientation of the stored weights."""
     tensors, header = _load(block_file(folder, block), "mask")
-    return Masks(tensors, header["columns"])
+    return Masks({name: (tensors[name], columns) for name, columns in header["columns"].items()})
 
 
 def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
@@ -191,28 +175,14 @@ def read_window(folder: Path, window: int) -> dict[str, Tensor]:
     return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense")[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Masks(Mapping[str, Tensor]):
-    """The `keep` masks of a block or a model, one bit a weight; each is unpacked at access.
+class Masks(UserDict[str, Any]):
+    """The `keep` masks of a block or a model, one bit a weight, with their columns; each is unpacked at access.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
 
-    packed: dict[str, Tensor]
-    columns: dict[str, int]
-
-    def __or__(self, other: "Masks") -> "Masks":
-        """Return the union of two sets of masks."""
-        return Masks(self.packed | other.packed, self.columns | other.columns)
-
     def __getitem__(self, name: str) -> Tensor:
-        return unpack_bits(self.packed[name], self.columns[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.columns)
+        return unpack_bits(*self.data[name])
 
 
 def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
