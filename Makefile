@@ -11,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: repro test check test-all test-fast coverage bench gpu docs wheel lint lock install
+.PHONY: repro test check test-all test-fast coverage bench demo gpu docs wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
@@ -33,6 +33,10 @@ coverage: install ## the tests of `make test`, with a table of the lines and bra
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; BENCH="--mirror DIR --rows calibrate"
 	python benchmarks/peers.py $(BENCH)
+
+demo: install ## run the README's demo, five minutes on two cores, and write the table that it prints into the README
+	folder=$$(mktemp -d) && (cd $$folder && XDG_CACHE_HOME=$$folder wanda-dvc prune) | grep '^|' | grep -v seconds > $$folder/table && mv $$folder/table benchmarks/demo.txt && rm -r $$folder
+	python scripts/figures.py
 
 gpu: ## check a GPU against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
 	PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)

@@ -168,8 +168,8 @@ def runtimes() -> str:
     return table(["model", "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
 
 
-# The tables by the names of their places in the documents.
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
+    "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
     "texts": lambda: by_text([SMALL, GEMMA], ["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
