@@ -160,7 +160,7 @@ def _answers(row: Row) -> str:
 
 def runtimes() -> str:
     """Return the files of llama.cpp; rounding can make a zero negative."""
-    rows = ((key.rsplit(" ", 1), row["value"]) for key, row in measured("runtimes").items())
+    rows = ((key.rsplit(" ", 1), row["value"]) for key, row in measured("runtimes").items() if "Q3" not in key)
     lines = []
     for name, of in rows:
         speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
