@@ -199,7 +199,7 @@ ALLOCATIONS = _by_name(
 
 
 # Of conjugate gradients, in `output-weighted`: part of its plan. dev/decisions/0028-fisher-least-squares.md.
-STEPS = 15
+FISHER_STEPS = 15
 
 
 @dataclass(frozen=True)

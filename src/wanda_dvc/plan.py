@@ -97,7 +97,7 @@ class Plan:
         if self.propagates:  # new weights determine the next block's input
             described |= {"training": TRAINING} if self.reconstruction.trains else {}
             described |= {"correction": CORRECTION} if self.corrects else {}
-        described |= {"steps": catalog.STEPS} if self.solver.by_gradients else {}
+        described |= {"steps": catalog.FISHER_STEPS} if self.solver.by_gradients else {}
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
         return described

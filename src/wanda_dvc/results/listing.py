@@ -25,10 +25,8 @@ from wanda_dvc.study.project import Project
 
 WORKSPACE = "workspace"
 SUCCESS = "success"
-
-
 # Of a state; `branch` is also a tag, and `commit` has neither. If states share results, the first kind names them.
-KINDS = ("experiment", "branch", "workspace", "commit")
+KINDS = ("experiment", "branch", WORKSPACE, "commit")
 
 
 class State(NamedTuple):
@@ -36,7 +34,7 @@ class State(NamedTuple):
 
     name: str
     rev: str  # a commit, or `workspace`
-    kind: str
+    kind: str  # one of KINDS
     state: str = SUCCESS  # or the reason for missing results: `failed`, `queued`, `running`, `unreadable: …`
     settings: Mapping[str, Any] = {}  # by dotted name
     changes: Mapping[str, Any] = {}  # of the settings, against its base commit
@@ -67,7 +65,7 @@ def list_states(project: Project) -> list[State]:
 
         for place, state in enumerate(listed):
             if state.rev == WORKSPACE:  # DVC lists it before its base commit
-                add(WORKSPACE, "workspace", state, listed[min(place + 1, len(listed) - 1)])
+                add(WORKSPACE, WORKSPACE, state, listed[min(place + 1, len(listed) - 1)])
                 continue
             if state.name or state.experiments:  # results of a branch's older commits are not current
                 add(state.name or state.rev[:7], "branch" if state.name else "commit", state, state)
