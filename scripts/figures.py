@@ -160,12 +160,12 @@ def _answers(row: Row) -> str:
 
 def runtimes() -> str:
     """Return the files of llama.cpp; rounding can make a zero negative."""
-    rows = ((key.rsplit(" ", 1), row["value"]) for key, row in measured("runtimes").items() if "Q3" not in key)
-    lines = []
-    for name, of in rows:
+    found, lines = measured("runtimes"), []
+    for key, of in ((key.replace("%", " %"), row["value"]) for key, row in found.items() if "Q3" not in key):
         speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
-        lines.append([*name, f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
-    return table(["model", "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
+        lines.append([*key.rsplit(" ", 1), f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
+    model = "model" + MARK * any(map(is_old, found.values()))
+    return table([model, "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
 
 
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
