@@ -22,6 +22,7 @@ from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import change_settings
 
@@ -43,7 +44,12 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     """A study whose stages have run, without DVC."""
     root = tmp_path_factory.mktemp("evaluated") / "study"
     root.mkdir()
-    write_params(root, make_model(root.parent / "model"), **texts)
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    made = make_model(root.parent / "model", rope_parameters=rope)
+    config = load_json(made / "config.json")  # as stored before transformers 5; a GGUF file lacks it
+    write_json(made / "config.json", config | {"rope_scaling": rope, "rope_theta": 1e4, "rope_parameters": None})
+    write_params(root, made, **texts)
     project = prune(fetch(fetch(Project(root)), "tasks"))
     for model in ("dense", "pruned"):
         perplexity(project=project, model=model, text="embedded")
@@ -67,6 +73,7 @@ def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
 
 def test_a_directory_has_the_stages_figures(study: Project):
     folder = study.model("pruned")
+    shutil.copy(study.metrics("dense", "perplexity/embedded"), study.metrics("dense", "perplexity/removed"))
     before = tree(study.root)
     (found,) = evaluated(study, folder)
     left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
@@ -76,8 +83,11 @@ def test_a_directory_has_the_stages_figures(study: Project):
     assert found["tests"][0]["measure"] == "perplexity"
 
 
-def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
-    (own,) = evaluated(study, study.model("dense"))
+def test_the_dense_model_differs_in_nothing_from_itself(study: Project, tmp_path: Path):
+    """In the dense model's dtype, whatever dtype its files are said to have."""
+    same = shutil.copytree(study.model("dense"), tmp_path / "same")
+    write_json(same / "config.json", load_json(same / "config.json") | {"dtype": "bfloat16"})
+    (own,) = evaluated(study, same)
     on_text = {name: own["results"][name]["embedded"]["value"] for name in ("divergence", "top1_agreement")}
     assert on_text == {"divergence": 0, "top1_agreement": 1}
     assert own["results"]["perplexity"] == figures(Results.of(study, "dense"))["perplexity"]

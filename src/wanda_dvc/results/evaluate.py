@@ -17,6 +17,7 @@ from wanda_dvc.results.show import notes
 from wanda_dvc.sources.models import GGUF, read_model
 from wanda_dvc.stages import check_plan
 from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.running import model_dtype
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import json_text, load_json, write_json
 from wanda_dvc.study.markup import table
@@ -30,8 +31,7 @@ LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics
 def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) -> str:
     """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
 
-    Raises:
-        UserError: a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
+    UserError if a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
     """
     for path in paths:
         if not path.exists():
@@ -40,7 +40,8 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             _check_alike(project, path, path)  # before any model runs
     check_plan(project)
     dense = workspace(project).results[DENSE]
-    if set(dense.texts) != set(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
+    params = project.params
+    if not params.perplexity.texts.keys() <= set(dense.texts) or set(dense.tasks) != set(params.tasks.names):
         raise UserError(
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
@@ -51,7 +52,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
         for place, path in enumerate(paths):
             models[str(path)] = _measured(project, path, Project(work.path / str(place)))
         found = records(models, base=DENSE)  # read before the work folder goes
-        parts = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: project.params}, models)]
+        parts = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: params}, models)]
         work.forget()
     if as_json:
         return json_text([{"model": name, "metrics": one.metrics, **found[name]} for name, one in models.items()])
@@ -92,10 +93,11 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     """
     dense = project.model(DENSE)
     sha256 = read_model(path, folder)
-    if path.suffix == GGUF:  # transformers does not read the scaling of rotary positions from such a file
-        config, dense_config = (load_json(place / "config.json") for place in (folder, dense))
-        if rope := dense_config.get("rope_parameters"):
-            write_json(folder / "config.json", config | {"rope_parameters": rope})
+    changes = {"dtype": model_dtype(project)}  # in which the dense model ran
+    rope = getattr(read_config(dense).get_text_config(), "rope_parameters", None)
+    if rope and path.suffix == GGUF:  # transformers does not read the scaling of rotary positions from such a file
+        changes["rope_parameters"] = rope
+    write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     _check_alike(project, folder, path)
     own, its = load_tokenizer(folder), load_tokenizer(dense)
     texts = {f"the text {text}": project.text(f"perplexity/{text}") for text in project.params.perplexity.texts}
