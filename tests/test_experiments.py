@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.listing import experiments, list_states
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study.project import Project
@@ -127,7 +127,10 @@ def test_the_page_about_python_prints_what_it_says(repository: Repository, monke
 def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
     """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
     output = tmp_path / "report.html"
+    (middling,) = [one.rev for one in list_states(Project(repository.root)) if one.name == "middling"]
+    repository.run("git", "branch", "kept", middling)  # as `dvc exp branch`; it is one experiment under two names
     said = report(project=Project(repository.root), output=output)
+    repository.run("git", "branch", "-D", "kept")
     assert said == f"{output}: 2 experiments, 2 excluded"
     text = output.read_text(encoding="utf-8")
     assert "wanda 50 % against magnitude-rows 50 %" in text
@@ -240,6 +243,11 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
+    for _ in range(2):  # no study is left behind
+        with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
+            wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
+    with pytest.raises(wd.UserError, match="recovery.tokens: found 0, expected a number"):
+        wd.perplexity(study, "recovered")
     before = (study.path / "params.yaml").read_bytes()
     with pytest.raises(wd.UserError, match="model: found both"):
         wd.perplexity(study, "both", sparsity=0.7)

@@ -18,7 +18,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.scaffold import change_settings, init
+from wanda_dvc.study.scaffold import PARAMS, change_settings, changed, init
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -110,12 +110,26 @@ def calibrate(
     """
     temporary = None if directory else tempfile.TemporaryDirectory(prefix="wanda-dvc-")
     folder = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
-    init(folder=folder, model=str(model) if isinstance(model, str | Path) else None)
+    changed(PARAMS.read_text(encoding="utf-8"), settings)  # a wrong setting makes no study
+    model = str(model.expanduser().absolute()) if isinstance(model, Path) else model
+    init(folder=folder, model=model if isinstance(model, str) else None)
     study = Study(folder)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
-    if not isinstance(model, str | Path):
-        settings = {"model": str(_save(model, tokenizer, folder / "model"))} | settings
+    if not isinstance(model, str):
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of "
+                "transformers; merge an adapter of PEFT first"
+            )
+        if tokenizer is None:
+            raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / "model")
+        (folder / "model/.gitignore").write_text("*\n", encoding="utf-8")
+        settings = {"model": str(folder / "model")} | settings
     change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "calibrate")
     return study
@@ -171,23 +185,8 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
     change_settings(study.path / "params.yaml", settings)
     project = Project(study.path)
     text = text or next(iter(project.params.perplexity.texts))
+    if not STAGES["perplexity"].parts[model].wanted(project.params):
+        raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
     reproduce(study.path, "perplexity", model, text)
     found = load_json(project.metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")
-
-
-def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path) -> Path:
-    """Save a model in memory, with its tokenizer, into a folder that git ignores."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(
-            f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of transformers; "
-            "merge an adapter of PEFT first"
-        )
-    if tokenizer is None:
-        raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-    return folder

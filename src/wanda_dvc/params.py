@@ -404,7 +404,8 @@ def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.described
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
-    content["calibration"]["text"] = params.calibration.text.filled
+    content["calibration"]["text"], own = params.calibration.text.filled, params.recovery.text
+    content["recovery"]["text"] = own.filled if own else dict.fromkeys(Text.model_fields)
     content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
     return dict(flatten(content))
 

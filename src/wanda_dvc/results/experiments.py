@@ -140,7 +140,7 @@ def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Expe
     found: dict[str, Experiment] = {}
     excluded: Excluded = []
     named = [State(rev, rev, "experiment") for rev in revs]
-    for state in sorted(named or list_states(project), key=lambda one: KINDS.index(one.kind)):
+    for place, state in enumerate(sorted(named or list_states(project), key=lambda one: KINDS.index(one.kind))):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             said = state.state.lower() + (f" ({changes})" if changes else "")
@@ -148,7 +148,7 @@ def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Expe
             continue
         is_named = state.kind != "commit"
         try:
-            one = at(project, state.rev, work / state.rev)
+            one = at(project, state.rev, work / str(place))
             problem = "" if one.made.metrics else " ".join(one.notes) or "no results"
         except UserError as error:
             problem = error.problems[0]

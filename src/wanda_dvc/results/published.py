@@ -10,10 +10,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.params import Settings
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.experiments import Experiment
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Value, accuracy, perplexity
 from wanda_dvc.study.markup import DASH
 
@@ -69,7 +69,7 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
                 model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", name)
                 results = one.results[model]
                 measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
-                for text in results.texts:
+                for text in filter(one.params.perplexity.texts.get, results.texts):  # others are of older settings
                     filled = one.params.perplexity.texts[text].filled
                     own = {f"perplexity.text.{key}": value for key, value in filled.items()}
                     measured.append(("perplexity", perplexity(results, text), own))

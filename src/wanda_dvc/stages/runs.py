@@ -84,7 +84,7 @@ class Runs:
     def unmet(self, asked: Params) -> dict[str, Any]:
         """Return the requested settings that differ from the current results'; `runtime` and texts' order never do."""
         ran, wanted = resolved(self.params(asked)), resolved(asked)
-        return {key: value for key, value in wanted.items() if ran.get(key) != value}
+        return {key: wanted.get(key) for key in ran | wanted if ran.get(key) != wanted.get(key)}
 
     def others(self, root: Path) -> set[str]:
         """Return the files below metrics/ that are no results of the current runs, by path below the study.
