@@ -145,6 +145,8 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
         ):
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
+    with pytest.raises(UserError, match="x.gguf: exists already, or is in"):
+        export(project=pruned, experiment=None, target=tmp_path / "new", imatrix=tmp_path / "new/x.gguf")
     (tmp_path / "beside.part").write_text("mine")
     with pytest.raises(UserError, match="beside.part: exists already"):
         export(project=pruned, experiment=None, target=tmp_path / "beside")

@@ -41,8 +41,8 @@ def export(
     and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
     """
     target, what = check_target(project, target), experiment or "the workspace"
-    if imatrix and is_there(check_place(imatrix.absolute().parent) / imatrix.name):
-        raise UserError(f"{imatrix}: exists already; name a new file")
+    if imatrix and (is_there(file := check_place(imatrix.parent) / imatrix.name) or file.is_relative_to(target)):
+        raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
         study = Project(work.path / "study")
@@ -62,7 +62,8 @@ def export(
                 f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model "
                 "and statistics; run `dvc repro`"
             )
-        found.study = study = study.with_params(found.params)
+        here = {"runtime": project.params.runtime}  # of this machine instead of the experiment's
+        found.study = study = study.with_params(found.params.model_copy(update=here))
         if others := made_with_others(found):
             raise UserError(f"{what}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
@@ -128,7 +129,7 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
     wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
-        study.model("dense").parent.mkdir()
+        study.model("dense").parent.mkdir(exist_ok=True)
         study.model("dense").symlink_to(here)
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
