@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Make, fetch, save_tiny_model
+from conftest import Capture, Make, fetch, save_tiny_model
 from safetensors.torch import load_file, save_file
 from test_families import ALL, save
 from test_stages import prune
@@ -147,6 +147,10 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
 
 def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pair(tmp_path)
+    with monkeypatch.context() as many:
+        many.setenv("WORLD_SIZE", "4")
+        with pytest.raises(UserError, match="accelerate launch: 4 processes, expected 1 or 2"):
+            train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(recovery, "divergence", lambda *_: torch.ones(1))  # without gradients
     with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):
         train(dense, pruned, tmp_path / "work")
@@ -156,7 +160,7 @@ PARTS = ("model", "calibration", "perplexity")
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
 
 
-def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_path: Path):
+def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_path: Path, capsys: Capture):
     made = prune(fetch(project(**SMALL, pattern="2:4"), *PARTS))
     for part in ("dense", "pruned", "recovered"):
         if part == "recovered":
@@ -184,7 +188,11 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     for stage in ("download", "recover", "perplexity"):
         run(stage, project=off, part={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
     assert [path.name for path in off.model("recovered").iterdir()] == ["none.json"]
+    assert "recover: not needed with these settings" in capsys.readouterr().err
     assert list(workspace(off).models) == ["dense", "pruned"]
+    write_provenance(off.model("dense"), read_provenance(off.model("dense"), "download model") | {"sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"models/pruned/: made from .*; run `dvc repro` or `wanda-dvc apply`"):
+        recover(project=project(**SMALL, pattern="2:4"))
 
 
 def test_windows_are_not_the_calibrations_and_the_guard_has_others(project: Make):

@@ -123,6 +123,7 @@ def recover(
     model's; and the guard's curve. An interrupted training resumes at its last checkpoint in `work`. Each process of
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
+    share, device = _share(device)
     logging.set_verbosity_error()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
     for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
@@ -137,11 +138,11 @@ def recover(
     if checkpointing and student.supports_gradient_checkpointing:
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
         (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
-    each, processes = math.ceil(len(rows) / BATCH / LOOKS), int(os.environ.get("WORLD_SIZE", "1"))
-    if device.type == "cuda" and processes == 1:
+    each = math.ceil(len(rows) / BATCH / LOOKS)
+    if device.type == "cuda" and share == BATCH:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
-        output_dir=str(work.absolute()), per_device_train_batch_size=max(1, BATCH // processes), num_train_epochs=1,
+        output_dir=str(work.absolute()), per_device_train_batch_size=share, num_train_epochs=1,
         train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=WARM_UP,
         eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each, logging_strategy="no",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
@@ -149,6 +150,8 @@ def recover(
         report_to="none", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs
+    if device.type == "cuda":
+        vars(arguments)["_setup_devices"] = device  # a cached property, which takes the first GPU
     data = [{"input_ids": row} for row in rows]
     trainer = Recovery(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train(resume_from_checkpoint=_last(work))
@@ -166,6 +169,16 @@ def recover(
         return new
 
     return Changed(checkpoint, read, weights), trainer.curve
+
+
+def _share(device: torch.device) -> tuple[int, torch.device]:
+    """Return this process's windows of a step, and its GPU, among the processes of `accelerate launch`."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if BATCH % processes:
+        raise UserError(f"accelerate launch: {processes} processes, expected 1 or {BATCH}: a step has {BATCH} windows")
+    if device.type == "cuda" and processes > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return BATCH // processes, device
 
 
 def _last(work: Path) -> str | None:

@@ -8,10 +8,10 @@ this table too.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wanda_dvc.catalog import EMBEDDED, STATISTICS
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CHOICES, RECOVERY_LENGTH
 
 if TYPE_CHECKING:
@@ -76,20 +76,23 @@ class Stage:
                     yield self.run_name(one, named), one, named
 
 
-def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
-    details = f"metrics/details/{model}/perplexity/{{text}}.json"
-    reference = ("reference/{text}",) if model == "dense" else ()
+def _perplexity(model: str) -> Part:
+    # The dense model's run keeps its predictions; the other models are compared with them.
+    reads, writes = ((), ("reference/{text}",)) if model == "dense" else (("reference/{text}",), ())
     return Part(
         settings=("perplexity.length", "perplexity.windows", "dtype"),
-        deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *deps),
-        outs=(details, *reference),
+        deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *reads),
+        outs=(f"metrics/details/{model}/perplexity/{{text}}.json", *writes),
         metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
+        plots=PLOTS if model == "pruned" else None,
         by_text=True,
-        **words,
+        wanted=_recovers if model == "recovered" else Part.wanted,
     )
 
 
-def _zero_shot(model: str, reads: str, **words: Any) -> Part:
+def _zero_shot(model: str) -> Part:
+    # The other models' answers are compared with the dense model's.
+    reads = "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json"
     return Part(
         settings=("tasks", "zero_shot.limit", "dtype"),
         deps=("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt", reads),
@@ -99,7 +102,7 @@ def _zero_shot(model: str, reads: str, **words: Any) -> Part:
             f"metrics/plots/{model}/zero_shot.csv",
         ),
         metrics=(f"metrics/{model}/zero_shot.json",),
-        **words,
+        wanted=_recovers if model == "recovered" else Part.wanted,
     )
 
 
@@ -155,6 +158,19 @@ def _plan_recover(params: "Params") -> "dict[str, Json]":
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
 STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
+PLOTS = {  # of the pruned model on a text
+    "metrics/plots/perplexity/{text}.csv": {
+        "title": "Perplexity on {text}, ± one standard error over windows",
+        "template": "perplexity",
+        "x": "window",
+        "y": "pruned",
+    },
+    "metrics/plots/divergence/{text}.csv": {
+        "title": "Divergence from the dense model on {text} by window: mean KL(dense ‖ pruned), nats",
+        "x": "window",
+        "y": "divergence",
+    },
+}
 STAGES = {
     stage.name: stage
     for stage in (
@@ -187,7 +203,7 @@ STAGES = {
                     ("model", "model", "model", "models/dense", Part.wanted),
                     ("calibration", "calibration", "calibration.text", "data/calibration", Part.wanted),
                     ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}", Part.wanted),
-                    ("recovery", "recovery", "recovery", "data/recovery", _recovers_on_own_text),
+                    ("recovery", "recovery", "recovery.text", "data/recovery", _recovers_on_own_text),
                     ("tasks", "tasks", "tasks", "data/tasks", Part.wanted),
                 )
             },
@@ -254,29 +270,7 @@ STAGES = {
             version=5,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             part_is="model",
-            # The dense model's run keeps its predictions; the pruned model is compared with them.
-            parts={
-                "dense": _perplexity("dense"),
-                "pruned": _perplexity(
-                    "pruned",
-                    deps=("reference/{text}",),
-                    plots={
-                        "metrics/plots/perplexity/{text}.csv": {
-                            "title": "Perplexity on {text}, ± one standard error over windows",
-                            "template": "perplexity",
-                            "x": "window",
-                            "y": "pruned",
-                        },
-                        "metrics/plots/divergence/{text}.csv": {
-                            "title": "Divergence from the dense model on {text} by window: mean KL(dense ‖ pruned), "
-                            "nats",
-                            "x": "window",
-                            "y": "divergence",
-                        },
-                    },
-                ),
-                "recovered": _perplexity("recovered", deps=("reference/{text}",), wanted=_recovers),
-            },
+            parts={model: _perplexity(model) for model in MODELS},
             plan=lambda params: {
                 "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
             },
@@ -286,12 +280,7 @@ STAGES = {
             version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             part_is="model",
-            # The pruned model's answers are compared with the dense model's.
-            parts={
-                "dense": _zero_shot("dense", "models/dense/provenance.json"),
-                "pruned": _zero_shot("pruned", "metrics/details/dense/zero_shot.json"),
-                "recovered": _zero_shot("recovered", "metrics/details/dense/zero_shot.json", wanted=_recovers),
-            },
+            parts={model: _zero_shot(model) for model in MODELS},
             plan=lambda params: {
                 "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
             },
@@ -323,6 +312,8 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
         check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts, part, text):
         if not row.parts[one].wanted(project.params):
+            if part == one:
+                notice(f"{row.run_name(one, name)}: not needed with these settings; it writes placeholders")
             for path in row.parts[one].written:
                 remove(place := project.root / path.format(text=name))
                 content = "none\n" if place.suffix == ".csv" else "{}\n"  # DVC warns about an empty file

@@ -6,35 +6,33 @@ import random
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from wanda_dvc.engine.checkpoint import write_model
+from wanda_dvc.engine.recovery import recover as train
+from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import announce, computes_twice, trained_in
+from wanda_dvc.stages.running import check_ready, own_device, progress, windows_of_documents
 from wanda_dvc.study.files import load_json, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import PROVENANCE, describe, digest, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, check_source, describe, digest, read_provenance, write_provenance
 
 HELD = 4  # windows of each text that the guard measures on
 COLUMNS = ("tokens", "text", "other")  # of the curve
 GUARD = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"  # evaluations have the split `test`
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def recover(*, project: Project) -> None:
     """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
-    import torch
-
-    from wanda_dvc.engine.checkpoint import write_model
-    from wanda_dvc.engine.recovery import recover as train
-    from wanda_dvc.stages.needs import announce, computes_twice, trained_in
-    from wanda_dvc.stages.running import check_ready, own_device, progress
-
     planned, folder = project.planned("recover"), project.model("pruned")
     pruned, dtype = check_ready(project, "pruned")
+    check_source("models/pruned", pruned["model"], read_provenance(project.model("dense"), "download model"), "apply")
     device, checkpointing = own_device(project.params.runtime), computes_twice(project)
     dtype = trained_in(dtype, device.type)
     rows, held = windows(project)
@@ -69,13 +67,8 @@ def recover(*, project: Project) -> None:
     write_json(project.metrics("recovered", "sparsity"), load_json(project.metrics("pruned", "sparsity")))
 
 
-def windows(project: Project) -> "tuple[Tensor, dict[str, Tensor]]":
+def windows(project: Project) -> tuple[Tensor, dict[str, Tensor]]:
     """Return windows to train on in random order, the calibration's last, and the guard's, by text."""
-    import torch
-
-    from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
-    from wanda_dvc.stages.running import windows_of_documents
-
     planned, tokenizer = project.planned("recover"), load_tokenizer(project.model("dense"))
     length, seed, part = planned["length"], planned["seed"], "recovery" if planned["text"] else "calibration"
     count = max(1, planned["tokens"] // length // RECOVERY_BATCH) * RECOVERY_BATCH
