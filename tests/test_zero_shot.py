@@ -322,11 +322,13 @@ def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, 
     with monkeypatch.context() as small:
         small.setattr("wanda_dvc.stages.zero_shot.free_memory", lambda _: 10**8)
         zero_shot(project=made, model="dense")
-    skipped = "the model needs 0.1 GB of memory, and 0.1 GB were free"
-    assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
     again = "`dvc repro --force --single-item zero-shot-dense` writes them when there is more"
-    assert f"zero-shot dense: no continuations: {skipped}; {again}" in capsys.readouterr().err
+    skipped = f"the model needs 0.1 GB of memory, and 0.1 GB were free; {again}"
+    assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
+    assert f"zero-shot dense: no continuations: {skipped}" in capsys.readouterr().err
     assert f"No continuations by the dense model: {skipped}." in show(project=made)
+    with pytest.raises(UserError, match="^continuations: the model needs 0.1 GB"):
+        show(project=made, text=True)
     zero_shot(project=made, model="dense")
     assert load_json(made.details("dense", "continuations"))["prompts"]
     (made.root / PROMPTS).write_text("")

@@ -115,6 +115,7 @@ def methods() -> dict[str, Method]:
         where = f"entry point {entry.name} of {package} ({ENTRY_POINTS}): {entry.value}"
         try:
             method = replace(entry.load(), package=package)
+            method.file  # noqa: B018 - its module may be missing
             problem = f"has the taken name {method.name}, expected another" if method.name in found else ""
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"

@@ -32,6 +32,8 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
         first = experiments[0]
         models = {DENSE: first.results[DENSE]} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE
+        if as_json and text:
+            raise UserError("--json: given with --text; metrics/details/MODEL/continuations.json has the texts")
         if as_json:
             made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}
             record: Json = {"experiments": made}
@@ -40,7 +42,10 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
         if text and (texts := continuations(models)):
             return texts
         if text:
-            raise UserError("continuations: missing; `dvc repro` writes them for both models (stage zero-shot)")
+            written = [one.details("continuations").get("skipped") for one in models.values()]
+            skipped = [f"continuations: {why}" for why in written if why]
+            todo = "continuations: missing; `dvc repro` writes them, of each line of prompts.txt"
+            raise UserError(*skipped or [todo])
         hidden = {"mean_acc"} if first.params.tasks.source == EMBEDDED else set()  # of a few questions of our own
         headers, rows = side_by_side(models, base=base, hidden=hidden)
         parts = [

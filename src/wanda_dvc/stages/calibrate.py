@@ -1,5 +1,8 @@
 """Measure the dense model's activations once: the tiers of stats/ that the plan asks for."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
@@ -34,16 +37,19 @@ def calibrate(*, project: Project, tier: str) -> None:
         else:
             _forward(project, **{tier: work})
         tensors.seal(work.out, made_from)
+        rows = list(_rows(work.out)) if tier == "norms" else None  # takes seconds; publishing forgets the run
         work.publish(project.root / "stats" / tier)
-    if tier == "norms":  # for plots
-        rows: list[list[object]] = []
-        for block in range(tensors.block_count(project.stats, "calibrate")):
-            stats = tensors.read_stats(project.stats, block)
-            for name, x in stats.inputs.items():
-                readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
-                rows.append([block, readers, len(x.norm), *summary(x.norm).values()])
+    if rows:
         headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
         write_csv(project.plots("norms"), headers, rows)
+
+
+def _rows(folder: Path) -> Iterator[list[object]]:
+    for block in range(tensors.block_count(folder, "calibrate")):
+        stats = tensors.read_stats(folder, block)
+        for name, x in stats.inputs.items():
+            readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
+            yield [block, readers, len(x.norm), *summary(x.norm).values()]
 
 
 def _described(project: Project, tier: str) -> Json:

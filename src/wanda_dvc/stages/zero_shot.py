@@ -178,9 +178,11 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
     needed = continuing(Known(project, model), longest + CONTINUED)
     if needed > (free := free_memory(str(device))):
-        skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
-        again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
-        notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
+        skipped = (
+            f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free; "
+            f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
+        )
+        notice(f"zero-shot {model}: no continuations: {skipped}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
     dtype = getattr(torch, protocol["dtype"])
     written = continuations(project.model(model), prompts, dtype=dtype, device=device) if prompts else []

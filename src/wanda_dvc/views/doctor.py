@@ -50,7 +50,8 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
     else:
         with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
-            needs = {stage: need(project, stage) for stage in NEEDS}
+            wanted = [stage for stage in NEEDS if stage != "recover" or params.recovery.tokens]
+            needs = {stage: need(project, stage) for stage in wanted}
         checks.append(Check("params.yaml", True, "valid"))
         checks += [*_machine(params), *_room(project, needs)]
     missing = [check.what for check in checks if check.needed and not check.good]
