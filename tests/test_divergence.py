@@ -16,9 +16,9 @@ from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
 from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.engine.intervals import perplexity as perplexity_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.inference import perplexity as perplexity_interval
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity

@@ -11,10 +11,10 @@ import pytest
 from conftest import write_params
 from scipy import stats
 
+from wanda_dvc.engine import intervals
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
-from wanda_dvc.results import inference
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.results.show import show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
@@ -201,22 +201,22 @@ def test_mcnemar_is_the_fair_coin_counted_out():
         total = first + second
         mine = [True] * first + [False] * second + [True, False]
         theirs = [False] * first + [True] * second + [True, False]
-        got = inference.mcnemar(mine, theirs)
+        got = intervals.mcnemar(mine, theirs)
         outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
         as_far = [heads for heads in outcomes if abs(heads - total / 2) >= abs(first - total / 2)]
         assert got == pytest.approx(len(as_far) / len(outcomes))
-    many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
+    many = intervals.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
     assert many == pytest.approx(stats.binomtest(900, 1900).pvalue)
 
 
 def test_the_interval_of_accuracy_is_where_a_score_test_does_not_reject():
     """Wilson's interval, found by looking at every p."""
-    interval = inference.accuracy([True] * 13 + [False] * 35)
+    interval = intervals.accuracy([True] * 13 + [False] * 35)
     grid = np.linspace(1e-4, 1 - 1e-4, 99_999)
     kept = grid[np.abs(13 / 48 - grid) <= 1.959964 * np.sqrt(grid * (1 - grid) / 48)]
     assert interval.value == pytest.approx(13 / 48)
     assert (interval.low, interval.high) == pytest.approx((kept.min(), kept.max()), abs=1e-4)
-    assert inference.accuracy([True] * 5).high == pytest.approx(1)
+    assert intervals.accuracy([True] * 5).high == pytest.approx(1)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -225,14 +225,14 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     for _ in range(400):
         first, noise = random.normal(2.0, 0.4, 20), random.normal(0.1, 0.05, 20)
         predictions = [63] * 20
-        one = inference.perplexity(list(first), predictions)
-        both = inference.ratio(list(first + noise), list(first), predictions)
+        one = intervals.perplexity(list(first), predictions)
+        both = intervals.ratio(list(first + noise), list(first), predictions)
         assert one
         assert both
         covered["perplexity"] += one.low <= math.exp(2.0) <= one.high
         covered["ratio"] += both.low <= math.exp(0.1) <= both.high
         tasks = [list(random.choice([-1.0, 0.0, 1.0], size, p=[0.2, 0.5, 0.3])) for size in (30, 60)]
-        mean = inference.mean_of_tasks(tasks, -1)
+        mean = intervals.mean_of_tasks(tasks, -1)
         assert mean
         covered["tasks"] += mean.low <= 0.1 <= mean.high
     assert all(0.91 <= count / 400 <= 0.985 for count in covered.values()), covered
@@ -242,34 +242,34 @@ def test_the_paired_test_agrees_with_permutations():
     random = np.random.default_rng(1)
     others = random.normal(3, 1, 12)
     losses = others + random.normal(0.05, 0.1, 12)
-    got = inference.ratio(list(losses), list(others), [10] * 12)
+    got = intervals.ratio(list(losses), list(others), [10] * 12)
     assert got
     difference = losses - others
     signs = np.array(list(itertools.product((-1, 1), repeat=12)))
     permuted = np.abs((signs * difference).mean(axis=1))
     assert got.p == pytest.approx((permuted >= abs(difference.mean()) - 1e-12).mean(), abs=0.03)
     assert got.value == pytest.approx(math.exp(difference.mean()))
-    moved = inference.mean_difference(list(losses), list(others), [10] * 12)
+    moved = intervals.mean_difference(list(losses), list(others), [10] * 12)
     assert moved
     expected = stats.ttest_rel(losses, others)
     assert (moved.value, moved.p) == pytest.approx((difference.mean(), expected.pvalue))
     assert moved[1:3] == pytest.approx(tuple(expected.confidence_interval()))
-    unpaired = inference.perplexity(list(losses), [10] * 12)
+    unpaired = intervals.perplexity(list(losses), [10] * 12)
     assert unpaired
     assert math.log(got.high / got.low) < math.log(unpaired.high / unpaired.low) / 3  # why it is paired
 
 
 def test_a_shorter_window_counts_by_its_predictions():
     losses, predictions = [1.0, 2.0, 6.0], [10, 10, 5]
-    got = inference.perplexity(losses, predictions)
+    got = intervals.perplexity(losses, predictions)
     assert got
     assert got.value == pytest.approx(math.exp((10 + 20 + 30) / 25))
 
 
 def test_nothing_is_said_of_what_is_not_finite_or_alone():
-    assert inference.perplexity([1.0, math.nan], [3, 3]) is None
-    assert inference.perplexity([1.0], [3]) is None
-    same = inference.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
+    assert intervals.perplexity([1.0, math.nan], [3, 3]) is None
+    assert intervals.perplexity([1.0], [3]) is None
+    same = intervals.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
     assert same
     assert same.p == 1
 
@@ -277,12 +277,12 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
 @pytest.mark.parametrize("tasks", [[[-1.0]], [[-1.0, -1.0]], [[1.0, 0.0, 1.0], [1.0]], [[1.0] * 3, [0.0] * 3]])
 def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
     """A t interval of no width would say that one item is beyond noise."""
-    assert inference.mean_of_tasks(tasks, -1) is None
+    assert intervals.mean_of_tasks(tasks, -1) is None
 
 
 def test_holm_rejects_step_by_step():
     p = [0.04, 0.001, 0.5, 0.013, 0.012]
-    adjusted = inference.holm(p)
+    adjusted = intervals.holm(p)
     for level in (0.005, 0.045, 0.05, 0.06, 0.2):
         rejected, left = set(), sorted(range(len(p)), key=p.__getitem__)
         while left and p[left[0]] <= level / len(left):
@@ -293,12 +293,12 @@ def test_holm_rejects_step_by_step():
 def test_an_interval_of_accuracies_stays_within_0_and_1():
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
-    most, least = inference.mean_of_tasks(answers[:1], 0), inference.mean_of_tasks(answers[1:], 0)
+    most, least = intervals.mean_of_tasks(answers[:1], 0), intervals.mean_of_tasks(answers[1:], 0)
     assert most
     assert least
     assert most.value + (most.value - most.low) == pytest.approx(1.0256, abs=1e-4)  # the other end, not cut
     assert (most.high, least.low) == (1, 0)
-    both = inference.mean_of_tasks(answers, 0)
+    both = intervals.mean_of_tasks(answers, 0)
     assert both
     assert both.high - both.value == pytest.approx(both.value - both.low) != 0  # not cut
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -227,10 +227,7 @@ def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -
     Hub's client stores times.
 
     Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
-    bounded by the two largest pieces.
-
-    Raises:
-        UserError: a piece has another shape or dtype than expected.
+    bounded by the two largest pieces. UserError if a piece has another shape or dtype than expected.
     """
     source, folder = view.source, view.source.folder
     touched = [shard for shard in source.shards if view.new.keys() & source.header(shard).keys()]
@@ -252,9 +249,12 @@ def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -
         total = sum(entry.length for entry in view.entries.values())
         _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     content, config = read_object(folder / "config.json"), source.config
-    key = text_key(config)
+    key, names = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
     text = content[key] if key else content
-    text.update(_as_written(view.changes, text, config.get_text_config()))
+    for field, value in view.changes.items():  # under the file's name, such as `num_experts` for `num_local_experts`
+        name = names.get(field, field)
+        known = {field, name, *(other for other, meant in names.items() if meant == name)}
+        text.update(dict.fromkeys(known & text.keys() or {field}, value))
     _write_json(target / "config.json", content)
 
 
@@ -323,14 +323,3 @@ def _made_ahead(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _as_written(changes: Mapping[str, Any], written: Mapping[str, Any], text: Any) -> dict[str, Any]:
-    """Return changes of a configuration by the names in its file, such as `num_experts` for `num_local_experts`."""
-    other_names: Mapping[str, str] = getattr(text, "attribute_map", {})
-    found: dict[str, Any] = {}
-    for field, value in changes.items():
-        name = other_names.get(field, field)
-        known = {field, name, *(other for other, meant in other_names.items() if meant == name)}
-        found |= dict.fromkeys(sorted(known & written.keys()) or [field], value)
-    return found

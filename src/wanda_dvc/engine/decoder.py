@@ -44,8 +44,7 @@ def _held(value: Any) -> Iterator[int]:
 class Decoder:
     """A causal language model, run block by block. Memory holds one or two blocks, embeddings, norm and head.
 
-    Raises:
-        UserError: the model's structure is not supported, or the checkpoint is incomplete.
+    UserError if the model's structure is not supported, or the checkpoint is incomplete.
     """
 
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,26 +1,135 @@
-"""Intervals of a mean over windows: pure functions of numbers, without torch."""
+"""Intervals and paired tests: pure functions of losses and answers, without torch.
+
+Windows and items count as independent. Windows of one text are slightly dependent, so the interval of a single
+perplexity is somewhat too narrow. A paired ratio is less affected, because both models read the same windows.
+"""
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from wanda_dvc.reading import DIVERGED
 
 LEVEL = 0.95
+ALPHA = 0.05  # p-values below it are beyond noise
+NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+class Estimate(NamedTuple):
+    """A value with its two-sided interval at `LEVEL`; a difference also has the p-value of no difference."""
+
+    value: float
+    low: float = math.nan  # not known
+    high: float = math.nan
+    p: float = math.nan
+
+    @property
+    def record(self) -> dict[str, float | str]:
+        """Its known numbers, as JSON has them."""
+        return {key: DIVERGED if math.isinf(x) else x for key, x in self._asdict().items() if not math.isnan(x)}
+
+    def within(self, low: float, high: float) -> "Estimate":
+        """Return the estimate with its interval cut to possible values; the coverage does not change."""
+        return self._replace(low=max(low, self.low), high=min(high, self.high))
+
+
+def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return exp(mean loss over windows, weighted by their predictions), with a t interval on the mean.
+
+    `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
+    """
+    return ratio(losses, [0.0] * len(losses), predictions)
+
+
+def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return the first model's perplexity over the second's on the same windows. None as for `perplexity`."""
+    if (found := mean_difference(losses, others, predictions)) is None:
+        return None
+    value, low, high = (math.exp(x) if x < 709 else math.inf for x in found[:3])  # the largest float is exp(709.8)
+    return Estimate(value, low, high, found.p)
+
+
+def mean_difference(values: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return the first model's mean minus the second's on the same windows: t interval and test of paired means.
+
+    `values` and `others` are windows' means over their predictions. None as for `perplexity`.
+    """
+    differences, share = np.subtract(values, others), np.divide(predictions, sum(predictions))
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return None
+    mean = float(share @ differences)
+    variance = float(share**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
+    if variance == 0:
+        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 
 def mean_interval(
-    values: Sequence[float], weights: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)
+    values: Sequence[float], weights: Sequence[int], within: tuple[float, float] = (-math.inf, math.inf)
 ) -> dict[str, float]:
-    """Return the weighted `mean`, and the `low` and `high` end of its t interval; of one value, the mean alone.
+    """Return the weighted `mean`, and the ends of its t interval, cut to `within`; of one value the mean alone."""
+    if (found := mean_difference(values, [0.0] * len(values), weights)) is None:
+        return {"mean": values[0]}
+    mean, low, high, _ = found.within(*within)
+    return {"mean": mean, "low": low, "high": high}
 
-    The ends are cut to possible values, `within`.
+
+def accuracy(right: Sequence[bool]) -> Estimate:
+    """Return the fraction of correct answers, with Wilson's interval (Wilson 1927)."""
+    count, share = len(right), sum(right) / len(right)
+    spread = NORMAL**2 / count
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return Estimate(share, (middle - half) / (1 + spread), (middle + half) / (1 + spread)).within(0, 1)
+
+
+def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | None:
+    """Return the unweighted mean over tasks of each task's mean over items; the test's hypothesis is a mean of 0.
+
+    One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. `least` is the smallest
+    possible value: the interval is cut to [least, 1]. The variance is the sum of the tasks' variances, with Welch's and
+    Satterthwaite's degrees of freedom for the t distribution. The tasks are fixed, not a sample of tasks. None if a
+    task has fewer than two items, or if each task's values are constant and the mean is not 0: then no variance is
+    known.
     """
-    from scipy.special import stdtrit
+    if any(len(task) < 2 for task in tasks):
+        return None
+    value = float(np.mean([np.mean(task) for task in tasks]))
+    parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
+    if not (variance := float(sum(parts))):
+        return Estimate(value, value, value, 1.0) if value == 0 else None
+    sizes = [len(task) for task in tasks]
+    freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+    return _student(value, math.sqrt(variance), freedom).within(least, 1)
 
-    total = math.fsum(weights)
-    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
-    count = len(values)
-    if count < 2:
-        return {"mean": mean}
-    variance = math.fsum((weight / total * (value - mean)) ** 2 for value, weight in zip(values, weights, strict=True))
-    half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * math.sqrt(variance * count / (count - 1))
-    low, high = within
-    return {"mean": mean, "low": max(low, mean - half), "high": min(high, mean + half)}
+
+def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> float:
+    """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins.
+
+    It is two-sided: twice the probability of at least as uneven outcomes.
+    """
+    from scipy.special import bdtr
+
+    first = sum(a and not b for a, b in zip(right, others, strict=True))
+    second = sum(b and not a for a, b in zip(right, others, strict=True))
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted by Holm (1979): comparing them with α bounds the error of all tests together."""
+    order = sorted(range(len(p)), key=p.__getitem__)
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _student(value: float, error: float, freedom: float) -> Estimate:
+    from scipy.special import stdtr, stdtrit
+
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    return Estimate(value, value - half, value + half, float(2 * stdtr(freedom, -abs(value) / error)))

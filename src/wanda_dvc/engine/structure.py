@@ -162,8 +162,7 @@ def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list
 def check_model(folder: Path) -> None:
     """Check that a directory holds a complete model that the stages can run, with its tokenizer.
 
-    Raises:
-        UserError: index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
+    UserError if index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
     """
     checkpoint = Checkpoint(folder)
     model = build_empty(checkpoint.config, checkpoint)
@@ -253,10 +252,8 @@ def place_parts(
 ) -> list[Part]:
     """Return each stored tensor's place in a parameter. Tensors are given with their patterns in the rule.
 
-    The function converts small tensors of marks by the rule, and finds the marks in the result.
-
-    Raises:
-        UserError: the rule does more than stack rows, expert by expert.
+    The function converts small tensors of marks by the rule, and finds the marks in the result. UserError if the rule
+    does more than stack rows, expert by expert.
     """
     expected = list(model.get_parameter(name).shape)
     entries = checkpoint.entries

@@ -265,21 +265,16 @@ class Step:
 
 
 def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-    """Yield each block, the last one first, with two sums by linear over all tokens.
+    """Yield each block, the last one first, with its `Gradients` over all tokens.
 
-    Σ ‖x‖² (∂ℓ/∂y)², [out], and Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal is the first sum.
-
-    x and y are the linear's input and output at one token; ℓ = −Σ log p(token) over the row, with the text's own
-    tokens. The sum is, for each row of the weight, the trace of its empirical Fisher information, with the tokens taken
-    as independent; K-FAC factors the same matrices (Martens and Grosse 2015, arXiv 1503.05671).
-    Linears without a gradient, as in an expert without tokens, are missing.
+    ℓ = −Σ log p(token) over the row, with the text's own tokens. The sums are, for each row of the weight, the trace of
+    its empirical Fisher information, with the tokens taken as independent; K-FAC factors the same matrices (Martens and
+    Grosse 2015, arXiv 1503.05671).
 
     Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
     of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
-    copies for one row in it. Disk: the hidden states of all rows, once for each block.
-
-    Raises:
-        UserError: A gradient is not finite.
+    copies for one row in it. Disk: the hidden states of all rows, once for each block. UserError if a gradient is not
+    finite.
     """
     decoder, blocks = runner.decoder, len(runner.decoder.blocks)
     for step in runner.walk(rows, boundaries=blocks + 2):

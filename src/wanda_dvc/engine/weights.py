@@ -42,7 +42,26 @@ class Weights:
         self._copies = Copies(device)
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}  # the next block, if it is read
         self._held: tuple[int, int, Change | None] | None = None
-        self._load_rest()
+        # A tied head is the embeddings' parameter, stored once or twice. If both are stored and differ, they are
+        # separate, for any configuration, as in transformers.
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in inside:
+                names.setdefault(id(parameter), []).append(name)
+        for aliases in names.values():
+            stored = [name for name in aliases if name in self.parts]
+            empty = self.model.get_parameter(stored[0])
+            found = self._read(dict.fromkeys(stored, empty))
+            first = nn.Parameter(found[stored[0]], requires_grad=False)
+            for alias in aliases:
+                own = found.get(alias, first)
+                set_parameter(self.model, alias, first if torch.equal(own, first) else own)
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            if name in self.parts:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self.parts[name][0].address).to(buffer.dtype)
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def of_block(self, index: int) -> dict[str, Linear]:
         """Return all weights of a block by stored name: its linears, then all others."""
@@ -134,30 +153,6 @@ class Weights:
                     self._copies.copy(self.checkpoint.read(part.address), part.of(weight))
             found[name] = weight
         return found
-
-    def _load_rest(self) -> None:
-        """Load all weights outside blocks. A tied head is the embeddings' parameter, stored once or twice.
-
-        If both are stored and differ, they are separate, for any configuration, as in transformers.
-        """
-        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in inside:
-                names.setdefault(id(parameter), []).append(name)
-        for aliases in names.values():
-            stored = [name for name in aliases if name in self.parts]
-            empty = self.model.get_parameter(stored[0])
-            found = self._read(dict.fromkeys(stored, empty))
-            first = nn.Parameter(found[stored[0]], requires_grad=False)
-            for alias in aliases:
-                own = found.get(alias, first)
-                set_parameter(self.model, alias, first if torch.equal(own, first) else own)
-        for name, buffer in self.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            if name in self.parts:  # few: the bias by which some routers balance their experts
-                buffer = self.checkpoint.read(self.parts[name][0].address).to(buffer.dtype)
-            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

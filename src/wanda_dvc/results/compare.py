@@ -7,7 +7,7 @@ dtype, prompts, and versions of the libraries that computed them.
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from wanda_dvc.results.inference import Estimate, holm
+from wanda_dvc.engine.intervals import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import differing

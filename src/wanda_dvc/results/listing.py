@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results.compare import cells, headings
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs

@@ -1,16 +1,8 @@
 """The measures of a model, as rows of one table, and the record of results that they read.
 
 `show`, `list`, the report, the model card, `evaluate` and `Study.results()` loop over `MEASURES`. To add a measure,
-let a stage write its number below metrics/ (`dvc metrics diff` then has it too), and add a function and a row here:
-
-    results = Results.of(project, "pruned")
-    for measure in MEASURES:
-        for on in measure.where(results):         # texts, tasks, or "" for the model
-            estimate = measure.read(results, on)  # an Estimate, `diverged`, or None: not measured
-            measure.text(estimate)                # "7.39 (7.01 to 7.80)"
-
-`measure.protocols(results, on)` has everything that a value depends on, except the model. Two values may be compared
-only if `results.compare.reason` finds no difference of their protocols.
+let a stage write its number below metrics/ (`dvc metrics diff` then has it too), and add a function and a row here.
+Two values may be compared only if `results.compare.reason` finds no difference of their protocols.
 """
 
 import math
@@ -20,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from wanda_dvc.engine import intervals
+from wanda_dvc.engine.intervals import Estimate, mean_difference
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.results import inference
-from wanda_dvc.results.inference import Estimate, mean_difference
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
@@ -99,7 +91,7 @@ def perplexity(results: Results, text: str) -> Value:
     value = results.metrics.get(ON_TEXT + text, {}).get("perplexity")
     if value is None or value == DIVERGED:
         return value
-    ends = inference.perplexity(*_windows(results, text, "losses"))
+    ends = intervals.perplexity(*_windows(results, text, "losses"))
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
@@ -118,7 +110,7 @@ def accuracy(results: Results, task: str) -> Value:
     if value is None or value == DIVERGED:
         return value
     right = _right(results, task)
-    ends = inference.accuracy(right) if right else None
+    ends = intervals.accuracy(right) if right else None
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
@@ -129,7 +121,7 @@ def mean_accuracy(results: Results, _: str) -> Value:
         return DIVERGED if DIVERGED in values else None
     value = sum(one.value for one in values if isinstance(one, Estimate)) / len(values)
     items = [_right(results, task) for task in results.tasks]
-    ends = inference.mean_of_tasks(items, 0) if all(items) else None
+    ends = intervals.mean_of_tasks(items, 0) if all(items) else None
     return Estimate(value, *ends[1:3]) if ends else Estimate(value)
 
 
@@ -184,12 +176,12 @@ def difference(first: Results, second: Results, task: str) -> Estimate | None:
     pairs = [(_right(first, one), _right(second, one)) for one in ([task] if task else first.tasks)]
     if DIVERGED in (read(first, task), read(second, task)) or not all(right for right, _ in pairs):
         return None
-    found = inference.mean_of_tasks([[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in pairs], -1)
+    found = intervals.mean_of_tasks([[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in pairs], -1)
     if not task:
         return found
     [(right, others)] = pairs
     value = sum(right) / len(right) - sum(others) / len(others)
-    return (found or Estimate(value))._replace(p=inference.mcnemar(right, others))
+    return (found or Estimate(value))._replace(p=intervals.mcnemar(right, others))
 
 
 # --- the table ---
@@ -256,7 +248,7 @@ class Measure:
 
     def test_text(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
-        mark = " *" if test is not None and test.p < inference.ALPHA else ""
+        mark = " *" if test is not None and test.p < intervals.ALPHA else ""
         return _formatted(test, self.test.form, self.test.unit) + mark if self.test else ""
 
 
@@ -273,7 +265,7 @@ _divergence = partial(written, name="divergence")
 _agreement = partial(written, name="top1_agreement")
 _rms_change = partial(written, name="rms_probability_change")
 _removed = partial(written, name="removed_parameters")
-_ratio = partial(by_window, what="losses", how=inference.ratio)
+_ratio = partial(by_window, what="losses", how=intervals.ratio)
 _moved, _agreed = partial(by_window, what="divergences"), partial(by_window, what="agreements")
 MEASURES: tuple[Measure, ...] = (
     _text("divergence", "divergence", "nats", _divergence, brief=True, test=Test(_moved, _nats, " nats")),

@@ -20,8 +20,8 @@ from markdown_it.common.utils import escapeHtml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.markup import SIGN
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc import __version__
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results import published
 from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compare, headings
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
-from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import LOG, MODEL, TASK, TASKS, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe

@@ -132,11 +132,9 @@ def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> Non
 def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: str = AGAIN) -> Any:
     """Return lm-eval's task: its own YAML file, with the items as the split in that role alone.
 
-    `name` names the items in messages instead of their path, and `todo` says how to correct them.
-
-    Raises:
-        UserError: there are no items, an item has other fields than the first, or lm-eval finds no label among the
-            item's choices. lm-eval alone would count these items as wrong answers.
+    `name` names the items in messages instead of their path, and `todo` says how to correct them. UserError if there
+    are no items, an item has other fields than the first, or lm-eval finds no label among the item's choices. lm-eval
+    alone would count these items as wrong answers.
     """
     import lm_eval.tasks
     from datasets import Dataset

@@ -7,7 +7,6 @@ from pathlib import Path
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.divergence import Divergence, Reference
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
@@ -39,11 +38,22 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     dense = None if model == "dense" else _reference(project, text, protocol)
     if dense:
         protocol |= {"reference": digest(dense)}
+
+    def references(shard: range) -> list[Reference | None]:
+        return [Reference(**read_window(reference, window)) if dense else None for window in shard]
+
     with project.work(protocol) as work:
         run = runner(project, model, work)
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        losses, divergences = _measure(run, work.out, reference if dense else None, f"{run_name}, output head, windows")
+        losses, divergences = list[float](), list[Divergence]()  # losses: means of windows, in nats a token
+        heads = run.head(divergence.measure_windows, references)
+        for place, (loss, one) in enumerate(progress(heads, total=len(rows), what=f"{run_name}, output head, windows")):
+            losses.append(loss)
+            if isinstance(one, Reference):  # the dense model's own
+                write_window(work.out, place, one._asdict())
+            else:
+                divergences.append(one)
         where = run.progress.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
@@ -68,26 +78,6 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             _plot(project, f"perplexity/{text}", predictions, both)
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
             _plot(project, f"divergence/{text}", predictions, columns)
-
-
-def _measure(run: Runner, out: Path, dense: Path | None, what: str) -> tuple[list[float], list[Divergence]]:
-    """Return the mean loss of each window after the last block, in nats a token, and its divergence.
-
-    `dense` is the folder of the dense model's references; None for the dense model, which writes its own to `out`.
-    """
-
-    def references(shard: range) -> list[Reference | None]:
-        return [Reference(**read_window(dense, window)) if dense else None for window in shard]
-
-    losses, divergences = list[float](), list[Divergence]()
-    found = run.head(divergence.measure_windows, references)
-    for window, (loss, made) in enumerate(progress(found, total=len(run.rows), what=what)):
-        losses.append(loss)
-        if isinstance(made, Reference):
-            write_window(out, window, made._asdict())
-        else:
-            divergences.append(made)
-    return losses, divergences
 
 
 def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:

@@ -27,7 +27,11 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     blocks = block_count(project.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
-    records, errors = [], _layer_errors(project)
+    records, errors = [], dict[str, float]()
+    pruned = load_json(project.details("pruned", "layer_error"))
+    with contextlib.suppress(UserError):  # nothing is pruned
+        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(project)):
+            errors = {linear: one["error"] for linear, one in pruned["linears"].items()}
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
         records += [_summary(block, measured.readers[name], x, errors) for name, x in measured.inputs.items()]
@@ -44,15 +48,6 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         found = [", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []
         rows.append([record["block"], linears, str(record["tokens"]), *numbers, *found])
     return table([*INPUTS, "layer error"] if errors else INPUTS, rows)
-
-
-def _layer_errors(project: Project) -> dict[str, float]:
-    """Return the layer error of every linear; empty if it belongs to other masks or Gram matrices."""
-    measured = load_json(project.details("pruned", "layer_error"))
-    with contextlib.suppress(UserError):  # nothing is pruned
-        if measured.get("linears") and measured["protocol"]["model"] == digest(describe_pruned(project)):
-            return {linear: measures["error"] for linear, measures in measured["linears"].items()}
-    return {}
 
 
 def _summary(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
