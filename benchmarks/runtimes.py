@@ -4,6 +4,7 @@
 
 llama-quantize, -perplexity, -bench and -completion are on the PATH. Divergence is from the dense f16 file, in the
 second halves of four windows. Files that exist are kept, so that a second run, on an idle machine, measures alone.
+Speeds are medians of nine rounds: in each, every file runs once, because the speed of a machine changes.
 """
 
 import json
@@ -28,6 +29,7 @@ MODELS: dict[str, Row] = {
     "blocks 10%": {"pattern": "blocks", "sparsity": 0.1},
 }
 TARGET = HERE / "runtimes.json"
+ROUNDS = 9
 FORMATS = ("f16", "Q8_0", "Q4_K_M", "Q3_K_M")
 WANTED = (*product([*MODELS][:3], FORMATS), *product([*MODELS][3:], FORMATS[:1]))
 
@@ -49,18 +51,22 @@ def export(model: str, file: Path, matrix: Path, at: Namespace) -> None:
 
 
 def measure(file: Path, at: Namespace) -> Row:
-    """Return a file's size, its divergence from the base, its speed, and what it writes."""
+    """Return a file's size, its divergence from the base, and what it writes."""
     test, base = at.work / "study/data/perplexity/wikitext2/text.txt", at.work / "base"
     windows = ("-f", test, "-c", "512", "-b", "512", "--chunks", "4", "-t", "1", "--kl-divergence-base", base)
     if not base.is_file():
         tool("llama-perplexity", "-m", at.work / "dense f16.gguf", *windows)
     found = tool("llama-perplexity", "-m", file, *windows, "--kl-divergence")
     mean, error = re.findall(r"Mean +KLD: +(\S+) ± +(\S+)", found)[0]
-    runs = json.loads(tool("llama-bench", "-m", file, "-p", "512", "-n", "128", "-r", "5", "-o", "json"))
-    speeds = {name: median(run["samples_ts"]) for name, run in zip(("prompt", "written"), runs, strict=True)}
     prompt = ("-p", "The capital of France is", "-n", "24", "--temp", "0", "-no-cnv", "-t", "1")
     value: Row = {"bytes": file.stat().st_size, "divergence": {"mean": float(mean), "error": float(error)}}
-    return value | {"tokens a second": speeds, "text": tool("llama-completion", "-m", file, *prompt).strip()}
+    return value | {"text": tool("llama-completion", "-m", file, *prompt).strip()}
+
+
+def speed(file: Path) -> list[float]:
+    """Return the tokens a second of a prompt, and written, in one run."""
+    runs = json.loads(tool("llama-bench", "-m", file, "-p", "512", "-n", "128", "-r", "1", "-o", "json"))
+    return [run["avg_ts"] for run in runs]
 
 
 def main() -> None:
@@ -70,13 +76,18 @@ def main() -> None:
     at = parser.parse_args()
     at.work, at.mirror = at.work.resolve(), at.mirror.resolve()
     made = origin(PROTOCOL, ("calibrate", "mask", "apply", "recover"), ("torch", "transformers", "gguf"))
+    rows: dict[Path, tuple[str, Row]] = {}
     for model, form in (row for row in WANTED if {*at.rows} <= {*row}):
         file, plain, matrix = (at.work / f"{model} {end}.gguf" for end in (form, "f16", "imatrix"))
         if not plain.is_file():
             export(model, plain, matrix, at)
         if not file.is_file():
             tool("llama-quantize", "--imatrix", matrix, plain, file, form)
-        write_row(TARGET, f"{model} {form}", measure(file, at), made)
+        rows[file] = f"{model} {form}", measure(file, at)
+    rounds = [list(map(speed, rows)) for _ in range(ROUNDS)]
+    for (name, value), speeds in zip(rows.values(), zip(*rounds, strict=True), strict=True):
+        prompt, written = map(median, zip(*speeds, strict=True))
+        write_row(TARGET, name, value | {"tokens a second": {"prompt": prompt, "written": written}}, made)
 
 
 if __name__ == "__main__":
