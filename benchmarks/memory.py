@@ -3,7 +3,7 @@
     python benchmarks/memory.py          Qwen2.5-1.5B's shape, ten minutes
     python benchmarks/memory.py --7b     LLaMA-2-7B's shape under a hard limit of 3 GB, page cache included; as root
 
-Two windows of the embedded text, bfloat16. A hard limit needs Linux, root and 27 GB of disk.
+`wanda` on two windows of the embedded text, bfloat16. A hard limit needs Linux, root and 27 GB of disk.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def main() -> None:
         make_checkpoint(model, shape | {"dtype": "bfloat16"})
         process("wanda-dvc", "init", root, "--model", model, cwd=HERE)
         windows = {"calibration": {"windows": 2}, "perplexity": {"windows": 2}, "dtype": "bfloat16"}
-        change_settings(root / "params.yaml", windows)
+        change_settings(root / "params.yaml", windows | {"recipe": "wanda"})
         for words in (["plan"], *(["download", part] for part in ("model", "calibration", "perplexity"))):
             process("wanda-dvc", *words, cwd=root)
         size = sum(path.stat().st_size for path in (root / "models/dense").glob("*.safetensors"))

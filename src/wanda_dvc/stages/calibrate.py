@@ -98,6 +98,7 @@ def _forward(project: Project, *, norms: Work | None = None, gram: Work | None =
             tensors.write_stats(norms.out, step.index, measured)
         if gram:
             tensors.write_grams(gram.out, step.index, measured, grams)
+            grams.clear()  # before the next block's arrive; other frames hold them too
     if norms:
         say_unreached("calibrate", unreached)  # of the blocks measured by this run
 
@@ -114,4 +115,4 @@ def _backward(project: Project, work: Work) -> None:
     for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
         each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
         tensors.write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
-        came.grams.clear()  # before the next block's arrive; other frames hold them too
+        came.grams.clear()
