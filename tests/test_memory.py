@@ -56,6 +56,10 @@ SHORT: Runs = {name: run for name, run in (SOLVES | RATES).items() if name in FI
 LONG: Runs = {name: run for name, run in (SOLVES | RATES).items() if name != FIRST[-1]}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
 CORRECTS: Runs = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
+# Three chunks of logits a window, and a block that is tried in float32.
+SPEAKS = NARROW | {"vocab_size": 150_000}
+LONGER = {"dtype": "bfloat16", "perplexity__length": 512, "perplexity__windows": 2, "calibration__length": 512}
+IN_HALF: Runs = {"logits": ("perplexity", "dense", LONGER), "bfloat16": ("calibrate", "", LONGER)}
 
 # Each stage is a fork of its own, before which nothing but imports has taken memory.
 MEASURE = """
@@ -122,8 +126,9 @@ def test_solvers_training_and_ratings_stay_within_the_formula(tmp_path: Path, ru
 
 @slow
 @pytest.mark.full
-def test_cross_products_are_in_the_formula(tmp_path: Path):
-    for run, found in measure(tmp_path, FLAT, CORRECTS).items():
+@pytest.mark.parametrize(("shape", "runs"), [(FLAT, CORRECTS), (SPEAKS, IN_HALF)], ids=["sums", "logits"])
+def test_sums_and_logits_are_in_the_formula(tmp_path: Path, shape: dict[str, Any], runs: Runs):
+    for run, found in measure(tmp_path, shape, runs).items():
         assert found["peak"] <= found["bound"] - ALLOCATOR, run
         assert found["bound"] - ALLOCATOR - LIBRARIES < 2.5 * found["peak"], run
 

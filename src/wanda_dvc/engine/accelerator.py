@@ -110,6 +110,7 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
-            set_option = ctypes.CDLL(None).mallopt
+            library = ctypes.CDLL(None)
+            library.malloc_trim(0)  # of what is free already
             for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-                set_option(option, KEPT)
+                library.mallopt(option, KEPT)

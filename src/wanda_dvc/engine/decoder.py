@@ -48,7 +48,6 @@ class Decoder:
     """
 
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
-        accelerator.keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
@@ -59,6 +58,7 @@ class Decoder:
         self._ours_for_windows = False
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
+        accelerator.keep_freed_memory()  # now, so that the trial's does not stay
 
     @property
     def one_of_each_kind(self) -> list[int]:

@@ -95,6 +95,7 @@ def measure(
             else:
                 parts.append(_seen(some, wanted, dense.top[own].to(where), dense.drawn[own].to(where)))
             place = own.stop
+        del logits, log_p, some  # before the next chunk's
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     loss = float(sum(torch.stack(losses).tolist())) / place
     return loss, Reference(*columns) if dense is None else _divergence(dense, columns)

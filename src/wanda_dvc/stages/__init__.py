@@ -177,7 +177,7 @@ STAGES = {
         Stage(
             name="plan",
             version=1,
-            about="Check the settings, and write what each stage has to know of them: plan/, sources/.",
+            about="Check the settings, and write each stage's own: plan/, sources/.",
             parts={
                 "": Part(
                     outs=("plan",),

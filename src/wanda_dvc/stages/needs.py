@@ -17,7 +17,7 @@ make the numbers better.
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from wanda_dvc.engine.checkpoint import dtype_of
 from wanda_dvc.engine.rows import shards
@@ -183,16 +183,13 @@ def _perplexity(on: Known) -> Need:
 
 
 def _zero_shot(on: Known) -> Need:
-    """Packed rows of questions; before them a block of each kind in float32, to try several questions in a row."""
+    """Packed rows of questions."""
     from wanda_dvc.engine.questions import ROW  # imports transformers
 
-    model, width, held = on.sizes, WIDTH[on.params.dtype], on.walk(ROW)
-    memory = held.weights + held.activations + held.logits + held.calls
-    tried = 4 * model.block + (model.block + model.rest) * width if width < 4 else 0
+    held = on.walk(ROW)
     # At most: a file of items also has what no model reads.
     tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
-    found = _walked(held, max(memory, tried) - held.weights, disk=2 * on.states(tokens))
-    return found if memory >= tried else replace(found, mapped=0)
+    return _walked(held, held.activations + held.logits + held.calls, disk=2 * on.states(tokens))
 
 
 NEEDS: dict[str, Callable[[Known], Need]] = {
@@ -238,7 +235,8 @@ def gigabytes(size: int) -> str:
 
 def _walked(held: Walk, memory: int, *, disk: int) -> Need:
     """Return the needs of a walk: its weights and other memory, and disk."""
-    return Need(memory=FIXED + held.weights + memory, mapped=held.weights if held.mapped else 0, disk=disk)
+    memory = FIXED + held.weights + max(memory, held.tried)
+    return Need(memory=memory, mapped=held.weights if held.mapped else 0, disk=disk)
 
 
 def _solving(model: Sizes, *, by_gradients: bool = False) -> int:
