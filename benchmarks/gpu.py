@@ -3,8 +3,8 @@
 make gpu                                        on the card of this machine
 PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny    the same code, where there is no card
 
-The models are random. Checks compare the card with the CPU on SmolLM2's shape in float32; times are of LLaMA-2-7B's
-shape in bfloat16, of a few blocks. The tables go into docs/results.md. Exit 1 if a check fails.
+The models are random. Checks compare float32 on SmolLM2's shape; times are of a few blocks of LLaMA-2-7B's shape in
+bfloat16. Exit 1 if a check fails.
 """
 
 import argparse

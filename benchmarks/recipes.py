@@ -3,13 +3,10 @@
     python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
     python benchmarks/recipes.py --mirror DIR --seconds     all, with the seconds of `mask` and `apply`; a day
 
-Calibration: 32 windows of 2,048 tokens of WikiText-2's validation split, because a mirror need not have the train
-split. Evaluation: 16 windows of 2,048 tokens of WikiText-2's test split and 16 of the embedded text. No window of an
-evaluation chooses anything, but Gemma took part in the choice of defaults, so that neither model is untouched.
-
-DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each
-with a part of one GGUF file; the package that names its checksum is read too. Gemma's terms of use apply to it. Each
-row is written at once, and a run measures the rows that are missing or of older code.
+No window of an evaluation chooses anything, but both models took part in the choice of defaults. DIR holds WikiText-2
+laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each with a part of one
+GGUF file; a fifth names its checksum. Gemma's terms of use apply to it. Each row is written at once, and a run measures
+the rows that are missing or of older code.
 """
 
 import hashlib
@@ -112,11 +109,18 @@ class Study:
             self.stage(stage)
 
     def seconds(self, row: Wanted) -> Row:
-        """Return the seconds of `mask` and `apply` by the stages' own clock, the lesser of two runs each."""
+        """Return the seconds of `mask` and `apply` by the stages' own clock, the lesser of two runs; of dense, by tier.
+
+        One pass measures norms and Gram matrices: its seconds are those of the norms.
+        """
+        if "dense" in row:
+            shutil.rmtree(self.root / "stats", ignore_errors=True)
+            self.prune((row[0], "fisher", "50%"))
+            return {tier: times(self.project)[f"calibrate-{tier}"]["seconds"] for tier in STATISTICS}
         runs = []
         for _ in range(2):
             self.prune(row)
-            runs.append(times(Project(self.root)))
+            runs.append(times(self.project))
         return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
 
 
@@ -151,7 +155,7 @@ def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, s
         model = row[0]
         for name, timed in ((" ".join(row), False), (" ".join((*row, "seconds")), True)):
             known = read_rows(target).get(name)
-            if (known and not is_old(known)) or (timed and (not seconds or "dense" in row or row[3:])):
+            if (known and not is_old(known)) or (timed and (not seconds or row[3:])):
                 continue
             if model not in studies:
                 studies[model] = Study(model, mirror, work)

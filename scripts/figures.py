@@ -25,10 +25,11 @@ SMALL, GEMMA = "smollm2-135m", "gemma-3-270m"
 
 # The rows of benchmarks/peers.json with a baseline on the page, with the words for them.
 TIMES = {
-    "first prune float32, against (a)": "first prune in float32: `calibrate`, `mask`, `apply` ²",
-    "a further sparsity by dvc repro apply, against (a)": "each further sparsity: `dvc repro apply`, starts included ²",
-    "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ³",
-    "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ³",
+    "first prune float32, against (a)": "first prune in float32: `calibrate`, `mask`, `apply`; (a)",
+    "a further sparsity by dvc repro apply, against (a)": "each further sparsity: `dvc repro apply`; (a)",
+    "zero-shot float32, against (b)": "`zero-shot` in float32; (b)",
+    "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16; (b)",
+    "the study's grid in float32, against (a) and (b)": "six prunes, seven evaluations in float32; (a), (b)",
 }
 # The rows on the page; the files have more.
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
@@ -38,7 +39,9 @@ NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECO
 THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
-MODELS = (*product(RECIPES[1:], AMOUNTS), *product(("wanda-refit",), SMALLER))  # measured on both texts
+MODELS = (  # on both texts
+    *product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)),
+)  # fmt: skip
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 TITLES = {SMALL: "", GEMMA: "Gemma"}
 
@@ -86,26 +89,18 @@ def by_recipe(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]
 
 def seconds() -> str:
     """Return how long each recipe takes."""
-    rows = measured("recipes")
-    tiers = dict.fromkeys(RECIPES[:2], "norms") | dict.fromkeys(RECIPES[2:4], "gram")
-    lines = []
-    for recipe in RECIPES:
-        calibrate = rows[f"{SMALL} calibrate {tiers.get(recipe, 'gradients')} seconds"]
-        row = rows[f"{SMALL} {recipe} 50% seconds"]
-        both = f"{sum(row['value'].values()):g}\N{NO-BREAK SPACE}{'¹' if is_old(row) else ''}".strip()
-        lines.append([NAMES[recipe], f"{calibrate['value']['calibrate']:g}\N{NO-BREAK SPACE}¹", both])
-    return table(["`recipe`", "`calibrate`, once, s", "`mask` and `apply`, each experiment, s"], lines)
+    rows = {recipe: measured("recipes")[f"{SMALL} {recipe} 50% seconds"] for recipe in RECIPES}
+    lines = [[NAMES[key], f"{sum(row['value'].values()):.0f}" + MARK * is_old(row)] for key, row in rows.items()]
+    return table(["`recipe`", "`mask` and `apply`, s"], lines)
 
 
 def times() -> str:
     """Return the benchmarks that have a baseline, with the words of this script."""
-    found = measured("peers")
-    rows, old = {key: row["value"] for key, row in found.items()}, any(map(is_old, found.values()))
-    lines = [
-        [words, f"{rows[key]['ours_s']:,.0f}", f"{rows[key]['baseline_s']:,.0f}", f"{rows[key]['ratio']:.2f}"]
-        for key, words in TIMES.items()
-    ]
-    return table(["SmolLM2-135M" + MARK * old, "wanda-dvc, s", "baseline, s", "ratio"], lines)
+    lines = []
+    for row, words in ((measured("peers")[key], words) for key, words in TIMES.items()):
+        ours, base, ratio = (row["value"][name] for name in ("ours_s", "baseline_s", "ratio"))
+        lines.append([words, f"{ours:,.0f}", f"{base:,.0f}", f"{ratio:.2f}" + MARK * is_old(row)])
+    return table(["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"], lines)
 
 
 def goals() -> str:
@@ -116,7 +111,7 @@ def goals() -> str:
             found = row["value"]
             if not found["met"]:
                 ratio = f"{found['ratio' if file == 'peers' else 'share']:.3g}"
-                lines.append([key, found["goal"], ratio + "\N{NO-BREAK SPACE}¹" * is_old(row)])
+                lines.append([key, found["goal"], ratio + MARK * is_old(row)])
     return table(["missed", "goal", "measured"], lines, left=2)
 
 
@@ -134,7 +129,7 @@ def by_text(models: Sequence[str], names: Sequence[str]) -> str:
 def formats() -> str:
     """Return the quantized models, after the dense one, on WikiText-2."""
     found = measured("distance")
-    rows, old = {key: made["value"] for key, made in found.items()}, any(map(is_old, found.values()))
+    rows, old = {key: row["value"] for key, row in found.items()}, any(map(is_old, found.values()))
     lines = [
         [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row["texts"]["wikitext2"]), _answers(row)]
         for key, row in rows.items()
@@ -161,7 +156,7 @@ def _answers(row: Row) -> str:
 def runtimes() -> str:
     """Return the files of llama.cpp; rounding can make a zero negative."""
     found, lines = measured("runtimes"), []
-    for key, of in ((key.replace("%", " %"), row["value"]) for key, row in found.items() if "Q3" not in key):
+    for key, of in ((key.replace("%", " %"), row["value"]) for key, row in found.items()):
         speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
         lines.append([*key.rsplit(" ", 1), f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
     model = "model" + MARK * any(map(is_old, found.values()))

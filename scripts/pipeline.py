@@ -1,7 +1,4 @@
-"""Write dvc.yaml and .gitignore, of this repository and of a new study, from the table of stages.
-
-python scripts/pipeline.py
-"""
+"""Write dvc.yaml and .gitignore, here and of a new study, from the table of stages: python scripts/pipeline.py."""
 
 import io
 import re

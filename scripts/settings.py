@@ -16,9 +16,8 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-`dvc exp run --temp -S ++method=ria` sets a setting of `params.yaml`; `++` also adds one that the file does not have.
-`params.yaml` must name `model` and the texts. Defaults are a new study's. A change reruns the stages named and those
-after them.
+`dvc exp run --temp -S ++method=ria` sets a setting of `params.yaml`, which must name `model` and the texts. Defaults
+are a new study's. A change reruns the stages named and those after them.
 
 """
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")

@@ -38,11 +38,6 @@ CODE = re.compile(r"\{[^{}]*\}|^[frb]*[\"']+|[\"']+$")  # not words of a message
 SILENT = re.compile(r"^( *)```.*?^\1```\s*$|`[^`\n]*`|\]\([^)\s]*\)|<[^>]*>", flags=re.MULTILINE | re.DOTALL)
 
 
-def blank(found: re.Match[str]) -> str:
-    """Return spaces in place of a match, with its line breaks."""
-    return re.sub(r"[^\n]", " ", found[0])
-
-
 def long_sentences(text: str) -> Iterator[str]:
     """Yield the sentences of a page with more than `LONGEST` words, without code blocks and tables."""
     text = re.sub(r"^( *)```.*?^\1```\s*$|^ *\|[^\n]*$|<[^>]*>", "", text, flags=re.M | re.S)
@@ -58,7 +53,7 @@ def problems(name: str, text: str) -> Iterator[str]:
     """Yield each use of a word of the list, as *file:line: word: use …*, and each long sentence of a page."""
     if name.endswith(".md"):
         yield from (f"{name}: more than {LONGEST} words: {sentence}" for sentence in long_sentences(text))
-    for number, line in enumerate(SILENT.sub(blank, text).splitlines(), 1):
+    for number, line in enumerate(SILENT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).splitlines(), 1):
         for word, instead in WORDS.items():
             for found in word.finditer(line):
                 yield f"{name}:{number}: {found[0]}: use {instead}"

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NoReturn
 
 ENTRIES = {"dvc": "dvc.cli:main", "wanda-dvc": "wanda_dvc.cli:run"}
@@ -90,7 +91,7 @@ def serve(listener: socket.socket) -> None:
     offline.block()
     YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
     gc.freeze()  # a collection in a fork would copy the pages of all that is imported
-    entries = {command: _entry(place) for command, place in ENTRIES.items()}
+    entries = {command: resolve_name(place) for command, place in ENTRIES.items()}
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         if not os.fork():
@@ -100,12 +101,6 @@ def serve(listener: socket.socket) -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-
-
-def _entry(place: str) -> Callable[[], int | None]:
-    module, _, name = place.partition(":")
-    entry: Callable[[], int | None] = getattr(importlib.import_module(module), name)
-    return entry
 
 
 def _become(connection: socket.socket, entries: dict[str, Callable[[], int | None]]) -> NoReturn:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
 from gguf.quants import quantize
@@ -23,7 +22,10 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     for name in checkpoint.where:
         values = checkpoint.read(Address(name)).to(torch.float32).numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            values = _interleaved(values, config, "q_proj" in name)
+            # In llama.cpp's order: the two halves of each head alternate.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+            values = halves.swapaxes(1, 2).reshape(values.shape)
         stored = GGMLQuantizationType[kind]
         if values.ndim == 1:
             stored = GGMLQuantizationType.F32
@@ -73,10 +75,3 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     ):
         if number is not None:
             add(number)
-
-
-def _interleaved(values: np.ndarray, config: Any, query: bool) -> np.ndarray:
-    """Return the rows of queries or keys in llama.cpp's order: the two halves of each head alternate."""
-    heads = config.num_attention_heads if query else config.num_key_value_heads
-    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)

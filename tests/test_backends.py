@@ -49,11 +49,6 @@ CHOICES: list[Settings] = [
 ]
 
 
-def sensible(_: str, settings: Settings, family: str) -> bool:
-    """Every choice on one family, and every family with one choice."""
-    return settings is REFIT or family == ("mixtral" if settings is EXPERTS else "llama")
-
-
 def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bool = False) -> tuple[Project, Inline]:
     """A study in which every stage has run on a backend, and the tasks that ran."""
     folder.mkdir()
@@ -104,7 +99,9 @@ def made_by(project: Project) -> dict[str, bytes]:
     return {name: content for name, content in tree(project.root).items() if name.startswith(names)}
 
 
-ROWS = pairs(["gpu", "tasks"], CHOICES, RECORDED, allowed=sensible)
+# Every choice on one family, and every family with one choice.
+ROWS = pairs(["gpu", "tasks"], CHOICES, RECORDED, allowed=lambda _, settings, family:
+             settings is REFIT or family == ("mixtral" if settings is EXPERTS else "llama"))  # fmt: skip
 SHORT = [("gpu", REFIT, "gpt2"), ("tasks", REFIT, "llama")]
 
 

@@ -107,12 +107,6 @@ def stage_of(dvc: psutil.Process, name: str = "") -> list[int]:
     return [pid for pid, words in of_us.items() if not name or name in words]
 
 
-def victims(dvc: psutil.Process, what: str) -> list[int]:
-    """The processes to kill: DVC, the stage that it runs, or the whole group."""
-    below = [one.pid for one in dvc.children(recursive=True)]
-    return {"dvc": [dvc.pid], "stage": stage_of(dvc), "group": [dvc.pid, *below]}[what]
-
-
 @pytest.mark.slow
 @pytest.mark.pipeline
 def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repository, tmp_path: Path):
@@ -140,7 +134,8 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
             process.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):  # one ended between two looks
-                for pid in victims(dvc, what):
+                below = [one.pid for one in dvc.children(recursive=True)]
+                for pid in {"dvc": [dvc.pid], "stage": stage_of(dvc), "group": [dvc.pid, *below]}[what]:
                     os.kill(pid, signal.SIGKILL)
                     hit += 1
         process.communicate()

@@ -229,34 +229,28 @@ NOT_RUN = {
     "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins studies",
     "docs/python.md": "test_experiments.py runs it as one notebook",
     "python3 -m venv .venv": "test_wheel.py and scripts/wheel.sh install the wheel",
-    ". .venv/bin/activate": "likewise",
-    "pip install .[report]": "likewise",
+    **dict.fromkeys((". .venv/bin/activate", "pip install .[report]"), "likewise"),
     "pip install .[ray]": "the tests that need it say that it is not installed",
     "wanda-dvc prune": "test_prune.py prunes tiny models",
-    "wanda-dvc prune MODEL DIR": "likewise",
-    "wanda-dvc prune MODEL SMALLER --pattern neurons --sparsity 0.2": "likewise",
-    f"{PRUNE} sparser --sparsity 0.7": "likewise",
-    f"{PRUNE} smaller --pattern neurons --sparsity 0.2": "likewise",
+    "wanda-dvc prune MODEL DIR --text FILE": "likewise",
+    "wanda-dvc prune MODEL SMALLER --pattern neurons": "likewise",
+    **dict.fromkeys((f"{PRUNE} sparser --sparsity 0.7", f"{PRUNE} smaller --pattern neurons"), "likewise"),
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
-    "cd study": "likewise",
     "wanda-dvc init paper-table --preset paper": "test_init.py makes studies of presets",
-    "cd paper-table": "likewise",
     "wanda-dvc init ../second --model /data/smaller": "test_init.py begins studies",
-    "cd ../second": "the tests run in a study",
+    **dict.fromkeys(("cd study", "cd paper-table", "cd ../second"), "the tests run in a study"),
     "dvc exp run --temp -S ++runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "make test": "this is one of its tests",
-    "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
-    "dvc exp run -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
+    "dvc exp run --temp -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
+    "dvc exp run --temp -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
     "dvc exp run --temp -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc remote add --default team /mnt/team/wanda": "test_local_sources.py pushes, clones and pulls",
-    "git commit -m Name the remote .dvc/config": "likewise",
-    "dvc push": "likewise",
-    "git push": "likewise",
-    "dvc exp run --temp -S pattern=2:4 -S sparsity=0.5": "test_units.py prunes a smaller model in a second study",
+    **dict.fromkeys(("git commit -m Name the remote .dvc/config", "dvc push", "git push"), "likewise"),
+    "dvc exp run --temp -S pattern=2:4": "test_units.py prunes a smaller model in a second study",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
 }
-TASKS = "dvc exp run -S tasks.names=[piqa,arc_easy]"
+TASKS = "dvc exp run --temp -S tasks.names=[piqa,arc_easy]"
 PAPER = "docs/paper.md"
 TUTORIALS = ("docs/dvc.md", PAPER)
 CONTEXT = 4096  # of LLaMA-2
@@ -321,6 +315,7 @@ def placed(folder: Path, tiny: Path) -> dict[str, str]:
         "tests/configs": str(ROOT / "tests/configs"),
         "/data/smaller": str(folder / "smaller"),
         "DIR": str(folder / "exported"),
+        "NEW": str(folder / "new"),
     }
 
 

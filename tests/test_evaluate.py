@@ -154,13 +154,10 @@ def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path)
     assert found["tests"] == []
 
 
-def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
+def test_without_results_of_these_settings_it_says_what_to_run(study: Project):
     study.metrics("dense", "zero_shot").unlink()
     with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
         evaluate(project=study, paths=[study.model("pruned")])
-
-
-def test_settings_that_have_not_run_measure_nothing(study: Project):
     change_settings(study.root / "params.yaml", {"zero_shot": {"limit": 3}})
     with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
         evaluate(project=Project(study.root), paths=[study.model("pruned")])

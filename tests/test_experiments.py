@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.listing import experiments, list_states
+from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study.project import Project
@@ -127,8 +127,7 @@ def test_the_page_about_python_prints_what_it_says(repository: Repository, monke
 def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
     """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
     output = tmp_path / "report.html"
-    (middling,) = [one.rev for one in list_states(Project(repository.root)) if one.name == "middling"]
-    repository.run("git", "branch", "kept", middling)  # as `dvc exp branch`; it is one experiment under two names
+    repository.run("dvc", "exp", "branch", "middling", "kept")  # one experiment under two names
     said = report(project=Project(repository.root), output=output)
     repository.run("git", "branch", "-D", "kept")
     assert said == f"{output}: 2 experiments, 2 excluded"

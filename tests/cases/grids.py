@@ -17,23 +17,23 @@ def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True
     covers.
     """
     values = [list(axis) for axis in axes]
+
+    def row(places: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(axis[place] for axis, place in zip(values, places, strict=True))
+
     rows = {
         places: set(itertools.combinations(enumerate(places), 2))
         for places in itertools.product(*(range(len(axis)) for axis in values))
-        if allowed(*_row(values, places))
+        if allowed(*row(places))
     }
     missing, chosen = set[Any]().union(*rows.values()), list[tuple[Any, ...]]()
     while missing:
         best = max(rows, key=lambda places: len(rows[places] & missing))
         missing -= rows[best]
-        chosen.append(_row(values, best))
+        chosen.append(row(best))
     return chosen
 
 
 def named(value: object) -> str | None:
     """The name of a value: of a mapping its values, of another value what pytest gives it."""
     return "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else None
-
-
-def _row(values: list[list[Any]], places: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(axis[place] for axis, place in zip(values, places, strict=True))
