@@ -151,7 +151,6 @@ def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, 
 
 
 def script(name: str) -> ModuleType:
-    """A module of scripts/."""
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / f"scripts/{name}.py")
     assert spec
     assert spec.loader
@@ -204,7 +203,6 @@ def committed() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: Factory) -> Path:
-    """A tiny model, in one file."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

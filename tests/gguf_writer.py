@@ -52,7 +52,6 @@ def _describe(writer: GGUFWriter, config: Any) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Add a byte-level BPE tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     named = {number: token for token, number in tokenizer.get_vocab().items()}

@@ -60,7 +60,6 @@ def split(line: str) -> Iterator[list[str]]:
 
 
 def lines(block: Block) -> Iterator[list[str]]:
-    """The commands of a shell block."""
     if block.language in ("", "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             yield from split(line)
@@ -534,7 +533,6 @@ def test_pages_and_docstrings_avoid_the_words_of_the_list():
 
 
 def texts(svg: str) -> list[str]:
-    """The texts of a picture."""
     return re.findall(r"<text [^>]*>([^<]+)</text>", svg)
 
 

@@ -59,7 +59,6 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
 
 @pytest.fixture
 def study(measured: Project, tmp_path: Path) -> Project:
-    """A copy of it."""
     shutil.copytree(measured.root, tmp_path / "study", symlinks=True)
     return Project(tmp_path / "study")
 

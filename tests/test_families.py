@@ -410,6 +410,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
         "ffn.experts.mlp.w1 belongs to no linear, and is larger than any",
     ),
+    "one block twice": (
+        "zamba2",
+        SHAPE
+        | {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 1, "n_mamba_heads": 4}
+        | {"mamba_headdim": 16, "mamba_ngroups": 1},
+        "blocks share model.layers.1.shared_transformer",
+    ),
 }
 
 

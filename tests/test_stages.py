@@ -222,13 +222,11 @@ def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):
 
 
 def work_of(made: Project) -> Path:
-    """The one folder of unfinished work."""
     (found,) = [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
     return found
 
 
 def flip(path: Path) -> int:
-    """Change the last bit of a file."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     return path.write_bytes(content)

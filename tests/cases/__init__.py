@@ -17,8 +17,6 @@ class Case:
 
 
 def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Put something in a file's place."""
-
     def spoil(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
         make(folder / name)
@@ -27,18 +25,15 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], obje
 
 
 def written(name: str, content: bytes | str) -> Callable[[Path], object]:
-    """Write a file."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     return replaced(name, lambda path: path.write_bytes(data))
 
 
 def removed(name: str) -> Callable[[Path], object]:
-    """Remove a file."""
     return lambda folder: (folder / name).unlink()
 
 
 def replaced_by_folder(name: str) -> Callable[[Path], object]:
-    """Put a folder in a file's place."""
     return replaced(name, Path.mkdir)
 
 
@@ -48,7 +43,6 @@ def replaced_by_pipe(name: str) -> Callable[[Path], object]:
 
 
 def replaced_by_link(name: str, target: str = "nowhere") -> Callable[[Path], object]:
-    """Put a link in a file's place."""
     return replaced(name, lambda path: path.symlink_to(target))
 
 

@@ -202,7 +202,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
 
 
 def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
-    entries = checkpoint.entries
+    entries, inside = checkpoint.entries, f"{find_blocks(model)[0]}."
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -213,6 +213,8 @@ def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, S
                 f"{checkpoint}: no tensor for {names[0]}, which config.json asks for; copy the checkpoint again, or "
                 "choose a model of a tested family (docs/data.md)"
             )
+        if any(name.startswith(inside) and name not in parts for name in names):
+            raise unsupported(checkpoint, f"blocks share {names[0]}")
         for name in stored:
             for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
                 if (dtype := entries[tensor].dtype) not in STORED.values():

@@ -69,6 +69,7 @@ def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
     described = f"{params.model}: {recipe(params)}, sparsity {float(params.plan.share):g}, pattern {params.pattern}"
+    described += f", recovery.tokens {params.recovery.tokens:,}" if params.recovery.tokens else ""
     if named:
         return f"{experiment.name}: {described}"
     if not is_there(experiment.study.masks / PROVENANCE):
