@@ -123,9 +123,9 @@ def main() -> None:
                 words = stack.enter_context(limited(int(LIMIT))) if large else []
                 process(*words, sys.executable, __file__, "--run", root, stage, part, out, cwd=HERE)
             found = json.loads(out.read_text())
-            what, share, goal = f"memory {stage}, share of the checkpoint", found["peak"] / size, 0.35
+            what, share, goal = f"Qwen2.5-1.5B's shape (3.1 GB): `{stage}`", found["peak"] / size, 0.35
             if large:
-                what = f"LLaMA-2-7B's shape under 3 GB, {stage}{' dense' * (part == 'dense')}"
+                what = f"LLaMA-2-7B's shape (13.5 GB), limit 3 GB: `{stage}`"
                 share, goal = (found["peak"] + found["imports"]) / LIMIT, 1
             value = {"share": share, "goal": f"< {goal}", "met": share < goal}
             write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL, [stage]))

@@ -264,7 +264,7 @@ def scaled(base: Part, ours: Part) -> float:
     return float(base["wall"] * base["gflops"] / ours["gflops"])
 
 
-# --- rows: seconds of ours and of a baseline, and their ratio; in place of it, what has no baseline ---
+# --- rows ---
 
 
 def against(baseline: float, ours: float, **more: str) -> Part:

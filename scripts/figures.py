@@ -29,7 +29,6 @@ TIMES = {
     "a further sparsity by dvc repro apply, against (a)": "each further sparsity: `dvc repro apply`; (a)",
     "zero-shot float32, against (b)": "`zero-shot` in float32; (b)",
     "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16; (b)",
-    "the study's grid in float32, against (a) and (b)": "six prunes, seven evaluations in float32; (a), (b)",
 }
 # The rows on the page; the files have more.
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
@@ -43,7 +42,6 @@ MODELS = (  # on both texts
     *product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)),
 )  # fmt: skip
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
-TITLES = {SMALL: "", GEMMA: "Gemma"}
 
 
 def measured(name: str) -> dict[str, Row]:
@@ -115,13 +113,25 @@ def goals() -> str:
     return table(["missed", "goal", "measured"], lines, left=2)
 
 
-def by_text(models: Sequence[str], names: Sequence[str]) -> str:
-    """Return the perplexity and the divergence on both texts of the models' rows that were measured."""
+def memory() -> str:
+    """Return the peaks of the stages on random models, above the memory of the libraries."""
+    lines = dict[str, list[str]]()
+    for shape, row in ((key.partition(": ")[0], row) for key, row in measured("memory").items()):
+        peak, bound = (f"{row['value'][name] / 1e9:.2f}" for name in ("peak", "bound"))
+        lines.setdefault(shape, []).append(f"{peak} of {bound}" + MARK * is_old(row))
+    return table(
+        ["GB, of the formula's", "`calibrate`", "`mask`", "`apply`", "`perplexity`"],
+        [[shape, *cells] for shape, cells in lines.items()],
+    )
+
+
+def by_text(names: Iterable[str]) -> str:
+    """Return the perplexity and the divergence on both texts of the rows that were measured."""
     rows, lines = measured("recipes"), []
-    for model, key in product(models, names):
-        if (row := rows.get(f"{model} {key}")) and row["value"].keys() >= TEXTS.keys():
+    for key in names:
+        if (row := rows.get(f"{SMALL} {key}")) and row["value"].keys() >= TEXTS.keys():
             texts = (cell for text in TEXTS for cell in _text(row["value"][text], row))
-            lines.append([f"{TITLES[model]} {key}".replace("%", " %").strip(), *texts])
+            lines.append([key.replace("%", " %"), *texts])
     heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
     return table(["model", *heads], lines)
 
@@ -167,8 +177,8 @@ TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the 
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
-    "texts": lambda: by_text([SMALL, GEMMA], ["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
-    "seconds": seconds, "times": times, "goals": goals, "formats": formats, "runtimes": runtimes,
+    "texts": lambda: by_text(["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
+    "seconds": seconds, "times": times, "goals": goals, "memory": memory, "formats": formats, "runtimes": runtimes,
 }  # fmt: skip
 
 
@@ -177,13 +187,6 @@ def written(text: str) -> str:
     return PLACE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[4]}", text)
 
 
-def main() -> None:
-    """Write all documents."""
-    for document in DOCUMENTS:
-        path = ROOT / document
-        text = path.read_text(encoding="utf-8")
-        path.write_text(written(text), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    for path in (ROOT / document for document in DOCUMENTS):
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
