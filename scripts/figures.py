@@ -38,9 +38,7 @@ NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECO
 THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
 FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
-MODELS = (  # on both texts
-    *product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)),
-)  # fmt: skip
+MODELS = (*product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 
 
@@ -119,10 +117,8 @@ def memory() -> str:
     for shape, row in ((key.partition(": ")[0], row) for key, row in measured("memory").items()):
         peak, bound = (f"{row['value'][name] / 1e9:.2f}" for name in ("peak", "bound"))
         lines.setdefault(shape, []).append(f"{peak} of {bound}" + MARK * is_old(row))
-    return table(
-        ["GB, of the formula's", "`calibrate`", "`mask`", "`apply`", "`perplexity`"],
-        [[shape, *cells] for shape, cells in lines.items()],
-    )
+    heads = [f"`{stage}`" for stage in ("calibrate", "mask", "apply", "perplexity")]
+    return table(["GB, of the formula's", *heads], [[shape, *cells] for shape, cells in lines.items()])
 
 
 def by_text(names: Iterable[str]) -> str:
