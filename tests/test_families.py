@@ -412,9 +412,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "one block twice": (
         "zamba2",
-        SHAPE
-        | {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 1, "n_mamba_heads": 4}
-        | {"mamba_headdim": 16, "mamba_ngroups": 1},
+        SHAPE | {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 1, "n_mamba_heads": 4},
         "blocks share model.layers.1.shared_transformer",
     ),
 }
