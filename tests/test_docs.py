@@ -124,7 +124,7 @@ def check_wanda_dvc(words: list[str]) -> None:
     if set(words) <= alone:
         return
     assert at is not None, f"no command among {', '.join(group.commands)}"
-    group.make_context("wanda-dvc", words[: at + 1])  # parses; runs nothing
+    group.make_context("wanda-dvc", ["." if word == "STUDY" else word for word in words[: at + 1]])  # runs nothing
     group.commands[words[at]].make_context(words[at], words[at + 1 :])
 
 
