@@ -15,6 +15,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, free, gigabytes, need
 from wanda_dvc.stages.running import free_memory, own_device
 from wanda_dvc.study.files import json_text
@@ -50,7 +51,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
     else:
         with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
-            wanted = [stage for stage in NEEDS if stage != "recover" or params.recovery.tokens]
+            wanted = [name for name in NEEDS if any(part.wanted(params) for part in STAGES[name].parts.values())]
             needs = {stage: need(project, stage) for stage in wanted}
         checks.append(Check("params.yaml", True, "valid"))
         checks += [*_machine(params), *_room(project, needs)]
