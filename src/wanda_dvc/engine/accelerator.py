@@ -5,13 +5,14 @@ No other module calls `torch.cuda` or `torch.backends.mps`; a test checks it.
 
 import contextlib
 import ctypes
-import mmap
 import os
 import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from wanda_dvc.machine import own_pages
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT = 2**30  # bytes of freed memory, for the next tensors
@@ -92,14 +93,10 @@ class Copies:
 
 
 def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialized tensor for a weight. On a CPU it has its own pages, freed with the tensor.
-
-    On the heap, which keeps freed memory, weights would fragment the memory of the activations.
-    """
+    """Return an uninitialized tensor for a weight."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)
+    return torch.frombuffer(own_pages(shape.numel() * dtype.itemsize), dtype=dtype)[: shape.numel()].view(shape)
 
 
 def keep_freed_memory() -> None:
