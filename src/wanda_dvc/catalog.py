@@ -37,11 +37,10 @@ def _by_name(*rows: Rows) -> dict[str, Rows]:
 # --- methods ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method(Row):
     """A pruning method: the score of weights, and the selection by score."""
 
-    _: KW_ONLY
     paper: str  # a link in Markdown
     # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays.
     # Of a solver: (weight [out, in], Prepared, share, pattern, group) → Solved.
@@ -128,11 +127,10 @@ def methods() -> dict[str, Method]:
 # --- structures ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Structure(Row):
     """A kind of units that a pattern removes, so that a smaller dense model remains; `about` names the units."""
 
-    _: KW_ONLY
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
     # Of a width that stays, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
@@ -171,11 +169,10 @@ GROUPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Allocation(Row):
     """A rule for the sparsity of each block or linear, given the model's sparsity."""
 
-    _: KW_ONLY
     # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → the ratings of a block's parts
@@ -203,11 +200,10 @@ ALLOCATIONS = _by_name(
 FISHER_STEPS = 15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction(Row):
     """A rule for the values of kept weights."""
 
-    _: KW_ONLY
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
     # kept weights do not change.
     function: str | None = None
@@ -276,11 +272,10 @@ RECIPES = _by_name(
 # --- sources ---
 
 # A model on the Hub: an owner's name, one slash, and perhaps @ and a revision.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*(@\w[\w.\-/]*)?")
+_NAME = r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*"
+HUB_ID = re.compile(rf"{_NAME}(@\w[\w.\-/]*)?")
 # A data set on the Hub: the same, and before @ perhaps a configuration.
-HUB_TEXT = re.compile(
-    r"(?P<dataset>[A-Za-z0-9][\w.\-]*/\w[\w.\-]*)(:(?P<config>\w[\w.\-]*))?(@(?P<revision>\w[\w.\-/]*))?"
-)
+HUB_TEXT = re.compile(rf"(?P<dataset>{_NAME})(:(?P<config>\w[\w.\-]*))?(@(?P<revision>\w[\w.\-/]*))?")
 # A package on the index: a name by PEP 508 and a version by PEP 440: no path, no URL, no option, and no file's ending,
 # because pip takes a local file `NAME==1.zip` for an archive.
 PACKAGE = re.compile(

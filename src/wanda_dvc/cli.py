@@ -35,9 +35,7 @@ RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
-Experiments = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")
-]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace.")
 
@@ -116,9 +114,8 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage: its part and text where it has some, and the version that dvc.yaml asks for."""
-    part = Annotated[
-        str, typer.Argument(metavar=stage.part_is.upper(), help=f"{' or '.join(stage.parts)}; by default all.")
-    ]
+    parts = " or ".join(stage.parts)
+    part = Annotated[str, typer.Argument(metavar=stage.part_is.upper(), help=f"{parts}; by default all.")]
 
     def command(part: part = "", text: Text = "", version: Version = None) -> None:
         _run(stage, version, part, text)
@@ -173,7 +170,7 @@ def prune(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def show(
-    names: Experiments = None,
+    names: Names = None,
     as_json: AsJson = False,
     text: Annotated[bool, typer.Option("--text", help="Show what the models write instead of their results.")] = False,
 ) -> None:
@@ -211,9 +208,8 @@ def report(
     from wanda_dvc.results.report import report as write
     from wanda_dvc.stages.running import AGAIN, stoppable
 
-    project = _project()
     with stoppable("report", AGAIN):
-        typer.echo(write(project=project, output=output, revs=rev))
+        typer.echo(write(project=_project(), output=output, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -264,11 +260,10 @@ def export(
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
 
-    project = _project()
     with stoppable("export", AGAIN):
         from wanda_dvc.export.build import export as build
 
-        typer.echo(build(project=project, experiment=rev, target=directory, imatrix=imatrix))
+        typer.echo(build(project=_project(), experiment=rev, target=directory, imatrix=imatrix))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -15,10 +15,7 @@ EXTRAS = {"matplotlib": "report", "ray": "ray"}
 
 
 class UserError(Exception):
-    """One or more problems that the user can fix, each as *where: found, expected, what to do*.
-
-    The command line prints them and exits 2.
-    """
+    """Problems that the user can fix, each as *where: found, expected, what to do*; the command line exits 2."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -37,10 +34,7 @@ def reason(error: BaseException) -> str:
 
 
 def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
-    """Return the lines of an error that the user can fix: a setting, a file, the disk, the memory, a missing library.
-
-    Of any other error none.
-    """
+    """Return the lines of an error that the user can fix: a setting, file, disk, memory, library; of others none."""
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors

@@ -161,8 +161,7 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "apply")
     folder = Project(study.path).model("pruned")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
 
 
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:

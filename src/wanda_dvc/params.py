@@ -412,13 +412,11 @@ def resolved(params: Params) -> dict[str, Any]:
 
 def sources(params: Params) -> dict[str, tuple[str, str]]:
     """Return by part of `download`, and by text as `perplexity/NAME`, the setting with its source, and the source."""
+    texts = params.perplexity.texts.items()
     return {
         "model": ("model", params.model),
         "calibration": ("calibration.text.source", params.calibration.text.source),
-        **{
-            f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source)
-            for name, text in params.perplexity.texts.items()
-        },
+        **{f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source) for name, text in texts},
         "recovery": ("recovery.text.source", own.source if (own := params.recovery.text) else "none"),
         "tasks": ("tasks.source", params.tasks.source),
     }

@@ -89,8 +89,7 @@ def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
 def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of every line of a JSONL file.
 
-    Only a line feed ends a line: U+2028, U+0085 and form feeds may occur inside a string. Blank lines at the end do not
-    count.
+    Only a line feed ends a line: U+2028, U+0085 and form feeds may occur in a string. Blank last lines do not count.
     """
     lines = read_text(path).rstrip(" \t\r\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], start=1):
@@ -113,8 +112,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     check_file(path)
     try:
-        with safe_open(path, framework="np"):  # it checks that header and data belong together
-            pass
+        safe_open(path, framework="np")  # it checks that header and data belong together
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}), expected a safetensors file; {COPY}") from None
     with path.open("rb") as file:

@@ -72,9 +72,7 @@ class Checkpoint:
         if not is_there(self.folder / INDEX):
             if not is_there(self.folder / SINGLE):
                 found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
-                raise UserError(
-                    f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save the weights as safetensors first"
-                )
+                raise UserError(f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save it as safetensors")
             return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
         where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
         for name, path in where.items():
@@ -115,14 +113,9 @@ class Checkpoint:
 
 
 class Changed(Checkpoint):
-    """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`.
+    """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`."""
 
-    `engine.removal.Smaller` also has fewer and smaller tensors.
-    """
-
-    def __init__(
-        self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address] = ()
-    ) -> None:
+    def __init__(self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address]) -> None:
         super().__init__(source.folder)
         self.source, self._read = source, read
         self._replaced = {address.tensor: address.expert is not None for address in replaced}
@@ -233,13 +226,11 @@ def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -
     touched = [shard for shard in source.shards if view.new.keys() & source.header(shard).keys()]
     rewritten = [folder / "config.json", folder / INDEX] if view.changes else []
     skipped = {*touched, *(folder / name for name in without), *rewritten}
-    shutil.copytree(
-        folder,
-        target,
-        ignore=lambda inside, names: [x for x in names if x.startswith(".") or Path(inside, x) in skipped],
-        copy_function=shutil.copyfile,
-        dirs_exist_ok=True,
-    )
+
+    def ignored(inside: str, names: list[str]) -> list[str]:
+        return [name for name in names if name.startswith(".") or Path(inside, name) in skipped]
+
+    shutil.copytree(folder, target, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for shard in touched:
         yield from _write_shard(view, shard, target / shard.relative_to(folder))
     if not view.changes:
@@ -312,10 +303,7 @@ def _made_ahead(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yield the pieces; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as maker:
         made = maker.submit(next, pieces, None)
-        while True:
-            piece = made.result()
-            if piece is None:
-                return
+        while (piece := made.result()) is not None:
             made = maker.submit(next, pieces, None)
             yield piece
             del piece  # before the next one arrives

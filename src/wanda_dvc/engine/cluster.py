@@ -60,9 +60,7 @@ def run_task(expected: Expected, function: Callable[[torch.device, T], R], given
     try:
         for name, own in versions().items():
             if own != wanted[name]:
-                raise UserError(
-                    f"{name} {own}, expected {wanted[name]}, the driver's version: results depend on it; install it"
-                )
+                raise UserError(f"{name} {own}, expected the driver's {wanted[name]}: results depend on it; install it")
         if missing := [str(folder) for folder in folders if not folder.exists()]:
             raise UserError(
                 f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
@@ -93,8 +91,7 @@ def carry_tensors() -> None:
 
 def pack(tensor: Tensor) -> tuple[Any, torch.dtype, torch.Size]:
     """Return a tensor's bytes, dtype and shape."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return content, tensor.dtype, tensor.shape
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape
 
 
 def unpack(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
@@ -150,10 +147,7 @@ class Cluster(Executor):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._kind = "GPU" if device != "cpu" and any(node.get("GPU") for node in nodes) else "CPU"
         if device == "cuda" and self._kind != "GPU":
-            raise UserError(
-                f"runtime.device: got cuda with workers of {address}, expected a node with a GPU; "
-                "set runtime.device=auto"
-            )
+            raise UserError(f"runtime.device: got cuda with workers of {address}, expected a node with a GPU; set auto")
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
         device = device if self._kind == "GPU" else "cpu"

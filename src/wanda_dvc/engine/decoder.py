@@ -26,6 +26,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import products
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+States = Float[Tensor, "1 length width"]  # hidden states of a row
+Logits = Float[Tensor, "chunk vocabulary"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one block, without the hidden states
 
 
@@ -88,7 +90,7 @@ class Decoder:
                 f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
             )
 
-    def embed(self, row: Row) -> Float[Tensor, "1 length width"]:
+    def embed(self, row: Row) -> States:
         """Return the hidden states before the first block."""
         return self._record(row, until=0)[0][0]
 
@@ -122,9 +124,7 @@ class Decoder:
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
-    def run(
-        self, index: int, hidden: Float[Tensor, "1 length width"], row: Row, parameters: dict[str, Tensor] | None = None
-    ) -> Float[Tensor, "1 length width"]:
+    def run(self, index: int, hidden: States, row: Row, parameters: dict[str, Tensor] | None = None) -> States:
         """Run a row through a block, which must be held.
 
         `parameters`, if given, replace the block's own.
@@ -138,9 +138,7 @@ class Decoder:
                 out = functional_call(self.blocks[index], parameters, (hidden, *args), words)
         after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         if [*_held([*args, words])] != held:
-            raise unsupported(
-                self.checkpoint, f"block {index} passes more than hidden states to others, in a container"
-            )
+            raise unsupported(self.checkpoint, f"block {index} passes more than hidden states on, in a container")
         if after.dtype is not hidden.dtype:
             found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
             raise UserError(
@@ -150,16 +148,12 @@ class Decoder:
         return after
 
     @torch.no_grad()
-    def logits(
-        self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
-    ) -> Iterator[tuple[slice, Float[Tensor, "chunk vocabulary"]]]:
+    def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
         """Yield the logits after the last block, by chunks of positions, through the model's own norm and head."""
         for positions in self._chunks(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 
-    def loss_gradient(
-        self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
-    ) -> Float[Tensor, "1 length width"]:
+    def loss_gradient(self, hidden: States, tokens: Int[Tensor, " length"]) -> States:
         """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
         tokens = tokens.to(self.device)
         targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
@@ -175,9 +169,7 @@ class Decoder:
         chunk = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
 
-    def _logits(
-        self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
-    ) -> Float[Tensor, "chunk vocabulary"]:
+    def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
         with self._instead_of_blocks(lambda *args, **kwargs: result):
             return self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
@@ -257,10 +249,7 @@ class Decoder:
         return recorded
 
     def _record_calls(self, row: Row) -> list[Call]:
-        """Return the calls of all blocks. Check that they do not depend on the tokens.
-
-        Layouts need no check: `holds_layouts` compares results.
-        """
+        """Return all blocks' calls, checked not to depend on tokens; of layouts `holds_layouts` compares results."""
 
         def record(row: Row) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
@@ -291,9 +280,8 @@ class Decoder:
         The row is longer than a tile of our attention, and than the windows of the model's masks.
         """
         length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
-        stock, ours = (
-            self._tried([Row(torch.arange(length) % 7)], ours=ours, few=length // 3) for ours in (False, True)
-        )
+        row = Row(torch.arange(length) % 7)
+        stock, ours = (self._tried([row], ours=ours, few=length // 3) for ours in (False, True))
         return stock is not None and ours is not None and self._close(stock[0], ours[0])
 
     @torch.no_grad()

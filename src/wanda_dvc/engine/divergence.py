@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int32
+from jaxtyping import Float32, Float64, Int, Int32
 from torch import Tensor
 
 from wanda_dvc.engine.accelerator import solving_device
-from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.decoder import Decoder, States
 from wanda_dvc.engine.intervals import mean_interval
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.rows import Hidden, Row
 from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
@@ -25,6 +25,9 @@ BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference, at most
 # Log-probabilities at a time, by kind of device: few, so that they stay in a core's cache; many, to fill a GPU.
 AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
 TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
+LogP = Float32[Tensor, "positions vocabulary"]
+Targets = Int[Tensor, " positions"]
+Chosen = Int32[Tensor, "positions _"]  # some tokens of each position
 
 
 class Reference(NamedTuple):
@@ -56,21 +59,15 @@ class Divergence(NamedTuple):
 
 
 def measure_windows(
-    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], dense: Sequence[Reference | None]
+    decoder: Decoder, rows: Sequence[Row], hidden: Hidden, dense: Sequence[Reference | None]
 ) -> Iterator[tuple[float, Reference | Divergence]]:
-    """Yield the loss of a shard's windows, and their divergence from the references in `dense`.
-
-    Of the dense model, which has None there, their own references.
-    """
+    """Yield the results of `measure` for the windows of a shard; `dense` has the reference of each."""
     for row, states, one in zip(rows, hidden, dense, strict=True):
         yield measure(decoder, states[None], row.tokens, one)
 
 
 def measure(
-    decoder: Decoder,
-    hidden: Float[Tensor, "1 length width"],
-    tokens: Int[Tensor, " length"],
-    dense: Reference | None = None,
+    decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Reference | None = None
 ) -> tuple[float, Reference | Divergence]:
     """Return a model's mean loss on a window, and its divergence from a reference, or its own reference.
 
@@ -101,11 +98,7 @@ def measure(
     return loss, Reference(*columns) if dense is None else _divergence(dense, columns)
 
 
-def _reference(
-    log_p: Float32[Tensor, "positions vocabulary"],
-    targets: Int[Tensor, " positions"],
-    offsets: Float64[Tensor, " positions"],
-) -> tuple[Tensor, ...]:
+def _reference(log_p: LogP, targets: Targets, offsets: Float64[Tensor, " positions"]) -> tuple[Tensor, ...]:
     """Return the parts of a reference, as `_seen`, after the choice of its tokens.
 
     The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
@@ -122,10 +115,7 @@ def _reference(
 
 
 def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:
-    """Return the sum of each row up to each entry, by log₂(vocabulary) additions of complete rows.
-
-    For GPUs: CUDA's `cumsum` of floats is not deterministic.
-    """
+    """Return each row's cumulative sums by doubling, for GPUs: CUDA's `cumsum` of floats is not deterministic."""
     sums, step = p.double(), 1
     while step < p.shape[1]:
         sums[:, step:] += sums[:, :-step].clone()
@@ -133,12 +123,7 @@ def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tens
     return sums
 
 
-def _seen(
-    log_q: Float32[Tensor, "positions vocabulary"],
-    targets: Int[Tensor, " positions"],
-    top: Int32[Tensor, "positions top"],
-    drawn: Int32[Tensor, "positions drawn"],
-) -> tuple[Tensor, ...]:
+def _seen(log_q: LogP, targets: Targets, top: Chosen, drawn: Chosen) -> tuple[Tensor, ...]:
     """Return log-probabilities of the reference's top, tail and drawn tokens; the first token; the true one's.
 
     In `log_q` the top's entries become −∞.
@@ -184,11 +169,8 @@ def _divergence(dense: Reference, seen: list[Tensor]) -> Divergence:
     top, tail, drawn, first, true = seen
     kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
     change = dense.true_log_p.double().exp() - true.double().exp()
-    return Divergence(
-        kl=[float(f"{value:.6g}") for value in kl.tolist()],
-        agreed=int((first == dense.first).sum()),
-        squared_change=float((change**2).sum()),
-    )
+    rounded = [float(f"{value:.6g}") for value in kl.tolist()]
+    return Divergence(rounded, int((first == dense.first).sum()), float((change**2).sum()))
 
 
 # --- all windows ---

@@ -199,8 +199,7 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
     heads = {found[1] for names in linears for name in names if (found := block.fullmatch(name))}
     numbered = {}
     for name in source.where:
-        found = block.fullmatch(name)
-        if found and found[1] in heads:
+        if (found := block.fullmatch(name)) and found[1] in heads:
             numbered[name] = where, int(found[2]), found[1], found[3]
     stay = stay_of(total, share, structure.multiple)
     return Removal(
@@ -249,9 +248,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     groups = groups if type(groups) is int and 1 < groups < number and number % groups == 0 else 1
     stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
     if type(chosen) is int and stay < chosen:
-        raise UserError(
-            f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; set a lower sparsity"
-        )
+        raise UserError(f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; lower it")
     set_of, follows, routers = _tensors_of_experts(source, structure, full, field, number)
     cuts, numbered = [], {}
     for name, dim in follows.items():

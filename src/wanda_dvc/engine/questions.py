@@ -6,11 +6,9 @@ from itertools import groupby
 from operator import itemgetter
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
-from wanda_dvc.engine.rows import Layout, Row
+from wanda_dvc.engine.rows import Hidden, Layout, Row
 from wanda_dvc.engine.walk import Runner, Step
 
 ROW = 2048  # tokens: large multiplications, small activations
@@ -100,10 +98,7 @@ def loglikelihoods(
 
 
 def predict(
-    decoder: Decoder,
-    _rows: Sequence[Row],
-    hidden: Sequence[Float[Tensor, "_ width"]],
-    asked: tuple[int, list[list[Prediction]]],
+    decoder: Decoder, _rows: Sequence[Row], hidden: Hidden, asked: tuple[int, list[list[Prediction]]]
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 

@@ -231,9 +231,8 @@ class InputRecorder:
         if key not in self._held:
             self._held[key] = (names[0], x)
             self._add(names[0], x.flatten(0, -2))
-        source = self._held[key][0]
         for name in names if not self._is_dense else ():  # only tokens of the dense row may reach an input
-            self.sums.add_reader(name, source)
+            self.sums.add_reader(name, self._held[key][0])
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
@@ -343,10 +342,7 @@ See = Callable[[list[str], Tensor, Tensor, slice], None]
 
 @contextlib.contextmanager
 def _watching(linears: dict[str, Linear], see: See, routed: RoutedOutputs | None = None) -> Iterator[None]:
-    """See the calls of these linears in passes inside: of modules by hooks, of experts by their products.
-
-    `routed` follows the outputs of experts.
-    """
+    """See the calls of these linears in passes inside: of modules by hooks, of experts by their products."""
     weights = _weights(linears)
 
     def watch(module: nn.Module, names: list[str]) -> Any:

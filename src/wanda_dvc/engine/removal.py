@@ -120,12 +120,11 @@ class Removal:
     @cached_property
     def _unit_of(self) -> dict[str, tuple[str, int]]:
         """The set and the unit of each linear that belongs to a unit."""
-        return {
-            linear: (name, unit)
-            for name, units in self.sets.items()
-            for unit, linears in enumerate(units.members)
-            for linear in linears
-        }
+        found = dict[str, tuple[str, int]]()
+        for name, units in self.sets.items():
+            for unit, linears in enumerate(units.members):
+                found |= dict.fromkeys(linears, (name, unit))
+        return found
 
     def stays_in(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the units that stay, by set, from the masks of the linears that read them, or that they are."""

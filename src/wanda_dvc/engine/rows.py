@@ -23,6 +23,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
+Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several rows
 FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
 # Bytes of kept arguments of blocks by kind of device, without those of the current row; a row takes 1 to 2 MB. Other
 # rows' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU
@@ -91,10 +92,7 @@ class Executor:
         self.device = device
 
     def map(self, function: Callable[[torch.device, T], R], inputs: Iterable[T], what: str = "task") -> Iterator[R]:
-        """Yield the function's result for each input, in order. A few inputs are taken from `inputs` ahead.
-
-        `what` names the inputs in messages, with their numbers.
-        """
+        """Yield the function's result for each input, in order; a cluster's messages name the inputs by `what`."""
         return (function(self.device, one) for one in inputs)
 
     def opener(self, decoder: Any) -> Callable[[torch.device], Any]:
@@ -164,11 +162,8 @@ class HiddenStates:
 
     def is_complete(self, boundary: int) -> bool:
         """Whether all files up to a boundary are there and unchanged."""
-        return all(
-            self._is_complete(each, shard)
-            for each in range(max(0, boundary - self.kept + 2), boundary + 1)
-            for shard in range(len(self.lengths))
-        )
+        boundaries = range(max(0, boundary - self.kept + 2), boundary + 1)
+        return all(self._is_complete(each, shard) for each in boundaries for shard in range(len(self.lengths)))
 
     def _is_complete(self, boundary: int, shard: int) -> bool:
         try:
@@ -208,10 +203,7 @@ class Progress:
 
     @classmethod
     def open(cls, folder: Path, streams: Sequence[HiddenStates], last: int) -> "Progress":
-        """Return the progress of an interrupted run, if it ended at boundary `last` or earlier.
-
-        It counts only with complete and unchanged hidden states.
-        """
+        """Return an interrupted run's progress, if it ended at `last` or before and its hidden states are unchanged."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             found = json.loads((folder / PROGRESS).read_bytes())
             finished, not_finite = found["finished"], found["not_finite"]

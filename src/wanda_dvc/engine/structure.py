@@ -97,11 +97,8 @@ def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Return the name of the list of blocks, and the list: the only module list of the config's number of layers."""
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    lists = [
-        (name, list(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
+    every = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = [(name, list(module)) for name, module in every if len(module) == layers]
     if len(lists) != 1:
         found = ", ".join(name for name, _ in lists) or "none"
         raise unsupported(type(model).__name__, f"found {found} as lists of {layers} blocks, expected one")
@@ -258,8 +255,7 @@ def place_parts(
     does more than stack rows, expert by expert.
     """
     expected = list(model.get_parameter(name).shape)
-    entries = checkpoint.entries
-    shapes = [list(entries[tensor].shape) for _, tensor in stored]
+    shapes = [checkpoint.entries[tensor].shape for _, tensor in stored]
     shape = range(2, 2 + len(shapes[0]))
     size = math.prod(shape)
     marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]

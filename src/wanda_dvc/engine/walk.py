@@ -22,7 +22,7 @@ from torch import Tensor
 from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, check_finite, recording_gradients
-from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, R, Row, Shard, T, shards
+from wanda_dvc.engine.rows import Executor, Hidden, HiddenStates, Progress, R, Row, Shard, T, shards
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import FIX, UserError, notice
 
@@ -30,7 +30,7 @@ Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Opened = Callable[[torch.device], Decoder]  # the model on a device
 M = TypeVar("M", Sums, Gradients)
 # Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
-Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
+Head = Callable[[Decoder, Sequence[Row], Hidden, T], Iterator[R]]
 
 
 # --- units of work ---
@@ -159,9 +159,7 @@ class Runner:
         """The rows, cut into shards."""
         return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
 
-    def states(
-        self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int = 1
-    ) -> HiddenStates:
+    def states(self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int) -> HiddenStates:
         """Return the files of the rows' hidden states, by default in the dtype of the walk.
 
         They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
@@ -249,8 +247,7 @@ class Step:
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
         run, block = self.runner, replace(self.block, change=Change(keeps, weights))
-        training = partial(train_block, block, run.rows)
-        return next(run.map(training, [settings], f"training of block {self.index}"))
+        return next(run.map(partial(train_block, block, run.rows), [settings], f"training of block {self.index}"))
 
     def _run(self, block: Block) -> Sums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""
@@ -273,8 +270,7 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
 
     Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
     of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
-    copies for one row in it. Disk: the hidden states of all rows, once for each block. UserError if a gradient is not
-    finite.
+    copies for one row in it. Disk: the hidden states of all rows, once a block. UserError if a gradient is not finite.
     """
     decoder, blocks = runner.decoder, len(runner.decoder.blocks)
     for step in runner.walk(rows, boundaries=blocks + 2):
@@ -285,8 +281,7 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
         notice(f"resuming after {back.finished} of {blocks} blocks of the backward pass")
     try:
         if back.finished < 0:
-            turning = partial(turn, before, gradients)
-            deque(runner.map(turning, runner.shards, "output head back, shard"), maxlen=0)
+            deque(runner.map(partial(turn, before, gradients), runner.shards, "output head back, shard"), maxlen=0)
             back.finish()
         for index in reversed(range(blocks - back.finished)):
             backing = partial(run_back, index, before, gradients)
@@ -301,8 +296,7 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
 @torch.no_grad()
 def turn(before: HiddenStates, gradients: HiddenStates, model: Decoder, shard: Shard) -> None:
     """Write the gradients of each row's loss by its hidden states after the last block."""
-    last = before.read(len(model.blocks), shard.number)
-    pairs = zip(last, shard.rows, strict=True)
+    pairs = zip(before.read(len(model.blocks), shard.number), shard.rows, strict=True)
     gradients.write(0, shard.number, (model.loss_gradient(x[None], row.tokens)[0] for x, row in pairs))
 
 

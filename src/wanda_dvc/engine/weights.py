@@ -51,8 +51,7 @@ class Weights:
                 names.setdefault(id(parameter), []).append(name)
         for aliases in names.values():
             stored = [name for name in aliases if name in self.parts]
-            empty = self.model.get_parameter(stored[0])
-            found = self._read(dict.fromkeys(stored, empty))
+            found = self._read(dict.fromkeys(stored, self.model.get_parameter(stored[0])))
             first = nn.Parameter(found[stored[0]], requires_grad=False)
             for alias in aliases:
                 own = found.get(alias, first)

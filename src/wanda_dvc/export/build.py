@@ -102,9 +102,6 @@ def check_target(project: Project, target: Path) -> Path:
     return target
 
 
-# --- the parts of an experiment, in a folder laid out like a project ---
-
-
 def _take_experiment(project: Project, study: Project, experiment: str, parts: list[str]) -> None:
     """Take the files that `apply` reads, and other parts, out of git and the cache."""
     revision = Revision.open(project.root, experiment)
@@ -135,21 +132,16 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
         take("models/dense", f"its dense model ({wanted['source']}) is")
 
 
-# --- the model card ---
-
-
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, params = experiment.models, experiment.params
     said = [*experiment.notes, *notes({experiment.name: params}, models)]
     if params.recovery.tokens:
         made = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])
-        helped, text = made["trained"], params.recovery.text or params.calibration.text
+        text = params.recovery.text or params.calibration.text
         how = f"on {made.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
-        failed = f"A training {how} did not help: its weights are not used."
-        said.append(
-            f"All weights that stay were then trained {how}, of {Path(text.source).name}." if helped else failed
-        )
+        trained = f"All weights that stay were then trained {how}, of {Path(text.source).name}."
+        said.append(trained if made["trained"] else f"A training {how} did not help: its weights are not used.")
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     both = (experiment.made, experiment.results[DENSE])

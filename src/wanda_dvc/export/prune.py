@@ -106,14 +106,10 @@ def _tokens(text: str) -> int:
 
 def _studies() -> Path:
     """Return the folder of the studies. UserError if it is not writable."""
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
     try:
-        return check_place(place)
+        return check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
     except (UserError, OSError) as error:
         raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
-
-
-# --- the settings that depend on the model ---
 
 
 def _recommended(project: Project, params: Params) -> str:
@@ -129,9 +125,6 @@ def _recommended(project: Project, params: Params) -> str:
         return FALLBACK
     notice(f"recipe: {params.recipe}, recommended for pattern {params.pattern}; `--recipe` sets another")
     return params.recipe
-
-
-# --- the result ---
 
 
 def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:

@@ -171,9 +171,7 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
     return shares(constants[above - 1] + part * (constants[above] - constants[above - 1]))
 
 
-def settle(
-    shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[Sequence[tuple[int, int]]]
-) -> list[Fraction]:
+def settle(shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list[tuple[int, int]]]) -> list[Fraction]:
     """Return shares plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
     `groups` has (number, size) of the competing groups of each part, such as a linear's rows. Counts are rounded down,
@@ -183,10 +181,8 @@ def settle(
 
     def off(constant: Fraction) -> Fraction:
         raised = (min(share + constant, Fraction(1)) for share in shares)
-        pruned = sum(
-            number * removed(size, share) for share, part in zip(raised, groups, strict=True) for number, size in part
-        )
-        return pruned - sparsity * total
+        pairs = zip(raised, groups, strict=True)
+        return sum(number * removed(size, share) for share, part in pairs for number, size in part) - sparsity * total
 
     low, high = Fraction(0), Fraction(1, min(size for part in groups for _, size in part))
     for _ in range(STEPS):

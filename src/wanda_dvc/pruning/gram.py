@@ -11,6 +11,8 @@ from torch import Tensor
 from wanda_dvc.pruning import products
 from wanda_dvc.pruning.statistics import in_sums
 
+Weight = Float[Tensor, "out in"]
+Square = Float[Tensor, "in in"]
 PANEL = 128  # rows of a Gram matrix computed at a time, or factored by LAPACK
 # Scores and layer errors take rows in slices of about so many weights, which bounds memory. With smaller slices the
 # threads wait for the interpreter.
@@ -49,7 +51,7 @@ class Gram:
         self.upper += other.upper.to(self.upper)
         self.count += other.count
 
-    def matrix(self) -> Float[Tensor, "in in"]:
+    def matrix(self) -> Square:
         """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
         if not self.count:
             return torch.eye(len(self.upper), device=self.upper.device)
@@ -57,10 +59,7 @@ class Gram:
         return matrix.add_(matrix.triu(1).T)
 
     def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
-        """Return the upper triangle row by row, float32, [in · (in + 1) / 2], with every feature divided by `norm`.
-
-        No second matrix is in memory.
-        """
+        """Return the upper triangle by row, float32, every feature divided by `norm`; no second matrix is in memory."""
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
         scale = torch.ones_like(self.upper[0]) if norm is None else norm
@@ -87,10 +86,7 @@ class Gram:
 
 
 def layer_errors(
-    dense: Float[Tensor, "out in"],
-    pruned: Sequence[Float[Tensor, "out in"]],
-    gram: Float[Tensor, "in in"],
-    dead: Bool[Tensor, " in"] | None = None,
+    dense: Weight, pruned: Sequence[Weight], gram: Square, dead: Bool[Tensor, " in"] | None = None
 ) -> list[float]:
     """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ. Without error it is 0.
 

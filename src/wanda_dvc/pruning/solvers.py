@@ -23,13 +23,11 @@ from torch import Tensor
 
 from wanda_dvc.catalog import FISHER_STEPS, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import PANEL
+from wanda_dvc.pruning.gram import PANEL, Square, Weight
 from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
-Weight = Float[Tensor, "out in"]
 Keep = Bool[Tensor, "out in"]  # True stays
-Square = Float[Tensor, "in in"]
 Product = Callable[[Weight], Weight]
 Sum = Callable[[Weight], Tensor]  # the sum over each independent problem
 Solve = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
@@ -319,9 +317,7 @@ def _cholesky(matrix: Square, damping: float, unit: float) -> tuple[Square, floa
         if lower is not None:
             return lower, damping
         damping = max(RAISE * damping, FIRST_RAISE)
-    raise UserError(
-        "Gram matrix: it cannot be factored, even with the largest damping; calibrate on more or other text"
-    )
+    raise UserError("Gram matrix: it cannot be factored with any damping; calibrate on more or other text")
 
 
 def _lower(matrix: Square) -> Square | None:

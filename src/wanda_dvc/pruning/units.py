@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from wanda_dvc.pruning.gram import Square, Weight
 from wanda_dvc.pruning.products import multiply
-from wanda_dvc.pruning.solvers import Keep, Prepared, Solved, Square, Weight, factor_inverse, settle_rows
+from wanda_dvc.pruning.solvers import Keep, Prepared, Solved, factor_inverse, settle_rows
 
 TOGETHER = 16  # inputs of units that go at once, before the costs of the others are computed again
 SIXTEENTH = 16  # a rounded width differs from the exact one by at most half of a 16th of the width
@@ -40,8 +41,7 @@ def stay_of(width: int, share: Fraction, multiple: int) -> int:
         return width
     while multiple > max(1, width // SIXTEENTH):
         multiple //= 4
-    nearest = multiple * max(1, round(width * (1 - share) / multiple))
-    return min(width, nearest)
+    return min(width, multiple * max(1, round(width * (1 - share) / multiple)))
 
 
 def places(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:

@@ -73,9 +73,6 @@ def _measured(project: Project, path: Path, study: Project) -> Results:
     return Results.of(study, "pruned")
 
 
-# --- models ---
-
-
 def _check_alike(project: Project, folder: Path, path: Path) -> None:
     """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
     own, dense = (read_config(place) for place in (folder, project.model(DENSE)))

@@ -143,8 +143,7 @@ def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Expe
     for place, state in enumerate(sorted(named or list_states(project), key=lambda one: KINDS.index(one.kind))):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
-            said = state.state.lower() + (f" ({changes})" if changes else "")
-            excluded.append((state.name, said))
+            excluded.append((state.name, state.state.lower() + (f" ({changes})" if changes else "")))
             continue
         is_named = state.kind != "commit"
         try:

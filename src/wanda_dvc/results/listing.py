@@ -107,9 +107,6 @@ def _measured(
     return found, len(own) < len(every)
 
 
-# --- the table and the records ---
-
-
 def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)

@@ -64,10 +64,7 @@ class Results:
         return self._details[name]
 
     def keep_of(self, model: str) -> list[str]:
-        """Leave out the results of another model than the one with this digest; return their names.
-
-        Results without details stay.
-        """
+        """Leave out results whose details name another model than the one with this digest; return their names."""
         others = []
         for name in ("layer_error", "continuations", *self.metrics):
             details = self.details(name)

@@ -53,13 +53,9 @@ Content = list[str | tuple[str, Figure]]  # blocks of Markdown; charts with thei
 
 @mpl.rc_context(LOOK)
 def write(output: Path, title: str, content: Content) -> None:
-    """Write the page, byte-identical for equal content. Only an earlier report is replaced.
-
-    UserError if another program's file is there.
-    """
-    if os.path.lexists(output) and not (
-        output.is_file() and not output.is_symlink() and SIGN in output.read_text(encoding="utf-8", errors="replace")
-    ):
+    """Write the page, byte-identical for equal content. UserError if another program's file is in its place."""
+    is_file = output.is_file() and not output.is_symlink()
+    if os.path.lexists(output) and not (is_file and SIGN in output.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{output}: `wanda-dvc report` did not write it; move it, or choose another --output")
     markdown = MarkdownIt("js-default")  # HTML in the Markdown stays text
     parts = []

@@ -108,8 +108,7 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
     """Return the experiments in sections of comparable results; a protocol that is not known matches all."""
     groups: list[list[Experiment]] = []
     for one in experiments:
-        matching = [found for found in groups if not any(differing(one, other) for other in found)]
-        if matching:
+        if matching := [found for found in groups if not any(differing(one, other) for other in found)]:
             matching[0].append(one)
         else:
             groups.append([one])
@@ -191,8 +190,7 @@ def measured(section: Section) -> Content:
     """The tables of all measures, on each text, on the tasks and of the weights, each with its pictures."""
     groups: dict[str, dict[str, Column]] = {}
     for heading, (measure, on) in section.columns.items():
-        caption = CAPTIONS[measure.per].format(inline(on))
-        groups.setdefault(caption, {})[heading] = measure, on
+        groups.setdefault(CAPTIONS[measure.per].format(inline(on)), {})[heading] = measure, on
     parts: Content = []
     for caption, columns in groups.items():
         rows = [[inline(name), *cells(results, columns)] for name, results in section.models.items()]

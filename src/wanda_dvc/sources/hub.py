@@ -1,7 +1,4 @@
-"""The Hub, and a mirror with its layout. A revision is resolved to a commit, whose files or rows are fetched.
-
-A branch is resolved once. Every later request names the commit.
-"""
+"""The Hub, and a mirror with its layout. A revision is resolved once, to a commit, whose files or rows are fetched."""
 
 import contextlib
 import sys
@@ -36,10 +33,8 @@ class Repository:
             snapshot_download(
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)
             )
-        if missing := [file for file in files if not (target / file).is_file()]:
-            raise UserError(
-                f"{self.where}: {self.name} has no {', '.join(missing)} at {self.commit}; name another revision"
-            )
+        if lost := [file for file in files if not (target / file).is_file()]:
+            raise UserError(f"{self.where}: {self.name} has no {', '.join(lost)} at {self.commit}; name another")
 
 
 def resolve(kind: str, name: str, revision: str | None, where: str) -> Repository:

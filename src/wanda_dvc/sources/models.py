@@ -62,9 +62,7 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     elif SINGLE in here:
         weights = [SINGLE]
     else:
-        raise UserError(
-            f"{where}: found neither {SINGLE} nor {INDEX}, expected one (pickles are never opened); name another"
-        )
+        raise UserError(f"{where}: found neither {SINGLE} nor {INDEX} (pickles are never opened); name another")
     wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
     for file in wanted:
@@ -136,9 +134,7 @@ def _only(requirement: str, files: Iterable[str]) -> str:
     """Return the one GGUF file of a package."""
     found = [file for file in files if file.endswith(GGUF)]
     if len(found) != 1:
-        raise UserError(
-            f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another package"
-        )
+        raise UserError(f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another")
     return found[0]
 
 
@@ -176,9 +172,6 @@ def _dequantize(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-# --- from a path, for `evaluate` ---
-
-
 def read_model(path: Path, out: Path) -> str:
     """Put a model of this machine into an empty folder, in the form that the stages read. Return a SHA-256 of it.
 
@@ -197,10 +190,7 @@ def read_model(path: Path, out: Path) -> str:
 
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:
-    """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized.
-
-    One of the model's files, `names`, must be a tokenizer.
-    """
+    """Raise UserError unless config.json is an unquantized causal decoder's, and one of the files is a tokenizer."""
     stored = read_object(folder / "config.json")
     kind, problem = stored.get("model_type"), ""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None

@@ -45,27 +45,21 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     where = f"params.yaml: tasks.names: {name}"
     path, definition = task_definition(name) or ("", {})
     if definition.get("output_type") != "multiple_choice":
-        raise UserError(
-            f"{where} is no multiple-choice task of lm-eval {version('lm_eval')}; `lm-eval ls tasks` lists them"
-        )
+        raise UserError(f"{where} is no multiple-choice task of lm-eval {version('lm_eval')}; see `lm-eval ls tasks`")
     metrics = [one.get("metric") for one in definition.get("metric_list") or [{"metric": "acc"}]]
     if "acc" not in metrics:
-        raise UserError(
-            f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove this task from the list"
-        )
+        raise UserError(f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove this task")
     role = "test" if definition.get("test_split") else "validation"
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     if not dataset or not split or definition.get("custom_dataset"):
-        raise UserError(f"{where}: lm-eval's definition names no data set or split; remove this task from the list")
+        raise UserError(f"{where}: lm-eval's definition names no data set or split; remove this task")
     given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
     options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
     if source == "embedded":  # the samples are laid out like a mirror
         mirror = str(EMBEDDED / "tasks")
         if not Path(mirror, *place).is_file():
-            raise UserError(
-                f"{where}: no embedded questions; remove this task from the list, or set tasks.source=benchmark"
-            )
+            raise UserError(f"{where}: no embedded questions; remove this task, or set tasks.source=benchmark")
     origin = in_mirror(mirror, *place) or resolve("dataset", dataset, given.get("revision"), where)
     return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
 

@@ -107,9 +107,8 @@ def _zero_shot(model: str) -> Part:
 
 
 def _calibrate(tier: str) -> Part:
-    by_recipe, plotted = (
-        (("recipe", "pattern", *CHOICES), ()) if tier != "norms" else ((), ("metrics/plots/norms.csv",))
-    )
+    by_recipe = () if tier == "norms" else ("recipe", "pattern", *CHOICES)
+    plotted = ("metrics/plots/norms.csv",) if tier == "norms" else ()
     return Part(
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),

@@ -50,17 +50,15 @@ def apply(*, project: Project) -> None:
         (folder / CARD).write_text(card(project, metrics), encoding="utf-8")
         write_provenance(folder, made_from)
         work.publish(project.model("pruned"))
-    errors = {linear: x for linear, x in zeros.items() if x.error is not None}
-    of_linears = {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in errors.items()}
+    known = {linear: x for linear, x in zeros.items() if x.error is not None}
+    errors = {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in known.items()}
     shares = {linear: round(x.zero / x.size, 6) for linear, x in zeros.items()}
     write_json(project.metrics("pruned", "sparsity"), metrics)
     write_json(project.details("pruned", "sparsity"), shares)
-    write_json(
-        project.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": of_linears}
-    )
+    write_json(project.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": errors})
     rows: list[list[object]] = [[x.block, linear, x.size, x.zero, x.zero / x.size] for linear, x in zeros.items()]
     write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], rows)
-    rows = [[x.block, linear, x.error, x.masked] for linear, x in errors.items()]
+    rows = [[x.block, linear, x.error, x.masked] for linear, x in known.items()]
     write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], rows)
 
 
@@ -116,9 +114,7 @@ class Parts:
         keep, source = self.keeps[linear], self._source.get(linear)
         prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
         if weight.shape != keep.shape:
-            raise UserError(
-                f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
-            )
+            raise UserError(f"masks/: {linear} is {[*keep.shape]}, expected {[*weight.shape]}; run `wanda-dvc mask`")
         dense = weight if prepared is None else weight.to(prepared.gram.device)  # once: it crosses the link to a GPU
         keep = keep.to(dense.device)
         transposed = bool(self.grams) and linear in self.grams[block].transposed

@@ -164,9 +164,8 @@ def solve(
         weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
         grams = tensors.read_grams(part.grams, part.block, device, of=block.readers)
         if plan.corrects:
-            weights = choose.aim_block(
-                weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION
-            ).__getitem__
+            aimed = choose.aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION)
+            weights = aimed.__getitem__
     chosen = choose.choose_block(
         weights,
         block,

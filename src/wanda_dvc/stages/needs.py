@@ -209,9 +209,6 @@ def continuing(on: Known, tokens: int) -> int:
     return FIXED + model.parameters * width + held.activations + held.logits + cache
 
 
-# --- the line before a stage ---
-
-
 def announce(project: Project, stage: str, part: str = "", text: str = "") -> None:
     """Print a stage's needs and what is free to stderr."""
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better

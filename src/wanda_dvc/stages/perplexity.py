@@ -87,9 +87,6 @@ def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[
     write_csv(project.plots(name), ["window", "predictions", *columns], rows)
 
 
-# --- windows ---
-
-
 def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Json]:
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
     source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")

@@ -23,17 +23,12 @@ def plan(*, project: Project) -> None:
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)
     plan = params.plan
+    pattern, share = plan.pattern, float(plan.share)
     _link_source(project, "method", "method", plan.method.file)
-    if plan.left_out:
-        notice(
-            f"plan: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
-            f"{params.recipe})"
-        )
-    if float(plan.share) != params.sparsity:
-        notice(
-            f"plan: pattern {plan.pattern} sets the sparsity to {float(plan.share):g}; sparsity {params.sparsity:g} "
-            "ignored"
-        )
+    if ignored := ", ".join(plan.left_out):
+        notice(f"plan: pattern {pattern} has choices of its own: {ignored} ignored (recipe {params.recipe})")
+    if share != params.sparsity:
+        notice(f"plan: pattern {pattern} sets the sparsity to {share:g}; sparsity {params.sparsity:g} ignored")
     folder = project.root / "plan"
     remove(new := folder.with_name("plan.part"))
     for name, content in planned(params).items():
@@ -54,10 +49,7 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
         write_json(place, {"source": source})
         return
     if not Path(source).exists():
-        raise UserError(
-            f"params.yaml: {setting}: {source} not found, expected a directory or a file of this machine; "
-            "name one that is there"
-        )
+        raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
     place.parent.mkdir(parents=True, exist_ok=True)
     remove(place)
     place.symlink_to(source)

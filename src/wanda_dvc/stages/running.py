@@ -176,10 +176,7 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
 
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
-    """Check device, files, configuration and length of windows before a model runs.
-
-    Return the model's provenance, and the dtype in which it runs.
-    """
+    """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
     from wanda_dvc.engine.checkpoint import positions_of, read_config
 
     own_device(project.params.runtime)
@@ -279,10 +276,7 @@ def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tens
 
 
 def runner(project: Project, model: str, work: Work) -> "Runner":
-    """Return a runner of rows through one of the project's models, in this process or on the cluster.
-
-    With a cluster the model is on the CPU: this process computes nothing itself.
-    """
+    """Return a runner of rows through a model, here or on the cluster; this process then keeps the model on the CPU."""
     import torch
 
     from wanda_dvc.engine.attention import has_units

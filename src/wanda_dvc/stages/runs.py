@@ -74,10 +74,7 @@ class Runs:
         return (self.stages.get("plan", {}).get("params") or {}).get("params.yaml") or {}
 
     def params(self, asked: Params) -> Params:
-        """Return the settings of the current results; before the first run, the requested ones.
-
-        UserError if this version cannot run them.
-        """
+        """Return the settings of the current results, else the requested. UserError if this version cannot run them."""
         runtime = {"runtime": asked.runtime.model_dump(mode="json")}
         return check_params(self.settings | runtime) if self.settings else asked
 

@@ -95,10 +95,7 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
 
 
 def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
-    """Return the results of a model on a task or on the prompts: `details`, and `metrics` of a task.
-
-    Reuses the results of an earlier run with this protocol; else runs the model and keeps the results.
-    """
+    """Return the results of an earlier run with this protocol, or new ones: `details`, and `metrics` of a task."""
     path = project.answers / f"{run}-{digest(protocol)[:32]}.json"
     with project.work(protocol) as work:
         answered: Json = {}
@@ -151,11 +148,8 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
     For `acc_norm` also the choice with the highest log-likelihood a character, as lm-eval has it.
     """
     values = [response[0] for response in sample["filtered_resps"]]
-    content = {
-        "item": sample["doc_id"],
-        "loglikelihoods": values,
-        "answer": max(range(len(values)), key=values.__getitem__),
-    }
+    answer = max(range(len(values)), key=values.__getitem__)
+    content = {"item": sample["doc_id"], "loglikelihoods": values, "answer": answer}
     if "acc_norm" in sample:
         each = [value / len(choice) for value, choice in zip(values, choices_of(sample["doc"]), strict=True)]
         content["answer_norm"] = max(range(len(each)), key=each.__getitem__)
@@ -201,9 +195,8 @@ def continuations(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, d
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
     ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends, pad_token_id=0
-    )
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends, pad_token_id=0)
+    model.generation_config = greedy
     room, found = (positions_of(model.config) or sys.maxsize) - CONTINUED, []
     for prompt in prompts:
         asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-room:]], device=device)

@@ -47,10 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained(where)
 
 
 def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None) -> str:
-    """Return the model card of a study's pruned model, with the `metrics` that `apply` measured.
-
-    `results` are more sections, by title.
-    """
+    """Return the model card of a pruned model, with the `metrics` of `apply`, and `results`, more sections by title."""
     sparsity = metrics["sparsity"]
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")

@@ -1,7 +1,4 @@
-"""All uses of DVC: its command, and its Python interface, most of it private: repositories, experiments, the cache.
-
-No other module imports DVC.
-"""
+"""All uses of DVC: its command, and its Python interface, most of it private. No other module imports DVC."""
 
 import contextlib
 import logging
@@ -58,19 +55,17 @@ def states(root: Path, repo: Any) -> list[Any]:
         waiting = [*celery.iter_queued(), *celery.iter_active(), *(done.entry for done in celery.iter_failed())]
         waiting += repo.experiments.tempdir_queue.iter_active()
         bases = {ref.baseline_sha for ref in exp_refs(repo.scm)} | {entry.baseline_rev for entry in waiting}
-        found: list[Any] = repo.experiments.show(revs=["HEAD", *sorted(bases)], all_branches=True, all_tags=True)
+        return repo.experiments.show(revs=["HEAD", *sorted(bases)], all_branches=True, all_tags=True)
     except (DvcException, OSError) as error:  # OSError: of files of an experiment that never started
         raise UserError(
             f"{root}: DVC can't list its experiments ({error}); look at `dvc exp show`. One that was killed may still "
             "count as running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
         ) from None
-    return found
 
 
 def text_at(root: Path, repo: Any, rev: str, name: str) -> str:
     """Return the text of a study's file in a commit. FileNotFoundError if the commit lacks it."""
-    text: str = repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
-    return text
+    return repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -113,10 +113,7 @@ class Project:
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
     def time(self, run: str) -> Path:
-        """Return the file with time and machine of the last run of a stage in this checkout.
-
-        It is no output of the pipeline: outputs would differ between machines and runs.
-        """
+        """Return the file of a stage's last time and machine in this checkout: no output, because it differs by run."""
         return self.repository / ".dvc" / "tmp" / "wanda-dvc-times" / f"{run}.json"
 
     @property
@@ -130,10 +127,7 @@ class Project:
 
     @contextlib.contextmanager
     def work(self, made_from: Json) -> Iterator["Work"]:
-        """Open a stage's unfinished work: one folder for each set of inputs, parameters and versions.
-
-        One process at a time works there; another one waits.
-        """
+        """Open the unfinished work of a set of inputs, parameters and versions: one process at a time, others wait."""
         work = Work(self.work_root / digest(made_from)[:32])
         with alone(work.path, "waiting for another run with the same inputs and parameters …"):
             yield work

@@ -67,13 +67,8 @@ def write_provenance(artifact: Path, content: Json) -> None:
 
 def files_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
     """Return one SHA-256 of the files below a folder that match patterns, by default of all but its provenance."""
-    paths = {
-        path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != PROVENANCE
-    }
+    paths = {path for one in patterns for path in folder.glob(one) if path.is_file() and path.name != PROVENANCE}
     return digest({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
-
-
-# --- the protocol of a result: all inputs that determine it ---
 
 
 def differing(one: Json, other: Json) -> str | None:

@@ -176,9 +176,6 @@ def _said(folder: Path, params: Params, around: Path | None, committed: bool) ->
     return "\n".join(lines) + NEXT
 
 
-# --- presets: named settings of a new study ---
-
-
 def preset_names() -> list[str]:
     """Return the names of the presets."""
     return sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir())
@@ -191,8 +188,7 @@ def preset_changes(name: str) -> Settings:
     """
     if name not in preset_names():
         raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/data.md)")
-    content: Settings = YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return content
+    return YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def updated(content: Settings, changes: Settings) -> Settings:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import UserDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,12 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
         tensors[f"{name}.{OUTPUTS}"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
     if stats.influence is not None:
         tensors[INFLUENCE] = stats.influence
-    header = {"readers": stats.readers, "transposed": stats.transposed}
-    _save(block_file(folder, block), tensors, header)
+    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> BlockStats:
     """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
-    tensors, header = _load(block_file(folder, block), "calibrate", finite=True)
+    tensors, header = _load(block_file(folder, block), "calibrate")
     readers, transposed = header["readers"], header["transposed"]
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
@@ -98,17 +97,14 @@ def write_grams(
 def read_grams(
     folder: Path, block: int, device: torch.device | None = None, *, of: Iterable[str] | None = None
 ) -> "Grams":
-    """Read one block's Gram matrices, by distinct input or linear, onto a device, by default the host.
-
-    `of` names the inputs or linears to read, by default all.
-    """
-    tensors, header = _load(block_file(folder, block), "calibrate", (*GRAM, CROSS), of, finite=True)
+    """Read one block's Gram matrices `of` some distinct inputs or linears, or of all, onto a device, or the host."""
+    tensors, header = _load(block_file(folder, block), "calibrate", (*GRAM, CROSS), of)
     return Grams(tensors, header, device)
 
 
 def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     """Read the sums of squared gradients of one block, by linear."""
-    tensors, _ = _load(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,), finite=True)
+    tensors, _ = _load(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,))
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
@@ -132,16 +128,13 @@ class Grams(UserDict[str, Any]):
 
 
 def write_weights(folder: Path, block: int, weights: dict[str, Tensor], solved: Json) -> None:
-    """Write one block's reconstructed weights, named, oriented and typed as stored.
-
-    Header: solver diagnostics of each linear.
-    """
+    """Write one block's new weights, named, oriented and typed as stored; header: each linear's solver diagnostics."""
     _save(block_file(folder, block), {name: x.contiguous() for name, x in weights.items()}, {"solved": solved})
 
 
 def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
     """Read one block's reconstructed weights, and solver diagnostics of each linear."""
-    weights, header = _load(block_file(folder, block), "mask", finite=True)
+    weights, header = _load(block_file(folder, block), "mask")
     return weights, header["solved"]
 
 
@@ -172,7 +165,7 @@ def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> No
 
 def read_window(folder: Path, window: int) -> dict[str, Tensor]:
     """Read the reference of one evaluation window."""
-    return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense")[0]
+    return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense", finite=False)[0]  # −∞ or diverged
 
 
 class Masks(UserDict[str, Any]):
@@ -191,10 +184,7 @@ def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
 
 
 def block_count(folder: Path, made_by: str) -> int:
-    """Return the number of blocks of an artifact; of a missing or unfinished artifact, the number of its files.
-
-    UserError if a block is missing or surplus.
-    """
+    """Return an artifact's number of blocks; unfinished, of its files. UserError if a block is missing or surplus."""
     found = {path.name for path in folder.glob("block_*.safetensors")}
     if is_there(folder / PROVENANCE):
         count = read_provenance(folder, made_by)["blocks"]
@@ -225,12 +215,7 @@ def _save(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
 
 
 def _load(
-    path: Path,
-    made_by: str,
-    kinds: tuple[str, ...] | None = None,
-    of: Iterable[str] | None = None,
-    *,
-    finite: bool = False,
+    path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
 ) -> tuple[dict[str, Tensor], Json]:
     """Read the tensors and the header of a safetensors file.
 
@@ -244,12 +229,10 @@ def _load(
             header: Json = json.loads(file.metadata()["wanda_dvc"])
             for name in file.keys():
                 owner, _, kind = name.rpartition(".")
-                if (kinds is None or kind in kinds) and (of is None or owner in of):
+                if (not kinds or kind in kinds) and (of is None or owner in of):
                     found[name] = file.get_tensor(name)
                     if finite and found[name].is_floating_point() and not found[name].isfinite().all():
                         raise ValueError(f"values of {name} that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it again"
-        ) from None
+        raise UserError(f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it") from None
     return found, header
