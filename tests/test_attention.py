@@ -25,6 +25,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 from wanda_dvc.engine.rows import Layout
 from wanda_dvc.engine.walk import Runner
+from wanda_dvc.errors import UserError
 
 MODULE = torch.nn.Module()
 
@@ -258,6 +259,8 @@ def test_they_are_the_models_own(
             logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
+    with pytest.raises(UserError, match="a choice has more than the model's 2 positions"):
+        loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=quiet)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from wanda_dvc.cli import app
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
+from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
@@ -444,6 +445,7 @@ def through(folder: Path, dtype: torch.dtype, work: Path) -> None:
     decoder = Decoder(folder, dtype=dtype, device=torch.device("cpu"))
     for step in walk(decoder, torch.tensor([[5, 6, 7]]), work):
         step.record()
+    assert [*decoder.logits(torch.zeros(1, 3, 32, dtype=dtype), torch.tensor([5, 6, 7]))]
 
 
 def test_hidden_states_of_another_dtype_than_the_models_are_refused(tmp_path: Path):
@@ -470,20 +472,33 @@ def test_families_whose_blocks_hand_each_other_more_are_refused(family: str, tmp
         through(folder, torch.float32, tmp_path / "work")
 
 
-def test_a_model_that_changes_hidden_states_between_blocks_is_refused(tmp_path: Path, monkeypatch: Patch):
-    """As RWKV does, which halves them after some."""
+@pytest.mark.parametrize(
+    ("times", "factor", "message"),
+    [(1, 0.5, "changes hidden states between block 0 and block 1"), (2, 1, "calls 6 blocks and has 3")],
+)
+def test_a_model_that_does_more_than_run_its_blocks_is_refused(
+    times: int, factor: float, message: str, tmp_path: Path, monkeypatch: Patch
+):
+    """As RWKV does, which halves hidden states after some blocks, or a model that loops."""
+
+    def forward(self: LlamaModel, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        hidden = self.embed_tokens(input_ids)
+        places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for block in [*self.layers] * times:
+            hidden = block(hidden, position_embeddings=places) * factor
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
     folder = save("llama", tmp_path / "model")
-    monkeypatch.setattr(LlamaModel, "forward", halving)
-    with pytest.raises(UserError, match="changes hidden states between block 0 and block 1"):
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(UserError, match=message):
         through(folder, torch.float32, tmp_path / "work")
 
 
-def halving(self: LlamaModel, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-    hidden = self.embed_tokens(input_ids)
-    places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    for block in self.layers:
-        hidden = block(hidden, position_embeddings=places) / 2
-    return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+def test_a_model_in_16_bits_keeps_its_buffers():
+    """GPT-J's constructor computes its rotations in torch's default dtype."""
+    config = AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
+    narrow, wide = (dict(build_empty(config, "", kind).named_buffers()) for kind in (torch.float16, torch.float32))
+    assert all(torch.equal(buffer, wide[name]) for name, buffer in narrow.items())
 
 
 def test_a_linear_that_is_computed_in_a_way_of_its_own_is_refused(tmp_path: Path):

@@ -231,21 +231,18 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: Path):
-    """An expert may be sent as many tokens of a row as of the dense one, but others; or only the dense row's."""
+    """An expert may be sent other tokens of a row than of the dense one; or the same ones, in another order."""
     decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
     rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
-    dense_alone = crossed = 0
+    dense_alone = 0
     for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
         recorder = InputRecorder(linears=decoder.linears(0), gram=True)
         cross(decoder, recorder, rows[:width], rows[width : 2 * width])
         found = recorder.sums.of(decoder.linears(0))
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
-        assert found.crosses.keys() <= every
-        assert {name for name in every if ".experts." not in name} <= found.crosses.keys()
+        assert found.crosses.keys() == {name for name in every if ".experts." not in name}
         dense_alone += sum(x.count == 0 for x in found.stats.inputs.values())
-        crossed += len(found.crosses)
     assert dense_alone
-    assert crossed
 
 
 @pytest.mark.parametrize("scale", [1, 2**16])

@@ -171,8 +171,17 @@ class Decoder:
 
     def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
         result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-        with self._instead_of_blocks(lambda *args, **kwargs: result):
-            return self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
+        called = list[int]()
+
+        def pass_on(index: int, *_args: Any, **_words: Any) -> Any:
+            called.append(index)
+            return result
+
+        with self._instead_of_blocks(pass_on):
+            logits = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
+        if called != [*range(len(self.blocks))]:
+            raise unsupported(self.checkpoint, f"it calls {len(called)} blocks and has {len(self.blocks)}")
+        return logits
 
     @cached_property
     def holds_layouts(self) -> bool:

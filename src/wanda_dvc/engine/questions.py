@@ -10,6 +10,7 @@ import torch
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Hidden, Layout, Row
 from wanda_dvc.engine.walk import Runner, Step
+from wanda_dvc.errors import UserError
 
 ROW = 2048  # tokens: large multiplications, small activations
 
@@ -82,6 +83,8 @@ def loglikelihoods(
     `length` is the model's number of positions. An interrupted run resumes from the runner's files.
     """
     requests = [request.within(length) for request in requests]
+    if not all(request.context for request in requests):
+        raise UserError(f"tasks.names: a choice has more than the model's {length} positions; remove its task")
     rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
     for step in progress(runner.walk(rows)):
         step.advance()

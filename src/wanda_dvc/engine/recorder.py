@@ -203,7 +203,7 @@ class InputRecorder:
     Two linears share an input if, within one window, both receive the same memory in the same state.
 
     For X_denseᵀX of each distinct input, [in, in], each window's dense row runs first, inside `dense`. Routed experts
-    have no X_denseᵀX: the dense row and this row may send different tokens to an expert.
+    have no X_denseᵀX: the dense row and this row may send different tokens to an expert, or in another order.
     """
 
     linears: dict[str, Linear]
@@ -244,7 +244,7 @@ class InputRecorder:
         if self.gram:
             sums.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
         dense = self._dense.get(name)
-        if dense is not None and len(dense) == len(x) == self._tokens:
+        if dense is not None and self.linears[name].part.expert is None and len(dense) == len(x) == self._tokens:
             product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
             _merge(sums.crosses, {name: TokenSum(product, len(x))})
 

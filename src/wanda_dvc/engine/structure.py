@@ -91,6 +91,7 @@ def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) 
             "sizes, activation and rope that it knows; correct it, or copy the file again"
         ) from error
     model.tie_weights()  # parameters created inside the context have lost it
+    model.initialize_weights()  # buffers, some of which the constructor computes in 16 bits
     return model.eval()
 
 
