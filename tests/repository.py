@@ -30,12 +30,12 @@ class Repository:
     imported_with: Mapping[str, str] = field(default_factory=dict)  # variables that are set when libraries are imported
 
     @classmethod
-    def new(cls, root: Path, model: Path, **options: Any) -> "Repository":
-        """The repository's own pipeline around a tiny model; nothing has run yet."""
+    def new(cls, root: Path, model: Path, *, below: str = ".", **options: Any) -> "Repository":
+        """The repository's own pipeline around a tiny model; nothing has run yet. git's root may be `below` it."""
         root.mkdir()
         repository = cls(root, model, **options)
-        repository.run("git", "init", "--quiet", "--initial-branch", "main")
-        repository.run("dvc", "init", "--quiet")
+        repository.run("git", "init", "--quiet", "--initial-branch", "main", below)
+        repository.run("dvc", "init", "--quiet", "--subdir")
         for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore", "prompts.txt"):
             shutil.copyfile(ROOT / name, root / name)
         repository.change()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.pipeline
 def repository(tmp_path_factory: Factory) -> Repository:
     """A branch with results, and an experiment of each state; the workspace has been edited since."""
     root = tmp_path_factory.mktemp("list") / "study"
-    repository = Repository.new(root, root)
+    repository = Repository.new(root, root, below="..")
     write_results(root, "wanda", 0.5, 2.5, 20)
     repository.save("main")
     write_results(root, "magnitude-rows", 0.5, 3.5, 4)
@@ -148,6 +148,9 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     assert "perplexity" in show(project=Project(root))
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
         experiments(project=Project(root))
+    Repository(root, root).run("git", "init", "--quiet")
+    with pytest.raises(UserError, match="git has no commit; `git add"):
+        experiments(project=Project(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
@@ -242,9 +245,9 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
-    for _ in range(2):  # no study is left behind
-        with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
-            wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
+    with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
+        wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
+    assert not [*tmp_path.iterdir()]  # no study is left behind
     with pytest.raises(wd.UserError, match="recovery.tokens: found 0, expected a number"):
         wd.perplexity(study, "recovered")
     before = (study.path / "params.yaml").read_bytes()

@@ -16,9 +16,10 @@ from test_stages import prune
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export, settings_of
+from wanda_dvc.export.build import export, sections, settings_of
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
+from wanda_dvc.results.experiments import workspace
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance, write_provenance
@@ -119,6 +120,12 @@ def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
     assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
 
 
+def test_no_note_on_the_workspace_is_on_the_card(pruned: Project):
+    found = workspace(pruned)
+    found.notes.append("params.yaml has model=/home/someone/secret, which has not run")
+    assert not [section for section in sections(found).values() if "someone" in section]
+
+
 def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Project):
     """The licence that its own card names comes first."""
     (pruned.model("dense") / "LICENSE").write_text("Whoever uses this owes me a beer.", encoding="utf-8")
@@ -146,7 +153,7 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
     with pytest.raises(UserError, match="x.gguf: exists already, or is in"):
-        export(project=pruned, experiment=None, target=tmp_path / "new", imatrix=tmp_path / "new/x.gguf")
+        export(project=pruned, experiment=None, target=tmp_path / "a/../new", imatrix=tmp_path / "new/x.gguf")
     (tmp_path / "beside.part").write_text("mine")
     with pytest.raises(UserError, match="beside.part: exists already"):
         export(project=pruned, experiment=None, target=tmp_path / "beside")

@@ -181,10 +181,17 @@ def test_an_experiment_changes_its_own_figures_and_caches_no_model(repository: R
     assert "another experiment" not in repository.run("wanda-dvc", "show")
 
 
+def test_a_recovered_experiment_is_exported(repository: Repository, tmp_path: Path):
+    repository.run("dvc", "exp", "run", "--temp", "--name", "trained", "--set-param", "recovery.tokens=1024", "recover")
+    said = repository.run("wanda-dvc", "export", str(tmp_path / "exported"), "--rev", "trained")
+    assert "the recovered model of trained" in said
+
+
 def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository: Repository, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")
+    repository.run("dvc", "exp", "run", "--name", "elsewhere", "--set-param", "runtime.device=cuda", "plan")
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout")
     before, cached = tree(repository.root), repository.cached()
@@ -198,7 +205,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     # The workspace has another model: the dense one comes out of the cache too.
     dense, away = repository.root / "models/dense", tmp_path / "away"
     dense.rename(away)
-    repository.run("wanda-dvc", "export", str(tmp_path / "again"), "--rev", "two-of-four")
+    repository.run("wanda-dvc", "export", str(tmp_path / "again"), "--rev", "elsewhere")
     away.rename(dense)
     assert tree(tmp_path / "again") == tree(exported)
 

@@ -27,8 +27,8 @@ GOLDEN = Path(__file__).parent / "corpus/report.md"
 
 
 def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: int, **words: Any) -> Project:
-    """All that an experiment leaves behind. `text`: the digest of its text; `layer_error`: of a linear."""
-    text, layer_error = words.pop("text", "0"), words.pop("layer_error", None)
+    """All that an experiment leaves behind. `text`: the digest of its text `on`; `layer_error`: of a linear."""
+    text, layer_error, on = words.pop("text", "0"), words.pop("layer_error", None), words.pop("on", "embedded")
     root.mkdir(parents=True, exist_ok=True)
     write_settings(root, words.pop("model", "/models/tiny"), recipe=recipe, sparsity=sparsity, **words)
     project = Project(root)
@@ -38,10 +38,10 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         read = protocol | {"windows": 4, "length": 64, "rest": "dropped", "tokens_sha256": text}
         read |= {"text": {"source": "embedded", "sha256": "0" * 64}}
         losses = [mean + x if finite else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
-        write_json(project.details(model, "perplexity/embedded"), {"protocol": read, "losses": losses})
+        write_json(project.details(model, f"perplexity/{on}"), {"protocol": read, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if finite else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
-        write_json(project.metrics(model, "perplexity/embedded"), {"perplexity": value} | apart)
+        write_json(project.metrics(model, f"perplexity/{on}"), {"perplexity": value} | apart)
         items = [{"item": i, "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": protocol | {"task": {"sha256": "0"}}, "items": items}
         write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
@@ -140,6 +140,14 @@ def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     assert "against magnitude-rows" not in said
     assert "| wanda 50 % against dense | 1.649 ×" in said
     assert "| magnitude-rows 50 % against dense | 4.482 ×" in said
+
+
+def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):
+    one, other = made(), made("magnitude-rows", loss=3.5, on="more", perplexity__texts={"more": {"source": "ptb"}})
+    said = said_of(one, other)
+    assert said.count("| wanda 50 % against dense | 1.649 ×") == 1
+    assert said.count("| magnitude-rows 50 % against dense | ") == 1
+    assert made(on="removed").made.texts == []
 
 
 def test_p_values_are_adjusted_for_all_tests_of_a_section(made: Callable[..., Experiment]):

@@ -312,6 +312,8 @@ def first_cells(text: str) -> list[str]:
 
 def test_show_leads_with_the_distance_and_leaves_out_the_mean_of_questions_of_our_own(here: Project, tmp_path: Path):
     both(here)
+    with pytest.raises(UserError, match="dense: the dense model has this name in tables"):
+        show(project=here, names=["dense"])
     shown = first_cells(show(project=here))
     assert shown[2:5] == ["divergence, nats", "top-1 agreement, %", "perplexity"]
     assert "piqa, acc, %" in shown

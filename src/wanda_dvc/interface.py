@@ -112,11 +112,8 @@ def calibrate(
     folder = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
     changed(PARAMS.read_text(encoding="utf-8"), settings)  # a wrong setting makes no study
     model = str(model.expanduser().absolute()) if isinstance(model, Path) else model
-    init(folder=folder, model=model if isinstance(model, str) else None)
-    study = Study(folder)
-    if temporary:
-        weakref.finalize(study, temporary.cleanup)
-    if not isinstance(model, str):
+    in_memory: list[Any] = [] if isinstance(model, str) else [model, tokenizer]
+    if in_memory:
         from transformers import PreTrainedModel
 
         if not isinstance(model, PreTrainedModel):
@@ -126,8 +123,13 @@ def calibrate(
             )
         if tokenizer is None:
             raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
-        for part in (model, tokenizer):
-            part.save_pretrained(folder / "model")
+    init(folder=folder, model=model if isinstance(model, str) else None)
+    study = Study(folder)
+    if temporary:
+        weakref.finalize(study, temporary.cleanup)
+    for part in in_memory:
+        part.save_pretrained(folder / "model")
+    if in_memory:
         (folder / "model/.gitignore").write_text("*\n", encoding="utf-8")
         settings = {"model": str(folder / "model")} | settings
     change_settings(study.path / "params.yaml", settings)

@@ -15,6 +15,7 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place, is_there
 from wanda_dvc.results.compare import DENSE, side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
+from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.show import continuations, notes
 from wanda_dvc.stages import MODELS, TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
@@ -40,9 +41,12 @@ def export(
     The experiment is a name, commit, branch or tag; None is the workspace. If `made`, its model is in `models/pruned`
     and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
     """
+    experiment = None if experiment == WORKSPACE else experiment
     target, what = check_target(project, target), experiment or "the workspace"
-    if imatrix and (is_there(file := check_place(imatrix.parent) / imatrix.name) or file.is_relative_to(target)):
-        raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
+    if imatrix:
+        file = check_place(imatrix.parent) / imatrix.name
+        if is_there(file) or file.resolve().is_relative_to(target.resolve()):
+            raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
         study = Project(work.path / "study")
@@ -135,7 +139,7 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, params = experiment.models, experiment.params
-    said = [*experiment.notes, *notes({experiment.name: params}, models)]
+    said = list(notes({experiment.name: params}, models))
     if params.recovery.tokens:
         made = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])
         text = params.recovery.text or params.calibration.text

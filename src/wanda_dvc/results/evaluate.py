@@ -33,11 +33,6 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
 
     UserError if a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
     """
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
-        if (path / "config.json").is_file():
-            _check_alike(project, path, path)  # before any model runs
     check_plan(project)
     dense = workspace(project).results[DENSE]
     params = project.params
@@ -46,11 +41,17 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
         )
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
+        if (path / "config.json").is_file():
+            _check_alike(project, path, path)  # before any model runs
     with project.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
         work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
         models = {DENSE: dense}
         for place, path in enumerate(paths):
-            models[str(path)] = _measured(project, path, Project(work.path / str(place)))
+            name = str(path.absolute() if str(path) == DENSE else path)
+            models[name] = _measured(project, path, Project(work.path / str(place)))
         found = records(models, base=DENSE)  # read before the work folder goes
         parts = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: params}, models)]
         work.forget()

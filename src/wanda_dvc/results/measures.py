@@ -40,9 +40,10 @@ class Results:
         `left_out` are files of another run, by path below the study; `stages.runs.Runs.others` finds them.
         """
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
-        metrics: Json = {}
+        metrics, texts = Json(), study.params.perplexity.texts
         for path in sorted(folder.rglob("*.json")):
-            if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
+            removed = path.parent.name == "perplexity" and path.stem not in texts  # git still has its results
+            if not removed and path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
                 metrics[path.relative_to(folder).with_suffix("").as_posix()] = content
         others: Json = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
         return cls(metrics, study.root / details, others)
@@ -62,6 +63,11 @@ class Results:
         if name not in self._details:
             self._details[name] = load_json(self.folder / f"{name}.json") if self.folder else {}
         return self._details[name]
+
+    def adopt(self, other: "Results") -> None:
+        """Take another's results on texts and tasks that these lack."""
+        self._details |= {name: other.details(name) for name in other.metrics.keys() - self.metrics.keys()}
+        self.metrics = other.metrics | self.metrics
 
     def keep_of(self, model: str) -> list[str]:
         """Leave out results whose details name another model than the one with this digest; return their names."""

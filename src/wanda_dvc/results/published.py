@@ -69,7 +69,7 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
                 model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", name)
                 results = one.results[model]
                 measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
-                for text in filter(one.params.perplexity.texts.get, results.texts):  # others are of older settings
+                for text in results.texts:
                     filled = one.params.perplexity.texts[text].filled
                     own = {f"perplexity.text.{key}": value for key, value in filled.items()}
                     measured.append(("perplexity", perplexity(results, text), own))

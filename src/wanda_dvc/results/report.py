@@ -82,8 +82,10 @@ class Section:
 
     @cached_property
     def models(self) -> dict[str, Results]:
-        """The dense model, measured by any of the experiments, and the pruned ones, by name."""
-        dense = max((one.results[DENSE] for one in self.experiments.values()), key=lambda dense: len(dense.metrics))
+        """The dense model, each text measured by any of the experiments, and the pruned ones, by name."""
+        dense = Results({})
+        for one in self.experiments.values():
+            dense.adopt(one.results[DENSE])
         pruned = {name: one.made for name, one in self.experiments.items()}
         return {DENSE: dense} | pruned if dense.metrics else pruned
 

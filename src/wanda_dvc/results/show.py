@@ -27,6 +27,8 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
     Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
     the first: the dense one, or the first of several experiments.
     """
+    if DENSE in names:
+        raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         experiments = [at(project, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
         first = experiments[0]

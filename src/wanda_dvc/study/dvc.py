@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
@@ -31,7 +32,7 @@ def repository(root: Path) -> Iterator[Any]:
     except SCMError:  # stages run by hand leave .dvc/
         repo = None
     if repo is None or isinstance(repo.scm, NoSCM):
-        raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {root}` makes one")
+        raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {quote(str(root))}` makes one")
     with repo:
         yield repo
 
@@ -50,6 +51,8 @@ def states(root: Path, repo: Any) -> list[Any]:
     from dvc.exceptions import DvcException
     from dvc.repo.experiments.utils import exp_refs
 
+    if repo.scm.no_commits:
+        raise UserError(f"{root}: git has no commit; `git add .`, then `git commit -m Begin`")
     try:
         celery = repo.experiments.celery_queue
         waiting = [*celery.iter_queued(), *celery.iter_active(), *(done.entry for done in celery.iter_failed())]
@@ -83,11 +86,11 @@ class Revision:
         from dvc.scm import SCMError
 
         with repository(root) as repo:
-            around = repo.root_dir
+            around, prefix = repo.root_dir, below(root, repo.scm.root_dir)
         try:
-            files = DVCFileSystem(around, rev=name)
+            files = DVCFileSystem(around, rev=name, subrepos=True)  # it begins at git's root
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
-            return cls(commit, files, below(root, around))
+            return cls(commit, files, prefix)
         except SCMError as error:
             raise UserError(
                 f"{name}: no experiment, commit, branch or tag of that name, or several ({error}); `dvc exp list "
@@ -116,8 +119,8 @@ class Revision:
             place = target / within
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
-                md5 = self.files.info(path).get("md5")
-                cached = Path(self.files.repo.cache.local.oid_to_path(md5)) if md5 else None
+                info = self.files.info(path)
+                cached = Path(info["repo"].cache.local.oid_to_path(info["md5"])) if info.get("md5") else None
                 if cached and cached.is_file():
                     place.symlink_to(cached)
                 else:
