@@ -118,7 +118,7 @@ def memory() -> str:
         peak, bound = (f"{row['value'][name] / 1e9:.2f}" for name in ("peak", "bound"))
         lines.setdefault(shape, []).append(f"{peak} of {bound}" + MARK * is_old(row))
     heads = [f"`{stage}`" for stage in ("calibrate", "mask", "apply", "perplexity")]
-    return table(["GB, of the formula's", *heads], [[shape, *cells] for shape, cells in lines.items()])
+    return table(["GB, measured of estimated", *heads], [[shape, *cells] for shape, cells in lines.items()])
 
 
 def by_text(names: Iterable[str]) -> str:

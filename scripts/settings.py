@@ -16,8 +16,8 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-`dvc exp run --temp -S ++method=ria` sets a setting of `params.yaml`, which must name `model` and the texts. Defaults
-are a new study's. A change reruns the stages named and those after them.
+`params.yaml` must name `model` and the texts. Defaults are a new study's; without its line, `recipe` is `wanda`,
+`perplexity.windows` null, `tasks.names` `[]`. A change reruns the stages named and those after them.
 
 """
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")

@@ -244,7 +244,7 @@ NOT_RUN = {
     "dvc exp run --temp -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
     "dvc exp run --temp -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc remote add --default team /mnt/team/wanda": "test_local_sources.py pushes, clones and pulls",
-    **dict.fromkeys(("git commit -m Name the remote .dvc/config", "dvc push", "git push"), "likewise"),
+    **dict.fromkeys(("git commit -m Name the remote .dvc/config", "dvc push", "git push -u origin HEAD"), "likewise"),
     "dvc exp run --temp -S pattern=2:4": "test_units.py prunes a smaller model in a second study",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",

@@ -141,7 +141,7 @@ def prune(
         str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a name, a Hub id.")
     ] = None,
     recover: Annotated[
-        str | None, typer.Option(help="Train it on so many tokens, such as 200k or 1M, towards the dense model.")
+        str | None, typer.Option(help="Train the pruned model on this many tokens, such as 1M, towards the dense one.")
     ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
 ) -> None:
@@ -202,7 +202,9 @@ def stats(
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
-    rev: Annotated[list[str] | None, typer.Option(help="As of `export`; repeat it for several.")] = None,
+    rev: Annotated[
+        list[str] | None, typer.Option(help="An experiment, commit, branch or tag; may be repeated.")
+    ] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write
@@ -253,7 +255,7 @@ def init(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
-    directory: Annotated[Path, typer.Argument(help="A new directory.")],
+    directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")],
     rev: Annotated[str | None, REV] = None,
     imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:

@@ -48,6 +48,9 @@ class Study:
     def __init__(self, directory: str | Path = ".") -> None:
         self.path = Project.find(Path(directory)).root
 
+    def __repr__(self) -> str:
+        return f"Study({str(self.path)!r})"
+
     def results(self) -> list[dict[str, Any]]:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
 

@@ -24,6 +24,7 @@ from wanda_dvc.study.markup import DASH, some, table
 from wanda_dvc.study.project import Project
 
 WORKSPACE = "workspace"
+MEASURED_BY = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")  # settings of measurements
 SUCCESS = "success"
 # Of a state; `branch` is also a tag, and `commit` has neither. If states share results, the first kind names them.
 KINDS = ("experiment", "branch", WORKSPACE, "commit")
@@ -120,6 +121,12 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         state = one.state if one.kind == "experiment" else one.kind
         rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
+    measured = [one.settings for one in states if one.made.metrics]
+    values = {key: {repr(one[key]) for one in measured if key in one} for own in measured for key in own}
+    if different := [key for key in values if key.startswith(MEASURED_BY) and len(values[key]) > 1]:
+        found += (
+            f"\n\nNot all comparable: {some(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
+        )
     if stale := [one.name for one in states if one.stale]:
         found += f"\n\nNo numbers of stages that have not run on the current settings: {some(stale, 10)}."
     return found

@@ -276,9 +276,9 @@ MEASURES: tuple[Measure, ...] = (
           test=Test(_agreed, _points, " points")),
     _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(_ratio, _factor, " ×"), drawn=LOG),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
-    _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99")),
+    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
-    _text("rms_probability_change", "true token, RMS change", "points", _rms_change, _percent),
+    _text("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", accuracy, _percent, TASK, test=Test(difference, _points, " points")),
     _tasks(
         "mean_acc", "mean acc", "%", mean_accuracy, _percent,

@@ -104,11 +104,12 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
             "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and "
             "nothing else."
         )
-    yield (
-        "In brackets: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
-        "p < 0.05, adjusted for the number of tests (Holm). Divergence is KL(dense ‖ pruned) of the next token's "
-        "predictions."
-    )
+    if any(one.texts or one.tasks for one in every):
+        yield (
+            "In brackets: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
+            "p < 0.05, adjusted for the number of tests (Holm). Divergence is KL(dense ‖ pruned) of the next token's "
+            "predictions."
+        )
     for name, one in models.items():
         details = [one.details(f"perplexity/{text}") for text in one.texts] + [one.answers(task) for task in one.tasks]
         for where in dict.fromkeys(found["not_finite"] for found in details if "not_finite" in found):

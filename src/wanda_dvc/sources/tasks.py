@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import ITEMS
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
 AGAIN = "run `wanda-dvc download tasks` again"
 
 
@@ -94,6 +96,8 @@ def _task_files() -> tuple[Path, dict[Path, bytes]]:
 
 def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> None:
     """Write the items and the provenance of every task into a separate directory."""
+    if not items:  # DVC warns of an empty directory
+        (out / "none").touch()
     for name, one in items.items():
         target = out / name / ITEMS
         target.parent.mkdir()

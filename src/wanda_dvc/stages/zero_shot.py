@@ -1,7 +1,6 @@
 """Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
 import contextlib
-import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -116,7 +115,6 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     from wanda_dvc.engine.harness import EngineLM
     from wanda_dvc.sources.tasks import load_task
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)

@@ -79,13 +79,16 @@ def _machine(params: Params) -> Iterator[Check]:
 
 def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
     """Check memory and disk for all stages."""
+    if not needs:
+        for what, size in free(project).items():
+            yield Check(what, True, f"{gigabytes(size)} free; needs: unknown before `dvc repro download-model`")
+        return
     memory, disk = free(project).values()
-    if needs:
-        said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
-        enough = memory > max(one.memory for one in needs.values())
-        todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
-        yield Check("memory", enough, f"{gigabytes(memory)} free; needs about: {said}", todo, needed=False)
-    most = max((one.disk for one in needs.values()), default=10**9)
-    said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items()) or "1 GB"
+    said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
+    enough = memory > max(one.memory for one in needs.values())
+    todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
+    yield Check("memory", enough, f"{gigabytes(memory)} free; needs about: {said}", todo, needed=False)
+    enough = disk > max(one.disk for one in needs.values())
+    said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items())
     todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"
-    yield Check("disk", disk > most, f"{gigabytes(disk)} free; needs about: {said}", todo)
+    yield Check("disk", enough, f"{gigabytes(disk)} free; needs about: {said}", todo)
