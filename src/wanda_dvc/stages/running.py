@@ -156,8 +156,8 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
         yield item
         now = time.monotonic()
         if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
-            # At the speed since the last line: the first items of a resumed stage take no time.
-            left = f", about {(now - said) / (done - before) * (total - done):.0f} s left" if done < total else ""
+            # At the speed since the last line: the first items of a resumed stage take no time. Others' first sets up.
+            left = f", about {(now - said) / (done - before) * (total - done):.0f} s left" if 1 < done < total else ""
             notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
             said, before = now, done
 
