@@ -6,7 +6,7 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 import atexit
 import ctypes
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -151,12 +151,8 @@ def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, 
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / f"scripts/{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of scripts/, which pytest's `pythonpath` has."""
+    return importlib.import_module(name)
 
 
 TEXTS = ("calibration__text", "perplexity__texts__embedded")  # their settings
@@ -250,6 +246,16 @@ def calibrate(*, project: Project) -> None:
     from wanda_dvc.stages import run
 
     run("calibrate", project=project)
+
+
+def mask_and_apply(project: Project) -> Project:
+    """The project after these two stages."""
+    from wanda_dvc.stages.apply import apply
+    from wanda_dvc.stages.mask import mask
+
+    mask(project=project)
+    apply(project=project)
+    return project
 
 
 CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}

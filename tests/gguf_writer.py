@@ -26,9 +26,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
-        stored = GGMLQuantizationType[kind]
-        if values.ndim == 1:
-            stored = GGMLQuantizationType.F32
+        stored = GGMLQuantizationType["F32" if values.ndim == 1 else kind]
         place = names.get_name(name, try_suffixes=(".weight",))
         assert place, name
         writer.add_tensor(place, quantize(values, stored), raw_dtype=stored)

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,9 +25,9 @@ from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.params import flatten
 from wanda_dvc.stages import running
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study import tensors
 from wanda_dvc.study.project import Project
 
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
@@ -58,7 +57,7 @@ def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bo
     write_params(folder, model, calibration__statistics="gradients", runtime__device=device, **settings)
     project, cluster = fetch(Project(folder)), Inline()
     if asks:
-        download(project=project, part="tasks")
+        fetch(project, "tasks")
     with contextlib.ExitStack() as stack:
         if backend == "gpu":
             stack.enter_context(simulated_gpu())
@@ -114,9 +113,8 @@ def test_every_backend_gives_what_one_process_gives(
     backend: str, settings: Settings, family: str, texts: Settings, tmp_path: Path
 ):
     asks = settings == {"recipe": "fisher"}
-    (host, _), (other, cluster) = (
-        ran(tmp_path / one, family, texts | settings, one, asks=asks) for one in ("plain", backend)
-    )
+    host, _ = ran(tmp_path / "plain", family, texts | settings, "plain", asks=asks)
+    other, cluster = ran(tmp_path / backend, family, texts | settings, backend, asks=asks)
     if backend == "gpu":
         check_alike(host.root, other.root)
     else:
@@ -124,15 +122,16 @@ def test_every_backend_gives_what_one_process_gives(
         assert cluster.ran
 
 
-def killed(write: Callable[..., None]) -> Callable[..., None]:
-    """A function that writes blocks, in a process that is killed at block 1."""
+def killed(name: str) -> Any:
+    """Inside, the process is killed when this function of `tensors` is to write block 1."""
+    write = getattr(tensors, name)
 
     def written(folder: Path, block: int, *content: Any) -> None:
         if block == 1:
             raise KeyboardInterrupt
         write(folder, block, *content)
 
-    return written
+    return mock.patch.object(tensors, name, written)
 
 
 def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: Make, monkeypatch: Patch):
@@ -141,10 +140,8 @@ def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: 
     expected = tree(made.masks)
     shutil.rmtree(made.masks)
     monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
-    with monkeypatch.context() as patched:
-        patched.setattr(stage.tensors, "write_masks", killed(stage.tensors.write_masks))
-        with pytest.raises(KeyboardInterrupt):
-            stage.mask(project=made)
+    with killed("write_masks"), pytest.raises(KeyboardInterrupt):
+        stage.mask(project=made)
     cluster.ran.clear()
     stage.mask(project=made)
     assert tree(made.masks) == expected
@@ -157,11 +154,9 @@ def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(study: Make, m
     made, cluster = study(), Inline()
     expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(made.root / "stats")
-    with monkeypatch.context() as patched:
-        patched.setattr(running, "executor", lambda *_, **__: Inline())
-        patched.setattr(stats.tensors, "write_stats", killed(stats.tensors.write_stats))
-        with pytest.raises(KeyboardInterrupt):
-            stats.calibrate(project=made, tier="norms")
+    in_tasks = mock.patch.object(running, "executor", return_value=Inline())
+    with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
+        stats.calibrate(project=made, tier="norms")
     if not here:
         monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
     stats.calibrate(project=made, tier="norms")

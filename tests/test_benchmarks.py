@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import memory
 import origin
@@ -199,14 +199,10 @@ def test_a_row_says_whether_its_goal_is_met(goal: str, met: float, missed: float
 
 
 def test_every_other_answer_counts():
-    class Fake:
-        def stage(self, *_: str) -> dict[str, Any]:
-            return {"answers": {task: [[-2.0, -1.0], [-1.0, -2.0]] for task in peers.TASKS}}
-
-        def peer(self, *_: str) -> dict[str, Any]:
-            return {"answers": {task: [[-1.0001, -1.0002], [-1.0, -2.0]] for task in peers.TASKS}}
-
-    assert peers.other_answers(Fake(), "bfloat16")["ratio"] == len(peers.TASKS)  # type: ignore[arg-type]
+    ours = {task: [[-2.0, -1.0], [-1.0, -2.0]] for task in peers.TASKS}
+    theirs = {task: [[-1.0001, -1.0002], [-1.0, -2.0]] for task in peers.TASKS}
+    fake = SimpleNamespace(stage=lambda *_: {"answers": ours}, peer=lambda *_: {"answers": theirs})
+    assert peers.other_answers(fake, "bfloat16")["ratio"] == len(peers.TASKS)  # type: ignore[arg-type]
 
 
 def test_a_limit_needs_a_control_group_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

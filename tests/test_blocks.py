@@ -18,7 +18,6 @@ from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Recorded, Sums
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
@@ -114,9 +113,8 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
     rest = record(decoder, tokens, tmp_path / "killed")
     assert len(rest) == len(expected) - finished
     for one, other in zip(rest, expected[finished:], strict=True):
-        assert all(
-            torch.equal(one.stats.inputs[name].sum_squares, x.sum_squares) for name, x in other.stats.inputs.items()
-        )
+        for name, x in other.stats.inputs.items():
+            assert torch.equal(one.stats.inputs[name].sum_squares, x.sum_squares)
     for killed, not_killed in zip(*(outputs(decoder, tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
         assert torch.equal(killed, not_killed)
 
@@ -207,7 +205,7 @@ ROOMS = {"none": 0, "too little": 2 * ROW, "all": 6 * ROW}
 
 def run(folder: Path, work: Path, tokens: torch.Tensor) -> tuple[list[Recorded], list[torch.Tensor]]:
     decoder = Decoder(folder, dtype=torch.float32, device=CPU)
-    recorded = [step.record(gram=True) for step in Runner(decoder, work).walk(tokens)]
+    recorded = [step.record(gram=True) for step in walk(decoder, tokens, work)]
     return recorded, outputs(decoder, [Row(x) for x in tokens], work)
 
 

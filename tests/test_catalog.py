@@ -43,30 +43,26 @@ def halves(weight: torch.Tensor, _: InputStats) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: str):
-    method = dataclasses.replace(methods()["magnitude"], function=f"{__name__}:halves")
+    magnitude, x = methods()["magnitude"], InputStats.empty(16)
+    own = dataclasses.replace(magnitude, function=f"{__name__}:halves")
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given, expected = (
-        choose(weight, InputStats.empty(16), method=one, share=Fraction(1, 2), pattern=pattern)
-        for one in (method, methods()["magnitude"])
-    )
-    assert torch.equal(given, expected)
+    given = choose(weight, x, method=own, share=Fraction(1, 2), pattern=pattern)
+    assert torch.equal(given, choose(weight, x, method=magnitude, share=Fraction(1, 2), pattern=pattern))
 
 
 def install(page: str, site: Path) -> None:
     """Install the package that a page of the documentation writes, as pip would: its module and its metadata."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    files: dict[str, str] = dict(
-        re.findall(r"^`my-method/(\S+)`:\n\n```\w+\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    )
+    found = re.findall(r"^`my-method/(\S+)`:\n\n```\w+\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    files: dict[str, str] = dict(found)
     assert sum(len(content.splitlines()) for content in files.values()) <= 30
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]
     for name, content in files.items():
         (site / name).write_text(content, encoding="utf-8")
-    metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    name, version = project["name"], project["version"]
+    metadata = site / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     ((group, entries),) = project["entry-points"].items()
     lines = [f"{name} = {value}\n" for name, value in entries.items()]
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{''.join(lines)}")
@@ -99,9 +95,8 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     assert made["libraries"]["my-method"] == "1.0"
     keep = read_masks(project.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
     x = read_stats(project.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
-    weight = (
-        load_file(project.model("dense") / "model.safetensors")["model.layers.1.mlp.up_proj.weight"].double().numpy()
-    )
+    dense = load_file(project.model("dense") / "model.safetensors")
+    weight = dense["model.layers.1.mlp.up_proj.weight"].double().numpy()
     second, first = x.sum_squares.numpy() / x.count, x.sum.numpy() / x.count
     score = np.abs(weight) * np.sqrt(second - first**2)
     rank = score.argsort(axis=1, kind="stable").argsort(axis=1)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_families import save
 
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
 from wanda_dvc.study.files import write_json
@@ -67,8 +68,6 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_path: Path):
-    from wanda_dvc.engine.decoder import Decoder
-
     source = MODELS[kind](tmp_path / "dense")
     decoder = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
     linears = [decoder.linears(index) for index in range(len(decoder.blocks))]
@@ -93,10 +92,8 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
             if address.expert is None:
                 keeps[address.tensor] = keep.numpy()
             else:
-                stacked = keeps.setdefault(
-                    address.tensor, np.ones(checkpoint.read(Address(address.tensor)).shape, dtype=bool)
-                )
-                stacked[address.expert] = keep.numpy()
+                shape = checkpoint.read(Address(address.tensor)).shape
+                keeps.setdefault(address.tensor, np.ones(shape, dtype=bool))[address.expert] = keep.numpy()
     made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
     made |= {"params": study.params.plan.described}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}

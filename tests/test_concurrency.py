@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Factory, fetch, save_tiny_model, tree, write_params
+from conftest import Factory, Make, fetch, save_tiny_model, tree
 from repository import Repository, command_environment
 
 from wanda_dvc.results.listing import experiments
@@ -25,10 +25,8 @@ SEEDS = (1, 2)  # of calibration: the settings that alternate
 
 
 @pytest.mark.slow  # runs stages as processes
-def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path, texts: dict[str, str]):
-    write_params(tmp_path, tiny, **texts)
-    project = fetch(Project(tmp_path), "model", "calibration")
-    run("calibrate", project=project)
+def test_two_runs_of_one_stage_at_once_end_as_one(project: Make, tmp_path: Path):
+    run("calibrate", project=fetch(project(), "model", "calibration"))
     expected = tree(tmp_path)
     shutil.rmtree(tmp_path / "stats")
     words = ["wanda-dvc", "-C", str(tmp_path), "calibrate"]

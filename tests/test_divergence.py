@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Make, Patch, save_tiny_model
+from conftest import Make, Patch, mask_and_apply, save_tiny_model
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
@@ -19,19 +20,16 @@ from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.intervals import perplexity as perplexity_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(40) * 7 % 250
 
 
-def through(folder: Path, tokens: torch.Tensor = TOKENS) -> tuple[Decoder, torch.Tensor]:
+def through(folder: Path) -> tuple[Decoder, torch.Tensor]:
     """A model, and its last hidden states of a window."""
-    decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), Row(tokens)
+    decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), Row(TOKENS)
     with torch.no_grad():
         decoder.calls(row)
         hidden = decoder.embed(row)
@@ -57,16 +55,11 @@ def compared(
     return loss, found
 
 
-def oracle(folder: Path, other: Path, tokens: torch.Tensor = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both models' log-probabilities in float64, by transformers alone."""
-    from transformers import AutoModelForCausalLM
-
+def oracle(*folders: Path) -> list[torch.Tensor]:
+    """Models' log-probabilities in float64, by transformers alone."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
     with torch.no_grad():
-        found = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(tokens[None]).logits[0, :-1].log_softmax(-1)
-            for path in (folder, other)
-        ]
-    return found[0], found[1]
+        return [model(TOKENS[None]).logits[0, :-1].log_softmax(-1) for model in models]
 
 
 @pytest.fixture
@@ -112,7 +105,7 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: Patch
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 1000)
     _, dense = referenced(*through(models[0]))
-    p = oracle(models[0], models[0])[0]
+    (p,) = oracle(models[0])
     rest = p.scatter(1, dense.top.long(), -math.inf)
     expected = 1000 * (rest - rest.logsumexp(1, keepdim=True)).exp()
     for row in range(39):
@@ -168,9 +161,8 @@ def test_no_divergence_is_negative_or_lost():
             exact = float((p.exp() * (p - q)).sum(1).mean())
             assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.25, abs=1e-5)
         logits[3, 5] = math.nan
-        assert summarize([compared(Logits(logits), hidden, dense, tokens)[1]]) == dict.fromkeys(
-            ("divergence", "top1_agreement", "rms_probability_change"), "diverged"
-        )
+        summary = summarize([compared(Logits(logits), hidden, dense, tokens)[1]])
+        assert summary == dict.fromkeys(("divergence", "top1_agreement", "rms_probability_change"), "diverged")
 
 
 def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], monkeypatch: Patch):
@@ -208,9 +200,8 @@ def test_a_shorter_window_counts_by_its_predictions():
 def test_windows_are_summarized_over_their_tokens():
     windows = [Divergence([0.0, 0.5, 1.0], 2, 0.03), Divergence([4.0], 0, 0.01)]
     found = summarize(windows)
-    assert {key: found["divergence"][key] for key in ("mean", "median", "p99", "largest")} == {
-        "mean": 1.375, "median": 0.5, "p99": 4.0, "largest": 4.0,
-    }  # fmt: skip
+    expected = {"mean": 1.375, "median": 0.5, "p99": 4.0, "largest": 4.0}
+    assert {key: found["divergence"][key] for key in expected} == expected
     assert found["top1_agreement"]["mean"] == 0.5
     assert found["rms_probability_change"] == 0.1
 
@@ -218,21 +209,13 @@ def test_windows_are_summarized_over_their_tokens():
 # --- the stages ---
 
 
-def pruned(study: Make, **changes: Any) -> Project:
-    made = study(**changes)
-    mask(project=made)
-    apply(project=made)
-    return made
-
-
 def test_the_pruned_model_is_measured_without_the_dense_one(study: Make):
-    made = pruned(study)
+    made = mask_and_apply(study())
     perplexity(project=made, model="dense", text="embedded")
     shutil.rmtree(made.model("dense"))
     perplexity(project=made, model="pruned", text="embedded")
-    metrics, details = (
-        load_json(getattr(made, kind)("pruned", "perplexity/embedded")) for kind in ("metrics", "details")
-    )
+    metrics = load_json(made.metrics("pruned", "perplexity/embedded"))
+    details = load_json(made.details("pruned", "perplexity/embedded"))
     assert 0 < metrics["divergence"]["low"] < metrics["divergence"]["mean"] < metrics["divergence"]["high"]
     assert metrics["divergence"]["median"] <= metrics["divergence"]["p99"] <= metrics["divergence"]["largest"]
     assert 0 < metrics["top1_agreement"]["mean"] < 1
@@ -241,7 +224,7 @@ def test_the_pruned_model_is_measured_without_the_dense_one(study: Make):
 
 
 def test_nothing_removed_is_no_divergence(study: Make):
-    made = pruned(study, sparsity=0.0)
+    made = mask_and_apply(study(sparsity=0.0))
     perplexity(project=made, model="dense", text="embedded")
     perplexity(project=made, model="pruned", text="embedded")
     found = load_json(made.metrics("pruned", "perplexity/embedded"))
@@ -252,7 +235,7 @@ def test_nothing_removed_is_no_divergence(study: Make):
 
 def test_a_reference_of_other_settings_or_libraries_is_refused(study: Make):
     """One of another model: tests/test_trust.py."""
-    made = pruned(study)
+    made = mask_and_apply(study())
     with pytest.raises(UserError, match=r"reference/embedded/provenance.json: missing; .*wanda-dvc perplexity dense"):
         perplexity(project=made, model="pruned", text="embedded")
     perplexity(project=made, model="dense", text="embedded")

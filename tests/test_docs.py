@@ -6,7 +6,6 @@ import logging
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +14,10 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, committed, read_preset, save_tiny_model, script
+from conftest import ROOT, Patch, committed, read_preset, save_tiny_model, script
 from repository import Repository
 from ruamel.yaml import YAML
+from test_init import git
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -26,10 +26,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.stages import STAGES
 
-LISTED = subprocess.run(
-    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-    cwd=ROOT, capture_output=True, text=True, check=True,
-).stdout.split()  # fmt: skip
+LISTED = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md").split()
 PAGES = sorted({page for page in LISTED if (ROOT / page).exists()})
 GUIDES = [page for page in PAGES if page in ("README.md", "CONTRIBUTING.md") or page.startswith("docs/")]
 # What a page's own package adds, and its substitute here.
@@ -352,9 +349,8 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
         lengths = {name.replace(".", "__"): preset[name] for name in ("calibration.length", "perplexity.length")}
         assert set(lengths.values()) == {CONTEXT}
         repository.change(**lengths, perplexity__windows=preset["perplexity.windows"])
-    values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)) | {
-        "NAME": finished.experiment
-    }
+    another = save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)
+    values = placed(tmp_path, another) | {"NAME": finished.experiment}
     for step in TO_RUN[page]:
         if isinstance(step, Block):
             paths = "|".join(name for name in values if name.startswith("/"))
@@ -435,9 +431,7 @@ def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: 
         ('[a](../README.md#nothing "include")', "README.md: no section #nothing; it has wanda-dvc, start, results"),
     ],
 )
-def test_a_link_that_leads_nowhere_stops_the_site(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_link_that_leads_nowhere_stops_the_site(text: str, said: str, tmp_path: Path, monkeypatch: Patch):
     pages = script("pages")
     for name in ("README.md", "zensical.toml"):
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -448,7 +442,7 @@ def test_a_link_that_leads_nowhere_stops_the_site(
         pages.Site({"docs/index.md": "index.md"}, None).page("docs/index.md")
 
 
-def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: Patch):
     pages = script("pages")
     monkeypatch.setattr(pages, "pages", lambda: {"docs/index.md": "index.md", "docs/new.md": "new.md"})
     with pytest.raises(pages.SiteError, match=r"not listed: new\.md; listed and not there: CHANGELOG\.md, "):
@@ -490,19 +484,18 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert results.written(text) == text, name
         assert results.PLACE.search(text), name
-    small = {key: results.value(row) for key, row in results.measured("recipes").items() if results.SMALL in key}
+    measured = results.measured("recipes")
+    small = {key: results.value(row) for key, row in measured.items() if results.SMALL in key}
     names = ("dense", "fisher 50%", "admm 50%", "wanda 50%")
     dense, fisher, admm, wanda = (small[f"{results.SMALL} {name}"] for name in names)
-    gemma = results.value(results.measured("recipes")[f"{results.GEMMA} dense"])
+    gemma = results.value(measured[f"{results.GEMMA} dense"])
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS[:2])
     assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
     assert f"(dense {dense:.2f})" in readme
     said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (`admm`) or {wanda:.1f} (`wanda`)"
     assert f"a WikiText-2 perplexity of {said}. The dense model has {dense:.1f}" in readme
-    gains = [results.measured("recipes")[f"{results.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda")]
-    same, other = (
-        1 - gains[0][text]["perplexity"] / gains[1][text]["perplexity"] for text in ("wikitext2", "embedded")
-    )
+    better, worse = (measured[f"{results.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda"))
+    same, other = (1 - better[text]["perplexity"] / worse[text]["perplexity"] for text in ("wikitext2", "embedded"))
     assert f"by {same:.0%} on WikiText-2, and by {other:.0%} on the embedded text".replace("%", " %") in page
     assert 0.45 < other / same < 0.55
     assert "advantage over Wanda is [about half as large]" in readme
@@ -515,21 +508,13 @@ def test_pages_and_docstrings_avoid_the_words_of_the_list():
     words = script("words")
     assert [one for name, text in words.texts().items() for one in words.problems(name, text)] == []
     wrong = "It stands beside `whole`.\n\n```text\ntold\n```\nA whole number [x](gone.md), a GPU's card.\n"
-    assert [one.split(": use")[0] for one in words.problems("a.md", wrong)] == [
-        "a.md:1: beside",
-        "a.md:1: stands",
-        "a.md:6: card",
-    ]
+    found = [one.split(": use")[0] for one in words.problems("a.md", wrong)]
+    assert found == ["a.md:1: beside", "a.md:1: stands", "a.md:6: card"]
     assert [*words.problems("a.md", "So it is. " * 9)] == []
     assert len([*words.problems("a.md", f"| a |\n| - |\n\nSo {'it is ' * 13}.")]) == 1
     source = '"""A doc.\n\ngone"""\nx = "told"  # beside\ny = f"{x} is gone now"\n'
-    assert [line.strip() for line in words.prose(source).splitlines()] == [
-        '"""A doc.',
-        "",
-        'gone"""',
-        "# beside",
-        "is gone now",
-    ]
+    prose = [line.strip() for line in words.prose(source).splitlines()]
+    assert prose == ['"""A doc.', "", 'gone"""', "# beside", "is gone now"]
 
 
 def texts(svg: str) -> list[str]:

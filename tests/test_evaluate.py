@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases.models import tensors
+from cases.models import config, tensors
 from conftest import Factory, fetch, save_tiny_model, tree, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
@@ -22,7 +22,6 @@ from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import change_settings
 
@@ -47,8 +46,8 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     made = make_model(root.parent / "model", rope_parameters=rope)
-    config = load_json(made / "config.json")  # as stored before transformers 5; a GGUF file lacks it
-    write_json(made / "config.json", config | {"rope_scaling": rope, "rope_theta": 1e4, "rope_parameters": None})
+    # As stored before transformers 5; a GGUF file lacks it.
+    config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(made)
     write_params(root, made, **texts)
     project = prune(fetch(fetch(Project(root)), "tasks"))
     for model in ("dense", "pruned"):
@@ -85,7 +84,7 @@ def test_a_directory_has_the_stages_figures(study: Project):
 def test_the_dense_model_differs_in_nothing_from_itself(study: Project, tmp_path: Path):
     """In the dense model's dtype, whatever dtype its files are said to have."""
     same = shutil.copytree(study.model("dense"), tmp_path / "same")
-    write_json(same / "config.json", load_json(same / "config.json") | {"dtype": "bfloat16"})
+    config(dtype="bfloat16")(same)
     (own,) = evaluated(study, same)
     on_text = {name: own["results"][name]["embedded"]["value"] for name in ("divergence", "top1_agreement")}
     assert on_text == {"divergence": 0, "top1_agreement": 1}
@@ -128,8 +127,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(tmp_path / "empty", "empty: no config.json")
     other = make_model(tmp_path / "other", vocab_size=300)
     refused(other, "other: vocabulary size 300, expected 260 as in the dense model; name a variant of it")
-    config = json.loads((other / "config.json").read_text()) | {"vocab_size": 260, "model_type": "mistral"}
-    (other / "config.json").write_text(json.dumps(config))
+    config(vocab_size=260, model_type="mistral")(other)
     refused(other, "other: architecture mistral, expected llama as in the dense model")
     (tmp_path / "a.gguf").write_bytes(b"no GGUF")
     refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one of another quant")

@@ -1,7 +1,7 @@
 """Statistics of inputs: sums that are right, merge and pack; the layer error; and allocations, whose mean is exact."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -25,12 +25,18 @@ def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def summed(tier: Any, features: int, windows: Iterable[torch.Tensor]) -> Any:
+    """The sums of a tier over windows."""
+    found = tier.empty(features)
+    for window in windows:
+        found.add(window)
+    return found
+
+
 @pytest.mark.parametrize("features", [1, 7, 128, 129, 300])
 def test_the_matrix_is_that_of_all_tokens(features: int):
     windows = [inputs(50, features, seed=seed) * 10**seed for seed in range(3)]
-    gram = Gram.empty(features)
-    for window in windows:
-        gram.add(window)
+    gram = summed(Gram, features, windows)
     tokens = torch.cat(windows).double()
     torch.testing.assert_close(gram.matrix().double(), tokens.T @ tokens, rtol=1e-5, atol=0.1)  # of 5e5 on the diagonal
     assert torch.equal(gram.matrix(), gram.matrix().T)
@@ -39,9 +45,7 @@ def test_the_matrix_is_that_of_all_tokens(features: int):
 
 def test_the_norm_tier_is_that_of_all_tokens():
     windows = [inputs(50, 7) * 10**exponent for exponent in (0, 2, -2)]
-    stats = InputStats.empty(7)
-    for window in windows:
-        stats.add(window)
+    stats = summed(InputStats, 7, windows)
     tokens = torch.cat(windows).double()
     torch.testing.assert_close(stats.sum_squares, (tokens**2).sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.sum, tokens.sum(0), rtol=1e-5, atol=1e-4)
@@ -55,32 +59,25 @@ SUMS: dict[Any, Callable[[Any], torch.Tensor]] = {Gram: lambda x: x.upper.triu()
 @pytest.mark.parametrize("tier", SUMS)
 def test_many_windows_lose_nothing(tier: Any):
     """Sums kept in float32 would stop at 2²⁴: adding 1 changes them no more."""
-    many, one = tier.empty(1), tier.empty(1)
+    many, one = tier.empty(1), summed(tier, 1, [torch.ones(1, 1)])
     (many.upper if tier is Gram else many.sum_squares).fill_(2.0**24)
     many.add(torch.ones(1, 1))
-    one.add(torch.ones(1, 1))
     many.merge(one)
     assert SUMS[tier](many).item() == 2**24 + 2
 
 
 @pytest.mark.parametrize("tier", SUMS)
 def test_half_precision_does_not_overflow(tier: Any):
-    found = tier.empty(1)
-    found.add(torch.full((100, 1), 60000.0, dtype=torch.float16))
+    found = summed(tier, 1, [torch.full((100, 1), 60000.0, dtype=torch.float16)])
     assert SUMS[tier](found).sqrt().float().item() == 6e5
 
 
 @pytest.mark.parametrize("tier", SUMS)
 def test_sums_of_shards_merge_to_those_of_all_tokens(tier: Any):
     windows = list(inputs(4, 50, 140))
-    direct, merged = tier.empty(140), tier.empty(140)
-    for window in windows:
-        direct.add(window)
+    direct, merged = summed(tier, 140, windows), tier.empty(140)
     for shard in (windows[:1], windows[1:], []):
-        part = tier.empty(140)
-        for window in shard:
-            part.add(window)
-        merged.merge(part)
+        merged.merge(summed(tier, 140, shard))
     assert merged.count == direct.count == 200
     torch.testing.assert_close(SUMS[tier](merged), SUMS[tier](direct), rtol=1e-14, atol=1e-12)
     if tier is InputStats:
@@ -89,8 +86,7 @@ def test_sums_of_shards_merge_to_those_of_all_tokens(tier: Any):
 
 @pytest.mark.parametrize("features", [1, 2, 5, 200])
 def test_the_triangle_is_all_that_is_kept(features: int):
-    gram = Gram.empty(features)
-    gram.add(inputs(9, features))
+    gram = summed(Gram, features, [inputs(9, features)])
     packed = gram.triangle()
     assert packed.shape == (features * (features + 1) // 2,)
     matrix = gram.matrix()
@@ -102,9 +98,8 @@ def test_the_triangle_is_all_that_is_kept(features: int):
 
 
 def test_a_scaled_triangle_holds_cosines_and_gives_the_matrix_back():
-    gram = Gram.empty(6)
     scale = torch.tensor([1e-3, 1.0, 0.0, 50.0, 3.0, 1e4])
-    gram.add(inputs(20, 6) * scale)
+    gram = summed(Gram, 6, [inputs(20, 6) * scale])
     norm, packed = gram.scaled_triangle()
     assert packed.abs().max() <= 1 + 1e-6
     again = Gram.from_triangle(packed, gram.count, norm)
@@ -118,8 +113,7 @@ def test_without_tokens_every_feature_counts_alike():
 def test_the_layer_error_is_that_of_the_outputs():
     x, weight = inputs(60, 20).double(), inputs(7, 20, seed=1)
     pruned = weight * (inputs(7, 20, seed=2) > 0)
-    gram = Gram.empty(20)
-    gram.add(x.float())
+    gram = summed(Gram, 20, [x.float()])
     expected = ((weight - pruned).double() @ x.T).norm() ** 2 / (weight.double() @ x.T).norm() ** 2
     others = [pruned, weight, torch.zeros_like(weight)]
     assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
@@ -129,8 +123,7 @@ def test_the_layer_error_is_that_of_the_outputs():
 def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
     x, weight = inputs(60, 20), inputs(7, 20, seed=1)
     x[:, 3:9] = 0
-    gram = Gram.empty(20)
-    gram.add(x)
+    gram = summed(Gram, 20, [x])
     keep = torch.ones(7, 20, dtype=torch.bool)
     keep[:, 3:9] = False
     _, error, plain = prune_linear(weight, keep, Prepared(gram.matrix()))
@@ -141,8 +134,7 @@ def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
 
 
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: Patch):
-    weight, gram = inputs(13, 20), Gram.empty(20)
-    gram.add(inputs(60, 20, seed=1))
+    weight, gram = inputs(13, 20), summed(Gram, 20, [inputs(60, 20, seed=1)])
     direct = layer_errors(weight, [weight.round()], gram.matrix())
     monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
     assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(direct, rel=1e-12)

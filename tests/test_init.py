@@ -58,9 +58,8 @@ def test_options_and_presets_are_settings(tmp_path: Path):
         init(folder=study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
         given = dict(flatten(read_params(study / "params.yaml").model_dump(mode="json")))
         named = {"model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None}
-        assert {key: value for key, value in given.items() if not key.startswith("runtime.")} == (
-            read_preset(name) | named
-        )
+        found = {key: value for key, value in given.items() if not key.startswith("runtime.")}
+        assert found == read_preset(name) | named
         assert given["runtime.mirror"] == str(tmp_path)
 
 
@@ -129,9 +128,8 @@ def test_in_a_directory_of_a_repository_it_is_a_part_of_that_one(tmp_path: Path)
     assert not (tmp_path / "studies/one/.git").exists()
     assert git(tmp_path, "log", "--format=%s") == "code"
     assert git(tmp_path, "diff", "--name-only") == "code.py"
-    assert {f"studies/one/{place}" for place in WRITTEN} == set(
-        git(tmp_path, "diff", "--cached", "--name-only").split()
-    )
+    staged = git(tmp_path, "diff", "--cached", "--name-only").split()
+    assert set(staged) == {f"studies/one/{place}" for place in WRITTEN}
     init(folder=tmp_path / "studies/two")  # each has a DVC repository of its own
     assert doctor(start=tmp_path / "studies/one")[1]
     assert not (tmp_path / ".dvc").exists()

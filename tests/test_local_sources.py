@@ -38,9 +38,8 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
     assert made.source("model").readlink() == tiny
     assert made.source("calibration").readlink() == text
     assert made.source("perplexity/embedded").read_text() == '{\n  "source": "embedded"\n}\n'
-    assert sorted(path.name for path in made.source("model").parent.iterdir()) == [
-        "calibration", "method", "model", "perplexity", "recovery", "tasks",
-    ]  # fmt: skip
+    sources = sorted(path.name for path in made.source("model").parent.iterdir())
+    assert sources == ["calibration", "method", "model", "perplexity", "recovery", "tasks"]
     plan(project=project("org/model"))  # the link goes, and not what it leads to
     assert not made.source("model").is_symlink()
     assert (tiny / "config.json").is_file()

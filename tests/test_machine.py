@@ -82,22 +82,18 @@ def test_a_quota_of_a_control_group_limits_the_cores(
 
 
 @pytest.mark.parametrize(
-    ("line", "files", "free"),
+    ("files", "free"),
     [
-        (
-            "0::/",
-            {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 100\n"},
-            400,
-        ),
-        ("0::/", {"memory.max": "1000\n", "memory.current": "700\n"}, 300),
-        ("0::/", {"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
-        ("0::/", {"memory.max": "1000\n"}, 1000),
+        ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 100\n"}, 400),
+        ({"memory.max": "1000\n", "memory.current": "700\n"}, 300),
+        ({"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
+        ({"memory.max": "1000\n"}, 1000),
     ],
 )
 def test_free_memory_is_what_a_control_group_leaves(
-    tmp_path: Path, monkeypatch: Patch, line: str, files: dict[str, str], free: int
+    tmp_path: Path, monkeypatch: Patch, files: dict[str, str], free: int
 ):
-    group(tmp_path, monkeypatch, line, files)
+    group(tmp_path, monkeypatch, "0::/", files)
     assert machine.free_memory() == free
 
 

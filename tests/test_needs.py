@@ -85,9 +85,8 @@ def test_every_stage_that_computes_says_what_it_needs():
 
 
 def test_each_tier_of_statistics_adds_its_own(config_only: Make):
-    once, gram, back = (
-        need(config_only(calibration__statistics=tier), "calibrate") for tier in ("norms", "gram", "gradients")
-    )
+    tiers = ("norms", "gram", "gradients")
+    once, gram, back = (need(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
     assert once.memory < gram.memory <= back.memory
     assert once.disk < gram.disk < back.disk
@@ -99,9 +98,8 @@ def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch
     monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project, "calibrate")
     needs_memory = f"{need(project, 'calibrate').memory / 1e9:.1f} GB of memory"
-    assert capsys.readouterr().err == (
-        f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
-    )
+    expected = f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(project: Make, capsys: Capture):

@@ -1,13 +1,11 @@
 """Tied heads as transformers ties them, and activations that are not finite."""
 
-import itertools
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from cases.models import tensors
+from cases.models import config, tensors
 from conftest import Capture, Make, Patch, calibrate, fetch, outputs, save_tiny_model, walk
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +24,8 @@ EVERY = ("model", "calibration", "perplexity", "tasks")
 
 def spoiled(folder: Path, **weights: float) -> Path:
     """A tiny model with one weight of some tensors set; double underscores stand for dots."""
-    tensors(lambda x: [x[name.replace("__", ".")].view(-1)[0].fill_(value) for name, value in weights.items()])(
-        save_tiny_model(folder)
-    )
+    save_tiny_model(folder)
+    tensors(lambda x: [x[name.replace("__", ".")].view(-1)[0].fill_(value) for name, value in weights.items()])(folder)
     return folder
 
 
@@ -39,8 +36,7 @@ def spoiled(folder: Path, **weights: float) -> Path:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_path: Path):
     folder = save_tiny_model(tmp_path / "model")
-    stored = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(stored | {"tie_word_embeddings": tied}))
+    config(tie_word_embeddings=tied)(folder)
     if head != "none":
         turned = [0] if head == "another" else []
         tensors(lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].flip(turned).clone()}))(folder)
@@ -98,10 +94,8 @@ def test_both_measures_name_it_and_show_repeats_it(weight: str, project: Make, t
 # --- devices, lengths and no tasks ---
 
 
-@pytest.mark.parametrize(
-    ("stage", "device"),
-    [*itertools.product(["calibrate", "mask", "apply", "perplexity", "zero-shot"], ["cuda", "cuda:7", "mps"])],
-)
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+@pytest.mark.parametrize("stage", ["calibrate", "mask", "apply", "perplexity", "zero-shot"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     device: str, stage: str, project: Make, monkeypatch: Patch
 ):
@@ -135,7 +129,7 @@ def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
 
 def test_no_tasks_means_perplexity_only(project: Make):
     made = fetch(project(tasks__names=[]), *EVERY)
-    assert list(made.data("tasks").iterdir()) == []
+    assert [path.name for path in made.data("tasks").iterdir()] == ["none"]  # DVC warns of empty directories
     perplexity(project=made, model="dense", text="embedded")
     shown = show(project=made)
     assert "Zero-shot" not in shown

@@ -150,8 +150,7 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
 
 NEEDS = {
     "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
-    "admm": "gram",
-    "fisher": "gradients", "blockwise": "gradients", "wanda-paper": "norms",
+    "admm": "gram", "fisher": "gradients", "blockwise": "gradients", "wanda-paper": "norms",
 }  # fmt: skip
 
 

@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from command_line import wanda_dvc
-from conftest import save_tiny_model, without_privilege, write_settings
+from conftest import Capture, Patch, save_tiny_model, without_privilege, write_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.cli import _say
@@ -45,7 +44,7 @@ def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, show
 
 
 @pytest.fixture
-def model(tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(tmp_path: Path, texts: dict[str, str], monkeypatch: Patch) -> Path:
     """A tiny model in an empty current directory, with a cache folder of its own and short texts."""
     here = tmp_path / "here"
     here.mkdir()
@@ -131,7 +130,7 @@ def test_a_model_and_a_text_have_one_study(model: Path):
     assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
 
 
-def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch):
     def download_alone(root: Path, stage: str, part: str = "", *, shown: bool) -> None:
         if stage != "download":
             raise KeyboardInterrupt
@@ -155,9 +154,8 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: pytes
     ],
 )
 def test_the_recipe_is_the_recommended_one_if_it_fits(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    memory: int, disk: int, recipe: str, said: str,
-):  # fmt: skip
+    model: Path, monkeypatch: Patch, capsys: Capture, memory: int, disk: int, recipe: str, said: str
+):
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
     assert "seconds" in prune(model=str(model), target=None, evaluate=False)
@@ -168,7 +166,7 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
 # --- refused before any work ---
 
 
-def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: Patch):
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: 10**6)
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
         prune(model=str(model), target=None, recover="200k")
@@ -209,7 +207,7 @@ def test_a_cache_folder_without_permission_is_named_with_what_to_do(model: Path)
 # --- stopped ---
 
 
-def test_a_full_disk_loses_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
     def full(_: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
@@ -223,12 +221,9 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: pytest.MonkeyPatch)
     pruned(model, "out", "--recipe", "wanda")
 
 
-def test_a_second_command_waits_for_the_first(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, capsys: Capture):
     """And then does not replace its result."""
-    wait: Callable[..., None] = lambda: prune(model=str(model), target=Path("out"), recipe="wanda")  # type: ignore[assignment] # noqa: E731
-    wait()
+    prune(model=str(model), target=Path("out"), recipe="wanda")
     (study,) = studies(model)
     (model.parent / "here/out").rename(model.parent / "here/done")
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*")}
@@ -242,7 +237,7 @@ def test_a_second_command_waits_for_the_first(
 
     monkeypatch.setattr("wanda_dvc.study.project.notice", finished)
     with pytest.raises(UserError, match="out: exists already"):
-        wait()
+        prune(model=str(model), target=Path("out"), recipe="wanda")
     assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
 
 
@@ -270,7 +265,7 @@ def test_a_stopped_command_stops_the_processes_that_it_started():
 @pytest.mark.pipeline
 @pytest.mark.timeout(1800)  # some thirty processes
 def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resumes(
-    tmp_path: Path, texts: dict[str, str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, texts: dict[str, str], tiny: Path, monkeypatch: Patch
 ):
     """From an empty directory, in processes of their own; then as a study in git, which runs nothing again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -311,18 +306,15 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     assert read_params(own / "params.yaml") == read_params(study / "params.yaml")
     assert subprocess.run(["git", "status", "--porcelain"], cwd=own, capture_output=True, check=True).stdout == b""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    again = subprocess.run(
-        ["dvc", "repro", "apply"], cwd=own, env=environment, capture_output=True, text=True, check=False
-    )
+    repro = ["dvc", "repro", "apply"]
+    again = subprocess.run(repro, cwd=own, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "> wanda-dvc calibrate" not in again.stdout
     assert "> wanda-dvc mask" not in again.stdout
     assert (own / "models/pruned/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
 
 
-def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(monkeypatch: Patch, capsys: Capture):
     text = "Title [b]\n\n| a   | b     |\n|-----|-------|\n| 1   | [2] x |\n\nNote"
     _say(text)
     assert capsys.readouterr().out == f"{text}\n"

@@ -156,12 +156,11 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
         train(dense, pruned, tmp_path / "work")
 
 
-PARTS = ("model", "calibration", "perplexity")
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
 
 
 def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_path: Path, capsys: Capture):
-    made = prune(fetch(project(**SMALL, pattern="2:4"), *PARTS))
+    made = prune(fetch(project(**SMALL, pattern="2:4")))
     for part in ("dense", "pruned", "recovered"):
         if part == "recovered":
             run("recover", project=made)
@@ -212,7 +211,7 @@ def test_windows_are_not_the_calibrations_and_the_guard_has_others(project: Make
 
 
 def test_a_machine_without_the_memory_is_refused(project: Make, monkeypatch: pytest.MonkeyPatch):
-    made = prune(fetch(project(**SMALL), *PARTS))
+    made = prune(fetch(project(**SMALL)))
     monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: 10**6)
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
         recover(project=made)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Make, Patch, calibrate, fetch
 from test_families import save
+from test_stages import prune
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import repair
@@ -14,7 +15,6 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.units import neighbours
-from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.project import remove
@@ -25,10 +25,7 @@ WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibra
 
 
 def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(project: Make):
-    made = fetch(project(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration")
-    calibrate(project=made)
-    mask(project=made)
-    apply(project=made)
+    made = prune(fetch(project(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     scores = [influence(read_stats(made.stats, block)) for block in range(4)]
     first = min((1, 2), key=lambda block: scores[block] + scores[block + 1])

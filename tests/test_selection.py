@@ -140,9 +140,8 @@ class Noted(TorchDispatchMode):
 @given(st.data())
 def test_wanda_equals_the_loops(data):
     weight = data.draw(matrices(st.integers(1, 8)))
-    tokens = arrays.arrays(
-        "float32", (data.draw(st.integers(1, 6)), weight.shape[1]), elements=st.sampled_from([0.0, 1.0, -2.0, 3.0])
-    )
+    shape = data.draw(st.integers(1, 6)), weight.shape[1]
+    tokens = arrays.arrays("float32", shape, elements=st.sampled_from([0.0, 1.0, -2.0, 3.0]))
     inputs = torch.from_numpy(data.draw(tokens))
     stats = InputStats.empty(weight.shape[1])
     stats.add(inputs)
@@ -153,10 +152,8 @@ def test_wanda_equals_the_loops(data):
 
 @given(matrices(), SHARE)
 def test_equal_norms_make_wanda_magnitude(weight, share):
-    ones = torch.ones(weight.shape[1])
-    assert torch.equal(
-        select(scores.wanda(weight, of_norm(ones)), share=share), select(scores.magnitude(weight), share=share)
-    )
+    by_wanda = select(scores.wanda(weight, of_norm(torch.ones(weight.shape[1]))), share=share)
+    assert torch.equal(by_wanda, select(scores.magnitude(weight), share=share))
 
 
 @given(matrices(), SHARE, st.integers(-8, 8))
@@ -204,15 +201,10 @@ def test_ria_equals_the_loops(weight, scale):
     """A weight's share of its column plus its share of its row, times the root of the norm; zeros score nothing."""
     norm = torch.arange(1.0, weight.shape[1] + 1) * scale
     size = weight.abs().double()
-    expected = torch.tensor(
-        [
-            [
-                (w / size[:, j].sum() + w / row.sum()).item() * norm[j].item() ** 0.5 if w else 0.0
-                for j, w in enumerate(row)
-            ]
-            for i, row in enumerate(size)
-        ]
-    )
+    expected = torch.zeros(size.shape)
+    for i, j in size.nonzero().tolist():
+        shares = size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()
+        expected[i, j] = shares.item() * norm[j].item() ** 0.5
     torch.testing.assert_close(scores.ria(weight, of_norm(norm)), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -24,9 +24,8 @@ from wanda_dvc.study.scaffold import DEFAULT
 
 
 def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_order():
-    table = re.findall(
-        r"^\| `([a-z-]+)`", (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([a-z-]+)`", page, flags=re.MULTILINE)
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
     assert modules - {"--init--", "needs", "running", "runs"} == set(STAGES)
@@ -56,8 +55,7 @@ def test_a_stage_reads_what_an_earlier_one_writes():
 def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
     """Each stage depends on its file in plan/, which changes with these settings alone."""
     texts = {"calibration.text.source": "org/prose", "perplexity.texts.embedded.source": "org/verse"}
-    content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl"}
-    content |= {"recovery.tokens": 1000}
+    content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl", "recovery.tokens": 1000}
     changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
     changed |= {"allocation": None} if name == "pattern" else {}
     one, two = (planned(check_params(nested(dict(content)))) for content in (content, changed))
@@ -212,10 +210,8 @@ def test_no_run_imports_more_than_it_needs(finished: Path, tmp_path: Path):
     every = [name.partition("@")[0].replace("-", " ") for row in STAGES.values() for name, *_ in row.runs(["embedded"])]
     assert sorted(words.replace("-", " ") for words in MAY_IMPORT) == sorted(every)
     shutil.copytree(finished, tmp_path / "study")
-    runs = json.dumps([(words, BEFORE.get(words)) for words in MAY_IMPORT])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNS, runs], cwd=tmp_path / "study", capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", RUNS, json.dumps([(words, BEFORE.get(words)) for words in MAY_IMPORT])]
+    done = subprocess.run(command, cwd=tmp_path / "study", capture_output=True, text=True, check=True)
     imported = dict(json.loads(line) for line in done.stdout.splitlines())
     assert imported.keys() == MAY_IMPORT.keys(), done.stderr
     more = {words: sorted(SLOW_TO_IMPORT & set(modules) - MAY_IMPORT[words]) for words, modules in imported.items()}

@@ -12,19 +12,9 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import layer_errors
 from wanda_dvc.pruning.selection import removed, select
-from wanda_dvc.pruning.solvers import (
-    Prepared,
-    Solved,
-    admm,
-    corrected_target,
-    fisher_least_squares,
-    least_squares,
-    settle_rows,
-    sparsegpt,
-    sparsegpt_update,
-)
+from wanda_dvc.pruning.solvers import Prepared, admm, corrected_target, fisher_least_squares, least_squares, sparsegpt
 
-METHODS: dict[str, Callable[..., Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
+METHODS: dict[str, Callable[..., solvers.Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
            ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
            ("20:30", "row", "0.3333")]  # fmt: skip
@@ -43,10 +33,9 @@ def problem(out: int = 12, features: int = 120, tokens: int = 500, seed: int = 0
 def of_gradients(out: int, seed: int = 1) -> torch.Tensor:
     """A Gram matrix of gradients by outputs, whose sizes differ much."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4 * out, out, generator=generator) @ (
-        torch.eye(out) + 0.3 * torch.rand(out, out, generator=generator)
-    )
-    x = x * torch.randn(out, generator=generator).mul(0.5).exp()
+    x = torch.randn(4 * out, out, generator=generator)
+    mix = torch.eye(out) + 0.3 * torch.rand(out, out, generator=generator)
+    x = x @ mix * torch.randn(out, generator=generator).mul(0.5).exp()
     return x.T @ x * 1e-6
 
 
@@ -64,14 +53,13 @@ def test_the_sweep_on_sparsegpts_own_mask_gives_its_weights(pattern, group, spar
     weight, gram = problem()
     prepared = Prepared(gram)
     solved = sparsegpt(weight, prepared, share=Fraction(sparsity), pattern=pattern, group=group)
-    torch.testing.assert_close(sparsegpt_update(weight, solved.keep, prepared).weight, solved.weight)
+    torch.testing.assert_close(solvers.sparsegpt_update(weight, solved.keep, prepared).weight, solved.weight)
 
 
 def every_method(weight, prepared, share, pattern, group):
     """All that solves, ADMM's mask with other weights included."""
-    solved = {
-        name: solve(weight, prepared, share=share, pattern=pattern, group=group) for name, solve in METHODS.items()
-    }
+    words = {"share": share, "pattern": pattern, "group": group}
+    solved = {name: solve(weight, prepared, **words) for name, solve in METHODS.items()}
     solved["least squares"] = least_squares(weight, solved["sparsegpt"].keep, prepared)
     solved["on admm's mask"] = least_squares(weight, solved["admm"].keep, prepared)
     solved["fisher"] = fisher_least_squares(weight, solved["admm"].keep, prepared, of_gradients(len(weight)))
@@ -172,9 +160,8 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     torch.testing.assert_close(solved.weight[:, [3, 7]], (weight * keep)[:, [3, 7]])
     assert torch.equal(solved.weight != 0, keep)
     single = least_squares(weight, keep, prepared, steps=60).weight[4]  # nothing to make up for in other rows
-    torch.testing.assert_close(
-        fisher_least_squares(weight, keep, prepared, s, steps=300).weight[4], single, atol=0.05, rtol=0
-    )
+    found = fisher_least_squares(weight, keep, prepared, s, steps=300).weight[4]
+    torch.testing.assert_close(found, single, atol=0.05, rtol=0)
     nothing = fisher_least_squares(weight, keep, prepared, torch.zeros(12, 12), steps=300).weight
     torch.testing.assert_close(nothing, least_squares(weight, keep, prepared, steps=60).weight, atol=0.05, rtol=0)
 
@@ -222,7 +209,7 @@ def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
     assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
     best = least_squares(weight, keep, prepared, steps=100, damping=0).weight
     settled = torch.empty_like(best)
-    assert settle_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
+    assert solvers.settle_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
     assert torch.equal(settled, best)
 
 
@@ -357,8 +344,7 @@ def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group,
 def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
     weight, gram = problem()
     dead = torch.tensor([3, 7, 11])
-    gram[dead] = 0
-    gram[:, dead] = 0
+    gram[dead] = gram[:, dead] = 0
     solved = METHODS[name](weight, Prepared(gram), share=HALF)
     assert solved.dead == 3
     assert not solved.keep[:, dead].any()
@@ -464,8 +450,7 @@ def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
 def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(name):
     weight, gram = problem()
     dead = torch.arange(4, 8)
-    gram[dead] = 0
-    gram[:, dead] = 0
+    gram[dead] = gram[:, dead] = 0
     solved = METHODS[name](weight, Prepared(gram), share=HALF, pattern="2:4")
     assert solved.unchanged == 0
     assert torch.equal(solved.weight[:, dead], (weight * solved.keep)[:, dead])
@@ -484,7 +469,7 @@ SOLVES: dict[str, Callable[[torch.Tensor, Prepared], torch.Tensor]] = {
     "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, share=HALF).weight,
     "admm": lambda weight, prepared: admm(weight, prepared, share=HALF).weight,
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
-    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared).weight,
+    "sparsegpt_update": lambda weight, prepared: solvers.sparsegpt_update(weight, weight > 0, prepared).weight,
     "fisher": lambda weight, prepared: fisher_least_squares(weight, weight > 0, prepared, of_gradients(64)).weight,
     "corrected_target": lambda weight, prepared: corrected_target(weight, prepared, prepared.gram + 1),
 }

@@ -27,6 +27,7 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.running import calibration_windows
 
 COMMIT, OLDER = "c" * 40, "0" * 40
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
 
 
 @dataclass
@@ -50,9 +51,7 @@ class Hub:
         contents = [path.partition("/resolve/")[2] for method, path in self.asked if method == "GET"]
         return [path.partition("/")[2] for path in contents if path]
 
-    def answer(  # noqa: PLR0911 - an answer for each kind of request
-        self, path: str, logged_in: bool
-    ) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, path: str, logged_in: bool) -> Answer:  # noqa: PLR0911 - an answer for each kind of request
         path, _, _ = path.partition("?")
         if self.status != 200:
             return self.status, {"X-Error-Message": "Service in pieces"}, b""
@@ -107,15 +106,12 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Hub]:
     with offline.loopback(), ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        place = f"http://127.0.0.1:{server.server_port}"
-        for name, value in {
-            "ENDPOINT": place,
-            "HUGGINGFACE_CO_URL_TEMPLATE": place + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield played
         huggingface_hub.close_session()
@@ -230,9 +226,8 @@ def test_what_the_hub_refuses_is_told_apart(
     source = "org/tiny@v2" if trouble == "revision" else "org/tiny"
     made = project(model=source) if part == "model" else project(perplexity__texts__embedded__source=source)
     where = rf"^params.yaml: (model|perplexity.texts.embedded.source): org/tiny( at v2)?: {TROUBLES[trouble]}"
-    with pytest.raises(
-        UserError, match=f"{where}.*; correct its id or revision, .* log in .*, or unset HF_HUB_OFFLINE"
-    ):
+    says = f"{where}.*; correct its id or revision, .* log in .*, or unset HF_HUB_OFFLINE"
+    with pytest.raises(UserError, match=says):
         download(project=made, part=part, text=text_of(part))
     assert hub.fetched == []
 
@@ -312,11 +307,8 @@ def test_texts_come_from_the_hub_at_a_commit(
     hub.revisions["refs/convert/parquet"] = "b" * 40
     asked = data(name, config, "validation", [{column: "one é"}, {column: "two"}])
     own = source == "org/prose"
-    made = project(
-        calibration__text__source=f"{source}@v1" if own else source,
-        calibration__text__split="validation",
-        calibration__text__column="body" if own else None,
-    )
+    text = {"source": f"{source}@v1" if own else source, "split": "validation", "column": "body" if own else None}
+    made = project(**{f"calibration__text__{key}": value for key, value in text.items()})
     download(project=made, part="calibration")
     assert made.text("calibration") == "one é two"
     assert asked == [{"path": name, "name": config, "split": "validation", "revision": commit}]
@@ -384,13 +376,8 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     mirror = tmp_path / "mirror/allenai/c4" / SHARD
     mirror.parent.mkdir(parents=True)
     mirror.write_bytes(content)
-    made = project(
-        calibration__text__source="c4",
-        calibration__seed=seed,
-        calibration__windows=20,
-        runtime__mirror=str(tmp_path / "mirror") if mirrored else None,
-    )
-    fetch(made, "model", "calibration")
+    settings = {"calibration__seed": seed, "runtime__mirror": str(tmp_path / "mirror") if mirrored else None}
+    made = fetch(project(calibration__text__source="c4", calibration__windows=20, **settings), "model", "calibration")
     assert hub.fetched == ([] if mirrored else [SHARD])
     assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
     found = provenance(made.data("calibration"))

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -16,7 +17,8 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, pairs
 from cases.models import tensors as spoil_weights
-from conftest import Capture, Make, Patch, calibrate, fetch, save_tiny_model, shared, tree
+from conftest import Capture, Make, calibrate, fetch, mask_and_apply, save_tiny_model, shared, tree
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,9 +48,7 @@ from wanda_dvc.views import stats
 
 def prune(project: Project) -> Project:
     calibrate(project=project)
-    mask(project=project)
-    apply(project=project)
-    return project
+    return mask_and_apply(project)
 
 
 # --- download ---
@@ -68,14 +68,9 @@ def test_a_mirror_is_laid_out_like_the_hub(project: Make, tmp_path: Path):
 
 @pytest.mark.slow  # lm-eval reads 8,761 questions
 def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
-    mirror = shared() / "datasets"
+    settings = {"tasks__source": "benchmark", "runtime__mirror": str(shared() / "datasets")}
     names = {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "boolq": 3270, "rte": 277}
-    made = project(
-        tasks__source="benchmark",
-        tasks__names=list(names),
-        perplexity__texts__embedded__source="wikitext2",
-        runtime__mirror=str(mirror),
-    )
+    made = project(tasks__names=list(names), perplexity__texts__embedded__source="wikitext2", **settings)
     fetch(made, "tasks", "perplexity")
     rows = {name: len((made.data("tasks") / name / "items.jsonl").read_bytes().splitlines()) for name in names}
     assert rows == names
@@ -112,9 +107,7 @@ def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
 
 
 def test_what_is_plotted_is_what_the_stages_found(study: Make):
-    made = study(sparsity=0.3)
-    mask(project=made)
-    apply(project=made)
+    made = mask_and_apply(study(sparsity=0.3))
 
     def plotted(name: str) -> list[dict[str, str]]:
         with made.plots(name).open(encoding="utf-8", newline="") as file:
@@ -205,8 +198,6 @@ def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_
 
 
 def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
-    from filelock import FileLock, Timeout
-
     with project().work({"a": 1}) as work, pytest.raises(Timeout):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
 
@@ -232,10 +223,6 @@ def flip(path: Path) -> int:
     return path.write_bytes(content)
 
 
-def kill(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -257,35 +244,28 @@ def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: py
     ],
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
 )
-def test_progress_counts_only_with_the_states_that_it_speaks_of(
-    study: Make, monkeypatch: Patch, spoil: Callable[[Path], object]
-):
+def test_progress_counts_only_with_the_states_that_it_speaks_of(study: Make, spoil: Callable[[Path], object]):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
-    from wanda_dvc.engine import divergence as module
-
     made = study()
     perplexity(project=made, model="dense", text="embedded")
     complete = made.details("dense", "perplexity/embedded").read_bytes()
-    with monkeypatch.context() as killed:
-        killed.setattr(module, "measure", kill)
-        with pytest.raises(KeyboardInterrupt):
-            perplexity(project=made, model="dense", text="embedded")
+    killed = mock.patch("wanda_dvc.engine.divergence.measure", side_effect=KeyboardInterrupt)
+    with killed, pytest.raises(KeyboardInterrupt):
+        perplexity(project=made, model="dense", text="embedded")
     spoil(work_of(made))
     perplexity(project=made, model="dense", text="embedded")
     assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
-def test_blocks_that_a_killed_run_has_lost_are_made_again(study: Make, monkeypatch: Patch, propagation: str):
+def test_blocks_that_a_killed_run_has_lost_are_made_again(study: Make, propagation: str):
     """Finished work that had been moved away was published without its blocks, with exit 0."""
     made = study(propagation=propagation, calibration__statistics="norms")
     mask(project=made)
     target, stage = (made.stats, calibrate) if propagation == "dense" else (made.masks, mask)
     complete = tree(target)
-    with monkeypatch.context() as killed:
-        killed.setattr(tensors, "seal", kill)
-        with pytest.raises(KeyboardInterrupt):
-            stage(project=made)
+    with mock.patch.object(tensors, "seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        stage(project=made)
     shutil.rmtree(work_of(made) / "out")
     stage(project=made)
     assert tree(target) == complete
@@ -313,15 +293,8 @@ def test_weights_that_are_not_finite_are_refused(study: Make):
 def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny: Path, tmp_path: Path, complete: int):
     """As the reproduction study takes it: total loss / total predictions."""
     (tmp_path / "text.txt").write_text("".join(chr(97 + (i * i) % 23) for i in range(complete * 50 + 17)))
-    made = fetch(
-        project(
-            perplexity__texts__embedded__source=str(tmp_path / "text.txt"),
-            perplexity__length=50,
-            perplexity__windows="all",
-        ),
-        "model",
-        "perplexity",
-    )
+    text = {"perplexity__texts__embedded__source": str(tmp_path / "text.txt")}
+    made = fetch(project(perplexity__length=50, perplexity__windows="all", **text), "model", "perplexity")
     perplexity(project=made, model="dense", text="embedded")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     tokens = torch.tensor(tokenizer(made.text("perplexity/embedded"))["input_ids"])
@@ -399,20 +372,16 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, named: bool
 
 def test_a_task_without_an_accuracy_is_refused():
     for name, measured in (("cola", "mcc"), ("leaderboard_musr_murder_mysteries", "acc_norm")):
-        wanted = Tasks(source="benchmark", names=[name])
-        with pytest.raises(
-            UserError, match=f"tasks.names: {name} is measured by {measured}, expected acc; remove this task"
-        ):
-            find_tasks(wanted, None)
+        says = f"tasks.names: {name} is measured by {measured}, expected acc; remove this task"
+        with pytest.raises(UserError, match=says):
+            find_tasks(Tasks(source="benchmark", names=[name]), None)
 
 
 # --- results ---
 
 
 def test_show_says_whose_model_is_in_the_workspace(study: Make):
-    made = study()
-    mask(project=made)
-    apply(project=made)
+    made = mask_and_apply(study())
     assert "another experiment" not in show(project=made)
     changed = study(sparsity=0.7)
     assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(project=changed)

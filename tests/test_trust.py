@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cases import NO_OBJECTS, Case, dotted, models, settings, texts
+from cases import NO_OBJECTS, Case, dotted, models, removed, settings, texts, written
 from conftest import ROOT, TEXTS, Factory, Make, fetch, planned, save_tiny_model, tree, without_privilege, write_params
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -121,15 +121,11 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
 @pytest.mark.parametrize(
     ("stage", "spoil", "says"),
     [
-        (
-            "mask",
-            lambda root: (root / "stats/norms/block_001.safetensors").unlink(),
-            "norms: found 1 blocks, expected 2",
-        ),
-        ("apply", lambda root: (root / "masks/block_000.safetensors").unlink(), "found 1 blocks, expected 2"),
-        ("apply", lambda root: (root / "masks/block_000.safetensors").write_bytes(b"x"), "masks/block_000.*: damaged"),
-        ("apply", lambda root: (root / "masks/provenance.json").write_text("{"), "provenance.json: found no JSON"),
-        ("apply", lambda root: (root / "masks/provenance.json").unlink(), "masks/provenance.json: missing; run `dvc"),
+        ("mask", removed("stats/norms/block_001.safetensors"), "norms: found 1 blocks, expected 2"),
+        ("apply", removed("masks/block_000.safetensors"), "found 1 blocks, expected 2"),
+        ("apply", written("masks/block_000.safetensors", b"x"), "masks/block_000.*: damaged"),
+        ("apply", written("masks/provenance.json", "{"), "provenance.json: found no JSON"),
+        ("apply", removed("masks/provenance.json"), "masks/provenance.json: missing; run `dvc"),
     ],
 )
 def test_a_block_that_is_missing_or_damaged_is_refused(

@@ -2,11 +2,9 @@
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -15,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import named
-from conftest import Make, Patch, calibrate, fetch, save_tiny_model
+from conftest import Make, Patch, fetch, mask_and_apply, save_tiny_model
 from test_families import ALL, MIXTURES, save
+from test_stages import prune
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -30,10 +29,9 @@ from wanda_dvc.pruning.choose import choose_units
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, least_squares, places, spread, stay_of
-from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.running import calibration_windows
-from wanda_dvc.study.files import load_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -164,13 +162,10 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
 
 # --- families ---
 
-FINDERS: dict[str, Callable[..., Removal]] = {
-    structure.name: resolve_name(structure.find) for structure in STRUCTURES.values()
-}
-
 
 def removal_of(folder: Path, pattern: str, share: str = "") -> Removal:
-    return FINDERS[pattern](Checkpoint(folder), STRUCTURES[pattern], Fraction(share or SHARES[pattern]))
+    structure = STRUCTURES[pattern]
+    return resolve_name(structure.find)(Checkpoint(folder), structure, Fraction(share or SHARES[pattern]))
 
 
 def drawn(removal: Removal) -> Removal:
@@ -333,26 +328,22 @@ def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
 
 
 def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: Patch):
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
     def mixing(self: Any, x: torch.Tensor) -> torch.Tensor:
         inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(inner / inner.square().mean(dim=-1, keepdim=True).sqrt())
 
-    monkeypatch.setattr(LlamaMLP, "forward", mixing)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", mixing)
     with pytest.raises(UserError, match="computes something else"):
         removal_of(save("llama", tmp_path / "model"), "neurons")
 
 
 def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: Patch):
-    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-
     def by_number(self: Any, hidden: torch.Tensor) -> Any:
         logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
         weights, index = (logits.softmax(dim=-1) * torch.arange(1, len(self.weight) + 1)).topk(self.top_k, dim=-1)
         return logits, weights, index
 
-    monkeypatch.setattr(MixtralTopKRouter, "forward", by_number)
+    monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", by_number)
     folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
     with pytest.raises(UserError, match="computes something else"):
         confirmed(Checkpoint(folder), drawn(removal_of(folder, "experts")))
@@ -372,7 +363,7 @@ def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):
     folder = save("qwen3_moe", tmp_path / "model")
     config = load_json(folder / "config.json")
     config["num_experts"] = config.pop("num_local_experts")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "config.json", config)
     write(Smaller(Checkpoint(folder), drawn(removal_of(folder, "experts"))), tmp_path / "smaller")
     assert load_json(tmp_path / "smaller/config.json") == config | {"num_experts": 9}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
@@ -422,9 +413,7 @@ LEFT = {
 @pytest.mark.parametrize(("choice", "pattern"), [*itertools.product(CHOICES, LEFT)], ids=named)
 def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[str, str], pattern: str, study: Make):
     share, fields, reader = LEFT[pattern]
-    made = study(pattern=pattern, sparsity=share, **choice)
-    mask(project=made)
-    apply(project=made)
+    made = mask_and_apply(study(pattern=pattern, sparsity=share, **choice))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert {name: getattr(pruned.config, name) for name in fields} == fields
     found = load_json(made.metrics("pruned", "sparsity"))
@@ -478,10 +467,8 @@ def test_the_units_with_the_lowest_scores_go(method: str, pattern: str, reader: 
 
 
 def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):
-    made = fetch(project(pattern="blocks", sparsity=0.25, calibration__statistics="gram"), "model", "calibration")
-    calibrate(project=made)
-    mask(project=made)
-    apply(project=made)
+    made = project(pattern="blocks", sparsity=0.25, calibration__statistics="gram")
+    prune(fetch(made, "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     scores = [influence(read_stats(made.stats, block)) for block in range(4)]
     gone = min(range(4), key=scores.__getitem__)
@@ -497,7 +484,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     windows = calibration_windows(made)
     with torch.no_grad():
         states = model.model(input_ids=windows, output_hidden_states=True).hidden_states
-    turned = [1 - torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in pairwise(states[:4])]
+    turned = [1 - torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in itertools.pairwise(states[:4])]
     assert [x.mean().item() for x in turned] == pytest.approx(scores[:3], rel=1e-4)
     small = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     del model.model.layers[gone]
@@ -507,9 +494,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
 
 
 def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Make):
-    made = study(pattern="neurons", sparsity=0.001)
-    mask(project=made)
-    apply(project=made)
+    made = mask_and_apply(study(pattern="neurons", sparsity=0.001))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}

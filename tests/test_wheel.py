@@ -18,6 +18,7 @@ from conftest import ROOT, save_tiny_model
 from forks import commands
 from repository import command_environment, ran
 from ruamel.yaml import YAML
+from test_init import git
 
 from wanda_dvc.params import nested
 from wanda_dvc.study.scaffold import updated
@@ -50,8 +51,7 @@ def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
     """An environment in which the package is the wheel's, and `wanda-dvc` a command."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    script = f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n"
-    (folder / "wanda-dvc").write_text(script)
+    (folder / "wanda-dvc").write_text(f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n")
     (folder / "wanda-dvc").chmod(0o755)
     there = command_environment(real=True)
     path = f"{folder}{os.pathsep}{there['PATH']}"
@@ -65,10 +65,7 @@ def run(*words: str, cwd: Path, environment: dict[str, str]) -> str:
 
 
 def test_it_carries_the_package_and_nothing_else(unpacked: Path):
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT / "src", capture_output=True, text=True, check=True,
-    ).stdout.split("\n")  # fmt: skip
+    listed = git(ROOT / "src", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")
     there = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     package = {path for path in there if not re.match(r"wanda_dvc-[^/]*\.dist-info/", path)}
     assert package == {path for path in listed if path and (ROOT / "src" / path).exists()}

@@ -85,18 +85,17 @@ def test_download_refuses_wrong_items(content: str, says: str, project: Make, tm
 
 
 EMBEDDED = ROOT / "src/wanda_dvc/embedded"
+# The file, its columns, the one of the right answer, and the number of answers.
 TASKS = {
-    "piqa": ("baber/piqa/validation", {"goal", "sol1", "sol2", "label"}, lambda row: row["label"], 2),
+    "piqa": ("baber/piqa/validation", {"goal", "sol1", "sol2", "label"}, "label", 2),
     "hellaswag": (
         "Rowan/hellaswag/validation",
         {"ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"},
-        lambda row: row["label"], 4,
+        "label", 4,
     ),
-    "arc_easy": (
-        "allenai/ai2_arc/ARC-Easy/test", {"id", "question", "choices", "answerKey"}, lambda row: row["answerKey"], 4,
-    ),
-    "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, lambda row: row["label"], 2),
-    "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, lambda row: row["label"], 2),
+    "arc_easy": ("allenai/ai2_arc/ARC-Easy/test", {"id", "question", "choices", "answerKey"}, "answerKey", 4),
+    "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, "label", 2),
+    "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, "label", 2),
 }  # fmt: skip
 
 
@@ -115,11 +114,10 @@ def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
     assert len(docs) == len(items)
     assert all(0 <= asked.doc_to_target(doc) < len(asked.doc_to_choice(doc)) for doc in docs)
     assert all(asked.doc_to_text(doc).strip() for doc in docs)
-    counts = Counter(gold(item) for item in items)
+    counts = Counter(item[gold] for item in items)
     assert set(counts.values()) == {len(items) // answers}
-    assert len({json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}) == len(
-        items
-    )
+    distinct = {json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}
+    assert len(distinct) == len(items)
 
 
 def passages(text: str) -> set[str]:
@@ -131,10 +129,8 @@ def passages(text: str) -> set[str]:
 
 def test_the_two_texts_share_no_passage():
     """Perplexity is never measured on a passage of the calibration text, though many topics are excerpts of others."""
-    train, test = (
-        set().union(*(passages(row["text"]) for row in rows(EMBEDDED / "text" / f"{split}.jsonl")))
-        for split in ("train", "test")
-    )
+    texts = [rows(EMBEDDED / "text" / f"{split}.jsonl") for split in ("train", "test")]
+    train, test = (set().union(*(passages(row["text"]) for row in text)) for text in texts)
     assert min(len(train), len(test)) > 1000
     assert not train & test
 
@@ -250,9 +246,6 @@ def test_answers_to_something_else_are_not_compared(
     assert (said in capsys.readouterr().err) is (key != "model")
 
 
-CPU = torch.device("cpu")
-
-
 def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
     """The likeliest tokens, one after another, each by a forward pass over all tokens."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -269,7 +262,7 @@ def text_of(folder: Path, tokens: list[int]) -> str:
 
 
 def written(folder: Path, *prompts: str) -> list[str]:
-    return continuations(folder, prompts, dtype=torch.float32, device=CPU)
+    return continuations(folder, prompts, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_each_token_is_the_likeliest_one(tiny: Path):

@@ -80,9 +80,8 @@ def cases() -> Iterator[Case]:
     for name in (SINGLE, "vocab.json"):
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
     for setting, wrong, says in CONFIGS:
-        yield Case(
-            f"config.json: {setting} {'' if wrong is REMOVED else wrong!r:.40}", config(**{setting: wrong}), says
-        )
+        name = f"config.json: {setting} {'' if wrong is REMOVED else wrong!r:.40}"
+        yield Case(name, config(**{setting: wrong}), says)
     for weight_map, found in ((REMOVED, "found null"), ([], "found a list"), ({}, "found an object")):
         says = (INDEX, f"weight_map: {found}", "expected a file for each tensor")
         yield Case(f"index: weight_map {found}", index(weight_map), says)
