@@ -135,6 +135,7 @@ def test_a_whole_study_is_well(study: Path):
     assert well, table
     for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk"):
         assert "✓" in row(table, what)
+    assert "needs: unknown before `dvc repro download-model`" in row(table, "memory")
     assert "Nothing that is needed is missing." in table
     assert sorted(study.iterdir()) == before
 

@@ -14,6 +14,7 @@ from scipy import stats
 from wanda_dvc.engine import intervals
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
+from wanda_dvc.results import listing
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.results.show import show
@@ -330,3 +331,16 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
     here.details("pruned", "continuations").unlink()
     with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes them"):
         show(project=here, text=True)
+
+
+@pytest.mark.parametrize(("setting", "said"), [("sparsity", False), ("perplexity.windows", True), ("dtype", True)])
+def test_a_list_says_which_settings_of_its_measurements_differ(
+    setting: str, said: bool, here: Project, monkeypatch: pytest.MonkeyPatch
+):
+    made = Results({"perplexity/embedded": {"perplexity": 2.0}})
+    states = [
+        listing.State(name, name, "experiment", settings={setting: name}, results={"pruned": made})
+        for name in ("one", "two")
+    ]
+    monkeypatch.setattr(listing, "list_states", lambda _: states)
+    assert (f"Not all comparable: {setting} differ" in listing.experiments(project=here)) == said
