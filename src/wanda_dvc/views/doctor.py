@@ -90,5 +90,5 @@ def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
     yield Check("memory", enough, f"{gigabytes(memory)} free; needs about: {said}", todo, needed=False)
     enough = disk > max(one.disk for one in needs.values())
     said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items())
-    todo = "free some; `dvc gc --workspace` also deletes the cached results of experiments"
+    todo = "free some; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`"
     yield Check("disk", enough, f"{gigabytes(disk)} free; needs about: {said}", todo)
