@@ -202,6 +202,7 @@ def test_windows_are_summarized_over_their_tokens():
     found = summarize(windows)
     expected = {"mean": 1.375, "median": 0.5, "p99": 4.0, "largest": 4.0}
     assert {key: found["divergence"][key] for key in expected} == expected
+    assert found["divergence"]["low"] == 0  # the t interval's is −15
     assert found["top1_agreement"]["mean"] == 0.5
     assert found["rms_probability_change"] == 0.1
 

@@ -199,7 +199,7 @@ def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
     counts = [len(one.kl) for one in windows]
     every, total = sorted(value for one in windows for value in one.kl), sum(counts)
-    kl = mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts)
+    kl = mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts, within=(0, math.inf))
     kl |= {"median": every[math.ceil(0.5 * total) - 1], "p99": every[math.ceil(0.99 * total) - 1], "largest": every[-1]}
     agreed = mean_interval([one.agreed / len(one.kl) for one in windows], counts, within=(0, 1))
     rounded = {"divergence": kl, "top1_agreement": agreed}
