@@ -259,7 +259,7 @@ def test_they_are_the_models_own(
             logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
-    with pytest.raises(UserError, match="a choice has more than the model's 2 positions"):
+    with pytest.raises(UserError, match="a choice of a task has more than the model's 2 positions"):
         loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=quiet)
 
 

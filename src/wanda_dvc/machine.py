@@ -2,21 +2,12 @@
 
 import contextlib
 import math
-import mmap
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of cgroup v2
-
-
-def own_pages(size: int) -> mmap.mmap:
-    """Return memory of `size` bytes that is not on the heap, and is freed with its last reference.
-
-    On the heap, which keeps freed memory, weights and masks would fragment the memory of short-lived tensors.
-    """
-    return mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def cores() -> int:

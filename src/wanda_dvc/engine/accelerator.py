@@ -12,8 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from wanda_dvc.machine import own_pages
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT = 2**30  # bytes of freed memory, for the next tensors
 
@@ -90,13 +88,6 @@ class Copies:
 
 
 # --- main memory ---
-
-
-def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialized tensor for a weight."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(own_pages(shape.numel() * dtype.itemsize), dtype=dtype)[: shape.numel()].view(shape)
 
 
 def keep_freed_memory() -> None:

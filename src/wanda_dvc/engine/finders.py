@@ -248,7 +248,8 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     groups = groups if type(groups) is int and 1 < groups < number and number % groups == 0 else 1
     stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
     if type(chosen) is int and stay < chosen:
-        raise UserError(f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; lower it")
+        found = f"{CHOSEN} is {chosen}, expected at most the {stay} experts that stay"
+        raise UserError(f"sparsity: {found}; set a lower sparsity")
     set_of, follows, routers = _tensors_of_experts(source, structure, full, field, number)
     cuts, numbered = [], {}
     for name, dim in follows.items():

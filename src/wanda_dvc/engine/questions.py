@@ -76,7 +76,7 @@ def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
 
 
 def loglikelihoods(
-    runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress
+    runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress, task: str = "a task"
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
@@ -84,7 +84,7 @@ def loglikelihoods(
     """
     requests = [request.within(length) for request in requests]
     if not all(request.context for request in requests):
-        raise UserError(f"tasks.names: a choice has more than the model's {length} positions; remove its task")
+        raise UserError(f"tasks.names: a choice of {task} has more than the model's {length} positions; remove it")
     rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
     for step in progress(runner.walk(rows)):
         step.advance()

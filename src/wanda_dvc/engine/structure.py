@@ -85,13 +85,13 @@ def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) 
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()  # parameters created inside the context have lost it
+        model.initialize_weights()  # buffers, some of which the constructor computes in 16 bits
     except Exception as error:  # a model's class may raise any exception, such as KeyError for an unknown activation
         raise UserError(
             f"{where}: transformers builds no {config.model_type} from config.json ({reason(error)}), expected "
             "sizes, activation and rope that it knows; correct it, or copy the file again"
         ) from error
-    model.tie_weights()  # parameters created inside the context have lost it
-    model.initialize_weights()  # buffers, some of which the constructor computes in 16 bits
     return model.eval()
 
 

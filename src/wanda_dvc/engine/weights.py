@@ -9,9 +9,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from wanda_dvc.engine.accelerator import Copies, empty_weight
+from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts, unsupported
+from wanda_dvc.pruning.selection import empty
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Weights:
             parts = self.parts[name]
             weight = self.checkpoint.read(parts[0].address)
             if not parts[0].is_complete or (weight.device, weight.dtype) != (self.device, parameter.dtype):
-                weight = empty_weight(parameter.shape, parameter.dtype, self.device)
+                weight = empty(parameter.shape, parameter.dtype, self.device)
                 for part in parts:
                     self._copies.copy(self.checkpoint.read(part.address), part.of(weight))
             found[name] = weight

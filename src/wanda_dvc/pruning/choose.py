@@ -14,9 +14,8 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.machine import own_pages
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram, layer_errors
-from wanda_dvc.pruning.selection import keep_by_share, keep_highest, select
+from wanda_dvc.pruning.selection import empty, keep_by_share, keep_highest, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, cheapest, neighbours, spread, summed
@@ -59,8 +58,7 @@ def choose(
     by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
     x = given.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
-    pages = torch.frombuffer(own_pages(weight.numel()), dtype=torch.bool)[: weight.numel()]
-    keep = pages.view(weight.shape).to(weight.device)
+    keep = empty(weight.shape, torch.bool, weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
         scored = method(rows.contiguous(), x)
         if scored.shape != rows.shape:

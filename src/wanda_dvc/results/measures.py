@@ -65,8 +65,9 @@ class Results:
         return self._details[name]
 
     def adopt(self, other: "Results") -> None:
-        """Take another's results on texts and tasks that these lack."""
-        self._details |= {name: other.details(name) for name in other.metrics.keys() - self.metrics.keys()}
+        """Take another's results on texts that these lack, and on the tasks and prompts if these have none."""
+        lacking = [name for name in ("continuations", *other.metrics) if name not in self.metrics]
+        self._details |= {name: other.details(name) for name in lacking if not self.details(name)}
         self.metrics = other.metrics | self.metrics
 
     def keep_of(self, model: str) -> list[str]:

@@ -34,7 +34,8 @@ class Repository:
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)
             )
         if lost := [file for file in files if not (target / file).is_file()]:
-            raise UserError(f"{self.where}: {self.name} has no {', '.join(lost)} at {self.commit}; name another")
+            found = f"{self.name} has no {', '.join(lost)} at {self.commit}"
+            raise UserError(f"{self.where}: {found}; name another revision")
 
 
 def resolve(kind: str, name: str, revision: str | None, where: str) -> Repository:

@@ -15,6 +15,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
+from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, free, gigabytes, need
 from wanda_dvc.stages.running import free_memory, own_device
@@ -80,8 +81,9 @@ def _machine(params: Params) -> Iterator[Check]:
 def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
     """Check memory and disk for all stages."""
     if not needs:
+        why = "" if is_there(project.model("dense")) else " before `dvc repro download-model`"
         for what, size in free(project).items():
-            yield Check(what, True, f"{gigabytes(size)} free; needs: unknown before `dvc repro download-model`")
+            yield Check(what, True, f"{gigabytes(size)} free; needs: unknown{why}")
         return
     memory, disk = free(project).values()
     said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
