@@ -213,3 +213,8 @@ def test_ria_sees_columns_so_its_slices_are_not_its_scores():
     x = of_norm(torch.ones(6))
     assert not torch.equal(scores.ria(weight[:2], x), scores.ria(weight, x)[:2])
     assert torch.allclose(scores.ria(8 * weight, x), scores.ria(weight, x))
+
+
+def test_negative_scores_are_ordered_too():
+    """A method of a user's own may return them; as integers, their bit patterns are in reverse order."""
+    assert select(torch.tensor([[-3.0, -1.0, 2.0, -2.0]]), share=Fraction(1, 4)).tolist() == [[False, True, True, True]]
