@@ -121,9 +121,11 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         state = one.state if one.kind == "experiment" else one.kind
         rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
-    measured = [one.settings for one in states if one.made.metrics]
-    values = {key: {repr(one[key]) for one in measured if key in one} for own in measured for key in own}
-    if different := [key for key in values if key.startswith(MEASURED_BY) and len(values[key]) > 1]:
+    values: dict[str, set[str]] = {}
+    for key, value in (pair for one in states if one.made.metrics for pair in one.settings.items()):
+        if key.startswith(MEASURED_BY):
+            values.setdefault(key, set()).add(repr(value))
+    if different := [key for key, own in values.items() if len(own) > 1]:
         found += (
             f"\n\nNot all comparable: {some(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
         )

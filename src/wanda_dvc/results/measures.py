@@ -42,9 +42,11 @@ class Results:
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
         metrics, texts = Json(), study.params.perplexity.texts
         for path in sorted(folder.rglob("*.json")):
-            removed = path.parent.name == "perplexity" and path.stem not in texts  # git still has its results
-            if not removed and path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
-                metrics[path.relative_to(folder).with_suffix("").as_posix()] = content
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name.startswith(ON_TEXT) and name.removeprefix(ON_TEXT) not in texts:
+                continue  # git still has the results on a removed text
+            if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
+                metrics[name] = content
         others: Json = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
         return cls(metrics, study.root / details, others)
 

@@ -33,8 +33,8 @@ class Repository:
             snapshot_download(
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)
             )
-        if lost := [file for file in files if not (target / file).is_file()]:
-            found = f"{self.name} has no {', '.join(lost)} at {self.commit}"
+        if missing := [file for file in files if not (target / file).is_file()]:
+            found = f"{self.name} has no {', '.join(missing)} at {self.commit}"
             raise UserError(f"{self.where}: {found}; name another revision")
 
 
