@@ -35,9 +35,12 @@ RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwis
 AMOUNTS = ("50%", "70%", "2:4")
 RECOMMENDED = "fisher"
 NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECOMMENDED}`**"}
-THREE = ("piqa", "hellaswag", "arc_easy")  # tasks that the dense model answers better than a constant answer does
-FORMATS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
+# The perplexities of locuslab/wanda (8e8fc87) on the same tokens, made to run with transformers 5.24; goals in percent.
+AUTHORS = {
+    ("wanda-paper", "50%"): (43.1862, 0.5), ("wanda-paper", "70%"): (702.85, 2), ("wanda-paper", "2:4"): (148.134, 0.5),
+    ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.70, 1),
+}  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 
@@ -132,18 +135,6 @@ def by_text(names: Iterable[str]) -> str:
     return table(["model", *heads], lines)
 
 
-def formats() -> str:
-    """Return the quantized models, after the dense one, on WikiText-2."""
-    found = measured("distance")
-    rows, old = {key: row["value"] for key, row in found.items()}, any(map(is_old, found.values()))
-    lines = [
-        [key.removeprefix("GGUF "), f"{row['bytes'] / 1e6:.0f}", *_text(row["texts"]["wikitext2"]), _answers(row)]
-        for key, row in rows.items()
-        if key == "dense" or row.get("format") in FORMATS
-    ]
-    return table(["model" + MARK * old, "MB", "perplexity", "divergence", "changed answers, %"], lines)
-
-
 def _text(found: Row, row: Row | None = None) -> list[str]:
     """Return the perplexity and the divergence that were `found` on a text; an old `row` has marks."""
     divergence = found.get("divergence")  # missing of the dense model, and a word if it diverged
@@ -151,12 +142,18 @@ def _text(found: Row, row: Row | None = None) -> list[str]:
     return [figure(found.get("perplexity"), row), mean + MARK if row and is_old(row) and divergence else mean]
 
 
-def _answers(row: Row) -> str:
-    """Return the answers to three tasks that differ from the dense model's, in percent; a dash for the dense model."""
-    flips = row["flips"]
-    tasks = [flips[task]["acc"] for task in THREE] if flips else []
-    changed = sum(one[key] for one in tasks for key in ("lost", "gained", "swapped"))
-    return f"{100 * changed / sum(one['items'] for one in tasks):.1f}" if tasks else "–"
+def authors() -> str:
+    """Return the paper's procedure next to the authors' code, and Wanda by the dense model's statistics."""
+    rows, lines = measured("recipes"), []
+    for (recipe, amount), (theirs, goal) in AUTHORS.items():
+        row, cached = (rows.get(f"{SMALL} {name} {amount}") for name in (recipe, recipe.removesuffix("-paper")))
+        if ours := value(row):
+            gap = 100 * (ours / theirs - 1)
+            met = f"{goal} %" + ", missed" * (abs(gap) > goal)
+            shown = figure(value(cached), cached) if cached is not row else "–"
+            apart = f"{gap:+.2f} %".replace("-", "−")
+            lines.append([f"{recipe} {amount}".replace("%", " %"), figure(ours, row), figure(theirs), apart, met, shown])
+    return table(["recipe", "ours", "authors' code", "difference", "goal", "`wanda`"], lines)
 
 
 def runtimes() -> str:
@@ -174,7 +171,8 @@ TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the 
     "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
     "texts": lambda: by_text(["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
-    "seconds": seconds, "times": times, "goals": goals, "memory": memory, "formats": formats, "runtimes": runtimes,
+    "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
+    "runtimes": runtimes,
 }  # fmt: skip
 
 
