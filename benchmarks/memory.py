@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import CONFIGS, make_checkpoint
-from origin import HERE, origin, process, write_row
+from origin import HERE, ROOT, origin, process, write_row
 
 from wanda_dvc.study.scaffold import change_settings
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--7b", action="store_true", dest="large")
     large = parser.parse_args().large
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+    with tempfile.TemporaryDirectory(dir=ROOT.parent) as folder:  # git does not see it; a tmpfs would be memory
         root, model, out = Path(folder, "study"), Path(folder, "model"), Path(folder, "found.json")
         shape = json.loads((CONFIGS / f"{'llama-2-7b' if large else 'qwen2.5-1.5b'}.json").read_text())
         make_checkpoint(model, shape | {"dtype": "bfloat16"})
