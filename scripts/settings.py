@@ -16,7 +16,7 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-`params.yaml` must name `model` and the texts. Defaults are a new study's; without its line, `recipe` is `wanda`,
+`params.yaml` must name `model` and the texts. Defaults are a new study's; if missing, `recipe` is `wanda`,
 `perplexity.windows` null, `tasks.names` `[]`. A change reruns the stages named and those after them.
 
 """

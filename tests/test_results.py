@@ -17,7 +17,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results import listing
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.measures import Results, figures
-from wanda_dvc.results.show import show
+from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import differing
@@ -162,6 +162,8 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Project):
     pruned, dense = (Results.of(here, model) for model in ("pruned", "dense"))
     assert compare([(pruned, dense)])[0].keys() == {("acc", "piqa"), ("mean_acc", "")}
     assert apart(pruned, dense) == {"perplexity": "missing details"}
+    said = next(notes({}, {"dense": dense, "pruned": pruned}))
+    assert said.startswith("pruned not compared with dense: perplexity (missing details). `dvc pull` fetches")
     assert figures(pruned)["perplexity"] == {"embedded": {"value": 12.1825}}
 
 

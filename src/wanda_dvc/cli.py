@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune language models with Wanda: calibrate once, then prune, compare and ship.\n\n"
+    help="Prune language models: calibrate once, then prune, compare and ship.\n\n"
     "`wanda-dvc prune MODEL DIR` does it in one command. In a study (`wanda-dvc init`), `dvc repro` and "
     "`dvc exp run --temp -S sparsity=0.7` run the stages. You can run each by hand too.",
     epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix; 128 + n: stopped by signal n.",

@@ -155,7 +155,7 @@ class Calibration(_Section):
     statistics: Literal["auto", "norms", "gram", "gradients"] = Field(
         AUTO,
         description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
-        "`gram` (also XᵀX of each input) or `gradients` (also those of eight windows)",
+        "`gram` (also XᵀX of each input) or `gradients` (also gradients of eight windows)",
     )
 
 
@@ -194,7 +194,7 @@ class Recovery(_Section):
     """The training of the pruned model towards the dense model."""
 
     tokens: int = Field(0, ge=0, description="tokens to train the pruned model on, towards the dense model; 0: none")
-    text: CalibrationText | None = Field(None, description="their text, with a `source`; null: the calibration's")
+    text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
 
 
@@ -228,7 +228,7 @@ class Params(_Section):
     )
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
-    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units that goes; n:m has its own")
+    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units to remove; n:m has its own")
     pattern: Annotated[str, AfterValidator(_pattern)] = Field(
         UNSTRUCTURED,
         description="`unstructured`: zeros anywhere in a group; `n:m`, such as `2:4`: n of every m neighbours stay; "

@@ -96,8 +96,10 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
     every = list(models.values())
     for name, one in models.items():
         if base in models and name not in (base, DENSE) and (found := apart(one, models[base])):
-            named = ", ".join(f"{what} (different {key})" for what, key in found.items())
-            yield f"{name} not compared with {base}: {named}. `dvc repro` measures both models in the same way."
+            each = ((what, key if "missing" in key else f"different {key}") for what, key in found.items())
+            named = ", ".join(f"{what} ({reason})" for what, reason in each)
+            todo = "`dvc pull` fetches missing details, `dvc repro` measures both models in the same way"
+            yield f"{name} not compared with {base}: {named}. {todo}."
     yield from _protocols(params, models)
     if any(one.tasks for one in every) and any(one.tasks.source == EMBEDDED for one in params.values()):
         yield (
