@@ -88,6 +88,11 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(project: Ma
     monkeypatch.setattr(repair, "multiply", lambda one, _: torch.ones_like(one))
     with pytest.raises(UserError, match="cannot take over the outputs of"):
         mask(project=made)
+    model = save("jetmoe", tmp_path / "jetmoe", kv_channels=16)  # all tokens read only what makes keys and values
+    made = fetch(project(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
+    calibrate(project=made)
+    with pytest.raises(UserError, match="self_attention.kv_proj adds nothing to the hidden states"):
+        mask(project=made)
 
 
 def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():

@@ -246,6 +246,11 @@ def test_answers_to_something_else_are_not_compared(
     assert (said in capsys.readouterr().err) is (key != "model")
 
 
+def test_an_empty_choice_is_never_the_likeliest_a_character():
+    sample = {"doc_id": 0, "doc": {}, "target": 1, "filtered_resps": [(-1.0, False), (-9.0, False)], "acc_norm": 1.0}
+    assert stage._answer(sample, lambda _: ["", "ab"])["answer_norm"] == 1
+
+
 def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
     """The likeliest tokens, one after another, each by a forward pass over all tokens."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -34,6 +34,8 @@ def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int)
     UserError if no damping lowers the error, which a norm after the linear may prevent.
     """
     across = runner.decoder.linears(block)[linear].transposed
+    if weight.shape[int(across)] != runner.own.width:  # JetMoE: all else is experts
+        raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     held = runner.shards[::HELD_OUT]
     fitted = [shard for number, shard in enumerate(runner.shards) if number % HELD_OUT] or held
     recording = partial(run_before, runner.own, block, end, linear)

@@ -60,7 +60,7 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     """Return `keep` of Wanda's variant: every row loses the same share α of its summed scores.
 
     Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
-    the matrix's fraction removed is within 0.001 of `sparsity`, or as near as the matrix allows. Sun et al. 2024,
+    the matrix's fraction removed is within 0.001 of `sparsity`, unless ties prevent it. Sun et al. 2024,
     arXiv 2306.11695, appendix, with the authors' bounds. Their code prunes all ties at a threshold; counts here are
     exact. UserError where α = 0.8 removes too little.
     """

@@ -149,7 +149,8 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
     answer = max(range(len(values)), key=values.__getitem__)
     content = {"item": sample["doc_id"], "loglikelihoods": values, "answer": answer}
     if "acc_norm" in sample:
-        each = [value / len(choice) for value, choice in zip(values, choices_of(sample["doc"]), strict=True)]
+        pairs = zip(values, choices_of(sample["doc"]), strict=True)
+        each = [value / len(choice) if choice else -math.inf for value, choice in pairs]  # HellaSwag's may be empty
         content["answer_norm"] = max(range(len(each)), key=each.__getitem__)
     return content | {"gold": sample["target"]} | {metric: sample[metric] for metric in METRICS if metric in sample}
 
