@@ -152,7 +152,8 @@ def authors() -> str:
             met = f"{goal} %" + ", missed" * (abs(gap) > goal)
             shown = figure(value(cached), cached) if cached is not row else "–"
             apart = f"{gap:+.2f} %".replace("-", "−")
-            lines.append([f"{recipe} {amount}".replace("%", " %"), figure(ours, row), figure(theirs), apart, met, shown])
+            name = f"{recipe} {amount}".replace("%", " %")
+            lines.append([name, figure(ours, row), figure(theirs), apart, met, shown])
     return table(["recipe", "ours", "authors' code", "difference", "goal", "`wanda`"], lines)
 
 

@@ -27,7 +27,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
             halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
         stored = GGMLQuantizationType["F32" if values.ndim == 1 else kind]
-        place = names.get_name(name, try_suffixes=(".weight",))
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place, name
         writer.add_tensor(place, quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
@@ -45,6 +45,8 @@ def _describe(writer: GGUFWriter, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if factor := config.rope_parameters.get("factor"):
+        writer.add_rope_scaling_factor(factor)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
 

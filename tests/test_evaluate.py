@@ -20,6 +20,7 @@ from test_stages import prune
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
@@ -45,7 +46,7 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     root.mkdir()
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    made = make_model(root.parent / "model", rope_parameters=rope)
+    made = make_model(root.parent / "model", rope_parameters=rope, hidden_act="gelu")
     # As stored before transformers 5; a GGUF file lacks it.
     config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(made)
     write_params(root, made, **texts)
@@ -105,6 +106,8 @@ def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project,
     own, same = evaluated(study, file, folder)
     assert (own["results"]["divergence"]["embedded"]["value"] > 0) == (kind != "F32")
     assert own["results"] == same["results"]
+    with pytest.raises(UserError, match="transformers does not read llama.rope.scaling.factor, a scaling of rotary"):
+        _dequantize(file, tmp_path / "packaged")  # as of a package, which has no dense model beside it
 
 
 def write_unknown_quantization(path: Path) -> None:
@@ -134,7 +137,10 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     write_unknown_quantization(tmp_path / "b.gguf")
     refused(tmp_path / "b.gguf", "b.gguf: Dequantization for Q8_K is not yet implemented, expected a GGUF file that")
     part = shutil.copytree(study.model("dense"), tmp_path / "part")
-    tensors(lambda x: x.pop("model.layers.1.mlp.up_proj.weight"))(part)
+    tensors(lambda x: x.update({"model.layers.1.mlp.up_proj.bias": torch.ones(64)}))(part)
+    write_gguf(part, file := tmp_path / "c.gguf", "F32")
+    refused(file, "c.gguf: transformers does not read 64 of its numbers; name a directory")
+    tensors(lambda x: [x.pop(f"model.layers.1.mlp.up_proj.{name}") for name in ("bias", "weight")])(part)
     refused(part, f"^{part}: no tensor for model.layers.1.mlp.up_proj.weight")  # not the copy that the stages read
     shard = tmp_path / "m-00001-of-00002.gguf"  # transformers would draw the weights of the other at random
     write_gguf(part, shard, "F32")

@@ -183,8 +183,9 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured" in said
     found = json.loads(show(project=Project(repository.root), names=["middling"], as_json=True))
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
-    with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
-        show(project=Project(repository.root), names=["nothing"])
+    for name in ("nothing", ""):
+        with pytest.raises(UserError, match=f"{name}: no experiment, commit, branch or tag of that name"):
+            show(project=Project(repository.root), names=[name])
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.
         ({"sparsity": 2}, "sparsity"),
         ({"calibration": {"nope": 1}}, "calibration.nope: no such setting"),
         ({"recipe": "wand"}, "recipe"),
+        ({"model": Path("/")}, "model: found /, expected a valid string"),
     ],
 )
 def test_a_wrong_setting_is_named_and_changes_nothing(study: wd.Study, settings: dict[str, Any], says: str):
@@ -248,11 +250,12 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
     with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
         wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
     assert not [*tmp_path.iterdir()]  # no study is left behind
-    with pytest.raises(wd.UserError, match="recovery.tokens: found 0, expected a number"):
-        wd.perplexity(study, "recovered")
     before = (study.path / "params.yaml").read_bytes()
-    with pytest.raises(wd.UserError, match="model: found both"):
-        wd.perplexity(study, "both", sparsity=0.7)
+    for words, says in ((["recovered"], "recovery.tokens: found 0"), (["both"], "model: found both")):
+        with pytest.raises(wd.UserError, match=says):
+            wd.perplexity(study, *words, sparsity=0.7)
+    with pytest.raises(wd.UserError, match="text: found nope, expected embedded"):
+        wd.perplexity(study, text="nope", sparsity=0.7)
     assert (study.path / "params.yaml").read_bytes() == before
 
 

@@ -79,6 +79,7 @@ def test_options_and_presets_are_settings(tmp_path: Path):
 )
 def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
+    (tmp_path / "my.txt").touch()
     monkeypatch.chdir(tmp_path)
     init(folder=Path("study"), **options)
     found = dict(flatten(read_params(tmp_path / "study/params.yaml").model_dump(mode="json")))
@@ -91,6 +92,7 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name:
         ({"preset": "llama"}, "preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"),
         ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
         ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
+        ({"model": "/nowhere"}, "/nowhere not found; name a directory"),
     ],
 )
 def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, options, message: str):

@@ -323,3 +323,6 @@ def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(monkeypatch: Patch, 
     drawn = capsys.readouterr().out
     assert "|" not in drawn
     assert all(part in drawn for part in ("Title [b]", "[2] x", "Note"))
+    monkeypatch.setenv("COLUMNS", "20")
+    _say("| experiment | change |\n|---|---|\n| soled-tape | sparsity=0.7 |")
+    assert "| soled-tape | sparsity=0.7 |" in capsys.readouterr().out  # no name is cut

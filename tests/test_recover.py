@@ -100,6 +100,7 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(tmp_
     written(weights, tmp_path / "made")
     _, seen = train(dense, tmp_path / "made", tmp_path / "again", steps=1)
     assert seen[0]["text"] == pytest.approx(best["text"], rel=1e-4)
+    assert train(dense, pruned, tmp_path / "one", steps=1, rate=1e-3)[0] is not None
     for start in (dense, pruned):
         weights, _ = train(dense, start, tmp_path / start.name, steps=2, rate=0.0 if start == pruned else 0.01)
         assert weights is None  # there is nothing to gain, or nothing is gained
@@ -111,6 +112,7 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pyte
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    shared["ACCELERATE_MIXED_PRECISION"] = "bf16"  # of an `accelerate config`
     children = []
     for rank in ("0", "1"):
         if not (child := os.fork()):

@@ -72,7 +72,9 @@ def _say(text: str) -> None:
     console = Console(highlight=False)
     for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         part = "\n".join(lines)
-        console.print(Markdown(part) if is_table else part, markup=False, soft_wrap=not is_table)
+        drawn = "".join(piece.text for piece in console.render(Markdown(part)))
+        fits = is_table and drawn.count("…") <= part.count("…")  # else a name or number would be cut
+        console.print(Markdown(part) if fits else part, markup=False, soft_wrap=not fits)
 
 
 def _project() -> "Project":

@@ -185,12 +185,13 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
-    next(STAGES["perplexity"].runs([""], model))  # UserError for another model, before a setting changes
-    change_settings(study.path / "params.yaml", settings)
-    project = Project(study.path)
-    text = text or next(iter(project.params.perplexity.texts))
-    if not STAGES["perplexity"].parts[model].wanted(project.params):
+    file = study.path / "params.yaml"
+    params, _ = changed(file.read_text(encoding="utf-8"), settings)
+    text = text or next(iter(params.perplexity.texts))
+    next(STAGES["perplexity"].runs(params.perplexity.texts, model, text))  # UserError before a setting changes
+    if not STAGES["perplexity"].parts[model].wanted(params):
         raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
+    change_settings(file, settings)
     reproduce(study.path, "perplexity", model, text)
-    found = load_json(project.metrics(model, f"perplexity/{text}"))["perplexity"]
+    found = load_json(Project(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")

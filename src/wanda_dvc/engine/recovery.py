@@ -123,6 +123,8 @@ def recover(
     model's; and the guard's curve. An interrupted training resumes at its last checkpoint in `work`. Each process of
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
+    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED"):  # of an `accelerate config`
+        os.environ.pop(f"ACCELERATE_{choice}", None)
     share, device = _share(device)
     logging.set_verbosity_error()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
@@ -139,11 +141,12 @@ def recover(
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
         (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
     each = math.ceil(len(rows) / BATCH / LOOKS)
+    warm_up = WARM_UP * (len(rows) > BATCH)  # its first step has a rate of 0: an only step would train nothing
     if device.type == "cuda" and share == BATCH:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=share, num_train_epochs=1,
-        train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=WARM_UP,
+        train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=warm_up,
         eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each, logging_strategy="no",
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
         use_cpu=device.type == "cpu", bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,

@@ -144,7 +144,7 @@ def sections(experiment: Experiment) -> dict[str, str]:
         made = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])
         text = params.recovery.text or params.calibration.text
         how = f"on {made.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
-        trained = f"All weights that stay were then trained {how}, of {Path(text.source).name}."
+        trained = f"All parameters but the zeros were then trained {how}, of {Path(text.source).name}."
         said.append(trained if made["trained"] else f"A training {how} did not help: its weights are not used.")
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}

@@ -16,7 +16,7 @@ from wanda_dvc.engine.checkpoint import positions_of, read_config
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.export.build import check_target, export
-from wanda_dvc.params import Params, nested, sources
+from wanda_dvc.params import Params, nested
 from wanda_dvc.plan import TOKENS_A_FEATURE, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results.compare import cells, headings
@@ -85,15 +85,11 @@ def prune(
 
 
 def _checked(settings: dict[str, Any]) -> Params:
-    """Check settings by dotted names. UserError, with the options' names, if one is wrong or a source is missing."""
+    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
     try:
-        params, _ = changed(PARAMS.read_text(encoding="utf-8"), nested(settings))
+        return changed(PARAMS.read_text(encoding="utf-8"), nested(settings))[0]
     except UserError as error:
         raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
-    for setting, source in sources(params).values():
-        if Path(source).is_absolute() and not Path(source).exists():
-            raise UserError(f"{setting}: {source} not found; name a directory or a file of this machine")
-    return params
 
 
 def _tokens(text: str) -> int:

@@ -5,7 +5,7 @@ dtype, prompts, and versions of the libraries that computed them.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from wanda_dvc.engine.intervals import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
@@ -90,18 +90,14 @@ def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = T
     return [measure.text(measure.read(results, on), interval=interval) for measure, on in columns.values()]
 
 
-def side_by_side(
-    models: Mapping[str, Results], *, base: str, hidden: Collection[str] = ()
-) -> tuple[list[str], list[list[str]]]:
-    """Return the headers and rows of a table: a row for each measure but the `hidden` ones, a column for each model.
+def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
+    """Return the headers and rows of a table: a row for each measure, a column for each model.
 
     A last column for each model but `base` and the dense one has its paired tests against `base`, if there are any.
     """
     tests = {name: found for name, found in against(models, base).items() if found}
     rows = []
     for heading, (measure, on) in headings(list(models.values()), brief=False).items():
-        if measure.name in hidden:
-            continue
         values = [measure.text(measure.read(one, on)) for one in models.values()]
         known = measure.read(models[base], on) is not None  # the dense model has no divergence from itself
         tested = (measure.test_text(one.get((measure.name, on))) if known else "" for one in tests.values())

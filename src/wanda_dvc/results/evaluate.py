@@ -7,6 +7,7 @@ stages `perplexity` and `zero-shot` measure it there.
 from collections.abc import Sequence
 from pathlib import Path
 
+from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
@@ -91,12 +92,14 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     """
     dense = project.model(DENSE)
     sha256 = read_model(path, folder)
-    changes = {"dtype": model_dtype(project)}  # in which the dense model ran
-    rope = getattr(read_config(dense).get_text_config(), "rope_parameters", None)
-    if rope and path.suffix == GGUF:  # transformers does not read the scaling of rotary positions from such a file
-        changes["rope_parameters"] = rope
-    write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     _check_alike(project, folder, path)
+    changes = dict[str, object]()
+    if path.suffix == GGUF:  # transformers reads few settings of such a file: the others are the dense model's
+        own = {name for row in STRUCTURES.values() for name in (*row.fields, *row.scaled)} | {"tie_word_embeddings"}
+        settings = read_config(dense).get_text_config().to_dict().items()
+        changes = {name: value for name, value in settings if name not in own and not isinstance(value, list)}
+    changes["dtype"] = model_dtype(project)  # in which the dense model ran
+    write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     own, its = load_tokenizer(folder), load_tokenizer(dense)
     texts = {f"the text {text}": project.text(f"perplexity/{text}") for text in project.params.perplexity.texts}
     for task in project.params.tasks.names:

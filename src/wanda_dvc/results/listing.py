@@ -59,7 +59,7 @@ def list_states(project: Project) -> list[State]:
 
         def add(name: str, kind: str, state: Any, base: Any, running: str = SUCCESS) -> None:
             settings, before = _settings(state, below), _settings(base, below)
-            changes = {key: value for key, value in settings.items() if before.get(key) != value}
+            changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
             known = state.data and running == SUCCESS  # else they are the base commit's
             own, others = _measured(project, repo, state.rev, settings, state.data.metrics if known else {}, below)
             found.append(State(name, state.rev, kind, running, settings, changes, others, own))

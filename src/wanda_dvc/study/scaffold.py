@@ -98,6 +98,7 @@ class _Representer(RoundTripRepresenter):
 
 
 _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+_Representer.add_multi_representer(float, lambda self, number: self.represent_float(float(number)))  # NumPy's
 
 
 def change_settings(path: Path, changes: Settings) -> None:
@@ -114,9 +115,9 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     content = yaml.load(text)
     for one in changes:
         updated(content, one)
-    written = io.StringIO()
+    params, written = check_params(content), io.StringIO()
     yaml.dump(content, written)
-    return check_params(content), written.getvalue()
+    return params, written.getvalue()
 
 
 def named(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
@@ -132,10 +133,16 @@ def named(model: str | None, calibration: str | None, mirror: Path | None = None
 
 
 def _absolute(source: str) -> str:
-    """Return a source in the form of params.yaml. If a Hub id is also a local directory, the Hub id counts."""
+    """Return a source in the form of params.yaml. If a Hub id is also a local directory, the Hub id counts.
+
+    UserError if it is local and missing.
+    """
     a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
     a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
-    return str(Path(source).expanduser().resolve()) if a_path else source
+    path = Path(source).expanduser().resolve()
+    if a_path and not path.exists():
+        raise UserError(f"{path} not found; name a directory or a file of this machine")
+    return str(path) if a_path else source
 
 
 def _repository_around(folder: Path) -> Path | None:
