@@ -29,6 +29,7 @@ except ImportError:
 from checkpoints import CONFIGS, make_checkpoint
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
+from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows
 from wanda_dvc.engine.recorder import Recorded
@@ -228,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the harness")
     words = parser.parse_args(arguments)
     device = torch.device(words.device)
+    accelerator.multiply_exactly()  # as stages do; NVIDIA's containers turn TF32 on
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device on this machine; --device cpu --tiny tries the harness")
     with tempfile.TemporaryDirectory() as folder:

@@ -135,7 +135,7 @@ def simulated_gpu() -> Iterator[None]:
         "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *_: "a simulated GPU",
         "mem_get_info": memory, "max_memory_allocated": no, "memory_reserved": no, "memory_allocated": no,
         "synchronize": no, "Stream": mock.MagicMock(), "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": mock.MagicMock(), "get_device_capability": lambda *_: (8, 0),
+        "current_stream": mock.MagicMock(), "get_device_capability": lambda *_: (8, 0), "reset_peak_memory_stats": no,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple("torch.cuda", **stand_ins))

@@ -10,13 +10,14 @@ import torch
 from conftest import Capture, Patch, outputs, save_tiny_model, walk
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_gpu import simulated_gpu
 from test_selection import matrices
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import attention, rows, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Recorded, Sums
+from wanda_dvc.engine.recorder import InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -129,7 +130,7 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
     with torch.no_grad():
         dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     generator = torch.Generator().manual_seed(3)
-    for step in walk(decoder, tokens, tmp_path / "replaced"):
+    for step in walk(decoder, tokens, tmp_path / "replaced", with_dense=True):
         step.advance()
         down = f"model.layers.{step.index}.mlp.down_proj"
         if step.index == 1:
@@ -142,6 +143,8 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
             model.get_submodule(down).weight.data *= keep
             step.change({down: keep}, {})
             assert torch.equal(decoder.linears(step.index)[down].weight, model.get_submodule(down).weight)
+    beside = [x for shard in range(len(tokens)) for x in step.block.dense.read(4, shard)]  # no change reaches them
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(beside, dense, strict=True))
     with torch.no_grad():
         changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
@@ -197,6 +200,22 @@ def test_a_linear_reads_one_input_in_all_shards():
     total = Sums(source={"up": "gate"})
     with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
         total.merge(Sums(source={"up": "up"}))
+
+
+def test_an_input_is_one_memory_in_one_state(tiny: Path):
+    decoder, x = Decoder(tiny, dtype=torch.float32, device=CPU), torch.randn(1, 8, 32)
+    decoder.hold(0, -1)
+    linears = dict(list(decoder.linears(0).items())[:3])
+    recorder, (q, k, v) = InputRecorder(linears=linears), linears
+    with recorder.recording(), torch.no_grad():
+        linears[q].module(x)
+        linears[k].module(x[:, :4])
+        linears[v].module(x.mul_(2))
+    stats = recorder.sums.of(linears).stats.inputs
+    assert [stats[name].count for name in (q, k, v)] == [8, 4, 8]
+    torch.testing.assert_close(stats[v].sum_squares, 4 * stats[q].sum_squares)
+    recorder.see_block(torch.zeros(1, 3, 4), torch.ones(1, 3, 4))
+    assert recorder.sums.influence.tolist() == [3, 3]
 
 
 ROW = 2 * 32 * 32 * 4  # bytes of a window before and after a block
@@ -257,6 +276,8 @@ def test_the_check_of_a_card_runs_where_there_is_none(capsys: Capture, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert sum("| yes |" in line for line in lines) == 10
     assert sum(line.startswith("| `") for line in lines) == 3
+    with simulated_gpu():  # nothing mixes the devices
+        assert gpu.main(["--device", "cuda", "--tiny"]) == 0
     monkeypatch.setattr(gpu, "check", lambda *_: [("masks", 1e-9, 0.0)])
     monkeypatch.setattr(gpu, "times", lambda *_: [])
     assert gpu.main(words) == 1

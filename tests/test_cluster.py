@@ -26,7 +26,7 @@ from wanda_dvc.study.project import Project
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, task_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, run_task, task_device, versions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -130,6 +130,12 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Mak
         calibrate(project=study)
 
 
+def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
+    monkeypatch.setattr(ray, "get_runtime_context", mock.MagicMock())
+    with pytest.raises(UserError, match="worker on .*: torch .*, expected the driver's 0: results depend on it"):
+        run_task((versions() | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
     """Ray itself waits for minutes."""
@@ -144,8 +150,9 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
 
 @slow
 def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
-    with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
-        Cluster("auto", device="cuda")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"runtime.device: got {device} with workers of auto, expected a node with"):
+            Cluster("auto", device=device)
 
 
 @slow  # each try starts a process

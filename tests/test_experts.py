@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.catalog import RECIPES, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.recorder import RoutedOutputs
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params
@@ -175,6 +176,16 @@ def test_stages_on_other_ways_to_store_experts(family: str, mixture: Make):
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
     with torch.no_grad():
         assert model(input_ids=TOKENS).logits.isfinite().all()
+
+
+def test_outputs_that_are_not_followed_row_by_row_have_no_norms():
+    x, gates = torch.rand(2, 4), torch.rand(2, 1)
+    for function, args in ((torch.flip, ([0],)), (torch.Tensor.__getitem__, ([1, 0],)), (torch.sum, (0, True))):
+        routed, made = RoutedOutputs(), function(x, *args)
+        routed.begin(x, [("expert", 0, 2)])
+        routed.follow(function, (x, *args), made)
+        routed.follow(torch.mul, (made, gates[: len(made)]), made * gates[: len(made)])
+        assert not routed.end_window()
 
 
 def test_outputs_of_shards_merge():

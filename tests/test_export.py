@@ -20,6 +20,7 @@ from wanda_dvc.export.build import export, sections, settings_of
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.results.experiments import workspace
+from wanda_dvc.stages.runs import Runs
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance, write_provenance
@@ -101,6 +102,15 @@ def test_masks_of_other_settings_are_not_exported(pruned: Project):
     masks = json.loads(path.read_text())
     write_json(path, masks | {"params": masks["params"] | {"sparsity": 0.6}})
     with pytest.raises(UserError, match=r"the workspace: masks/ were made with other settings: sparsity=0.6; run"):
+        exported(pruned)
+    stages = {
+        "calibrate": {"outs": [{"path": "stats/norms", "md5": "new"}]},
+        "mask": {"deps": [{"path": "stats/norms", "md5": "old"}], "outs": [{"path": "masks", "md5": "same"}]},
+        "apply": {"deps": [{"path": "masks/provenance.json", "md5": "same"}]},
+    }
+    assert Runs(stages).stale() == ["mask", "apply"]
+    write_json(pruned.root / "dvc.lock", {"stages": stages})
+    with pytest.raises(UserError, match=r"the workspace: dvc.lock: the inputs of mask changed after the run"):
         exported(pruned)
 
 

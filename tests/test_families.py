@@ -474,7 +474,12 @@ def test_families_whose_blocks_hand_each_other_more_are_refused(family: str, tmp
 
 @pytest.mark.parametrize(
     ("times", "factor", "message"),
-    [(1, 0.5, "changes hidden states between block 0 and block 1"), (2, 1, "calls 6 blocks and has 3")],
+    [
+        (1, 0.5, "changes hidden states between block 0 and block 1"),
+        (2, 1, "calls 6 blocks and has 3"),
+        (0, 1, "called 0 of its 3 blocks"),
+        (1, 1, "other arguments depend on the tokens"),
+    ],
 )
 def test_a_model_that_does_more_than_run_its_blocks_is_refused(
     times: int, factor: float, message: str, tmp_path: Path, monkeypatch: Patch
@@ -483,7 +488,8 @@ def test_a_model_that_does_more_than_run_its_blocks_is_refused(
 
     def forward(self: LlamaModel, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
         hidden = self.embed_tokens(input_ids)
-        places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        shift = input_ids[0, 0] * (times == factor)
+        places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None] + shift)
         for block in [*self.layers] * times:
             hidden = block(hidden, position_embeddings=places) * factor
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))

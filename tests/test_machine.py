@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from wanda_dvc import machine
 from wanda_dvc.cli import app
 from wanda_dvc.stages.needs import NEEDS, need
+from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.doctor import doctor
 
@@ -111,8 +112,9 @@ def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Pat
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
+    torch.set_float32_matmul_precision("high")  # as a notebook does
     CliRunner().invoke(app, ["calibrate", "norms"])
-    assert set(given) == {7}
+    assert (set(given), torch.get_float32_matmul_precision()) == ({7}, "highest")
 
 
 @pytest.fixture
@@ -146,6 +148,8 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
     assert "✗" in row(doctor(start=study)[0], "runtime.device")
     write_params(study, study, runtime__device="cuda", runtime__ray="head.invalid:6379")
     assert "runtime.device" not in doctor(start=study)[0]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # by `accelerate launch`: memory and models are of the process's own GPU
+    assert device_name(Project(study).params.runtime) == "cuda:1"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +228,8 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.sums.crosses[name].sum.float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(recorder.sums.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
+    recorder.sums.stats[name].count += 1  # of a window without a dense one
+    assert name not in recorder.sums.of(decoder.linears(0)).crosses
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -389,3 +392,13 @@ def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):
             assert torch.equal(pruned.weight(name), dense.weight(name) * keep)
     with pytest.raises(UserError, match="weights/: made with other masks, expected those in masks/"):
         apply(project=again(reconstruction="least-squares"))
+
+
+def test_new_weights_that_are_not_finite_are_refused(study: Make, monkeypatch: Patch):
+    """As of a solver whose weights overflow in float16."""
+    made = study(recipe="wanda-refit")
+    mask(project=made)
+    overflowed = "wanda_dvc.stages.apply.reconstruct"
+    monkeypatch.setattr(overflowed, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
+    with pytest.raises(UserError, match="proj: new weights are not finite in torch.float32; set dtype=float32 or"):
+        apply(project=made)

@@ -185,6 +185,9 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     assert "were then trained on 1,024 tokens" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"trained": False})
     assert "A training on 1,024 tokens towards the dense model did not help" in sections(experiment)["Results"]
+    write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
+    with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):
+        export(project=made, experiment=None, target=tmp_path / "another")
     off = project(pattern="2:4")
     for stage in ("download", "recover", "perplexity"):
         run(stage, project=off, part={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
@@ -218,3 +221,8 @@ def test_a_machine_without_the_memory_is_refused(project: Make, monkeypatch: pyt
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
         recover(project=made)
     assert not made.model("recovered").exists()
+
+
+def test_a_model_trains_without_dropout(tmp_path: Path):
+    model = recovery.load(save("gpt2", tmp_path / "model"), torch.float32, CPU).train()
+    assert torch.equal(model(windows(2)).logits, model(windows(2)).logits)

@@ -17,7 +17,7 @@ from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, write
-from wanda_dvc.results.report import page
+from wanda_dvc.results.report import differing, group, page
 from wanda_dvc.results.show import notes
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
@@ -140,6 +140,16 @@ def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     assert "against magnitude-rows" not in said
     assert "| wanda 50 % against dense | 1.649 ×" in said
     assert "| magnitude-rows 50 % against dense | 4.482 ×" in said
+
+
+def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[..., Experiment]):
+    unknown, one, other = made(), made(), made()
+    for results in unknown.results.values():
+        for name in ("perplexity/embedded", "zero_shot"):
+            results.details(name).clear()
+    other.made.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
+    assert [[*section.experiments.values()] for section in group([unknown, one, other])] == [[unknown, one], [other]]
+    assert differing(one, made(dtype="bfloat16")) == ["dtype"]
 
 
 def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):

@@ -188,6 +188,8 @@ def test_p_values_are_adjusted_for_the_tests_of_all_pairs(here: Project):
     again, _ = compare([(pruned, dense), (pruned, dense)])
     assert again["acc", "piqa"].p == pytest.approx(2 * alone["acc", "piqa"].p)
     assert isinstance(alone["acc", "piqa"], Estimate)
+    dense.metrics["zero_shot"]["boolq"] = {"acc": 0.5}
+    assert apart(pruned, dense) == {"mean acc, %": "tasks"}
 
 
 def test_files_of_another_run_are_left_out(here: Project):
@@ -262,11 +264,16 @@ def test_the_paired_test_agrees_with_permutations():
     assert math.log(got.high / got.low) < math.log(unpaired.high / unpaired.low) / 3  # why it is paired
 
 
-def test_a_shorter_window_counts_by_its_predictions():
+def test_a_shorter_window_counts_by_its_predictions(here: Project):
     losses, predictions = [1.0, 2.0, 6.0], [10, 10, 5]
     got = intervals.perplexity(losses, predictions)
     assert got
     assert got.value == pytest.approx(math.exp((10 + 20 + 30) / 25))
+    words: Json = {"windows": WINDOWS | {"windows": 3, "rest": 8}}  # the last window has 8 tokens
+    dense, pruned = (write_results(here, model, loss, 36, **words) for model, loss in (("dense", 2.0), ("pruned", 2.5)))
+    (tests,) = compare([(pruned, dense)])
+    mean = (63 * (0.52 + 0.48 + 0.48) + 7 * 0.52) / (3 * 63 + 7)
+    assert tests["perplexity", "embedded"].value == pytest.approx(math.exp(mean), rel=1e-9)
 
 
 def test_nothing_is_said_of_what_is_not_finite_or_alone():
@@ -295,6 +302,7 @@ def test_holm_rejects_step_by_step():
 
 def test_an_interval_of_accuracies_stays_within_0_and_1():
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
+    assert all(intervals.accuracy([True] * count).high <= 1 for count in range(1, 50))
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
     most, least = intervals.mean_of_tasks(answers[:1], 0), intervals.mean_of_tasks(answers[1:], 0)
     assert most

@@ -146,8 +146,9 @@ class Cluster(Executor):
         carry_tensors()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._kind = "GPU" if device != "cpu" and any(node.get("GPU") for node in nodes) else "CPU"
-        if device == "cuda" and self._kind != "GPU":
-            raise UserError(f"runtime.device: got cuda with workers of {address}, expected a node with a GPU; set auto")
+        if device.startswith("cuda") and self._kind != "GPU":
+            found = f"got {device} with workers of {address}"
+            raise UserError(f"runtime.device: {found}, expected a node with a GPU; set auto")
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
         device = device if self._kind == "GPU" else "cpu"

@@ -125,7 +125,7 @@ def recover(
     """
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED"):  # of an `accelerate config`
         os.environ.pop(f"ACCELERATE_{choice}", None)
-    share, device = _share(device)
+    share = _share()
     logging.set_verbosity_error()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
     for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
@@ -174,14 +174,12 @@ def recover(
     return Changed(checkpoint, read, weights), trainer.curve
 
 
-def _share(device: torch.device) -> tuple[int, torch.device]:
-    """Return this process's windows of a step, and its GPU, among the processes of `accelerate launch`."""
+def _share() -> int:
+    """Return this process's windows of a step, among the processes of `accelerate launch`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if BATCH % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected 1 or {BATCH}: a step has {BATCH} windows")
-    if device.type == "cuda" and processes > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return BATCH // processes, device
+    return BATCH // processes
 
 
 def _last(work: Path) -> str | None:

@@ -104,13 +104,14 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
 def device_name(runtime: Runtime) -> str:
     """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
-    if runtime.device != "auto":
-        return runtime.device
-    if "torch" not in sys.modules:
+    name, own = runtime.device, os.environ.get("LOCAL_RANK")  # of `accelerate launch`: a GPU each
+    if name == "auto" and "torch" not in sys.modules:
         return "cpu"
-    from wanda_dvc.engine import accelerator
+    if name == "auto":
+        from wanda_dvc.engine import accelerator
 
-    return "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
+        name = "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
+    return f"cuda:{own}" if name.startswith("cuda") and own else name
 
 
 def free_memory(device: str) -> int:
