@@ -72,18 +72,6 @@ def test_half_precision_does_not_overflow(tier: Any):
     assert SUMS[tier](found).sqrt().float().item() == 6e5
 
 
-@pytest.mark.parametrize("tier", SUMS)
-def test_sums_of_shards_merge_to_those_of_all_tokens(tier: Any):
-    windows = list(inputs(4, 50, 140))
-    direct, merged = summed(tier, 140, windows), tier.empty(140)
-    for shard in (windows[:1], windows[1:], []):
-        merged.merge(summed(tier, 140, shard))
-    assert merged.count == direct.count == 200
-    torch.testing.assert_close(SUMS[tier](merged), SUMS[tier](direct), rtol=1e-14, atol=1e-12)
-    if tier is InputStats:
-        torch.testing.assert_close(merged.sum, direct.sum, rtol=1e-14, atol=1e-12)
-
-
 @pytest.mark.parametrize("features", [1, 2, 5, 200])
 def test_the_triangle_is_all_that_is_kept(features: int):
     gram = summed(Gram, features, [inputs(9, features)])

@@ -49,7 +49,7 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if number in NO_PLACE:
         return (f"{where}: {said}, expected permission to read and write; change it or name another, and {again}",)
     # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
-    phrases = ("can't allocate memory", "out of memory", "can't start new thread")
+    phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "can't start new thread")
     of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
     if isinstance(error, MemoryError) or of_torch or number in NO_MEMORY:
         return (
