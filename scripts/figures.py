@@ -151,7 +151,7 @@ def authors() -> str:
             gap = 100 * (ours / theirs - 1)
             met = f"{goal} %" + ", missed" * (abs(gap) > goal)
             shown = figure(value(cached), cached) if cached is not row else "–"
-            apart = f"{gap:+.2f} %".replace("-", "−")
+            apart = f"{gap:+.2f} %".replace("-", "−").replace("+0.00", "0.00")
             name = f"{recipe} {amount}".replace("%", " %")
             lines.append([name, figure(ours, row), figure(theirs), apart, met, shown])
     return table(["recipe", "ours", "authors' code", "difference", "goal", "`wanda`"], lines)
