@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Capture, Factory, Patch, save_tiny_model
 from repository import Repository
+from scmrepo.exceptions import SCMError
 from test_docs import blocks
 from test_report import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
+from wanda_dvc.study import dvc
 from wanda_dvc.study.project import Project
 
 pytestmark = pytest.mark.pipeline
@@ -72,6 +74,17 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
     assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]  # the branch's
+
+
+@pytest.mark.timeout(120)
+def test_a_blob_that_is_gone_is_an_error_and_no_wait_for_ever(tmp_path: Path):
+    """As in the temporary checkout of a queued experiment that ends while DVC reads it."""
+    repository = Repository.new(tmp_path / "study", tmp_path)
+    repository.commit()
+    blob = repository.run("git", "rev-parse", "HEAD:params.yaml").strip()
+    (repository.root / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    with dvc.repository(repository.root) as repo, pytest.raises(SCMError):
+        dvc.text_at(repository.root, repo, "HEAD", "params.yaml")
 
 
 def test_a_workspaces_figure_is_the_one_that_dvc_lock_names(repository: Repository):

@@ -167,6 +167,9 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
     (tmp_path / "beside.part").write_text("mine")
     with pytest.raises(UserError, match="beside.part: exists already"):
         export(project=pruned, experiment=None, target=tmp_path / "beside")
+    (tmp_path / "other.part/out").mkdir(parents=True)  # of a copy to another file system that was killed
+    export(project=pruned, experiment=None, target=tmp_path / "other")
+    assert not (tmp_path / "other.part").exists()
 
 
 def test_without_masks_or_a_repository_it_says_what_to_run(project: Make, tmp_path: Path):

@@ -38,7 +38,7 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
-        found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
+        found = re.search(r"\[Errno (\d+)\] [^']*'(?:[^']*' -> ')?([^']*)'", str(error.args[0]))
         return explain(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
     number = error.errno if isinstance(error, OSError) else None
     where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else ""

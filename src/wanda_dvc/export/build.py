@@ -100,8 +100,8 @@ def check_target(project: Project, target: Path) -> Path:
     root, place = project.root.resolve(), target.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
-    for path in (target, temporary_place(target)):  # the second is for an unfinished copy
-        if is_there(path) and (not path.is_dir() or any(path.iterdir()) or path.samefile(".")):
+    for path, own in ((target, set[str]()), (temporary_place(target), {"out"})):  # the second: an unfinished copy
+        if is_there(path) and (not path.is_dir() or {one.name for one in path.iterdir()} - own or path.samefile(".")):
             raise UserError(f"{path}: exists already; name a new directory, or an empty one")
     return target
 

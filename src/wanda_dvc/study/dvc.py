@@ -1,6 +1,7 @@
 """All uses of DVC: its command, and its Python interface, most of it private. No other module imports DVC."""
 
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -21,10 +22,13 @@ DVCS_OWN = ("Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc"
 @contextlib.contextmanager
 def repository(root: Path) -> Iterator[Any]:
     """Open the study's DVC repository. UserError without one, or without git."""
+    import pygit2
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
 
+    # pygit2's own reader waits for ever if a blob is missing, as when the checkout of a queued experiment goes.
+    vars(pygit2)["BlobIO"] = lambda blob, **_: io.BytesIO(blob.data)
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
@@ -104,8 +108,9 @@ class Revision:
         """
         from dvc.exceptions import DvcException
         from dvc_data.index import DataIndexDirError  # the cache lacks a folder's list of files
+        from scmrepo.exceptions import SCMError  # git lacks an object
 
-        lost = (OSError, DvcException, DataIndexDirError)
+        lost = (OSError, DvcException, DataIndexDirError, SCMError)
         try:
             found = self.files.find(self.prefix + part) or [self.prefix + part]
         except lost:
