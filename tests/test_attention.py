@@ -104,20 +104,6 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     torch.testing.assert_close(ours, oracle(q, k, v, sees), rtol=1e-5, atol=1e-5)
 
 
-def test_where_it_differs_in_one_kind_of_block_the_stock_one_stays(tmp_path: Path, monkeypatch: Patch):
-    """Blocks of full attention and of a sliding window alternate; the second kind is wrong."""
-    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
-    folder = save("gemma2", tmp_path / "model")
-    assert Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
-
-    def wrong(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
-        out, _ = attention.attend(module, *given, **words)
-        return out * (module.layer_idx != 1), None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, wrong)
-    assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
-
-
 def late(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
     """Wrong above the first tile of queries."""
     out, _ = attend(module, *given, **words)
@@ -135,7 +121,13 @@ def larger(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, 
     return out * torch.linspace(0.97, 1.03, out.shape[2])[:, None].to(out.dtype), None
 
 
-@pytest.mark.parametrize("wrong", [late, blind, larger])
+def second(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
+    """Wrong in the second of two kinds of blocks, which alternate."""
+    out, _ = attend(module, *given, **words)
+    return out * (module.layer_idx != 1), None
+
+
+@pytest.mark.parametrize("wrong", [late, blind, second, larger])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_that_is_wrong_on_long_rows_or_a_little_is_found(
     tmp_path: Path, monkeypatch: Patch, wrong: Any, dtype: torch.dtype
@@ -158,8 +150,9 @@ def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path, mo
     assert len(sinks) == 3
     assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
     q = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="attention with s_aux"):
-        attention.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(2), position_ids=torch.zeros(1, 4))
+    more: dict[str, Any] = {"s_aux": torch.zeros(2), "position_bias": torch.zeros(2, 4, 4)}
+    with pytest.raises(ValueError, match="attention with s_aux, position_bias$"):
+        attention.attend(torch.nn.Module(), q, q, q, None, **more, position_ids=torch.zeros(1, 4))
 
 
 def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, monkeypatch: Patch):

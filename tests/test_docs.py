@@ -176,7 +176,6 @@ def test_every_command_of_a_page_is_one_that_the_command_line_takes(page: str):
     [
         ("wanda-dvc shrink", "no command among"),
         ("wanda-dvc stats --block 3", "No such option: --block"),
-        ("wanda-dvc stats --layer all", "BadParameter"),
         ("dvc exp walk", "DvcParserError"),
         ("dvc repro prune", "AssertionError"),
         ("dvc exp run -S sparsety=0.7", "no setting sparsety"),
@@ -308,7 +307,6 @@ def placed(folder: Path, tiny: Path) -> dict[str, str]:
         "/data/my-model": str(tiny),
         "/data/test.jsonl": str(folder / "test.jsonl"),
         "/data/train.txt": str(folder / "train.txt"),
-        "tests/configs": str(ROOT / "tests/configs"),
         "/data/smaller": str(folder / "smaller"),
         "DIR": str(folder / "exported"),
         "NEW": str(folder / "new"),

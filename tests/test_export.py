@@ -20,6 +20,7 @@ from wanda_dvc.export.build import export, sections, settings_of
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.show import show
 from wanda_dvc.stages.runs import Runs
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -128,6 +129,7 @@ def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
     assert "12.50" in text
     assert not [figure for figure in ("99.75", "0.99", "0.1111", "87.6") if figure in text]
     assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
+    assert "99.75" not in show(project=pruned)
 
 
 def test_no_note_on_the_workspace_is_on_the_card(pruned: Project):
@@ -196,9 +198,11 @@ LLAMA |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 @pytest.mark.parametrize("pattern", ["unstructured", *(name for name in STRUCTURES if name != "experts")])
 def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, project: Make, tmp_path: Path):
     """Blocks, neurons and heads that stay are found by the smaller model's values. Experts: test_experts.py."""
-    study = prune(fetch(project(save("llama", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
+    study = prune(fetch(project(save("mistral", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
     importance(study, tmp_path / "x.gguf")
-    found = {one.name: one.data for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    file = GGUFReader(tmp_path / "x.gguf")
+    assert [int(file.fields[f"imatrix.chunk_{name}"].parts[-1][0]) for name in ("count", "size")] == [3, 64]
+    found = {one.name: one.data for one in file.tensors}
     dense, small = (load_file(study.model(which) / "model.safetensors") for which in ("dense", "pruned"))
     blocks = read_config(study.model("pruned")).num_hidden_layers
     assert len(found) == 2 * blocks * len(LLAMA)
@@ -217,3 +221,10 @@ def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str
     write_provenance(study.stats, read_provenance(study.stats, "calibrate") | {"version": 0})
     with pytest.raises(UserError, match="stats/norms: found another calibration than the masks have"):
         importance(study, tmp_path / "y.gguf")
+
+
+def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(project: Make, tmp_path: Path):
+    study = prune(fetch(project(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
+    importance(study, tmp_path / "x.gguf")
+    found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert [found[f"blk.0.{name}.weight.in_sum2"] for name in ("ffn_down", "ffn_up")] == [(1, 96), (1, 32)]

@@ -110,7 +110,7 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
 
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
-    rows = [Row(torch.tensor([17, 101, 5]))]
+    rows = [Row(torch.tensor([17, 101, 5]))] * 2  # a shard each
     original = decoder.weights.read_block
 
     def read_block(index: int) -> dict[str, Tensor]:
@@ -128,30 +128,25 @@ def llama(tmp_path: Path) -> Callable[[], Decoder]:
     return lambda: Decoder(folder, dtype=torch.float32, device=CPU)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 3])
-def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
-    llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: Patch
+@pytest.mark.parametrize(("taken", "kept", "left"), [(0, 0, 3), (1, 0, 3), (3, 2, 1), (3, 1, 3)])
+def test_a_killed_run_goes_on_after_the_last_block_that_was_kept(
+    llama: Callable[[], Decoder], tmp_path: Path, taken: int, kept: int, left: int, monkeypatch: Patch
 ):
+    """The last one that it gave may not have been written. Where the caller has lost more, all come back anew."""
     rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
     expected = list(backward(Runner(llama(), tmp_path / "whole"), rows))
     killed = backward(Runner(llama(), tmp_path / "work"), rows)
     found = [next(killed) for _ in range(taken)]
-    del killed  # the last one that it gave may not have been written
-    found = found[:-1]
+    del killed
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    found += backward(Runner(decoder, tmp_path / "work"), rows, kept=len(found))
-    alike(found, expected)
-
-
-def test_what_the_caller_has_lost_comes_back_anew(llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: Patch):
-    """But nothing goes forward again."""
-    rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
-    expected = list(backward(Runner(llama(), tmp_path), rows))
-    decoder = llama()
-    monkeypatch.setattr(decoder, "embed", None)
-    alike(list(backward(Runner(decoder, tmp_path), rows, kept=1)), expected)
+    again = list(backward(Runner(decoder, tmp_path / "work"), rows, kept=kept))
+    assert len(again) == left
+    alike(found[: 3 - left] + again, expected)
+    damaged = tmp_path / "work/own/0001-0000"  # an earlier boundary, which the way back reads
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    alike(list(backward(Runner(llama(), tmp_path / "work"), rows)), expected)
 
 
 def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradients]]) -> None:

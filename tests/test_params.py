@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
+from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS, STRUCTURES
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, check_params, read_params, resolved
 from wanda_dvc.plan import CHOICES, Plan
@@ -103,6 +103,9 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
     }
     assert set(choices) == set(CHOICES)
     assert ("steps" in plan.described) == plan.solver.by_gradients  # studies of other solvers do not run again
+    assert ("training" in plan.described) == plan.reconstruction.trains
+    assert plan.described["allocation_strength"] == plan.allocation.strength
+    assert asked(recipe, "neurons").plan.described["multiple"] == STRUCTURES["neurons"].multiple
     for other in RECIPES:
         assert asked(other, pattern, **choices).plan.described == plan.described
 
@@ -143,6 +146,7 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
     assert (plan.group, plan.allocation.name) == ("row", "uniform")
     assert len(plan.left_out) == (row.group != "row") + (row.allocation != "uniform")
     assert asked(recipe).plan.left_out == ()
+    assert [asked(recipe, units, group="outputs").plan.group for units in ("heads", "blocks")] == ["outputs", "row"]
     for group in GROUPS:
         given = asked(recipe, "2:4", group=group).plan
         assert (given.group, f"group {group}" in given.left_out) == ("row", group != "row")

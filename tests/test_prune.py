@@ -67,7 +67,9 @@ def pruned(model: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_a_model_becomes_a_directory_and_a_table(model: Path):
+def test_a_model_becomes_a_directory_and_a_table(model: Path, monkeypatch: Patch):
+    took = {"calibrate-norms": 100, "mask": 20, "apply": 3, "perplexity-dense@embedded": 4000}
+    monkeypatch.setattr(module, "times", lambda _: {run: {"seconds": seconds} for run, seconds in took.items()})
     said = pruned(model, "--recipe", "wanda")
     target = Path("tiny-wanda-0.5").absolute()
     loaded = AutoModelForCausalLM.from_pretrained(target)
@@ -82,6 +84,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds"]
+    assert rows[-1][1:] == ["4,100", "23"]
     measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{number(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
@@ -171,6 +174,7 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
         prune(model=str(model), target=None, recover="200k")
     assert not (studies(model)[0] / "stats").exists()
+    assert [module._tokens(text) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
 
 
 @pytest.mark.parametrize(

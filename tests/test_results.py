@@ -16,6 +16,7 @@ from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.results import listing
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
+from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
@@ -198,6 +199,8 @@ def test_files_of_another_run_are_left_out(here: Project):
     results = Results.of(here, "pruned", left_out=others)
     assert "sparsity" not in figures(results)
     assert "low" not in figures(results)["perplexity"]["embedded"]
+    write_json(here.root / "dvc.lock", {"stages": {"apply": {"outs": [{"path": others[0], "md5": "another"}]}}})
+    assert workspace(here).made.metrics == {}
 
 
 def test_mcnemar_is_the_fair_coin_counted_out():
@@ -340,14 +343,15 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
         show(project=here, text=True)
 
 
-@pytest.mark.parametrize(("setting", "said"), [("sparsity", False), ("perplexity.windows", True), ("dtype", True)])
-def test_a_list_says_which_settings_of_its_measurements_differ(
-    setting: str, said: bool, here: Project, monkeypatch: pytest.MonkeyPatch
-):
-    made = Results({"perplexity/embedded": {"perplexity": 2.0}})
-    states = [
-        listing.State(name, name, "experiment", settings={setting: name}, results={"pruned": made})
-        for name in ("one", "two")
-    ]
-    monkeypatch.setattr(listing, "list_states", lambda _: states)
-    assert (f"Not all comparable: {setting} differ" in listing.experiments(project=here)) == said
+def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, monkeypatch: pytest.MonkeyPatch):
+    """Of those that have results of the model that their settings make."""
+    value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
+    dense = {"dense": diverged, "pruned": Results({})}
+    for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "zero_shot.limit"):
+        states = [listing.State(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
+        states += [listing.State(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
+        monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
+        said = listing.experiments(project=here)
+        assert (f"Not all comparable: {setting} differ" in said) == ("Not all" in said) == (setting != "sparsity")
+    records = json.loads(listing.experiments(project=here, as_json=True))
+    assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
