@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from conftest import Capture, Patch, save_tiny_model, without_privilege, write_s
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.cli import _say
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, explain
 from wanda_dvc.export import prune as module
 from wanda_dvc.export.prune import prune
 from wanda_dvc.params import read_params
@@ -223,6 +224,8 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
     assert list(Path().iterdir()) == []
     assert (studies(model)[0] / "models/pruned/model.safetensors").is_file()
     pruned(model, "out", "--recipe", "wanda")
+    copied = shutil.Error([("/s/a", "/t/b", "[Errno 28] No space left on device: '/s/a' -> '/t/b'")])
+    assert explain(copied)[0].startswith("/t/b: disk full")  # and not the disk of the source
 
 
 def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, capsys: Capture):

@@ -72,8 +72,9 @@ def _say(text: str) -> None:
     console = Console(highlight=False)
     for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         part = "\n".join(lines)
-        drawn = "".join(piece.text for piece in console.render(Markdown(part)))
-        fits = is_table and drawn.count("…") <= part.count("…")  # else a name or number would be cut
+        drawn = console.render(Markdown(part)) if is_table else ()
+        cut = sum(piece.text.count("…") for piece in drawn) > part.count("…")  # a name or a number
+        fits = is_table and not cut
         console.print(Markdown(part) if fits else part, markup=False, soft_wrap=not fits)
 
 

@@ -16,7 +16,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.listing import list_states, results
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
-from wanda_dvc.study.files import load_json
+from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PARAMS, change_settings, changed, init
 
@@ -186,12 +186,12 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         (15.6137, 88.5321)
     """
     file = study.path / "params.yaml"
-    params, _ = changed(file.read_text(encoding="utf-8"), settings)
+    params, content = changed(file.read_text(encoding="utf-8"), settings)
     text = text or next(iter(params.perplexity.texts))
     next(STAGES["perplexity"].runs(params.perplexity.texts, model, text))  # UserError before a setting changes
     if not STAGES["perplexity"].parts[model].wanted(params):
         raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
-    change_settings(file, settings)
+    write_text(file, content)
     reproduce(study.path, "perplexity", model, text)
     found = load_json(Project(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")

@@ -123,7 +123,8 @@ def recover(
     model's; and the guard's curve. An interrupted training resumes at its last checkpoint in `work`. Each process of
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
-    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED"):  # of an `accelerate config`
+    # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
+    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
     share = _share()
     logging.set_verbosity_error()

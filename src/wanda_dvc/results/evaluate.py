@@ -95,9 +95,9 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     _check_alike(project, folder, path)
     changes = dict[str, object]()
     if path.suffix == GGUF:  # transformers reads few settings of such a file: the others are the dense model's
-        own = {name for row in STRUCTURES.values() for name in (*row.fields, *row.scaled)} | {"tie_word_embeddings"}
+        sizes = {name for row in STRUCTURES.values() for name in (*row.fields, *row.scaled)} | {"tie_word_embeddings"}
         settings = read_config(dense).get_text_config().to_dict().items()
-        changes = {name: value for name, value in settings if name not in own and not isinstance(value, list)}
+        changes = {name: value for name, value in settings if name not in sizes and not isinstance(value, list)}
     changes["dtype"] = model_dtype(project)  # in which the dense model ran
     write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     own, its = load_tokenizer(folder), load_tokenizer(dense)

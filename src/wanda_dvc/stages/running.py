@@ -105,9 +105,9 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 def device_name(runtime: Runtime) -> str:
     """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
     name, own = runtime.device, os.environ.get("LOCAL_RANK")  # of `accelerate launch`: a GPU each
-    if name == "auto" and "torch" not in sys.modules:
-        return "cpu"
     if name == "auto":
+        if "torch" not in sys.modules:
+            return "cpu"
         from wanda_dvc.engine import accelerator
 
         name = "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"

@@ -139,10 +139,12 @@ def _absolute(source: str) -> str:
     """
     a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
     a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
+    if not a_path:
+        return source
     path = Path(source).expanduser().resolve()
-    if a_path and not path.exists():
+    if not path.exists():
         raise UserError(f"{path} not found; name a directory or a file of this machine")
-    return str(path) if a_path else source
+    return str(path)
 
 
 def _repository_around(folder: Path) -> Path | None:
