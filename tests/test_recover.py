@@ -149,9 +149,10 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
 
 def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pair(tmp_path)
-    with monkeypatch.context() as many:
-        many.setenv("WORLD_SIZE", "4")
-        with pytest.raises(UserError, match="accelerate launch: 4 processes, expected 1 or 2"):
+    refused = {"4 processes, expected 1 or 2": ("WORLD_SIZE", "4"), "FSDP splits": ("ACCELERATE_USE_FSDP", "true")}
+    for said, (name, value) in refused.items():
+        with monkeypatch.context() as launched, pytest.raises(UserError, match=f"accelerate launch: {said}"):
+            launched.setenv(name, value)
             train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(recovery, "divergence", lambda *_: torch.ones(1))  # without gradients
     with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):

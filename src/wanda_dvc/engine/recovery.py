@@ -124,8 +124,11 @@ def recover(
     `accelerate launch` calls this, and takes its share of a step's windows.
     """
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
-    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED"):
+    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
+    for choice in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{choice}") == "true":
+            raise UserError(f"accelerate launch: {choice} splits weights and gradients, so no mask can act; add --multi_gpu")
     share = _share()
     logging.set_verbosity_error()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
