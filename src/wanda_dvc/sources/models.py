@@ -28,6 +28,7 @@ from wanda_dvc.study.provenance import TOKENIZER, describe, file_digest, files_d
 
 SETTING = "params.yaml: model"
 PACKAGE, GGUF = "package:", ".gguf"
+EMBEDDING = "token_embd.weight"  # in GGUF files; an importance matrix has none
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (*TOKENIZER, "config.json", "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*")
@@ -151,6 +152,10 @@ def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
     # transformers reads the file three times, and computes the map of names for each module.
     once: dict[str, Any] = {name: cache(getattr(reader, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
+        file = once["GGUFReader"](gguf)
+        sizes = {one.name: int(one.n_elements) for one in file.tensors}
+        if EMBEDDING not in sizes:  # transformers would make a model of its own sizes, and fill the memory
+            raise _lacks(gguf, EMBEDDING)
         with patch.multiple(reader, **once):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -165,12 +170,7 @@ def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise UserError(
-            f"{gguf.name}: lacks {missing[0]}, expected all weights of the model; a file in parts has to be merged "
-            "(`llama-gguf-split --merge`)"
-        )
-    file = once["GGUFReader"](gguf)
-    sizes = {one.name: int(one.n_elements) for one in file.tensors}
+        raise _lacks(gguf, missing[0])
     unread = sum(size for name, size in sizes.items() if not name.startswith(("output.", "rope_")))
     unread -= sum(tensor.numel() for tensor in model.base_model.state_dict().values())  # it skips unknown tensors
     of_rope = [name for name in (*file.fields, *sizes) if re.match(r"rope_|.+\.rope\.scaling\.factor$", name)]
@@ -182,6 +182,13 @@ def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
     model.hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _lacks(gguf: Path, weight: str) -> UserError:
+    return UserError(
+        f"{gguf.name}: lacks {weight}, expected all weights of a model; a file in parts has to be merged "
+        "(`llama-gguf-split --merge`)"
+    )
 
 
 def read_model(path: Path, out: Path) -> str:
