@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from wanda_dvc.pruning.choose import prune_linear
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import removed
 from wanda_dvc.pruning.solvers import Prepared
-from wanda_dvc.pruning.statistics import InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.stages import calibrate
 
 
 def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -244,3 +246,13 @@ def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], spars
     share = Fraction("0.499")
     assert (removed(577, share), removed(577, settle([share], share, [[(4, 577)]])[0])) == (287, 288)  # of 287.9
     assert off(settled) <= max(n for part in groups for n, _ in part) * sum(map(len, groups))
+
+
+def test_an_input_without_tokens_has_no_row_in_the_plot(monkeypatch: Patch):
+    """Its norms of 1 are a default of the score, and nothing that was measured."""
+    one, other = InputStats.empty(4), InputStats.empty(4)
+    one.add(torch.ones(9, 4))
+    found = BlockStats({"a.q": one, "a.w": other}, {"a.q": ["a.q"], "a.w": ["a.w"]}, [])
+    monkeypatch.setattr(calibrate.tensors, "block_count", lambda *_: 1)
+    monkeypatch.setattr(calibrate.tensors, "read_stats", lambda *_: found)
+    assert list(calibrate._rows(Path())) == [[0, "q", 4, 3.0, 3.0, 3.0, 0.0]]

@@ -24,7 +24,7 @@ from wanda_dvc.params import read_params
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.running import timed
 from wanda_dvc.study import scaffold
-from wanda_dvc.study.markup import number
+from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project, alone
 
 
@@ -330,6 +330,12 @@ def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(monkeypatch: Patch, 
     drawn = capsys.readouterr().out
     assert "|" not in drawn
     assert all(part in drawn for part in ("Title [b]", "[2] x", "Note"))
+    names = ["a|b", "_c_", "<d>", "[e](f)", "`g`", "~~h~~", "*i*", "&amp;"]
+    for name in names:
+        _say(table(["name", "of", "x"], [[name, "text", "12.5"]]))
+    drawn = capsys.readouterr().out
+    assert all(name in drawn for name in names)
+    assert drawn.count("12.5") == len(names)
     monkeypatch.setenv("COLUMNS", "20")
     _say("| experiment | change |\n|---|---|\n| soled-tape | sparsity=0.7 |")
     assert "| soled-tape | sparsity=0.7 |" in capsys.readouterr().out  # no name is cut

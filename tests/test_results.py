@@ -14,10 +14,11 @@ from scipy import stats
 from wanda_dvc.engine import intervals
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import flatten
 from wanda_dvc.results import listing
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.experiments import workspace
-from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.results.measures import MEASURES, Results, figures
 from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.project import Project
@@ -131,6 +132,12 @@ def test_every_measure_is_read_and_formatted(here: Project):
         ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
     ]
+
+
+def test_a_small_ratio_keeps_three_digits():
+    (perplexity,) = (one for one in MEASURES if one.name == "perplexity")
+    texts = [perplexity.test_text(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
+    assert texts == ["0.00307 ×", "5e-05 ×", "0.980 ×", "1.023 ×", "324 ×"]
 
 
 def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(here: Project, tmp_path: Path):
@@ -274,6 +281,8 @@ def test_a_shorter_window_counts_by_its_predictions(here: Project):
     assert got.value == pytest.approx(math.exp((10 + 20 + 30) / 25))
     words: Json = {"windows": WINDOWS | {"windows": 3, "rest": 8}}  # the last window has 8 tokens
     dense, pruned = (write_results(here, model, loss, 36, **words) for model, loss in (("dense", 2.0), ("pruned", 2.5)))
+    said = list(notes({"dense": here.params}, {"dense": dense, "pruned": pruned}))
+    assert any("3 windows of 64 tokens and one of 8 of a" in one for one in said)
     (tests,) = compare([(pruned, dense)])
     mean = (63 * (0.52 + 0.48 + 0.48) + 7 * 0.52) / (3 * 63 + 7)
     assert tests["perplexity", "embedded"].value == pytest.approx(math.exp(mean), rel=1e-9)
@@ -282,6 +291,8 @@ def test_a_shorter_window_counts_by_its_predictions(here: Project):
 def test_nothing_is_said_of_what_is_not_finite_or_alone():
     assert intervals.perplexity([1.0, math.nan], [3, 3]) is None
     assert intervals.perplexity([1.0], [3]) is None
+    assert (found := intervals.perplexity([3.0, 3.7], [3, 3]))
+    assert found.low == 1  # no perplexity is less
     same = intervals.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
     assert same
     assert same.p == 1
@@ -346,6 +357,7 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
 def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, monkeypatch: pytest.MonkeyPatch):
     """Of those that have results of the model that their settings make."""
     value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
+    broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}})
     dense = {"dense": diverged, "pruned": Results({})}
     for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "zero_shot.limit"):
         states = [listing.State(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
@@ -355,3 +367,12 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
         assert (f"Not all comparable: {setting} differ" in said) == ("Not all" in said) == (setting != "sparsity")
     records = json.loads(listing.experiments(project=here, as_json=True))
     assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
+    (record,) = listing.results([listing.State("a", "a", "branch", results={"pruned": broken})])
+    assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
+    plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
+    for windows in (None, 4):  # None is the default, here left out
+        every = [plain, plain | {"perplexity.windows": windows}]
+        states = [listing.State("a", "a", "branch", settings=one, results={"pruned": value}) for one in every]
+        monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
+        differs = "Not all comparable: perplexity.windows differ"
+        assert (differs in listing.experiments(project=here)) == (windows is not None)

@@ -5,6 +5,7 @@ import gc
 import inspect
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,10 +73,11 @@ def _say(text: str) -> None:
     console = Console(highlight=False)
     for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         part = "\n".join(lines)
-        drawn = console.render(Markdown(part)) if is_table else ()
+        drawing = Markdown(re.sub(r"[`*<>\[\]#&~_]|\\(?!\|)", r"\\\g<0>", part))  # names and texts are no Markdown
+        drawn = console.render(drawing) if is_table else ()
         cut = sum(piece.text.count("…") for piece in drawn) > part.count("…")  # a name or a number
         fits = is_table and not cut
-        console.print(Markdown(part) if fits else part, markup=False, soft_wrap=not fits)
+        console.print(drawing if fits else part, markup=False, soft_wrap=not fits)
 
 
 def _project() -> "Project":

@@ -57,7 +57,7 @@ class Study:
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every measure of
         the dense and the pruned model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not
-        measured with these settings; a diverged perplexity is infinity.
+        measured with these settings; of diverged measures, perplexity and divergence are infinity, others NaN.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.

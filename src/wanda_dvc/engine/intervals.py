@@ -41,7 +41,8 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
 
     `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
     """
-    return ratio(losses, [0.0] * len(losses), predictions)
+    found = ratio(losses, [0.0] * len(losses), predictions)
+    return found and found.within(1, math.inf)
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:

@@ -126,9 +126,6 @@ def recover(
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
-    for choice in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{choice}") == "true":
-            raise UserError(f"accelerate launch: {choice} splits weights and gradients, so no mask can act; add --multi_gpu")
     share = _share()
     logging.set_verbosity_error()
     student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
@@ -180,6 +177,9 @@ def recover(
 
 def _share() -> int:
     """Return this process's windows of a step, among the processes of `accelerate launch`."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            raise UserError(f"accelerate launch: {name} splits gradients, so no mask can act; add --multi_gpu")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if BATCH % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected 1 or {BATCH}: a step has {BATCH} windows")

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import flatten
-from wanda_dvc.reading import DIVERGED
+from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study import dvc
-from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.markup import DASH, some, table
+from wanda_dvc.study.files import Json, finite, json_text
+from wanda_dvc.study.markup import one_line, some, table
 from wanda_dvc.study.project import Project
 
 WORKSPACE = "workspace"
@@ -112,19 +111,22 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(project)
     if as_json:
-        records = [{key: DIVERGED if x == math.inf else x for key, x in one.items()} for one in results(states)]
+        records = [{key: finite(x) if isinstance(x, float) else x for key, x in one.items()} for one in results(states)]
         return json_text(records)
     columns = headings([one.made for one in states])
     rows = []
     for one in states:
-        change = ", ".join(f"{key}={value}" for key, value in one.changes.items()) or DASH
-        state = one.state if one.kind == "experiment" else one.kind
+        change = one_line(", ".join(f"{key}={value}" for key, value in one.changes.items()))
+        state = one_line(one.state) if one.kind == "experiment" else one.kind
         rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
     values: dict[str, set[str]] = {}
-    for key, value in (pair for one in states if one.made.metrics for pair in one.settings.items()):
-        if key.startswith(MEASURED_BY):
-            values.setdefault(key, set()).add(repr(value))
+    for one in (one for one in states if one.made.metrics):
+        every = one.settings
+        with contextlib.suppress(UserError):  # of another version; else with defaults
+            every = resolved(check_params(nested(every)))
+        for key in (key for key in every if key.startswith(MEASURED_BY)):
+            values.setdefault(key, set()).add(repr(every[key]))
     if different := [key for key, own in values.items() if len(own) > 1]:
         found += (
             f"\n\nNot all comparable: {some(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
@@ -142,10 +144,11 @@ def results(states: Sequence[State]) -> list[dict[str, Any]]:
         record = {"experiment": state.name, "commit": commit, "state": state.state, **state.settings}
         for model, one in state.results.items():
             for measure in MEASURES:
+                diverged = math.inf if measure.name.startswith(("perplexity", "divergence")) else math.nan
                 for on in measure.where(one):
                     value = measure.read(one, on)
                     name = ".".join(word for word in (model, measure.name, on) if word)
-                    record[name] = value.value if isinstance(value, Estimate) else math.inf  # diverged
+                    record[name] = value.value if isinstance(value, Estimate) else diverged
         found.append(record)
     keys = dict.fromkeys(key for record in found for key in record)
     return [dict.fromkeys(keys) | record for record in found]

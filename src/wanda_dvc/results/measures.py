@@ -198,7 +198,7 @@ def _percent(value: float) -> str:
 
 
 def _factor(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def _points(value: float) -> str:

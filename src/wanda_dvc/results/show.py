@@ -126,8 +126,9 @@ def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iter
         own = params.get(name, first)
         for text in one.texts:
             if protocol := one.details(f"perplexity/{text}").get("protocol"):
+                rest = "" if protocol["rest"] == "dropped" else f" and one of {protocol['rest']}"
                 said[text][name] = (
-                    f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens of "
+                    f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens{rest} of "
                     f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
                 )
                 said[text][name] += f" {own.about_text(text)}." if text in own.perplexity.texts else ""

@@ -48,6 +48,8 @@ def _rows(folder: Path) -> Iterator[list[object]]:
     for block in range(tensors.block_count(folder, "calibrate")):
         stats = tensors.read_stats(folder, block)
         for name, x in stats.inputs.items():
+            if not x.count:
+                continue  # of an expert that no token reached: nothing is measured
             readers = ", ".join(reader.rpartition(".")[2] for reader in stats.readers[name])
             yield [block, readers, len(x.norm), *summary(x.norm).values()]
 

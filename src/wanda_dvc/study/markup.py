@@ -32,8 +32,9 @@ def number(perplexity: float) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table for a terminal, which is also valid Markdown. Cells do not change: no number is parsed."""
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    """Return a table for a terminal, which is also valid Markdown. No number is parsed; only a bare `|` is escaped."""
+    names, *cells = [[re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in row] for row in (headers, *rows)]
+    return tabulate(cells, names, tablefmt="github", disable_numparse=True)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
