@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import Make, fetch
+from conftest import Make, Patch, fetch
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
+from wanda_dvc.sources.models import read_model
 from wanda_dvc.stages.runs import Runs
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -174,6 +175,26 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
     assert not (tmp_path / "other.part").exists()
 
 
+def test_an_export_that_another_one_overtakes_changes_nothing_and_can_be_repeated(
+    pruned: Project, tmp_path: Path, monkeypatch: Patch
+):
+    new, file = tmp_path / "new", tmp_path / "x.gguf"
+
+    def overtaken(study: Project, target: Path) -> str:
+        new.mkdir()
+        (new / "config.json").write_text("the other's")
+        return importance(study, target)
+
+    monkeypatch.setattr("wanda_dvc.export.build.importance", overtaken)
+    with pytest.raises(UserError, match="new: exists already"):
+        export(project=pruned, experiment=None, target=new, imatrix=file)
+    assert [path.read_text() for path in new.iterdir()] == ["the other's"]
+    monkeypatch.undo()
+    shutil.rmtree(new)
+    assert f"{file}: the importance matrix" in export(project=pruned, experiment=None, target=new, imatrix=file)
+    assert GGUFReader(file).tensors
+
+
 def test_without_masks_or_a_repository_it_says_what_to_run(project: Make, tmp_path: Path):
     with pytest.raises(UserError, match="masks/provenance.json: missing; run `dvc repro`"):
         export(project=project(), experiment=None, target=tmp_path / "out")
@@ -226,5 +247,7 @@ def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str
 def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(project: Make, tmp_path: Path):
     study = prune(fetch(project(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
     importance(study, tmp_path / "x.gguf")
+    with pytest.raises(UserError, match=r"x.gguf: lacks token_embd.weight, expected all weights of a model"):
+        read_model(tmp_path / "x.gguf", tmp_path / "no")
     found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}
     assert [found[f"blk.0.{name}.weight.in_sum2"] for name in ("ffn_down", "ffn_up")] == [(1, 96), (1, 32)]

@@ -34,7 +34,7 @@ def test_a_stage_does_not_run_on_an_older_plan(project: Make, tiny: Path, texts:
     write_settings(tmp_path, tiny, **texts, sparsity=0.7)
     with pytest.raises(UserError) as refused:
         run("mask", project=Project(tmp_path))
-    expected = "found sparsity 0.5, expected 0.7 as params.yaml has it now; run `dvc repro` or `wanda-dvc plan`"
+    expected = "found sparsity 0.5, expected 0.7 as params.yaml has it now; run `wanda-dvc plan`, then `dvc repro`"
     assert str(refused.value).startswith("plan/mask.json: ")
     assert expected in str(refused.value)
 

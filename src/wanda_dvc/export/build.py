@@ -23,7 +23,7 @@ from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
 from wanda_dvc.study.dvc import Revision, copy_file
 from wanda_dvc.study.markup import inline, table
-from wanda_dvc.study.project import Project, temporary_place
+from wanda_dvc.study.project import Project, Work, temporary_place
 from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, differing, digest, read_provenance, write_provenance
 
 REPRODUCE = """\
@@ -89,9 +89,17 @@ def export(
         found.made.metrics["sparsity"] = metrics
         (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
         said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
-        said += [importance(study, imatrix)] if imatrix else []
-        work.publish(target)
+        said += [f"{imatrix}: {importance(study, temporary_place(imatrix))}"] if imatrix else []
+        check_target(project, target)  # another export may have written it
+        _publish(work, target, imatrix)
     return "\n".join([*said, *found.notes])
+
+
+def _publish(work: Work, target: Path, imatrix: Path | None) -> None:
+    """Publish the model, then its matrix: with the matrix alone, the same command would be refused."""
+    work.publish(target)
+    if imatrix:
+        temporary_place(imatrix).replace(imatrix)
 
 
 def check_target(project: Project, target: Path) -> Path:

@@ -10,7 +10,7 @@ from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.markup import some
-from wanda_dvc.study.project import Project, temporary_place
+from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks, read_stats
 
@@ -55,7 +55,7 @@ def importance(study: Project, target: Path) -> str:
                 found[f"{one}.weight"].append((read[linear].sum_squares[inputs].numpy(), read[linear].count))
         block += not smaller or any(keep.any() for keep in keeps.values())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(part := temporary_place(target), MODEL_ARCH_NAMES[known[0]])
+    writer = GGUFWriter(target, MODEL_ARCH_NAMES[known[0]])
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [measured["text"]["source"]])
     writer.add_uint32("imatrix.chunk_count", measured["params"]["windows"])
@@ -67,6 +67,5 @@ def importance(study: Project, target: Path) -> str:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    part.replace(target)
     without = f", without {some(sorted(left_out))}" if left_out else ""
-    return f"{target}: the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
+    return f"the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"

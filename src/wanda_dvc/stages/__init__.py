@@ -332,7 +332,7 @@ def check_plan(project: "Project") -> None:
             if content.get(key) != found.get(key):
                 raise UserError(
                     f"plan/{name}.json: found {key} {found.get(key)}, expected {content.get(key)} as params.yaml has "
-                    "it now; run `dvc repro` or `wanda-dvc plan`"
+                    "it now; run `wanda-dvc plan`, then `dvc repro`"
                 )
 
 
