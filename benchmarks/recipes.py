@@ -82,18 +82,17 @@ class Study:
     def measure(self, row: Wanted) -> Row:
         """Prune by a recipe and measure; of the dense model, return what the preparation measured."""
         model = "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
-        more: Row = {}
         if model != "dense":
             if self.pruned != row[:3]:
                 self.prune(row)
             if model == "recovered":
                 change_settings(self.root / "params.yaml", {"recovery": {"tokens": TOKENS[row[3]]}})
                 self.stage("plan")
-                more = {"seconds": self.stage("recover")}
+                self.stage("recover")
             self.stage("perplexity", model)
-        more["parameters"] = Sizes(self.project.model(model)).parameters
         found = {text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in TEXTS}
-        return {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()} | more
+        measured = {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
+        return measured | {"parameters": Sizes(self.project.model(model)).parameters}
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""

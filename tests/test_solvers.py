@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
+from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
-from wanda_dvc.pruning.gram import layer_errors
+from wanda_dvc.pruning.choose import reconstruct
+from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import removed, select
 from wanda_dvc.pruning.solvers import Prepared, admm, corrected_target, fisher_least_squares, least_squares, sparsegpt
 
@@ -197,6 +200,11 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     error, by_mask = layer_errors(weight, [solved.weight, weight * keep], gram)
     assert error == pytest.approx(by_mask, rel=1e-5)
     assert fisher_least_squares(weight, keep, prepared, of_gradients(12)).part == 1
+    s = Gram(of_gradients(12).double(), 48)
+    for steps in (0, 30):
+        how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)
+        found = reconstruct(weight, keep, prepared, reconstruction=how, gradients=s)
+        assert torch.equal(found.weight, fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps).weight)
 
 
 def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():

@@ -196,10 +196,6 @@ ALLOCATIONS = _by_name(
 )  # fmt: skip
 
 
-# Of conjugate gradients, in `output-weighted`: part of its plan. dev/decisions/0028-fisher-least-squares.md.
-FISHER_STEPS = 15
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction(Row):
     """A rule for the values of kept weights."""
@@ -207,7 +203,8 @@ class Reconstruction(Row):
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
     # kept weights do not change.
     function: str | None = None
-    by_gradients: bool = False  # whether it receives the Gram matrices of gradients
+    by_gradients: bool = False  # whether it receives the Gram matrices of gradients, and `steps`
+    steps: int = 15  # of conjugate gradients
     trains: bool = False  # each block is then trained on its mask
 
 

@@ -97,7 +97,7 @@ class Plan:
         if self.propagates:  # new weights determine the next block's input
             described |= {"training": TRAINING} if self.reconstruction.trains else {}
             described |= {"correction": CORRECTION} if self.corrects else {}
-        described |= {"steps": catalog.FISHER_STEPS} if self.solver.by_gradients else {}
+        described |= {"steps": self.solver.steps} if self.solver.by_gradients else {}
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
         return described
@@ -112,8 +112,10 @@ class Plan:
     @property
     def solver(self) -> Reconstruction:
         """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
-        of_units = catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
-        return of_units if self.structure else self.reconstruction
+        if self.structure:
+            return catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
+        # With n:m, solvers converge more slowly: dev/decisions/0028-fisher-least-squares.md.
+        return self.reconstruction if self.pattern == UNSTRUCTURED else replace(self.reconstruction, steps=30)
 
     @property
     def solves(self) -> bool:

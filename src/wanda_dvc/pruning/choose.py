@@ -246,8 +246,8 @@ def reconstruct(
     """
     solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
-    solved = solve(*there, prepared, *further)
+    further = [gradients and gradients.matrix().to(device)] if reconstruction.by_gradients else []
+    solved = solve(*there, prepared, *further, **{"steps": reconstruction.steps} if further else {})
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
 

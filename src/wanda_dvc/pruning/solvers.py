@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wanda_dvc.catalog import FISHER_STEPS, parse_pattern
+from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import PANEL, Square, Weight
 from wanda_dvc.pruning.products import add_product, multiply
@@ -134,7 +134,7 @@ def fisher_least_squares(
     prepared: Prepared,
     gradients: Float[Tensor, "out out"] | None,
     *,
-    steps: int = FISHER_STEPS,
+    steps: int = 15,
     damping: float = 0.01,
     output_damping: float = 1.0,
 ) -> Solved:
