@@ -448,6 +448,25 @@ def through(folder: Path, dtype: torch.dtype, work: Path) -> None:
     assert [*decoder.logits(torch.zeros(1, 3, 32, dtype=dtype), torch.tensor([5, 6, 7]))]
 
 
+OTHER_STATES: dict[str, tuple[dict[str, Any], str]] = {
+    # Tokens come before the batch; it asks for a language; a shared expert is one, in one product; a token sees all.
+    "xlnet": ({"d_inner": 48, "d_model": 32, "n_head": 4, "n_layer": 3}, r"block 0 hidden states of \[3, 1, 32\], exp"),
+    "xmod": ({}, "forward pass fails .*Input language unknown"),
+    "inkling_text": (
+        FINE | {"n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8},
+        "shared_experts.0.gate_proj: its experts do not multiply",
+    ),
+    "bert": ({}, "a token changes what its blocks return for the token before it"),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_STATES)
+def test_families_that_compute_in_a_shape_of_their_own_are_refused(family: str, tmp_path: Path):
+    changes, message = OTHER_STATES[family]
+    with pytest.raises(UserError, match=f"{message}.*unsupported model structure"):
+        through(save(family, tmp_path / "model", **changes), torch.float32, tmp_path / "work")
+
+
 def test_hidden_states_of_another_dtype_than_the_models_are_refused(tmp_path: Path):
     folder = save("mamba", tmp_path / "model", torch.bfloat16, residual_in_fp32=True)
     said = "block 0 returns hidden states in float32, expected bfloat16, the model's; set dtype=float32"

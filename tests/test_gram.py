@@ -253,6 +253,6 @@ def test_an_input_without_tokens_has_no_row_in_the_plot(monkeypatch: Patch):
     one, other = InputStats.empty(4), InputStats.empty(4)
     one.add(torch.ones(9, 4))
     found = BlockStats({"a.q": one, "a.w": other}, {"a.q": ["a.q"], "a.w": ["a.w"]}, [])
-    monkeypatch.setattr(calibrate.tensors, "block_count", lambda *_: 1)
-    monkeypatch.setattr(calibrate.tensors, "read_stats", lambda *_: found)
+    monkeypatch.setattr("wanda_dvc.study.tensors.block_count", lambda *_: 1)
+    monkeypatch.setattr("wanda_dvc.study.tensors.read_stats", lambda *_: found)
     assert list(calibrate._rows(Path())) == [[0, "q", 4, 3.0, 3.0, 3.0, 0.0]]

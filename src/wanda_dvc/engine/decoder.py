@@ -22,7 +22,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.rows import CALLS_BYTES, Layout, Row
 from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.engine.weights import Change, Weights
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning import products
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
@@ -74,6 +74,11 @@ class Decoder:
             names = tuple(name for name, _ in block.named_parameters())
             first.setdefault((type(block), names, tuple(types[index : index + 1])), index)
         return list(first.values())
+
+    @property
+    def width(self) -> int:
+        """The number of features of hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def vocabulary(self) -> int:
@@ -235,6 +240,9 @@ class Decoder:
             if hidden_states is not before and not torch.equal(hidden_states, before):
                 where = f"between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
+            if hidden_states.shape != (expected := (1, len(row.tokens), self.width)):
+                found = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
+                raise unsupported(self.checkpoint, f"the model {found}")
             recorded.append((hidden_states, (args, kwargs)))
             if index == until:
                 raise _Stop
@@ -249,9 +257,8 @@ class Decoder:
             with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         except ValueError as error:
-            if "unpack" not in str(error):
-                raise
-            raise unsupported(self.checkpoint, f"its blocks pass on more than hidden states ({error})") from error
+            what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
+            raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
         if len(recorded) != until + 1:
             found = f"{len(recorded)} of its {len(self.blocks)} blocks, expected each once and in order"
             raise unsupported(self.checkpoint, f"the model's forward pass called {found}")
@@ -276,9 +283,13 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
         hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
+        changed = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
         self.weights.hold(0, -1)
-        out = self.blocks[0](hidden, *args, **words)
+        out, other = (self.blocks[0](x, *args, **words) for x in (hidden, changed))
         self.weights.release()
+        first, again = ((x[0] if isinstance(x, (tuple, list)) else x)[0, 0].float() for x in (out, other))
+        if torch.dist(first, again) > 0.02 * first.norm():  # far above rounding
+            raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
         if not isinstance(out, (tuple, list)):
             return None
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))

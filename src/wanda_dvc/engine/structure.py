@@ -120,7 +120,7 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
             weights[inside + "weight"] = module
         elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
                     weights[inside + leaf] = module
                     mixtures[name.rpartition(".")[0]] = len(parameter)
     owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]  # the parent of each weight's module
@@ -193,8 +193,9 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
             pieces.setdefault(name, []).append((pattern, tensor))
     for name, stored in pieces.items():
         rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
-        if len(rule.target_patterns) == 1:
-            parts[name] = place_parts(name, stored, rule, model, checkpoint)
+        if len(rule.target_patterns) > 1:
+            raise unsupported(checkpoint, f"{stored[0][1]} holds several parameters, such as {name}")
+        parts[name] = place_parts(name, stored, rule, model, checkpoint)
     _check_parts(model, checkpoint, parts)
     return parts
 
