@@ -1,20 +1,15 @@
 """The figures' files say where each row comes from, and the scripts compare like with like."""
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import memory
 import origin
 import peers
 import pytest
 import recipes
-import runtimes
 import torch
 from conftest import ROOT, calibrate, fetch, script
 from transformers import AutoModelForCausalLM
@@ -79,18 +74,6 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
 # --- the protocol ---
 
 
-def test_each_recipe_is_measured_once_at_each_amount_dense_first_and_trained_last():
-    rows = list(dict.fromkeys(recipes.wanted()))
-    for model in recipes.MODELS:
-        of_model = [row[1:] for row in rows if row[0] == model]
-        assert of_model[0] == ("dense",)
-        assert {*product(recipes.RECIPES, recipes.AMOUNTS)} < {*of_model}
-        trained = [row for row in of_model if row[2:]]
-        assert trained == [(*row, tokens) for tokens in recipes.TOKENS for row in recipes.RECOVERED]
-        assert all(of_model.index(row[:2]) < of_model.index(row) for row in trained)
-    assert {row[1] for row in rows[-2 * len(recipes.AMOUNTS) :]} == {recipes.SLOW}
-
-
 def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     measured = []
 
@@ -125,40 +108,6 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
-
-
-# --- llama.cpp ---
-
-
-def test_files_of_llama_cpp_are_quantized_by_importance_and_compared_with_the_dense_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    calls: list[list[str]] = []
-
-    def tool(program: str, *words: str | Path) -> str:
-        calls.append([program, *(word.name if isinstance(word, Path) else word for word in words)])
-        if program == "llama-quantize":
-            Path(words[-2]).touch()
-        speed = 100 * (1 + sum(call[0] == "llama-bench" for call in calls) // len(runtimes.WANTED) % 3)  # by rounds
-        speeds = json.dumps([{"avg_ts": speed}, {"avg_ts": speed / 10}])
-        return "Mean    KLD:   0.250000 ±   0.010000" if program == "llama-perplexity" else speeds
-
-    monkeypatch.setattr(runtimes, "tool", tool)
-    monkeypatch.setattr(runtimes, "export", lambda _, file, *__: file.touch())
-    monkeypatch.setattr(runtimes, "TARGET", tmp_path / "rows.json")
-    words = ["--mirror", str(tmp_path), "--convert", "true", "--work", str(tmp_path)]
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["runtimes.py", *words])
-        runtimes.main()
-    for row in (found := origin.read_rows(tmp_path / "rows.json")).values():
-        assert row["value"]["divergence"] == {"mean": 0.25, "error": 0.01}
-        assert row["value"]["tokens a second"] == {"prompt": 200, "written": 20}
-    assert list(found) == [" ".join(row) for row in runtimes.WANTED]
-    quantized = [call[1:] for call in calls if call[0] == "llama-quantize"]
-    assert ["--imatrix", "dense imatrix.gguf", "dense f16.gguf", "dense Q4_K_M.gguf", "Q4_K_M"] in quantized
-    assert len(quantized) == sum(form != "f16" for _, form in runtimes.WANTED)
-    compared = [call for call in calls if call[0] == "llama-perplexity"]
-    assert {call[2] for call in compared if "--kl-divergence" not in call} == {"dense f16.gguf"}
 
 
 # --- the peers ---
@@ -203,13 +152,6 @@ def test_every_other_answer_counts():
     theirs = {task: [[-1.0001, -1.0002], [-1.0, -2.0]] for task in peers.TASKS}
     fake = SimpleNamespace(stage=lambda *_: {"answers": ours}, peer=lambda *_: {"answers": theirs})
     assert peers.other_answers(fake, "bfloat16")["ratio"] == len(peers.TASKS)  # type: ignore[arg-type]
-
-
-def test_a_limit_needs_a_control_group_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "LIMITS", {tmp_path: "memory.max", tmp_path / "missing": "memory.limit_in_bytes"})
-    with pytest.raises(RuntimeError, match="run it as root on Linux"), memory.limited(10**9):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- mutants ---

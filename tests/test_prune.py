@@ -331,8 +331,7 @@ def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(monkeypatch: Patch, 
     assert "|" not in drawn
     assert all(part in drawn for part in ("Title [b]", "[2] x", "Note"))
     names = ["a|b", "_c_", "<d>", "[e](f)", "`g`", "~~h~~", "*i*", "&amp;"]
-    for name in names:
-        _say(table(["name", "of", "x"], [[name, "text", "12.5"]]))
+    _say(table(["name", "of", "x"], [[name, "text", "12.5"] for name in names]))
     drawn = capsys.readouterr().out
     assert all(name in drawn for name in names)
     assert drawn.count("12.5") == len(names)

@@ -374,5 +374,4 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
         every = [plain, plain | {"perplexity.windows": windows}]
         states = [listing.State("a", "a", "branch", settings=one, results={"pruned": value}) for one in every]
         monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        differs = "Not all comparable: perplexity.windows differ"
-        assert (differs in listing.experiments(project=here)) == (windows is not None)
+        assert ("perplexity.windows differ" in listing.experiments(project=here)) == (windows is not None)

@@ -95,10 +95,7 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     assert "measured sparsity" in printed[2]
     assert "calibrate-norms" not in ran(printed[3])
     assert "0.3" in run("wanda-dvc", "list", cwd=study, environment=environment)
-    # What the DVC extension of VS Code asks.
-    workspace, *_ = json.loads(run("dvc", "exp", "show", "--json", cwd=study, environment=environment))
-    assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.5
-    assert workspace["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]["perplexity"] > 0
+    # As the DVC extension of VS Code asks.
     plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
     plots = json.loads(run(*plotted, cwd=study, environment=environment))
     drawn = {"metrics/plots/perplexity/embedded.csv", "sparsity by block", "input norms by block"}
