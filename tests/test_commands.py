@@ -96,6 +96,8 @@ def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeyp
     content = printed(["doctor"], code=2)
     assert content["missing"] == ["params.yaml"]
     assert [check["good"] for check in content["checks"] if check["what"] == "params.yaml"] == [False]
+    (tmp_path / "params.yaml").write_text("sparsity: 2\nrecipe: no\n", encoding="utf-8")  # several problems
+    assert printed(["doctor"], code=2)["missing"] == ["params.yaml"]
 
 
 # --- the environment of a stage ---

@@ -140,6 +140,7 @@ def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     assert "against magnitude-rows" not in said
     assert "| wanda 50 % against dense | 1.649 ×" in said
     assert "| magnitude-rows 50 % against dense | 4.482 ×" in said
+    assert "| wanda (recovery.tokens=4096) 50 % |" in said_of(made(recovery__tokens=4096))  # a training is named
 
 
 def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[..., Experiment]):

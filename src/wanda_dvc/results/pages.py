@@ -98,7 +98,7 @@ def curves(
         ax.yaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.margins(0.08)
-    ax.set_xlabel("sparsity of the linears, %")
+    ax.set_xlabel("sparsity, %")
     ax.set_ylabel(label)
     figure.legend(loc="outside lower center", ncols=1 if max(map(len, series)) > LEGEND // 2 else 2)
     return figure

@@ -56,7 +56,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
             needs = {stage: need(project, stage) for stage in wanted}
         checks.append(Check("params.yaml", True, "valid"))
         checks += [*_machine(params), *_room(project, needs)]
-    missing = [check.what for check in checks if check.needed and not check.good]
+    missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
     if as_json:
         content = {stage: {"memory_bytes": one.memory, "disk_bytes": one.disk} for stage, one in needs.items()}
         said = json_text({"checks": [asdict(check) for check in checks], "missing": missing, "needs": content})
