@@ -132,9 +132,6 @@ def test_every_measure_is_read_and_formatted(here: Project):
         ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
     ]
-
-
-def test_a_small_ratio_keeps_three_digits():
     (perplexity,) = (one for one in MEASURES if one.name == "perplexity")
     texts = [perplexity.test_text(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
     assert texts == ["0.00307 ×", "5e-05 ×", "0.980 ×", "1.023 ×", "324 ×"]

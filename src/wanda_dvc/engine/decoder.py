@@ -76,11 +76,6 @@ class Decoder:
         return list(first.values())
 
     @property
-    def width(self) -> int:
-        """The number of features of hidden states."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
     def vocabulary(self) -> int:
         """The number of tokens with a logit."""
         return self.model.get_output_embeddings().weight.shape[0]
@@ -240,7 +235,8 @@ class Decoder:
             if hidden_states is not before and not torch.equal(hidden_states, before):
                 where = f"between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
-            if hidden_states.shape != (expected := (1, len(row.tokens), self.width)):
+            expected = (1, len(row.tokens), self.model.config.get_text_config().hidden_size)
+            if hidden_states.shape != expected:
                 found = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
                 raise unsupported(self.checkpoint, f"the model {found}")
             recorded.append((hidden_states, (args, kwargs)))

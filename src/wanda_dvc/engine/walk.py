@@ -165,7 +165,7 @@ class Runner:
         They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
         """
         decoder, lengths = self.decoder, [[len(row.tokens) for row in shard.rows] for shard in self.shards]
-        width, room = decoder.width, decoder.room() // share
+        width, room = decoder.model.config.get_text_config().hidden_size, decoder.room() // share
         dtype = dtype or decoder.dtype
         return HiddenStates(self.work / name, lengths, width, dtype, kept=boundaries, device=decoder.device, room=room)
 
