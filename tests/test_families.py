@@ -465,8 +465,7 @@ BLOCKS_OF_THEIR_OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "xlstm": (MORE, {"num_heads": 2, "num_blocks": 3}),
     "xlnet": (r"block 0 hidden states of \[3, 1, 32\], exp", {"d_inner": 48, "d_model": 32, "n_head": 4, "n_layer": 3}),
     "xmod": ("forward pass fails .*Input language unknown", {}),
-    # A tensor has three dimensions, for one expert.
-    "inkling_text": ("shared_experts.0.gate_proj: its experts do not multiply",
+    "inkling_text": ("shared_experts.0.gate_proj: its experts do not multiply",  # one, in three dimensions
                      FINE | {"n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8}),
     "bert": ("a token changes what its blocks return for the token before it", {}),
     "sarvam_moe": ("holds several parameters", {}),
