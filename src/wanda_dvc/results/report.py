@@ -155,7 +155,7 @@ def varying(experiments: Sequence[Experiment]) -> list[str]:
     """Return the settings in which experiments differ, without those of pruning and evaluation; and a training."""
     every = [one.settings for one in experiments]
     keys = [key for key in every[0] if not key.startswith(OF_EVALUATION) and key not in OF_PRUNING]
-    trained = "recovery.tokens" if every[0]["recovery.tokens"] else ""
+    trained = "recovery.tokens" if every[0].get("recovery.tokens") else ""
     return [key for key in keys if key == trained or len({repr(one.get(key)) for one in every}) > 1]
 
 
