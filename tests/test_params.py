@@ -102,8 +102,8 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
         "propagation": plan.propagation,
     }
     assert set(choices) == set(CHOICES)
-    steps = (15 if pattern == "unstructured" else 30) if plan.solver.by_gradients else None
-    assert plan.described.get("steps") == steps  # studies of other solvers do not run again
+    steps = {way: way_plan["steps"] for way in WAYS if "steps" in (way_plan := asked(*way).plan.described)}
+    assert steps == {("fisher", "unstructured"): 15, ("fisher", "2:4"): 30}  # no study of another solver runs again
     assert ("training" in plan.described) == plan.reconstruction.trains
     assert plan.described["allocation_strength"] == plan.allocation.strength
     assert asked(recipe, "neurons").plan.described["multiple"] == STRUCTURES["neurons"].multiple

@@ -65,7 +65,7 @@ def every_method(weight, prepared, share, pattern, group):
     solved = {name: solve(weight, prepared, **words) for name, solve in METHODS.items()}
     solved["least squares"] = least_squares(weight, solved["sparsegpt"].keep, prepared)
     solved["on admm's mask"] = least_squares(weight, solved["admm"].keep, prepared)
-    solved["fisher"] = fisher_least_squares(weight, solved["admm"].keep, prepared, of_gradients(len(weight)))
+    solved["fisher"] = fisher_least_squares(weight, solved["admm"].keep, prepared, of_gradients(len(weight)), steps=15)
     return solved
 
 
@@ -148,7 +148,7 @@ def test_outputs_whose_gradients_are_independent_make_fisher_least_squares_the_p
 def test_the_unit_of_the_loss_changes_nothing(factor):
     weight, gram = problem()
     keep, s = wanda(weight, gram), of_gradients(12)
-    found = [fisher_least_squares(weight, keep, Prepared(gram), x).weight for x in (s, factor * s)]
+    found = [fisher_least_squares(weight, keep, Prepared(gram), x, steps=15).weight for x in (s, factor * s)]
     assert torch.equal(*found)
 
 
@@ -159,7 +159,7 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     keep[:6, [3, 7]], keep[6:, [3, 7]] = True, False
     s[4] = s[:, 4] = 0
     prepared = Prepared(gram)
-    solved = fisher_least_squares(weight, keep, prepared, s)
+    solved = fisher_least_squares(weight, keep, prepared, s, steps=15)
     torch.testing.assert_close(solved.weight[:, [3, 7]], (weight * keep)[:, [3, 7]])
     assert torch.equal(solved.weight != 0, keep)
     single = least_squares(weight, keep, prepared, steps=60).weight[4]  # nothing to make up for in other rows
@@ -189,7 +189,7 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     plain = least_squares(weight, keep, prepared)
     for stays in (
         fisher_least_squares(weight, keep, prepared, of_gradients(12), steps=0),
-        fisher_least_squares(weight, keep, prepared, None),
+        fisher_least_squares(weight, keep, prepared, None, steps=15),
     ):
         assert torch.equal(stays.weight, plain.weight)
         assert stays.diagnostics == plain.diagnostics | {"part": 0}
@@ -199,12 +199,12 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     assert 0 < (solved.part or 0) < 1
     error, by_mask = layer_errors(weight, [solved.weight, weight * keep], gram)
     assert error == pytest.approx(by_mask, rel=1e-5)
-    assert fisher_least_squares(weight, keep, prepared, of_gradients(12)).part == 1
     s = Gram(of_gradients(12).double(), 48)
-    for steps in (0, 30):
+    for steps in (15, 30):
+        solved = fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps)
+        assert solved.part == 1
         how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)
-        found = reconstruct(weight, keep, prepared, reconstruction=how, gradients=s)
-        assert torch.equal(found.weight, fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps).weight)
+        assert torch.equal(reconstruct(weight, keep, prepared, reconstruction=how, gradients=s).weight, solved.weight)
 
 
 def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
@@ -478,7 +478,7 @@ SOLVES: dict[str, Callable[[torch.Tensor, Prepared], torch.Tensor]] = {
     "admm": lambda weight, prepared: admm(weight, prepared, share=HALF).weight,
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
     "sparsegpt_update": lambda weight, prepared: solvers.sparsegpt_update(weight, weight > 0, prepared).weight,
-    "fisher": lambda weight, prepared: fisher_least_squares(weight, weight > 0, prepared, of_gradients(64)).weight,
+    "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
     "corrected_target": lambda weight, prepared: corrected_target(weight, prepared, prepared.gram + 1),
 }
 

@@ -200,11 +200,11 @@ ALLOCATIONS = _by_name(
 class Reconstruction(Row):
     """A rule for the values of kept weights."""
 
-    # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
-    # kept weights do not change.
+    # `module:function`: (weight [out, in], keep, Prepared[, gradients, steps]) → Solved; None: kept weights do not
+    # change. `gradients` is the Gram matrix of its output's gradients.
     function: str | None = None
-    by_gradients: bool = False  # whether it receives the Gram matrices of gradients, and `steps`
-    steps: int = 15  # of conjugate gradients
+    by_gradients: bool = False  # whether it receives `gradients` and `steps`
+    steps: int = 15  # of conjugate gradients; n:m has its own (`Plan.solver`)
     trains: bool = False  # each block is then trained on its mask
 
 

@@ -277,7 +277,10 @@ class Decoder:
 
     @cached_property
     def _extra_outputs(self) -> tuple[None, ...] | None:
-        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
+        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone.
+
+        UserError if a block's result for a token depends on the token after it.
+        """
         hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         changed = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
         self.weights.hold(0, -1)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -246,8 +246,10 @@ def reconstruct(
     """
     solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    further = [gradients and gradients.matrix().to(device)] if reconstruction.by_gradients else []
-    solved = solve(*there, prepared, *further, **{"steps": reconstruction.steps} if further else {})
+    words: dict[str, Any] = {}
+    if reconstruction.by_gradients:
+        words = {"gradients": gradients and gradients.matrix().to(device), "steps": reconstruction.steps}
+    solved = solve(*there, prepared, **words)
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
 

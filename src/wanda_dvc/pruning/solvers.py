@@ -134,7 +134,7 @@ def fisher_least_squares(
     prepared: Prepared,
     gradients: Float[Tensor, "out out"] | None,
     *,
-    steps: int = 15,
+    steps: int,
     damping: float = 0.01,
     output_damping: float = 1.0,
 ) -> Solved:

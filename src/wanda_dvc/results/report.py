@@ -152,7 +152,10 @@ def curve(one: Experiment, experiments: Sequence[Experiment]) -> str:
 
 
 def varying(experiments: Sequence[Experiment]) -> list[str]:
-    """Return the settings in which experiments differ, without those of pruning and evaluation; and a training."""
+    """Return the settings in which experiments differ, without those of pruning and evaluation.
+
+    A training is among them even if all experiments have it.
+    """
     every = [one.settings for one in experiments]
     keys = [key for key in every[0] if not key.startswith(OF_EVALUATION) and key not in OF_PRUNING]
     trained = "recovery.tokens" if every[0].get("recovery.tokens") else ""
