@@ -74,10 +74,9 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], object], times: int = 3) -> float:
-        """Return the shortest of some calls, after one to warm up."""
-        call()
+        """Return the shortest of some calls; the first is slower."""
         spent = []
-        for _ in range(times):
+        for _ in range(1 + times):
             self.wait()
             began = time.perf_counter()
             call()

