@@ -143,7 +143,7 @@ def prune(
         str, typer.Option(help="2:4 and other n:m; or neurons, heads, blocks, experts: a smaller model.")
     ] = "unstructured",
     text: Annotated[
-        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a name, a Hub id.")
+        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb.")
     ] = None,
     recover: Annotated[
         str | None, typer.Option(help="Train the pruned model on this many tokens, such as 1M, towards the dense one.")
@@ -153,8 +153,8 @@ def prune(
     """Prune a model into an ordinary Hugging Face directory, and compare it with the dense model.
 
     A model and a text are calibrated once, in a study in the cache folder.
-    The next recipe, sparsity or pattern starts from the same statistics, and
-    an interrupted command resumes if you repeat it.
+    The next sparsity or pattern, and most recipes, start from the same
+    statistics. An interrupted command resumes if you repeat it.
 
     Without MODEL it prunes SmolLM2-135M from PyPI. Without DIR the options
     give the directory its name. It measures perplexity and divergence;
@@ -179,7 +179,7 @@ def show(
     as_json: AsJson = False,
     text: Annotated[bool, typer.Option("--text", help="Show what the models write instead of their results.")] = False,
 ) -> None:
-    """Show the last results of each model; or those of experiments side by side, with paired tests."""
+    """Show the last results of each model, or several experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table
 
     _say(table(project=_project(), names=names or [], as_json=as_json, text=text))
@@ -243,7 +243,7 @@ def init(
         str | None, typer.Option(help="A Hub id, a directory (./, ~ or /), or package:NAME==VERSION.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="The text of the calibration: a name, a Hub id, a file.")
+        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb.")
     ] = None,
     mirror: Annotated[
         Path | None, typer.Option(help="A directory of data sets, for machines without internet.")

@@ -276,7 +276,7 @@ class Params(_Section):
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
         one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
         same = (one.dataset or one.source) == (other.dataset or other.source)
-        lost = "the same source: on text from other sources, half or more of a solver's gain is lost"
+        lost = "the same source: on text from other sources, a solver gains less"
         return f"The calibration text has {lost if same else 'another source'}"
 
     @model_validator(mode="after")

@@ -176,7 +176,7 @@ STAGES = {
         Stage(
             name="plan",
             version=1,
-            about="Check the settings, and write each stage's own: plan/, sources/.",
+            about="Check params.yaml, and write the settings of each stage: plan/, sources/.",
             parts={
                 "": Part(
                     outs=("plan",),
