@@ -33,7 +33,6 @@ app = typer.Typer(
 PRUNE_PANEL, STAGE_PANEL = "One command", "Stages, in the order of the pipeline"
 RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")]
@@ -165,12 +164,11 @@ def prune(
 
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
-        _say(
-            make(
-                model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
-                recover=recover, evaluate=not no_eval,
-            )
+        said = make(
+            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
+            recover=recover, evaluate=not no_eval,
         )  # fmt: skip
+        _say(said)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)

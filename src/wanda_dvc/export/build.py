@@ -74,10 +74,9 @@ def export(
         pruned, metrics = digest(made_from), found.made.metrics.get("sparsity")
         finished = study.model("recovered") if study.params.recovery.tokens else project.model("pruned")
         if study.params.recovery.tokens or made:
-            found_from = read_provenance(finished, MADE_BY[finished.name])
-            if found_from.get("pruned", digest(found_from)) != pruned or not metrics:
+            made_from = read_provenance(finished, MADE_BY[finished.name])
+            if made_from.get("pruned", digest(made_from)) != pruned or not metrics:
                 raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
-            made_from = found_from
             for file in finished.iterdir():
                 copy_file(file, work.out / file.name)
         else:
@@ -138,8 +137,7 @@ def _take_experiment(project: Project, study: Project, experiment: str, parts: l
     wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
-        study.model("dense").parent.mkdir(exist_ok=True)
-        study.model("dense").symlink_to(here)
+        study.link_to(project, "models/dense")
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
 

@@ -124,7 +124,6 @@ def _recommended(project: Project, params: Params) -> str:
 
 
 def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:
-    """Return a table of the models, and the next commands."""
     found = workspace(project)
     models = found.models
     columns = headings(list(models.values())) if evaluate else {}

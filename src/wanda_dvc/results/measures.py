@@ -243,7 +243,7 @@ class Measure:
         names = [on for one in several for on in {TEXT: one.texts, TASK: one.tasks}.get(self.per, [""])]
         return [on for on in dict.fromkeys(names) if any(self.read(one, on) is not None for one in several)]
 
-    def heading(self, on: str, *, alone: bool = True) -> str:
+    def heading(self, on: str, *, alone: bool) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
         named = f"{on}, {self.title}" if self.per == TASK else self.title if alone or not on else f"{self.title}, {on}"
         return f"{named}, {self.unit}" if self.unit else named

@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.markup import SIGN
 
+SIGN = "Written by wanda-dvc report"  # in each page and picture
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -46,8 +46,6 @@ LOOK: dict[Any, Any] = {  # for any settings of matplotlib
     "text.parse_math": False,  # a name with dollar signs is not a formula
     "font.size": 9, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#d5d5d5", "svg.hashsalt": SIGN,
 }  # fmt: skip
-
-
 Content = list[str | tuple[str, Figure]]  # blocks of Markdown; charts with their titles
 
 
@@ -71,9 +69,7 @@ def write(output: Path, title: str, content: Content) -> None:
 
 
 @mpl.rc_context(LOOK)
-def curves(
-    series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *, level: float = math.nan, log: bool = False
-) -> Figure:
+def curves(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *, level: float, log: bool) -> Figure:
     """Draw a measure against sparsity: a curve with intervals for each series of points (sparsity, value).
 
     Values that are NaN are left out. `level` is the dense model's value, `log` is of the vertical axis.

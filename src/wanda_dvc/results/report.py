@@ -21,22 +21,18 @@ from wanda_dvc.reading import check_place
 from wanda_dvc.results import published
 from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compare, headings
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
-from wanda_dvc.results.measures import LOG, MODEL, TASK, TASKS, TEXT, Measure, Results
+from wanda_dvc.results.listing import MEASURED_BY
+from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.study.markup import DASH, inline, table
 from wanda_dvc.study.project import Project
 
-OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
 # The settings of pruning in a row's name; they also determine the required statistics.
 OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")
+# The captions of the tables, by what a measure is measured on; `OF_TASKS` of a task, and of all.
+CAPTIONS = {TEXT: "On {}; intervals over windows (t).", MODEL: "The pruned weights."}
 OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally. Answers that pruning changed, of all."
-CAPTIONS = {  # of the tables, by what a measure is measured on
-    TEXT: "On {}; intervals over windows (t).",
-    TASK: OF_TASKS,
-    TASKS: OF_TASKS,
-    MODEL: "The pruned weights.",
-}
 FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
@@ -157,7 +153,7 @@ def varying(experiments: Sequence[Experiment]) -> list[str]:
     A training is among them even if all experiments have it.
     """
     every = [one.settings for one in experiments]
-    keys = [key for key in every[0] if not key.startswith(OF_EVALUATION) and key not in OF_PRUNING]
+    keys = [key for key in every[0] if not key.startswith(MEASURED_BY) and key not in OF_PRUNING]
     trained = "recovery.tokens" if every[0].get("recovery.tokens") else ""
     return [key for key in keys if key == trained or len({repr(one.get(key)) for one in every}) > 1]
 
@@ -186,8 +182,7 @@ def protocol(section: Section) -> Content:
         settings = {key[12:]: shown(value) for key, value in experiments[0].settings.items() if "calibration." in key}
         said.append(f"Calibration: {inline(', '.join(f'{key}={value}' for key, value in settings.items()))}.")
     every = [model.details(name).get("protocol", {}) for model in section.models.values() for name in model.metrics]
-    libraries = {name: version for found in every for name, version in found.get("libraries", {}).items()}
-    if libraries:
+    if libraries := {name: version for found in every for name, version in found.get("libraries", {}).items()}:
         said.append(f"Libraries: {inline(', '.join(f'{name} {version}' for name, version in libraries.items()))}.")
     return ["\n".join(f"- {item}" for item in said)]
 
@@ -196,7 +191,7 @@ def measured(section: Section) -> Content:
     """The tables of all measures, on each text, on the tasks and of the weights, each with its pictures."""
     groups: dict[str, dict[str, Column]] = {}
     for heading, (measure, on) in section.columns.items():
-        groups.setdefault(CAPTIONS[measure.per].format(inline(on)), {})[heading] = measure, on
+        groups.setdefault(CAPTIONS.get(measure.per, OF_TASKS).format(inline(on)), {})[heading] = measure, on
     parts: Content = []
     for caption, columns in groups.items():
         rows = [[inline(name), *cells(results, columns)] for name, results in section.models.items()]
@@ -211,8 +206,7 @@ def against_sparsity(section: Section, heading: str, measure: Measure, on: str) 
     """The picture of a measure against sparsity; nothing without values."""
     experiments, series = list(section.experiments.values()), dict[str, list[tuple[float, Estimate]]]()
     for one in sorted(experiments, key=lambda one: one.settings["sparsity"]):
-        value = measure.read(one.made, on)
-        if value is not None:
+        if (value := measure.read(one.made, on)) is not None:
             known = value if isinstance(value, Estimate) else Estimate(math.nan)
             series.setdefault(curve(one, experiments), []).append((one.settings["sparsity"], known))
     if not series:

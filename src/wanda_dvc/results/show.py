@@ -38,8 +38,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
             raise UserError("--json: given with --text; metrics/details/MODEL/continuations.json has the texts")
         if as_json:
             made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}
-            record: Json = {"experiments": made}
-            record |= {"models": records(models, base=base), "base": base}
+            record: Json = {"experiments": made, "models": records(models, base=base), "base": base}
             return json_text(record if names else record | {"times": times(project)})
         if text and (texts := continuations(models)):
             return texts
@@ -48,11 +47,10 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
             skipped = [f"continuations: {why}" for why in written if why]
             todo = "continuations: missing; `dvc repro` writes them, of each line of prompts.txt"
             raise UserError(*skipped or [todo])
-        headers, rows = side_by_side(models, base=base)
         parts = [
             "\n".join(title(one, named=bool(names)) for one in experiments),
             "\n".join(note for one in experiments for note in one.notes),
-            table(headers, rows),
+            table(*side_by_side(models, base=base)),
             *notes({one.name: one.params for one in experiments}, models, base=base),
         ]
         return "\n\n".join(part for part in parts if part)

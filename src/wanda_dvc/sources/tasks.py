@@ -43,7 +43,6 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
 
 
 def _find_items(name: str, source: str, mirror: str | None) -> Items:
-    """Find one task's items, by its definition."""
     where = f"params.yaml: tasks.names: {name}"
     path, definition = task_definition(name) or ("", {})
     if definition.get("output_type") != "multiple_choice":

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-SIGN = "Written by wanda-dvc report"  # in each page and picture of a report
 DASH = "–"  # not measured, or not comparable
 # Characters with a meaning in Markdown; an underscore only at the edge of a word.
 MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")

@@ -191,10 +191,7 @@ def preset_names() -> list[str]:
 
 
 def preset_changes(name: str) -> Settings:
-    """Return a preset's differences from a new study's settings, nested. UserError, with the known names, if unknown.
-
-    Its texts of the perplexity replace the default's.
-    """
+    """Return a preset's differences from a new study's settings, nested. UserError for an unknown name."""
     if name not in preset_names():
         raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/data.md)")
     return YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -59,8 +59,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
     if as_json:
         content = {stage: {"memory_bytes": one.memory, "disk_bytes": one.disk} for stage, one in needs.items()}
-        said = json_text({"checks": [asdict(check) for check in checks], "missing": missing, "needs": content})
-        return said, not missing
+        return json_text({"checks": list(map(asdict, checks)), "missing": missing, "needs": content}), not missing
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
     return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{said}", not missing
