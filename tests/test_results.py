@@ -366,6 +366,10 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
     assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
     (record,) = listing.results([listing.State("a", "a", "branch", results={"pruned": broken})])
     assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
+    flips = {"flips": {"acc": {"lost": 1, "gained": 0, "swapped": 0}}}
+    for other, lost in (({}, None), (flips, 2.0)):  # a sum of some tasks would be too low
+        part = {"pruned": Results({"zero_shot": {"piqa": {"acc": 0.5} | flips, "rte": {"acc": 0.5} | other}})}
+        assert listing.results([listing.State("a", "a", "branch", results=part)])[0].get("pruned.lost") == lost
     plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
     for windows in (None, 4):  # None is the default, here left out
         every = [plain, plain | {"perplexity.windows": windows}]

@@ -13,6 +13,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import differing
 
 DENSE = "dense"  # the name of the dense model in tables
+MISSING = "missing details"  # a reason: whether the protocols differ is not known
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
@@ -31,7 +32,7 @@ def reason(measure: Measure, first: Results, second: Results, on: str) -> str | 
     for name, protocol in protocols.items():
         other = others[name]
         if protocol is None or other is None:
-            return "missing details"
+            return MISSING
         if key := differing(protocol, other):
             return key
     return None

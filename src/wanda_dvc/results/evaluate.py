@@ -11,6 +11,7 @@ from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import read_text
 from wanda_dvc.results.compare import DENSE, records, side_by_side
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.measures import Results
@@ -103,7 +104,7 @@ def _place(project: Project, path: Path, folder: Path) -> None:
     own, its = load_tokenizer(folder), load_tokenizer(dense)
     texts = {f"the text {text}": project.text(f"perplexity/{text}") for text in project.params.perplexity.texts}
     for task in project.params.tasks.names:
-        texts[f"the task {task}"] = (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
+        texts[f"the task {task}"] = read_text(project.data("tasks") / task / ITEMS, "run `wanda-dvc download tasks`")
     for what, text in texts.items():
         if own(text, verbose=False)["input_ids"] != its(text, verbose=False)["input_ids"]:
             raise UserError(

@@ -132,12 +132,12 @@ def mean_accuracy(results: Results, _: str) -> Value:
 
 
 def changed(results: Results, _: str, *, way: str) -> Value:
-    """The number of answers that pruning changed in one way, over all tasks."""
+    """The number of answers that pruning changed in one way, over all tasks; None if one task's are unknown."""
     scores = list(results.metrics.get("zero_shot", {}).values())
     if any(one.get("acc") == DIVERGED for one in scores):
         return DIVERGED
     counts = [one["flips"]["acc"] for one in scores if "flips" in one]
-    return Estimate(sum(one[way] for one in counts)) if counts else None
+    return Estimate(sum(one[way] for one in counts)) if counts and len(counts) == len(scores) else None
 
 
 def layer_error(results: Results, _: str) -> Value:

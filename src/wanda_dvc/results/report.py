@@ -19,7 +19,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results import published
-from wanda_dvc.results.compare import DENSE, Column, Tests, apart, cells, compare, headings
+from wanda_dvc.results.compare import DENSE, MISSING, Column, Tests, apart, cells, compare, headings
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
 from wanda_dvc.results.listing import MEASURED_BY
 from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
@@ -120,10 +120,11 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
 
 def differing(one: Experiment, other: Experiment) -> list[str]:
     """Return what keeps the results of two experiments from being compared; [] if nothing does."""
-    found = [key for key in ("model", "dtype") if one.settings[key] != other.settings[key]]
-    found += apart(one.results[DENSE], other.results[DENSE]).values()
-    found += apart(one.made, other.made).values()
-    return [key for key in dict.fromkeys(found) if key != "missing details"]
+    reasons = [*apart(one.results[DENSE], other.results[DENSE]).values(), *apart(one.made, other.made).values()]
+    compared = MEASURED_BY if MISSING in reasons else ("model", "dtype")  # protocols say the rest, if they are here
+    both = [key for key in one.settings if key in other.settings and key.startswith(compared)]
+    found = [key for key in both if one.settings[key] != other.settings[key]] + reasons
+    return [key for key in dict.fromkeys(found) if key != MISSING]
 
 
 # --- names ---

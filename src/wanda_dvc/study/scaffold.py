@@ -16,9 +16,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from wanda_dvc.catalog import HUB_ID
+from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, Settings, check_params, nested
+from wanda_dvc.params import Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
 from wanda_dvc.study.dvc import checkout, init_repository, link_file
 from wanda_dvc.study.files import write_text
@@ -112,6 +112,7 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
+    parse_yaml(text, "params.yaml", "correct it, or restore it from git")  # refused with a message
     content = yaml.load(text)
     for one in changes:
         updated(content, one)
@@ -133,12 +134,12 @@ def named(model: str | None, calibration: str | None, mirror: Path | None = None
 
 
 def _absolute(source: str) -> str:
-    """Return a source in the form of params.yaml. If a Hub id is also a local directory, the Hub id counts.
+    """Return a source in the form of params.yaml. A Hub id or a text's name counts, even if a directory has the name.
 
     UserError if it is local and missing.
     """
     a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
-    a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
+    a_path = a_path or (Path(source).is_dir() and source not in TEXTS and not HUB_ID.fullmatch(source))
     if not a_path:
         return source
     path = Path(source).expanduser().resolve()
