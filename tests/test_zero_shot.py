@@ -231,7 +231,7 @@ def answered(project: Make) -> Callable[..., tuple[Project, Json]]:
 def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Project, Json]]):
     """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
     counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
-    assert stage._flips(*answered(samples)) == ({} if samples else counts)
+    assert stage._flips(*answered(samples), "pruned") == ({} if samples else counts)
 
 
 @pytest.mark.parametrize("change", CHANGED, ids=str)
@@ -240,9 +240,9 @@ def test_answers_to_something_else_are_not_compared(
 ):
     """Another dense model, dtype, limit, item or version of a library; every dense model is another than the pruned."""
     (key,) = change
-    found = stage._flips(*answered(**change))
+    found = stage._flips(*answered(**change), "recovered")
     assert bool(found) is (key == "model")
-    said = f"piqa: not compared with the dense model's answers, which are of another {key}; run `dvc repro --force"
+    said = f"zero-shot recovered: piqa: not compared with the dense model's answers, which are of another {key}; run `dvc repro --force"
     assert (said in capsys.readouterr().err) is (key != "model")
 
 

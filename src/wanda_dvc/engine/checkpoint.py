@@ -135,8 +135,7 @@ class Changed(Checkpoint):
     @cached_property
     def new(self) -> dict[str, str | None]:
         """The stored tensors that differ in the view, with their names in it; None: those that it leaves out."""
-        left_out: dict[str, str | None] = dict.fromkeys(self.source.where.keys() - self.old.values())
-        return left_out | {
+        return dict.fromkeys(self.source.where.keys() - self.old.values()) | {
             old: name
             for name, old in self.old.items()
             if old in self._replaced or name != old or self.entries[name].shape != self.source.entries[old].shape
@@ -148,8 +147,7 @@ class Changed(Checkpoint):
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor, or the parts of its experts in order, if those are replaced."""
-        by_expert = self._replaced.get(self.old[name], False)
-        for expert in range(self.entries[name].shape[0]) if by_expert else [None]:
+        for expert in range(self.entries[name].shape[0]) if self._replaced.get(self.old[name]) else [None]:
             yield self.read(Address(name, expert))
 
 

@@ -29,7 +29,6 @@ from wanda_dvc.engine.rows import Executor, R, T
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.machine import omp_threads, usable_cores
 
-CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
 SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
@@ -80,7 +79,7 @@ def task_device(device: str) -> torch.device:
     accelerator.multiply_exactly()
     given, seen = [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu" or not given:
-        return CPU
+        return torch.device("cpu")
     return torch.device("cuda", seen.split(",").index(given[0]) if seen else int(given[0]))
 
 

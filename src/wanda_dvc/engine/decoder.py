@@ -130,7 +130,7 @@ class Decoder:
         `parameters`, if given, replace the block's own.
         """
         args, words = self.calls(row)[index]
-        held = [*_held([*args, words])]
+        held, version = [*_held([*args, words])], hidden._version
         with self._attending(row):
             if parameters is None:
                 out = self.blocks[index](hidden, *args, **words)
@@ -139,6 +139,8 @@ class Decoder:
         after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         if [*_held([*args, words])] != held:
             raise unsupported(self.checkpoint, f"block {index} passes more than hidden states on, in a container")
+        if hidden._version != version:  # on a CPU it is a view of the file that a second run reads
+            raise unsupported(self.checkpoint, f"block {index} changes its input in place")
         if after.dtype is not hidden.dtype:
             found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
             raise UserError(

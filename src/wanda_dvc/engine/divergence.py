@@ -34,9 +34,9 @@ class Reference(NamedTuple):
     """The dense model's predictions of one window, a row for each predicted token. Log-probabilities are in nats."""
 
     top: Int32[Tensor, "predictions top"]  # tokens
+    drawn: Int32[Tensor, "predictions drawn"]  # tokens of the tail; none if the vocabulary has no tail
     top_log_p: Float32[Tensor, "predictions top"]
     tail_log_p: Float32[Tensor, " predictions"]  # of all other tokens together
-    drawn: Int32[Tensor, "predictions drawn"]  # tokens of the tail; none if the vocabulary has no tail
     drawn_log_p: Float32[Tensor, "predictions drawn"]
     first: Int32[Tensor, " predictions"]  # the most probable token, of equals the lowest id
     true_log_p: Float32[Tensor, " predictions"]  # of the text's own next token
@@ -110,8 +110,7 @@ def _reference(log_p: LogP, targets: Targets, offsets: Float64[Tensor, " positio
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
     wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1).int()
-    top_log_p, tail, drawn_log_p, first, true = _seen(log_p, targets, top.int(), drawn)
-    return top.int(), top_log_p, tail, drawn, drawn_log_p, first, true
+    return top.int(), drawn, *_seen(log_p, targets, top.int(), drawn)
 
 
 def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:

@@ -108,8 +108,7 @@ def _dims(
         if not trial:
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         scaled = {name: others[name] * trial // (value or 1) for name in structure.scaled if name in others}
-        other = _build(source, structure, {field: trial} | others | scaled)
-        for name, place, size, less in _differences(full, other):
+        for name, place, size, less in _differences(full, _build(source, structure, {field: trial} | others | scaled)):
             if not name.startswith(f"{where}.") or name not in parts:
                 raise refused(structure, source, f"{field} also determines {name}")
             number = trial * size // less if value is None else value
@@ -201,10 +200,9 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
     for name in source.where:
         if (found := block.fullmatch(name)) and found[1] in heads:
             numbered[name] = where, int(found[2]), found[1], found[3]
-    stay = stay_of(total, share, structure.multiple)
     return Removal(
         structure=structure,
-        sets={where: Units(total, stay, members=[[*names] for names in linears])},
+        sets={where: Units(total, stay_of(total, share, structure.multiple), members=[[*names] for names in linears])},
         fields=fields,
         lists=block_lists(text, total),
         numbered=numbered,

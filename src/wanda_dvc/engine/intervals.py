@@ -102,8 +102,7 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | No
     parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
     if not (variance := float(sum(parts))):
         return Estimate(value, value, value, 1.0) if value == 0 else None
-    sizes = [len(task) for task in tasks]
-    freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+    freedom: float = variance**2 / sum(part**2 / (len(task) - 1) for part, task in zip(parts, tasks, strict=True))
     return _student(value, math.sqrt(variance), freedom).within(least, 1)
 
 

@@ -105,7 +105,6 @@ SharedBy = dict[tuple[nn.Module, str, int | None], list[str]]
 
 
 def _weights(linears: dict[str, Linear]) -> SharedBy:
-    """Group linears by their parameter."""
     weights: SharedBy = {}
     for name, linear in linears.items():
         weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)

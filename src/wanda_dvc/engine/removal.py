@@ -81,7 +81,7 @@ class Removal:
         for name, (before, sets) in self.fields.items():
             units = self.sets[sets[0]] if sets else Units(1, 1)
             found[name] = before * units.stay // units.total
-        for stays in self.stays.values() if self.lists else ():
+        for stays in self.stays.values():
             for name, row in self.lists.items():
                 found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
         return found

@@ -214,8 +214,7 @@ class Progress:
     def finish(self, *, last: bool = False) -> None:
         """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""
         self.finished += 1
-        waiting = any(states.waits for states in self.streams)
-        if waiting and not last and time.monotonic() - self._saved < SAVED_EVERY:
+        if any(states.waits for states in self.streams) and not last and time.monotonic() - self._saved < SAVED_EVERY:
             return
         for states in self.streams:
             states.finish(self.finished)

@@ -22,7 +22,7 @@ class Sizes:
 
         stored = read_config(config)
         self.dtype = str(stored.dtype or "float32").removeprefix("torch.")  # as stored; a model's default is float32
-        self.width = WIDTH.get(self.dtype, 4)  # bytes of a stored weight
+        self.width = WIDTH.get(self.dtype, 8)  # bytes of a stored weight, at most
         model: Any = build_empty(stored, str(config))  # it changes the dtype
         text, blocks = model.config.get_text_config(), find_blocks(model)[1]
         counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]

@@ -58,9 +58,7 @@ class Linear:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored as [in, out]: GPT-2's, and experts declared transposed by transformers."""
-        if self.part.expert is None:
-            return isinstance(self.module, Conv1D)
-        return bool(getattr(self.module, "is_transposed", False))
+        return isinstance(self.module, Conv1D) or getattr(self.module, "is_transposed", False)
 
     @property
     def features(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from wanda_dvc.engine import training
@@ -68,17 +68,30 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     index, finite = block.index, list[Tensor]()
     model.hold(index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
-    passing = partial(_through, model, index, shard.rows, finite)
+
+    def passing(states: Sequence[Tensor], recorder: InputRecorder | None = None) -> Iterator[Tensor]:
+        """Yield the states of each row after the block. A recorder sees the dense row's inputs of linears first."""
+        for number, row in enumerate(shard.rows):
+            if recorder and dense and block.crosses:
+                with recorder.dense(len(row.tokens)):
+                    model.run(index, dense[number][None].to(model.device), row)
+            given = states[number][None].to(model.device)
+            after = model.run(index, given, row)
+            finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass
+            yield after[0]
+            if recorder:
+                recorder.see_block(given, after)
+                recorder.end_window()
+
     if block.dense is not None:
         dense = block.dense.read(index, shard.number)
         block.dense.write(index + 1, shard.number, passing(dense))
     recorder = InputRecorder(linears=model.linears(index), gram=block.gram) if block.records else None
     with recorder.recording() if recorder else contextlib.nullcontext():
-        after = passing(before, recorder, dense if block.crosses else ())
         if block.writes:
-            block.own.write(index + 1, shard.number, after)
+            block.own.write(index + 1, shard.number, passing(before, recorder))
         else:
-            deque(after, maxlen=0)
+            deque(passing(before, recorder), maxlen=0)
     is_finite = all(torch.stack(finite).tolist())  # the host waits for a GPU here, once for all rows
     if recorder is None:
         return Sums(is_finite=is_finite)
@@ -87,32 +100,6 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     squares = {name: x.sum_squares for name, x in recorder.sums.stats.items()}  # their activations may be finite
     check_finite(squares, f"block {index}, input", "sums of squares")
     return recorder.sums
-
-
-def _through(
-    model: Decoder,
-    index: int,
-    rows: Sequence[Row],
-    finite: list[Tensor],
-    before: Sequence[Tensor],
-    recorder: InputRecorder | None = None,
-    dense: Sequence[Tensor] = (),
-) -> Iterator[Float[Tensor, "length width"]]:
-    """Yield the rows' hidden states after a loaded block, and add to `finite` whether they are finite.
-
-    A recorder sees the inputs of the block's linears; of each row, those of the matching row of `dense` first.
-    """
-    for number, row in enumerate(rows):
-        if dense and recorder:
-            with recorder.dense(len(row.tokens)):
-                model.run(index, dense[number][None].to(model.device), row)
-        given = before[number][None].to(model.device)
-        after = model.run(index, given, row)
-        finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass
-        yield after[0]
-        if recorder:
-            recorder.see_block(given, after)
-            recorder.end_window()
 
 
 def train_block(block: Block, rows: Sequence[Row], model: Decoder, settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -209,9 +196,8 @@ class Runner:
 
     def head(self, function: Head[T, R], inputs: Callable[[range], T]) -> Iterator[R]:
         """Apply a function to each shard's last hidden states, in order, and to what `inputs` returns for its rows."""
-        heading = partial(run_head, self.own, function)
         given = zip(self.shards, map(inputs, shards(len(self.rows))), strict=True)
-        for found in self.map(heading, given, "output head, shard"):
+        for found in self.map(partial(run_head, self.own, function), given, "output head, shard"):
             yield from found
 
 
@@ -309,7 +295,6 @@ def run_back(index: int, before: HiddenStates, gradients: HiddenStates, model: D
     done = len(model.blocks) - 1 - index
     model.hold(index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
-    rows = zip(states, after, shard.rows, strict=True)
     weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
 
     def back(before: Tensor, gradient: Tensor, row: Row) -> Tensor:
@@ -319,5 +304,5 @@ def run_back(index: int, before: HiddenStates, gradients: HiddenStates, model: D
         return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
 
     with recording_gradients(model.linears(index)) as found:
-        gradients.write(done + 1, shard.number, itertools.starmap(back, rows))
+        gradients.write(done + 1, shard.number, itertools.starmap(back, zip(states, after, shard.rows, strict=True)))
     return found

@@ -148,10 +148,9 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
 
     `scores` yields the scores in parts, twice. Only one part is in memory at a time.
     """
-    sums = [(score.numel(), score.sum(dtype=torch.float64).item()) for score in scores()]
-    mean = sum(total for _, total in sums) / sum(count for count, _ in sums)
-    above = sum((score > times * mean).sum().item() for score in scores())
-    return 100 * above / sum(count for count, _ in sums)
+    counts, sums = zip(*((score.numel(), score.sum(dtype=torch.float64).item()) for score in scores()), strict=True)
+    mean = sum(sums) / sum(counts)
+    return 100 * sum((score > times * mean).sum().item() for score in scores()) / sum(counts)
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:

@@ -34,6 +34,7 @@ Solve = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, 
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 MOST_DAMPING = 1e6
+PENALTY, ITERATIONS, GROWING = 1.0, 20, 15  # of ADMM; the mask grows in the first iterations
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,6 @@ def admm(
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.1,
-    penalty: float = 1.0,
-    iterations: int = 20,
-    growing: int = 15,
 ) -> Solved:
     """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
 
@@ -261,22 +259,22 @@ def admm(
     highest |W+U| at sparsity s − s(1 − (t+1)/15)³, then it is fixed. The result is Z. With n:m the n highest of m
     neighbours always stay; the iteration's sparsity determines how many others are pruned.
     """
-    factor = prepared.inverse(damping, penalty)
+    factor = prepared.inverse(damping, PENALTY)
 
     def solve(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         dense, keep = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
         total, towards = dense.clone(), torch.empty_like(dense)  # W + U, and Z − U − W₀
         off, sign = torch.zeros_like(dense), torch.ones_like(dense)
-        for iteration in range(iterations):
-            if iteration < growing:
-                part = 1 - (1 - Fraction(iteration + 1, growing)) ** 3
+        for iteration in range(ITERATIONS):
+            if iteration < GROWING:
+                part = 1 - (1 - Fraction(iteration + 1, GROWING)) ** 3
                 keep = _keep_part(total.abs(), part, share, pattern, group)
                 # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
                 off.copy_(~keep)
                 torch.sub(1, off, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=towards).sub_(dense)
-            add_product(total.mul_(off).add_(dense), towards, factor.matrix, alpha=penalty)
+            add_product(total.mul_(off).add_(dense), towards, factor.matrix, alpha=PENALTY)
         return keep, total.div_(factor.scale)
 
     return _choose(weight, prepared, factor, solve, together=pattern == "unstructured" and group != "row")
@@ -337,7 +335,6 @@ def _lower(matrix: Square) -> Square | None:
 
 
 def _inverse_of_lower(lower: Square) -> Square:
-    """Return L⁻¹."""
     inverse = torch.zeros_like(lower)
     for begin, end in _panels(lower):
         own = lower[begin:end, begin:end]

@@ -89,8 +89,7 @@ class BlockStats(NamedTuple):
     def of(self, name: str) -> "BlockStats":
         """Return the sums of one distinct input alone."""
         readers = self.readers[name]
-        transposed = [x for x in self.transposed if x in readers]
-        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed)
+        return BlockStats({name: self.inputs[name]}, {name: readers}, [x for x in self.transposed if x in readers])
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""

@@ -87,8 +87,7 @@ def cheapest(weight: Weight, prepared: Prepared, units: Units, *, damping: float
     root = prepared.inverse_root(damping).matrix
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(prepared.dead, 0)
-    unit_of = places(units.total, units.layout).to(w.device)
-    inputs = unit_of.sort(stable=True).indices.view(units.total, -1)
+    inputs = places(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
     stay = torch.ones(units.total, dtype=torch.bool, device=w.device)
     at_a_time = max(1, TOGETHER // inputs.shape[1])
     while (left := int(stay.sum()) - units.stay) > 0:
@@ -110,8 +109,7 @@ def cheapest(weight: Weight, prepared: Prepared, units: Units, *, damping: float
 def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -> Float[Tensor, " units"]:
     """Return tr(W_J (H_JJ)⁻¹ W_Jᵀ) of each unit's inputs J."""
     if inputs.shape[1] == 1:
-        one = inputs[:, 0]
-        return (weight.square().sum(dim=0) / inverse.diagonal())[one]
+        return (weight.square().sum(dim=0) / inverse.diagonal())[inputs[:, 0]]
     own = inverse[inputs[:, :, None], inputs[:, None, :]]  # [units, size, size]
     read = weight.T[inputs]  # [units, size, out]
     return (torch.linalg.solve(own, read) * read).sum(dim=(1, 2))

@@ -130,14 +130,13 @@ def _recovers_on_own_text(params: "Params") -> bool:
 
 
 def _plan_download(params: "Params") -> "dict[str, Json]":
-    texts = {f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()}
     own = params.recovery.text if _recovers_on_own_text(params) else None
     return {
         "download/model": {"source": params.model},
         "download/calibration": asdict(params.calibration.text.chosen),
         "download/recovery": asdict(own.chosen) if own else {},
         "download/tasks": params.tasks.model_dump(),
-        **texts,
+        **{f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()},
     }
 
 

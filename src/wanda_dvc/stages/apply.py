@@ -148,7 +148,6 @@ def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
     parts = Parts(study)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
-
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = {checkpoint.find(name) for name in (*blocks, *others)}
 

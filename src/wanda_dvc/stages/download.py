@@ -11,7 +11,6 @@ from wanda_dvc.study.provenance import describe
 def download(*, project: Project, part: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks."""
     named = f"{part}/{text}" if text else part
-    target = project.model("dense") if part == "model" else project.data(named)
     mirror, planned = project.params.runtime.mirror, project.planned(f"download/{named}")
     if part == "model":
         from wanda_dvc.sources.models import find_model  # imports transformers, which takes seconds
@@ -24,4 +23,4 @@ def download(*, project: Project, part: str, text: str = "") -> None:
         source = find_text(setting, ChosenText(**planned), mirror)
     with project.work(describe(f"download {part}", version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
-        work.publish(target)
+        work.publish(project.model("dense") if part == "model" else project.data(named))

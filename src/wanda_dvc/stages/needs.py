@@ -134,8 +134,7 @@ def _mask(on: Known) -> Need:
 def _apply(on: Known) -> Need:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     plan, model = on.params.plan, on.sizes
-    gram = on.params.tier != "norms"
-    memory = _solving(model, by_gradients=plan.solver.by_gradients) if gram else 9 * model.linear
+    memory = _solving(model, by_gradients=plan.solver.by_gradients) if on.params.tier != "norms" else 9 * model.linear
     return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
@@ -175,7 +174,7 @@ def _perplexity(on: Known) -> Need:
     counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
     tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
     shard = len(next(iter(shards(tokens // wanted.length)), ())) * wanted.length
-    slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
+    slices = min(divergence.AT_A_TIME["cuda" if on.device == "cuda" else "cpu"], wanted.length * model.vocabulary)
     memory = held.activations + held.logits + TEXT_IN_MEMORY * size
     memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
     kept = 0 if on.part in MODELS[1:] else divergence.BYTES_A_TOKEN * tokens

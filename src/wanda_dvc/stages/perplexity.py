@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.engine import divergence
-from wanda_dvc.engine.divergence import Divergence, Reference
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -39,18 +38,18 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     if dense:
         protocol |= {"reference": digest(dense)}
 
-    def references(shard: range) -> list[Reference | None]:
-        return [Reference(**read_window(reference, window)) if dense else None for window in shard]
+    def references(shard: range) -> list[divergence.Reference | None]:
+        return [divergence.Reference(**read_window(reference, window)) if dense else None for window in shard]
 
     with project.work(protocol) as work:
         run = runner(project, model, work)
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        losses, divergences = list[float](), list[Divergence]()  # losses: means of windows, in nats a token
+        losses, divergences = list[float](), list[divergence.Divergence]()  # losses: means of windows, in nats a token
         heads = run.head(divergence.measure_windows, references)
         for place, (loss, one) in enumerate(progress(heads, total=len(rows), what=f"{run_name}, output head, windows")):
             losses.append(loss)
-            if isinstance(one, Reference):  # the dense model's own
+            if isinstance(one, divergence.Reference):  # the dense model's own
                 write_window(work.out, place, one._asdict())
             else:
                 divergences.append(one)
@@ -110,7 +109,7 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
 
 
 def _reference(project: Project, text: str, protocol: Json) -> Json:
-    """Return the provenance of a text's reference. UserError if the pruned model's `protocol` is not comparable."""
+    """Return the provenance of a text's reference. UserError if another model's `protocol` is not comparable."""
     found = read_provenance(project.reference(text), "perplexity dense")
     key = differing(found["protocol"], protocol)
     if key is None:
@@ -119,5 +118,5 @@ def _reference(project: Project, text: str, protocol: Json) -> Json:
     again = f"dvc repro{f' --force --single-item perplexity-dense@{text}' if key == 'libraries' else ''}"
     raise UserError(
         f"reference/{text}: measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as for the "
-        f"pruned model; run `{again}` or `wanda-dvc perplexity dense`"
+        f"model that is compared; run `{again}` or `wanda-dvc perplexity dense`"
     )

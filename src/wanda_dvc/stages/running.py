@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from wanda_dvc import machine
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Documents, Json, write_json
@@ -47,8 +46,8 @@ def timed(project: Project, run: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     spent = round(time.perf_counter() - began, 2)
-    where = {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
-    write_json(project.time(run), {"seconds": spent} | where)
+    where = f"{machine.processor()}, {machine.cores()} cores"
+    write_json(project.time(run), {"seconds": spent, "machine": where, "device": device_name(project.params.runtime)})
 
 
 @contextlib.contextmanager
@@ -133,7 +132,7 @@ def own_device(runtime: Runtime) -> "torch.device":
 
     from wanda_dvc.engine import accelerator
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(machine.cores())
     accelerator.keep_freed_memory()
     accelerator.multiply_exactly()
     name, gpus = device_name(runtime), len(accelerator.gpus())
@@ -292,8 +291,7 @@ def runner(project: Project, model: str, work: Work) -> "Runner":
             "dtype=float32 (last digits differ), or use another machine"
         )
     decoder = Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)
-    run = executor(project, [project.model(model), project.work_root])
-    return Runner(decoder, work.path.absolute(), run)
+    return Runner(decoder, work.path.absolute(), executor(project, [project.model(model), project.work_root]))
 
 
 def executor(project: Project, folders: Sequence[Path], *, here: bool = False) -> "Executor":

@@ -40,14 +40,13 @@ def zero_shot(*, project: Project, model: str) -> None:
     for task in planned["tasks"]:
         items = read_provenance(project.data("tasks") / task, "download tasks")
         asked = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
-        libraries = ("torch", "transformers", "lm_eval")
         inputs = {"task": asked, "examples": 0, "limit": planned["limit"], "dtype": dtype}
-        protocol = describe("zero-shot", libraries=libraries, **same, **inputs)
+        protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **same, **inputs)
         found = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
         details[task], metrics[task] = found["details"], found["metrics"]
         say_not_finite(f"zero-shot {model} {task}", details[task].get("not_finite"))
     if model != "dense":
-        for task, changed in _flips(project, details).items():
+        for task, changed in _flips(project, details, model).items():
             metrics[task] |= changed
     inputs = {"prompts_sha256": digest(read_prompts(project)), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **same, **inputs)
@@ -60,7 +59,7 @@ def zero_shot(*, project: Project, model: str) -> None:
     write_json(project.metrics(model, "zero_shot"), metrics)
 
 
-def _flips(project: Project, details: Json) -> Json:
+def _flips(project: Project, details: Json, model: str) -> Json:
     """Return by task and metric the answers that pruning changed, in each direction.
 
     Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
@@ -72,7 +71,7 @@ def _flips(project: Project, details: Json) -> Json:
             continue
         if key := differing(before["protocol"], one["protocol"]):
             notice(
-                f"zero-shot pruned: {task}: not compared with the dense model's answers, which are of another {key}; "
+                f"zero-shot {model}: {task}: not compared with the dense model's answers, which are of another {key}; "
                 "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
             )
         elif before["items"] and one["items"]:  # none if a model diverged
@@ -196,7 +195,7 @@ def continuations(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, d
     ends = model.generation_config.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends, pad_token_id=0)
     model.generation_config = greedy
-    room, found = (positions_of(model.config) or sys.maxsize) - CONTINUED, []
+    room, found = max(1, (positions_of(model.config) or sys.maxsize) - CONTINUED), []
     for prompt in prompts:
         asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-room:]], device=device)
         written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
