@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -235,6 +236,11 @@ def fetch(project: Project, *parts: str) -> Project:
     return project
 
 
+def git(folder: Path, *words: str) -> str:
+    """Run git; what it prints."""
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, but for git's, DVC's and unfinished work."""
     names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
@@ -256,6 +262,12 @@ def mask_and_apply(project: Project) -> Project:
     mask(project=project)
     apply(project=project)
     return project
+
+
+def prune(project: Project) -> Project:
+    """The project after its calibration, too."""
+    calibrate(project=project)
+    return mask_and_apply(project)
 
 
 CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}

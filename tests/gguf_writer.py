@@ -59,18 +59,12 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     numbers = range(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([named.get(number, f"[PAD{number}]") for number in numbers])
-    writer.add_token_types(
-        [
-            TokenType.CONTROL if number in added else TokenType.NORMAL if number in named else TokenType.UNUSED
-            for number in numbers
-        ]
-    )
+    kinds = [TokenType.NORMAL if number in named else TokenType.UNUSED for number in numbers]
+    for number in added:
+        kinds[number] = TokenType.CONTROL
+    writer.add_token_types(kinds)
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"])
     writer.add_token_merges(list(pairs))
-    for add, number in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if number is not None:
-            add(number)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (number := getattr(tokenizer, name)) is not None:
+            getattr(writer, f"add_{name}")(number)

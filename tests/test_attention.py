@@ -32,11 +32,8 @@ MODULE = torch.nn.Module()
 
 def heads(length: int, *, keys: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(1, 6, length, 8, generator=generator),
-        torch.randn(1, keys, length, 8, generator=generator),
-        torch.randn(1, keys, length, 8, generator=generator),
-    )
+    q, k, v = (torch.randn(1, number, length, 8, generator=generator) for number in (6, keys, keys))
+    return q, k, v
 
 
 def oracle(q, k, v, sees, scale=8**-0.5, softcap=None):
@@ -87,21 +84,13 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
         for position in range(0 if choice == 0 else context, size if choice == 0 else context + size)
     ]
     question, choice, positions = (torch.tensor(column) for column in zip(*places, strict=True))
-    sees = torch.tensor(
-        [
-            [
-                q == r and d in (0, c) and e <= p and (window is None or p - e < window)
-                for r, d, e in places
-            ]
-            for q, c, p in places
-        ]
-    )  # fmt: skip
+    sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
     q, k, v = heads(len(places))
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     with laid_out(Layout(positions, question, choice)):
         mask = visible(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
         ours, _ = attend(MODULE, q, k, v, mask)
-    torch.testing.assert_close(ours, oracle(q, k, v, sees), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, oracle(q, k, v, torch.tensor(sees)), rtol=1e-5, atol=1e-5)
 
 
 def late(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
@@ -167,10 +156,6 @@ CPU = torch.device("cpu")
 Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
 requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
-
-
-def quiet(items):
-    return items
 
 
 @given(requests, st.integers(1, 20))
@@ -243,7 +228,7 @@ def test_they_are_the_models_own(
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
     decoder.holds_layouts = together
-    ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=quiet)
+    ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=iter)
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     for request, (value, greedy) in zip(asked, ours, strict=True):
         tokens = torch.tensor(request.context + request.continuation)[-65:]
@@ -253,7 +238,7 @@ def test_they_are_the_models_own(
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
     with pytest.raises(UserError, match="a choice of a task has more than the model's 2 positions"):
-        loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=quiet)
+        loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=iter)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +255,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 ):
     monkeypatch.setattr(questions, "ROW", 60)
     answers = loglikelihoods(
-        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"), many, length=64, progress=quiet
+        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"), many, length=64, progress=iter
     )
     monkeypatch.setitem(calls.CALLS_BYTES, "cpu", budget)
     recorded: list[weakref.ref[torch.Tensor]] = []

@@ -25,11 +25,9 @@ from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "tied": {},
     "untied": {"tie_word_embeddings": False},
     "sharded": {"shard": "40KB"},
     "bfloat16": {"dtype": torch.bfloat16},
-    "rope scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
 }
 
 

@@ -13,12 +13,10 @@ import offline
 import pytest
 import torch
 from cases.models import tensors
-from conftest import Make, Patch, calibrate, fetch, save_tiny_model, tree
+from conftest import Make, Patch, calibrate, fetch, mask_and_apply, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
@@ -169,8 +167,7 @@ MADE = ("stats", "masks", "weights", "reference", "metrics")
 def run_stages(study: Project) -> dict[str, bytes]:
     """Run the stages that go through blocks, and the one between them; what they made."""
     calibrate(project=study)
-    mask(project=study)
-    apply(project=study)
+    mask_and_apply(study)
     perplexity(project=study, model="dense", text="embedded")
     perplexity(project=study, model="pruned", text="embedded")
     zero_shot(project=study, model="pruned")

@@ -175,14 +175,12 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
 
 
 # The settings in which a stage is killed: for weights that `mask` stores, and for each kind of smaller model.
+OWN = dict.fromkeys(("group", "reconstruction", "propagation"), "")  # the recipe's own choices
 SETTINGS: dict[str, dict[str, str]] = {
     "weights": {},
-    "trained": {"group": "", "reconstruction": "", "propagation": "", "recipe": "blockwise"},
-    **{
-        name: {"group": "", "reconstruction": "", "propagation": "", "pattern": name, "recipe": recipe}
-        for name in STRUCTURES
-        for recipe in ["wanda" if name == "blocks" else "admm"]  # experts repair no blocks
-    },
+    "trained": OWN | {"recipe": "blockwise"},
+    **{name: OWN | {"pattern": name, "recipe": "admm"} for name in STRUCTURES},
+    "blocks": OWN | {"pattern": "blocks", "recipe": "wanda"},  # experts repair no blocks
 }
 # A stage, its part, its settings, and whether DVC has removed the earlier output.
 # The tiers are one run here: Gram matrices that were measured with the norms wait for their own run.

@@ -224,16 +224,6 @@ def test_the_pruned_model_is_measured_without_the_dense_one(study: Make):
     assert load_json(made.metrics("dense", "perplexity/embedded")).keys() == {"perplexity"}
 
 
-def test_nothing_removed_is_no_divergence(study: Make):
-    made = mask_and_apply(study(sparsity=0.0))
-    perplexity(project=made, model="dense", text="embedded")
-    perplexity(project=made, model="pruned", text="embedded")
-    found = load_json(made.metrics("pruned", "perplexity/embedded"))
-    assert set(found["divergence"].values()) == {0.0}
-    assert found["top1_agreement"]["mean"] == 1.0
-    assert found["perplexity"] == load_json(made.metrics("dense", "perplexity/embedded"))["perplexity"]
-
-
 def test_a_reference_of_other_settings_or_libraries_is_refused(study: Make):
     """One of another model: tests/test_trust.py."""
     made = mask_and_apply(study())

@@ -14,10 +14,9 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, Patch, committed, read_preset, save_tiny_model, script
+from conftest import ROOT, Patch, committed, git, read_preset, save_tiny_model, script
 from repository import Repository
 from ruamel.yaml import YAML
-from test_init import git
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -265,11 +264,9 @@ AS_RUN = {
 }
 # What they say, where an exit code of 0 is not enough.
 SAID = {
-    "wanda-dvc show": "perplexity",
-    "wanda-dvc list": "perplexity",
+    **dict.fromkeys(("wanda-dvc show", "wanda-dvc list", "dvc metrics diff"), "perplexity"),
     "wanda-dvc stats --layer 12": "block",
     "wanda-dvc report": "report.html",
-    "dvc metrics diff": "perplexity",
     "dvc queue status": "Queued",
 }
 
@@ -303,14 +300,8 @@ def placed(folder: Path, tiny: Path) -> dict[str, str]:
     rows = (ROOT / "src/wanda_dvc/embedded/text/test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "test.jsonl").write_text("".join(rows[::2]), encoding="utf-8")
     (folder / "train.txt").write_text("".join(rows[1::2]), encoding="utf-8")
-    return {
-        "/data/my-model": str(tiny),
-        "/data/test.jsonl": str(folder / "test.jsonl"),
-        "/data/train.txt": str(folder / "train.txt"),
-        "/data/smaller": str(folder / "smaller"),
-        "DIR": str(folder / "exported"),
-        "NEW": str(folder / "new"),
-    }
+    named = {"/data/my-model": str(tiny), "DIR": str(folder / "exported"), "NEW": str(folder / "new")}
+    return named | {f"/data/{name}": str(folder / name) for name in ("test.jsonl", "train.txt", "smaller")}
 
 
 def to_run() -> dict[str, list[Block | list[str]]]:
@@ -330,8 +321,6 @@ def to_run() -> dict[str, list[Block | list[str]]]:
 
 
 TO_RUN = to_run()
-
-
 # Pages of many experiments. The README has one of each kind of command; of every page the commands are checked above.
 LONG = {"docs/data.md", "docs/compare.md", "docs/quickstart.md", *TUTORIALS}
 
@@ -443,7 +432,7 @@ def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: P
         pages.build(tmp_path, None)
 
 
-def test_pages_keep_code_and_show_one_picture_a_mode(tmp_path: Path):
+def test_pages_keep_code_and_show_one_picture_a_mode():
     pages = script("pages")
     site = pages.Site({"docs/results.md": "results.md"}, None)
     code = "`[a](no.md)` and ``[b](no.md)``\n\n```text\n[c](no.md) a\\|b\n```\n"

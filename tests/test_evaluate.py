@@ -11,11 +11,10 @@ from unittest import mock
 import pytest
 import torch
 from cases.models import config, tensors
-from conftest import Factory, fetch, save_tiny_model, tree, write_params
+from conftest import Factory, fetch, prune, save_tiny_model, tree, write_params
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_writer import write_gguf
-from test_stages import prune
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.evaluate import evaluate

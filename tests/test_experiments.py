@@ -52,13 +52,8 @@ def listed(repository: Repository) -> dict[str, dict[str, Any]]:
 def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repository):
     found = listed(repository)
     states = {name: record["state"] for name, record in found.items()}
-    assert states == {
-        "workspace": "success",
-        "main": "success",
-        "middling": "success",
-        "broken": "failed",
-        "waiting": "queued",
-    }
+    finished = dict.fromkeys(("workspace", "main", "middling"), "success")
+    assert states == finished | {"broken": "failed", "waiting": "queued"}
     changed = ("recipe", "pattern", "sparsity")
     assert {name: tuple(record[key] for key in changed) for name, record in found.items()} == {
         "workspace": ("wanda", "unstructured", 0.5),
@@ -107,11 +102,7 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
         isinstance(value, str | int | float | bool | list | None) for one in found.values() for value in one.values()
     )
     assert found == listed(repository)
-    for name, record in found.items():
-        assert (record["pruned.acc.piqa"] is None) == (record["pruned.perplexity.embedded"] is None)
-        assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
-        assert record["calibration.windows"] > 0
-    assert found["middling"]["recipe"] == "magnitude-rows"
+    assert all(record["calibration.windows"] > 0 for record in found.values())
     assert found["main"]["dense.perplexity.embedded"] > 0
     assert 0 < found["main"]["pruned.sparsity"] < 1
 

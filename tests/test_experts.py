@@ -30,8 +30,6 @@ from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
-
-
 Norms = dict[str, dict[int, list[float]]]  # by mixture and expert, of each token
 
 

@@ -6,12 +6,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import Make, Patch, fetch
+from conftest import Make, Patch, fetch, prune
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_families import save
-from test_stages import prune
 
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.checkpoint import read_config
@@ -60,17 +59,13 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     measure(pruned, "pruned", "diverged")
     write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
     card = exported(pruned)
-    assert card.data.to_dict() == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pruned", "wanda", "wanda-dvc"],
-    }
+    tags = ["pruned", "wanda", "wanda-dvc"]
+    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     text = " ".join(card.text.split())
     measured = json.loads(pruned.metrics("pruned", "sparsity").read_text())["sparsity"]
     for said in (
         "| sparsity | `0.5` |",
         f"| measured sparsity | {measured:.6f} of the linear layers",
-        "`wanda`",
         "`unstructured`",
         "| group | `row` |",
         "| propagation | `dense` |",
@@ -90,10 +85,8 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
 
 def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
     export(project=pruned, experiment=None, target=pruned.root / "exported")
-    card, short = (
-        (folder / "README.md").read_text(encoding="utf-8")
-        for folder in (pruned.root / "exported", pruned.model("pruned"))
-    )
+    folders = (pruned.root / "exported", pruned.model("pruned"))
+    card, short = ((folder / "README.md").read_text(encoding="utf-8") for folder in folders)
     own = card[card.index("## Results") : card.index("## Load the model")]
     assert card.replace(own, "") == short
 
@@ -190,7 +183,7 @@ def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Project, t
     assert not file.exists()  # it would refuse the next export
 
 
-def test_without_masks_or_a_repository_it_says_what_to_run(project: Make, tmp_path: Path):
+def test_without_masks_it_says_what_to_run(project: Make, tmp_path: Path):
     with pytest.raises(UserError, match="masks/provenance.json: missing; run `dvc repro`"):
         export(project=project(), experiment=None, target=tmp_path / "out")
 

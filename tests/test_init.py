@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from command_line import wanda_dvc
-from conftest import ROOT, Patch, read_preset
+from conftest import ROOT, Patch, git, read_preset
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
@@ -15,10 +14,6 @@ from wanda_dvc.study.scaffold import FILES, changed, init, preset_names
 from wanda_dvc.views.doctor import doctor
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
-
-
-def git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Factory, save_tiny_model
+from conftest import ROOT, Factory, git, save_tiny_model
 from dvc.repo import Repo
 from repository import Repository, ran
-from test_init import git
 from test_pipeline import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE
 
 from wanda_dvc.engine.checkpoint import INDEX

@@ -66,8 +66,6 @@ FIRST = {  # the weight that is not finite, and what the message names
     "model__layers__1__input_layernorm__weight": "block 1",
     "model__norm__weight": "output head",
 }
-
-
 GATED = "model__layers__1__post_attention_layernorm__weight"  # activations are finite, and their squares are not
 
 

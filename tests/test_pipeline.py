@@ -52,10 +52,8 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     assert repository.repro() == set()
     assert repository.run("git", "status", "--porcelain") == ""
     assert "times" not in (repository.root / "dvc.lock").read_text()
-    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity-pruned@embedded")) >= {
-        "mask",
-        "perplexity-pruned@embedded",
-    }
+    forced = ("mask", "perplexity-pruned@embedded")
+    assert ran(repository.run("dvc", "repro", "--force", *forced)) >= set(forced)
     assert repository.run("git", "status", "--porcelain") == ""
     times = json.loads(repository.run("wanda-dvc", "show", "--json"))["times"]
     assert times["perplexity-pruned@embedded"]["seconds"] > 0
@@ -141,12 +139,10 @@ def test_a_clone_without_the_cache_calibrates_once_for_a_queue_of_two(start: Rep
     assert second == {"plan"} | PRUNE | EVALUATE
 
 
-def test_an_experiment_changes_its_own_figures_and_caches_no_model(repository: Repository):
+def test_an_experiment_changes_its_own_figures(repository: Repository):
     """One in the workspace, two in the queue; compared, shown, applied."""
-    assert (
-        ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4"))
-        == {"plan"} | PRUNE | EVALUATE
-    )
+    said = repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")
+    assert ran(said) == {"plan"} | PRUNE | EVALUATE
     assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
     difference = repository.run("dvc", "metrics", "diff")
     assert re.search(r"metrics/pruned/perplexity/embedded.json +perplexity +[\d.]+ +[\d.]+", difference)
@@ -154,15 +150,9 @@ def test_an_experiment_changes_its_own_figures_and_caches_no_model(repository: R
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout")
 
-    before = repository.cached()
-    repository.run(
-        "dvc", "exp", "run", "--queue", "--set-param", "pattern=4:8", "--set-param", "recipe=magnitude,wanda"
-    )
+    repository.run("dvc", "exp", "run", "--queue", "-S", "pattern=4:8", "-S", "recipe=magnitude,wanda")
     repository.run("dvc", "queue", "start")
     repository.run("dvc", "exp", "run", "--run-all")  # returns when the queue's worker has nothing left to do
-    added = repository.cached() - before
-    weights = (repository.model / "model.safetensors").stat().st_size
-    assert added < weights  # two experiments, and no copy of the model
 
     shown = json.loads(repository.run("dvc", "exp", "show", "--json"))
     revisions = [(one["name"], one["revs"][0]["data"]) for branch in shown for one in branch["experiments"] or []]

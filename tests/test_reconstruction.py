@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
-from conftest import Make, Patch, calibrate, committed, tree, walk
+from conftest import Make, Patch, calibrate, committed, mask_and_apply, tree, walk
 from test_families import save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -38,8 +38,6 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {}, {"pattern": "2:4"}, {"pattern": "4:8"}, {"pattern": "3:4", "sparsity": 0.25}, {"group": "linear"},
     {"group": "outputs"},
 )  # fmt: skip
-
-
 COMMITTED = committed()
 
 
@@ -68,9 +66,8 @@ def test_only_what_makes_no_sense_is_refused():
 def test_masks_are_kept_patterns_exact_and_updates_applied(
     study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
 ):
-    made = study(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
-    mask(project=made)
-    apply(project=made)
+    words = pattern | {"reconstruction": reconstruction, "propagation": propagation}
+    made = mask_and_apply(study(method=method, **words))
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
     measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
@@ -96,7 +93,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     assert all(stays for name, stays in same.items() if "layers" not in name)
 
 
-def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tmp_path: Path):
+def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make):
     made = study()
     with_grams = tree(made.stats)
     for block in range(block_count(made.stats, "calibrate")):
@@ -152,11 +149,8 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
     assert (abs(sum(blocks[0]) - sum(blocks[1])) < 1e-6) == (allocation == "uniform")
 
 
-@pytest.mark.parametrize(
-    ("setting", "propagation"),
-    [("group", "dense"), ("group", "pruned"), ("allocation", "dense"), ("allocation", "pruned"),
-     ("reconstruction", "pruned"), ("reconstruction", "dense")],
-)  # fmt: skip
+@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+@pytest.mark.parametrize("setting", ["group", "allocation", "reconstruction"])
 def test_gradients_of_another_calibration_are_refused(study: Make, setting: str, propagation: str):
     """By `apply` where the weights alone follow from them."""
     by_apply = (setting, propagation) == ("reconstruction", "dense")
@@ -181,11 +175,8 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
     checkpoint = Checkpoint(made.model("dense"))
     score = importlib.import_module("wanda_dvc.pruning.scores")
     for block in range(2):
-        measured, fisher, masks = (
-            read_stats(made.stats, block),
-            read_fisher(made.gradients, block),
-            read_masks(made.masks, block),
-        )
+        measured, masks = read_stats(made.stats, block), read_masks(made.masks, block)
+        fisher = read_fisher(made.gradients, block)
         for source, names in measured.readers.items():
             for name in names:
                 scored = getattr(score, method)(checkpoint.weight(name).float(), measured.inputs[source])
@@ -365,8 +356,7 @@ def test_a_training_never_leaves_a_block_worse_than_it_was(pattern: str, scale: 
 
 def test_apply_follows_the_plan_of_the_masks(study: Make):
     """Not params.yaml's, which may have changed since `mask`."""
-    mask(project=study(reconstruction="blockwise", propagation="pruned"))
-    apply(project=study(reconstruction="blockwise", propagation="pruned"))
+    mask_and_apply(study(reconstruction="blockwise", propagation="pruned"))
     expected = tree(study().model("pruned"))
     apply(project=study(reconstruction="least-squares"))
     assert tree(study().model("pruned")) == expected

@@ -10,10 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Capture, Make, fetch, save_tiny_model
+from conftest import Capture, Make, fetch, prune, save_tiny_model
 from safetensors.torch import load_file, save_file
 from test_families import ALL, save
-from test_stages import prune
 
 from wanda_dvc.engine import recovery
 from wanda_dvc.engine.checkpoint import write_model
@@ -106,7 +105,7 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(tmp_
         assert weights is None  # there is nothing to gain, or nothing is gained
 
 
-def test_two_processes_make_the_weights_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_processes_make_the_weights_of_one(tmp_path: Path):
     dense, pruned = pair(tmp_path)
     one, curve = train(dense, pruned, tmp_path / "one", steps=4)
     with socket.create_server(("127.0.0.1", 0)) as free:

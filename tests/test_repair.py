@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Make, Patch, calibrate, fetch
+from conftest import Make, Patch, calibrate, fetch, prune
 from test_families import save
-from test_stages import prune
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import repair
@@ -67,16 +66,11 @@ def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(project
 
 
 # The last linear that every token reads. A norm follows that of OLMo 2, and experts that of Qwen 3.
-LAST = {
-    "gpt2": "mlp.c_proj",
-    "olmo2": DOWN,
-    "qwen2_moe": "mlp.shared_expert.down_proj",
-    "qwen3_moe": "self_attn.o_proj",
-}
+END = {"gpt2": "mlp.c_proj", "olmo2": DOWN, "qwen2_moe": "mlp.shared_expert.down_proj", "qwen3_moe": "self_attn.o_proj"}
 
 
 def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(project: Make, tmp_path: Path, monkeypatch: Patch):
-    for family, last in LAST.items():
+    for family, last in END.items():
         model = save(family, tmp_path / family, num_hidden_layers=3)
         made = fetch(project(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
         calibrate(project=made)

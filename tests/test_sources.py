@@ -294,15 +294,15 @@ def data(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> Callable[..., list[dic
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "config", "column", "revision", "commit"),
+    ("source", "name", "config", "column", "commit"),
     [
-        ("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "main", COMMIT),
-        ("ptb", "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "refs/convert/parquet", "b" * 40),
-        ("org/prose", "org/prose", None, "body", "v1", OLDER),
+        ("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", "text", COMMIT),
+        ("ptb", "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "b" * 40),
+        ("org/prose", "org/prose", None, "body", OLDER),
     ],
 )
 def test_texts_come_from_the_hub_at_a_commit(
-    project: Make, hub: Hub, data, source: str, name: str, config: str | None, column: str, revision: str, commit: str
+    project: Make, hub: Hub, data, source: str, name: str, config: str | None, column: str, commit: str
 ):
     hub.revisions["refs/convert/parquet"] = "b" * 40
     asked = data(name, config, "validation", [{column: "one é"}, {column: "two"}])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, pairs
 from cases.models import tensors as spoil_weights
-from conftest import Capture, Make, calibrate, fetch, mask_and_apply, save_tiny_model, shared, tree
+from conftest import Capture, Make, calibrate, fetch, mask_and_apply, prune, save_tiny_model, shared, tree
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,12 +44,6 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import TOKENIZER, files_digest
 from wanda_dvc.study.tensors import pack_masks, read_masks, read_stats, write_masks
 from wanda_dvc.views import stats
-
-
-def prune(project: Project) -> Project:
-    calibrate(project=project)
-    return mask_and_apply(project)
-
 
 # --- download ---
 

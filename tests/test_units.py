@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import named
-from conftest import Make, Patch, fetch, mask_and_apply, save_tiny_model
+from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
 from test_families import ALL, MIXTURES, save
-from test_stages import prune
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -401,8 +400,6 @@ CHOICES = [
     {"recipe": "admm", "group": "outputs"},
     {"recipe": "blockwise"},
 ]
-
-
 # The share of units that goes, what config.json then says, and the linear that reads the units.
 LEFT = {
     "neurons": (0.25, {"intermediate_size": 36}, "mlp.down_proj"),
@@ -439,14 +436,6 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[st
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
-# The scores of |W| [out, in] and ‖X‖ [in], as the papers write them.
-SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "magnitude": lambda w, _: w,
-    "wanda": lambda w, x: w * x,
-    "ria": lambda w, x: (w / w.sum(dim=0) + w / w.sum(dim=1, keepdim=True)) * x**0.5,
-}
-
-
 @pytest.mark.parametrize(
     "method", [name for name, row in methods().items() if row.competition == "groups" and row.needs != "gram"]
 )
@@ -460,13 +449,14 @@ def test_the_units_with_the_lowest_scores_go(method: str, pattern: str, reader: 
     dense = Checkpoint(made.model("dense"))
     for block in range(dense.config.num_hidden_layers):
         name = f"model.layers.{block}.{reader}"
-        norm = read_stats(made.stats, block).inputs[name].sum_squares.sqrt()
-        score = SCORES[method](dense.read(dense.find(name)).abs().double(), norm).sum(dim=0).view(units, -1).sum(dim=1)
+        x = read_stats(made.stats, block).inputs[name]
+        scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
+        score = scored.sum(dim=0).view(units, -1).sum(dim=1)
         gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
         assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
 
 
-def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):
+def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Make):
     made = project(pattern="blocks", sparsity=0.25, calibration__statistics="gram")
     prune(fetch(made, "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))

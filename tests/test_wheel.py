@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import ROOT, git, save_tiny_model
 from forks import commands
 from repository import command_environment, ran
 from ruamel.yaml import YAML
-from test_init import git
 
 from wanda_dvc.params import nested
 from wanda_dvc.study.scaffold import updated

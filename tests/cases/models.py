@@ -119,7 +119,6 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "overlapping tensors": entry(QUERY, data_offsets=[0, 4096]),
     "past the end": entry(QUERY, data_offsets=[2**40, 2**40 + 4096]),
 }
-EVIL = '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
 OTHERS: dict[str, Any] = {
     "no config": (removed("config.json"), "no config.json", "expected a Hugging Face model"),
     "no weights": (removed(SINGLE), "found", "expected model.safetensors"),
@@ -132,9 +131,4 @@ OTHERS: dict[str, Any] = {
     "shard: a tensor missing": (tensors(lambda t: t.pop(QUERY)), f"no tensor for {QUERY}", "copy the checkpoint"),
     "shard: embeddings missing": (tensors(lambda t: t.pop(HEAD)), "no tensor for", "copy the checkpoint"),
     "tokenizer.json: half": (written("tokenizer.json", '{"a": '), "the tokenizer does not load", "copy tokenizer.json"),
-    "a tokenizer of its own": (
-        written("tokenizer_config.json", EVIL),
-        "the tokenizer does not load",
-        "copy tokenizer.json",
-    ),
 }

@@ -45,7 +45,6 @@ def gz(content: bytes) -> bytes:
 
 
 PACKED = gz(GOOD * 20)
-UTF8 = "expected text in UTF-8"
 DAMAGED: dict[str, Any] = {
     "jsonl: no JSON": (GOOD + b"{", f"{LINES}: line 2", "found no JSON", "expected"),
     "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found text", "expected"),
@@ -56,7 +55,7 @@ DAMAGED: dict[str, Any] = {
     "jsonl: empty texts": (b'{"text": ""}\n{"text": " "}', "empty", "expected text"),
     "jsonl: Latin-1": (b'{"text": "\xe9"}', LINES, "byte 10 is no UTF-8", "expected"),
     "txt: empty": (b"", "calibration.text", "empty", "expected text"),
-    "txt: Latin-1": (b"caf\xe9", TEXT, "byte 3 is no UTF-8", UTF8),
+    "txt: Latin-1": (b"caf\xe9", TEXT, "byte 3 is no UTF-8", "expected text in UTF-8"),
     "gz: not packed": (GOOD, SHARD, "damaged", "expected lines of JSON, gzipped"),
     "gz: half a file": (PACKED[:-9], SHARD, "damaged", "expected lines of JSON, gzipped"),
     "gz: a wrong sum": (PACKED[:-8] + b"\0" * 8, SHARD, "damaged", "expected lines"),

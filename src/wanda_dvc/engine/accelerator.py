@@ -1,6 +1,6 @@
 """The devices of this machine, their memory, pinned memory and streams; settings of the allocator of main memory.
 
-No other module calls `torch.cuda` or `torch.backends.mps`; a test checks it.
+No other module calls `torch.cuda` or `torch.backends.mps`; `make lint` checks it.
 """
 
 import contextlib
