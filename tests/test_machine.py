@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from wanda_dvc import machine
 from wanda_dvc.cli import app
+from wanda_dvc.engine import accelerator
 from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.project import Project
@@ -103,6 +104,16 @@ def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path:
     monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "missing")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert machine.cores() == os.cpu_count()
+
+
+def test_a_gpu_multiplies_exactly_and_memory_that_torch_keeps_is_free(monkeypatch: Patch):
+    torch.set_float32_matmul_precision("medium")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    accelerator.multiply_exactly()
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
+    assert accelerator.free_memory("cuda") == 140
 
 
 def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: Patch):
