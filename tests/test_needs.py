@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Capture, Make, Patch
+from conftest import ROOT, Capture, Make, Patch, mask_and_apply
 from test_families import save
 
 from wanda_dvc.engine.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
 from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import read_masks
 
 CONFIGS = ROOT / "tests/configs"
 
@@ -90,6 +91,14 @@ def test_each_tier_of_statistics_adds_its_own(config_only: Make):
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
     assert once.memory < gram.memory <= back.memory
     assert once.disk < gram.disk < back.disk
+
+
+def test_the_disk_is_that_of_what_is_written(study: Make):
+    made = mask_and_apply(study())
+    kept = sum(keep.numel() for block in range(2) for keep in read_masks(made.masks, block).values())
+    assert need(made, "mask").disk == kept // 8  # without the files' headers
+    written = sum(path.stat().st_size for path in made.model("pruned").iterdir())
+    assert need(made, "apply").disk == pytest.approx(written, rel=0.1)
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):
