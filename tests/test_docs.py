@@ -482,6 +482,9 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     assert f"by {same:.0%} on WikiText-2, and by {other:.0%} on the embedded text".replace("%", " %") in page
     assert 0.45 < other / same < 0.55
     assert "advantage over Wanda is [about half as large]" in readme
+    once, longer = (measured[f"{results.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
+    other, same = (results.value(longer, text) / results.value(once, text) - 1 for text in ("embedded", "wikitext2"))
+    assert f"is {-other:.0%} lower than with `1M`, WikiText-2's {same:.1%} higher".replace("%", " %") in page
     missed = [row["value"]["met"] for file in ("peers", "memory") for row in results.measured(file).values()]
     assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in page
 
