@@ -121,9 +121,8 @@ class Study:
         library = package(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
         sys.path.append(str(library))
         wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.project.text("calibration")]
-        with bz2.open(
-            next(library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2"))
-        ) as pages:
+        (dump,) = library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2")
+        with bz2.open(dump) as pages:
             for title, page, _ in wiki.extract_pages(pages, ("0",)):
                 if not page.upper().startswith("#REDIRECT"):
                     lines = map(str.strip, wiki.filter_wiki(page.replace("'''", "").replace("''", "")).splitlines())

@@ -95,6 +95,9 @@ def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, option
     with pytest.raises(UserError, match=re.escape(message)):
         init(folder=tmp_path / "study", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_markers_in_settings_are_refused_with_their_line():
     with pytest.raises(UserError, match=r"params\.yaml: not valid YAML: line 3"):
         changed("model: a\n<<<<<<< HEAD\n", {"sparsity": 0.6})
 

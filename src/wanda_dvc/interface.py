@@ -102,7 +102,7 @@ def calibrate(
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
 
     Returns:
-        The study. Its statistics serve every sparsity and pattern, and each recipe that reads no others.
+        The study. Its statistics serve every sparsity and pattern, and each recipe that reads no other statistics.
 
     Raises:
         UserError: A wrong argument or setting, an unsupported model, or activations that are not finite.

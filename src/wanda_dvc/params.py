@@ -317,10 +317,10 @@ def read_params(path: Path) -> Params:
     return check_params(parse_yaml(read_text(path, "restore it from git"), path.name, "correct it, or restore it"))
 
 
-def parse_yaml(text: str, where: str, todo: str) -> Any:
-    """Parse YAML 1.2. UserError if it is not valid."""
+def parse_yaml(text: str, where: str, todo: str, parser: YAML | None = None) -> Any:
+    """Parse YAML 1.2, by default into plain values. UserError if it is not valid."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return (parser or YAML(typ="safe", pure=True)).load(text)
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
         at, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
         problem = f"line {mark.line + 1}: {at}" if at and mark else type(error).__name__

@@ -149,7 +149,7 @@ def curve(one: Experiment, experiments: Sequence[Experiment]) -> str:
 
 
 def varying(experiments: Sequence[Experiment]) -> list[str]:
-    """Return the settings in which experiments differ, without those of pruning and evaluation.
+    """Return the settings in which experiments differ, but no setting of pruning or evaluation.
 
     A training is among them even if all experiments have it.
     """

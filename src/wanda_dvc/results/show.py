@@ -10,7 +10,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import is_there
-from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
+from wanda_dvc.results.compare import DENSE, MISSING, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.measures import Results
@@ -93,7 +93,7 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
     every = list(models.values())
     for name, one in models.items():
         if base in models and name not in (base, DENSE) and (found := apart(one, models[base])):
-            each = ((what, key if "missing" in key else f"different {key}") for what, key in found.items())
+            each = ((what, key if key == MISSING else f"different {key}") for what, key in found.items())
             named = ", ".join(f"{what} ({reason})" for what, reason in each)
             todo = "`dvc pull` fetches missing details, `dvc repro` measures both models in the same way"
             yield f"{name} not compared with {base}: {named}. {todo}."

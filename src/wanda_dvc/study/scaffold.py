@@ -112,8 +112,7 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
-    parse_yaml(text, "params.yaml", "correct it, or restore it from git")  # refused with a message
-    content = yaml.load(text)
+    content = parse_yaml(text, "params.yaml", "correct it, or restore it from git", yaml)
     for one in changes:
         updated(content, one)
     params, written = check_params(content), io.StringIO()
