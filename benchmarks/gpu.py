@@ -31,7 +31,7 @@ from checkpoints import CONFIGS, make_checkpoint
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import measure_windows
+from wanda_dvc.engine.divergence import AT_A_TIME, TEMPORARIES, measure_windows
 from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.engine.walk import Runner, backward
@@ -140,6 +140,7 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
         memory = Walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
         formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
         formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
+        formula += TEMPORARIES * min(AT_A_TIME["cuda"], tokens.shape[1] * model.vocabulary)
         yield ("peak memory of the card against the formula, GB", card.peak / 1e9, formula / 1e9)
 
 

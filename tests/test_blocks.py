@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_gpu import simulated_gpu
 from test_selection import matrices
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import attention, rows, structure
@@ -200,6 +201,23 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
             torch.testing.assert_close(getattr(one.stats.inputs[name], part), getattr(x, part))
         torch.testing.assert_close(one.grams[name].upper.triu(), other.grams[name].upper.triu())
         torch.testing.assert_close(one.crosses[name], other.crosses[name])
+
+
+def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):
+    asked = list[int]()
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
+            asked[-1] += function is torch.ops.aten._local_scalar_dense.default
+            return function(*arguments, **(named or {}))
+
+    for rows in (2, 6):
+        decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+        step = next(walk(decoder, torch.randint(0, 256, (rows, 32)), tmp_path / str(rows)))
+        asked.append(0)
+        with Asked():
+            step.record()
+    assert asked[0] == asked[1]
 
 
 def test_a_linear_reads_one_input_in_all_shards():

@@ -64,7 +64,9 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
 def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied)
-    weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
+    with mock.patch.object(recovery, "Recovery", wraps=recovery.Recovery) as trainer:
+        weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
+    assert all(one.grad is None for one in trainer.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["other"] < curve[0]["other"]
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
@@ -154,6 +156,9 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
             train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(recovery, "divergence", lambda *_: torch.ones(1))  # without gradients
     with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):
+        train(dense, pruned, tmp_path / "work")
+    monkeypatch.setattr(recovery, "divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(UserError, match="^memory: CUDA out of memory"):
         train(dense, pruned, tmp_path / "work")
 
 

@@ -118,7 +118,10 @@ def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Pat
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "x"), RuntimeError("CUDA out of memory")])
 def test_too_little_memory_is_no_bug(error: Exception):
-    assert explain(error)[0].startswith("memory: ")
+    (said,) = explain(error)
+    assert said.startswith("memory: ")
+    assert ("runtime.device=cpu" in said) == ("CUDA" in said)  # `auto` takes a GPU of any size, and of any age
+    assert "set runtime.device=cpu" in explain(RuntimeError("CUDA error: no kernel image is available"))[0]
 
 
 SLOW_TO_IMPORT = {

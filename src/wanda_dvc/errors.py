@@ -54,8 +54,10 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if isinstance(error, MemoryError) or of_torch or number in NO_MEMORY:
         return (
             f"memory: {said or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, use shorter "
-            "windows, or fewer threads (OMP_NUM_THREADS)",
+            f"windows, or {'runtime.device=cpu' if 'CUDA' in said else 'fewer threads (OMP_NUM_THREADS)'}",
         )
+    if "no kernel image" in said:
+        return (f"runtime.device: {said:.80}; expected a GPU that this torch supports; set runtime.device=cpu",)
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name in EXTRAS:
         return (f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`",)

@@ -53,7 +53,7 @@ class Sums:
         _merge(self.crosses, other.crosses)
         _merge(self.outputs, other.outputs)
         self.is_finite &= other.is_finite
-        self.influence += other.influence
+        self.influence = self.influence.to(other.influence) + other.influence
 
     def add_reader(self, linear: str, source: str) -> None:
         """Add a linear to the readers of an input. UserError if it reads another input."""
@@ -81,7 +81,7 @@ class Sums:
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: x.sum for name, x in self.crosses.items() if x.count == stats[name].count}
         outputs = {name: replace(x, sum=x.sum.cpu()) for name in linears if (x := self.outputs.get(name))}
-        measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
+        measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence.cpu())
         return Recorded(measured, self.grams, crosses)
 
 
@@ -267,7 +267,9 @@ class InputRecorder:
         one, other = before.float(), after.float()
         cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
         turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
-        self.sums.influence += torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
+        found = torch.stack([turned.sum(), turned.new_full((), turned.numel())])  # the host does not wait for them
+        before_it = self.sums.influence.to(solving_device(found.device))
+        self.sums.influence = before_it + in_sums(found, before_it)
 
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""

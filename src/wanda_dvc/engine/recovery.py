@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.engine.training import root_mean_square
-from wanda_dvc.errors import UserError, notice, reason
+from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
 from wanda_dvc.pruning.products import install
 
@@ -128,7 +128,7 @@ def recover(
         os.environ.pop(f"ACCELERATE_{choice}", None)
     share = _share()
     logging.set_verbosity_error()
-    student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device)
+    student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device).requires_grad_(False)
     for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
         install(model)
     try:
@@ -136,7 +136,8 @@ def recover(
         divergence(teacher(input_ids=some).logits, student.train()(input_ids=some).logits).backward()
     except Exception as error:  # a model's class may raise any exception
         family = student.config.model_type
-        raise UserError(f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0") from error
+        what = explain(error) or (f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0",)
+        raise UserError(*what) from error
     student.zero_grad(set_to_none=True)
     if checkpointing and student.supports_gradient_checkpointing:
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
