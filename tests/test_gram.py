@@ -109,6 +109,8 @@ def test_the_layer_error_is_that_of_the_outputs():
     others = [pruned, weight, torch.zeros_like(weight)]
     assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
     assert layer_errors(torch.zeros(7, 20), [torch.zeros(7, 20)], gram.matrix()) == [0]
+    rounded = torch.tensor([[1, 1.001], [1.001, 1]])  # not positive semidefinite
+    assert layer_errors(torch.tensor([[1.0, 1]]), [torch.tensor([[0.0, 2]])], rounded) == [0]
 
 
 def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():

@@ -388,7 +388,10 @@ def test_new_weights_that_are_not_finite_are_refused(study: Make, monkeypatch: P
     """As of a solver whose weights overflow in float16."""
     made = study(recipe="wanda-refit")
     mask(project=made)
-    overflowed = "wanda_dvc.stages.apply.reconstruct"
-    monkeypatch.setattr(overflowed, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
-    with pytest.raises(UserError, match="proj: new weights are not finite in torch.float32; set dtype=float32 or"):
+    for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.pruning.choose.reconstruct"):
+        monkeypatch.setattr(solver, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
+    refused = "proj: new weights are not finite in torch.float32; set reconstruction=none"
+    with pytest.raises(UserError, match=refused):
         apply(project=made)
+    with pytest.raises(UserError, match=refused):
+        mask(project=study(recipe="wanda-refit", propagation="pruned"))

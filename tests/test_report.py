@@ -37,7 +37,7 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         protocol: dict[str, Any] = {"libraries": {"torch": "2.9", "transformers": "5.1"}, "dtype": "float32"}
         read = protocol | {"windows": 4, "length": 64, "rest": "dropped", "tokens_sha256": text}
         read |= {"text": {"source": "embedded", "sha256": "0" * 64}}
-        losses = [mean + x if finite else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
+        losses = [mean * x if finite else "diverged" for x in (0.95, 1.0, 1.0, 1.05)]
         write_json(project.details(model, f"perplexity/{on}"), {"protocol": read, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if finite else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}

@@ -52,7 +52,8 @@ def write_results(
     numbers: dict[str, Any] = {"perplexity": float(f"{math.exp(sum(losses) / 4):.6g}")}
     answered: dict[str, Any] = {"acc": right / 40}
     if model == "pruned":
-        details |= {"divergences": [loss / 5 + x for x in (0.02, -0.02, 0.01, 0)], "agreements": [right / 52] * 4}
+        factors = (1.02, 0.98, 1.01, 0.99)
+        details |= {"divergences": [loss / 5 * x for x in factors], "agreements": [right / 52 * x for x in factors]}
         kl = {"mean": 0.5, "low": 0.4, "high": 0.6, "median": 0.25, "p99": 2.0, "largest": 3.0}
         agreed = {"mean": 0.5, "low": 0.45, "high": 0.55}
         numbers |= {"divergence": kl, "top1_agreement": agreed, "rms_probability_change": 0.125}
@@ -145,8 +146,8 @@ def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(her
     one, other = write_results(here, "pruned", 2.5, 26), write_results(Project(tmp_path / "other"), "pruned", 3.0, 13)
     _, rows = side_by_side({"one": one, "other": other}, base="one")
     cells = {row[0]: row[3] for row in rows}
-    assert cells["divergence, nats"] == "+0.1000 nats (+0.1000 to +0.1000) *"
-    assert cells["top-1 agreement, %"] == "−25.0 points (−25.0 to −25.0) *"
+    assert cells["divergence, nats"] == "+0.1000 nats (+0.0971 to +0.1029) *"
+    assert cells["top-1 agreement, %"] == "−25.0 points (−25.7 to −24.3) *"
     assert cells["divergence, median, nats"] == ""
 
 
@@ -297,6 +298,7 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
 def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
     """A t interval of no width would say that one item is beyond noise."""
     assert intervals.mean_of_tasks(tasks, -1) is None
+    assert intervals.mean_difference([300 / 511, 280 / 511], [290 / 511, 270 / 511], [511, 511]) is None
 
 
 def test_holm_rejects_step_by_step():

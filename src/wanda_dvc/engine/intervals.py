@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
     """Return exp(mean loss over windows, weighted by their predictions), with a t interval on the mean.
 
-    `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
+    `losses` are windows' means in nats. None if one is not finite, for fewer than two, or if all are equal and not 0.
     """
     found = ratio(losses, [0.0] * len(losses), predictions)
     return found and found.within(1, math.inf)
@@ -63,8 +63,8 @@ def mean_difference(values: Sequence[float], others: Sequence[float], prediction
         return None
     mean = float(share @ differences)
     variance = float(share**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
-    if variance == 0:
-        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    if variance <= (1e-9 * mean) ** 2:  # apart from rounding, all are equal
+        return None if mean else Estimate(mean, mean, mean, 1.0)
     return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 

@@ -253,6 +253,13 @@ def reconstruct(
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
 
+def finite(linear: str, weight: Tensor) -> Tensor:
+    """Return a linear's new weights, as stored. UserError if their dtype does not hold them."""
+    if not weight.isfinite().all():
+        raise UserError(f"{linear}: new weights are not finite in {weight.dtype}; set reconstruction=none")
+    return weight
+
+
 class Pruned(NamedTuple):
     """One linear of a pruned model, as its weight is stored."""
 

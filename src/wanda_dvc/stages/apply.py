@@ -15,7 +15,7 @@ from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.choose import prune_linear, reconstruct
+from wanda_dvc.pruning.choose import finite, prune_linear, reconstruct
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.mask import removal_of
@@ -127,11 +127,7 @@ class Parts:
             found = reconstruct(
                 dense, keep, prepared, reconstruction=self.plan.solver, gradients=gradients, transposed=transposed
             )
-            new, solved = found.weight, found.diagnostics
-            if not new.isfinite().all():
-                raise UserError(
-                    f"{linear}: new weights are not finite in {new.dtype}; set dtype=float32 or reconstruction=none"
-                )
+            new, solved = finite(linear, found.weight), found.diagnostics
         of_inputs = self.plan.structure is not None
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
         made = made._replace(weight=made.weight.to(weight.device))

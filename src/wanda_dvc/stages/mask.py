@@ -188,7 +188,7 @@ def solve(
                 solved = choose.reconstruct(
                     weight, keep, prepared, reconstruction=plan.solver, gradients=back.get(name), transposed=across
                 )
-                changed[name] = solved.weight.to("cpu", source.weight(name).dtype)
+                changed[name] = choose.finite(name, solved.weight.to("cpu", source.weight(name).dtype))
                 diagnostics[name] = solved.diagnostics
     return Made(part.block, tensors.pack_masks(chosen), changed, diagnostics, block.unreached())
 
