@@ -211,9 +211,9 @@ def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):
             asked[-1] += function is torch.ops.aten._local_scalar_dense.default
             return function(*arguments, **(named or {}))
 
-    for rows in (2, 6):
+    for number in (2, 6):
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-        step = next(walk(decoder, torch.randint(0, 256, (rows, 32)), tmp_path / str(rows)))
+        step = next(walk(decoder, torch.randint(0, 256, (number, 32)), tmp_path / str(number)))
         asked.append(0)
         with Asked():
             step.record()
