@@ -193,11 +193,6 @@ def test_spread_feeds_what_is_equal_once(drawn: Drawn):
         assert len(tokens_of) == len(request.continuation)
 
 
-def test_long_contexts_are_cut_from_the_left_and_the_last_token_is_not_fed():
-    asked = Request(tuple(range(10)), (20, 21, 22)).within(8)
-    assert asked == Request((4, 5, 6, 7, 8, 9), (20, 21, 22))  # 6 + 3 − 1 fed
-
-
 @pytest.fixture(scope="module")
 def asked() -> list[Request]:
     """Shared contexts, one-token choices, equal choices, a choice that begins another, and one that is too long."""
