@@ -20,7 +20,6 @@ from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
@@ -78,19 +77,6 @@ def test_a_block_that_changes_its_input_is_refused(tiny: Path, tmp_path: Path):
     decoder.blocks[1].register_forward_pre_hook(lambda _, inputs: inputs[0].add_(1))
     with pytest.raises(UserError, match="block 1 changes its input in place; unsupported model structure"):
         record(decoder, windows(), tmp_path / "work")
-
-
-def test_each_block_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: Patch):
-    read: list[int] = []
-    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-
-    def read_block(index: int) -> dict[str, torch.Tensor]:
-        read.append(index)
-        return Weights.read_block(decoder.weights, index)
-
-    monkeypatch.setattr(decoder.weights, "read_block", read_block)
-    record(decoder, windows(), tmp_path)
-    assert read == [0, 0, 1, 2, 3]  # block 0 first shows what it returns
 
 
 def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: Patch):
