@@ -15,9 +15,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS, pairs
+from cases.grids import OF_WEIGHTS
 from cases.models import tensors as spoil_weights
-from conftest import Capture, Make, calibrate, fetch, mask_and_apply, prune, save_tiny_model, shared, tree
+from conftest import Capture, Make, calibrate, fetch, mask_and_apply, shared, tree
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,32 +72,6 @@ def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
 
 
 # --- calibrate, mask, apply ---
-
-
-@pytest.mark.parametrize(
-    ("shard", "dtype", "tied"), pairs(["1GB", "30KB"], [torch.float32, torch.bfloat16, torch.float16], [True, False])
-)
-def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
-    project: Make, tmp_path: Path, shard: str, dtype: torch.dtype, tied: bool
-):
-    source = save_tiny_model(tmp_path / "source", dtype=dtype, shard=shard, tie_word_embeddings=tied)
-    made = prune(fetch(project(model=source)))
-    keeps = {f"{name}.weight": keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
-    assert len(keeps) == 4 * 7
-    shards = sorted(source.glob("*.safetensors"))
-    assert (len(shards) > 1) == (shard == "30KB")
-    for path in shards:
-        dense, pruned = load_file(path), load_file(made.model("pruned") / path.name)
-        assert list(dense) == list(pruned)
-        for name, weight in dense.items():
-            expected = weight * keeps[name] if name in keeps else weight
-            assert pruned[name].dtype == dtype
-            assert torch.equal(pruned[name], expected)
-    model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
-    tokenizer = AutoTokenizer.from_pretrained(made.model("pruned"))
-    out = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, do_sample=False)
-    assert out.shape[1] <= 5
-    assert json.loads(made.metrics("pruned", "sparsity").read_text()) == {"sparsity": 0.5}
 
 
 def test_what_is_plotted_is_what_the_stages_found(study: Make):
