@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -107,14 +108,15 @@ def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path:
 
 
 def test_a_gpu_multiplies_exactly_and_memory_that_torch_keeps_is_free(monkeypatch: Patch):
+    backends: Any = torch.backends
     for new in (False, True):  # torch has two names for it
         torch.set_float32_matmul_precision("medium")
         torch.backends.cudnn.allow_tf32 = True
         if new:
-            torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+            backends.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32"
         accelerator.multiply_exactly()
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
-        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+        assert backends.cudnn.conv.fp32_precision != "tf32"
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
     assert accelerator.free_memory("cuda") == 140

@@ -76,15 +76,18 @@ def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_pat
         assert not torch.equal(weight, after[name]), name
 
 
-def test_a_killed_training_resumes_and_ends_with_the_same_weights(tmp_path: Path):
+@pytest.mark.parametrize("missing", [recovery.STATE, recovery.WEIGHTS, "optimizer.pt"])
+def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, tmp_path: Path):
     dense, pruned = pair(tmp_path)
     whole, curve = train(dense, pruned, tmp_path / "whole")
     work = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(dense, pruned, work, step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
     (last,) = sorted(work.glob("checkpoint-*"))
-    shutil.copytree(last, work / "checkpoint-10")  # the kill came while the next one was written
-    (work / "checkpoint-10" / recovery.STATE).unlink()
+    shutil.copytree(last, work / "checkpoint-10")  # the kill came while the next one was written, or removed
+    state = work / "checkpoint-10" / recovery.STATE
+    state.write_text(state.read_text().replace('"global_step": 8', '"global_step": 10'))
+    state.with_name(missing).unlink()
     steps: list[int] = []
     again, resumed = train(dense, pruned, work, step=lambda: steps.append(1))
     assert len(steps) == 20  # those before the kill count
@@ -93,8 +96,9 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(tmp_path: Path
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
-def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(tmp_path: Path):
-    dense, pruned = pair(tmp_path)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(stored: torch.dtype, tmp_path: Path):
+    dense, pruned = pair(tmp_path, dtype=stored)
     weights, curve = train(dense, pruned, tmp_path / "far", rate=1.0, steps=4)
     best = min(curve, key=lambda one: one["text"])
     assert best not in (curve[0], curve[-1])
@@ -187,7 +191,11 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     assert "the recovered model of the workspace" in said
     assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")[name], after[name])
     assert "were then trained on 1,024 tokens" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
-    write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"trained": False})
+    own = read_provenance(made.model("recovered"), "recover")
+    write_provenance(made.model("recovered"), own | {"recovery": own["recovery"] | {"rate": 0.02}})  # by hand
+    with pytest.raises(UserError, match="models/recovered was made with other settings: rate=0.02; run `dvc repro`"):
+        export(project=made, experiment=None, target=tmp_path / "another")
+    write_provenance(made.model("recovered"), own | {"trained": False})
     assert "A training on 1,024 tokens towards the dense model did not help" in sections(experiment)["Results"]
     write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
     with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):

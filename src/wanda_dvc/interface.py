@@ -56,8 +56,8 @@ class Study:
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every measure of
-        the dense and the pruned model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not
-        measured with these settings; of diverged measures, perplexity and divergence are infinity, others NaN.
+        each model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not measured with these
+        settings; of diverged measures, perplexity and divergence are infinity, others NaN.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
@@ -156,7 +156,7 @@ def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows colu
 def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     """Change settings of a study, prune its model, and return the pruned model, an ordinary one of transformers.
 
-    The dense model does not change. The study keeps the pruned model in `models/pruned`.
+    The dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
 
     Example:
         >>> model = wd.prune(study, recipe="admm", sparsity=0.6)

@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def free_memory(device: torch.device | str) -> int:
 
 def multiply_exactly() -> None:
     """Turn off TF32, which some containers and notebooks turn on: it keeps 10 bits of each factor."""
-    torch.backends.fp32_precision = "ieee"  # of convolutions too, with the older name below
+    backends: Any = torch.backends  # mypy does not know the newer name
+    backends.fp32_precision = "ieee"  # of convolutions too, with the older name below
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
@@ -40,6 +41,7 @@ class Recovery(Trainer):
 
     model: Any
     train_dataset: Any
+    kinds: Mapping[str, torch.dtype]  # in which parameters are stored, by name
 
     def __init__(self, dense: Any, held: Mapping[str, Tensor], step: Callable[[], object], **words: Any) -> None:
         super().__init__(**words)
@@ -78,14 +80,20 @@ class Recovery(Trainer):
         return [one for one in self.state.log_history if "score" in one]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure on the guard's windows, unless that is done; return the score."""
+        """Measure on the guard's windows, with weights rounded as they will be stored, unless that is done."""
         seen = self.state.global_step * BATCH * len(self.train_dataset[0]["input_ids"])
         if not self.curve or self.curve[-1]["tokens"] != seen:  # the trainer asks twice after the last step
-            model, found = self.model_wrapped.eval(), dict[str, float]()
+            model, found, own = self.model.eval(), dict[str, float](), dict[str, Tensor]()
+            for name, of in model.named_parameters():
+                own[name] = of.detach().to(self.kinds.get(name, of.dtype)).to(of.dtype)
+
+            def run(**words: Any) -> Any:
+                return functional_call(model, own, (), words)
+
             with torch.no_grad(), self.autocast_smart_context_manager():
                 for name, rows in self.held.items():
                     each = ({"input_ids": row[None].to(self.args.device)} for row in rows)
-                    found[name] = fmean(self.compute_loss(model, inputs).item() for inputs in each)
+                    found[name] = fmean(self.compute_loss(run, inputs).item() for inputs in each)
             start = self.curve[0] if self.curve else found
             score = fmean(found[name] / start[name] if start[name] else math.inf for name in found)
             self.log({"tokens": seen, **found, "score": score})
@@ -158,13 +166,15 @@ def recover(
     if device.type == "cuda":
         vars(arguments)["_setup_devices"] = device  # a cached property, which takes the first GPU
     data = [{"input_ids": row} for row in rows]
+    checkpoint, named = Checkpoint(pruned), dict(student.named_parameters(remove_duplicate=False))
+    every = [(name, part) for name, stored in stored_parts(student, checkpoint).items() for part in stored]
+    parts = [(name, part) for name, part in every if name in named]
     trainer = Recovery(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.kinds = {name: checkpoint.read(part.address).dtype for name, part in parts}
     trainer.train(resume_from_checkpoint=_last(work))
     if not (trainer.state.best_metric or 1) < 1:
         return None, trainer.curve
-    checkpoint, named = Checkpoint(pruned), dict(student.named_parameters(remove_duplicate=False))
-    parts = [(name, part) for name, every in stored_parts(student, checkpoint).items() for part in every]
-    weights = {part.address: part.of(named[name].detach()) for name, part in parts if name in named}
+    weights = {part.address: part.of(named[name].detach()) for name, part in parts}
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
@@ -192,7 +202,10 @@ def _last(work: Path) -> str | None:
     complete = {}
     for folder in work.glob("checkpoint-*"):
         try:
-            complete[json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]] = str(folder.absolute())
+            step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+            for name in (WEIGHTS, "optimizer.pt", "scheduler.pt"):  # a kill leaves a part of a removed one
+                (folder / name).stat()
+            complete[step] = str(folder.absolute())
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return complete[max(complete)] if complete else None

@@ -16,7 +16,7 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_states
 from wanda_dvc.results.measures import Results
-from wanda_dvc.stages import MODELS
+from wanda_dvc.stages import MODELS, planned
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.markup import some
@@ -77,12 +77,16 @@ def workspace(project: Project) -> Experiment:
 
 
 def made_with_others(experiment: Experiment) -> list[str]:
-    """Return a sentence if masks/ were made with other settings than the experiment's, as by a stage run by hand."""
-    if not is_there(experiment.study.masks / PROVENANCE):
-        return []
-    made, settings = read_provenance(experiment.study.masks, "mask")["params"], experiment.settings
-    others = [f"{key}={value}" for key, value in made.items() if settings.get(key, value) != value]
-    return [f"masks/ were made with other settings: {', '.join(others)}; run `dvc repro`."] if others else []
+    """Return sentences if masks/ or models/recovered have other settings than the experiment, as by a stage by hand."""
+    study, trained, found = experiment.study, planned(experiment.params)["recover"], list[str]()
+    for what, folder, stage, part, settings in (
+        ("masks/ were", study.masks, "mask", "params", experiment.settings),
+        ("models/recovered was", study.model("recovered"), "recover", "recovery", trained),
+    ):
+        made = read_provenance(folder, stage)[part] if settings and is_there(folder / PROVENANCE) else {}
+        if others := [f"{key}={value}" for key, value in made.items() if settings.get(key, value) != value]:
+            found.append(f"{what} made with other settings: {', '.join(others)}; run `dvc repro`.")
+    return found
 
 
 def at(project: Project, name: str, folder: Path) -> Experiment:

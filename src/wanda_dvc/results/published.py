@@ -66,7 +66,8 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     for source in sources():
         for row in source.rows:
             for name, one in experiments.items():
-                model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", name)
+                untrained = f"{name}, before the training" if one.params.recovery.tokens else name
+                model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", untrained)
                 results = one.results[model]
                 measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
                 for text in results.texts:
