@@ -187,7 +187,7 @@ STAGES = {
         Stage(
             name="download",
             version=1,
-            about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
+            about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
             part_is="part",
             parts={
                 part: Part(
