@@ -236,6 +236,13 @@ def test_they_are_the_models_own(
         loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=iter)
 
 
+def test_items_without_a_context_of_their_own_are_several_questions():
+    """BLiMP's and XNLI's: all of a task have the context of a BOS token, and attention takes a question's square."""
+    rows, places = questions.pack([Request((1,), (i, 5, 6, 7)) for i in range(100)], tokens=60)
+    assert max(place.stop - place.start for row in rows if row.layout for place in row.layout.places) <= 1 + 60 + 3
+    assert [rows[row].tokens[at].tolist() for row, at in places] == [[1, i, 5, 6] for i in range(100)]
+
+
 @pytest.fixture(scope="module")
 def many() -> list[Request]:
     """Questions that fill 15 rows of 60 tokens."""

@@ -1,6 +1,7 @@
 """The report: what it may compare, what it shows of outside names, its pictures. A repository: test_experiments.py."""
 
 import html
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,12 +12,13 @@ import pytest
 from conftest import read_preset, write_settings
 from markdown_it import MarkdownIt
 
+from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.pages import Content, write
+from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.report import differing, group, page
 from wanda_dvc.results.show import notes
 from wanda_dvc.stages import MODELS
@@ -43,7 +45,8 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
         write_json(project.metrics(model, f"perplexity/{on}"), {"perplexity": value} | apart)
         items = [{"item": i, "acc": float(i < count)} for i in range(40)]
-        answered = {"protocol": protocol | {"task": {"sha256": "0"}}, "items": items}
+        asked = {"libraries": protocol["libraries"] | {"lm_eval": "0.4"}, "task": {"sha256": "0"}}
+        answered = {"protocol": protocol | asked, "items": items}
         write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
         changed = {"lost": max(0, 24 - count), "gained": max(0, count - 24), "swapped": 3}
         flips = {"flips": {"acc": changed}} if model == "pruned" else {}
@@ -148,6 +151,23 @@ def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[
     assert [[*section.experiments.values()] for section in group([unknown, one, other])] == [[unknown, one], [other]]
     assert differing(one, made(dtype="bfloat16")) == ["dtype"]
     assert differing(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
+
+
+def test_sections_that_the_first_experiment_matches_say_how_they_differ(made: Callable[..., Experiment]):
+    """It has no tasks, and so matches both tasks."""
+    first, one, other = made(), made(), made()
+    for results in first.results.values():
+        results.metrics.pop("zero_shot", None)
+    for results in other.results.values():
+        if tasks := results.metrics.get("zero_shot"):
+            results.metrics["zero_shot"] = {"boolq": tasks["piqa"]}
+    assert [section.title for section in group([first, one, other])] == ["tiny", "tiny (differs in tasks)"]
+
+
+def test_the_picture_has_room_for_the_names_of_many_experiments():
+    """Matplotlib warns of axes without any height."""
+    series = {f"{number} {'calibration.text.source=wikitext2 ' * 3}": [(0.5, Estimate(2.0))] for number in range(24)}
+    curves(series, "perplexity", level=1.0, log=True).savefig(io.BytesIO())
 
 
 def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):

@@ -179,7 +179,7 @@ def test_what_is_not_known_is_left_out_of_json(here: Project):
     """JSON has no NaN: a test of accuracies without variance has no interval."""
     dense, pruned = (write_results(here, model, 2.0, 40) for model in ("dense", "pruned"))
     found = records({"dense": dense, "pruned": pruned}, base="dense")["pruned"]
-    assert {"measure": "acc", "on": "piqa", "value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0} in found["tests"]
+    assert {"measure": "acc", "on": "piqa", "value": 0.0, "p": 1.0} in found["tests"]  # equal answers to 40 items
     pruned = write_results(here, "pruned", 2.0, 0)
     tests = records({"dense": dense, "pruned": pruned}, base="dense")["pruned"]["tests"]
     assert tests[1] == {"measure": "acc", "on": "piqa", "value": -1.0, "p": tests[1]["p"]}

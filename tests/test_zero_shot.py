@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -244,6 +245,22 @@ def test_answers_to_something_else_are_not_compared(
     assert bool(found) is (key == "model")
     said = f"zero-shot recovered: piqa: not compared with the dense model's answers, which are of another {key}; run"
     assert (said in capsys.readouterr().err) is (key != "model")
+
+
+def test_the_error_of_a_score_that_is_not_reported_costs_two_draws(tmp_path: Path, tiny: Path, monkeypatch: Patch):
+    """lm-eval's default, 100,000 resamples of F1, takes hours for QQP."""
+    place = tmp_path / "mirror/nyu-mll/glue/mrpc/validation.jsonl"
+    place.parent.mkdir(parents=True)
+    rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1, 1)]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {"tasks__source": "benchmark", "runtime__mirror": str(tmp_path / "mirror")}
+    write_params(tmp_path, tiny, tasks__names=["mrpc"], **source)
+    made, draw = fetch(Project(tmp_path), "model", "tasks"), mock.Mock(return_value=0.0)
+    (made.root / PROMPTS).write_text("")
+    monkeypatch.setattr("lm_eval.api.metrics.bootstrap_stderr", draw)
+    zero_shot(project=made, model="dense")
+    assert draw.call_args.kwargs == {"iters": 2}
+    assert load_json(made.details("dense", "zero_shot"))["tasks"]["mrpc"]["standard_errors"].keys() == {"acc"}
 
 
 def test_an_empty_choice_is_never_the_likeliest_a_character():

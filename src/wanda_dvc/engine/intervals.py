@@ -93,15 +93,15 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | No
     One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. `least` is the smallest
     possible value: the interval is cut to [least, 1]. The variance is the sum of the tasks' variances, with Welch's and
     Satterthwaite's degrees of freedom for the t distribution. The tasks are fixed, not a sample of tasks. None if a
-    task has fewer than two items, or if each task's values are constant and the mean is not 0: then no variance is
-    known.
+    task has fewer than two items, or if each task's values are constant: then no variance is known. If the mean is also
+    0, there is no interval.
     """
     if any(len(task) < 2 for task in tasks):
         return None
     value = float(np.mean([np.mean(task) for task in tasks]))
     parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
     if not (variance := float(sum(parts))):
-        return Estimate(value, value, value, 1.0) if value == 0 else None
+        return Estimate(value, p=1.0) if value == 0 else None
     freedom: float = variance**2 / sum(part**2 / (len(task) - 1) for part, task in zip(parts, tasks, strict=True))
     return _student(value, math.sqrt(variance), freedom).within(least, 1)
 

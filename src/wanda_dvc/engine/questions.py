@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations: a context runs once for all its continuations; a row has many questions."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,13 +36,17 @@ class Request:
 def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
     """Return rows of complete questions, and the place of every request in the rows.
 
-    A question is all requests of one context: the context, then each continuation without its last token. A row has as
-    many questions as fit into `tokens`.
+    A question is the requests of one context: the context, then each continuation without its last token. A row has as
+    many questions as fit into `tokens`. Tasks without contexts, such as XNLI, have one for all items: it has several
+    questions of about `tokens`, because attention takes the square of a question.
     """
-    questions: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    questions: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], list[int]]] = {}
+    fed = Counter[tuple[int, ...]]()  # tokens of the choices so far, by context
     for index, request in enumerate(requests):
         # The last token of a continuation is predicted, not an input. So choices of one token add nothing to the row.
-        questions.setdefault(request.context, {}).setdefault(request.continuation[:-1], []).append(index)
+        key, part = (request.context, fed[request.context] // tokens), request.continuation[:-1]
+        questions.setdefault(key, {}).setdefault(part, []).append(index)
+        fed[request.context] += len(part)
     rows: list[Row] = []
     places: dict[int, Place] = {}
     row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
@@ -51,7 +56,7 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
         rows.append(Row(fed, Layout(*layout)))
         row.clear()
 
-    for number, (context, choices) in enumerate(questions.items()):
+    for number, ((context, _), choices) in enumerate(questions.items()):
         if row and len(row) + len(context) + sum(map(len, choices)) > tokens:
             end_row()
         last = len(row) + len(context) - 1

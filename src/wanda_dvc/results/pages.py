@@ -74,7 +74,9 @@ def curves(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *
 
     Values that are NaN are left out. `level` is the dense model's value, `log` is of the vertical axis.
     """
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")  # a page shows it at most twice its size
+    columns = 1 if max(map(len, series)) > LEGEND // 2 else 2
+    lines = 1 + sum(len(wrap(name, LEGEND)) for name in series) / columns  # of the legend
+    figure = Figure(figsize=(5.2, 2.3 + 0.19 * lines), layout="constrained")  # a page shows it at most twice its size
     ax = figure.subplots()
     shown = [level]
     if not math.isnan(level):
@@ -96,5 +98,5 @@ def curves(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *
     ax.margins(0.08)
     ax.set_xlabel("sparsity, %")
     ax.set_ylabel(label)
-    figure.legend(loc="outside lower center", ncols=1 if max(map(len, series)) > LEGEND // 2 else 2)
+    figure.legend(loc="outside lower center", ncols=columns)
     return figure

@@ -112,7 +112,8 @@ def group(experiments: Sequence[Experiment]) -> list[Section]:
             groups.append([one])
     sections = []
     for found in groups:
-        title, keys = shown(found[0].params.model), differing(groups[0][0], found[0])
+        title = shown(found[0].params.model)
+        keys = dict.fromkeys(key for one in groups[0] for key in differing(one, found[0]))
         title += f" (differs in {', '.join(keys)})" if keys else ""
         sections.append(Section(title, names(found)))
     return sections
@@ -182,7 +183,8 @@ def protocol(section: Section) -> Content:
     if not any(key.startswith("calibration.") for key in varying(experiments)):
         settings = {key[12:]: shown(value) for key, value in experiments[0].settings.items() if "calibration." in key}
         said.append(f"Calibration: {inline(', '.join(f'{key}={value}' for key, value in settings.items()))}.")
-    every = [model.details(name).get("protocol", {}) for model in section.models.values() for name in model.metrics]
+    details = [model.details(name) for model in section.models.values() for name in model.metrics]
+    every = [one.get("protocol", {}) for found in details for one in found.get("tasks", {"": found}).values()]
     if libraries := {name: version for found in every for name, version in found.get("libraries", {}).items()}:
         said.append(f"Libraries: {inline(', '.join(f'{name} {version}' for name, version in libraries.items()))}.")
     return ["\n".join(f"- {item}" for item in said)]

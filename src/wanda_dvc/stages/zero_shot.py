@@ -120,7 +120,8 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     run = runner(project, model, work)
     blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks")
     language_model = EngineLM(project.model(model), run, progress=blocks)
-    evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
+    # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
+    evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
     where = run.progress.not_finite
     result, samples = evaluated["results"][task], evaluated["samples"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
