@@ -102,6 +102,13 @@ def test_merge_markers_in_settings_are_refused_with_their_line():
         changed("model: a\n<<<<<<< HEAD\n", {"sparsity": 0.6})
 
 
+def test_a_changed_text_leaves_the_alias_of_it():
+    text = "model: a/b\ncalibration: {text: &t {source: wikitext2}}\nperplexity: {texts: {w: *t}}\n"
+    params, written = changed(text, {"calibration": {"text": {"source": "c4"}}})
+    assert params.perplexity.texts["w"].source == "wikitext2"
+    assert changed(written)[0] == params
+
+
 def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full/folder").mkdir(parents=True)

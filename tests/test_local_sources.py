@@ -31,6 +31,8 @@ def test_dvc_watches_the_files_of_a_model_that_download_takes():
 def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
     text = tmp_path / "a.txt"
     text.write_text("text")
+    for name in ("embedded", "none"):  # no source is looked for there
+        (tmp_path / name).mkdir()
     made = project(calibration__text__source=str(text), perplexity__texts__embedded__source="embedded")
     plan(project=made)
     plan(project=made)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -95,12 +96,13 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path, monkeypatch: Patch
 
 
 def test_without_evaluation_nothing_is_measured(model: Path):
-    Path("out").mkdir()  # an empty directory is a target
-    said = pruned(model, "out", "--recipe", "wanda", "--no-eval")
+    Path("it's out").mkdir()  # an empty directory is a target
+    said = pruned(model, "it's out", "--recipe", "wanda", "--no-eval")
+    assert '"it\'s out"' in shlex.split(next(line for line in said.splitlines() if "python -c" in line))[2]
     assert "perplexity" not in said
     assert "Stale" not in said
     assert "| size, MB" in said
-    assert Path("out/model.safetensors").is_file()
+    assert Path("it's out/model.safetensors").is_file()
     assert not (studies(model)[0] / "metrics/dense").exists()
 
 
@@ -308,8 +310,10 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     assert (study / "dvc.lock").read_text() != masks
     assert {path.name for path in Path().iterdir()} == {"a", "b"}
 
+    (study / "prompts.txt").write_text("Mine\n")
     command("init", "own", "--from", str(study))
     own = Path("own").absolute()
+    assert (own / "prompts.txt").read_text() == "Mine\n"
     assert read_params(own / "params.yaml") == read_params(study / "params.yaml")
     assert subprocess.run(["git", "status", "--porcelain"], cwd=own, capture_output=True, check=True).stdout == b""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -147,7 +147,12 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
 
 
-def test_a_killed_download_fetches_no_finished_file_again(project: Make, hub: Hub, tmp_path: Path, monkeypatch: Patch):
+@pytest.mark.parametrize(
+    ("end", "seen"), [(KeyboardInterrupt(), "^$"), (RuntimeError("hf_xet"), "log in"), (OSError("cut short"), "log in")]
+)
+def test_a_killed_download_fetches_no_finished_file_again(
+    project: Make, hub: Hub, tmp_path: Path, monkeypatch: Patch, end: BaseException, seen: str
+):
     source = save_tiny_model(tmp_path / "source", shard="30KB")
     *_, last = shards = sorted(path.name for path in source.glob("*.safetensors"))
     assert len(shards) > 1
@@ -159,11 +164,11 @@ def test_a_killed_download_fetches_no_finished_file_again(project: Make, hub: Hu
             return real(url, temp_file, **words)
         temp_file.write((source / last).read_bytes()[:1000])
         temp_file.flush()
-        raise KeyboardInterrupt
+        raise end
 
     made = project(model="org/tiny")
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, UserError), match=seen):
         download(project=made, part="model")
     assert not made.model("dense").exists()
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", real)

@@ -121,6 +121,12 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
 }
 OTHERS: dict[str, Any] = {
     "no config": (removed("config.json"), "no config.json", "expected a Hugging Face model"),
+    "a family's name for code of its own": (
+        config(architectures=["NewForCausalLM"], auto_map={"AutoModelForCausalLM": "new.NewForCausalLM"}),
+        "config.json",
+        "found NewForCausalLM (its own code is never run)",
+        "expected LlamaForCausalLM",
+    ),
     "no weights": (removed(SINGLE), "found", "expected model.safetensors"),
     "no tokenizer": (removed("tokenizer.json"), "no tokenizer", "tokenizer.json"),
     "config.json: half": (written("config.json", '{"a": '), "config.json", "found no JSON", "expected"),

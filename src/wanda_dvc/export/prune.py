@@ -25,6 +25,7 @@ from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
+from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import DASH, table
 from wanda_dvc.study.project import Project, alone
 from wanda_dvc.study.provenance import digest
@@ -33,7 +34,7 @@ from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
 FALLBACK = "wanda"  # needs the least memory and disk
 # The runs of a model; all others are the dense model's.
 RUNS = {"pruned": ("mask", "apply", "perplexity-pruned"), "recovered": ("recover", "perplexity-recovered")}
-GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {!r})('Once upon a time'))"
+GENERATE = 'from transformers import pipeline; print(pipeline("text-generation", {})("Once upon a time"))'
 
 
 def prune(
@@ -148,7 +149,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool,
     again += [f"--{change}", other if change == "pattern" else more if found.params.sparsity < float(more) else less]
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": f"another {change}, with the same statistics",
-        f'python -c "{GENERATE.format(os.path.relpath(target))}"': "generate text",
+        f"python -c {shlex.quote(GENERATE.format(json_text(os.path.relpath(target))))}": "generate text",
         f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, to compare several",
     }
     parts = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import UserError, explain, notice
 from wanda_dvc.reading import check_file
 from wanda_dvc.study.files import Json
 
@@ -86,7 +86,9 @@ def _user_errors(where: str, name: str) -> Iterator[None]:
     of_hub = (hub.HTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError)  # type: ignore[attr-defined]
     try:
         yield
-    except (*of_hub, ConnectionError, TimeoutError) as raised:
+    except (*of_hub, OSError, RuntimeError) as raised:  # RuntimeError: of hf_xet; OSError: of a file cut short too
+        if explain(raised):
+            raise
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
         error = raised.__cause__ if isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ else raised
         said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]

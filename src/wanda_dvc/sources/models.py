@@ -215,10 +215,14 @@ def check_decoder(folder: Path, names: list[str], where: str) -> None:
     config = read_config(folder) if causal else None
     # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
     classes = causal if isinstance(causal, tuple | list) else (str(causal),)
-    named = any(name in str(stored.get("architectures")) for name in classes)
+    own = str(stored.get("architectures")).replace("_", "").lower()  # a repository may spell it MPTForCausalLM
+    named = any(name.replace("_", "").lower() in own for name in classes)
     if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not named):
         code = " (its own code is never run)" if "auto_map" in stored else ""
         problem = f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
+    elif not named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
+        named_so = ", ".join(map(str, stored.get("architectures") or ["no architectures"]))
+        problem = f"found {named_so} (its own code is never run), expected {classes[0]}; name another model"
     elif quantized := stored.get("quantization_config"):
         problem = f"weights quantized by {quantized!s:.80}, expected unquantized ones; name the original model"
     if problem:

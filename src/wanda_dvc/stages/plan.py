@@ -6,11 +6,14 @@ and hashes a file again only after its inode, time or size has changed.
 
 from pathlib import Path
 
+from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import sources
-from wanda_dvc.stages import planned
+from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project, remove
+
+WRITTEN = {path for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
 
 
 def plan(*, project: Project) -> None:
@@ -41,7 +44,7 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
     """Make `sources/<part>`. UserError if the local source is missing."""
     place = project.source(part)
     if not Path(source).is_absolute():
-        if (project.root / source).exists() and part != "tasks":
+        if part != "tasks" and source not in ("none", *TEXTS) and (project.root / source).exists():
             raise UserError(
                 f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
                 f"its absolute path, {project.root / source}"
@@ -50,6 +53,9 @@ def _link_source(project: Project, part: str, setting: str, source: str) -> None
         return
     if not Path(source).exists():
         raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
+    inside, root = Path(source).resolve(), project.root.resolve()
+    if any(inside.is_relative_to(root / out.partition("/{")[0]) for out in WRITTEN):  # each run would change it
+        raise UserError(f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it")
     place.parent.mkdir(parents=True, exist_ok=True)
     remove(place)
     place.symlink_to(source)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
+from copy import copy
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -77,7 +78,8 @@ def init(
         for place, how in ((".dvc/cache", link_file), ("metrics", shutil.copy)):  # cached files never change
             if (study / place).is_dir():
                 shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
-        shutil.copy(study / "dvc.lock", folder)
+        for place in ("dvc.lock", PROMPTS):
+            shutil.copy(study / place, folder)
         checkout(folder)
     _git(folder, "add", "--all", ".")
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
@@ -201,7 +203,7 @@ def updated(content: Settings, changes: Settings) -> Settings:
     """Set nested settings in a document, which keeps its comments, and return it. Texts replace all earlier texts."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict) and key != "texts":
-            updated(content[key], value)
+            content[key] = updated(copy(content[key]), value)  # an alias of it stays as it is
         else:
             content[key] = value
     return content
