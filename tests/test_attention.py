@@ -236,8 +236,9 @@ def test_they_are_the_models_own(
         loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=iter)
 
 
-def test_items_without_a_context_of_their_own_are_several_questions():
+def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch: Patch):
     """BLiMP's and XNLI's: all of a task have the context of a BOS token, and attention takes a question's square."""
+    monkeypatch.setattr(questions, "ROW", 60)
     rows, places = questions.pack([Request((1,), (i, 5, 6, 7)) for i in range(100)], tokens=60)
     assert max(place.stop - place.start for row in rows if row.layout for place in row.layout.places) <= 1 + 60 + 3
     assert [rows[row].tokens[at].tolist() for row, at in places] == [[1, i, 5, 6] for i in range(100)]

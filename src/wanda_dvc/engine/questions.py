@@ -37,16 +37,16 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
     """Return rows of complete questions, and the place of every request in the rows.
 
     A question is the requests of one context: the context, then each continuation without its last token. A row has as
-    many questions as fit into `tokens`. Tasks without contexts, such as XNLI, have one for all items: it has several
-    questions of about `tokens`, because attention takes the square of a question.
+    many questions as fit into `tokens`. The items of a task without contexts, such as XNLI, share one context. They are
+    several questions of about `ROW` tokens, because attention takes the square of a question.
     """
     questions: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], list[int]]] = {}
-    fed = Counter[tuple[int, ...]]()  # tokens of the choices so far, by context
+    taken = Counter[tuple[int, ...]]()  # tokens of the choices so far, by context
     for index, request in enumerate(requests):
         # The last token of a continuation is predicted, not an input. So choices of one token add nothing to the row.
-        key, part = (request.context, fed[request.context] // tokens), request.continuation[:-1]
+        key, part = (request.context, taken[request.context] // ROW), request.continuation[:-1]
         questions.setdefault(key, {}).setdefault(part, []).append(index)
-        fed[request.context] += len(part)
+        taken[request.context] += len(part)
     rows: list[Row] = []
     places: dict[int, Place] = {}
     row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
