@@ -268,8 +268,8 @@ class InputRecorder:
         cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
         turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
         found = torch.stack([turned.sum(), turned.new_full((), turned.numel())])  # the host does not wait for them
-        before_it = self.sums.influence.to(solving_device(found.device))
-        self.sums.influence = before_it + in_sums(found, before_it)
+        total = self.sums.influence.to(solving_device(found.device))
+        self.sums.influence = total + in_sums(found, total)
 
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""
