@@ -31,7 +31,7 @@ TIMES = {
     "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16; (b)",
 }
 # The rows on the page; the files have more.
-RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher", "blockwise")
+RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher")
 AMOUNTS = ("50%", "70%", "2:4")
 RECOMMENDED = "fisher"
 NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECOMMENDED}`**"}
@@ -41,7 +41,7 @@ AUTHORS = {
     ("wanda-paper", "50%"): (43.1862, 0.5), ("wanda-paper", "70%"): (702.85, 2), ("wanda-paper", "2:4"): (148.134, 0.5),
     ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.70, 1),
 }  # fmt: skip
-MODELS = (*product(("wanda", "admm", "fisher", "blockwise"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
+MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
 ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
 
 
@@ -168,7 +168,7 @@ def runtimes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
-    "readme": lambda: by_recipe(RECIPES[:-1], AMOUNTS, []),
+    "readme": lambda: by_recipe(RECIPES, AMOUNTS, []),
     "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
     "texts": lambda: by_text(["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
     "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,

@@ -32,7 +32,7 @@ from wanda_dvc.study.project import Project
 
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
-SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function and not row.trains]
+SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function]
 PROPAGATED = ("corrected", "pruned")
 REFIT: Settings = {"recipe": "wanda-refit"}
 EXPERTS: Settings = {"pattern": "experts", "sparsity": 0.25}

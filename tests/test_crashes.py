@@ -178,7 +178,7 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
 OWN = dict.fromkeys(("group", "reconstruction", "propagation"), "")  # the recipe's own choices
 SETTINGS: dict[str, dict[str, str]] = {
     "weights": {},
-    "trained": OWN | {"recipe": "blockwise"},
+    "corrected": OWN | {"recipe": "wanda-refit", "propagation": "corrected"},
     **{name: OWN | {"pattern": name, "recipe": "admm"} for name in STRUCTURES},
     "blocks": OWN | {"pattern": "blocks", "recipe": "wanda"},  # experts repair no blocks
 }

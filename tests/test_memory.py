@@ -47,7 +47,6 @@ SOLVES: Runs = {
     "a solver's masks": ("mask", "", ADMM),
     "least squares": ("apply", "", ADMM | {"reconstruction": "least-squares"}),
     "Fisher least squares": ("apply", "", ADMM | BACK | {"reconstruction": "output-weighted"}),
-    "trained": ("mask", "", ADMM | {"reconstruction": "blockwise", "propagation": "corrected"}),
 }
 RATED = {"method": "wanda"}
 RATES: Runs = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}

@@ -40,7 +40,6 @@ LINES = {
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
     "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",
-    "reconstruction: blockwise": "propagation: found dense with reconstruction blockwise, expected pruned, corrected",
     "method: wanda-variant, pattern: neurons": "method: found wanda-variant with pattern neurons",
     "method: reap": "method: found reap with pattern unstructured",
     "method: admm, pattern: experts": "method: found admm with pattern experts, expected a method that scores experts",
@@ -97,7 +96,6 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
     choices = {name: plan.described[name] for name in CHOICES}
     steps = {way: way_plan["steps"] for way in WAYS if "steps" in (way_plan := asked(*way).plan.described)}
     assert steps == {("fisher", "unstructured"): 15, ("fisher", "2:4"): 30}  # no study of another solver runs again
-    assert ("training" in plan.described) == plan.reconstruction.trains
     assert plan.described["allocation_strength"] == plan.allocation.strength
     assert asked(recipe, "neurons").plan.described["multiple"] == STRUCTURES["neurons"].multiple
     for other in RECIPES:
@@ -148,7 +146,7 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
 
 NEEDS = {
     "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
-    "admm": "gram", "fisher": "gradients", "blockwise": "gradients", "wanda-paper": "norms",
+    "admm": "gram", "fisher": "gradients", "wanda-paper": "norms",
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(method="magnitude", calibration__windows=1, propagation="dense") == {5.114, 11.832}
     assert matches(calibration__windows=1) == {5.114}
     assert matches(propagation="dense") == {5.114}
-    assert matches(reconstruction="blockwise") == matches(allocation="owl") == {5.114}  # of plain Wanda alone
+    assert matches(reconstruction="least-squares") == matches(allocation="owl") == {5.114}  # of plain Wanda alone
     assert matches(perplexity__length=2048) == {5.47}  # a source that says nothing of the rest
     assert matches(perplexity__length=1024) == set()
     assert matches(model="/data/Llama-2-7b-hf") == {5.114, 6.415}

@@ -205,7 +205,6 @@ class Reconstruction(Row):
     function: str | None = None
     by_gradients: bool = False  # whether it receives `gradients` and `steps`
     steps: int = 15  # of conjugate gradients; n:m has its own (`Plan.solver`)
-    trains: bool = False  # each block is then trained on its mask
 
 
 RECONSTRUCTIONS = _by_name(
@@ -219,10 +218,6 @@ RECONSTRUCTIONS = _by_name(
     # Frantar and Alistarh 2023, arXiv 2301.00774
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
                    about="input by input: the weights to the right compensate for each removed weight"),
-    # arXiv 2510.14444
-    Reconstruction("blockwise", function="wanda_dvc.pruning.solvers:least_squares", trains=True,
-                   about="least squares, then a short training of each block towards the dense block's output (with "
-                         "`propagation` `corrected` or `pruned`)"),
 )  # fmt: skip
 # Where complete inputs go, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
@@ -260,8 +255,6 @@ RECIPES = _by_name(
     Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares"),
     Recipe("fisher", "ADMM, with gradients of the loss", "admm", group="outputs", allocation="sensitivity",
            reconstruction="output-weighted"),
-    Recipe("blockwise", "ADMM's masks, then a short training of each block", "admm", group="outputs",
-           allocation="sensitivity", reconstruction="blockwise", propagation="corrected"),
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
 )  # fmt: skip
 

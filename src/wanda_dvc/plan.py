@@ -13,10 +13,6 @@ from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `reconstruction: blockwise`: passes over the calibration windows; the highest learning rate, as a share of the root
-# mean square of a parameter's weights; the seed of the windows' order; the factor of the loss.
-# dev/decisions/0026-block-training.md.
-TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0, "scale": 2**16}
 # Of `propagation: corrected`: the step from the dense weights to the weights that give the dense outputs. With 1 they
 # overfit the calibration text (dev/decisions/0027-fisher.md).
 CORRECTION = 0.5
@@ -94,9 +90,8 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
-        if self.propagates:  # new weights determine the next block's input
-            described |= {"training": TRAINING} if self.reconstruction.trains else {}
-            described |= {"correction": CORRECTION} if self.corrects else {}
+        if self.propagates and self.corrects:
+            described["correction"] = CORRECTION
         described |= {"steps": self.solver.steps} if self.solver.by_gradients else {}
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
@@ -187,5 +182,3 @@ class Plan:
                 yield f"{choice}: found {found} with pattern {pattern}, expected {expected}"
         if self.propagation == "corrected" and not self.solves:
             yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"
-        if self.reconstruction.trains and self.propagation == "dense":
-            yield f"propagation: found dense with reconstruction {self.reconstruction.name}, expected pruned, corrected"

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
-from wanda_dvc.engine.training import root_mean_square
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
 from wanda_dvc.pruning.products import install
@@ -34,6 +33,12 @@ def divergence(dense: Float[Tensor, "*position vocabulary"], pruned: Float[Tenso
     """Return the mean over positions of KL(dense ‖ pruned) in nats, of logits."""
     p, q = (logits.float().log_softmax(-1) for logits in (dense, pruned))
     return kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+
+
+def root_mean_square(parameter: Tensor) -> float:
+    """Return the root mean square of nonzero values; at least 1e-3, so that zero biases can change (as Adafactor)."""
+    rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
+    return max(1e-3, rms.item())
 
 
 class Recovery(Trainer):

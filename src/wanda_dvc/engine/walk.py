@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, check_finite, recording_gradients
 from wanda_dvc.engine.rows import Executor, Hidden, HiddenStates, Progress, R, Row, Shard, T, shards
@@ -100,17 +99,6 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     squares = {name: x.sum_squares for name, x in recorder.sums.stats.items()}  # their activations may be finite
     check_finite(squares, f"block {index}, input", "sums of squares")
     return recorder.sums
-
-
-def train_block(block: Block, rows: Sequence[Row], model: Decoder, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Train a changed block on its masks (`engine.training`), towards the dense model's hidden states after it."""
-    assert block.change is not None
-    assert block.dense is not None
-    model.hold(block.index, block.index + 1, block.change)
-    index, cut = block.index, range(len(block.own.lengths))
-    inputs = [x for shard in cut for x in block.own.read(index, shard)]
-    targets = [x for shard in cut for x in block.dense.read(index + 1, shard)]
-    return training.train(model, index, block.change.keeps, rows=rows, inputs=inputs, targets=targets, **settings)
 
 
 def run_head(states: HiddenStates, function: Head[T, R], model: Decoder, shard: tuple[Shard, T]) -> Iterator[R]:
@@ -229,11 +217,6 @@ class Step:
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Run every own row through the block once more, with masked weights and the given new weights."""
         self._run(replace(self.block, dense=None, change=Change(keeps, weights)))
-
-    def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-        """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
-        run, block = self.runner, replace(self.block, change=Change(keeps, weights))
-        return next(run.map(partial(train_block, block, run.rows), [settings], f"training of block {self.index}"))
 
     def _run(self, block: Block) -> Sums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""

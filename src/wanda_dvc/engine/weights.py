@@ -63,18 +63,6 @@ class Weights:
                 buffer = self.checkpoint.read(self.parts[name][0].address).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
-    def of_block(self, index: int) -> dict[str, Linear]:
-        """Return all weights of a block by stored name: its linears, then all others."""
-        linears, block = self.linears(index), self.blocks[index]
-        held = {(linear.module, linear.leaf) for linear in linears.values()}
-        others: dict[str, Linear] = {}
-        for name, _ in block.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            if (module := block.get_submodule(owner), leaf) not in held:
-                parts = self.parts[f"{self.blocks_name}.{index}.{name}"]
-                others |= {part.address.linear: Linear(module, leaf, part) for part in parts}
-        return linears | others
-
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
@@ -113,7 +101,7 @@ class Weights:
     @torch.no_grad()
     def _apply(self, index: int, change: Change) -> None:
         """Zero the weights outside the masks; then set the new weights."""
-        every = self.of_block(index)
+        every = self.linears(index)
         for module, leaf in {(every[name].module, every[name].leaf) for name in (*change.keeps, *change.weights)}:
             set_parameter(module, leaf, module.get_parameter(leaf).clone())
         for name, keep in change.keeps.items():

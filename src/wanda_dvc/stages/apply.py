@@ -144,14 +144,11 @@ def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
     parts = Parts(study)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
-    others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
-    addresses = {checkpoint.find(name) for name in (*blocks, *others)}
+    addresses = {checkpoint.find(name) for name in blocks}
 
     def read(address: Address) -> Tensor:
         if address not in addresses:
             return checkpoint.read(address)
-        if address.linear not in blocks:  # a norm trained with its block
-            return others[address.linear]
         made, found[address.linear] = parts.make(address)
         return made
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import notice
-from wanda_dvc.plan import CORRECTION, TRAINING, Plan
+from wanda_dvc.plan import CORRECTION, Plan
 from wanda_dvc.pruning import choose
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.gram import Gram
@@ -75,9 +75,6 @@ def mask(*, project: Project) -> None:
             if removal:  # of removed units, all weights go
                 keep = tensors.pack_masks(removal.spread(keep))
                 changed = {name: choose.masked(weight, keep[name]) for name, weight in changed.items()}
-            if step and plan.reconstruction.trains:
-                trained = step.train(keep, changed, **TRAINING)
-                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if weights in stored:
                 tensors.write_weights(weights, made.block, changed, diagnostics)
             tensors.write_masks(masks, made.block, keep)
@@ -234,8 +231,7 @@ def walked(
     run, windows = _calibrated(project, stats, work)
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
-    # A training needs the dense block's outputs too, a correction its inputs.
-    for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
+    for step in run.walk(windows, kept=finished, with_dense=plan.corrects):
         recorded = step.record(gram=plan.solves_by_input, crosses=plan.corrects, changes=True)
         if plan.solves_by_input:
             tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)

@@ -31,7 +31,6 @@ from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import ITEMS, TEXT, Project
 
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
-TRAINED = 28  # bytes a parameter of a block that is trained
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 BYTES_A_TOKEN = 4  # of English text, about
 
@@ -116,14 +115,12 @@ def _mask(on: Known) -> Need:
     held = on.walk(length)
     window = held.activations + held.norms + plan.corrects * held.dense
     sums = (plan.solves_by_input or plan.repairs) * held.grams + plan.corrects * held.crosses
-    # A solver reads a packed triangle and, for a correction, a cross product. A training takes more than a solver.
+    # A solver reads a packed triangle and, for a correction, a cross product.
     chosen += (2 * plan.solves_by_input + 4 * plan.corrects) * model.widest**2
-    chosen = max(chosen, plan.reconstruction.trains * TRAINED * model.block)
     # A copy of the pruned block's weights, and the new ones as they are stored.
     weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)
-    memory = (3 if plan.reconstruction.trains else 1) * window + sums + chosen + weights
-    memory += TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    boundaries = 2 * (1 + (plan.corrects or plan.reconstruction.trains))
+    memory = window + sums + chosen + weights + TEXT_IN_MEMORY * on.files.get("calibration", 0)
+    boundaries = 2 * (1 + plan.corrects)
     if plan.repairs:
         boundaries = 2 + round(float(plan.share) * model.blocks)
     waiting = boundaries * on.states(on.params.calibration.windows * length)

@@ -86,7 +86,7 @@ def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None
     chosen = RECONSTRUCTIONS[params["reconstruction"]]
     if structure and method and method.needs == "gram":
         cited = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
-    if structure and chosen.function and not chosen.trains:
+    if structure and chosen.function:
         chosen = Plan.read(params).solver
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
