@@ -175,7 +175,7 @@ def prune(
 def show(
     names: Names = None,
     as_json: AsJson = False,
-    text: Annotated[bool, typer.Option("--text", help="Show what the models write instead of their results.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Show the models' continuations, not their results.")] = False,
 ) -> None:
     """Show the last results of each model, or several experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table

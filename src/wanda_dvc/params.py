@@ -199,7 +199,7 @@ class Recovery(_Section):
 
 
 class Runtime(_Section):
-    """Settings that change the speed and no result. No result depends on them."""
+    """Settings that change the speed, and results by rounding alone."""
 
     device: str = Field(
         AUTO,

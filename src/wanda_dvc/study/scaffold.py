@@ -32,7 +32,7 @@ DEFAULT = "default"
 NEXT = """
   dvc repro                             # run the pipeline
   wanda-dvc show                        # compare dense and pruned
-  dvc exp run --temp -S sparsity=0.3    # another sparsity; calibration is reused
+  dvc exp run --temp -S sparsity=0.3    # another sparsity
 
 `wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
