@@ -4,17 +4,21 @@ import copy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Capture, Make, Patch, mask_and_apply
+from cases.grids import named
+from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_apply
 from test_families import save
 
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import HiddenStates
 from wanda_dvc.engine.sizes import Sizes, Walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
+from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
@@ -99,6 +103,22 @@ def test_the_disk_is_that_of_what_is_written(study: Make):
     assert need(made, "mask").disk == kept // 8  # without the files' headers
     written = sum(path.stat().st_size for path in made.model("pruned").iterdir())
     assert need(made, "apply").disk == pytest.approx(written, rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"propagation": "corrected"}, {"pattern": "blocks", "sparsity": 0.25}], ids=named)
+def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], project: Make, monkeypatch: Patch):
+    made, held, write = fetch(project(recipe="wanda-refit", **settings)), list[int](), HiddenStates.write
+    calibrate(project=made)
+
+    def counted(states: HiddenStates, *words: Any) -> None:
+        write(states, *words)
+        held.append(sum(path.stat().st_size - 4 for path in states.folder.parent.glob("*/[0-9]*")))
+
+    monkeypatch.setattr(HiddenStates, "write", counted)
+    mask(project=made)
+    stored = sum(path.stat().st_size for path in made.model("dense").iterdir()) * (made.params.plan.propagates)
+    kept = sum(keep.numel() for block in range(4) for keep in read_masks(made.masks, block).values())
+    assert need(made, "mask").disk == max(held) + stored + kept // 8
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):

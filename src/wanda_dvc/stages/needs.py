@@ -122,9 +122,9 @@ def _mask(on: Known) -> Need:
     memory = window + sums + chosen + weights + TEXT_IN_MEMORY * on.files.get("calibration", 0)
     boundaries = 2 * (1 + plan.corrects)
     if plan.repairs:
-        boundaries = 2 + round(float(plan.share) * model.blocks)
+        boundaries = min(model.blocks + 1, round(float(plan.share) * model.blocks) + 3)
     waiting = boundaries * on.states(on.params.calibration.windows * length)
-    made = masks + (on.stored() if plan.weights_come_from == "weights" else 0)
+    made = masks + (plan.propagates and plan.solves) * on.stored()  # a repair stores one linear
     return _walked(held, memory, disk=waiting + made)
 
 
