@@ -1,7 +1,6 @@
 """Where figures come from: files of rows, each with its value, and the code, libraries, machine and date behind it.
 
-A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An origin is what `origin` returns. Rows from
-before origins were kept have a word instead: `older`, of a script that wrote no origin, or `typed`, by hand.
+A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An origin is what `origin` returns.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def write_row(path: Path, name: str, value: Any, made: Row | str) -> None:
+def write_row(path: Path, name: str, value: Any, made: Row) -> None:
     """Add a row to a file, or replace it; the file is complete at any moment."""
     rows = read_rows(path) | {name: {"value": value, "origin": made}}
     lines = (f"{json.dumps(key)}: {json.dumps(row, ensure_ascii=False)}" for key, row in rows.items())
@@ -87,8 +86,7 @@ def protocol(windows: int, measured: int, length: int, *texts: str) -> Row:
 
 
 def is_old(row: Row) -> bool:
-    """Whether a row has no origin, or a stage has another version now than when the row was measured."""
+    """Whether a stage has another version now than when the row was measured."""
     from wanda_dvc.stages import STAGES
 
-    made = row["origin"]
-    return isinstance(made, str) or any(STAGES[name].version != known for name, known in made["stages"].items())
+    return any(STAGES[name].version != known for name, known in row["origin"]["stages"].items())

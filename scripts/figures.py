@@ -1,7 +1,7 @@
 """Write measured figures into the documents, between their markers: python scripts/figures.py.
 
 `<!-- figures: NAME -->` and `<!-- end of figures -->` enclose each table. The figures are rows of benchmarks/*.json. A
-figure has a mark, ¹, if its row has no origin, or was measured with another version of a stage.
+figure has a mark, ¹, if its row was measured with another version of a stage.
 """
 
 import re
@@ -134,11 +134,11 @@ def by_text(names: Iterable[str]) -> str:
     return table(["model", *heads], lines)
 
 
-def _text(found: Row, row: Row | None = None) -> list[str]:
+def _text(found: Row, row: Row) -> list[str]:
     """Return the perplexity and the divergence that were `found` on a text; an old `row` has marks."""
     divergence = found.get("divergence")  # missing of the dense model, and a word if it diverged
     mean = f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"
-    return [figure(found.get("perplexity"), row), mean + MARK if row and is_old(row) and divergence else mean]
+    return [figure(found.get("perplexity"), row), mean + MARK if is_old(row) and divergence else mean]
 
 
 def authors() -> str:

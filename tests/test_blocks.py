@@ -178,7 +178,7 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
         monkeypatch.setattr(rows, "FEWEST", fewest)
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
         step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
-        found.append(step.record(gram=True, crosses=True))
+        found.append(step.record(gram=True))
     one, other = found
     assert one.stats.readers == other.stats.readers
     for name, x in other.stats.inputs.items():

@@ -419,7 +419,7 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[st
     plan, changed = made.params.plan, set()
     keeps = {name: keep for block in range(2) for name, keep in read_masks(made.masks, block).items()}
     for name in dense.where:
-        before, after = dense.read(dense.find(name)), pruned.read(pruned.find(name))
+        before, after = (each.read(Address(name)) for each in (dense, pruned))
         if (keep := keeps.get(name.removesuffix(".weight"))) is not None:
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]
         assert before.shape == after.shape
@@ -484,5 +484,5 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Ma
 def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Make):
     made = mask_and_apply(study(pattern="neurons", sparsity=0.001))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
+    assert all(torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}

@@ -90,8 +90,7 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
-        if self.propagates and self.corrects:
-            described["correction"] = CORRECTION
+        described |= {"correction": CORRECTION} if self.corrects else {}
         described |= {"steps": self.solver.steps} if self.solver.by_gradients else {}
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
@@ -107,7 +106,7 @@ class Plan:
     @property
     def solver(self) -> Reconstruction:
         """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
-        if self.structure:
+        if self.structure and self.solves:
             return catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
         # With n:m, solvers converge more slowly: dev/decisions/0028-fisher-least-squares.md.
         return self.reconstruction if self.pattern == UNSTRUCTURED else replace(self.reconstruction, steps=30)

@@ -96,10 +96,9 @@ class Checkpoint:
         return tensor if address.expert is None else tensor[address.expert]
 
     def find(self, linear: str) -> Address:
-        """Return the address of a linear's weight, or of another tensor by its name."""
-        for name in (f"{linear}.weight", linear):
-            if name in self.where:
-                return Address(name)
+        """Return the address of a linear's weight."""
+        if (name := f"{linear}.weight") in self.where:
+            return Address(name)
         owner, _, leaf = linear.rpartition(".")
         owner, _, expert = owner.rpartition(".")
         for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):

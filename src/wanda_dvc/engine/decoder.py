@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.rows import CALLS_BYTES, Layout, Row
 from wanda_dvc.engine.structure import build_empty, unsupported
-from wanda_dvc.engine.weights import Change, Weights
+from wanda_dvc.engine.weights import Change, Weights, set_parameter
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning import products
 
@@ -124,18 +123,12 @@ class Decoder:
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
-    def run(self, index: int, hidden: States, row: Row, parameters: dict[str, Tensor] | None = None) -> States:
-        """Run a row through a block, which must be held.
-
-        `parameters`, if given, replace the block's own.
-        """
+    def run(self, index: int, hidden: States, row: Row) -> States:
+        """Run a row through a block, which must be held."""
         args, words = self.calls(row)[index]
         held, version = [*_held([*args, words])], hidden._version
         with self._attending(row):
-            if parameters is None:
-                out = self.blocks[index](hidden, *args, **words)
-            else:
-                out = functional_call(self.blocks[index], parameters, (hidden, *args), words)
+            out = self.blocks[index](hidden, *args, **words)
         after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         if [*_held([*args, words])] != held:
             raise unsupported(self.checkpoint, f"block {index} passes more than hidden states on, in a container")
@@ -326,8 +319,9 @@ class Decoder:
             hidden = [self.embed(row).float() for row in rows]
             for index in self.one_of_each_kind:
                 self.hold(index, -1)
-                exact = {name: parameter.float() for name, parameter in self.blocks[index].named_parameters()}
-                hidden = [self.run(index, x, row, exact) for x, row in zip(hidden, rows, strict=True)]
+                for name, parameter in [*self.blocks[index].named_parameters()]:
+                    set_parameter(self.blocks[index], name, parameter.float())
+                hidden = [self.run(index, x, row) for x, row in zip(hidden, rows, strict=True)]
             return [x[0] for x in hidden]
         except (TypeError, ValueError, RuntimeError, UserError):  # attention of its own, incompatible with ours
             return None

@@ -149,8 +149,7 @@ class Removal:
                 name, unit = self._unit_of[linear]
                 keeps[linear] = keep & stays[name][unit]
             for cut in self.cuts_of.get(linear, ()):
-                if cut.units in stays:
-                    keeps[linear] = keeps[linear] & self.along(cut, stays)
+                keeps[linear] = keeps[linear] & self.along(cut, stays)
         return keeps
 
     def along(self, cut: Cut, stays: Stays) -> Tensor:

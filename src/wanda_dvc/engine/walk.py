@@ -46,11 +46,10 @@ class Block:
 
     index: int
     own: HiddenStates
-    dense: HiddenStates | None = None  # of the dense model, if its rows run too
+    dense: HiddenStates | None = None  # of the dense model, if its rows run too, for products with their inputs
     change: Change | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
-    crosses: bool = False  # and products with the dense model's inputs
     writes: bool = True  # the hidden states after the block
 
 
@@ -71,7 +70,7 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     def passing(states: Sequence[Tensor], recorder: InputRecorder | None = None) -> Iterator[Tensor]:
         """Yield the states of each row after the block. A recorder sees the dense row's inputs of linears first."""
         for number, row in enumerate(shard.rows):
-            if recorder and dense and block.crosses:
+            if recorder and dense:
                 with recorder.dense(len(row.tokens)):
                     model.run(index, dense[number][None].to(model.device), row)
             given = states[number][None].to(model.device)
@@ -205,13 +204,13 @@ class Step:
         """Run every row through the block."""
         self._run(self.block)
 
-    def record(self, *, gram: bool = False, crosses: bool = False, changes: bool = False) -> Recorded:
+    def record(self, *, gram: bool = False, changes: bool = False) -> Recorded:
         """Run every row through the block; return the statistics of its linears' inputs.
 
-        `gram` adds Gram matrices, and `crosses` the products with the dense model's inputs. With `changes` the own
-        rows' next hidden states are not written: `change` follows.
+        `gram` adds Gram matrices, and dense rows add products with their inputs. With `changes` the own rows' next
+        hidden states are not written: `change` follows.
         """
-        block = replace(self.block, records=True, gram=gram, crosses=crosses, writes=not changes)
+        block = replace(self.block, records=True, gram=gram, writes=not changes)
         return self._run(block).of(self.runner.decoder.linears(self.index))
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -278,12 +277,11 @@ def run_back(index: int, before: HiddenStates, gradients: HiddenStates, model: D
     done = len(model.blocks) - 1 - index
     model.hold(index, index - 1)
     states, after = before.read(index, shard.number), gradients.read(done, shard.number)
-    weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
 
     def back(before: Tensor, gradient: Tensor, row: Row) -> Tensor:
         hidden = before[None].to(model.device, copy=True).requires_grad_()
         with torch.enable_grad():
-            out = model.run(index, hidden, row, weights)
+            out = model.run(index, hidden, row)
         return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
 
     with recording_gradients(model.linears(index)) as found:

@@ -102,7 +102,6 @@ def choose_block(
     device for one linear, and runs on the device of the Gram matrix.
     """
     n_of_m = parse_pattern(pattern)
-    weighs = group == "outputs" and not n_of_m  # without Fisher information all rows count alike
 
     def keep(name: str, given: InputStats | Prepared | None) -> Tensor:
         """Return a linear's mask, from the statistics of its input, or for a solver from its Gram matrix."""
@@ -121,7 +120,7 @@ def choose_block(
             pattern=pattern,
             group=group,
             units=units.get(name),
-            worth=row_worth(block.fisher[name]) if weighs and name in block.fisher else None,
+            worth=row_worth(block.fisher[name]) if group == "outputs" and name in block.fisher else None,
             name=name,
         )
         return oriented(kept, across).contiguous()

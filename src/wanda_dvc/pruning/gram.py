@@ -104,7 +104,7 @@ def layer_errors(
         w = w.double()
         output += _energy(w, exact)
         errors = [error + _energy(w - v.double(), exact) for error, v in zip(errors, others, strict=True)]
-    # A linear of zeros has no relative error; after a training it may have one. Rounding gives negative ones.
+    # A linear of zeros has no relative error. Rounding gives negative ones.
     return [max(error, 0.0) / output if error and output else float(error > 0) for error in errors]
 
 

@@ -113,8 +113,6 @@ class Parts:
         block = self.blocks[linear]
         keep, source = self.keeps[linear], self._source.get(linear)
         prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
-        if weight.shape != keep.shape:
-            raise UserError(f"masks/: {linear} is {[*keep.shape]}, expected {[*weight.shape]}; run `wanda-dvc mask`")
         dense = weight if prepared is None else weight.to(prepared.gram.device)  # once: it crosses the link to a GPU
         keep = keep.to(dense.device)
         transposed = bool(self.grams) and linear in self.grams[block].transposed

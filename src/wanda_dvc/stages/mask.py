@@ -232,7 +232,7 @@ def walked(
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
     for step in run.walk(windows, kept=finished, with_dense=plan.corrects):
-        recorded = step.record(gram=plan.solves_by_input, crosses=plan.corrects, changes=True)
+        recorded = step.record(gram=plan.solves_by_input, changes=True)
         if plan.solves_by_input:
             tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
         own = parts_of(plan, step.index, recorded.stats, shares[step.index], folder)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from wanda_dvc.catalog import HUB_ID, RECONSTRUCTIONS, STRUCTURES, methods
+from wanda_dvc.catalog import HUB_ID, STRUCTURES, methods
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline, table
@@ -83,11 +83,9 @@ def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None
         )
     method = methods().get(params["method"])  # None: of a missing package
     cited = f"{code(params['method'])} ({method.paper})" if method else inline(params["method"])
-    chosen = RECONSTRUCTIONS[params["reconstruction"]]
+    chosen = Plan.read(params).solver
     if structure and method and method.needs == "gram":
         cited = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
-    if structure and chosen.function:
-        chosen = Plan.read(params).solver
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),

@@ -129,7 +129,7 @@ class Grams(UserDict[str, Any]):
 
 def write_weights(folder: Path, block: int, weights: dict[str, Tensor], solved: Json) -> None:
     """Write one block's new weights, named, oriented and typed as stored; header: each linear's solver diagnostics."""
-    _save(block_file(folder, block), {name: x.contiguous() for name, x in weights.items()}, {"solved": solved})
+    _save(block_file(folder, block), weights, {"solved": solved})
 
 
 def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
