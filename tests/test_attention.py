@@ -232,8 +232,9 @@ def test_they_are_the_models_own(
             logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
-    with pytest.raises(UserError, match="a choice of a task has more than the model's 2 positions"):
-        loglikelihoods(Runner(decoder, tmp_path), asked, length=2, progress=iter)
+    for wrong, length in ((asked, 2), ([Request((1, 2), ())], 64)):
+        with pytest.raises(UserError, match=f"a choice has no token, or more than the model's {length}; remove it"):
+            loglikelihoods(Runner(decoder, tmp_path), wrong, length=length, progress=iter)
 
 
 def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch: Patch):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import app
+from wanda_dvc.reading import check_place
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import number
@@ -25,6 +26,15 @@ TABLES = {
     "evaluate": ["evaluate", "models/pruned"],
 }  # fmt: skip
 WRITE = {"report", "export", "init", "prune"}
+
+
+def test_a_terminal_without_utf8_gets_its_table(finished: Path):
+    done = process("show", cwd=finished, first="import sys; sys.stdout.reconfigure(encoding='cp437')")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_place_in_the_root_is_a_place():
+    assert check_place(Path("/")) == Path("/")
 
 
 @pytest.fixture(scope="module")

@@ -462,6 +462,9 @@ BLOCKS_OF_THEIR_OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "zaya": (MORE, {"num_experts": 4, "head_dim": 8}),
     "xlstm": (MORE, {"num_heads": 2, "num_blocks": 3}),
     "xlnet": (r"block 0 hidden states of \[3, 1, 32\], exp", {"d_inner": 48, "d_model": 32, "n_head": 4, "n_layer": 3}),
+    # A rule of transformers for its first checkpoint's names matches `model.norm.weight` too.
+    "deepseek_v4": (r"hidden states of \[1, 3, 4, 32\], exp", {"head_dim": 16, "o_groups": 2, "n_routed_experts": 4}
+                    | {"mlp_layer_types": ["moe"] * 3, "layer_types": ["sliding_attention"] * 3}),
     "xmod": ("forward pass fails .*Input language unknown", {}),
     "inkling_text": ("shared_experts.0.gate_proj: its experts do not multiply",  # one, in three dimensions
                      FINE | {"n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8}),

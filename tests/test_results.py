@@ -283,6 +283,12 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
     same = intervals.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
     assert same
     assert same.p == 1
+    for test in (intervals.mean_difference, intervals.ratio):
+        assert (equal := test([0.5, 0.7], [0.5, 0.7], [9, 9]))
+        assert (equal.p, math.isnan(equal.low), math.isnan(equal.high)) == (1, True, True)
+    assert intervals.mean_interval([0.0, 0.0], [9, 9], within=(0, 1)) == {"mean": 0}
+    assert (found := intervals.perplexity([0.0, 0.0], [9, 9]))
+    assert math.isnan(found.low)
 
 
 @pytest.mark.parametrize("tasks", [[[-1.0]], [[-1.0, -1.0]], [[1.0, 0.0, 1.0], [1.0]], [[1.0] * 3, [0.0] * 3]])

@@ -13,6 +13,7 @@ import pytest
 from command_line import process, wanda_dvc
 from conftest import ROOT, Patch, fetch, read_preset, script, write_params, write_settings
 from lm_eval.tasks._index import TaskIndex
+from safetensors import SafetensorError
 
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.cli import app
@@ -114,6 +115,18 @@ def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Pat
     assert done.returncode == 1
     assert "`wanda-dvc --debug …` prints the traceback" in done.stderr
     assert "Traceback" in wanda_dvc("--debug", "calibrate", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("Data processing error: IO Error: No space left on device (os error 28)"),  # of hf_xet
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # of torch.save
+    ],
+)
+def test_a_full_disk_is_no_bug_in_libraries_words_either(error: Exception):
+    assert explain(error)[0].startswith("disk: disk full (")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "x"), RuntimeError("CUDA out of memory")])

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import inspect
+import io
 import itertools
 import os
 import re
@@ -211,10 +212,8 @@ def report(
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write
-    from wanda_dvc.stages.running import AGAIN, stoppable
 
-    with stoppable("report", AGAIN):
-        typer.echo(write(project=_project(), output=output, revs=rev))
+    typer.echo(write(project=_project(), output=output, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -291,6 +290,8 @@ def run() -> None:
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have UTF-8
     try:
         app()
     except SystemExit as end:  # how typer ends

@@ -40,11 +40,13 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
         found = re.search(r"\[Errno (\d+)\] [^']*'(?:[^']*' -> ')?([^']*)'", str(error.args[0]))
         return explain(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and hf_xet
+        return explain(OSError(int(found[1]), os.strerror(int(found[1]))))
     number = error.errno if isinstance(error, OSError) else None
-    where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else ""
+    where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else "disk"
     said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
     again = "run the command again: the earlier output and finished work are kept"
-    if number in NO_ROOM:
+    if number in NO_ROOM or "inline_container.cc" in said:  # of `torch.save`, without the reason
         return (f"{where}: disk full ({said}); free some space and {again}",)
     if number in NO_PLACE:
         return (f"{where}: {said}, expected permission to read and write; change it or name another, and {again}",)

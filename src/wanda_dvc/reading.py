@@ -41,7 +41,7 @@ def is_there(path: Path) -> bool:
 def check_place(path: Path) -> Path:
     """Return the absolute path of a directory to write, new or existing. UserError if no directory can be there."""
     path = path.absolute()
-    is_there(path.with_name(f"{path.name}.part"))  # the longest name that is written
+    is_there(Path(f"{path}.part"))  # the longest name that is written
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise UserError(f"{path}: {nearest} is no directory with permission to write, expected one; name another")

@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
     def within(self, low: float, high: float) -> "Estimate":
         """Return the estimate with its interval cut to possible values; the coverage does not change."""
-        return self._replace(low=max(low, self.low), high=min(high, self.high))
+        return self._replace(low=max(self.low, low), high=min(self.high, high))
 
 
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
@@ -49,7 +49,7 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
     """Return the first model's perplexity over the second's on the same windows. None as for `perplexity`."""
     if (found := mean_difference(losses, others, predictions)) is None:
         return None
-    value, low, high = (math.exp(x) if x < 709 else math.inf for x in found[:3])  # the largest float is exp(709.8)
+    value, low, high = (math.inf if x >= 709 else math.exp(x) for x in found[:3])  # the largest float is exp(709.8)
     return Estimate(value, low, high, found.p)
 
 
@@ -64,15 +64,16 @@ def mean_difference(values: Sequence[float], others: Sequence[float], prediction
     mean = float(share @ differences)
     variance = float(share**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
     if variance <= (1e-9 * mean) ** 2:  # apart from rounding, all are equal
-        return None if mean else Estimate(mean, mean, mean, 1.0)
+        return None if mean else Estimate(mean, p=1.0)
     return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 
 def mean_interval(
     values: Sequence[float], weights: Sequence[int], within: tuple[float, float] = (-math.inf, math.inf)
 ) -> dict[str, float]:
-    """Return the weighted `mean`, and the ends of its t interval, cut to `within`; of one value the mean alone."""
-    if (found := mean_difference(values, [0.0] * len(values), weights)) is None:
+    """Return the weighted `mean`, and the ends of its t interval, cut to `within`; without variance the mean alone."""
+    found = mean_difference(values, [0.0] * len(values), weights)
+    if found is None or math.isnan(found.low):
         return {"mean": values[0]}
     mean, low, high, _ = found.within(*within)
     return {"mean": mean, "low": low, "high": high}

@@ -89,7 +89,7 @@ def loglikelihoods(
     """
     requests = [request.within(length) for request in requests]
     if not all(request.context for request in requests):
-        raise UserError(f"tasks.names: a choice of {task} has more than the model's {length} positions; remove it")
+        raise UserError(f"tasks.names: {task}: a choice has no token, or more than the model's {length}; remove it")
     rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
     for step in progress(runner.walk(rows)):
         step.advance()

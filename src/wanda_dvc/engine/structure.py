@@ -182,6 +182,8 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     pieces: dict[str, list[tuple[str, str]]] = {}
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        if name not in state and tensor in state:  # a rule for other names matches this one: so does transformers
+            name, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if name not in state:
             _check_is_no_block(name, model, checkpoint)
             continue

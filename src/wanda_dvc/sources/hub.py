@@ -62,6 +62,8 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
         try:
             return load_dataset(name, config, split=split, revision=repository.commit, **options)
         except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
+            if isinstance(error.__cause__, OSError):  # such as a full disk, inside a DatasetGenerationError
+                raise error.__cause__ from None
             reason = " ".join(str(error).split()) or type(error).__name__
             asked = f"config {config}, split {split}" if config else f"split {split}"
             raise UserError(f"{where}: {name}, {asked}: {reason}") from error

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -203,12 +202,7 @@ def _save(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
     """Write tensors and a header to a temporary safetensors file, then rename it."""
     temporary = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
-    try:
-        save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
-    except SafetensorError as error:  # for a full disk too, with its error number in the text
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
+    save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
     temporary.replace(path)
