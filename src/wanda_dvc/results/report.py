@@ -44,7 +44,7 @@ def report(*, project: Project, output: Path, revs: list[str] | None = None) -> 
         found, excluded = collect(project=project, revs=revs or [], work=Path(work))
         if not found:
             waiting = "".join(f"\n{name}: {text}" for name, text in excluded)
-            raise UserError(f"{project.root}: no experiment with results; run `dvc repro`{waiting}")
+            raise UserError(f"{project.root}: no experiment with results{waiting or '; run `dvc repro`'}")
         write(output, f"Pruning study: {project.root.name}", page(found, excluded))
     return f"{output}: {len(found)} experiments, {len(excluded)} excluded"
 
