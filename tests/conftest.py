@@ -75,7 +75,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Modules whose grids `make test` runs as they are: the oracles of what is computed, and the backends' own choice.
-WHOLE = {"test_backends.py", "test_divergence.py", "test_gram.py", "test_selection.py", "test_solvers.py"}
+WHOLE = {
+    "test_backends.py", "test_divergence.py", "test_gram.py", "test_machine.py", "test_selection.py", "test_solvers.py",
+}  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,19 +1,21 @@
 """What all commands share: JSON instead of a table, exit codes, and completion in the shell."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from command_line import process
+from command_line import process, wanda_dvc
 from conftest import Factory, Patch, write_settings
 from repository import Repository
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.cli import app
+from wanda_dvc.cli import _prepare, app
 from wanda_dvc.reading import check_place
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import load_json
@@ -111,9 +113,18 @@ def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeyp
     assert [check["good"] for check in content["checks"] if check["what"] == "params.yaml"] == [False]
     (tmp_path / "params.yaml").write_text("sparsity: 2\nrecipe: no\n", encoding="utf-8")  # several problems
     assert printed(["doctor"], code=2)["missing"] == ["params.yaml"]
+    assert wanda_dvc("doctor", cwd=tmp_path).returncode == 2
 
 
 # --- the environment of a stage ---
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_only_download_may_reach_the_network(network: bool):
+    with mock.patch.dict(os.environ):
+        del os.environ["HF_HUB_OFFLINE"]
+        _prepare("a stage", network=network)
+        assert ("HF_HUB_OFFLINE" in os.environ) is not network
 
 
 def test_a_stage_sets_the_environment_before_it_imports_libraries(tmp_path: Path):

@@ -1,9 +1,11 @@
 """A model against the dense model: the laws of the divergence, and its two stages."""
 
+import csv
 import json
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -222,6 +224,13 @@ def test_the_pruned_model_is_measured_without_the_dense_one(study: Make):
     assert 0 < metrics["top1_agreement"]["mean"] < 1
     assert len(details["divergences"]) == len(details["agreements"]) == 4
     assert load_json(made.metrics("dense", "perplexity/embedded")).keys() == {"perplexity"}
+    assert fmean(details["agreements"]) == pytest.approx(metrics["top1_agreement"]["mean"], rel=1e-5)
+    losses = {"dense": load_json(made.details("dense", "perplexity/embedded"))["losses"], "pruned": details["losses"]}
+    apart = {"divergence": details["divergences"], "agreement": details["agreements"]}
+    for name, columns in (("perplexity", losses), ("divergence", apart)):
+        rows = list(csv.DictReader(made.plots(f"{name}/embedded").read_text().splitlines()))
+        for column, values in columns.items():
+            assert [float(row[column]) for row in rows] == pytest.approx(values, rel=1e-5)
 
 
 def test_a_reference_of_other_settings_or_libraries_is_refused(study: Make):

@@ -22,6 +22,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import read_model
 from wanda_dvc.stages.runs import Runs
+from wanda_dvc.study.card import card as card_of
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance, write_provenance
@@ -81,6 +82,13 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     ):
         assert said in text
     assert str(pruned.root.parent) not in card.content
+    masks = read_provenance(pruned.masks, "mask")
+    for changes, said in (
+        ({"method": "sparsegpt"}, "zero, chosen by `sparsegpt` ("),
+        ({"pattern": "neurons"}, "were removed, 25 % of the model's parameters"),
+    ):
+        write_provenance(pruned.masks, masks | {"params": masks["params"] | changes})
+        assert said in card_of(pruned, {"sparsity": 0.5, "removed_parameters": 0.25})
 
 
 def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
@@ -119,9 +127,12 @@ def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
     write_json(pruned.details("pruned", "layer_error"), errors)
     write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.876}})
     write_json(pruned.details("pruned", "zero_shot"), {"tasks": {"piqa": {"protocol": protocol, "items": []}}})
+    for which, of in (("dense", {}), ("pruned", protocol)):
+        written = {"protocol": of | {"tokens": 40}, "prompts": [{"prompt": "To", "text": "another's"}]}
+        write_json(pruned.details(which, "continuations"), written)
     text = exported(pruned).text
     assert "12.50" in text
-    assert not [figure for figure in ("99.75", "0.99", "0.1111", "87.6") if figure in text]
+    assert not [figure for figure in ("99.75", "0.99", "0.1111", "87.6", "another's") if figure in text]
     assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
     assert "99.75" not in show(project=pruned)
 

@@ -12,6 +12,7 @@ from cases.grids import named
 from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_apply
 from test_families import save
 
+from wanda_dvc.engine import divergence
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import HiddenStates
@@ -93,8 +94,17 @@ def test_each_tier_of_statistics_adds_its_own(config_only: Make):
     tiers = ("norms", "gram", "gradients")
     once, gram, back = (need(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
+    assert once.disk == 2 * 3 * 64 * 32 * 4  # hidden states
     assert once.memory < gram.memory <= back.memory
     assert once.disk < gram.disk < back.disk
+
+
+def test_the_dense_model_also_leaves_a_reference_and_all_gpus_are_of_one_kind(config_only: Make):
+    made = config_only()
+    dense, pruned = (need(made, "perplexity", part).disk for part in ("dense", "pruned"))
+    assert dense - pruned == divergence.BYTES_A_TOKEN * 4 * 64
+    one, other = (need(config_only(runtime__device=device), "perplexity") for device in ("cuda", "cuda:1"))
+    assert one == other
 
 
 def test_the_disk_is_that_of_what_is_written(study: Make):

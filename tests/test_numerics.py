@@ -18,7 +18,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.running import own_device
+from wanda_dvc.stages.running import check_ready, own_device
 from wanda_dvc.study.files import load_json
 
 EVERY = ("model", "calibration", "perplexity", "tasks")
@@ -115,6 +115,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
 @pytest.mark.parametrize("stage", ["calibration", "perplexity"])
 def test_windows_longer_than_the_models_positions_are_refused(stage: str, project: Make):
     made = fetch(project(**{f"{stage}__length": 513}))
+    assert check_ready(made, "dense", 512)
     with pytest.raises(UserError, match=rf"{stage}.length: got 513, expected at most 512, the positions"):
         run("calibrate" if stage == "calibration" else stage, project=made, part="dense" * (stage == "perplexity"))
 

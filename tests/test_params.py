@@ -31,6 +31,7 @@ LINES = {
     "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
     "calibration: 3": "calibration: found 3, expected settings, a name and a value each",
     "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
+    "recovery__text: {source: embedded, split: test}": "recovery.text: found the text that perplexity is measured on",
     "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",
     "TEXT__source: ptb, TEXT__column: body": "calibration.text: found {'source': 'ptb', 'column': 'body'}, expected",
     "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
@@ -54,6 +55,11 @@ def test_each_problem_has_its_line(tmp_path: Path):
         given = YAML(typ="safe", pure=True).load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
         (problem,) = problems(tmp_path, **given)
         assert problem.startswith(f"params.yaml: {expected}")
+
+
+def test_only_embedded_questions_have_a_limit_of_their_own():
+    for source, items in (("embedded", 10), ("benchmark", None)):
+        assert check_params(committed() | {"tasks": {"source": source}}).items == items
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path):

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_families import ALL, save
 
 from wanda_dvc.engine import recovery
-from wanda_dvc.engine.checkpoint import write_model
+from wanda_dvc.engine.checkpoint import Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export, sections
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
+from wanda_dvc.stages.needs import Known, computes_twice, training
 from wanda_dvc.stages.recover import recover
 from wanda_dvc.stages.recover import windows as windows_of
 from wanda_dvc.stages.running import calibration_windows
@@ -63,12 +64,14 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
 def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
-    dense, pruned = pair(tmp_path, tie_word_embeddings=tied)
+    dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
     with mock.patch.object(recovery, "Recovery", wraps=recovery.Recovery) as trainer:
         weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
     assert all(one.grad is None for one in trainer.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["other"] < curve[0]["other"]
+    assert curve[-1]["score"] == pytest.approx(sum(curve[-1][name] / curve[0][name] / 2 for name in ("text", "other")))
+    assert recovery.root_mean_square(torch.tensor([0.0, 3.0, 4.0])) == pytest.approx(12.5**0.5)  # of what stays
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
     for name, weight in before.items():
         if weight.dim() > 1:
@@ -84,12 +87,14 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, 
     with pytest.raises(KeyboardInterrupt):
         train(dense, pruned, work, step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
     (last,) = sorted(work.glob("checkpoint-*"))
-    shutil.copytree(last, work / "checkpoint-10")  # the kill came while the next one was written, or removed
-    state = work / "checkpoint-10" / recovery.STATE
-    state.write_text(state.read_text().replace('"global_step": 8', '"global_step": 10'))
+    for step in (2, 10):  # an older one; and the kill came while the next one was written, or removed
+        state = shutil.copytree(last, work / f"checkpoint-{step}") / recovery.STATE
+        state.write_text(state.read_text().replace('"global_step": 8', f'"global_step": {step}'))
     state.with_name(missing).unlink()
     steps: list[int] = []
-    again, resumed = train(dense, pruned, work, step=lambda: steps.append(1))
+    with mock.patch.object(recovery, "divergence", wraps=recovery.divergence) as measured:
+        again, resumed = train(dense, pruned, work, step=lambda: steps.append(1))
+    assert measured.call_count == 1 + 12 + 6 * 4  # the trial, the steps that were left, the guard
     assert len(steps) == 20  # those before the kill count
     assert resumed == curve
     one, other = (written(made, tmp_path / str(place)) for place, made in enumerate((whole, again)))
@@ -174,7 +179,9 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     for part in ("dense", "pruned", "recovered"):
         if part == "recovered":
             run("recover", project=made)
+            plotted = made.plots("perplexity/embedded").read_bytes()
         run("perplexity", project=made, part=part)
+    assert made.plots("perplexity/embedded").read_bytes() == plotted  # the pruned model's
     curve = made.plots("recovery").read_text().splitlines()
     assert curve[0] == "tokens,text,other"
     assert float(curve[-1].split(",")[1]) < float(curve[1].split(",")[1])
@@ -195,8 +202,8 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     write_provenance(made.model("recovered"), own | {"recovery": own["recovery"] | {"rate": 0.02}})  # by hand
     with pytest.raises(UserError, match="models/recovered was made with other settings: rate=0.02; run `dvc repro`"):
         export(project=made, experiment=None, target=tmp_path / "another")
-    write_provenance(made.model("recovered"), own | {"trained": False})
-    assert "A training on 1,024 tokens towards the dense model did not help" in sections(experiment)["Results"]
+    write_provenance(made.model("recovered"), own | {"trained": False, "tokens": 512})
+    assert "A training on 512 tokens towards the dense model did not help" in sections(experiment)["Results"]
     write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
     with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):
         export(project=made, experiment=None, target=tmp_path / "another")
@@ -233,6 +240,23 @@ def test_a_machine_without_the_memory_is_refused(project: Make, monkeypatch: pyt
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
         recover(project=made)
     assert not made.model("recovered").exists()
+    for free, twice in ((training(Known(made)), True), (10**12, False)):
+        monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
+        assert computes_twice(made) is twice
+
+
+def test_the_provenance_is_that_of_the_best_score(project: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    made = prune(fetch(project(**SMALL)))
+    of = [(0, 1.0, 1.0, 1.0), (512, 1.1, 0.1, 0.6), (1024, 0.9, 0.7, 0.8)]
+    checkpoint = Checkpoint(made.model("pruned"))
+    found = (
+        Changed(checkpoint, checkpoint.read, {}),
+        [dict(zip(("tokens", "text", "other", "score"), one, strict=True)) for one in of],
+    )
+    monkeypatch.setattr("wanda_dvc.stages.recover.train", lambda *_, **__: found)
+    recover(project=made)
+    assert read_provenance(made.model("recovered"), "recover")["tokens"] == 512
+    assert "did not help on text;" in capsys.readouterr().err
 
 
 def test_a_model_trains_without_dropout(tmp_path: Path):

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import read_preset, write_settings
+from conftest import Patch, read_preset, write_settings
 from markdown_it import MarkdownIt
 
 from wanda_dvc.engine.intervals import Estimate
@@ -19,8 +20,8 @@ from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, curves, write
-from wanda_dvc.results.report import differing, group, page
-from wanda_dvc.results.show import notes
+from wanda_dvc.results.report import against_sparsity, differing, group, page
+from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -120,6 +121,17 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(**paper) == {5.12, 6.42}
 
 
+def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):
+    rows = [{"method": "dense", "perplexity": 7.0}, {"method": "wanda", "perplexity": 10.0, "piqa": 80.0}]
+    source = published.Source("Paper", ["/models/tiny"], {}, {}, rows, {})
+    monkeypatch.setattr(published, "sources", lambda: [source])
+    assert published.comparisons({"wanda 50 %": made()}) == [
+        ["dense", "Paper", "perplexity", "7.0", "7.389", "1.056"],
+        ["wanda 50 %", "Paper", "piqa", "80.0", "50", "0.625"],
+        ["wanda 50 %", "Paper", "perplexity", "10.0", "12.18", "1.218"],
+    ]
+
+
 def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
     """Another calibration text, and a text of another name in the settings."""
     one, other = made(), made(calibration__text__source="wikitext2", calibration__text__split="train")
@@ -135,6 +147,7 @@ def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
 def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     said = said_of(made(), made("magnitude-rows", loss=3.5, right=4, text="1"))
     assert "measured in 2 ways" in said
+    assert "sparsity 0.5, pattern 2:4" in title(made(sparsity=0.7, pattern="2:4"), named=True)
     assert "## tiny (differs in tokens\\_sha256)" in said or "## tiny (differs in tokens_sha256)" in said
     assert "against magnitude-rows" not in said
     assert "| wanda 50 % against dense | 1.649 ×" in said
@@ -168,6 +181,23 @@ def test_the_picture_has_room_for_the_names_of_many_experiments():
     """Matplotlib warns of axes without any height."""
     series = {f"{number} {'calibration.text.source=wikitext2 ' * 3}": [(0.5, Estimate(2.0))] for number in range(24)}
     curves(series, "perplexity", level=1.0, log=True).savefig(io.BytesIO())
+
+
+def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
+    more, less = made(), made(sparsity=0.07, loss=2.1, right=23)  # in the order of their names
+    (section,) = group([more, less])
+    for heading, scale in (("mean acc, %", "linear"), ("perplexity", "log")):
+        measure, on = section.columns[heading]
+        drawn: list[Any] = list(against_sparsity(section, heading, measure, on))
+        (ax,) = drawn[0][1].axes
+        line, _, (bars,) = ax.containers[0]
+        models = (section.models["dense"], less.made, more.made)
+        read: list[Any] = [measure.read(one, on) for one in models]
+        x = np.array([[share, *one[:3]] for share, one in zip((7, 50), read[1:], strict=True)])
+        np.testing.assert_allclose(line.get_xydata(), x[:, :2])
+        np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], x[:, 2:])
+        assert ax.lines[0].get_ydata()[0] == read[0].value
+        assert ax.get_yscale() == scale
 
 
 def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):

@@ -58,7 +58,7 @@ def write_results(
         agreed = {"mean": 0.5, "low": 0.45, "high": 0.55}
         numbers |= {"divergence": kl, "top1_agreement": agreed, "rms_probability_change": 0.125}
         answered["flips"] = {"acc": {"lost": 12, "gained": 2, "swapped": 1}}
-        write_json(study.metrics(model, "sparsity"), {"sparsity": 0.5})
+        write_json(study.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
         linears = {"q": {"error": 0.1, "masked": 0.2}, "k": {"error": 0.3, "masked": 0.4}}
         write_json(study.details(model, "layer_error"), {"protocol": of, "linears": linears})
     write_json(study.details(model, "perplexity/embedded"), details)
@@ -133,6 +133,7 @@ def test_every_measure_is_read_and_formatted(here: Project):
         ["wrong → wrong", "–", "1", ""],
         ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
+        ["parameters removed, %", "–", "25.0", ""],
     ]
     (perplexity,) = (one for one in MEASURES if one.name == "perplexity")
     texts = [perplexity.test_text(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
@@ -206,6 +207,15 @@ def test_files_of_another_run_are_left_out(here: Project):
     assert workspace(here).made.metrics == {}
 
 
+def test_results_have_the_settings_of_their_run(here: Project):
+    ran = {"params": {"params.yaml": here.params.model_dump(mode="json")}}
+    write_json(here.root / "dvc.lock", {"stages": {"plan": ran}})
+    write_params(here.root, "org/model", sparsity=0.7)
+    found = workspace(Project(here.root))
+    assert found.params.sparsity == 0.5
+    assert "params.yaml has sparsity=0.7, which has not run: `dvc repro` runs it." in found.notes
+
+
 def test_mcnemar_is_the_fair_coin_counted_out():
     """Every outcome of the disagreements, counted one by one."""
     for first, second in itertools.product(range(6), repeat=2):
@@ -238,6 +248,9 @@ def test_the_interval_of_several_tasks_covers_the_truth_about_as_often_as_it_say
         assert mean
         covered += mean.low <= 0.1 <= mean.high
     assert 0.91 <= covered / 400 <= 0.985, covered
+    alone = intervals.mean_of_tasks(tasks[:1], -1)
+    assert alone
+    assert alone.p == pytest.approx(stats.ttest_1samp(tasks[0], 0).pvalue)
 
 
 def test_the_paired_test_agrees_with_permutations():
@@ -270,6 +283,7 @@ def test_a_shorter_window_counts_by_its_predictions(here: Project):
     dense, pruned = (write_results(here, model, loss, 36, **words) for model, loss in (("dense", 2.0), ("pruned", 2.5)))
     said = list(notes({"dense": here.params}, {"dense": dense, "pruned": pruned}))
     assert any("3 windows of 64 tokens and one of 8 of a" in one for one in said)
+    assert any("the first 40 items of each" in one for one in said)  # as measured, whatever params.yaml has now
     (tests,) = compare([(pruned, dense)])
     mean = (63 * (0.52 + 0.48 + 0.48) + 7 * 0.52) / (3 * 63 + 7)
     assert tests["perplexity", "embedded"].value == pytest.approx(math.exp(mean), rel=1e-9)
@@ -308,7 +322,7 @@ def test_holm_rejects_step_by_step():
         assert {i for i, value in enumerate(adjusted) if value <= level} == rejected
 
 
-def test_an_interval_of_accuracies_stays_within_0_and_1():
+def test_an_interval_of_accuracies_stays_within_0_and_1(here: Project):
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     assert all(intervals.accuracy([True] * count).high <= 1 for count in range(1, 50))
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
@@ -320,6 +334,7 @@ def test_an_interval_of_accuracies_stays_within_0_and_1():
     both = intervals.mean_of_tasks(answers, 0)
     assert both
     assert both.high - both.value == pytest.approx(both.value - both.low) != 0  # not cut
+    assert figures(write_results(here, "dense", 2.0, 1))["mean_acc"]["low"] == 0
 
 
 # --- show ---
@@ -347,7 +362,7 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
 def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, monkeypatch: pytest.MonkeyPatch):
     """Of those that have results of the model that their settings make."""
     value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
-    broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}})
+    broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}, "perplexity/embedded": {"divergence": "diverged"}})
     dense = {"dense": diverged, "pruned": Results({})}
     for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "zero_shot.limit"):
         states = [listing.State(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
@@ -359,6 +374,7 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
     assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
     (record,) = listing.results([listing.State("a", "a", "branch", results={"pruned": broken})])
     assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
+    assert record["pruned.divergence.embedded"] == math.inf
     flips = {"flips": {"acc": {"lost": 1, "gained": 0, "swapped": 0}}}
     for other, lost in (({}, None), (flips, 2.0)):  # a sum of some tasks would be too low
         part = {"pruned": Results({"zero_shot": {"piqa": {"acc": 0.5} | flips, "rte": {"acc": 0.5} | other}})}
@@ -366,6 +382,8 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
     plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
     for windows in (None, 4):  # None is the default, here left out
         every = [plain, plain | {"perplexity.windows": windows}]
-        states = [listing.State("a", "a", "branch", settings=one, results={"pruned": value}) for one in every]
+        words: Json = {"results": {"pruned": value}, "stale": windows is None}
+        states = [listing.State("a", "a", "branch", settings=one, **words) for one in every]
         monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        assert ("perplexity.windows differ" in listing.experiments(project=here)) == (windows is not None)
+        said = listing.experiments(project=here)
+        assert ("perplexity.windows differ" in said) == ("No numbers of stages" not in said) == (windows is not None)

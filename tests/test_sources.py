@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.recover import windows as recovery_windows
 from wanda_dvc.stages.running import calibration_windows
 
 COMMIT, OLDER = "c" * 40, "0" * 40
@@ -127,16 +128,18 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Path):
-    doubles = ("pytorch_model.bin", "consolidated.safetensors", "original__model.pth", "README.md")
-    hub.add("models/org/tiny", tiny, **dict.fromkeys(doubles, b"x"))
     made = project(model="org/tiny@v1")
+    doubles = ("pytorch_model.bin", "consolidated.safetensors", "original__model.pth", "README.md")
+    tiny, hub.card = shutil.copytree(tiny, made.root / "source"), {"license": "mit"}
+    (tiny / "chat_template.jinja").write_text("{{ messages }}")
+    hub.add("models/org/tiny", tiny, **dict.fromkeys(doubles, b"x"))
     download(project=made, part="model")
     names = {path.name for path in tiny.iterdir()}
     assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert set(hub.fetched) == names
     assert all((made.model("dense") / name).read_bytes() == (tiny / name).read_bytes() for name in names)
     found = provenance(made.model("dense"))
-    assert (found["source"], found["revision"]) == ("org/tiny", OLDER)
+    assert (found["source"], found["revision"], found["license"]) == ("org/tiny", OLDER, "mit")
     assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
     assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
     before = (made.model("dense") / "provenance.json").read_bytes()
@@ -390,6 +393,9 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     assert found["sha256"] == hashlib.sha256(content).hexdigest()
     expected = authors_windows(documents(), load_tokenizer(tiny), samples=20, length=64, seed=seed)
     assert calibration_windows(made).tolist() == expected
+    again = authors_windows(documents(), load_tokenizer(tiny), samples=8, length=64, seed=seed + 1)
+    made = project(calibration__text__source="c4", calibration__windows=20, recovery__tokens=64 * 4, **settings)
+    assert recovery_windows(made)[0].tolist() == again[4:]  # and not the calibration's
 
 
 def test_a_document_that_cannot_be_long_enough_is_drawn_and_not_tokenized():

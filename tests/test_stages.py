@@ -41,7 +41,7 @@ from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import TOKENIZER, files_digest
+from wanda_dvc.study.provenance import TOKENIZER, digest, files_digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import pack_masks, read_masks, read_stats, write_masks
 from wanda_dvc.views import stats
 
@@ -127,6 +127,11 @@ def test_masks_are_those_of_the_loops(study: Make, method: str, changes: dict[st
 def test_statistics_cut_in_another_way_are_refused(study: Make):
     with pytest.raises(UserError, match=r"stats/: measured with .*'windows': 4.* expected .*'windows': 3"):
         mask(project=study(calibration__windows=3))
+    made = study(recipe="admm")
+    write_provenance(made.gram, read_provenance(made.gram, "calibrate") | {"params": {}})
+    with pytest.raises(UserError, match="stats/gram: found a calibration of"):
+        mask(project=made)
+    mask(project=study(recipe="admm", propagation="pruned"))  # it reads no cached Gram matrices
 
 
 @pytest.mark.parametrize("name", list(OF_WEIGHTS))
@@ -271,6 +276,7 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny
     details = json.loads(made.details("dense", "perplexity/embedded").read_text())
     np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
     assert (details["protocol"]["windows"], details["protocol"]["rest"]) == (complete, 17)
+    assert details["protocol"]["tokens_sha256"] == digest(tokens.tolist())
     value = json.loads(made.metrics("dense", "perplexity/embedded").read_text())["perplexity"]
     expected = math.exp((49 * sum(losses[:-1]) + 16 * losses[-1]) / (complete * 49 + 16))
     assert value == pytest.approx(expected, rel=1e-5)
@@ -331,6 +337,7 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, named: bool
         assert answer["answer_norm"] == each.index(max(each))
         right["acc"] += answer["answer"] == item["label"]
         right["acc_norm"] += answer["answer_norm"] == item["label"]
+    assert details["protocol"]["dense"] == read_provenance(made.model("dense"), "download model")["sha256"]
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers == {measure: count / limit for measure, count in right.items()}
     assert set(details["standard_errors"]) == ({"acc", "acc_norm"} if limit > 1 else set())
