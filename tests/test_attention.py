@@ -210,6 +210,9 @@ def asked() -> list[Request]:
 def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
     decoder = Decoder(save_tiny_model(tmp_path / "deep", num_hidden_layers=40), dtype=torch.bfloat16, device=CPU)
     assert decoder.holds_layouts
+    del decoder.holds_layouts
+    decoder.model.config.rope_parameters["rope_type"] = "longrope"  # its angles follow from the row's last position
+    assert not decoder.holds_layouts
 
 
 @pytest.mark.parametrize("row", [30, 2048])

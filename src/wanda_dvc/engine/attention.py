@@ -51,7 +51,8 @@ def visible(
     if layout is None:
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, device=device, **words)
     size = int(layout.positions.max()) + 1
-    words |= {"allow_is_causal_skip": False, "attention_mask": None, "q_offset": 0, "kv_offset": 0}
+    skips = dict.fromkeys(("allow_is_causal_skip", "allow_is_bidirectional_skip"), False)
+    words |= {"attention_mask": None, "q_offset": 0, "kv_offset": 0} | skips
     sees = sdpa_mask(1, size, size, mask_function=mask_function, device=device, **words)
     assert sees is not None
     return layout.hidden(sees[0, 0].cpu()).to(device)[None, None, None]

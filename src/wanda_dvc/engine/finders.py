@@ -193,8 +193,8 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
     fields = {name: Field(total, (where,)) for name in structure.fields if content.get(name) == total}
     if not fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
-    block = re.compile(rf"((?:^|.*\.){re.escape(where.rpartition('.')[2])}\.)(\d+)(\..*)")
-    # Another part of the model, such as a vision tower, may have blocks of the same leaf name.
+    block = re.compile(r"(.*?\.)(\d+)(\..*)")
+    # Another part of the model, such as a vision tower, has blocks too, under another head.
     heads = {found[1] for names in linears for name in names if (found := block.fullmatch(name))}
     numbered = {}
     for name in source.where:

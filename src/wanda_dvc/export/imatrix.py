@@ -33,7 +33,7 @@ def importance(study: Project, target: Path) -> str:
     kind = read_config(study.model("dense")).get_text_config().model_type.removesuffix("_text")
     spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
     if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
-        raise UserError(f"--imatrix: found {kind}, expected an architecture of llama.cpp; leave the option out")
+        raise UserError(f"--imatrix: found {kind}, expected a model with a known name in llama.cpp; leave it out")
     masks, measured = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
     if masks["stats"] != digest(measured):
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
