@@ -174,7 +174,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
         said = experiments(project=Project(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")
-    assert "No numbers of stages that have not run on the current settings: workspace." in said
+    assert "Some stages have not run on the current settings: workspace." in said
     assert "sparsity=0.9" in said
 
 

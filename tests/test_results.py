@@ -386,4 +386,6 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
         states = [listing.State("a", "a", "branch", settings=one, **words) for one in every]
         monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
         said = listing.experiments(project=here)
-        assert ("perplexity.windows differ" in said) == ("No numbers of stages" not in said) == (windows is not None)
+        assert (
+            ("perplexity.windows differ" in said) == ("Some stages have not run" not in said) == (windows is not None)
+        )

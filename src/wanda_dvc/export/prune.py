@@ -66,6 +66,7 @@ def prune(
     began = time.time()
     with alone(study, f"waiting for another `wanda-dvc prune` of this model, in {study} …"):
         check_target(project, target)  # the other one may have written it
+        (study / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
         renew(study, nested(settings))
         reproduce(study, "download", "model", shown=True)
         longest = positions_of(read_config(project.model("dense"))) or params.calibration.length
@@ -155,7 +156,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool,
     parts = [
         title(found, named=False),
         table(["", *models], rows),
-        "Seconds: of the stages that ran now; the others had finished before.",
+        "Seconds: of the stages that ran now.",
         *(note for note in notes({found.name: found.params}, models) if evaluate and note.startswith("Perplexity on")),
         *(found.notes if evaluate else []),  # else the evaluation is another model's
         f"{target}: the {list(models)[-1]} model, with a model card. Next:",

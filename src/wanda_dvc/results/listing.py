@@ -132,7 +132,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             f"\n\nNot all comparable: {some(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
         )
     if stale := [one.name for one in states if one.stale]:
-        found += f"\n\nNo numbers of stages that have not run on the current settings: {some(stale, 10)}."
+        found += f"\n\nSome stages have not run on the current settings: {some(stale, 10)}."
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
@@ -94,6 +94,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *
         ticks = sorted({float(f"{tick:.3g}") for tick in np.geomspace(min(values), max(values), 5)})
         ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
         ax.yaxis.set_minor_locator(NullLocator())
+    if not log:  # an accuracy
+        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.margins(0.08)
     ax.set_xlabel("sparsity, %")

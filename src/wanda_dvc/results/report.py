@@ -3,6 +3,7 @@
 Experiments whose results may not be compared are in sections of their own. Each chapter is a function of a section.
 """
 
+import json
 import math
 import re
 import tempfile
@@ -32,7 +33,7 @@ from wanda_dvc.study.project import Project
 OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")
 # The captions of the tables, by what a measure is measured on; `OF_TASKS` of a task, and of all.
 CAPTIONS = {TEXT: "On {}; intervals over windows (t).", MODEL: "The pruned weights."}
-OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally. Answers that pruning changed, of all."
+OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally."
 FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
@@ -46,13 +47,13 @@ def report(*, project: Project, output: Path, revs: list[str] | None = None) -> 
             waiting = "".join(f"\n{name}: {text}" for name, text in excluded)
             raise UserError(f"{project.root}: no experiment with results{waiting or '; run `dvc repro`'}")
         write(output, f"Pruning study: {project.root.name}", page(found, excluded))
-    return f"{output}: {len(found)} experiments, {len(excluded)} excluded"
+    return f"{output}: {len(found)} experiment{'s' * (len(found) != 1)}, {len(excluded)} excluded"
 
 
 def page(experiments: list[Experiment], excluded: Excluded) -> Content:
     """Return the report below its title: every chapter for each section, then the excluded experiments."""
     sections = group(experiments)
-    count = f"{len(experiments)} experiments, {len(excluded)} excluded"
+    count = f"{len(experiments)} experiment{'s' * (len(experiments) != 1)}, {len(excluded)} excluded"
     parts: Content = [f"{count}; wanda-dvc {__version__}. Intervals in parentheses are at 95 %."]
     if len(sections) > 1:
         parts.append(
@@ -164,7 +165,9 @@ def shown(value: Any) -> str:
     """Return a setting as text; of a local path the last part: pages are shared."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "null" if value is None else Path(value).name if str(value).startswith("/") else f"{value}"
+    if value is None or str(value).isspace():
+        return json.dumps(value)
+    return Path(value).name if str(value).startswith("/") else f"{value}"
 
 
 def private(text: str) -> str:

@@ -149,17 +149,20 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a progress bar on a terminal, else with a line a minute."""
     from tqdm import tqdm
 
-    bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
     began = said = time.monotonic()
-    before = 0
-    for done, item in enumerate(bar, start=1):
-        yield item
-        now = time.monotonic()
-        if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
-            # At the speed since the last line: the first items of a resumed stage take no time. Others' first sets up.
-            left = f", about {(now - said) / (done - before) * (total - done):.0f} s left" if 1 < done < total else ""
-            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
-            said, before = now, done
+    done = before = 0
+    with tqdm(total=total, desc=what, file=sys.stderr, disable=None) as bar:  # without a terminal: disabled
+        for item in items:
+            if done == 0 and isinstance(first := getattr(item, "index", 0), int):  # the block of a resumed walk
+                bar.initial = bar.n = done = before = first
+            yield item
+            bar.update()
+            done, now = done + 1, time.monotonic()
+            if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
+                # At the speed since the last line: the first steps of a resumed training take no time.
+                rest = f", about {(now - said) / (done - before) * (total - done):.0f} s left"
+                notice(f"{what}: {done} of {total}, {now - began:.0f} s{rest if 1 < done < total else ''}")
+                said, before = now, done
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:

@@ -16,7 +16,10 @@ from typing import Any
 from wanda_dvc.errors import UserError, notice
 
 # Lines of `dvc repro` that say nothing of a stage; the last is about the locks of a run that was killed.
-DVCS_OWN = ("Stage ", "Updating lock", "Generating lock", "To track", "Use `dvc", "WARNING: Process '")
+DVCS_OWN = (
+    "Stage ", "Updating lock", "Generating lock", "To track", "To enable", "\tgit add", "\tdvc config", "Use `dvc",
+    "WARNING: Process '",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -156,7 +159,7 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
                 said.append(line)
                 notice(line)
     if process.returncode:
-        own = [line for line in said if not line.startswith(("ERROR:", "\tgit add"))]
+        own = [line for line in said if not line.startswith("ERROR:")]
         failed = f"{root}: `dvc repro {' '.join(stages)}` failed{'; the messages above give the reason' * shown}"
         raise UserError(*((not shown and (own or said)) or [failed]))
 
