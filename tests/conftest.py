@@ -6,7 +6,6 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 import atexit
 import ctypes
 import gc
-import importlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from jaxtyping import install_import_hook
@@ -153,17 +151,7 @@ def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, 
     byte_tokenizer().save_pretrained(folder)
 
 
-def script(name: str) -> ModuleType:
-    """A module of scripts/, which pytest's `pythonpath` has."""
-    return importlib.import_module(name)
-
-
 TEXTS = ("calibration__text", "perplexity__texts__embedded")  # their settings
-
-
-def text_of(part: str) -> str:
-    """The name of the text that a part of `download` reads; "" if it reads none by name."""
-    return "embedded" if part == "perplexity" else ""
 
 
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
@@ -234,7 +222,7 @@ def fetch(project: Project, *parts: str) -> Project:
     from wanda_dvc.stages.download import download
 
     for part in parts or ("model", "calibration", "perplexity"):
-        download(project=project, part=part, text=text_of(part))
+        download(project=project, part=part, text="embedded" * (part == "perplexity"))
     return project
 
 
@@ -243,10 +231,14 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, but for git's, DVC's and unfinished work."""
-    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {name.as_posix(): (folder / name).read_bytes() for name in names if not {".dvc", ".git"} & set(name.parts)}
+def tree(folder: Path, *of: str) -> dict[str, bytes]:
+    """The content of every file below a folder, or of those parts; without git's, DVC's and unfinished work."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if not {".dvc", ".git"} & set(name.parts) and (not of or name.parts[0] in of)]
+    return {name.as_posix(): (folder / name).read_bytes() for name in names}
+
+
+MADE = ("stats", "masks", "weights", "reference", "metrics")  # what stages that go through blocks write
 
 
 def calibrate(*, project: Project) -> None:

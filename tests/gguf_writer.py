@@ -37,18 +37,16 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
 
 
 def _describe(writer: GGUFWriter, config: Any) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if factor := config.rope_parameters.get("factor"):
-        writer.add_rope_scaling_factor(factor)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    values = {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps, "rope_freq_base": rope["rope_theta"],
+        "rope_dimension_count": config.hidden_size // config.num_attention_heads, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    for name, value in (values | ({"rope_scaling_factor": rope["factor"]} if "factor" in rope else {})).items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:

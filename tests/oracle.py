@@ -1,6 +1,7 @@
 """The procedure as the paper's text has it, in plain loops; nothing here is shared with what it checks."""
 
 import math
+from itertools import accumulate
 
 
 def scores(weight, inputs=None):
@@ -45,16 +46,8 @@ def keep_by_share(score, sparsity):
         rows = []
         for row in score:
             order = sorted(range(len(row)), key=lambda position: (row[position], position))
-            total = 0.0
-            for position in order:
-                total += row[position]
-            so_far, out = 0.0, set()
-            for position in order:
-                so_far += row[position]
-                if so_far > alpha * total:
-                    break
-                out.add(position)
-            rows.append(out)
+            sums = list(accumulate(row[position] for position in order))
+            rows.append({position for position, so_far in zip(order, sums, strict=True) if so_far <= alpha * sums[-1]})
         return rows
 
     size = sum(len(row) for row in score)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import figures
+import mutants
 import origin
 import peers
 import pytest
 import recipes
 import torch
-from conftest import ROOT, calibrate, fetch, script
+from conftest import ROOT, calibrate, fetch
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES
@@ -56,7 +58,6 @@ def test_every_committed_row_has_an_origin(file: Path):
 
 
 def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
-    figures = script("figures")
     made = origin.origin("a protocol", ["mask"])
     rows = {
         f"{figures.SMALL} {recipe} 50%": {"value": {"wikitext2": {"perplexity": 30.25}}, "origin": one}
@@ -102,7 +103,7 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
     shared = os.environ.get("WANDA_DVC_SHARED")
     study = recipes.Study(recipes.MODELS[0], Path(shared, "datasets") if shared else None, tmp_path)
     known = origin.read_rows(recipes.TARGET)
-    for recipe in ("dense", "wanda", script("figures").RECOMMENDED):
+    for recipe in ("dense", "wanda", figures.RECOMMENDED):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
@@ -157,7 +158,6 @@ def test_every_other_answer_counts():
 
 def test_every_mutant_changes_the_code_that_is_there():
     """`python scripts/mutants.py` runs them."""
-    mutants = script("mutants")
     for name, row in mutants.TABLE.items():
         source = (ROOT / f"src/wanda_dvc/{name}.py").read_text(encoding="utf-8")
         for old, new in row["changes"]:

@@ -13,7 +13,7 @@ import offline
 import pytest
 import torch
 from cases.models import tensors
-from conftest import Make, Patch, calibrate, fetch, mask_and_apply, save_tiny_model, tree
+from conftest import MADE, Make, Patch, calibrate, fetch, mask_and_apply, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
 from wanda_dvc.errors import UserError
@@ -161,9 +161,6 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
         list(cluster.map(lambda *_: os._exit(1), [None], "block 0, shard"))
 
 
-MADE = ("stats", "masks", "weights", "reference", "metrics")
-
-
 def run_stages(study: Project) -> dict[str, bytes]:
     """Run the stages that go through blocks, and the one between them; what they made."""
     calibrate(project=study)
@@ -171,7 +168,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     perplexity(project=study, model="dense", text="embedded")
     perplexity(project=study, model="pruned", text="embedded")
     zero_shot(project=study, model="pruned")
-    return {name: content for name, content in tree(study.root).items() if name.startswith(MADE)}
+    return tree(study.root, *MADE)
 
 
 @slow

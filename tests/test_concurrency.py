@@ -12,29 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Factory, Make, fetch, save_tiny_model, tree
+from conftest import Factory, save_tiny_model, tree
 from repository import Repository, command_environment
 
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
-from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 
 KILLS = int(os.environ.get("WANDA_DVC_KILLS", "2"))  # seeds; 30 take ten minutes on two cores
 SEEDS = (1, 2)  # of calibration: the settings that alternate
-
-
-@pytest.mark.slow  # runs stages as processes
-def test_two_runs_of_one_stage_at_once_end_as_one(project: Make, tmp_path: Path):
-    run("calibrate", project=fetch(project(), "model", "calibration"))
-    expected = tree(tmp_path)
-    shutil.rmtree(tmp_path / "stats")
-    words = ["wanda-dvc", "-C", str(tmp_path), "calibrate"]
-    environment = command_environment(real=False)
-    both = [subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert tree(tmp_path) == expected
 
 
 def started(repository: Repository, *words: str, real: bool = False) -> subprocess.Popen[str]:
@@ -114,7 +100,7 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
     expected = {}
     for seed in SEEDS:
         repository.repro("mask", calibration__seed=seed)
-        expected[seed] = stats_and_masks(repository.root)
+        expected[seed] = tree(repository.root, "stats", "masks")
     assert expected[SEEDS[0]] != expected[SEEDS[1]]
     hit = 0
     for number in range(KILLS):
@@ -138,10 +124,6 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
                     hit += 1
         process.communicate()
         repository.run("dvc", "repro", "mask")
-        assert stats_and_masks(repository.root) == expected[seed], f"seed {number}: {what}"
+        assert tree(repository.root, "stats", "masks") == expected[seed], f"seed {number}: {what}"
         assert repository.repro("mask") == set()
     assert hit >= KILLS // 2
-
-
-def stats_and_masks(root: Path) -> dict[str, bytes]:
-    return {name: content for name, content in tree(root).items() if name.startswith(("stats/", "masks/"))}

@@ -1,6 +1,7 @@
 """The documentation: its commands are the command line's, its links lead somewhere, its code compiles."""
 
 import ast
+import importlib
 import itertools
 import logging
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+import figures
+import pages
 import pytest
-from conftest import ROOT, Patch, committed, git, read_preset, save_tiny_model, script
+from conftest import ROOT, Patch, committed, git, read_preset, save_tiny_model
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -83,8 +86,7 @@ def anchors(page: Path) -> set[str]:
     found: set[str] = set()
     text = without_blocks(page.read_text(encoding="utf-8"))
     for heading in re.findall(r"^#+ +(.*?) *#*$", text, flags=re.MULTILINE):
-        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
-        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        slug = pages.slug(heading)
         names = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(1)))
         found.add(next(name for name in names if name not in found))
     return found
@@ -271,20 +273,12 @@ SAID = {
 }
 
 
-class Finished(NamedTuple):
-    """A tiny study that has run."""
-
-    repository: Repository
-    experiment: str
-
-    def copy(self, root: Path) -> Repository:
-        shutil.copytree(self.repository.root, root, symlinks=True)
-        return replace(self.repository, root=root)
-
-
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Finished:
-    """Without tasks and with short texts, which cost most of the time; the page on tasks brings its own."""
+def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> tuple[Repository, str]:
+    """A tiny study that has run, and its experiment.
+
+    Without tasks and with short texts, which cost most of the time; the page on tasks brings its own.
+    """
     folder = tmp_path_factory.mktemp("finished")
     model = save_tiny_model(folder / "tiny", num_hidden_layers=2, max_position_embeddings=CONTEXT)
     settings = {"tasks__names": [], "calibration__windows": 4, **texts}
@@ -292,7 +286,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) ->
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
     repository.repro()
     repository.commit()
-    return Finished(repository, experiment(repository.run("dvc", "exp", "run", "-S", "sparsity=0.25")))
+    return repository, experiment(repository.run("dvc", "exp", "run", "-S", "sparsity=0.25"))
 
 
 def placed(folder: Path, tiny: Path) -> dict[str, str]:
@@ -329,15 +323,16 @@ LONG = {"docs/data.md", "docs/compare.md", "docs/quickstart.md", *TUTORIALS}
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.full if page in LONG else ()) for page in TO_RUN]
 )
-def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
-    repository = finished.copy(tmp_path / "study")
+def test_the_commands_of_a_page_run_in_their_order(page: str, finished: tuple[Repository, str], tmp_path: Path):
+    start, made = finished
+    repository = replace(start, root=shutil.copytree(start.root, tmp_path / "study", symlinks=True))
     if page == PAPER:  # at the lengths of its preset
         preset = read_preset("paper")
         lengths = {name.replace(".", "__"): preset[name] for name in ("calibration.length", "perplexity.length")}
         assert set(lengths.values()) == {CONTEXT}
         repository.change(**lengths, perplexity__windows=preset["perplexity.windows"])
     another = save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)
-    values = placed(tmp_path, another) | {"NAME": finished.experiment}
+    values = placed(tmp_path, another) | {"NAME": made}
     for step in TO_RUN[page]:
         if isinstance(step, Block):
             paths = "|".join(name for name in values if name.startswith("/"))
@@ -382,16 +377,17 @@ def pieces(page: str) -> set[str]:
 # --- the site ---
 
 
-def test_the_list_of_commands_is_the_command_lines():
-    """`python scripts/commands.py` writes it."""
-    commands = script("commands")
-    assert commands.TARGET.read_text(encoding="utf-8") == commands.page()
+@pytest.mark.parametrize("name", ["commands", "settings"])
+def test_the_lists_of_commands_and_settings_are_those_of_the_code(name: str):
+    """`python scripts/NAME.py` writes it."""
+    script = importlib.import_module(name)
+    assert script.TARGET.read_text(encoding="utf-8") == script.page()
 
 
 @pytest.mark.parametrize("repository", ["https://example.org/owner/wanda-dvc", None])
 def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: str | None, tmp_path: Path):
     """`make docs` checks the links to pages and their anchors."""
-    script("pages").build(tmp_path, repository)
+    pages.build(tmp_path, repository)
     for page in (tmp_path / "docs").rglob("*.md"):
         text = re.sub(r"`[^`\n]*`", "`code`", without_blocks(page.read_text(encoding="utf-8")))
         assert "<picture>" not in text
@@ -415,7 +411,6 @@ def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: 
     ],
 )
 def test_a_link_that_leads_nowhere_stops_the_site(text: str, said: str, tmp_path: Path, monkeypatch: Patch):
-    pages = script("pages")
     for name in ("README.md", "zensical.toml"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "docs").mkdir()
@@ -426,14 +421,12 @@ def test_a_link_that_leads_nowhere_stops_the_site(text: str, said: str, tmp_path
 
 
 def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: Patch):
-    pages = script("pages")
     monkeypatch.setattr(pages, "pages", lambda: {"docs/index.md": "index.md", "docs/new.md": "new.md"})
     with pytest.raises(SystemExit, match=r"not listed: new\.md; listed and not there: CHANGELOG\.md, "):
         pages.build(tmp_path, None)
 
 
 def test_pages_keep_code_and_show_one_picture_a_mode():
-    pages = script("pages")
     site = pages.Site({"docs/results.md": "results.md"}, None)
     code = "`[a](no.md)` and ``[b](no.md)``\n\n```text\n[c](no.md) a\\|b\n```\n"
     assert site._rewrite(code, "docs/results.md", "docs/results.md") == code
@@ -445,7 +438,8 @@ def test_pages_keep_code_and_show_one_picture_a_mode():
 
 def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
     """`python scripts/pictures.py` writes them. Versions of the library may round and number things differently."""
-    pictures = script("pictures")
+    import pictures  # needs matplotlib
+
     pictures.save(tmp_path)
     before = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
@@ -462,36 +456,36 @@ def test_the_drawn_pipeline_has_every_stage():
 
 def test_the_figures_of_the_documents_are_those_of_the_results():
     """`python scripts/figures.py` writes the tables; a sentence that repeats a figure is compared."""
-    results = script("figures")
-    for name in results.DOCUMENTS:
+    for name in figures.DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert results.written(text) == text, name
-        assert results.PLACE.search(text), name
-    measured = results.measured("recipes")
-    small = {key: results.value(row) for key, row in measured.items() if results.SMALL in key}
+        assert figures.written(text) == text, name
+        assert figures.PLACE.search(text), name
+    measured = figures.measured("recipes")
+    small = {key: figures.value(row) for key, row in measured.items() if figures.SMALL in key}
     names = ("dense", "fisher 50%", "admm 50%", "wanda 50%")
-    dense, fisher, admm, wanda = (small[f"{results.SMALL} {name}"] for name in names)
-    gemma = results.value(measured[f"{results.GEMMA} dense"])
-    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in results.DOCUMENTS[:2])
+    dense, fisher, admm, wanda = (small[f"{figures.SMALL} {name}"] for name in names)
+    gemma = figures.value(measured[f"{figures.GEMMA} dense"])
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in figures.DOCUMENTS[:2])
     assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
     assert f"(dense {dense:.2f})" in readme
     said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (`admm`) or {wanda:.1f} (`wanda`)"
     assert f"a WikiText-2 perplexity of {said}. The dense model has {dense:.1f}" in readme
-    better, worse = (measured[f"{results.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda"))
+    better, worse = (measured[f"{figures.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda"))
     same, other = (1 - better[text]["perplexity"] / worse[text]["perplexity"] for text in ("wikitext2", "embedded"))
     assert f"by {same:.0%} on WikiText-2, and by {other:.0%} on the embedded text".replace("%", " %") in page
     assert 0.45 < other / same < 0.55
     assert "advantage over Wanda is [about half as large]" in readme
-    once, longer = (measured[f"{results.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
-    other, same = (results.value(longer, text) / results.value(once, text) - 1 for text in ("embedded", "wikitext2"))
+    once, longer = (measured[f"{figures.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
+    other, same = (figures.value(longer, text) / figures.value(once, text) - 1 for text in ("embedded", "wikitext2"))
     assert f"is {-other:.0%} lower than with `1M`, WikiText-2's {same:.1%} higher".replace("%", " %") in page
-    missed = [row["value"]["met"] for file in ("peers", "memory") for row in results.measured(file).values()]
+    missed = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
     assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in page
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():
     """`make lint` runs it as `python scripts/words.py`."""
-    words = script("words")
+    import words
+
     assert [one for name, text in words.texts().items() for one in words.problems(name, text)] == []
     wrong = "It stands beside `whole`.\n\n```text\ntold\n```\nA whole number [x](gone.md), a GPU's card.\n"
     found = [one.split(": use")[0] for one in words.problems("a.md", wrong)]

@@ -1,22 +1,19 @@
 """Families that people use, each as a tiny random model: no code of ours knows any of them."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from cases.models import tensors
+from command_line import wanda_dvc
 from conftest import Make, Patch, kept, outputs, save_tiny_model, walk
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
-from typer.testing import CliRunner
 
-from wanda_dvc.cli import app
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
@@ -287,11 +284,10 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
 def run(project: Project, *lines: str) -> str:
     """Commands as they are typed, in this process; what they print."""
     said = ""
-    with mock.patch.dict(os.environ):
-        for line in lines:
-            result = CliRunner().invoke(app, ["-C", str(project.root), *line.split()], catch_exceptions=False)
-            assert result.exit_code == 0, result.output
-            said += result.output
+    for line in lines:
+        done = wanda_dvc(*line.split(), cwd=project.root)
+        assert done.returncode == 0, done.stderr
+        said += done.stdout + done.stderr
     return said
 
 

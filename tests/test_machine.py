@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Patch, fetch, write_params, write_settings
-from dvc.repo import Repo
+from conftest import Patch, fetch, write_params, write_settings
 from typer.testing import CliRunner
 
 from wanda_dvc import machine
@@ -22,6 +20,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.stages.needs import NEEDS, need
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import init
 from wanda_dvc.views.doctor import doctor
 
 affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux restricts a process to cores")
@@ -136,12 +135,9 @@ def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Pat
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    Repo.init(str(tmp_path)).close()
-    shutil.copyfile(ROOT / ".dvc/config", tmp_path / ".dvc/config")
-    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
-    write_params(tmp_path, tmp_path)
-    return tmp_path
+    init(folder=tmp_path / "study")
+    write_params(tmp_path / "study", tmp_path)
+    return tmp_path / "study"
 
 
 def row(table: str, what: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Capture, Make, committed, read_preset, script, write_params, write_settings
+from conftest import Capture, Make, committed, read_preset, write_params, write_settings
 
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
@@ -135,9 +135,3 @@ def test_a_preset_is_a_study_that_differs_from_the_default(name: str):
     found, default = read_preset(name), read_preset("default")
     assert check_params(nested(found)).model_dump(mode="json", exclude={"runtime"}) == nested(found)
     assert (found == default) == (name == "default")
-
-
-def test_the_docs_list_of_settings_is_the_schema():
-    """`python scripts/settings.py` writes it."""
-    module = script("settings")
-    assert module.TARGET.read_text(encoding="utf-8") == module.page()

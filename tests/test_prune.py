@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import wanda_dvc
-from conftest import Capture, Patch, save_tiny_model, without_privilege, write_settings
+from conftest import Capture, Patch, git, save_tiny_model, without_privilege, write_settings
+from repository import Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.cli import _say
@@ -295,33 +296,26 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     assert "prune: stopped; finished work is kept; run the same command again to resume" in rest
     assert not list(Path().iterdir())
 
-    def command(*words: str) -> str:
-        done = subprocess.run([*wanda, *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    command(*words, "a")
+    here = Repository(Path.cwd(), tiny, real=True)
+    here.run(*wanda, *words, "a")
     (study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
     measured = {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")}
     assert measured
     masks = (study / "dvc.lock").read_text()
-    command(*words, "b", "--sparsity", "0.7")
+    here.run(*wanda, *words, "b", "--sparsity", "0.7")
     assert {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")} == measured
     assert (study / "dvc.lock").read_text() != masks
     assert {path.name for path in Path().iterdir()} == {"a", "b"}
 
     (study / "prompts.txt").write_text("Mine\n")
-    command("init", "own", "--from", str(study))
+    here.run(*wanda, "init", "own", "--from", str(study))
     own = Path("own").absolute()
     assert (own / "prompts.txt").read_text() == "Mine\n"
     assert read_params(own / "params.yaml") == read_params(study / "params.yaml")
-    assert subprocess.run(["git", "status", "--porcelain"], cwd=own, capture_output=True, check=True).stdout == b""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    repro = ["dvc", "repro", "apply"]
-    again = subprocess.run(repro, cwd=own, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "> wanda-dvc calibrate" not in again.stdout
-    assert "> wanda-dvc mask" not in again.stdout
+    assert git(own, "status", "--porcelain") == ""
+    again = Repository(own, tiny, real=True).run("dvc", "repro", "apply")
+    assert "> wanda-dvc calibrate" not in again
+    assert "> wanda-dvc mask" not in again
     assert (own / "models/pruned/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
 
 

@@ -18,7 +18,7 @@ import huggingface_hub
 import offline
 import pytest
 import torch
-from conftest import ROOT, Make, Patch, fetch, save_tiny_model, shared, text_of
+from conftest import ROOT, Make, Patch, fetch, save_tiny_model, shared
 from safetensors.torch import load_file
 
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
@@ -26,6 +26,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.recover import windows as recovery_windows
 from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.files import load_json
 
 COMMIT, OLDER = "c" * 40, "0" * 40
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
@@ -120,10 +121,6 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Hub]:
         thread.join()
 
 
-def provenance(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-
-
 # --- models ---
 
 
@@ -138,7 +135,7 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert set(hub.fetched) == names
     assert all((made.model("dense") / name).read_bytes() == (tiny / name).read_bytes() for name in names)
-    found = provenance(made.model("dense"))
+    found = load_json(made.model("dense") / "provenance.json")
     assert (found["source"], found["revision"], found["license"]) == ("org/tiny", OLDER, "mit")
     assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
     assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
@@ -146,7 +143,7 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     download(project=project(model=f"org/tiny@{OLDER}"), part="model")
     assert (made.model("dense") / "provenance.json").read_bytes() == before  # whatever name the commit went by
     download(project=(made := project(model="org/tiny")), part="model")
-    assert provenance(made.model("dense"))["revision"] == COMMIT
+    assert load_json(made.model("dense") / "provenance.json")["revision"] == COMMIT
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
 
 
@@ -236,7 +233,7 @@ def test_what_the_hub_refuses_is_told_apart(
     where = rf"^params.yaml: (model|perplexity.texts.embedded.source): org/tiny( at v2)?: {TROUBLES[trouble]}"
     says = f"{where}.*; correct its id or revision, .* log in .*, or unset HF_HUB_OFFLINE"
     with pytest.raises(UserError, match=says):
-        download(project=made, part=part, text=text_of(part))
+        fetch(made, part)
     assert hub.fetched == []
 
 
@@ -320,7 +317,7 @@ def test_texts_come_from_the_hub_at_a_commit(
     download(project=made, part="calibration")
     assert made.text("calibration") == "one é two"
     assert asked == [{"path": name, "name": config, "split": "validation", "revision": commit}]
-    found = provenance(made.data("calibration"))
+    found = load_json(made.data("calibration") / "provenance.json")
     assert found["revision"] == commit
     assert found["source"] == "/".join(part for part in (name, config) if part) + ", validation"
 
@@ -388,7 +385,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     made = fetch(project(calibration__text__source="c4", calibration__windows=20, **settings), "model", "calibration")
     assert hub.fetched == ([] if mirrored else [SHARD])
     assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
-    found = provenance(made.data("calibration"))
+    found = load_json(made.data("calibration") / "provenance.json")
     assert (found["revision"], found["rows"]) == (None if mirrored else COMMIT, 60)
     assert found["sha256"] == hashlib.sha256(content).hexdigest()
     expected = authors_windows(documents(), load_tokenizer(tiny), samples=20, length=64, seed=seed)
@@ -439,7 +436,7 @@ def test_tasks_come_from_the_hub_at_a_commit(project: Make, data):
     folder = made.data("tasks") / "piqa"
     assert (folder / "items.jsonl").read_bytes() == (json.dumps(rows[0], ensure_ascii=False) + "\n").encode()
     assert asked == [{"path": "baber/piqa", "name": None, "split": "validation", "revision": COMMIT}]
-    found = provenance(folder)
+    found = load_json(folder / "provenance.json")
     assert (found["source"], found["revision"], found["samples"]) == ("baber/piqa", COMMIT, False)
     assert found["lm_eval"]
 

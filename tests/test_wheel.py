@@ -4,23 +4,19 @@
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import ROOT, git, save_tiny_model
-from forks import commands
-from repository import command_environment, ran
-from ruamel.yaml import YAML
+from conftest import ROOT, Patch, git, save_tiny_model
+from repository import Repository, ran
 
-from wanda_dvc.params import nested
-from wanda_dvc.study.scaffold import updated
+from wanda_dvc.study.scaffold import change_settings
 
 
 def build(what: str, source: Path, target: Path) -> Path:
@@ -45,24 +41,6 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture
-def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
-    """An environment in which the package is the wheel's, and `wanda-dvc` a command."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "wanda-dvc").write_text(f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n")
-    (folder / "wanda-dvc").chmod(0o755)
-    there = command_environment(real=True)
-    path = f"{folder}{os.pathsep}{there['PATH']}"
-    return there | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
-
-
-def run(*words: str, cwd: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_it_carries_the_package_and_nothing_else(unpacked: Path):
     listed = git(ROOT / "src", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")
     there = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
@@ -74,34 +52,32 @@ def test_it_carries_the_package_and_nothing_else(unpacked: Path):
 
 
 @pytest.mark.pipeline
-def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[str, str], tmp_path: Path):
+def test_it_runs_the_study_and_an_experiment(unpacked: Path, tmp_path: Path, monkeypatch: Patch):
     """The commands that `init` names, one after the other, in a part of a git repository too. They are forks."""
-    environment = environment | {"PATH": f"{commands(PYTHONPATH=str(unpacked))}{os.pathsep}{environment['PATH']}"}
+    monkeypatch.setenv("PYTHONPATH", str(unpacked))
     model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
-    run("git", "init", "--quiet", "around", cwd=tmp_path, environment=environment)
-    (tmp_path / "around/code.py").write_text("")
-    said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)
-    study = tmp_path / "around/study"
-    small: dict[str, Any] = {"calibration.windows": 2, "calibration.length": 64}
-    small |= {"perplexity.length": 64, "perplexity.windows": 2}
-    small |= {"tasks.names": ["piqa"], "zero_shot.limit": 2}
-    content = YAML(typ="safe").load(study / "params.yaml")
-    YAML().dump(updated(content, nested(small)), study / "params.yaml")
+    around = Repository(tmp_path / "around", model, imported_with={"PYTHONPATH": str(unpacked)})
+    study = replace(around, root=around.root / "study")
+    around.root.mkdir()
+    around.run("git", "init", "--quiet")
+    (around.root / "code.py").write_text("")
+    said = around.run("wanda-dvc", "init", "study", "--model", str(model))
+    small = {"calibration": {"windows": 2, "length": 64}, "perplexity": {"length": 64, "windows": 2}}
+    change_settings(study.root / "params.yaml", small | {"tasks": {"names": ["piqa"]}, "zero_shot": {"limit": 2}})
     named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
     assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "wanda-dvc", "dvc"]
-    printed = [run("sh", "-c", command, cwd=study, environment=environment) for command in named]
+    printed = [study.run("sh", "-c", command) for command in named]
     assert "calibrate-norms" in ran(printed[1])
     assert "measured sparsity" in printed[2]
     assert "calibrate-norms" not in ran(printed[3])
-    assert "0.3" in run("wanda-dvc", "list", cwd=study, environment=environment)
+    assert "0.3" in study.run("wanda-dvc", "list")
     # As the DVC extension of VS Code asks.
-    plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
-    plots = json.loads(run(*plotted, cwd=study, environment=environment))
+    plotted = "dvc plots diff workspace HEAD -o .dvc/tmp/plots --split --json 2> /dev/null"
+    plots = json.loads(study.run("sh", "-c", plotted))
     drawn = {"metrics/plots/perplexity/embedded.csv", "sparsity by block", "input norms by block"}
     assert drawn <= {name.removeprefix("dvc.yaml::") for name in plots["data"]}
     assert all(one["revisions"] for one in plots["data"]["sparsity by block"])
-    asked = ("dvc", "data", "status", "--granular", "--unchanged", "--json")
-    tracked = json.loads(run(*asked, cwd=study, environment=environment))
+    tracked = json.loads(study.run("dvc", "data", "status", "--granular", "--unchanged", "--json"))
     assert not {"not_in_cache"} & tracked.keys()
     assert any(path.startswith("masks") for kind in tracked["committed"].values() for path in kind)
-    assert run("git", "status", "--porcelain", "code.py", cwd=study.parent, environment=environment) == "?? code.py\n"
+    assert git(around.root, "status", "--porcelain", "code.py") == "?? code.py"
