@@ -86,7 +86,10 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
 
 def stage_of(dvc: psutil.Process, name: str = "") -> list[int]:
     """The processes of the stage that DVC runs, where it is this one."""
-    lines = {one.pid: one.cmdline() for one in dvc.children(recursive=True)}
+    lines = dict[int, list[str]]()
+    for one in dvc.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended between two looks
+            lines[one.pid] = one.cmdline()
     of_us = {pid: words for pid, words in lines.items() if any("wanda-dvc" in word for word in words[:2])}
     return [pid for pid, words in of_us.items() if not name or name in words]
 
@@ -111,13 +114,13 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
         stage, delay = draw.choice(("calibrate", "mask")), draw.uniform(0, 1)
         process = started(repository, "dvc", "repro", "mask", real=True)
         dvc = psutil.Process(process.pid)
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):  # DVC itself ended
             while process.poll() is None and not stage_of(dvc, stage):
                 pass
         try:
             process.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):  # one ended between two looks
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 below = [one.pid for one in dvc.children(recursive=True)]
                 for pid in {"dvc": [dvc.pid], "stage": stage_of(dvc), "group": [dvc.pid, *below]}[what]:
                     os.kill(pid, signal.SIGKILL)
