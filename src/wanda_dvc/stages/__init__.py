@@ -285,11 +285,9 @@ STAGES = {
         ),
     )
 }
+WRITTEN = {path for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
 # The folders in a study that DVC or git tracks.
-TRACKED = sorted(
-    {path.partition("/")[0] for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
-    | {".dvc", ".git"}
-)
+TRACKED = sorted({path.partition("/")[0] for path in WRITTEN} | {".dvc", ".git"})
 
 
 def planned(params: "Params") -> "dict[str, Json]":

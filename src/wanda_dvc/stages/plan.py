@@ -9,11 +9,9 @@ from pathlib import Path
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import sources
-from wanda_dvc.stages import STAGES, planned
+from wanda_dvc.stages import WRITTEN, planned
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project, remove
-
-WRITTEN = {path for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
 
 
 def plan(*, project: Project) -> None:
