@@ -202,7 +202,7 @@ def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: py
     for item in running.progress(range(10), total=10, what="steps"):
         now[0] += 100 * (item > 3)  # a resumed stage has the first ones
     assert "steps: 6 of 10, 200 s, about 400 s left" in capsys.readouterr().err
-    for _ in running.progress([SimpleNamespace(index=block) for block in (7, 8, 9)], total=10, what="blocks"):
+    for _ in running.progress((7, 8, 9), total=10, what="blocks", at=lambda block: block):
         now[0] += 100  # of a resumed walk
     assert "blocks: 9 of 10, 200 s, about 100 s left\nblocks: 10 of 10, 300 s\n" in capsys.readouterr().err
 

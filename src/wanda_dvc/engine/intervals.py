@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
         return {key: DIVERGED if math.isinf(x) else x for key, x in self._asdict().items() if not math.isnan(x)}
 
     def within(self, low: float, high: float) -> "Estimate":
-        """Return the estimate with its interval cut to possible values; the coverage does not change."""
+        """Return the estimate with its interval cut to possible values; the coverage does not change. NaN stays."""
         return self._replace(low=max(self.low, low), high=min(self.high, high))
 
 

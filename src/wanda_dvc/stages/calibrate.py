@@ -93,7 +93,8 @@ def _forward(project: Project, *, norms: Work | None = None, gram: Work | None =
         )
     kept = min(tensors.finished_blocks(work.out) for work in works)
     unreached = {}
-    for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
+    walk = run.walk(windows, kept=kept)
+    for step in progress(walk, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached[step.index] = measured.unreached()
         if norms:
@@ -114,7 +115,7 @@ def _backward(project: Project, work: Work) -> None:
     blocks = len(run.decoder.blocks)
     kept = tensors.finished_blocks(work.out, reversed(range(blocks)))
     back = backward(run, calibration_windows(project)[:WINDOWS_BACK], kept=kept)
-    for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
+    for block, came in progress(back, total=blocks, what="calibrate, blocks back", at=lambda one: blocks - 1 - one[0]):
         each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
         tensors.write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
         came.grams.clear()

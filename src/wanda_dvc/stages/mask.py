@@ -70,7 +70,7 @@ def mask(*, project: Project) -> None:
         if plan.propagates:
             solved = walked(project, solving, shares, stats, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
-        for made, step in running.progress(solved, total=len(blocks) - finished, what=what):
+        for made, step in running.progress(solved, total=len(blocks), what=what, at=lambda one: one[0].block):
             keep, (changed, diagnostics) = made.keeps, repairs.get(made.block, (made.weights, made.diagnostics))
             if removal:  # of removed units, all weights go
                 keep = tensors.pack_masks(removal.spread(keep))
@@ -267,7 +267,8 @@ def repaired(
     *_, last = (name for names in readers.values() for name in names if linears[name].part.expert is None)
     end = gone[-1] + 1
     walk = run.walk(windows, boundaries=end - block + 2)
-    for step in running.progress(walk, total=end, what="mask, blocks run for the repair"):
+    what = "mask, blocks run for the repair"
+    for step in running.progress(walk, total=end, what=what, at=lambda step: step.index):
         if step.index == end:
             break
         step.advance()

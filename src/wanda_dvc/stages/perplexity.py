@@ -43,7 +43,8 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
 
     with project.work(protocol) as work:
         run = runner(project, model, work)
-        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
+        what, blocks = f"{run_name}, blocks", len(run.decoder.blocks)
+        for step in progress(run.walk(rows), total=blocks, what=what, at=lambda step: step.index):
             step.advance()
         losses, divergences = list[float](), list[divergence.Divergence]()  # losses: means of windows, in nats a token
         heads = run.head(divergence.measure_windows, references)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -145,16 +145,19 @@ def own_device(runtime: Runtime) -> "torch.device":
     return torch.device(name)
 
 
-def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """Yield the items with a progress bar on a terminal, else with a line a minute."""
+def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:
+    """Yield the items with a progress bar on a terminal, else with a line a minute.
+
+    `at` returns the number of items before the first one, which an interrupted run has finished.
+    """
     from tqdm import tqdm
 
     began = said = time.monotonic()
     done = before = 0
     with tqdm(total=total, desc=what, file=sys.stderr, disable=None) as bar:  # without a terminal: disabled
         for item in items:
-            if done == 0 and isinstance(first := getattr(item, "index", 0), int):  # the block of a resumed walk
-                bar.initial = bar.n = done = before = first
+            if done == 0:
+                bar.initial = bar.n = done = before = at(item)
             yield item
             bar.update()
             done, now = done + 1, time.monotonic()

@@ -118,7 +118,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     run = runner(project, model, work)
-    blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks")
+    blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks", at=lambda step: step.index)
     language_model = EngineLM(project.model(model), run, progress=blocks)
     # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
