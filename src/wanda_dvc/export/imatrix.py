@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from wanda_dvc.study.tensors import block_count, read_masks, read_stats
 
 OTHER_NAMES = {  # of architectures
     "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
-    "mistral": "llama", "mixtral": "llama",
+    "ernie4_5_moe": "ernie4_5-moe", "granitemoehybrid": "granitehybrid", "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "iquestcoder": "llama", "mistral": "llama",
+    "mixtral": "llama", "olmo3": "olmo2", "phi": "phi2",
 }  # fmt: skip
 FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a checkpoint, and often two in GGUF
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
@@ -28,17 +31,14 @@ def importance(study: Project, target: Path) -> str:
     It has Σx² and the number of tokens for each input of each weight, of the dense model on the calibration text,
     without inputs that went. Experts are merged, as [experts, in]. Format: llama.cpp #9400.
     """
-    from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+    from gguf import GGUFWriter
 
-    kind = read_config(study.model("dense")).get_text_config().model_type.removesuffix("_text")
-    spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
-    if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
-        raise UserError(f"--imatrix: found {kind}, expected a model with a known name in llama.cpp; leave it out")
     masks, measured = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
     if masks["stats"] != digest(measured):
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
     smaller, blocks, block = bool(Plan.read(masks["params"]).structure), block_count(study.stats, "calibrate"), 0
-    named, found, left_out = get_tensor_name_map(known[0], blocks), defaultdict(list), set[str]()
+    arch, named = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
+    found, left_out = defaultdict(list), set[str]()
     for before in range(blocks):
         stats, keeps = read_stats(study.stats, before), read_masks(study.masks, before)
         read = {linear: stats.inputs[name] for name, readers in stats.readers.items() for linear in readers}
@@ -46,16 +46,14 @@ def importance(study: Project, target: Path) -> str:
             if smaller and not keep.any():  # of an expert or a block that went
                 continue
             inputs = keep.any(dim=1 if linear in stats.transposed else 0) | (not smaller)
-            name = re.sub(r"experts\.\d+\.", "experts.", re.sub(r"\.\d+\.", f".{block}.", linear, count=1))
-            name = name.replace("language_model.", "")
-            names = [named.get_name(name) or named.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]]
-            if REORDERED in name or None in names:
+            name = re.sub(r"\.\d+\.", f".{block}.", linear, count=1)
+            if not (names := named(name)):
                 left_out.add(name)
-            for one in set(names) if name not in left_out else ():
+            for one in names:
                 found[f"{one}.weight"].append((read[linear].sum_squares[inputs].numpy(), read[linear].count))
         block += not smaller or any(keep.any() for keep in keeps.values())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(target, MODEL_ARCH_NAMES[known[0]])
+    writer = GGUFWriter(target, arch)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [measured["text"]["source"]])
     writer.add_uint32("imatrix.chunk_count", measured["params"]["windows"])
@@ -69,3 +67,21 @@ def importance(study: Project, target: Path) -> str:
     writer.close()
     without = f", without {some(sorted(left_out))}" if left_out else ""
     return f"the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
+
+
+def names_in_gguf(kind: str, blocks: int) -> tuple[str, Callable[[str], set[str]]]:
+    """Return llama.cpp's name of a model type, and a function from a linear's name to those of its tensors in GGUF."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = kind.removesuffix("_text")
+    spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
+    if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
+        raise UserError(f"--imatrix: found {kind}, expected a model with a known name in llama.cpp; leave it out")
+    table = get_tensor_name_map(known[0], blocks)
+
+    def names(linear: str) -> set[str]:
+        name = re.sub(r"experts\.\d+\.", "experts.", linear).replace("language_model.", "")
+        every = {table.get_name(name) or table.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]}
+        return set() if REORDERED in name or None in every else every
+
+    return MODEL_ARCH_NAMES[known[0]], names
