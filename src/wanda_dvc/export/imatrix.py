@@ -41,7 +41,7 @@ def importance(study: Project, target: Path) -> str:
     found, left_out = defaultdict(list), set[str]()
     for before in range(blocks):
         stats, keeps = read_stats(study.stats, before), read_masks(study.masks, before)
-        read = {linear: stats.inputs[name] for name, readers in stats.readers.items() for linear in readers}
+        read = stats.by_linear
         for linear, keep in keeps.items():
             if smaller and not keep.any():  # of an expert or a block that went
                 continue

@@ -17,7 +17,7 @@ from wanda_dvc.pruning.choose import Share, Weights, oriented
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
-from wanda_dvc.pruning.statistics import BlockStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
 OUTLIER = 5  # OWL's M for LLaMA
@@ -41,10 +41,9 @@ def allocate(
     ratings: list[object] = []
     for measured in blocks:
         own: dict[str, tuple[int, int]] = {}
-        for source, names in measured.readers.items():
-            for name in names:
-                number, features = weights(name).numel(), len(measured.inputs[source].sum)
-                own[name] = (number // features, features) if group == "row" else (1, number)
+        for name, x in measured.by_linear.items():
+            number, features = weights(name).numel(), len(x.sum)
+            own[name] = (number // features, features) if group == "row" else (1, number)
         linears.append(own)
         ratings += rate(weights, measured)
     groups = [list(own.values()) for own in linears]  # of each part
@@ -60,13 +59,8 @@ def allocate(
 
 def outlier_rating(weights: Weights, block: BlockStats) -> list[float]:
     """Return the percentage of outliers among a block's Wanda scores, for OWL: the block is one part."""
-
-    def scores() -> Iterator[Tensor]:
-        for source, names in block.readers.items():
-            for name in names:
-                yield from _wanda_scores(weights, block, name, source)
-
-    return [outlier_ratio(scores)]
+    every = block.by_linear.items()
+    return [outlier_ratio(lambda: (scores for name, x in every for scores in _wanda_scores(weights, block, name, x)))]
 
 
 def sensitivity_rating(weights: Weights, block: BlockStats) -> list[Tensor | None]:
@@ -75,24 +69,24 @@ def sensitivity_rating(weights: Weights, block: BlockStats) -> list[Tensor | Non
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
     """
 
-    def rate(name: str, source: str) -> Tensor | None:
+    def rate(name: str, x: InputStats) -> Tensor | None:
         if name not in block.fisher:
             return None
-        total = block.inputs[source].norm.double().square().sum()
+        total = x.norm.double().square().sum()
         roots, counts = (block.fisher[name] / total).sqrt().float(), []
-        for scores in _wanda_scores(weights, block, name, source):
+        for scores in _wanda_scores(weights, block, name, x):
             root, roots = roots[: len(scores)], roots[len(scores) :]
             counts.append(count_scores(scores * root[:, None]))
         return torch.stack(counts).sum(dim=0, dtype=torch.int32)
 
-    return [rate(name, source) for source, names in block.readers.items() for name in names]
+    return [rate(name, x) for name, x in block.by_linear.items()]
 
 
-def _wanda_scores(weights: Weights, block: BlockStats, name: str, source: str) -> Iterator[Float[Tensor, "rows in"]]:
+def _wanda_scores(weights: Weights, block: BlockStats, name: str, x: InputStats) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
     weight = oriented(weights(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
-        yield wanda(rows, block.inputs[source])
+        yield wanda(rows, x)
 
 
 def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:

@@ -129,8 +129,7 @@ def choose_block(
         return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        inputs = {name: block.inputs[source] for source, names in block.readers.items() for name in names}
-        jobs = {name: pool.submit(keep, name, x) for name, x in inputs.items()}
+        jobs = {name: pool.submit(keep, name, x) for name, x in block.by_linear.items()}
         return {name: job.result() for name, job in jobs.items()}
 
 
@@ -165,7 +164,7 @@ def choose_units(
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for block in blocks:
-        inputs = {name: block.inputs[source] for source, names in block.readers.items() for name in names}
+        inputs = block.by_linear
         for name, units in sets.items():
             for linears in units.members:
                 if linears[0] not in inputs:  # of another block

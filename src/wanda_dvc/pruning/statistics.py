@@ -86,6 +86,11 @@ class BlockStats(NamedTuple):
     outputs: Mapping[str, TokenSum] = {}
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
+    @property
+    def by_linear(self) -> dict[str, InputStats]:
+        """The statistics of each linear's input."""
+        return {linear: self.inputs[name] for name, linears in self.readers.items() for linear in linears}
+
     def of(self, name: str) -> "BlockStats":
         """Return the sums of one distinct input alone."""
         readers = self.readers[name]

@@ -156,9 +156,8 @@ def solve(
         block = block._replace(fisher=tensors.read_fisher(gradients, part.block))
     weights: choose.Weights = source.weight
     grams: tensors.Grams | None = None
-    names = [name for names in block.readers.values() for name in names]
     if plan.solves_by_input:
-        weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
+        weights = {name: weights(name).to(device) for name in block.by_linear}.__getitem__  # copied once
         grams = tensors.read_grams(part.grams, part.block, device, of=block.readers)
         if plan.corrects:
             aimed = choose.aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION)
@@ -178,7 +177,7 @@ def solve(
     if grams is not None and plan.weights_come_from == "weights":
         back: Mapping[str, Gram] = {}
         if plan.masks_read_gradients:
-            back = tensors.read_grams(gradients, part.block, of=names)
+            back = tensors.read_grams(gradients, part.block, of=block.by_linear)
         for name, prepared in choose.prepared_linears(block.readers, grams):
             if prepared is not None and (plan.corrects or not choose.keeps_all(name, plan.pattern, units)):
                 weight, keep, across = weights(name), chosen[name], name in block.transposed
@@ -262,9 +261,9 @@ def repaired(
     gone = (~stay).nonzero()[:, 0].tolist()
     block = gone[0] - 1
     run, windows = _calibrated(project, stats, work)
-    linears, readers = run.decoder.linears(block), tensors.read_stats(project.stats, block).readers
+    linears, measured = run.decoder.linears(block), tensors.read_stats(project.stats, block)
     # In the order of their calls. Of an expert's outputs only some tokens have a part.
-    *_, last = (name for names in readers.values() for name in names if linears[name].part.expert is None)
+    *_, last = (name for name in measured.by_linear if linears[name].part.expert is None)
     end = gone[-1] + 1
     walk = run.walk(windows, boundaries=end - block + 2)
     what = "mask, blocks run for the repair"
