@@ -61,8 +61,6 @@ class Recovery(Trainer):
 
     def training_step(self, model: Any, *inputs: Any, **words: Any) -> Tensor:
         """Compute gradients, except those of zeros in matrices: AdamW without decay then leaves them zero."""
-        if not self.curve:
-            self.evaluate()
         while self.steps <= self.state.global_step:  # with those before an interruption
             self.step()
             self.steps += 1
@@ -151,7 +149,7 @@ def recover(
         family = student.config.model_type
         what = explain(error) or (f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0",)
         raise UserError(*what) from error
-    student.zero_grad(set_to_none=True)
+    student.zero_grad()
     if checkpointing and student.supports_gradient_checkpointing:
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
         (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -162,10 +160,10 @@ def recover(
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=share, num_train_epochs=1,
         train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=warm_up,
-        eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each, logging_strategy="no",
+        eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each,
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
         use_cpu=device.type == "cpu", bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
-        report_to="none", log_level="error", disable_tqdm=True, remove_unused_columns=False,
+        report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs
     if device.type == "cuda":
