@@ -5,7 +5,6 @@ process, and come in the same order.
 """
 
 import os
-import platform
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,8 +107,7 @@ def open_model(folder: Path, dtype: torch.dtype, opening: str, device: torch.dev
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions that must agree on all nodes."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"wanda-dvc": wanda_dvc.__version__, "python": python} | {name: version(name) for name in LIBRARIES}
+    return {"wanda-dvc": wanda_dvc.__version__} | {name: version(name) for name in LIBRARIES}
 
 
 # --- the driver ---
