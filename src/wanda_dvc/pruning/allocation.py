@@ -4,6 +4,7 @@ Shares are exact fractions in [0, 1]. `settle` makes up for the counts of groups
 """
 
 import bisect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pkgutil import resolve_name
@@ -153,15 +154,16 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
     def shares(constant: Fraction) -> list[Fraction]:
         return [min(max(share + constant, Fraction(0)), Fraction(1)) for share in raw]
 
+    def mean(constant: Fraction) -> Fraction:
+        return Fraction(sum(map(operator.mul, shares(constant), sizes)), sum(sizes))
+
     # The mean rises with the constant, and is linear between two constants at which no part reaches 0 or 1.
     constants = sorted({end - share for share in raw for end in (0, 1)})
-    above = bisect.bisect_left(constants, sparsity, key=lambda constant: _mean(shares(constant), sizes))
-    high = _mean(shares(constants[above]), sizes)
-    if high == sparsity:
+    above = bisect.bisect_left(constants, sparsity, key=mean)
+    if mean(constants[above]) == sparsity:
         return shares(constants[above])
-    low = _mean(shares(constants[above - 1]), sizes)
-    part = (sparsity - low) / (high - low)
-    return shares(constants[above - 1] + part * (constants[above] - constants[above - 1]))
+    low, high = constants[above - 1 : above + 1]
+    return shares(low + (sparsity - mean(low)) / (mean(high) - mean(low)) * (high - low))
 
 
 def settle(shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list[tuple[int, int]]]) -> list[Fraction]:
@@ -183,7 +185,3 @@ def settle(shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list
         low, high = (middle, high) if off(middle) < 0 else (low, middle)
     constant = min((low, high), key=lambda one: abs(off(one)))
     return [min(share + constant, Fraction(1)) for share in shares]
-
-
-def _mean(shares: Sequence[Fraction], sizes: Sequence[int]) -> Fraction:
-    return sum((share * size for share, size in zip(shares, sizes, strict=True)), Fraction(0)) / sum(sizes)
