@@ -78,9 +78,7 @@ def measure(
     losses, parts, place = [], list[tuple[Tensor, ...]](), 0
     tokens = tokens.to(decoder.device)
     for positions, logits in decoder.logits(hidden, tokens):
-        targets = tokens[1:][positions.start : positions.stop]
-        if not len(targets):  # the last token predicts nothing
-            continue
+        targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
         log_p = logits[: len(targets)].float().log_softmax(-1)
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
         where = solving_device(log_p.device)
