@@ -38,8 +38,7 @@ class InputStats:
         """Add one window."""
         numbers = x.float()
         self.sum += in_sums(numbers.sum(dim=0), self.sum)
-        squares = numbers.square() if numbers is x else numbers.square_()  # a copy has room for them
-        self.sum_squares += in_sums(squares.sum(dim=0), self.sum_squares)
+        self.sum_squares += in_sums(numbers.square().sum(dim=0), self.sum_squares)
         self.count += len(x)
 
     def merge(self, other: "InputStats") -> None:
