@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import Capture, Make, committed, read_preset, write_params, write_settings
 
-from wanda_dvc.catalog import RECIPES
+from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, flatten, nested, read_params, settings
 from wanda_dvc.stages import STAGES, planned, run
@@ -57,7 +57,7 @@ def test_a_pattern_says_what_it_replaces(tmp_path: Path, capsys: Capture):
     assert "pattern 1:4 sets the sparsity to 0.75; sparsity 0.5 ignored" in said
     assert "group outputs, allocation sensitivity ignored (recipe fisher)" in said
     assert json.loads((tmp_path / "plan/mask.json").read_text())["sparsity"] == 0.75
-    assert read_params(tmp_path / "params.yaml").tier == "gradients"
+    assert read_params(tmp_path / "params.yaml").tiers == STATISTICS
 
 
 def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path
 def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     """Masks of a method that does not need them do not depend on stats/gram."""
     if methods()[method].needs == "gram":
-        assert study(method=method, **NORMS).params.tier == "gram"
+        assert study(method=method, **NORMS).params.tiers == ("norms", "gram")
         return
     made = study(method=method)
     mask(project=made)

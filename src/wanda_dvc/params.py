@@ -262,10 +262,10 @@ class Params(_Section):
         return Plan.of(self.recipe, given, pattern=self.pattern, sparsity=self.sparsity)
 
     @property
-    def tier(self) -> str:
-        """The highest tier of statistics to measure: what the plan reads, and at least `calibration.statistics`."""
-        wanted = self.calibration.statistics
-        return max(self.plan.needs, catalog.STATISTICS[0] if wanted == AUTO else wanted, key=catalog.STATISTICS.index)
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers of statistics to measure: up to what the plan reads, and at least `calibration.statistics`."""
+        every, wanted = catalog.STATISTICS, (self.plan.needs, self.calibration.statistics)
+        return every[: max(number for number, tier in enumerate(every, start=1) if tier in wanted)]
 
     @property
     def items(self) -> int | None:

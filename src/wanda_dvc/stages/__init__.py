@@ -113,12 +113,8 @@ def _calibrate(tier: str) -> Part:
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
         outs=(f"stats/{tier}", *plotted),
-        wanted=lambda params: tier in _tiers(params),
+        wanted=lambda params: tier in params.tiers,
     )
-
-
-def _tiers(params: "Params") -> tuple[str, ...]:
-    return STATISTICS[: STATISTICS.index(params.tier) + 1]
 
 
 def _recovers(params: "Params") -> bool:
@@ -142,7 +138,7 @@ def _plan_download(params: "Params") -> "dict[str, Json]":
 
 def _plan_calibrate(params: "Params") -> "dict[str, Json]":
     drawn = params.calibration.model_dump(include={"windows", "length", "seed"}) | {"dtype": params.dtype}
-    return {f"calibrate/{tier}": drawn if tier in _tiers(params) else {} for tier in STATISTICS}
+    return {f"calibrate/{tier}": drawn if tier in params.tiers else {} for tier in STATISTICS}
 
 
 def _plan_recover(params: "Params") -> "dict[str, Json]":

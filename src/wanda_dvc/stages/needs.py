@@ -82,8 +82,8 @@ def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
 def _calibrate(on: Known) -> Need:
     """All windows through all blocks; with the gradients tier, some of them also backwards."""
     calibration, model = on.params.calibration, on.sizes
-    length, gram = calibration.length, on.params.tier != "norms"
-    windows = min(WINDOWS_BACK, calibration.windows) if on.params.tier == "gradients" else 0
+    length, gram = calibration.length, "gram" in on.params.tiers
+    windows = min(WINDOWS_BACK, calibration.windows) if "gradients" in on.params.tiers else 0
     held = on.walk(length)
     memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
     disk = 2 * on.states(calibration.windows * length)  # two files that alternate
@@ -131,7 +131,8 @@ def _mask(on: Known) -> Need:
 def _apply(on: Known) -> Need:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     plan, model = on.params.plan, on.sizes
-    memory = _solving(model, by_gradients=plan.solver.by_gradients) if on.params.tier != "norms" else 9 * model.linear
+    solves = "gram" in on.params.tiers
+    memory = _solving(model, by_gradients=plan.solver.by_gradients) if solves else 9 * model.linear
     return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
