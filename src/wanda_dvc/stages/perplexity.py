@@ -14,7 +14,7 @@ from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.running import HEAD, check_ready, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import TOKENIZER, describe, differing, digest, files_digest, read_provenance
+from wanda_dvc.study.provenance import describe, differing, digest, identity, read_provenance
 from wanda_dvc.study.tensors import read_window, seal, write_window
 
 
@@ -24,16 +24,8 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     announce(project, "perplexity", model, text)
     rows, described = windows_of(project, project.model(model), text)
     run_name, reference = f"perplexity {model} {text}", project.reference(text)
-    protocol = describe(
-        "perplexity",
-        version=STAGES["perplexity"].version,
-        libraries=("torch", "transformers"),
-        model=digest(measured),
-        dense=measured.get("model", measured)["sha256"],  # a model made from the dense one names it
-        tokenizer_sha256=files_digest(project.model(model), TOKENIZER),
-        **described,
-        dtype=dtype,
-    )
+    own = identity(STAGES["perplexity"].version, measured, project.model(model))
+    protocol = describe("perplexity", libraries=("torch", "transformers"), **own, **described, dtype=dtype)
     dense = None if model == "dense" else _reference(project, text, protocol)
     if dense:
         protocol |= {"reference": digest(dense)}

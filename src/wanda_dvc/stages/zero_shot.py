@@ -19,7 +19,7 @@ from wanda_dvc.stages.needs import Known, announce, continuing
 from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
-from wanda_dvc.study.provenance import TOKENIZER, describe, differing, digest, files_digest, read_provenance
+from wanda_dvc.study.provenance import describe, differing, digest, identity, read_provenance
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
@@ -30,12 +30,7 @@ def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
     (measured, dtype), planned = check_ready(project, model), project.planned("zero-shot")
     announce(project, "zero-shot", model)
-    same = {  # in the protocol of each task, and of the continuations
-        "version": STAGES["zero-shot"].version,
-        "model": digest(measured),
-        "dense": measured.get("model", measured)["sha256"],  # a model made from the dense one names it
-        "tokenizer_sha256": files_digest(project.model(model), TOKENIZER),
-    }
+    same = identity(STAGES["zero-shot"].version, measured, project.model(model))
     details, metrics = Json(), Json()
     for task in planned["tasks"]:
         items = read_provenance(project.data("tasks") / task, "download tasks")

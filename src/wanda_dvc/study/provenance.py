@@ -71,6 +71,13 @@ def files_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
     return digest({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
 
 
+def identity(version: int, made: Json, model: Path) -> Json:
+    """Return the part of a protocol on the stage's version and the measured model, with its provenance and folder."""
+    dense = made.get("model", made)["sha256"]  # a model made from the dense one names it
+    tokenizer = files_digest(model, TOKENIZER)
+    return {"version": version, "model": digest(made), "dense": dense, "tokenizer_sha256": tokenizer}
+
+
 def differing(one: Json, other: Json) -> str | None:
     """Return the first key that makes two results incomparable; None if they may be compared.
 
