@@ -174,6 +174,16 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
         assert {path.name for path in (tmp_path / "study/made").iterdir()} - {"far"} == set(names), at
 
 
+def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, monkeypatch: Patch):
+    """Such is a folder in a lower layer of overlayfs. The new artifact waits."""
+    target = tmp_path / "made"
+    write(target, OLD)
+    monkeypatch.setattr(Path, "rename", two_file_systems(target))
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+        publish(Project(tmp_path), [target], NEW)
+    assert (tree(target), NEW) == (OLD, tree(Work(Project(tmp_path).work_root / digest({"of": str(NEW)})[:32]).out))
+
+
 # The settings in which a stage is killed: for weights that `mask` stores, and for each kind of smaller model.
 OWN = dict.fromkeys(("group", "reconstruction", "propagation"), "")  # the recipe's own choices
 SETTINGS: dict[str, dict[str, str]] = {

@@ -170,7 +170,11 @@ class Work:
         for target in targets:
             made = self.part(target.name if len(targets) > 1 else "")
             remove(temporary := temporary_place(target))  # left by a killed run
-            if not _rename(made, target):
+            try:
+                _rename(made, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # else the place is on another file system
+                    raise
                 shutil.copytree(made, temporary / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
                 _rename(temporary / "out", target)
                 remove(temporary)
@@ -210,19 +214,10 @@ def temporary_place(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _rename(made: Path, target: Path) -> bool:
-    """Move a finished artifact to its place; an earlier artifact moves to `old` first, to be removed with the work.
-
-    False, without a move, if the place is on another file system.
-    """
+def _rename(made: Path, target: Path) -> None:
+    """Move a finished artifact to its place; an earlier artifact moves to `old` first, to be removed with the work."""
     remove(old := made.with_name("old"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if is_there(target):
-            target.rename(old)
-        made.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        return False
-    return True
+    if is_there(target):
+        target.rename(old)
+    made.rename(target)
