@@ -88,7 +88,7 @@ def describe_pruned(study: Project) -> Json:
 
 
 class Parts:
-    """The parts of a study's pruned model, read a linear at a time."""
+    """The parts of a study's pruned model, read a linear at a time; `zeros` has the measures of those read so far."""
 
     def __init__(self, study: Project) -> None:
         self.plan = plan = Plan.read(read_provenance(study.masks, "mask")["params"])
@@ -96,7 +96,8 @@ class Parts:
         blocks = range(block_count(study.masks, "mask"))
         masks = [read_masks(study.masks, block) for block in blocks]
         self.blocks = {linear: block for block, keeps in enumerate(masks) for linear in keeps}
-        self.keeps = reduce(operator.or_, masks)
+        self.addresses = {self.checkpoint.find(linear) for linear in self.blocks}
+        self.keeps, self.zeros = reduce(operator.or_, masks), dict[str, Zeros]()
         self.changed, self.gradients = list[tuple[dict[str, Tensor], Json]](), list[Grams]()
         if plan.weights_come_from == "weights":
             self.changed = [read_weights(study.weights, block) for block in blocks]
@@ -107,9 +108,11 @@ class Parts:
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: Prepared(self.grams[block][source].matrix()))
 
-    def make(self, address: Address) -> tuple[Tensor, Zeros]:
-        """Return one linear's weights in the pruned model, as stored, and its measures."""
+    def read(self, address: Address) -> Tensor:
+        """Return a tensor of the dense model; of a linear, its weights in the pruned model, as stored."""
         linear, weight = address.linear, self.checkpoint.read(address)
+        if address not in self.addresses:
+            return weight
         block = self.blocks[linear]
         keep, source = self.keeps[linear], self._source.get(linear)
         prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
@@ -128,9 +131,10 @@ class Parts:
             new, solved = finite(linear, found.weight), found.diagnostics
         of_inputs = self.plan.structure is not None
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
-        made = made._replace(weight=made.weight.to(weight.device))
-        zero = weight.numel() - int(made.weight.count_nonzero())
-        return made.weight, Zeros(block, zero, weight.numel(), made.error, made.masked, solved)
+        pruned = made.weight.to(weight.device)
+        zero = weight.numel() - int(pruned.count_nonzero())
+        self.zeros[linear] = Zeros(block, zero, weight.numel(), made.error, made.masked, solved)
+        return pruned
 
 
 def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
@@ -140,28 +144,18 @@ def prune(study: Project, target: Path) -> tuple[dict[str, Zeros], Json]:
     `removed_parameters` is the share of the stored weights that went; without units, zeros are stored.
     """
     parts = Parts(study)
-    checkpoint, blocks = parts.checkpoint, parts.blocks
-    found: dict[str, Zeros] = {}
-    addresses = {checkpoint.find(name) for name in blocks}
-
-    def read(address: Address) -> Tensor:
-        if address not in addresses:
-            return checkpoint.read(address)
-        made, found[address.linear] = parts.make(address)
-        return made
-
-    removal = removal_of(checkpoint, parts.plan)
-    if removal is None:
-        view = Changed(checkpoint, read, addresses)
-    else:
+    checkpoint = parts.checkpoint
+    view, removal = Changed(checkpoint, parts.read, parts.addresses), removal_of(checkpoint, parts.plan)
+    if removal:
         from wanda_dvc.engine.removal import Smaller  # imports transformers, which takes seconds
 
-        view = Smaller(checkpoint, removal.with_stays(removal.stays_in(parts.keeps)), read, addresses)
+        stays = removal.stays_in(parts.keeps)
+        view = Smaller(checkpoint, removal.with_stays(stays), parts.read, parts.addresses)
     written = write_model(view, target, without=(PROVENANCE, CARD))
     list(progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"))
-    for linear in blocks.keys() - found.keys():  # of complete experts or blocks that went
-        found[linear] = parts.make(checkpoint.find(linear))[1]
-    zeros = {linear: found[linear] for linear in blocks}
+    for linear in parts.blocks.keys() - parts.zeros.keys():  # of complete experts or blocks that went
+        parts.read(checkpoint.find(linear))
+    zeros = {linear: parts.zeros[linear] for linear in parts.blocks}
     if removal is None:
         return zeros, {"sparsity": round(sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()), 6)}
     left, every = (sum(math.prod(x.shape) for x in one.entries.values()) for one in (view, checkpoint))
