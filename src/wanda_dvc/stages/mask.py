@@ -265,11 +265,9 @@ def repaired(
     # In the order of their calls. Of an expert's outputs only some tokens have a part.
     *_, last = (name for name in measured.by_linear if linears[name].part.expert is None)
     end = gone[-1] + 1
-    walk = run.walk(windows, boundaries=end - block + 2)
+    walk = itertools.takewhile(lambda step: step.index < end, run.walk(windows, boundaries=end - block + 2))
     what = "mask, blocks run for the repair"
     for step in running.progress(walk, total=end, what=what, at=lambda step: step.index):
-        if step.index == end:
-            break
         step.advance()
     weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end)
     return {block: ({last: weight}, {last: diagnostics})}
