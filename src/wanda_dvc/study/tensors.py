@@ -25,8 +25,6 @@ from wanda_dvc.study.provenance import PROVENANCE, read_provenance, write_proven
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 CROSS = "cross"
 SQUARED_GRADIENTS = "squared_gradients"
-OUTPUTS = "outputs"
-INFLUENCE = "influence"
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -46,9 +44,9 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
     for name, x in stats.inputs.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
     for name, outputs in stats.outputs.items():
-        tensors[f"{name}.{OUTPUTS}"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
+        tensors[f"{name}.outputs"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
     if stats.influence is not None:
-        tensors[INFLUENCE] = stats.influence
+        tensors["influence"] = stats.influence
     _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
@@ -62,10 +60,10 @@ def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> Bl
     }
     outputs = {}
     for linear in itertools.chain.from_iterable(readers.values()):
-        if (pair := tensors.get(f"{linear}.{OUTPUTS}")) is not None:
+        if (pair := tensors.get(f"{linear}.outputs")) is not None:
             outputs[linear] = TokenSum(pair[0], int(pair[1]))
     fisher = read_fisher(gradients, block) if gradients else {}
-    return BlockStats(inputs, readers, transposed, fisher, outputs, tensors.get(INFLUENCE))
+    return BlockStats(inputs, readers, transposed, fisher, outputs, tensors.get("influence"))
 
 
 def write_grams(
