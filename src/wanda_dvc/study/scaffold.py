@@ -8,10 +8,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
 from copy import copy
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -37,7 +35,7 @@ NEXT = """
 `wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
-FILES: Mapping[str, Traversable] = {
+FILES = {
     PIPELINE: TEMPLATE / "pipeline.yaml", "params.yaml": PARAMS, PROMPTS: TEMPLATE / "prompts.txt",
     ".gitignore": TEMPLATE / "gitignore", ".dvcignore": TEMPLATE / "dvcignore", ".dvc/config": TEMPLATE / "config",
     "README.md": TEMPLATE / "README.md",
