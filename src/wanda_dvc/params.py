@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,8 +23,6 @@ from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
-ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
-AUTO: Final = "auto"
 FILE = "params.yaml"
 Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.text.split`
 
@@ -58,7 +56,7 @@ def _pattern(pattern: str) -> str:
 
 
 def _windows(count: object) -> object:
-    if count not in (None, ALL) and (type(count) is not int or count < 1):
+    if count not in (None, "all") and (type(count) is not int or count < 1):
         raise ValueError(count)
     return count
 
@@ -153,7 +151,7 @@ class Calibration(_Section):
     length: int = Field(512, ge=2, le=MOST, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
     statistics: Literal["auto", "norms", "gram", "gradients"] = Field(
-        AUTO,
+        "auto",
         description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
         "`gram` (also XᵀX of each input) or `gradients` (also gradients of eight windows)",
     )
@@ -202,7 +200,7 @@ class Runtime(_Section):
     """Settings that change the speed, and results by rounding alone."""
 
     device: str = Field(
-        AUTO,
+        "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
         description="`auto` (`cuda` or `mps` if there is one, else `cpu`), `cpu`, `cuda`, `cuda:1` or `mps`",
     )
@@ -224,7 +222,7 @@ class Params(_Section):
         description="`package:NAME==VERSION` with a GGUF file, an absolute path, or a Hub id, `ORG/NAME[@REVISION]`",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        AUTO, description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
+        "auto", description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
     )
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
@@ -296,7 +294,7 @@ class Params(_Section):
         if twice := sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1}):
             yield f"tasks.names: found {', '.join(twice)} twice, expected each task once"
         device, ray = self.runtime.device, self.runtime.ray
-        if ray is not None and device not in (AUTO, "cpu", "cuda"):
+        if ray is not None and device not in ("auto", "cpu", "cuda"):
             expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
             yield f"runtime.device: found {device} with runtime.ray {ray}, expected {expected}"
 
