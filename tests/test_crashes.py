@@ -21,6 +21,7 @@ from conftest import Factory, Make, Patch, fetch, tree, without_privilege, write
 from test_families import save
 
 from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.errors import explain
 from wanda_dvc.export.build import export
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project, Work
@@ -129,7 +130,7 @@ def two_file_systems(one: Path) -> Callable[[Path, Path], Path]:
 
     def refuse(source: Path, target: Path) -> Path:
         if source.is_relative_to(one) != target.is_relative_to(one):
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source, None, target)
         return rename(source, target)
 
     return refuse
@@ -179,8 +180,9 @@ def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, mo
     target = tmp_path / "made"
     write(target, OLD)
     monkeypatch.setattr(Path, "rename", two_file_systems(target))
-    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)) as raised:
         publish(Project(tmp_path), [target], NEW)
+    assert explain(raised.value)[0].startswith(f"{target}: cannot be moved (Invalid cross-device link); remove it")
     assert (tree(target), NEW) == (OLD, tree(Work(Project(tmp_path).work_root / digest({"of": str(NEW)})[:32]).out))
 
 

@@ -48,6 +48,8 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     again = "run the command again: the earlier output and finished work are kept"
     if number in NO_ROOM or "inline_container.cc" in said:  # of `torch.save`, without the reason
         return (f"{where}: disk full ({said}); free some space and {again}",)
+    if isinstance(error, OSError) and number == errno.EXDEV:  # a container's image has the earlier artifact
+        return (f"{error.filename}: cannot be moved ({said}); remove it and run the command again",)
     if number in NO_PLACE:
         return (f"{where}: {said}, expected permission to read and write; change it or name another, and {again}",)
     # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
