@@ -154,23 +154,29 @@ class Runner:
         `boundaries` stay.
         """
         self.rows, blocks = [row if isinstance(row, Row) else Row(row) for row in rows], len(self.decoder.blocks)
-        names = ["own", "dense"] if with_dense else ["own"]
         share = 1 + (with_dense or boundaries > 2)
-        streams = {name: self.states(name, boundaries=boundaries, share=share) for name in names}
-        self.own = streams["own"]
+        names = ["own", "dense"] if with_dense else ["own"]
+        streams = [self.states(name, boundaries=boundaries, share=share) for name in names]
+        self.own = streams[0]
         if kept == blocks:
             return
         self.decoder.check_tokens(self.rows)
-        self.progress = progress = Progress.open(self.work, [*streams.values()], blocks if kept is None else kept)
-        if progress.finished < 0:
-            deque(self.map(partial(embed, progress.streams), self.shards, "embeddings, shard"), maxlen=0)
-            progress.finish()
+        self.progress = Progress.open(self.work, streams, blocks if kept is None else kept)
+        for index in self.unfinished(self.progress, partial(embed, streams), "embeddings, shard"):
+            yield Step(self, Block(index, self.own, streams[1] if with_dense else None))
+
+    def unfinished(self, progress: Progress, first: Callable[..., None], what: str, way: str = "") -> Iterator[int]:
+        """Yield the boundary before each unfinished block, then finish it; `first` writes a shard's boundary 0."""
+        blocks = len(self.decoder.blocks)
         if progress.finished > 0:
-            notice(f"resuming after {progress.finished} of {blocks} blocks")
+            notice(f"resuming after {progress.finished} of {blocks} blocks{way}")
         try:
-            for index in range(progress.finished, blocks):
-                yield Step(self, Block(index, streams["own"], streams.get("dense")))
-                progress.finish(last=index == blocks - 1)
+            if progress.finished < 0:
+                deque(self.map(first, self.shards, what), maxlen=0)
+                progress.finish()
+            for number in range(progress.finished, blocks):
+                yield number
+                progress.finish(last=number == blocks - 1)
         finally:
             self.decoder.release()
 
@@ -244,21 +250,13 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
     for step in runner.walk(rows, boundaries=blocks + 2):
         step.advance()
     before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
-    back = Progress.open(runner.work / "back", [gradients], kept)
-    if back.finished > 0:
-        notice(f"resuming after {back.finished} of {blocks} blocks of the backward pass")
-    try:
-        if back.finished < 0:
-            deque(runner.map(partial(turn, before, gradients), runner.shards, "output head back, shard"), maxlen=0)
-            back.finish()
-        for index in reversed(range(blocks - back.finished)):
-            backing = partial(run_back, index, before, gradients)
-            total = runner.sum(backing, Gradients(), runner.shards, f"backward pass, block {index}, shard")
-            check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
-            yield index, total
-            back.finish(last=index == 0)
-    finally:
-        decoder.release()
+    back, turning = Progress.open(runner.work / "back", [gradients], kept), partial(turn, before, gradients)
+    for number in runner.unfinished(back, turning, "output head back, shard", " of the backward pass"):
+        index = blocks - 1 - number
+        backing = partial(run_back, index, before, gradients)
+        total = runner.sum(backing, Gradients(), runner.shards, f"backward pass, block {index}, shard")
+        check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
+        yield index, total
 
 
 @torch.no_grad()
