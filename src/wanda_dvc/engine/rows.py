@@ -191,25 +191,17 @@ class HiddenStates:
         return self.folder / f"{boundary:04d}-{shard:04d}"
 
 
-@dataclass
 class Progress:
     """The finished boundary of a walk's hidden states, in a file; −1 before the embeddings."""
 
-    folder: Path
-    streams: Sequence[HiddenStates]
-    finished: int = -1
-    not_finite: str | None = None  # the first block with non-finite states
-    _saved: float = field(default_factory=time.monotonic, init=False)
-
-    @classmethod
-    def open(cls, folder: Path, streams: Sequence[HiddenStates], last: int) -> "Progress":
-        """Return an interrupted run's progress, if it ended at `last` or before and its hidden states are unchanged."""
+    def __init__(self, folder: Path, streams: Sequence[HiddenStates], last: int) -> None:
+        """Read an interrupted run's progress, if it ended at `last` or before and its hidden states are unchanged."""
+        self.folder, self.streams, self.finished, self._saved = folder, streams, -1, time.monotonic()
+        self.not_finite: str | None = None  # the first block with non-finite states
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             found = json.loads((folder / PROGRESS).read_bytes())
-            finished, not_finite = found["finished"], found["not_finite"]
-            if 0 <= finished <= last and all(states.is_complete(finished) for states in streams):
-                return cls(folder, streams, finished, not_finite)
-        return cls(folder, streams)
+            if 0 <= found["finished"] <= last and all(states.is_complete(found["finished"]) for states in streams):
+                self.finished, self.not_finite = found["finished"], found["not_finite"]
 
     def finish(self, *, last: bool = False) -> None:
         """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""

@@ -161,7 +161,7 @@ class Runner:
         if kept == blocks:
             return
         self.decoder.check_tokens(self.rows)
-        self.progress = Progress.open(self.work, streams, blocks if kept is None else kept)
+        self.progress = Progress(self.work, streams, blocks if kept is None else kept)
         for index in self.unfinished(self.progress, partial(embed, streams), "embeddings, shard"):
             yield Step(self, Block(index, self.own, streams[1] if with_dense else None))
 
@@ -250,7 +250,7 @@ def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int
     for step in runner.walk(rows, boundaries=blocks + 2):
         step.advance()
     before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
-    back, turning = Progress.open(runner.work / "back", [gradients], kept), partial(turn, before, gradients)
+    back, turning = Progress(runner.work / "back", [gradients], kept), partial(turn, before, gradients)
     for number in runner.unfinished(back, turning, "output head back, shard", " of the backward pass"):
         index = blocks - 1 - number
         backing = partial(run_back, index, before, gradients)
