@@ -251,12 +251,10 @@ class InputRecorder:
     def dense(self, tokens: int) -> Iterator[None]:
         """Record the inputs of the row inside, of `tokens` tokens, as the dense model's."""
         self._tokens, self._is_dense = tokens, True
-        try:
-            yield
-        finally:
-            self._is_dense = False
-            self._held.clear()
-            self._routed.end_window()
+        yield
+        self._is_dense = False
+        self._held.clear()
+        self._routed.end_window()
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
         """Sum the products of the next row's numbers, of each token, with a linear's input: `Sums.crosses`."""
