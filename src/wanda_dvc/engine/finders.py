@@ -248,11 +248,9 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     if type(chosen) is int and stay < chosen:
         found = f"{CHOSEN} is {chosen}, expected at most the {stay} experts that stay"
         raise UserError(f"sparsity: {found}; set a lower sparsity")
-    set_of, follows, routers = _tensors_of_experts(source, structure, full, field, number)
+    set_of, follows, routers = _tensors_of_experts(source, structure, full, parts, field, number)
     cuts, numbered = [], {}
     for name, dim in follows.items():
-        if name not in parts:
-            raise refused(structure, source, f"{field} also determines {name}")
         for part in parts[name]:
             tensor = part.address.tensor
             if part.expert is None:
@@ -279,15 +277,15 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
 
 
 def _tensors_of_experts(
-    source: Checkpoint, structure: Structure, full: nn.Module, field: str, number: int
-) -> tuple[dict[str, str], dict[str, int], tuple[str, ...]]:
-    """Return the mixture of each tensor whose size follows their number, its dimension, and the tensors of routers."""
+    source: Checkpoint, structure: Structure, full: nn.Module, parts: Mapping[str, Any], field: str, number: int
+) -> tuple[dict[str, str], dict[str, int], dict[str, str]]:
+    """Return the mixture of each tensor whose size follows their number, its dimension, and the routers' mixtures."""
     where, _ = find_blocks(full)
     trial, tensors = number // 2, full.state_dict(keep_vars=True)
     follows: dict[str, int] = {}
     for name, place, size, less in _differences(full, _build(source, structure, {field: trial})):
         fits = (size, less) == (number, trial) and (place == 0 or tensors[name].dim() < 3)
-        if not name.startswith(f"{where}.") or not fits or name in follows:
+        if not name.startswith(f"{where}.") or name not in parts or not fits or name in follows:
             raise refused(structure, source, f"{field} also determines {name}")
         follows[name] = place
     # Experts are parameters of three dimensions; a mixture is all below the module around theirs.
@@ -301,4 +299,4 @@ def _tensors_of_experts(
         if not inside:
             raise refused(structure, source, f"{field} also determines {name}")
         set_of[name] = max(inside, key=len)
-    return set_of, follows, tuple(name for name in follows if name.rpartition(".")[0] not in owners)
+    return set_of, follows, {name: set_of[name] for name in follows if name.rpartition(".")[0] not in owners}

@@ -63,7 +63,7 @@ class Removal:
     cuts: tuple[Cut, ...] = ()  # of all tensors
     # The stored tensors of one unit, by name, HEAD UNIT TAIL: the set, the unit, the head and the tail.
     numbered: Mapping[str, tuple[str, int, str, str]] = field(default_factory=dict)
-    routers: tuple[str, ...] = ()  # the model's parameters and buffers by which experts are chosen
+    routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
     close: float = 1e-2  # the allowed difference in the probe, relative to the effect of the units that go
     stays: Stays = field(default_factory=dict)  # once they are chosen
 
@@ -299,8 +299,7 @@ class _Unchoosable(TorchFunctionMode):
         super().__init__()
         self.gone: dict[int, Tensor] = {}  # the experts that go, by the address of a router's tensor
         state = model.state_dict(keep_vars=True)
-        for name in removal.routers:
-            mixture = max((x for x in removal.stays if name.startswith(f"{x}.")), key=len)
+        for name, mixture in removal.routers.items():
             if not state[name].is_meta:  # of a block that is not loaded
                 self.gone[state[name].data_ptr()] = ~removal.stays[mixture]
 
