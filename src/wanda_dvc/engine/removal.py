@@ -105,11 +105,6 @@ class Removal:
     # --- masks ---
 
     @cached_property
-    def units(self) -> dict[str, Units]:
-        """The units that a linear reads, by linear."""
-        return {linear: self.sets[cut.units] for linear, cut in self.readers.items()}
-
-    @cached_property
     def cuts_of(self) -> Mapping[str, list[Cut]]:
         """The cuts of each linear, or other tensor, by its name in masks."""
         found: defaultdict[str, list[Cut]] = defaultdict(list)
@@ -131,7 +126,8 @@ class Removal:
         found: dict[str, Tensor] = {}
         for linear in keeps:
             if linear in self.readers:
-                cut, units = self.readers[linear], self.units[linear]
+                cut = self.readers[linear]
+                units = self.sets[cut.units]
                 found[cut.units] = torch.zeros(units.total, dtype=torch.bool)
                 found[cut.units][places(units.total, units.layout)[keeps[linear].any(dim=1 - cut.dim)]] = True
             elif linear in self._unit_of:

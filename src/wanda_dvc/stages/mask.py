@@ -59,7 +59,8 @@ def mask(*, project: Project) -> None:
     rated = running.progress(every, total=len(blocks), what="mask, blocks rated")
     shares = allocate(read, rated, len(blocks), allocation=plan.allocation, share=plan.share, group=plan.group)
     made_from = _describe(plan, stats, tiers, shares, removal)
-    solving = partial(solve, plan, checkpoint, removal.units if removal else {}, gradients)
+    units = {linear: removal.sets[cut.units] for linear, cut in removal.readers.items()} if removal else {}
+    solving = partial(solve, plan, checkpoint, units, gradients)
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
         unreached: dict[int, set[str]] = {}
