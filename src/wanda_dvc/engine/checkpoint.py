@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-RUNS_IN = ("float32", "bfloat16", "float16")  # in which a model may run
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number, by the dtypes in which a model may run
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ def dtype_of(model: Path, wanted: str) -> str:
     for part in [stored, inside] if isinstance(inside, dict) else [stored]:
         for name in ("dtype", "torch_dtype"):
             found = str(part.get(name)).removeprefix("torch.")
-            if found in RUNS_IN:
+            if found in WIDTH:
                 return found
-    return RUNS_IN[0]
+    return "float32"
 
 
 def positions_of(config: Any) -> int | None:

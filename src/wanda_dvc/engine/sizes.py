@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.engine.checkpoint import WIDTH, Address, read_config
 from wanda_dvc.engine.rows import CALLS_BYTES
 from wanda_dvc.pruning.gram import PANEL
 
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
@@ -17,7 +17,6 @@ class Sizes:
 
     def __init__(self, config: Path) -> None:
         """Count the model of a config.json, or of its directory. Windowed attention counts as full attention."""
-        from wanda_dvc.engine.checkpoint import Address, read_config
         from wanda_dvc.engine.structure import Part, build_empty, find_blocks, stored_linears
 
         stored = read_config(config)

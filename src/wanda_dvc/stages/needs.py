@@ -19,9 +19,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wanda_dvc.engine.checkpoint import dtype_of
+from wanda_dvc.engine.checkpoint import WIDTH, dtype_of
 from wanda_dvc.engine.rows import shards
-from wanda_dvc.engine.sizes import FIXED, WIDTH, Sizes, Walk
+from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
