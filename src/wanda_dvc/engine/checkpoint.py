@@ -191,13 +191,9 @@ def dtype_of(model: Path, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     stored = read_object(model / "config.json")
-    inside = stored.get("text_config")
-    for part in [stored, inside] if isinstance(inside, dict) else [stored]:
-        for name in ("dtype", "torch_dtype"):
-            found = str(part.get(name)).removeprefix("torch.")
-            if found in WIDTH:
-                return found
-    return "float32"
+    parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
+    found = (str(part.get(name)).removeprefix("torch.") for part in parts for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in found if dtype in WIDTH), "float32")
 
 
 def positions_of(config: Any) -> int | None:
