@@ -307,12 +307,9 @@ def recording_gradients(linears: dict[str, Linear]) -> Iterator[Gradients]:
 
     def see(names: list[str], x: Tensor, y: Tensor, some: slice) -> None:
         if y.requires_grad:
-
-            def rows(tensor: Tensor) -> Tensor:
-                return tensor.detach().flatten(0, -2)[some].float()
-
-            norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
-            y.register_hook(lambda gradient: add(names, rows(gradient).mul(norms)))
+            inputs = x.detach().flatten(0, -2)[some].float()
+            norms = vector_norm(inputs, dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
+            y.register_hook(lambda gradient: add(names, gradient.flatten(0, -2)[some].float().mul(norms)))
 
     def add(names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
         where = solving_device(gradient.device)
