@@ -257,7 +257,6 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         hidden = full.embed(row)
-        full.calls(row)  # it runs the first block now; later it may be in use
         where = full.weights.blocks_name
         by_block = where in removal.sets
         kept = removal.stays[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
@@ -276,7 +275,6 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         del full
         gc.collect()
         small = in_float32(Smaller(source, removal))
-        small.calls(row)
         for block, hidden, dense, masked in wanted:
             small.hold(block, -1)
             found = small.run(block, hidden, row)
