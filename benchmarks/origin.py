@@ -15,6 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.machine import cores, processor
+from wanda_dvc.stages import STAGES
+from wanda_dvc.study.files import write_text
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIBRARIES = ("torch", "transformers")
@@ -24,9 +28,6 @@ Row = dict[str, Any]
 
 def origin(protocol: str, stages: Iterable[str] = (), libraries: Iterable[str] = LIBRARIES) -> Row:
     """Return the origin of what is measured now: how, with which code, which libraries, on which machine, and when."""
-    from wanda_dvc.machine import cores, processor
-    from wanda_dvc.stages import STAGES
-
     return {
         "protocol": protocol,
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "src") else ""),
@@ -51,9 +52,7 @@ def write_row(path: Path, name: str, value: Any, made: Row) -> None:
     """Add a row to a file, or replace it; the file is complete at any moment."""
     rows = read_rows(path) | {name: {"value": value, "origin": made}}
     lines = (f"{json.dumps(key)}: {json.dumps(row, ensure_ascii=False)}" for key, row in rows.items())
-    half = path.with_suffix(".part")
-    half.write_text('{"rows": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
-    half.replace(path)
+    write_text(path, '{"rows": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
@@ -87,6 +86,4 @@ def protocol(windows: int, measured: int, length: int, *texts: str) -> Row:
 
 def is_old(row: Row) -> bool:
     """Whether a stage has another version now than when the row was measured."""
-    from wanda_dvc.stages import STAGES
-
     return any(STAGES[name].version != known for name, known in row["origin"]["stages"].items())
