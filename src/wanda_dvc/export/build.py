@@ -4,6 +4,7 @@ The experiment's files are copied from DVC's cache and git into the work folder.
 """
 
 import io
+import shutil
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -23,7 +24,7 @@ from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
 from wanda_dvc.study.dvc import Revision, copy_file
 from wanda_dvc.study.markup import inline, table
-from wanda_dvc.study.project import Project, Work, temporary_place
+from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, differing, digest, read_provenance, write_provenance
 
 REPRODUCE = """\
@@ -77,8 +78,7 @@ def export(
             made_from = read_provenance(finished, MADE_BY[finished.name])
             if made_from.get("pruned", digest(made_from)) != pruned or not metrics:
                 raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
-            for file in finished.iterdir():
-                copy_file(file, work.out / file.name)
+            shutil.copytree(finished, work.out, copy_function=copy_file, dirs_exist_ok=True)
         else:
             _, metrics = prune(study, work.out)
         write_provenance(work.out, made_from)
@@ -90,15 +90,10 @@ def export(
         said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
         said += [f"{imatrix}: {importance(study, temporary_place(imatrix))}"] if imatrix else []
         check_target(project, target)  # another export may have written it
-        _publish(work, target, imatrix)
+        work.publish(target)
+        if imatrix:  # last: with the matrix alone, the same command would be refused
+            temporary_place(imatrix).replace(imatrix)
     return "\n".join([*said, *found.notes])
-
-
-def _publish(work: Work, target: Path, imatrix: Path | None) -> None:
-    """Publish the model, then its matrix: with the matrix alone, the same command would be refused."""
-    work.publish(target)
-    if imatrix:
-        temporary_place(imatrix).replace(imatrix)
 
 
 def check_target(project: Project, target: Path) -> Path:

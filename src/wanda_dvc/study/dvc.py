@@ -181,7 +181,7 @@ def init_repository(folder: Path, *, inside: bool) -> None:
         raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: str | Path, target: str | Path) -> None:
     """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
 
     A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
@@ -194,7 +194,7 @@ def copy_file(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
     else:
-        target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
+        Path(target).chmod(Path(target).stat().st_mode | 0o200)  # macOS clones the permissions too
 
 
 def link_file(source: str | Path, target: str | Path) -> None:

@@ -175,7 +175,7 @@ class Work:
             except OSError as error:
                 if error.errno != errno.EXDEV:  # else the place is on another file system
                     raise
-                shutil.copytree(made, temporary / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
+                shutil.copytree(made, temporary / "out", copy_function=copy_file)
                 _rename(temporary / "out", target)
                 remove(temporary)
         self.forget()
