@@ -37,7 +37,8 @@ def page() -> str:
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
             stages = _stages(name)[: 1 if name.startswith(TEXTS[0]) else None]  # the first stage of both texts
-            rows.append([shown, _meaning(field), f"`{default}`", ", ".join(stages) or "`plan`"])
+            meaning = f"{field.description[0].upper()}{field.description[1:]}."
+            rows.append([shown, meaning, f"`{default}`", ", ".join(stages) or "`plan`"])
     recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
     allocations = [[x.name, x.about] for x in ALLOCATIONS.values()]
     sections = {
@@ -67,11 +68,6 @@ def _stages(name: str) -> list[str]:
     """Return the stages that read a setting."""
     read = {row.name: [one for part in row.parts.values() for one in part.settings] for row in STAGES.values()}
     return [f"`{stage}`" for stage, some in read.items() if any(f"{name}.".startswith(f"{one}.") for one in some)]
-
-
-def _meaning(field: object) -> str:
-    description = str(getattr(field, "description", ""))
-    return f"{description[:1].upper()}{description[1:]}." if description[:1] != "`" else f"{description}."
 
 
 def _spelled(value: object) -> str:
