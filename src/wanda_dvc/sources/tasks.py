@@ -100,27 +100,19 @@ def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> Non
     for name, one in items.items():
         target = out / name / ITEMS
         target.parent.mkdir()
+        source, revision = "samples written for wanda-dvc" if samples else one.title, None
         if isinstance(one.origin, Path):
             load_task(one.definition, one.role, one.origin, todo="correct that file")
             shutil.copyfile(one.origin, target)
         else:
-            where = f"{one.origin.where}: {one.title}"
+            where, revision = f"{one.origin.where}: {one.title}", one.origin.commit
             rows = load_rows(one.origin, one.config, one.split, **one.options)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             target.write_text("".join(lines), encoding="utf-8", newline="\n")
             load_task(one.definition, one.role, target, name=where, todo="remove the task")
-        provenance = describe(
-            "download tasks",
-            task=name,
-            source="samples written for wanda-dvc" if samples else one.title,
-            revision=one.origin.commit if isinstance(one.origin, Repository) else None,
-            samples=samples,
-            definition=one.definition,
-            role=one.role,
-            lm_eval=version("lm_eval"),
-            sha256=file_digest(target),
-        )
-        write_provenance(target.parent, provenance)
+        made: Json = {"task": name, "source": source, "revision": revision, "samples": samples}
+        made |= {"definition": one.definition, "role": one.role, "lm_eval": version("lm_eval")}
+        write_provenance(target.parent, describe("download tasks", **made, sha256=file_digest(target)))
 
 
 # --- lm-eval's task of a file of items ---
