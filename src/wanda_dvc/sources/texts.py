@@ -1,6 +1,5 @@
 """A text: embedded, a file on this machine, or a split of a data set from the mirror or the Hub."""
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -51,9 +50,8 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None) -> Source:
             rows = _column(read_lines(file), column) if file.suffix == ".jsonl" else [read_text(file)]
         if not (joined := wanted.join.join(rows)).strip():
             raise UserError(f"{where} ({title}): empty, expected text; name another")
-        content = joined.encode("utf-8")
-        (out / TEXT).write_bytes(content)
-        made = {"join": wanted.join, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
+        (out / TEXT).write_text(joined, encoding="utf-8", newline="")
+        made = {"join": wanted.join, "rows": len(rows), "sha256": file_digest(out / TEXT)}
         write_provenance(out, describe(made_by, **origin, **made))
 
     return Source({"text": asdict(wanted), "commit": origin["revision"]}, write)
