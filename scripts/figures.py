@@ -6,7 +6,7 @@ figure has a mark, ¹, if its row was measured with another version of a stage.
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,13 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
     return shown + MARK if row and is_old(row) else shown
 
 
-def by_recipe(recipes: Iterable[str], small: Sequence[str], gemma: Sequence[str]) -> str:
-    """Return the recipes' perplexity on WikiText-2, of two models at some amounts each."""
+def by_recipe(gemma: Sequence[str] = ()) -> str:
+    """Return the recipes' perplexity on WikiText-2, of SmolLM2 and at some amounts of Gemma."""
     rows, lines = measured("recipes"), []
-    for recipe in recipes:
-        names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, small), (GEMMA, gemma)) for amount in some]
+    for recipe in RECIPES:
+        names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, AMOUNTS), (GEMMA, gemma)) for amount in some]
         lines.append([NAMES[recipe], *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
-    heads = ["`recipe`", *small, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
+    heads = ["`recipe`", *AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
     return table([head.replace("%", " %") for head in heads], lines)
 
 
@@ -123,22 +123,19 @@ def memory() -> str:
     return table(["GB, measured of estimated", *heads], [[shape, *cells] for shape, cells in lines.items()])
 
 
-def by_text(names: Iterable[str]) -> str:
+def by_text() -> str:
     """Return the perplexity and the divergence on both texts of the rows that were measured."""
     rows, lines = measured("recipes"), []
-    for key in names:
+    for key in ("dense", *(" ".join(row) + end for row in MODELS for end in ENDS)):
         if (row := rows.get(f"{SMALL} {key}")) and row["value"].keys() >= TEXTS.keys():
-            texts = (cell for text in TEXTS for cell in _text(row["value"][text], row))
-            lines.append([key.replace("%", " %"), *texts])
+            cells = [key.replace("%", " %")]
+            for text in TEXTS:
+                divergence = value(row, text, "divergence")  # missing of the dense model, and a word if it diverged
+                mean = f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"
+                cells += [figure(value(row, text), row), mean + MARK if is_old(row) and divergence else mean]
+            lines.append(cells)
     heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
     return table(["model", *heads], lines)
-
-
-def _text(found: Row, row: Row) -> list[str]:
-    """Return the perplexity and the divergence that were `found` on a text; an old `row` has marks."""
-    divergence = found.get("divergence")  # missing of the dense model, and a word if it diverged
-    mean = f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"
-    return [figure(found.get("perplexity"), row), mean + MARK if is_old(row) and divergence else mean]
 
 
 def authors() -> str:
@@ -168,9 +165,7 @@ def runtimes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
-    "readme": lambda: by_recipe(RECIPES, AMOUNTS, []),
-    "recipes": lambda: by_recipe(RECIPES, AMOUNTS, AMOUNTS),
-    "texts": lambda: by_text(["dense", *(" ".join(row) + end for row in MODELS for end in ENDS)]),
+    "readme": by_recipe, "recipes": lambda: by_recipe(AMOUNTS), "texts": by_text,
     "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
     "runtimes": runtimes,
 }  # fmt: skip
