@@ -24,7 +24,7 @@ TARGET = ROOT / ".site"
 # Pages of the site that lie outside docs/; they keep their path.
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
 FENCED = re.compile(r"^( *)```.*?^\1```\s*?$", flags=re.MULTILINE | re.DOTALL)
-CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", flags=re.DOTALL)
+CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n)[^\0])+?(?<!`)\1(?!`)")  # without blocks, which are \0NUMBER\0 by then
 LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>(?:!\[[^\]]*\]\([^)]*\)|\\.|[^\[\]])*)\]\((?P<to>[^)\s]+)(?P<title> +\"[^\"]*\")?\)"
 )
@@ -85,7 +85,8 @@ class Site:
         code: list[str] = []
 
         def keep(found: re.Match[str]) -> str:
-            code.append(found[0])
+            # On GitHub a cell's code span needs the backslash of \|; Python-Markdown keeps it.
+            code.append(found[0] if FENCED.fullmatch(found[0]) else found[0].replace("\\|", "|"))
             return f"\0{len(code) - 1}\0"
 
         def link(found: re.Match[str]) -> str:
@@ -102,8 +103,7 @@ class Site:
 
         text = CODE.sub(keep, FENCED.sub(keep, text))
         text = LINK.sub(link, PICTURE.sub(picture, text))
-        # Python-Markdown keeps the backslash of \| inside code.
-        return re.sub("\0(\\d+)\0", lambda found: _restored(code, int(found[1])), text)
+        return re.sub("\0(\\d+)\0", lambda found: code[int(found[1])], text)
 
     def _link(self, to: str, source: str, page: str) -> str | None:
         """Return where a link of `source` leads on the page of `page`; None where the site has no address for it."""
@@ -151,12 +151,6 @@ def reference(path: str) -> str:
     module = importlib.import_module(re.sub(r"^src/|(/__init__)?\.py$", "", path).replace("/", "."))
     exported = [name for name in module.__all__ if not name.startswith("__")]
     return "\n\n".join(f"::: {getattr(module, name).__module__}.{name}" for name in exported)
-
-
-def _restored(code: list[str], index: int) -> str:
-    """Return a block of code as it was, or a code span without the backslash that a table's cell needs on GitHub."""
-    kept = re.sub("\0(\\d+)\0", lambda found: code[int(found[1])], code[index])
-    return kept if FENCED.fullmatch(kept) else kept.replace("\\|", "|")
 
 
 def _write(path: Path, text: str) -> None:
