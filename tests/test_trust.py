@@ -17,6 +17,7 @@ from wanda_dvc.errors import UserError, explain
 from wanda_dvc.export.build import export
 from wanda_dvc.params import check_params, parse_yaml, read_params
 from wanda_dvc.reading import check_file, is_there, read_object, read_text
+from wanda_dvc.results.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.plan import plan
@@ -254,6 +255,10 @@ def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Pat
         with pytest.raises(UserError, match=rf"(new|b): inside {name}/, which DVC or git tracks"):
             export(project=Project(finished), experiment=None, target=target)
         assert not target.exists()
+    matrix = partial(export, experiment=None, target=tmp_path / "new", imatrix=finished / name / "x.gguf")
+    for write in (matrix, partial(report, output=finished / name / "x.html")):
+        with pytest.raises(UserError, match=rf"{name}: inside {name}/, which DVC or git tracks"):
+            write(project=Project(finished))
 
 
 def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(tmp_path: Path):

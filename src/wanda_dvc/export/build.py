@@ -13,12 +13,12 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
-from wanda_dvc.reading import check_place, is_there
+from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.show import continuations, notes
-from wanda_dvc.stages import MODELS, TRACKED
+from wanda_dvc.stages import MODELS, check_outside
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import card
@@ -45,7 +45,7 @@ def export(
     experiment = None if experiment == WORKSPACE else experiment
     target, what = check_target(project, target), experiment or "the workspace"
     if imatrix:
-        file = check_place(imatrix.parent) / imatrix.name
+        file = check_outside(project, imatrix.parent) / imatrix.name
         if is_there(file) or file.resolve().is_relative_to(target.resolve()):
             raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -98,10 +98,7 @@ def export(
 
 def check_target(project: Project, target: Path) -> Path:
     """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
-    target = check_place(target)
-    root, place = project.root.resolve(), target.resolve()
-    if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
-        raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
+    target = check_outside(project, target)
     for path, own in ((target, set[str]()), (temporary_place(target), {"out"})):  # the second: an unfinished copy
         if is_there(path) and (not path.is_dir() or {one.name for one in path.iterdir()} - own or path.samefile(".")):
             raise UserError(f"{path}: exists already; name a new directory, or an empty one")

@@ -81,7 +81,7 @@ def names_in_gguf(kind: str, blocks: int) -> tuple[str, Callable[[str], set[str]
 
     def names(linear: str) -> set[str]:
         name = re.sub(r"experts\.\d+\.", "experts.", linear).replace("language_model.", "")
-        every = {table.get_name(name) or table.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]}
-        return set() if REORDERED in name or None in every else every
+        every = [table.get_name(name) or table.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]]
+        return set() if REORDERED in name or None in every else set(filter(None, every))
 
     return MODEL_ARCH_NAMES[known[0]], names

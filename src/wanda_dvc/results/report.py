@@ -18,7 +18,6 @@ from wanda_dvc import __version__
 from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
-from wanda_dvc.reading import check_place
 from wanda_dvc.results import published
 from wanda_dvc.results.compare import DENSE, MISSING, Column, Tests, apart, cells, compare, headings
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
@@ -26,6 +25,7 @@ from wanda_dvc.results.listing import MEASURED_BY
 from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe
+from wanda_dvc.stages import check_outside
 from wanda_dvc.study.markup import DASH, inline, table
 from wanda_dvc.study.project import Project
 
@@ -39,8 +39,7 @@ FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 def report(*, project: Project, output: Path, revs: list[str] | None = None) -> str:
     """Write `output`, a self-contained HTML page; return a message with its path."""
-    check_place(output.parent)  # before minutes of reading
-    output = output.absolute()
+    output = check_outside(project, output.parent) / output.name  # before minutes of reading
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         found, excluded = collect(project=project, revs=revs or [], work=Path(work))
         if not found:

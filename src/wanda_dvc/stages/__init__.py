@@ -7,12 +7,14 @@ this table too.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from wanda_dvc.catalog import EMBEDDED, STATISTICS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CHOICES, RECOVERY_LENGTH
+from wanda_dvc.reading import check_place
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
@@ -284,6 +286,15 @@ STAGES = {
 WRITTEN = {path for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
 # The folders in a study that DVC or git tracks.
 TRACKED = sorted({path.partition("/")[0] for path in WRITTEN} | {".dvc", ".git"})
+
+
+def check_outside(project: "Project", path: Path) -> Path:
+    """Return the absolute path of a directory to write. UserError if it is inside a folder that DVC or git tracks."""
+    path = check_place(path)
+    root, place = project.root.resolve(), path.resolve()
+    if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
+        raise UserError(f"{path}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
+    return path
 
 
 def planned(params: "Params") -> "dict[str, Json]":
