@@ -131,14 +131,6 @@ def test_fisher_least_squares_solves_the_normal_equations(damping, output_dampin
     assert off[1] @ both @ off[1] < 0.99 * (off[0] @ both @ off[0])
 
 
-def test_outputs_whose_gradients_are_independent_make_fisher_least_squares_the_plain_one():
-    weight, gram = problem()
-    keep, prepared = wanda(weight, gram), Prepared(gram)
-    apart = torch.diag(of_gradients(12).diagonal())
-    found = fisher_least_squares(weight, keep, prepared, apart, steps=200).weight
-    torch.testing.assert_close(found, least_squares(weight, keep, prepared, steps=100).weight, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
 def test_the_unit_of_the_loss_changes_nothing(factor):
     weight, gram = problem()
