@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import unquote
 import figures
 import pages
 import pytest
-from conftest import ROOT, Patch, committed, git, read_preset, save_tiny_model
+from conftest import ROOT, Patch, git, read_preset, save_tiny_model
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -25,7 +26,7 @@ from typer.main import get_command
 
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params
+from wanda_dvc.params import read_params
 from wanda_dvc.stages import STAGES
 
 LISTED = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md").split()
@@ -92,26 +93,15 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-def checked_settings(overrides: list[str]) -> None:
-    """Refuse what `dvc exp run -S` would write into params.yaml and a stage would then refuse."""
-    choices = []
-    for override in overrides:
-        name, _, given = override.partition("=")
-        values = [given] if given.startswith(("[", "{")) else given.split(",")
-        choices.append([(name, YAML(typ="safe").load(value)) for value in values])
-    for chosen in itertools.product(*choices):
-        content = committed()
-        for name, value in chosen:
-            *sections, leaf = name.lstrip("+~").split(".")
-            target = content
-            for section in sections:  # `+` adds a text
-                target = target.setdefault(section, {}) if name.startswith("+") else target[section]
-            assert (leaf in target) != name.startswith("+"), f"no setting {name}"
-            if name.startswith("~"):
-                del target[leaf]
-            else:
-                target[leaf] = value
-        check_params(content)
+def check_settings(overrides: list[str]) -> None:
+    """Write them into params.yaml as `dvc exp run -S` does, and refuse what a stage would then refuse."""
+    from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+
+    for sweep in get_hydra_sweeps({"params.yaml": overrides}):
+        with tempfile.TemporaryDirectory() as folder:
+            path = shutil.copy(ROOT / "params.yaml", folder)
+            apply_overrides(path, sweep["params.yaml"])
+            read_params(Path(path))
 
 
 def check_wanda_dvc(words: list[str]) -> None:
@@ -134,7 +124,7 @@ def check_dvc(words: list[str]) -> None:
         arguments = parse_args(words)
     finally:
         logging.disable(logging.NOTSET)
-    checked_settings([PACKAGED.get(given, given) for given in getattr(arguments, "set_param", None) or []])
+    check_settings([PACKAGED.get(given, given) for given in getattr(arguments, "set_param", None) or []])
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     if words[0] == "repro":
         assert {target.partition("@")[0] for target in arguments.targets} <= stages.keys()
@@ -163,7 +153,7 @@ def problem(words: list[str]) -> str | None:
     except UserError as error:
         return f"{shlex.join(words)}: {'; '.join(error.problems)}"
     except Exception as error:  # each parser has its own
-        return f"{shlex.join(words)}: {type(error).__name__}: {error}"
+        return f"{shlex.join(words)}: {type(error).__name__}: {error.__cause__ or error}"
     return None
 
 
@@ -179,7 +169,7 @@ def test_every_command_of_a_page_is_one_that_the_command_line_takes(page: str):
         ("wanda-dvc stats --block 3", "No such option: --block"),
         ("dvc exp walk", "DvcParserError"),
         ("dvc repro prune", "AssertionError"),
-        ("dvc exp run -S sparsety=0.7", "no setting sparsety"),
+        ("dvc exp run -S sparsety=0.7", "Could not override 'sparsety'"),
         ("dvc exp run --queue -S 'sparsity=0.3,1.5'", "sparsity: found 1.5, expected less than 1"),
         ("dvc exp run -S ++method=sparse", 'method: found "sparse"'),
         ("make pruned", "the Makefile has bench"),
