@@ -378,6 +378,7 @@ def test_the_lists_of_commands_and_settings_are_those_of_the_code(name: str):
 def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: str | None, tmp_path: Path):
     """`make docs` checks the links to pages and their anchors."""
     pages.build(tmp_path, repository)
+    led = 0
     for page in (tmp_path / "docs").rglob("*.md"):
         text = re.sub(r"`[^`\n]*`", "`code`", without_blocks(page.read_text(encoding="utf-8")))
         assert "<picture>" not in text
@@ -389,6 +390,8 @@ def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: 
                 assert inside, link
                 target = ROOT / inside[2]
                 assert target.is_dir() if inside[1] == "tree" else target.is_file(), link
+                led += 1
+    assert bool(led) == bool(repository)
     assert "Prune a language model with one command" in (tmp_path / "docs/index.md").read_text(encoding="utf-8")
 
 

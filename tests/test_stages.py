@@ -228,6 +228,7 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(study: Make, spo
     killed = mock.patch("wanda_dvc.engine.divergence.measure", side_effect=KeyboardInterrupt)
     with killed, pytest.raises(KeyboardInterrupt):
         perplexity(project=made, model="dense", text="embedded")
+    assert [*work_of(made).glob("own/*")]
     spoil(work_of(made))
     perplexity(project=made, model="dense", text="embedded")
     assert made.details("dense", "perplexity/embedded").read_bytes() == complete
