@@ -9,10 +9,10 @@ from cases.models import tensors
 from conftest import Patch, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import save
+from test_families import check_answers, save
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from wanda_dvc.engine import attention, questions
@@ -219,14 +219,7 @@ def test_they_are_the_models_own(
     assert decoder.holds_layouts
     decoder.holds_layouts = together
     ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=iter)
-    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    for request, (value, greedy) in zip(asked, ours, strict=True):
-        tokens = torch.tensor(request.context + request.continuation)[-65:]
-        size = len(request.continuation)
-        with torch.no_grad():
-            logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
-        assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
-        assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
+    check_answers(tiny, asked, ours, length=64)
     for wrong, length in ((asked, 2), ([Request((1, 2), ())], 64)):
         with pytest.raises(UserError, match=f"a choice has no token, or more than the model's {length}; remove it"):
             loglikelihoods(Runner(decoder, tmp_path), wrong, length=length, progress=iter)

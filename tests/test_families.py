@@ -243,12 +243,18 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
         assert one.holds_layouts == (family not in ONE_BY_ONE)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for request, (value, _) in zip(asked, ours, strict=True):
-        tokens, size = torch.tensor(request.context + request.continuation), len(request.continuation)
+    check_answers(folder, asked, ours, length=128)
+
+
+def check_answers(folder: Path, asked: list[Request], answers: list[tuple[float, bool]], length: int) -> None:
+    """Hold answers to those of the model as transformers runs it, which gets the last tokens of a long question."""
+    for request, (value, greedy) in zip(asked, answers, strict=True):
+        tokens, size = torch.tensor(request.context + request.continuation)[-length - 1 :], len(request.continuation)
         with torch.no_grad():
             logprobs = model(input_ids=tokens[None, :-1], use_cache=False).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=1e-4)
 
+        assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
