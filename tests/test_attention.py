@@ -1,5 +1,6 @@
-"""Our attention against torch's own, and questions packed into rows: every continuation as likely as one by one."""
+"""Our attention against its definition, and questions packed into rows: every continuation as likely as one by one."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import check_answers, save
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
@@ -42,25 +42,16 @@ def oracle(q, k, v, sees, scale=8**-0.5, softcap=None):
     return (torch.where(sees, scores, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("queries", [5, 16, 256])
-@pytest.mark.parametrize("keys", [1, 2, 6])
-def test_a_window_is_causal(monkeypatch: Patch, queries: int, keys: int):
-    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
-    q, k, v = heads(37, keys=keys)
-    ours, _ = attend(MODULE, q, k, v, None, scaling=8**-0.5)
-    k, v = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
-    theirs = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("queries", [5, 256])
-def test_a_layer_that_sees_a_few_tokens_back(monkeypatch: Patch, queries: int):
-    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
-    mask = visible(1, 37, 37, sliding_window_causal_mask_function(4), "cpu", local_size=4)
-    q, k, v = heads(37)
+def test_a_token_sees_the_tokens_before_it_or_a_few_of_them(monkeypatch: Patch):
     behind = torch.arange(37)[:, None] - torch.arange(37)
-    ours, _ = attend(MODULE, q, k, v, mask, softcap=2.0)
-    torch.testing.assert_close(ours, oracle(q, k, v, (behind >= 0) & (behind < 4), softcap=2.0), rtol=1e-5, atol=1e-5)
+    few = visible(1, 37, 37, sliding_window_causal_mask_function(4), "cpu", local_size=4)
+    kinds = [(None, 37, 0.3, None), (few, 4, None, 2.0)]
+    for queries, keys, (mask, back, scale, softcap) in itertools.product([5, 16, 256], [1, 2, 6], kinds):
+        monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
+        q, k, v = heads(37, keys=keys)
+        ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
+        expected = oracle(q, k, v, (behind >= 0) & (behind < back), scale or 8**-0.5, softcap)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=25)
