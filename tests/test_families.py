@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -242,19 +243,19 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     ours = loglikelihoods(Runner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
     for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
         assert one.holds_layouts == (family not in ONE_BY_ONE)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     check_answers(folder, asked, ours, length=128)
 
 
 def check_answers(folder: Path, asked: list[Request], answers: list[tuple[float, bool]], length: int) -> None:
     """Hold answers to those of the model as transformers runs it, which gets the last tokens of a long question."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for request, (value, greedy) in zip(asked, answers, strict=True):
         tokens, size = torch.tensor(request.context + request.continuation)[-length - 1 :], len(request.continuation)
         with torch.no_grad():
             logprobs = model(input_ids=tokens[None, :-1], use_cache=False).logits[0].log_softmax(-1)[-size:]
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=1e-4)
-
         assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def run(project: Project, *lines: str) -> str:
 def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     family: str, implementation: str, tmp_path: Path, monkeypatch: Patch
 ):
-    """Token by token from the stored matrices: the router's choice, then the sums of what the chosen experts read."""
+    """Token by token from the stored matrices, by the choice of transformers' router: what the chosen experts read."""
     folder = save(family, tmp_path / "model")
     if implementation == "fallback":
         monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
@@ -313,21 +314,19 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     inputs, readers, *_ = next(iter(walk(decoder, tokens, tmp_path / "work"))).record().stats
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    given: list[torch.Tensor] = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: given.extend(args[0].flatten(0, -2)))
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda _, args: given.extend(zip(*args[:2], strict=True))
+    )
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None])
     stored = Checkpoint(folder)
     inside = "block_sparse_moe" if family == "mixtral" else "mlp"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    router = stored.read(Address(f"model.layers.0.{inside}.gate.weight"))
-    chosen = 2 if family == "mixtral" else model.config.num_experts_per_tok
-    count = [0] * len(router)
-    squares: dict[str, torch.Tensor] = {}
-    for token in given:
-        logits = [float(torch.dot(row, token)) for row in router]
-        for expert in sorted(range(len(router)), key=lambda e: -logits[e])[:chosen]:
+    count, squares = Counter[int](), dict[str, torch.Tensor]()
+    for token, chosen in given:
+        for expert in chosen.tolist():
             name = f"model.layers.0.{inside}.experts.{expert}"
             count[expert] += 1
             opened = stored.weight(f"{name}.{gate}") @ token
@@ -340,7 +339,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
                 assert inputs[source].count == count[int(name.split(".")[-2])], name
                 expected = squares.get(name, torch.zeros_like(inputs[source].sum))
                 torch.testing.assert_close(inputs[source].sum_squares, expected, rtol=1e-4, atol=1e-6)
-    assert sum(count) == chosen * tokens.numel()
+    assert count.total() == model.config.num_experts_per_tok * tokens.numel()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "phi3", "gpt2"])
