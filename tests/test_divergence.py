@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Make, Patch, mask_and_apply, save_tiny_model
+from conftest import Make, Patch, mask_and_apply, outputs, save_tiny_model, walk
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,6 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.intervals import perplexity as perplexity_interval
-from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json
@@ -31,14 +30,10 @@ TOKENS = torch.arange(40) * 7 % 250
 
 def through(folder: Path) -> tuple[Decoder, torch.Tensor]:
     """A model, and its last hidden states of a window."""
-    decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), Row(TOKENS)
-    with torch.no_grad():
-        decoder.calls(row)
-        hidden = decoder.embed(row)
-        for index in range(len(decoder.blocks)):
-            decoder.hold(index, -1)
-            hidden = decoder.run(index, hidden, row)
-    return decoder, hidden
+    decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), TOKENS[None]
+    for step in walk(decoder, row, folder / "work"):
+        step.advance()
+    return decoder, outputs(decoder, row, folder / "work")[0][None]
 
 
 def referenced(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor = TOKENS) -> tuple[float, Reference]:
