@@ -39,6 +39,7 @@ from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
+from wanda_dvc.params import check_params, flatten, nested  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
@@ -166,13 +167,8 @@ def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
         "model": str(folder), "recipe": "wanda", "calibration__windows": 3, "calibration__length": 64,
         "perplexity__length": 64, "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
-    params = committed()
-    for name, value in (small | changes).items():
-        *sections, leaf = name.split("__")
-        target = params
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[leaf] = value
+    named = {name.replace("__", "."): value for name, value in (small | changes).items()}
+    params: Any = nested(dict(flatten(committed())) | named)
     for setting in TEXTS:
         text = params
         for name in setting.split("__"):
@@ -379,7 +375,6 @@ def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
 
 def read_preset(name: str) -> dict[str, Any]:
     """A preset's value of every setting but `runtime`, by dotted name."""
-    from wanda_dvc.params import check_params, flatten
     from wanda_dvc.study.scaffold import PARAMS, preset_changes, updated
 
     content = updated(YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8")), preset_changes(name))
