@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -41,6 +41,7 @@ from ruamel.yaml import YAML  # noqa: E402
 
 from wanda_dvc.params import check_params, flatten, nested  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
+from wanda_dvc.stages import run  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
 if TYPE_CHECKING:
@@ -207,9 +208,7 @@ def texts(tmp_path_factory: Factory) -> dict[str, str]:
 
 def planned(project: Project) -> Project:
     """The project after the stage `plan`."""
-    from wanda_dvc.stages.plan import plan
-
-    plan(project=project)
+    run("plan", project=project)
     return project
 
 
@@ -237,21 +236,24 @@ def tree(folder: Path, *of: str) -> dict[str, bytes]:
 MADE = ("stats", "masks", "weights", "reference", "metrics")  # what stages that go through blocks write
 
 
-def calibrate(*, project: Project) -> None:
-    """The stage `calibrate`, of every tier that something reads."""
-    from wanda_dvc.stages import run
-
-    run("calibrate", project=project)
+calibrate = partial(run, "calibrate")  # every tier that something reads
 
 
 def mask_and_apply(project: Project) -> Project:
     """The project after these two stages."""
-    from wanda_dvc.stages.apply import apply
-    from wanda_dvc.stages.mask import mask
-
-    mask(project=project)
-    apply(project=project)
+    for stage in ("mask", "apply"):
+        run(stage, project=project)
     return project
+
+
+def run_blocks(project: Project, *, asks: bool = True) -> None:
+    """The stages that go through blocks, and the one between them; with `asks` the pruned model is asked questions."""
+    calibrate(project=project)
+    mask_and_apply(project)
+    for part in ("dense", "pruned"):
+        run("perplexity", project=project, part=part)
+    if asks:
+        run("zero-shot", project=project, part="pruned")
 
 
 def prune(project: Project) -> Project:
@@ -290,7 +292,6 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 @pytest.fixture(scope="session")
 def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
     """A project of which every stage has run."""
-    from wanda_dvc.stages import run
     from wanda_dvc.stages.running import timed
 
     def make(root: Path) -> None:

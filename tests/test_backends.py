@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
-from conftest import MADE, Make, Patch, calibrate, fetch, save_tiny_model, tree, write_params
+from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree, write_params
 from inline import Inline
 from safetensors.torch import load_file
 from simulated_gpu import simulated_gpu
@@ -24,9 +24,6 @@ from test_families import RECORDED, save
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.params import flatten
 from wanda_dvc.stages import running
-from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
 from wanda_dvc.study.project import Project
 
@@ -63,13 +60,7 @@ def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bo
             stack.enter_context(simulated_gpu())
         if backend == "tasks":
             stack.enter_context(mock.patch.object(running, "executor", return_value=cluster))
-        calibrate(project=project)
-        perplexity(project=project, model="dense", text="embedded")
-        stage.mask(project=project)
-        apply(project=project)
-        perplexity(project=project, model="pruned", text="embedded")
-        if asks:
-            zero_shot(project=project, model="pruned")
+        run_blocks(project, asks=asks)
     return project, cluster
 
 

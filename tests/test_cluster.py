@@ -13,13 +13,10 @@ import offline
 import pytest
 import torch
 from cases.models import tensors
-from conftest import MADE, Make, Patch, calibrate, fetch, mask_and_apply, save_tiny_model, tree
+from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study.project import Project
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
@@ -161,23 +158,14 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
         list(cluster.map(lambda *_: os._exit(1), [None], "block 0, shard"))
 
 
-def run_stages(study: Project) -> dict[str, bytes]:
-    """Run the stages that go through blocks, and the one between them; what they made."""
-    calibrate(project=study)
-    mask_and_apply(study)
-    perplexity(project=study, model="dense", text="embedded")
-    perplexity(project=study, model="pruned", text="embedded")
-    zero_shot(project=study, model="pruned")
-    return tree(study.root, *MADE)
-
-
 @slow
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any, project: Make, monkeypatch: Patch):
     tiers = {"calibration__statistics": "gradients", "calibration__windows": 20}
     settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
     study = fetch(project(**settings), "model", "calibration", "perplexity", "tasks")
-    expected = run_stages(study)
+    run_blocks(study)
+    expected = tree(study.root, *MADE)
     for name in (*MADE, study.answers):
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
@@ -195,5 +183,6 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any
 
     monkeypatch.setattr(Cluster, "_get", get)
     set_nodes(nodes, 3)
-    assert run_stages(project(runtime__ray="auto", **settings)) == expected
+    run_blocks(project(runtime__ray="auto", **settings))
+    assert tree(study.root, *MADE) == expected
     assert not names

@@ -20,8 +20,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.sources.models import _dequantize
-from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import change_settings
 
@@ -50,9 +49,8 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(made)
     write_params(root, made, **texts)
     project = prune(fetch(fetch(Project(root)), "tasks"))
-    for model in ("dense", "pruned"):
-        perplexity(project=project, model=model, text="embedded")
-        zero_shot(project=project, model=model)
+    for stage in ("perplexity", "zero-shot"):
+        run(stage, project=project)
     return project
 
 
