@@ -305,19 +305,6 @@ def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
 
 
 @pytest.fixture
-def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
-    """A copy of `calibrated` with other settings; a second call changes them again. `plan=False`: they may be wrong."""
-    shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
-    source = Project(calibrated).params.model
-
-    def make(*, plan: bool = True, **changes: Any) -> Project:
-        (write_params if plan else write_settings)(tmp_path, source, **CALIBRATION | texts | changes)
-        return Project(tmp_path)
-
-    return make
-
-
-@pytest.fixture
 def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
     """Makes the project in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
 
@@ -326,6 +313,13 @@ def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
         return Project(tmp_path)
 
     return make
+
+
+@pytest.fixture
+def study(calibrated: Path, project: Make, tmp_path: Path) -> Make:
+    """Makes a copy of `calibrated` with other settings; called again, it changes them."""
+    shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return partial(project, Project(calibrated).params.model, **CALIBRATION)
 
 
 def shared() -> Path:
