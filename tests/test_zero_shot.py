@@ -14,11 +14,12 @@ from unittest import mock
 import pytest
 import torch
 from cases import REMOVED, dotted
-from conftest import ROOT, Capture, Make, Patch, fetch, write_params
+from conftest import Capture, Make, Patch, fetch, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
+from wanda_dvc.sources import EMBEDDED
 from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
@@ -86,7 +87,6 @@ def test_download_refuses_wrong_items(content: str, says: str, project: Make, tm
     assert not (tmp_path / "data").exists()
 
 
-EMBEDDED = ROOT / "src/wanda_dvc/embedded"
 # The file, its columns, the one of the right answer, and the number of answers.
 TASKS = {
     "piqa": ("baber/piqa/validation", {"goal", "sol1", "sol2", "label"}, "label", 2),
@@ -141,10 +141,9 @@ THREE = ["piqa", "rte", "arc_easy"]
 
 
 @pytest.fixture
-def study(tmp_path: Path, tiny: Path) -> Project:
+def study(project: Make) -> Project:
     """A study of three tasks, whose dense model has not been asked yet."""
-    write_params(tmp_path, tiny, tasks__names=THREE)
-    return fetch(Project(tmp_path), "model", "tasks")
+    return fetch(project(tasks__names=THREE), "model", "tasks")
 
 
 @pytest.fixture
