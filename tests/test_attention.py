@@ -10,7 +10,7 @@ from cases.models import tensors
 from conftest import Patch, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import check_answers, save
+from test_families import check_answers, drawn_questions, save
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -176,20 +176,6 @@ def test_spread_feeds_what_is_equal_once(drawn: Drawn):
         assert len(tokens_of) == len(request.continuation)
 
 
-@pytest.fixture(scope="module")
-def asked() -> list[Request]:
-    """Shared contexts, one-token choices, equal choices, a choice that begins another, and one that is too long."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for question in range(9):
-        context = tuple(torch.randint(3, 256, (3 + 5 * question,), generator=generator).tolist())
-        for choice in range(1 + question % 4):
-            size = 1 if question % 3 == 0 else 1 + choice
-            made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
-    made += [made[-1], Request(made[-1].context, (*made[-1].continuation, 7, 8)), Request(tuple([9] * 70), (5, 6))]
-    return made
-
-
 def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
     decoder = Decoder(save_tiny_model(tmp_path / "deep", num_hidden_layers=40), dtype=torch.bfloat16, device=CPU)
     assert decoder.holds_layouts
@@ -200,15 +186,14 @@ def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_
 
 @pytest.mark.parametrize("row", [30, 2048])
 @pytest.mark.parametrize("together", [True, False])
-def test_they_are_the_models_own(
-    tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: Patch, row: int, together: bool
-):
+def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch, row: int, together: bool):
     monkeypatch.setattr(questions, "ROW", row)
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
     monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
     decoder.holds_layouts = together
+    asked = drawn_questions()
     ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=iter)
     check_answers(tiny, asked, ours, length=64)
     for wrong, length in ((asked, 2), ([Request((1, 2), ())], 64)):

@@ -231,19 +231,26 @@ ONE_BY_ONE = {"bloom", "falcon", "gpt_oss", *RECURRENT}
 @pytest.mark.parametrize("family", ALL)
 def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     """Packed into rows where the model allows it, longer than what a layer with a window sees; else one by one."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(size: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 256, (size,), generator=generator).tolist())
-
-    contexts = [draw(5 + 6 * question) for question in range(6)]
-    asked = [Request(context, draw(1 + k * (q % 3))) for q, context in enumerate(contexts) for k in range(2 + q % 2)]
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    asked = drawn_questions()
     ours = loglikelihoods(Runner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
     for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
         assert one.holds_layouts == (family not in ONE_BY_ONE)
     check_answers(folder, asked, ours, length=128)
+
+
+def drawn_questions() -> list[Request]:
+    """Shared contexts, one-token choices, equal choices, a choice that begins another, and one that is too long."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for question in range(9):
+        context = tuple(torch.randint(3, 256, (3 + 5 * question,), generator=generator).tolist())
+        for choice in range(1 + question % 4):
+            size = 1 if question % 3 == 0 else 1 + choice
+            made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
+    last = made[-1]
+    return [*made, last, Request(last.context, (*last.continuation, 7, 8)), Request((9,) * 70, (5, 6))]
 
 
 def check_answers(folder: Path, asked: list[Request], answers: list[tuple[float, bool]], length: int) -> None:
