@@ -474,6 +474,9 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     goals = {"wanda-refit neurons 20%": 22.4, "fisher 50%": 22.3, "wanda 2:4": 29}
     over = [figures.value(measured[f"{figures.SMALL} {row} 1M"]) / goal - 1 for row, goal in goals.items()]
     assert f"missed three goals on WikiText-2 by {min(over):.1%} to {max(over):.1%}".replace("%", "") in page
+    for row, text in ("wanda-refit neurons 20%", "wikitext2"), ("fisher 50%", "wikitext2"), ("fisher 50%", "embedded"):
+        before, after = (figures.value(measured[f"{figures.GEMMA} {row}{end}"], text) for end in ("", " 200k"))
+        assert f"from {before:.2f} to {after:.2f}" in page
     missed = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
     assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in page
 
