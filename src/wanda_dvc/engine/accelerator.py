@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT = 2**30  # bytes of freed memory, for the next tensors
+LARGEST = 2**30  # bytes of a tensor whose memory is kept for the next ones
 
 
 def gpus() -> list[str]:
@@ -96,12 +96,12 @@ class Copies:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next ones, instead of returning it at once.
 
-    The system clears returned memory before reuse, which takes a fifth of a small model's time. Other allocators, and
-    a threshold set in the environment, do not change.
+    The system clears returned memory before reuse, which takes a fifth of a small model's time, and of a training's.
+    Other allocators, and a threshold set in the environment, do not change.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(None)
             library.malloc_trim(0)  # of what is free already
-            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-                library.mallopt(option, KEPT)
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+            library.mallopt(M_TRIM_THRESHOLD, -1)  # none is returned, however much is free
