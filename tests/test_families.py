@@ -540,6 +540,8 @@ def test_llama_cpp_has_a_name_for_each_linear_of_the_families_that_it_knows():
     assert found["phi3"]["mlp.gate_up_proj"] == {"blk.1.ffn_up"}
     for kind in OTHER_NAMES:
         assert names_in_gguf(kind, 3)[1]("model.layers.1.self_attn.q_proj") == {"blk.1.attn_q"} or "deepseek" in kind
+    with pytest.raises(UserError, match="--imatrix: found granitemoehybrid"):
+        names_in_gguf("granitemoehybrid", 3)
     _, named = names_in_gguf("qwen3_next", 3)
     assert not named("model.layers.1.linear_attn.out_proj")  # the converter reorders its inputs
     assert named("model.layers.1.self_attn.o_proj") == {"blk.1.attn_output"}

@@ -15,11 +15,11 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks, read_stats
 
-OTHER_NAMES = {  # of architectures
+OTHER_NAMES = {  # of architectures; not granitemoehybrid: without experts, the converter leaves gguf's table
     "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
-    "ernie4_5_moe": "ernie4_5-moe", "granitemoehybrid": "granitehybrid", "granitemoeshared": "granitemoe",
-    "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "iquestcoder": "llama", "mistral": "llama",
-    "mixtral": "llama", "olmo3": "olmo2", "phi": "phi2",
+    "ernie4_5_moe": "ernie4_5-moe", "granitemoeshared": "granitemoe", "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe", "iquestcoder": "llama", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2",
+    "phi": "phi2",
 }  # fmt: skip
 FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a checkpoint, and often two in GGUF
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
