@@ -117,6 +117,7 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(stor
 
 
 def test_two_processes_make_the_weights_of_one(tmp_path: Path):
+    """Also if the GPU of one has memory for all activations, and that of the other has not."""
     dense, pruned = pair(tmp_path)
     one, curve = train(dense, pruned, tmp_path / "one", steps=4)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -129,7 +130,7 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path):
             os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
             code = 1
             try:
-                made, seen = train(dense, pruned, tmp_path / "two", steps=4)
+                made, seen = train(dense, pruned, tmp_path / "two", steps=4, checkpointing=rank == "1")
                 written(made, tmp_path / rank)
                 (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
                 code = 0

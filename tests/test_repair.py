@@ -2,15 +2,18 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from conftest import Make, Patch, calibrate, fetch, prune
+from conftest import Make, Patch, calibrate, fetch, prune, tree
+from simulated_gpu import simulated_gpu
 from test_families import save
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import repair
+from wanda_dvc.engine import repair, rows
 from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.units import neighbours
@@ -87,6 +90,29 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(project: Ma
     calibrate(project=made)
     with pytest.raises(UserError, match="self_attention.kv_proj adds nothing to the hidden states"):
         mask(project=made)
+
+
+def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(project: Make, monkeypatch: Patch):
+    """The hidden states before the kill are then in files, and those after it on the GPU."""
+    made = fetch(project(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
+    hold = Decoder.hold
+
+    def killed(decoder: Decoder, index: int, *rest: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        hold(decoder, index, *rest)
+
+    monkeypatch.setattr(rows, "SAVED_EVERY", 0)
+    with simulated_gpu():
+        calibrate(project=made)
+        mask(project=made)
+        expected = tree(made.root, "masks", "weights")
+        for folder in (made.masks, made.weights):
+            remove(folder)
+        with mock.patch.object(Decoder, "hold", killed), pytest.raises(KeyboardInterrupt):
+            mask(project=made)
+        mask(project=made)
+    assert tree(made.root, "masks", "weights") == expected
 
 
 def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():

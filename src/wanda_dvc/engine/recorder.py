@@ -241,7 +241,9 @@ class InputRecorder:
         sums, where = self.sums, solving_device(x.device)
         sums.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
-            sums.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
+            if name not in sums.grams:
+                sums.grams[name] = Gram.empty(x.shape[-1], where)
+            sums.grams[name].add(x)
         dense = self._dense.get(name)
         if dense is not None and self.linears[name].part.expert is None and len(dense) == len(x) == self._tokens:
             product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
@@ -319,7 +321,9 @@ def recording_gradients(linears: dict[str, Linear]) -> Iterator[Gradients]:
             own = sums[rows]
             tokens[name] = tokens.get(name, 0) + own.any() * len(gradient)
             found.sums[name] = found.sums.get(name, 0) + own
-            found.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
+            if name not in found.grams:
+                found.grams[name] = Gram.empty(len(own), where)
+            found.grams[name].add(gradient[:, rows].to(where))
 
     with _watching(linears, see):
         yield found

@@ -163,6 +163,7 @@ def recover(
         eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each,
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
         use_cpu=device.type == "cpu", bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
+        ddp_find_unused_parameters=True,  # otherwise it depends on the checkpointing, which may differ between GPUs
         report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs

@@ -68,7 +68,7 @@ def run_before(states: HiddenStates, index: int, end: int, linear: str, model: D
     boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
     with recorder.recording():
         for row, before, after, wanted in zip(shard.rows, *boundaries, strict=True):
-            recorder.cross(linear, (wanted.float() - after.float()).to(model.device))
+            recorder.cross(linear, wanted.to(model.device).float() - after.to(model.device).float())
             model.run(index, before[None].to(model.device), row)
             recorder.end_window()
     return recorder.sums
