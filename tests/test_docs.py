@@ -463,10 +463,17 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     assert f"(dense {dense:.2f})" in readme
     said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (`admm`) or {wanda:.1f} (`wanda`)"
     assert f"a WikiText-2 perplexity of {said}. The dense model has {dense:.1f}" in readme
-    better, worse = (measured[f"{figures.SMALL} {recipe} 50%"]["value"] for recipe in ("fisher", "wanda"))
-    same, other = (1 - better[text]["perplexity"] / worse[text]["perplexity"] for text in ("wikitext2", "embedded"))
-    assert f"by {same:.0%} on WikiText-2, and by {other:.0%} on the embedded text".replace("%", " %") in page
+    on = "by {:.0f} % on WikiText-2, and by {:.0f} % on the embedded text"
+    for amount, said in ("70%", "at 70 %, by {:.0f} and {:.0f} %"), ("50%", on):
+        better, worse = (measured[f"{figures.SMALL} {recipe} {amount}"]["value"] for recipe in ("fisher", "wanda"))
+        gains = [
+            100 - 100 * better[text]["perplexity"] / worse[text]["perplexity"] for text in ("wikitext2", "embedded")
+        ]
+        assert said.format(*gains) in page
+    same, other = gains
     assert 0.45 < other / same < 0.55
+    of = (measured[f"{figures.SMALL} wanda-refit {amount}"] for amount in ("blocks 4", "neurons 20%"))
+    assert "is {:.2f} instead of {:.2f}".format(*(figures.value(row, "embedded") for row in of)) in page
     assert "advantage over Wanda is [about half as large]" in readme
     once, longer = (measured[f"{figures.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
     other, same = (figures.value(longer, text) / figures.value(once, text) - 1 for text in ("embedded", "wikitext2"))
