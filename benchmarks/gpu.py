@@ -30,13 +30,15 @@ from checkpoints import CONFIGS, make_checkpoint
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import AT_A_TIME, TEMPORARIES, measure_windows
-from wanda_dvc.engine.recorder import Recorded
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
-from wanda_dvc.engine.walk import Runner, backward
-from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct
+from wanda_dvc.engine.sums import Recorded
 from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.masks import choose_block
+from wanda_dvc.pruning.reconstruction import prepared_linears, prune_linear, reconstruct
 from wanda_dvc.pruning.selection import pack_bits
 
 LLAMA_7B, SMOLLM2 = (

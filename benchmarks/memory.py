@@ -80,7 +80,7 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
     from wanda_dvc.stages.needs import need
-    from wanda_dvc.study.project import Project
+    from wanda_dvc.study.folder import Project
 
     project = Project(root)
     torch.set_num_threads(cores())

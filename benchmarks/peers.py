@@ -24,11 +24,11 @@ import torch
 from origin import HERE, LIBRARIES, arguments, origin, process, protocol, write_row
 from torch import Tensor, nn
 
+from wanda_dvc import kernels as products
 from wanda_dvc.engine.sizes import Sizes
-from wanda_dvc.pruning import products
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import change_settings
 
 Part = dict[str, Any]  # a measurement, as JSON holds it
@@ -86,8 +86,8 @@ def run_plain(what: str, folder: Path) -> Part:
     """Run (a) in this process, on the windows of a study: `wanda`, `magnitude`, or `perplexity`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from wanda_dvc.stages.inputs import calibration_windows
     from wanda_dvc.stages.perplexity import windows_of
-    from wanda_dvc.stages.running import calibration_windows
 
     project = Project(folder)
     model = AutoModelForCausalLM.from_pretrained(project.model("dense"), dtype=torch.float32).eval()

@@ -26,7 +26,7 @@ from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import change_settings
 
 TARGET = HERE / "recipes.json"

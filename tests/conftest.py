@@ -42,7 +42,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from wanda_dvc.params import check_params, flatten, nested  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.stages import run  # noqa: E402
-from wanda_dvc.study.project import Project  # noqa: E402
+from wanda_dvc.study.folder import Project  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -292,7 +292,7 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 @pytest.fixture(scope="session")
 def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
     """A project of which every stage has run."""
-    from wanda_dvc.stages.running import timed
+    from wanda_dvc.stages.process import timed
 
     def make(root: Path) -> None:
         shutil.copytree(calibrated, root, symlinks=True)
@@ -354,14 +354,14 @@ def _drop_privilege() -> None:
 
 def walk(decoder: Any, rows: Any, work: Path, **words: Any) -> Any:
     """The steps of a walk in this process."""
-    from wanda_dvc.engine.walk import Runner
+    from wanda_dvc.engine.forward import Runner
 
     return Runner(decoder, work).walk(rows, **words)
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
     """The hidden states after the last block of a finished walk."""
-    from wanda_dvc.engine.walk import Runner
+    from wanda_dvc.engine.forward import Runner
 
     run = Runner(decoder, work)
     assert not list(run.walk(rows))

@@ -28,10 +28,10 @@ from typing import NoReturn
 ENTRIES = {"dvc": "dvc.cli:main", "wanda-dvc": "wanda_dvc.cli:run"}
 # What the commands import while they run. One that is missing here costs time, and changes nothing.
 IMPORTED = [
-    "wanda_dvc.engine.harness", "wanda_dvc.export.build", "wanda_dvc.results.report", "wanda_dvc.stages.apply",
+    "wanda_dvc.engine.harness", "wanda_dvc.commands.export", "wanda_dvc.results.report", "wanda_dvc.stages.apply",
     "wanda_dvc.stages.calibrate", "wanda_dvc.stages.download", "wanda_dvc.stages.plan", "wanda_dvc.stages.mask",
-    "wanda_dvc.stages.perplexity", "wanda_dvc.stages.zero_shot", "wanda_dvc.views.doctor",
-    "wanda_dvc.results.listing", "wanda_dvc.views.stats", "transformers.models.llama.modeling_llama",
+    "wanda_dvc.stages.perplexity", "wanda_dvc.stages.zero_shot", "wanda_dvc.commands.doctor",
+    "wanda_dvc.results.listing", "wanda_dvc.results.stats", "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama", "dvc.cli.parser", "dvc.data_cloud", "dvc.repo.experiments.show",
     "dvc.repo.index", "dvc.repo.reproduce", "dvc.utils.hydra", "networkx",
 ]  # fmt: skip

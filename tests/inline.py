@@ -10,7 +10,7 @@ from uuid import uuid4
 import torch
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.rows import Executor
+from wanda_dvc.engine.executor import Executor
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from forks import commands
 
 from wanda_dvc.stages import planned
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 
 @dataclass

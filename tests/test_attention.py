@@ -17,12 +17,12 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from wanda_dvc.engine import attention, questions
 from wanda_dvc.engine import decoder as decoding
-from wanda_dvc.engine import rows as calls
+from wanda_dvc.engine import sequences as calls
 from wanda_dvc.engine.attention import attend, laid_out, visible
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
-from wanda_dvc.engine.rows import Layout
-from wanda_dvc.engine.walk import Runner
+from wanda_dvc.engine.sequences import Layout
 from wanda_dvc.errors import UserError
 
 MODULE = torch.nn.Module()

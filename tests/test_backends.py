@@ -23,9 +23,9 @@ from test_families import RECORDED, save
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.params import flatten
-from wanda_dvc.stages import running
+from wanda_dvc.stages import inputs
 from wanda_dvc.study import tensors
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
@@ -59,7 +59,7 @@ def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bo
         if backend == "gpu":
             stack.enter_context(simulated_gpu())
         if backend == "tasks":
-            stack.enter_context(mock.patch.object(running, "executor", return_value=cluster))
+            stack.enter_context(mock.patch.object(inputs, "executor", return_value=cluster))
         run_blocks(project, asks=asks)
     return project, cluster
 
@@ -125,7 +125,7 @@ def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: 
     stage.mask(project=made)
     expected = tree(made.masks)
     shutil.rmtree(made.masks)
-    monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
+    monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
     with killed("write_masks"), pytest.raises(KeyboardInterrupt):
         stage.mask(project=made)
     cluster.ran.clear()
@@ -140,11 +140,11 @@ def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(study: Make, m
     made, cluster = study(), Inline()
     expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(made.root / "stats")
-    in_tasks = mock.patch.object(running, "executor", return_value=Inline())
+    in_tasks = mock.patch.object(inputs, "executor", return_value=Inline())
     with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
         stats.calibrate(project=made, tier="norms")
     if not here:
-        monkeypatch.setattr(running, "executor", lambda *_, **__: cluster)
+        monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
     stats.calibrate(project=made, tier="norms")
     assert bool(cluster.ran) != here
     assert not [name for name, _ in cluster.ran if name.startswith("block 0, shard")]

@@ -17,9 +17,9 @@ from conftest import ROOT, calibrate, fetch
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.running import calibration_windows
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_masks
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))

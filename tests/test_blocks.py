@@ -15,11 +15,12 @@ from test_selection import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import attention, rows, structure
+from wanda_dvc.engine import activations, attention, sequences, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import InputRecorder, Recorded, Sums
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.record import InputRecorder
+from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.sums import Recorded, Sums
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
@@ -100,7 +101,7 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(
     tokens = windows(6, 32)
     expected = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
     monkeypatch.setattr(Decoder, "room", lambda _: room * ROW)
-    monkeypatch.setattr(rows, "SAVED_EVERY", seconds)
+    monkeypatch.setattr(activations, "SAVED_EVERY", seconds)
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "killed")
     for step in steps:
         if step.index == finished:
@@ -172,10 +173,10 @@ def test_a_structure_that_is_not_understood_says_so():
 
 @given(st.integers(0, 20_000))
 def test_shards_hold_every_row_once_and_in_order(number: int):
-    cut = rows.shards(number)
+    cut = sequences.shards(number)
     assert [row for shard in cut for row in shard] == list(range(number))
-    assert len(cut) >= min(number, rows.FEWEST)
-    assert all(1 <= len(shard) <= rows.LONGEST for shard in cut)
+    assert len(cut) >= min(number, sequences.FEWEST)
+    assert all(1 <= len(shard) <= sequences.LONGEST for shard in cut)
     assert len({len(shard) for shard in cut[:-1]}) <= 1
     assert all(len(after) <= len(before) for before, after in pairwise(cut))
 
@@ -183,7 +184,7 @@ def test_shards_hold_every_row_once_and_in_order(number: int):
 def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     tokens, found = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0)), []
     for fewest in (16, 1):  # shards of two rows, and one of all
-        monkeypatch.setattr(rows, "FEWEST", fewest)
+        monkeypatch.setattr(sequences, "FEWEST", fewest)
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
         step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
         found.append(step.record(gram=True))

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from wanda_dvc import catalog
 from wanda_dvc.catalog import STRUCTURES, Method, methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import choose
+from wanda_dvc.pruning.masks import choose
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import run
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import file_digest, read_provenance
+from wanda_dvc.study.artifact import file_digest, read_provenance
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 

@@ -20,9 +20,10 @@ from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_mode
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
+from wanda_dvc.study.artifact import seal
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import pack_masks, seal, write_masks
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.tensors import pack_masks, write_masks
 
 UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
 words = st.text("ab01", min_size=1, max_size=3)

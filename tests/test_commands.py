@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import _prepare, app
 from wanda_dvc.reading import check_place
+from wanda_dvc.results.markup import number
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.markup import number
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 # Every command but the stages: those that print a table have --json; the others write files and say which.
 TABLES = {

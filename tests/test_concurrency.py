@@ -17,7 +17,7 @@ from repository import Repository, command_environment
 
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 KILLS = int(os.environ.get("WANDA_DVC_KILLS", "2"))  # seeds; 30 take ten minutes on two cores
 SEEDS = (1, 2)  # of calibration: the settings that alternate

@@ -21,11 +21,11 @@ from conftest import Factory, Make, Patch, fetch, tree, without_privilege, write
 from test_families import save
 
 from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.commands.export import export
 from wanda_dvc.errors import explain
-from wanda_dvc.export.build import export
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import digest
+from wanda_dvc.study.artifact import Work, digest
+from wanda_dvc.study.folder import Project
 
 CRASHES = int(os.environ.get("WANDA_DVC_CRASHES", "2"))  # points by stage; 1000 are all, in two minutes on two cores
 CHANGES_FILES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
@@ -319,7 +319,7 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
     """A killed DVC leaves its stage running, and that stage may be inside a multiplication."""
     stage = (
         "import os, time\n"
-        "from wanda_dvc.stages.running import stoppable\n"
+        "from wanda_dvc.stages.device import stoppable\n"
         "with stoppable('mask'):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(120)\n"

@@ -16,12 +16,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_writer import write_gguf
 
+from wanda_dvc.commands.evaluate import evaluate
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import run
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import change_settings
 
 
@@ -83,7 +83,7 @@ def test_the_dense_model_differs_in_nothing_from_itself(study: Project, tmp_path
     """In the dense model's dtype, whatever dtype its files are said to have."""
     same = shutil.copytree(study.model("dense"), tmp_path / "same")
     config(dtype="bfloat16")(same)
-    stopped = mock.patch("wanda_dvc.results.evaluate.zero_shot", side_effect=KeyboardInterrupt)
+    stopped = mock.patch("wanda_dvc.commands.evaluate.zero_shot", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt):
         evaluate(project=study, paths=[same])
     (own,) = evaluated(study, same)

@@ -22,7 +22,7 @@ from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study import dvc
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 pytestmark = pytest.mark.pipeline
 

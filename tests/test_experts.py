@@ -15,18 +15,18 @@ from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import RECIPES, methods
+from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import RoutedOutputs
+from wanda_dvc.engine.experts import RoutedOutputs
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap
 from wanda_dvc.pruning.statistics import TokenSum
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -194,7 +194,7 @@ def test_outputs_of_shards_merge():
 
 
 def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(mixture: Make, monkeypatch: Patch):
-    monkeypatch.setattr("wanda_dvc.engine.recorder.BY_GATES", frozenset())
+    monkeypatch.setattr("wanda_dvc.engine.experts.BY_GATES", frozenset())
     made = mixture()
     with pytest.raises(UserError, match="recorded 0 gates for .*; set method=wanda"):
         mask(project=made)

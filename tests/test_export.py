@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from test_families import save
 
 from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.commands.export import export, sections, settings_of
+from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export, sections, settings_of
-from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import check_params, parse_yaml, resolved
+from wanda_dvc.results.card import card as card_of
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import read_model
 from wanda_dvc.stages.runs import Runs
-from wanda_dvc.study.card import card as card_of
+from wanda_dvc.study.artifact import MADE_BY, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance, write_provenance
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_stats
 
 
@@ -187,7 +187,7 @@ def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Project, t
         (new / "config.json").write_text("the other's")
         return importance(study, target)
 
-    monkeypatch.setattr("wanda_dvc.export.build.importance", overtaken)
+    monkeypatch.setattr("wanda_dvc.commands.export.importance", overtaken)
     with pytest.raises(UserError, match="new: exists already"):
         export(project=pruned, experiment=None, target=new, imatrix=file)
     assert [path.read_text() for path in new.iterdir()] == ["the other's"]

@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from wanda_dvc.commands.imatrix import OTHER_NAMES, names_in_gguf
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.structure import build_empty
-from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.imatrix import OTHER_NAMES, names_in_gguf
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_masks
 
 SHAPE = {

@@ -11,13 +11,14 @@ from test_families import RECORDED, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Gradients
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.fisher import Gradients
+from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.sequences import Row
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.engine.walk import Runner, backward
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import row_worth
+from wanda_dvc.pruning.masks import row_worth
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.pruning.allocation import count_scores, outlier_ratio, owl, sensitivity, settle, shift
-from wanda_dvc.pruning.choose import prune_linear
 from wanda_dvc.pruning.gram import Gram, layer_errors
+from wanda_dvc.pruning.reconstruction import prune_linear
 from wanda_dvc.pruning.selection import removed
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -256,6 +256,6 @@ def test_an_input_without_tokens_has_no_row_in_the_plot(monkeypatch: Patch):
     one, other = InputStats.empty(4), InputStats.empty(4)
     one.add(torch.ones(9, 4))
     found = BlockStats({"a.q": one, "a.w": other}, {"a.q": ["a.q"], "a.w": ["a.w"]}, [])
-    monkeypatch.setattr("wanda_dvc.study.tensors.block_count", lambda *_: 1)
+    monkeypatch.setattr("wanda_dvc.study.artifact.block_count", lambda *_: 1)
     monkeypatch.setattr("wanda_dvc.study.tensors.read_stats", lambda *_: found)
     assert list(calibrate._rows(Path())) == [[0, "q", 4, 3.0, 3.0, 3.0, 0.0]]

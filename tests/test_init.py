@@ -8,10 +8,10 @@ import pytest
 from command_line import wanda_dvc
 from conftest import ROOT, Patch, git, read_preset
 
+from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
 from wanda_dvc.study.scaffold import FILES, changed, init, preset_names
-from wanda_dvc.views.doctor import doctor
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from wanda_dvc import machine
 from wanda_dvc.cli import app
+from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.engine import accelerator
+from wanda_dvc.stages.device import device_name
 from wanda_dvc.stages.needs import NEEDS, need
-from wanda_dvc.stages.running import device_name
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import init
-from wanda_dvc.views.doctor import doctor
 
 affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux restricts a process to cores")
 

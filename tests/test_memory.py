@@ -20,7 +20,7 @@ from memory import forget, limited, sampled
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import ALLOCATOR, LIBRARIES
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 slow = pytest.mark.slow  # models that are large enough to be told from the libraries
@@ -66,7 +66,7 @@ import json, os, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import memory, wanda_dvc.stages.calibrate, wanda_dvc.stages.mask, wanda_dvc.stages.perplexity
 from wanda_dvc.stages import run
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 for name, params, stage, part in json.loads(sys.argv[4]):
     if not os.fork():
         pathlib.Path(sys.argv[2], "params.yaml").write_text(params)

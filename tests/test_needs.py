@@ -13,15 +13,15 @@ from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_appl
 from test_families import save
 
 from wanda_dvc.engine import divergence
+from wanda_dvc.engine.activations import HiddenStates
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.rows import HiddenStates
 from wanda_dvc.engine.sizes import Sizes, Walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.needs import NEEDS, need
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.tensors import read_masks
 
 CONFIGS = ROOT / "tests/configs"

@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.harness import EngineLM
-from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.walk import Runner
+from wanda_dvc.engine.sequences import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
+from wanda_dvc.stages.device import own_device
+from wanda_dvc.stages.inputs import check_ready
 from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.running import check_ready, own_device
 from wanda_dvc.study.files import load_json
 
 EVERY = ("model", "calibration", "perplexity", "tasks")

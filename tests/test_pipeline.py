@@ -11,8 +11,8 @@ import pytest
 from conftest import Factory, save_tiny_model, tree
 from repository import Repository, ran
 
+from wanda_dvc.results.markup import number
 from wanda_dvc.sources import EMBEDDED
-from wanda_dvc.study.markup import number
 
 pytestmark = pytest.mark.pipeline
 

@@ -14,7 +14,7 @@ from wanda_dvc.stages import STAGES, planned, run
 from wanda_dvc.stages.plan import plan
 from wanda_dvc.stages.runs import Runs, md5
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import preset_names
 
 

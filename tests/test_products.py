@@ -10,10 +10,10 @@ from conftest import Patch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wanda_dvc import kernels as products
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows
-from wanda_dvc.engine.walk import Runner
-from wanda_dvc.pruning import products
+from wanda_dvc.engine.forward import Runner
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 

@@ -19,15 +19,16 @@ from repository import Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.cli import _say
+from wanda_dvc.commands import prune as module
+from wanda_dvc.commands.prune import prune
 from wanda_dvc.errors import UserError, explain
-from wanda_dvc.export import prune as module
-from wanda_dvc.export.prune import prune
 from wanda_dvc.params import read_params
+from wanda_dvc.results.markup import number, table
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.stages.running import timed
+from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
-from wanda_dvc.study.markup import number, table
-from wanda_dvc.study.project import Project, alone
+from wanda_dvc.study.artifact import alone
+from wanda_dvc.study.folder import Project
 
 
 def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, shown: bool = False) -> None:
@@ -220,7 +221,7 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     with monkeypatch.context() as filled:
-        filled.setattr("wanda_dvc.export.build.copy_file", full)
+        filled.setattr("wanda_dvc.commands.export.copy_file", full)
         done = wanda_dvc("prune", str(model), "out", "--recipe", "wanda", cwd=Path.cwd())
     assert done.returncode == 2
     assert "disk full (No space left on device); free some space and run the command again" in done.stderr
@@ -245,7 +246,7 @@ def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, c
         Path("done").rename("out")
         first.__exit__(None, None, None)
 
-    monkeypatch.setattr("wanda_dvc.study.project.notice", finished)
+    monkeypatch.setattr("wanda_dvc.study.folder.notice", finished)
     with pytest.raises(UserError, match="out: exists already"):
         prune(model=str(model), target=Path("out"), recipe="wanda")
     assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
@@ -254,7 +255,7 @@ def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, c
 def test_a_stopped_command_stops_the_processes_that_it_started():
     script = (
         "import os, signal, subprocess, sys\n"
-        "from wanda_dvc.stages.running import stoppable\n"
+        "from wanda_dvc.stages.device import stoppable\n"
         "with stoppable('prune', 'run the same command again', with_children=True):\n"
         '    child = \'import os, subprocess; print(os.getpid(), flush=True); subprocess.run(["sleep", "600"])\'\n'
         "    started = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"

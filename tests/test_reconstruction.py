@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import InputRecorder
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.record import InputRecorder
+from wanda_dvc.engine.sequences import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.artifact import block_count
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.tensors import read_fisher, read_grams, read_masks, read_stats
 
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -268,7 +269,7 @@ def test_new_weights_that_are_not_finite_are_refused(study: Make, monkeypatch: P
     """As of a solver whose weights overflow in float16."""
     made = study(recipe="wanda-refit")
     mask(project=made)
-    for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.pruning.choose.reconstruct"):
+    for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.pruning.reconstruction.reconstruct"):
         monkeypatch.setattr(solver, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
     refused = "proj: new weights are not finite in torch.float32; set reconstruction=none"
     with pytest.raises(UserError, match=refused):

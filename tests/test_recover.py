@@ -14,19 +14,19 @@ from conftest import Capture, Make, fetch, prune, save_tiny_model
 from safetensors.torch import load_file, save_file
 from test_families import ALL, save
 
-from wanda_dvc.engine import recovery
+from wanda_dvc.commands.export import export, sections
 from wanda_dvc.engine.checkpoint import Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export, sections
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import Known, computes_twice, training
 from wanda_dvc.stages.recover import recover
 from wanda_dvc.stages.recover import windows as windows_of
-from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.provenance import read_provenance, write_provenance
+from wanda_dvc.training import trainer as recovery
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,15 @@ from simulated_gpu import simulated_gpu
 from test_families import save
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import repair, rows
+from wanda_dvc.engine import activations, repair
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.units import neighbours
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.running import calibration_windows
-from wanda_dvc.study.project import remove
+from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.tensors import read_stats, read_weights
 
 DOWN = "mlp.down_proj"
@@ -102,7 +102,7 @@ def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(project: Mak
             raise KeyboardInterrupt
         hold(decoder, index, *rest)
 
-    monkeypatch.setattr(rows, "SAVED_EVERY", 0)
+    monkeypatch.setattr(activations, "SAVED_EVERY", 0)
     with simulated_gpu():
         calibrate(project=made)
         mask(project=made)

@@ -13,18 +13,18 @@ import pytest
 from conftest import Patch, read_preset, write_settings
 from markdown_it import MarkdownIt
 
-from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.experiments import Experiment
+from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.report import against_sparsity, differing, group, page
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 GOLDEN = Path(__file__).parent / "corpus/report.md"
 

@@ -11,19 +11,18 @@ import pytest
 from conftest import write_params
 from scipy import stats
 
-from wanda_dvc.engine import intervals
-from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten
-from wanda_dvc.results import listing
+from wanda_dvc.results import intervals, listing
 from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.intervals import Estimate
+from wanda_dvc.results.markup import number
 from wanda_dvc.results.measures import MEASURES, Results, figures
 from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
-from wanda_dvc.study.markup import number
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import differing
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.protocol import differing
 
 WINDOWS = {
     "model": "dense", "version": 4, "libraries": {"torch": "2.9", "transformers": "5.1"}, "dtype": "float32",

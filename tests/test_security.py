@@ -16,12 +16,12 @@ from repository import Repository
 
 from wanda_dvc.catalog import PACKAGE
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.markup import code, inline
 from wanda_dvc.sources import models
 from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.markup import code, inline
 
 # --- a model's code ---
 

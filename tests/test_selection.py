@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.choose import choose
+from wanda_dvc.pruning.masks import choose
 from wanda_dvc.pruning.selection import keep_by_share, pack_bits, removed, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, places, summed
@@ -179,7 +179,7 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
     direct = choose(weight, x, **words)
-    monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 50)
+    monkeypatch.setattr("wanda_dvc.pruning.reconstruction.WEIGHTS_AT_A_TIME", 50)
     assert torch.equal(choose(weight, x, **words), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12

@@ -22,7 +22,7 @@ from wanda_dvc.errors import EXTRAS, explain
 from wanda_dvc.params import check_params, nested, settings
 from wanda_dvc.sources import tasks
 from wanda_dvc.stages import STAGES, planned
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import DEFAULT
 
 

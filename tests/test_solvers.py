@@ -12,8 +12,8 @@ import torch
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
-from wanda_dvc.pruning.choose import reconstruct
 from wanda_dvc.pruning.gram import Gram, layer_errors
+from wanda_dvc.pruning.reconstruction import reconstruct
 from wanda_dvc.pruning.selection import removed, select
 from wanda_dvc.pruning.solvers import Prepared, admm, corrected_target, fisher_least_squares, least_squares, sparsegpt
 

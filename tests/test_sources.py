@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.recover import windows as recovery_windows
-from wanda_dvc.stages.running import calibration_windows
 from wanda_dvc.study.files import load_json
 
 COMMIT, OLDER = "c" * 40, "0" * 40

@@ -25,25 +25,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import from_losses
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.harness import EngineLM
-from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.pruning.choose import choose_block
+from wanda_dvc.pruning.masks import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import running, times
+from wanda_dvc.stages import process, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
+from wanda_dvc.study.artifact import digest, files_digest, read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import TOKENIZER, digest, files_digest, read_provenance, write_provenance
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.protocol import TOKENIZER
 from wanda_dvc.study.tensors import pack_masks, read_masks, read_stats, write_masks
-from wanda_dvc.views import stats
 
 # --- download ---
 
@@ -177,7 +178,7 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
 
 def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):
     made = fetch(project(), "model", "calibration")
-    with running.timed(made, "calibrate-norms"):
+    with process.timed(made, "calibrate-norms"):
         calibrate(project=made)
     found = times(made)
     assert set(found) == {"calibrate-norms"}
@@ -199,10 +200,10 @@ def flip(path: Path) -> int:
 def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for item in running.progress(range(10), total=10, what="steps"):
+    for item in process.progress(range(10), total=10, what="steps"):
         now[0] += 100 * (item > 3)  # a resumed stage has the first ones
     assert "steps: 6 of 10, 200 s, about 400 s left" in capsys.readouterr().err
-    for _ in running.progress((7, 8, 9), total=10, what="blocks", at=lambda block: block):
+    for _ in process.progress((7, 8, 9), total=10, what="blocks", at=lambda block: block):
         now[0] += 100  # of a resumed walk
     assert "blocks: 9 of 10, 200 s, about 100 s left\nblocks: 10 of 10, 300 s\n" in capsys.readouterr().err
 

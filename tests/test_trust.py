@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wanda_dvc import stages
+from wanda_dvc.commands.export import export
 from wanda_dvc.errors import UserError, explain
-from wanda_dvc.export.build import export
 from wanda_dvc.params import check_params, parse_yaml, read_params
 from wanda_dvc.reading import check_file, is_there, read_object, read_text
 from wanda_dvc.results.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 SETTINGS = {"calibration__statistics": "gram", "perplexity__windows": 2, "recipe": "wanda-refit"}
 

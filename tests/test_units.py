@@ -24,14 +24,14 @@ from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.removal import Removal, Smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import choose_units
+from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, least_squares, spread, stay_of
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.running import calibration_windows
+from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 NO_NUMBER = "its configuration has no number"

@@ -24,9 +24,9 @@ from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
+from wanda_dvc.study.artifact import Work, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_json
-from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import write_provenance
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 stage: Any = importlib.import_module("wanda_dvc.stages.zero_shot")

@@ -20,7 +20,8 @@ from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.stages import run as run_stage
 
 if TYPE_CHECKING:
-    from wanda_dvc.study.project import Project
+    from wanda_dvc.study.folder import Project
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,14 +82,14 @@ def _say(text: str) -> None:
 
 
 def _project() -> "Project":
-    from wanda_dvc.study.project import Project  # the settings' library takes a moment, and `--help` needs none
+    from wanda_dvc.study.folder import Project  # the settings' library takes a moment, and `--help` needs none
 
     return Project.find()
 
 
 def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
-    from wanda_dvc.stages.running import AGAIN, KEPT, stoppable, timed
+    from wanda_dvc.stages.process import AGAIN, KEPT, stoppable, timed
 
     if version not in (None, stage.version):
         raise UserError(
@@ -160,8 +161,8 @@ def prune(
     give the directory its name. It measures perplexity and divergence;
     `dvc repro` in the study also runs the zero-shot tasks.
     """
-    from wanda_dvc.export.prune import prune as make
-    from wanda_dvc.stages.running import stoppable
+    from wanda_dvc.commands.prune import prune as make
+    from wanda_dvc.stages.process import stoppable
 
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
@@ -198,7 +199,7 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
-    from wanda_dvc.views.stats import stats as table
+    from wanda_dvc.results.stats import stats as table
 
     _say(table(project=_project(), layer=layer, as_json=as_json))
 
@@ -225,8 +226,8 @@ def evaluate(
     project = _project()
     project.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
     _prepare("evaluate")
-    from wanda_dvc.results.evaluate import evaluate as measure
-    from wanda_dvc.stages.running import stoppable
+    from wanda_dvc.commands.evaluate import evaluate as measure
+    from wanda_dvc.stages.process import stoppable
 
     with stoppable("evaluate"):
         _say(measure(project=project, paths=paths, as_json=as_json))
@@ -262,10 +263,10 @@ def export(
     imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
-    from wanda_dvc.stages.running import AGAIN, stoppable
+    from wanda_dvc.stages.process import AGAIN, stoppable
 
     with stoppable("export", AGAIN):
-        from wanda_dvc.export.build import export as build
+        from wanda_dvc.commands.export import export as build
 
         typer.echo(build(project=_project(), experiment=rev, target=directory, imatrix=imatrix))
 
@@ -273,7 +274,7 @@ def export(
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor(as_json: AsJson = False) -> None:
     """Check machine, libraries and settings; exit 2 if something needed is missing."""
-    from wanda_dvc.views.doctor import doctor as look
+    from wanda_dvc.commands.doctor import doctor as look
 
     table, well = look(start=Path.cwd(), as_json=as_json)
     _say(table)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
@@ -31,6 +32,11 @@ def reason(error: BaseException) -> str:
     """Return a library's error as one short line, with its name if the text alone is too short."""
     text = " ".join(str(error).split())[:300]
     return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Return names in a sentence: the first ones, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error

@@ -17,7 +17,7 @@ from wanda_dvc.results.listing import list_states, results
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.files import load_json, write_text
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import PARAMS, change_settings, changed, init
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class Study:
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
         """Return the masks by linear, in the shape of the stored weight; True stays. Each is unpacked at access."""
-        from wanda_dvc.study.tensors import Masks, block_count, read_masks
+        from wanda_dvc.study.artifact import block_count
+        from wanda_dvc.study.tensors import Masks, read_masks
 
         folder, found = Project(self.path).masks, Masks()
         for block in range(block_count(folder, "mask")):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from wanda_dvc.engine.rows import Layout
-from wanda_dvc.pruning import products
+from wanda_dvc import kernels
+from wanda_dvc.engine.sequences import Layout
 
 NAME = "wanda_dvc"
 PLACES = ("position_ids", "cache_position")  # tensor arguments that attention ignores
@@ -80,7 +80,7 @@ def attend(
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
     q, k, v = q.transpose(1, 2).contiguous(), key[0].contiguous(), value[0].contiguous()
     out = query.new_empty(query.shape[2], groups, heads // groups, value.shape[-1])
-    multiply = products.onednn if windows and products.takes(q, k) else torch.matmul
+    multiply = kernels.onednn if windows and kernels.takes(q, k) else torch.matmul
     for queries, keys, hidden in _parts(query.shape[2], attention_mask, query.device):
         never = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)[:, None]
         for some in range(groups) if windows else (slice(None),):

@@ -24,7 +24,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.rows import Executor, R, T
+from wanda_dvc.engine.executor import Executor, R, T
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.machine import omp_threads, usable_cores
 

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
-from wanda_dvc.engine.rows import CALLS_BYTES, Layout, Row
+from wanda_dvc.engine.load import Change, Weights, set_parameter
+from wanda_dvc.engine.sequences import CALLS_BYTES, Layout, Row
 from wanda_dvc.engine.structure import build_empty, unsupported
-from wanda_dvc.engine.weights import Change, Weights, set_parameter
 from wanda_dvc.errors import UserError, reason
-from wanda_dvc.pruning import products
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 States = Float[Tensor, "1 length width"]  # hidden states of a row
@@ -57,7 +57,7 @@ class Decoder:
         self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
-        faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
+        faster = dtype is torch.float32 and device.type == "cpu" and kernels.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
         accelerator.keep_freed_memory()  # now, so that the trial's does not stay
 

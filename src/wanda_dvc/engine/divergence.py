@@ -15,8 +15,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.decoder import Decoder, States
-from wanda_dvc.engine.intervals import mean_interval
-from wanda_dvc.engine.rows import Hidden, Row
+from wanda_dvc.engine.sequences import Hidden, Row
 from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
@@ -189,18 +188,28 @@ def from_losses(losses: list[float], predictions: list[int]) -> float | str:
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
     """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite.
 
-    Intervals count windows as independent. A percentile is the smallest value with that share of predictions at or
-    below it.
+    A percentile is the smallest value with that fraction of the predictions at or below it.
     """
-    if not all(one.finite for one in windows):
+    if not all(window.finite for window in windows):
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
-    counts = [len(one.kl) for one in windows]
-    every, total = sorted(value for one in windows for value in one.kl), sum(counts)
-    kl = mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts, within=(0, math.inf))
-    kl |= {"median": every[math.ceil(0.5 * total) - 1], "p99": every[math.ceil(0.99 * total) - 1], "largest": every[-1]}
-    agreed = mean_interval([one.agreed / len(one.kl) for one in windows], counts, within=(0, 1))
-    rounded = {"divergence": kl, "top1_agreement": agreed}
-    change = math.sqrt(math.fsum(one.squared_change for one in windows) / total)
+    values = sorted(value for window in windows for value in window.kl)
+    count = len(values)
+    divergence = {
+        "mean": _mean([math.fsum(window.kl) / len(window.kl) for window in windows], windows),
+        "median": values[math.ceil(0.5 * count) - 1],
+        "p99": values[math.ceil(0.99 * count) - 1],
+        "largest": values[-1],
+    }
+    agreement = {"mean": _mean([window.agreed / len(window.kl) for window in windows], windows)}
+    change = math.sqrt(math.fsum(window.squared_change for window in windows) / count)
     return {
-        name: {key: float(f"{value:.6g}") for key, value in measures.items()} for name, measures in rounded.items()
-    } | {"rms_probability_change": float(f"{change:.6g}")}
+        "divergence": {name: float(f"{value:.6g}") for name, value in divergence.items()},
+        "top1_agreement": {name: float(f"{value:.6g}") for name, value in agreement.items()},
+        "rms_probability_change": float(f"{change:.6g}"),
+    }
+
+
+def _mean(means: Sequence[float], windows: Sequence[Divergence]) -> float:
+    """Return the mean over predictions, from the windows' means."""
+    counts = [len(window.kl) for window in windows]
+    return math.fsum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)

@@ -5,8 +5,8 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from wanda_dvc.engine.forward import Runner
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
-from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 

@@ -9,8 +9,8 @@ from operator import itemgetter
 import torch
 
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
-from wanda_dvc.engine.rows import Hidden, Layout, Row
-from wanda_dvc.engine.walk import Runner, Step
+from wanda_dvc.engine.forward import Runner, Step
+from wanda_dvc.engine.sequences import Hidden, Layout, Row
 from wanda_dvc.errors import UserError
 
 ROW = 2048  # tokens: large multiplications, small activations

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, text_key
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.weights import Change
+from wanda_dvc.engine.load import Change
+from wanda_dvc.engine.sequences import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, places, spread
 from wanda_dvc.reading import Entry

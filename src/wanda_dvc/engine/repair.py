@@ -12,14 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from wanda_dvc.engine.activations import HiddenStates
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import InputRecorder, Sums
-from wanda_dvc.engine.rows import HiddenStates, Shard
-from wanda_dvc.engine.walk import Runner
-from wanda_dvc.engine.weights import Change
+from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.load import Change
+from wanda_dvc.engine.record import InputRecorder
+from wanda_dvc.engine.sequences import Shard
+from wanda_dvc.engine.sums import Sums
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import oriented
-from wanda_dvc.pruning.products import multiply
+from wanda_dvc.kernels import multiply
+from wanda_dvc.pruning.reconstruction import oriented
 from wanda_dvc.pruning.solvers import Prepared
 
 HELD_OUT = 4  # the dampings are tried on every so many-th shard

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.engine.checkpoint import WIDTH, Address, read_config
-from wanda_dvc.engine.rows import CALLS_BYTES
+from wanda_dvc.engine.sequences import CALLS_BYTES
 from wanda_dvc.pruning.gram import PANEL
 
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about

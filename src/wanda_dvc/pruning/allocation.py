@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
-from wanda_dvc.pruning.choose import Share, Weights, oriented
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
+from wanda_dvc.pruning.masks import Share
+from wanda_dvc.pruning.reconstruction import Weights, oriented
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
 from wanda_dvc.pruning.statistics import BlockStats, InputStats

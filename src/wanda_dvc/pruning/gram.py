@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
-from wanda_dvc.pruning import products
+from wanda_dvc import kernels
 from wanda_dvc.pruning.statistics import in_sums
 
 Weight = Float[Tensor, "out in"]
@@ -39,10 +39,10 @@ class Gram:
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
         features = x.float().T
-        if products.takes(features, features):  # its row slices multiply faster so
+        if kernels.takes(features, features):  # its row slices multiply faster so
             features = features.contiguous()
         for start in range(0, x.shape[1], PANEL):
-            panel = products.multiply(features[start : start + PANEL], features[start:].T)
+            panel = kernels.multiply(features[start : start + PANEL], features[start:].T)
             self.upper[start : start + PANEL, start:] += in_sums(panel, self.upper)
         self.count += len(x)
 

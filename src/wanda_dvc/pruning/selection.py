@@ -3,7 +3,6 @@
 Ties: the leftmost is pruned first, as in a stable ascending sort.
 """
 
-import mmap
 from fractions import Fraction
 
 import numpy as np
@@ -128,17 +127,6 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
             above[later] += first_wins
             above[earlier] += ~first_wins
     return (above < n).movedim(0, -1).flatten(1)
-
-
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialized tensor for a mask or a weight. On a CPU it has its own pages, freed with the tensor.
-
-    On the heap, which keeps freed memory, it would fragment the memory of short-lived tensors.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)
 
 
 def pack_bits(keep: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows bytes"]:

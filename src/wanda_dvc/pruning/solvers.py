@@ -23,8 +23,8 @@ from torch import Tensor
 
 from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
+from wanda_dvc.kernels import add_product, multiply
 from wanda_dvc.pruning.gram import PANEL, Square, Weight
-from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
 Keep = Bool[Tensor, "out in"]  # True stays

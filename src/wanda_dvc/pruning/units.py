@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Square, Weight
-from wanda_dvc.pruning.products import multiply
 from wanda_dvc.pruning.solvers import Keep, Prepared, Solved, factor_inverse, settle_rows
 
 TOGETHER = 16  # inputs of units that go at once, before the costs of the others are computed again

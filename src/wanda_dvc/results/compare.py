@@ -7,10 +7,10 @@ dtype, prompts, and versions of the libraries that computed them.
 import math
 from collections.abc import Mapping, Sequence
 
-from wanda_dvc.engine.intervals import Estimate, holm
+from wanda_dvc.results.intervals import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import differing
+from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known

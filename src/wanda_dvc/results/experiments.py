@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import Params, resolved
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE
@@ -18,10 +18,9 @@ from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_sta
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS, planned
 from wanda_dvc.stages.runs import LOCK, Runs
+from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.markup import some
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
+from wanda_dvc.study.folder import Project
 
 
 @dataclass(eq=False)
@@ -69,7 +68,7 @@ def workspace(project: Project) -> Experiment:
         found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
     if hidden := sorted(path for path in others - runs.outs(runs.stale()).keys() if path.endswith(".json")):
         found.notes.append(
-            f"Left out, because dvc.lock has other results: {some(hidden)}; run `dvc repro`, or `dvc checkout` after "
+            f"Left out, because dvc.lock has other results: {shortened(hidden)}; run `dvc repro`, or `dvc checkout` after "
             "`git checkout`."
         )
     found.notes += [*made_with_others(found), *_of_other_models(found)]
@@ -105,7 +104,7 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
     runs = Runs.read(folder)
     found = _experiment(study, name, revision.commit, runs, runs.others(folder))
     if missing:
-        found.notes.append(f"Not in DVC's cache, and so not read: {some(missing)}; `dvc pull` may fetch it.")
+        found.notes.append(f"Not in DVC's cache, and so not read: {shortened(missing)}; `dvc pull` may fetch it.")
     return found
 
 

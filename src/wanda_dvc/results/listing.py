@@ -10,17 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from wanda_dvc.engine.intervals import Estimate
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
+from wanda_dvc.results.intervals import Estimate
+from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, finite, json_text
-from wanda_dvc.study.markup import one_line, some, table
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 WORKSPACE = "workspace"
 MEASURED_BY = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")  # settings of measurements
@@ -128,11 +128,9 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         for key in (key for key in every if key.startswith(MEASURED_BY)):
             values.setdefault(key, set()).add(repr(every[key]))
     if different := [key for key, own in values.items() if len(own) > 1]:
-        found += (
-            f"\n\nNot all comparable: {some(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
-        )
+        found += f"\n\nNot all comparable: {shortened(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
     if stale := [one.name for one in states if one.stale]:
-        found += f"\n\nSome stages have not run on the current settings: {some(stale, 10)}."
+        found += f"\n\nSome stages have not run on the current settings: {shortened(stale, 10)}."
     return found
 
 

@@ -12,17 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from wanda_dvc.engine import intervals
-from wanda_dvc.engine.intervals import Estimate, mean_difference
 from wanda_dvc.reading import DIVERGED
+from wanda_dvc.results import intervals
+from wanda_dvc.results.intervals import Estimate, mean_difference
+from wanda_dvc.results.markup import DASH, number
 from wanda_dvc.study.files import Json, load_json
-from wanda_dvc.study.markup import DASH, number
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 TEXT, TASK, TASKS, MODEL = "text", "task", "all tasks", "model"  # what a value is measured on
 LINEAR, LOG = "linear", "log"
 ON_TEXT = "perplexity/"
+OF_WINDOWS = {"divergence": "divergences", "top1_agreement": "agreements"}  # the details of a measure of metrics
 
 
 @dataclass(eq=False)
@@ -106,8 +107,13 @@ def written(results: Results, text: str, *, name: str, part: str = "mean") -> Va
     found = results.metrics.get(ON_TEXT + text if text else "sparsity", {}).get(name)
     if not isinstance(found, dict):
         return found if found is None or found == DIVERGED else Estimate(found)
-    ends = [found[end] for end in ("low", "high") if end in found and part == "mean"]
-    return Estimate(found[part], *ends)
+    if part != "mean":
+        return Estimate(found[part])
+    means, predictions = _windows(results, text, OF_WINDOWS[name])
+    interval = mean_difference(means, [0.0] * len(means), predictions) if means else None
+    if interval is None:
+        return Estimate(found[part])
+    return interval.within(0, 1 if name == "top1_agreement" else math.inf)._replace(value=found[part], p=math.nan)
 
 
 def accuracy(results: Results, task: str) -> Value:

@@ -20,8 +20,8 @@ from markdown_it.common.utils import escapeHtml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.study.files import write_text
 
 SIGN = "Written by wanda-dvc report"  # in each page and picture

@@ -10,12 +10,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.params import Settings
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.experiments import Experiment
+from wanda_dvc.results.intervals import Estimate
+from wanda_dvc.results.markup import DASH
 from wanda_dvc.results.measures import Value, accuracy, perplexity
-from wanda_dvc.study.markup import DASH
 
 OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
 PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # default of a pruned row

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc import __version__
-from wanda_dvc.engine.intervals import Estimate
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.results import published
 from wanda_dvc.results.compare import DENSE, MISSING, Column, Tests, apart, cells, compare, headings
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
+from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import MEASURED_BY
+from wanda_dvc.results.markup import DASH, inline, table
 from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.stages import check_outside
-from wanda_dvc.study.markup import DASH, inline, table
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 # The settings of pruning in a row's name; they also determine the required statistics.
 OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")

@@ -13,12 +13,12 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, MISSING, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, at
 from wanda_dvc.results.listing import WORKSPACE
+from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
+from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.markup import one_line, table
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE
+from wanda_dvc.study.folder import Project
 
 
 def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:

@@ -22,9 +22,10 @@ from wanda_dvc.errors import UserError, explain, reason
 from wanda_dvc.reading import check_file, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
+from wanda_dvc.study.artifact import describe, file_digest, files_digest, write_provenance
 from wanda_dvc.study.dvc import copy_file, link_file
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import TOKENIZER, describe, file_digest, files_digest, write_provenance
+from wanda_dvc.study.protocol import TOKENIZER
 
 SETTING = "params.yaml: model"
 PACKAGE, GGUF = "package:", ".gguf"

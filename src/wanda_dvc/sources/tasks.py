@@ -16,9 +16,9 @@ from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import EMBEDDED, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
+from wanda_dvc.study.artifact import describe, file_digest, write_provenance
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.project import ITEMS
-from wanda_dvc.study.provenance import describe, file_digest, write_provenance
+from wanda_dvc.study.folder import ITEMS
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
 AGAIN = "run `wanda-dvc download tasks` again"

@@ -12,9 +12,9 @@ from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
+from wanda_dvc.study.artifact import describe, file_digest, write_provenance
 from wanda_dvc.study.files import Documents, Json
-from wanda_dvc.study.project import DOCUMENTS, TEXT
-from wanda_dvc.study.provenance import describe, file_digest, write_provenance
+from wanda_dvc.study.folder import DOCUMENTS, TEXT
 
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None) -> Source:

@@ -19,7 +19,8 @@ from wanda_dvc.reading import check_place
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
-    from wanda_dvc.study.project import Project
+    from wanda_dvc.study.folder import Project
+
 
 MODELS = ("dense", "pruned", "recovered")
 
@@ -307,8 +308,8 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
 
     UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
     """
+    from wanda_dvc.study.artifact import remove
     from wanda_dvc.study.files import write_text
-    from wanda_dvc.study.project import remove
 
     row = STAGES[stage]
     if stage != "plan":

@@ -15,16 +15,17 @@ from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.choose import finite, prune_linear, reconstruct
+from wanda_dvc.pruning.reconstruction import finite, prune_linear, reconstruct
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.device import own_device
+from wanda_dvc.stages.inputs import tier_provenance
 from wanda_dvc.stages.mask import removal_of
-from wanda_dvc.stages.running import own_device, progress, tier_provenance
-from wanda_dvc.study.card import card
+from wanda_dvc.stages.process import progress
+from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, write_csv, write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, check_source, digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import Grams, block_count, read_grams, read_masks, read_weights
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.tensors import Grams, read_grams, read_masks, read_weights
 
 CARD = "README.md"
 
@@ -47,7 +48,6 @@ def apply(*, project: Project) -> None:
     with project.work(made_from) as work:
         folder = work.fresh()
         zeros, metrics = prune(project, folder)
-        (folder / CARD).write_text(card(project, metrics), encoding="utf-8")
         write_provenance(folder, made_from)
         work.publish(project.model("pruned"))
     known = {linear: x for linear, x in zeros.items() if x.error is not None}

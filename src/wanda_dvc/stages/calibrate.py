@@ -8,12 +8,13 @@ from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner, say_unreached
 from wanda_dvc.stages.needs import announce
-from wanda_dvc.stages.running import calibrated_with, calibration_windows, check_ready, progress, runner, say_unreached
-from wanda_dvc.study import tensors
+from wanda_dvc.stages.process import progress
+from wanda_dvc.study import artifact, tensors
+from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
 from wanda_dvc.study.files import Json, write_csv
-from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import PROVENANCE, describe, read_provenance
+from wanda_dvc.study.folder import Project
 
 
 def calibrate(*, project: Project, tier: str) -> None:
@@ -33,10 +34,10 @@ def calibrate(*, project: Project, tier: str) -> None:
             gram_from = _described(project, "gram")
             with project.work(gram_from) as gram:
                 _forward(project, norms=work, gram=gram)
-                tensors.seal(gram.out, gram_from)
+                artifact.seal(gram.out, gram_from)
         else:
             _forward(project, **{tier: work})
-        tensors.seal(work.out, made_from)
+        artifact.seal(work.out, made_from)
         rows = list(_rows(work.out)) if tier == "norms" else None  # takes seconds; publishing forgets the run
         work.publish(project.root / "stats" / tier)
     if rows:
@@ -45,7 +46,7 @@ def calibrate(*, project: Project, tier: str) -> None:
 
 
 def _rows(folder: Path) -> Iterator[list[object]]:
-    for block in range(tensors.block_count(folder, "calibrate")):
+    for block in range(artifact.block_count(folder, "calibrate")):
         stats = tensors.read_stats(folder, block)
         for name, x in stats.inputs.items():
             if not x.count:
@@ -91,7 +92,7 @@ def _forward(project: Project, *, norms: Work | None = None, gram: Work | None =
             f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
             "calibration.windows"
         )
-    kept = min(tensors.finished_blocks(work.out) for work in works)
+    kept = min(artifact.finished_blocks(work.out) for work in works)
     unreached = {}
     walk = run.walk(windows, kept=kept)
     for step in progress(walk, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
@@ -108,12 +109,12 @@ def _forward(project: Project, *, norms: Work | None = None, gram: Work | None =
 
 def _backward(project: Project, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
-    from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
+    from wanda_dvc.engine.backward import backward  # imports transformers, which takes seconds
 
     announce(project, "calibrate")
     run = runner(project, "dense", work)
     blocks = len(run.decoder.blocks)
-    kept = tensors.finished_blocks(work.out, reversed(range(blocks)))
+    kept = artifact.finished_blocks(work.out, reversed(range(blocks)))
     back = backward(run, calibration_windows(project)[:WINDOWS_BACK], kept=kept)
     for block, came in progress(back, total=blocks, what="calibrate, blocks back", at=lambda one: blocks - 1 - one[0]):
         each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation

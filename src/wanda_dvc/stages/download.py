@@ -4,8 +4,8 @@ from wanda_dvc.params import ChosenText, Tasks
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe
+from wanda_dvc.study.artifact import describe
+from wanda_dvc.study.folder import Project
 
 
 def download(*, project: Project, part: str, text: str = "") -> None:

@@ -15,20 +15,22 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, Plan
-from wanda_dvc.pruning import choose
+from wanda_dvc.pruning import masks as choose_masks
+from wanda_dvc.pruning import reconstruction
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
-from wanda_dvc.stages import STAGES, running
-from wanda_dvc.study import tensors
+from wanda_dvc.stages import STAGES, inputs, process
+from wanda_dvc.stages import device as devices
+from wanda_dvc.study import artifact, tensors
+from wanda_dvc.study.artifact import Work, check_source, describe, digest, read_provenance
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import check_source, describe, digest, read_provenance
+from wanda_dvc.study.folder import Project
 
 if TYPE_CHECKING:
+    from wanda_dvc.engine.forward import Runner, Step
     from wanda_dvc.engine.removal import Removal
-    from wanda_dvc.engine.walk import Runner, Step
 
 
 def mask(*, project: Project) -> None:
@@ -38,9 +40,9 @@ def mask(*, project: Project) -> None:
     do not follow from the statistics of the dense model.
     """
     plan = project.plan
-    device = accelerator.solving_device(running.own_device(project.params.runtime))  # refused before any file is read
-    stats, tiers = running.statistics(project)
-    checkpoint, blocks = Checkpoint(project.model("dense")), range(tensors.block_count(project.stats, "calibrate"))
+    device = accelerator.solving_device(devices.own_device(project.params.runtime))  # refused before any file is read
+    stats, tiers = inputs.statistics(project)
+    checkpoint, blocks = Checkpoint(project.model("dense")), range(artifact.block_count(project.stats, "calibrate"))
     read, removal = checkpoint.weight, removal_of(checkpoint, plan)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
@@ -49,14 +51,14 @@ def mask(*, project: Project) -> None:
 
             every = (tensors.read_stats(project.stats, block) for block in blocks)
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
-            stays = choose.choose_units(
+            stays = choose_masks.choose_units(
                 removal.sets, read, every, method=plan.method, together=plan.repairs, dtype=dtype, device=device
             )
             removal = confirmed(checkpoint, removal.with_stays(stays))
     gradients = project.gradients.absolute()
     sums = gradients if plan.masks_read_sums else None
     every = (tensors.read_stats(project.stats, block, gradients=sums) for block in blocks)
-    rated = running.progress(every, total=len(blocks), what="mask, blocks rated")
+    rated = process.progress(every, total=len(blocks), what="mask, blocks rated")
     shares = allocate(read, rated, len(blocks), allocation=plan.allocation, share=plan.share, group=plan.group)
     made_from = _describe(plan, stats, tiers, shares, removal)
     units = {linear: removal.sets[cut.units] for linear, cut in removal.readers.items()} if removal else {}
@@ -66,16 +68,16 @@ def mask(*, project: Project) -> None:
         unreached: dict[int, set[str]] = {}
         repairs = repaired(project, checkpoint, removal, stats, work) if removal and plan.repairs else {}
         stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
-        finished = min(map(tensors.finished_blocks, stored))
+        finished = min(map(artifact.finished_blocks, stored))
         solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, solving, shares, blocks[finished:])
         if plan.propagates:
             solved = walked(project, solving, shares, stats, work, finished)
         what = "mask, blocks" + " calibrated and pruned" * plan.propagates
-        for made, step in running.progress(solved, total=len(blocks), what=what, at=lambda one: one[0].block):
+        for made, step in process.progress(solved, total=len(blocks), what=what, at=lambda one: one[0].block):
             keep, (changed, diagnostics) = made.keeps, repairs.get(made.block, (made.weights, made.diagnostics))
             if removal:  # of removed units, all weights go
                 keep = tensors.pack_masks(removal.spread(keep))
-                changed = {name: choose.masked(weight, keep[name]) for name, weight in changed.items()}
+                changed = {name: reconstruction.masked(weight, keep[name]) for name, weight in changed.items()}
             if weights in stored:
                 tensors.write_weights(weights, made.block, changed, diagnostics)
             tensors.write_masks(masks, made.block, keep)
@@ -83,13 +85,15 @@ def mask(*, project: Project) -> None:
                 step.change(keep, changed)
             unreached[made.block] = made.unreached
         if plan.propagates or plan.method.needs != "weights":
-            running.say_unreached("mask", unreached)  # of the blocks of this run
-        tensors.seal(masks, made_from)
-        tensors.seal(weights, made_from)
+            inputs.say_unreached("mask", unreached)  # of the blocks of this run
+        artifact.seal(masks, made_from)
+        artifact.seal(weights, made_from)
         work.publish(project.masks, project.weights)
 
 
-def _describe(plan: Plan, stats: Json, tiers: Json, shares: Sequence[choose.Share], removal: "Removal | None") -> Json:
+def _describe(
+    plan: Plan, stats: Json, tiers: Json, shares: Sequence[choose_masks.Share], removal: "Removal | None"
+) -> Json:
     """Return the provenance of masks and weights."""
     runs = ("transformers",) if plan.propagates or plan.structure else ()
     described = describe(
@@ -128,7 +132,7 @@ class Part(NamedTuple):
 
     block: int
     stats: BlockStats  # of these inputs
-    share: choose.Share
+    share: choose_masks.Share
     grams: Path  # the folder of the Gram matrices, for solvers
 
 
@@ -155,15 +159,15 @@ def solve(
     block, device = part.stats, accelerator.solving_device(device)
     if plan.masks_read_sums:
         block = block._replace(fisher=tensors.read_fisher(gradients, part.block))
-    weights: choose.Weights = source.weight
+    weights: reconstruction.Weights = source.weight
     grams: tensors.Grams | None = None
     if plan.solves_by_input:
         weights = {name: weights(name).to(device) for name in block.by_linear}.__getitem__  # copied once
         grams = tensors.read_grams(part.grams, part.block, device, of=block.readers)
         if plan.corrects:
-            aimed = choose.aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION)
+            aimed = reconstruction.aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION)
             weights = aimed.__getitem__
-    chosen = choose.choose_block(
+    chosen = choose_masks.choose_block(
         weights,
         block,
         method=plan.method,
@@ -179,18 +183,18 @@ def solve(
         back: Mapping[str, Gram] = {}
         if plan.masks_read_gradients:
             back = tensors.read_grams(gradients, part.block, of=block.by_linear)
-        for name, prepared in choose.prepared_linears(block.readers, grams):
-            if prepared is not None and (plan.corrects or not choose.keeps_all(name, plan.pattern, units)):
+        for name, prepared in reconstruction.prepared_linears(block.readers, grams):
+            if prepared is not None and (plan.corrects or not choose_masks.keeps_all(name, plan.pattern, units)):
                 weight, keep, across = weights(name), chosen[name], name in block.transposed
-                solved = choose.reconstruct(
+                solved = reconstruction.reconstruct(
                     weight, keep, prepared, reconstruction=plan.solver, gradients=back.get(name), transposed=across
                 )
-                changed[name] = choose.finite(name, solved.weight.to("cpu", source.weight(name).dtype))
+                changed[name] = reconstruction.finite(name, solved.weight.to("cpu", source.weight(name).dtype))
                 diagnostics[name] = solved.diagnostics
     return Made(part.block, tensors.pack_masks(chosen), changed, diagnostics, block.unreached())
 
 
-def parts_of(plan: Plan, block: int, measured: BlockStats, share: choose.Share, grams: Path) -> list[Part]:
+def parts_of(plan: Plan, block: int, measured: BlockStats, share: choose_masks.Share, grams: Path) -> list[Part]:
     """Return the parts of a block; `grams` is the folder of its Gram matrices."""
     alone = [measured.of(source) for source in measured.readers] if plan.solves_by_input else [measured]
     return [Part(block, own, share, grams.absolute()) for own in alone]
@@ -206,7 +210,7 @@ def together(parts: Iterable[Made]) -> Made:
 
 
 def from_statistics(
-    project: Project, solving: Solving, shares: Sequence[choose.Share], blocks: Iterable[int]
+    project: Project, solving: Solving, shares: Sequence[choose_masks.Share], blocks: Iterable[int]
 ) -> Iterator[tuple[Made, None]]:
     """Yield each block, from the statistics of the dense model.
 
@@ -214,14 +218,14 @@ def from_statistics(
     """
     plan = project.plan
     every = [parts_of(plan, n, tensors.read_stats(project.stats, n), shares[n], project.gram) for n in blocks]
-    run = running.executor(project, [project.model("dense"), project.gram], here=not plan.solves_by_input)
+    run = inputs.executor(project, [project.model("dense"), project.gram], here=not plan.solves_by_input)
     made = run.map(solving, itertools.chain.from_iterable(every), "solver")
     for own in every:
         yield together(itertools.islice(made, len(own))), None
 
 
 def walked(
-    project: Project, solving: Solving, shares: Sequence[choose.Share], stats: Json, work: Work, finished: int
+    project: Project, solving: Solving, shares: Sequence[choose_masks.Share], stats: Json, work: Work, finished: int
 ) -> Iterator[tuple[Made, "Step"]]:
     """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
@@ -238,7 +242,7 @@ def walked(
         own = parts_of(plan, step.index, recorded.stats, shares[step.index], folder)
         del recorded  # the next matrices need its memory
         made = together(run.on_device(solving, own, f"block {step.index}, solver"))
-        tensors.block_file(folder, step.index).unlink(missing_ok=True)
+        artifact.block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step
 
 
@@ -246,8 +250,8 @@ def _calibrated(project: Project, stats: Json, work: Work) -> "tuple[Runner, Ten
     """Return a runner of the dense model and the windows, as for stats/. UserError if the text is another."""
     text = read_provenance(project.data("calibration"), "download calibration")
     check_source("stats", stats["text"], text, "calibrate")
-    windows = running.calibration_windows(project)
-    return running.runner(project, "dense", work), windows
+    windows = inputs.calibration_windows(project)
+    return inputs.runner(project, "dense", work), windows
 
 
 def repaired(
@@ -268,7 +272,7 @@ def repaired(
     end = gone[-1] + 1
     walk = itertools.takewhile(lambda step: step.index < end, run.walk(windows, boundaries=end - block + 2))
     what = "mask, blocks run for the repair"
-    for step in running.progress(walk, total=end, what=what, at=lambda step: step.index):
+    for step in process.progress(walk, total=end, what=what, at=lambda step: step.index):
         step.advance()
     weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end)
     return {block: ({last: weight}, {last: diagnostics})}

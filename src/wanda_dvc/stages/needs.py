@@ -20,15 +20,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wanda_dvc.engine.checkpoint import WIDTH, dtype_of
-from wanda_dvc.engine.rows import shards
+from wanda_dvc.engine.sequences import shards
 from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.running import device_name, free_memory
-from wanda_dvc.study.project import ITEMS, TEXT, Project
+from wanda_dvc.stages.device import device_name, free_memory
+from wanda_dvc.study.folder import ITEMS, TEXT, Project
 
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized

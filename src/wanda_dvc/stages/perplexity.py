@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.engine import divergence
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.sequences import Row
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.needs import announce
-from wanda_dvc.stages.running import HEAD, check_ready, progress, runner, say_not_finite
+from wanda_dvc.stages.process import progress
+from wanda_dvc.study.artifact import describe, digest, read_provenance, seal
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, differing, digest, identity, read_provenance
-from wanda_dvc.study.tensors import read_window, seal, write_window
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.protocol import differing, identity
+from wanda_dvc.study.tensors import read_window, write_window
 
 
 def perplexity(*, project: Project, model: str, text: str) -> None:

@@ -10,8 +10,9 @@ from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import sources
 from wanda_dvc.stages import WRITTEN, planned
+from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project, remove
+from wanda_dvc.study.folder import Project
 
 
 def plan(*, project: Project) -> None:

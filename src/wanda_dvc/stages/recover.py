@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import write_model
-from wanda_dvc.engine.recovery import recover as train
 from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.device import own_device
+from wanda_dvc.stages.inputs import check_ready, windows_of_documents
 from wanda_dvc.stages.needs import announce, computes_twice, trained_in
-from wanda_dvc.stages.running import check_ready, own_device, progress, windows_of_documents
+from wanda_dvc.stages.process import progress
+from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_csv, write_json
-from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import PROVENANCE, check_source, describe, digest, read_provenance, write_provenance
+from wanda_dvc.study.folder import Project
+from wanda_dvc.training.trainer import recover as train
 
 HELD = 4  # windows of each text that the guard measures on
 COLUMNS = ("tokens", "text", "other")  # of the curve

@@ -16,7 +16,7 @@ from wanda_dvc.reading import name_of
 from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 LOCK = "dvc.lock"
 

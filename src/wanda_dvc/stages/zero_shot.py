@@ -15,11 +15,14 @@ from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.device import free_memory, own_device
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.needs import Known, announce, continuing
-from wanda_dvc.stages.running import HEAD, check_ready, free_memory, own_device, progress, runner, say_not_finite
+from wanda_dvc.stages.process import progress
+from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
-from wanda_dvc.study.project import ITEMS, Project, Work
-from wanda_dvc.study.provenance import describe, differing, digest, identity, read_provenance
+from wanda_dvc.study.folder import ITEMS, Project
+from wanda_dvc.study.protocol import differing, identity
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer

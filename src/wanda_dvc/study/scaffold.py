@@ -16,12 +16,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID, TEXTS
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
 from wanda_dvc.study.dvc import checkout, init_repository, link_file
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.markup import some
 
 TEMPLATE = files("wanda_dvc.study") / "template"
 PARAMS = TEMPLATE / "params.yaml"
@@ -61,7 +60,7 @@ def init(
     folder = check_place(folder)
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
-        raise UserError(f"{folder}: holds {some(found)}, expected a new or an empty directory; name another")
+        raise UserError(f"{folder}: holds {shortened(found)}, expected a new or an empty directory; name another")
     own = nested(named(model, calibration, mirror))
     text = read_text(study / "params.yaml", "name a study") if study else PARAMS.read_text(encoding="utf-8")
     params, text = changed(text, preset_changes(preset), own)

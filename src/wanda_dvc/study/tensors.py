@@ -1,35 +1,24 @@
 """The tiers of stats/, masks/, weights/, reference/: a file a block or window, so that one is in memory at a time."""
 
 import itertools
-import json
-import os
 from collections import UserDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import pack_bits, unpack_bits
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.reading import check_file, is_there
+from wanda_dvc.study.artifact import block_file, load_tensors, save_tensors
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import PROVENANCE, read_provenance, write_provenance
 
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 CROSS = "cross"
 SQUARED_GRADIENTS = "squared_gradients"
-
-
-def block_file(folder: Path, block: int) -> Path:
-    """Return the path of one block's file."""
-    return folder / f"block_{block:03d}.safetensors"
 
 
 def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
@@ -47,12 +36,12 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
         tensors[f"{name}.outputs"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
     if stats.influence is not None:
         tensors["influence"] = stats.influence
-    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    save_tensors(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> BlockStats:
     """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
-    tensors, header = _load(block_file(folder, block), "calibrate")
+    tensors, header = load_tensors(block_file(folder, block), "calibrate")
     readers, transposed = header["readers"], header["transposed"]
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
@@ -88,20 +77,20 @@ def write_grams(
             triangle = gram.triangle()
         tensors |= {f"{name}.triangle": triangle.cpu(), f"{name}.count": torch.tensor(gram.count)}
     tensors |= {f"{name}.{CROSS}": cross.float().cpu() for name, cross in (crosses or {}).items()}
-    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    save_tensors(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def read_grams(
     folder: Path, block: int, device: torch.device | None = None, *, of: Iterable[str] | None = None
 ) -> "Grams":
     """Read one block's Gram matrices `of` some distinct inputs or linears, or of all, onto a device, or the host."""
-    tensors, header = _load(block_file(folder, block), "calibrate", (*GRAM, CROSS), of)
+    tensors, header = load_tensors(block_file(folder, block), "calibrate", (*GRAM, CROSS), of)
     return Grams(tensors, header, device)
 
 
 def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     """Read the sums of squared gradients of one block, by linear."""
-    tensors, _ = _load(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,))
+    tensors, _ = load_tensors(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,))
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
@@ -126,12 +115,12 @@ class Grams(UserDict[str, Any]):
 
 def write_weights(folder: Path, block: int, weights: dict[str, Tensor], solved: Json) -> None:
     """Write one block's new weights, named, oriented and typed as stored; header: each linear's solver diagnostics."""
-    _save(block_file(folder, block), weights, {"solved": solved})
+    save_tensors(block_file(folder, block), weights, {"solved": solved})
 
 
 def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
     """Read one block's reconstructed weights, and solver diagnostics of each linear."""
-    weights, header = _load(block_file(folder, block), "mask")
+    weights, header = load_tensors(block_file(folder, block), "mask")
     return weights, header["solved"]
 
 
@@ -141,7 +130,9 @@ def write_masks(folder: Path, block: int, masks: "Masks") -> None:
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
     columns = {name: columns for name, (_, columns) in masks.data.items()}
-    _save(block_file(folder, block), {name: bits for name, (bits, _) in masks.data.items()}, {"columns": columns})
+    save_tensors(
+        block_file(folder, block), {name: bits for name, (bits, _) in masks.data.items()}, {"columns": columns}
+    )
 
 
 def pack_masks(keeps: Mapping[str, Tensor]) -> "Masks":
@@ -151,18 +142,20 @@ def pack_masks(keeps: Mapping[str, Tensor]) -> "Masks":
 
 def read_masks(folder: Path, block: int) -> "Masks":
     """Read one block's `keep` masks: bool, in the orientation of the stored weights."""
-    tensors, header = _load(block_file(folder, block), "mask")
+    tensors, header = load_tensors(block_file(folder, block), "mask")
     return Masks({name: (tensors[name], columns) for name, columns in header["columns"].items()})
 
 
 def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the reference of one evaluation window: the tensors of `engine.divergence.Reference`."""
-    _save(folder / f"window_{window:05d}.safetensors", {name: x.contiguous() for name, x in tensors.items()}, {})
+    save_tensors(folder / f"window_{window:05d}.safetensors", {name: x.contiguous() for name, x in tensors.items()}, {})
 
 
 def read_window(folder: Path, window: int) -> dict[str, Tensor]:
     """Read the reference of one evaluation window."""
-    return _load(folder / f"window_{window:05d}.safetensors", "perplexity dense", finite=False)[0]  # −∞ or diverged
+    return load_tensors(folder / f"window_{window:05d}.safetensors", "perplexity dense", finite=False)[
+        0
+    ]  # −∞ or diverged
 
 
 class Masks(UserDict[str, Any]):
@@ -173,58 +166,3 @@ class Masks(UserDict[str, Any]):
 
     def __getitem__(self, name: str) -> Tensor:
         return unpack_bits(*self.data[name])
-
-
-def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
-    """Write the provenance of a finished artifact, with its number of blocks, or other parts."""
-    write_provenance(folder, made_from | {parts: len(list(folder.glob("*.safetensors")))})
-
-
-def block_count(folder: Path, made_by: str) -> int:
-    """Return an artifact's number of blocks; unfinished, of its files. UserError if a block is missing or surplus."""
-    found = {path.name for path in folder.glob("block_*.safetensors")}
-    if is_there(folder / PROVENANCE):
-        count = read_provenance(folder, made_by)["blocks"]
-        if found != {block_file(folder, block).name for block in range(count)}:
-            raise UserError(f"{folder}: found {len(found)} blocks, expected {count}; run `wanda-dvc {made_by}` again")
-    return len(found)
-
-
-def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
-    """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
-    blocks = itertools.count() if order is None else order
-    return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
-
-
-def _save(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
-    """Write tensors and a header to a temporary safetensors file, then rename it."""
-    temporary = path.with_name(path.name + ".part")
-    # A single key: safetensors writes several keys in an order that changes from run to run.
-    save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
-    temporary.replace(path)
-
-
-def _load(
-    path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
-) -> tuple[dict[str, Tensor], Json]:
-    """Read the tensors and the header of a safetensors file.
-
-    Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
-    the file is missing or damaged, or if numbers that have to be finite are not.
-    """
-    check_file(path, f"run `dvc repro` or `wanda-dvc {made_by}` again")
-    found = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: Json = json.loads(file.metadata()["wanda_dvc"])
-            for name in file.keys():
-                owner, _, kind = name.rpartition(".")
-                if (not kinds or kind in kinds) and (of is None or owner in of):
-                    found[name] = file.get_tensor(name)
-                    if finite and found[name].is_floating_point() and not found[name].isfinite().all():
-                        raise ValueError(f"values of {name} that are not finite")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it") from None
-    return found, header

@@ -68,17 +68,6 @@ def mean_difference(values: Sequence[float], others: Sequence[float], prediction
     return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 
-def mean_interval(
-    values: Sequence[float], weights: Sequence[int], within: tuple[float, float] = (-math.inf, math.inf)
-) -> dict[str, float]:
-    """Return the weighted `mean`, and the ends of its t interval, cut to `within`; without variance the mean alone."""
-    found = mean_difference(values, [0.0] * len(values), weights)
-    if found is None or math.isnan(found.low):
-        return {"mean": values[0]}
-    mean, low, high, _ = found.within(*within)
-    return {"mean": mean, "low": low, "high": high}
-
-
 def accuracy(right: Sequence[bool]) -> Estimate:
     """Return the fraction of correct answers, with Wilson's interval (Wilson 1927)."""
     count, share = len(right), sum(right) / len(right)

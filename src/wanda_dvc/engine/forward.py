@@ -7,7 +7,6 @@ resumes at the last finished block. For the gradients tier, the rows then run ba
 """
 
 import contextlib
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from wanda_dvc.engine.activations import HiddenStates, Progress
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Gradients, InputRecorder, Recorded, Sums, check_finite, recording_gradients
-from wanda_dvc.engine.rows import Executor, Hidden, HiddenStates, Progress, R, Row, Shard, T, shards
-from wanda_dvc.engine.weights import Change
+from wanda_dvc.engine.executor import Executor, R, T
+from wanda_dvc.engine.fisher import Gradients
+from wanda_dvc.engine.load import Change
+from wanda_dvc.engine.record import InputRecorder
+from wanda_dvc.engine.sequences import Hidden, Row, Shard, shards
+from wanda_dvc.engine.sums import Recorded, Sums, check_finite
 from wanda_dvc.errors import FIX, UserError, notice
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
@@ -230,58 +233,3 @@ class Step:
         if not total.is_finite:
             run.progress.not_finite = run.progress.not_finite or f"block {self.index}"
         return total
-
-
-# --- the backward pass ---
-
-
-def backward(runner: Runner, rows: Rows, *, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-    """Yield each block, the last one first, with its `Gradients` over all tokens.
-
-    ℓ = −Σ log p(token) over the row, with the text's own tokens. The sums are, for each row of the weight, the trace of
-    its empirical Fisher information, with the tokens taken as independent; K-FAC factors the same matrices (Martens and
-    Grosse 2015, arXiv 1503.05671).
-
-    Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
-    of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
-    copies for one row in it. Disk: the hidden states of all rows, once a block. UserError if a gradient is not finite.
-    """
-    decoder, blocks = runner.decoder, len(runner.decoder.blocks)
-    for step in runner.walk(rows, boundaries=blocks + 2):
-        step.advance()
-    before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
-    back, turning = Progress(runner.work / "back", [gradients], kept), partial(turn, before, gradients)
-    for number in runner.unfinished(back, turning, "output head back, shard", " of the backward pass"):
-        index = blocks - 1 - number
-        backing = partial(run_back, index, before, gradients)
-        total = runner.sum(backing, Gradients(), runner.shards, f"backward pass, block {index}, shard")
-        check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
-        yield index, total
-
-
-@torch.no_grad()
-def turn(before: HiddenStates, gradients: HiddenStates, model: Decoder, shard: Shard) -> None:
-    """Write the gradients of each row's loss by its hidden states after the last block."""
-    pairs = zip(before.read(len(model.blocks), shard.number), shard.rows, strict=True)
-    gradients.write(0, shard.number, (model.loss_gradient(x[None], row.tokens)[0] for x, row in pairs))
-
-
-@torch.no_grad()
-def run_back(index: int, before: HiddenStates, gradients: HiddenStates, model: Decoder, shard: Shard) -> Gradients:
-    """Write the gradients of each row's loss by its hidden states before a block, from those after the block.
-
-    `before` has all boundaries; boundaries of `gradients` count from the last one.
-    """
-    done = len(model.blocks) - 1 - index
-    model.hold(index, index - 1)
-    states, after = before.read(index, shard.number), gradients.read(done, shard.number)
-
-    def back(before: Tensor, gradient: Tensor, row: Row) -> Tensor:
-        hidden = before[None].to(model.device, copy=True).requires_grad_()
-        with torch.enable_grad():
-            out = model.run(index, hidden, row)
-        return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
-
-    with recording_gradients(model.linears(index)) as found:
-        gradients.write(done + 1, shard.number, itertools.starmap(back, zip(states, after, shard.rows, strict=True)))
-    return found

@@ -9,23 +9,24 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.imatrix import importance
 from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there
+from wanda_dvc.results.card import card
 from wanda_dvc.results.compare import DENSE, side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
 from wanda_dvc.results.listing import WORKSPACE
+from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations, notes
 from wanda_dvc.stages import MODELS, check_outside
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
-from wanda_dvc.study.card import card
+from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance, temporary_place, write_provenance
 from wanda_dvc.study.dvc import Revision, copy_file
-from wanda_dvc.study.markup import inline, table
-from wanda_dvc.study.project import Project, temporary_place
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, differing, digest, read_provenance, write_provenance
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.protocol import differing
 
 REPRODUCE = """\
 With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:

@@ -6,12 +6,12 @@ from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import InputStats, summary
+from wanda_dvc.results.markup import table
 from wanda_dvc.stages.apply import describe_pruned
+from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance
 from wanda_dvc.study.files import json_text, load_json
-from wanda_dvc.study.markup import table
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, check_source, digest, read_provenance
-from wanda_dvc.study.tensors import block_count, read_stats
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.tensors import read_stats
 
 INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 

@@ -16,12 +16,12 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.reading import is_there
+from wanda_dvc.results.markup import table
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.device import free_memory, own_device
 from wanda_dvc.stages.needs import NEEDS, Need, free, gigabytes, need
-from wanda_dvc.stages.running import free_memory, own_device
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.markup import table
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.folder import Project
 
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 

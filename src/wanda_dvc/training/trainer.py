@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.errors import UserError, explain, notice, reason
+from wanda_dvc.kernels import install
 from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
-from wanda_dvc.pruning.products import install
 
 WARM_UP = 0.05  # of the steps
 LOOKS = 10  # of the guard, and checkpoints, during a training

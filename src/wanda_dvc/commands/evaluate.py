@@ -14,17 +14,18 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import read_text
 from wanda_dvc.results.compare import DENSE, records, side_by_side
 from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.show import notes
 from wanda_dvc.sources.models import GGUF, read_model
 from wanda_dvc.stages import check_plan
+from wanda_dvc.stages.inputs import model_dtype
 from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.running import model_dtype
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.artifact import describe, read_provenance, write_provenance
 from wanda_dvc.study.files import json_text, load_json, write_json
-from wanda_dvc.study.markup import table
-from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import TOKENIZER, describe, read_provenance, write_provenance
+from wanda_dvc.study.folder import ITEMS, Project
+from wanda_dvc.study.protocol import TOKENIZER
 from wanda_dvc.study.scaffold import PROMPTS
 
 LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")

@@ -36,11 +36,6 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return tabulate(cells, names, tablefmt="github", disable_numparse=True)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """Return names in a sentence: the first ones, and the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def one_line(text: object) -> str:
     """Return the text in one line, without invisible characters."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or "–"

@@ -1,24 +1,18 @@
 """A study on disk: the only module with the paths of its files."""
 
 import contextlib
-import errno
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from wanda_dvc.catalog import STATISTICS
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.plan import Plan
-from wanda_dvc.reading import is_there, read_object, read_text
-from wanda_dvc.study.dvc import copy_file
+from wanda_dvc.reading import read_object, read_text
+from wanda_dvc.study.artifact import Work, alone, digest
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import digest
 
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
@@ -131,93 +125,3 @@ class Project:
         work = Work(self.work_root / digest(made_from)[:32])
         with alone(work.path, "waiting for another run with the same inputs and parameters …"):
             yield work
-
-
-@dataclass(frozen=True)
-class Work:
-    """A stage's unfinished work. It survives a kill at any point; the next run with the same inputs continues it.
-
-    Two rules ensure this. A folder is renamed before its files are removed. A finished artifact stays in the work
-    folder until a rename publishes it: after a kill before the rename, the next run only publishes again.
-    """
-
-    path: Path
-
-    @property
-    def out(self) -> Path:
-        """The artifact so far."""
-        return self.part("")
-
-    def part(self, name: str) -> Path:
-        """Return the folder of one of several artifacts."""
-        folder = self.path / "out" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def fresh(self) -> Path:
-        """Return an empty folder for the artifact, for stages too short to resume."""
-        remove(self.path / "out")
-        return self.out
-
-    def publish(self, *targets: Path) -> None:
-        """Publish the finished artifact and remove the rest; several artifacts are parts named as their places.
-
-        PermissionError, before any move, if an earlier artifact may not be removed.
-        """
-        for folder in (folder for target in targets for folder, _, _ in os.walk(target)):
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-        for target in targets:
-            made = self.part(target.name if len(targets) > 1 else "")
-            remove(temporary := temporary_place(target))  # left by a killed run
-            try:
-                _rename(made, target)
-            except OSError as error:
-                if error.errno != errno.EXDEV:  # else the place is on another file system
-                    raise
-                shutil.copytree(made, temporary / "out", copy_function=copy_file)
-                _rename(temporary / "out", target)
-                remove(temporary)
-        self.forget()
-
-    def forget(self) -> None:
-        """Remove the work."""
-        remove(self.path)
-
-
-@contextlib.contextmanager
-def alone(path: Path, waiting: str) -> Iterator[None]:
-    """Let one process at a time use a path; another one reports that it is `waiting`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        notice(waiting)
-        held = lock.acquire()
-    with held:
-        yield
-
-
-def remove(path: Path) -> None:
-    """Remove a folder or a file, if it exists. A kill leaves a folder complete, or under another name."""
-    removed = path.with_name(path.name + ".gone")
-    for place in (removed, path):  # first the remains of a killed removal
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place.rename(removed))
-        else:
-            place.unlink(missing_ok=True)
-
-
-def temporary_place(target: Path) -> Path:
-    """Return the temporary folder for copies of an artifact, next to its place."""
-    return target.with_name(target.name + ".part")
-
-
-def _rename(made: Path, target: Path) -> None:
-    """Move a finished artifact to its place; an earlier artifact moves to `old` first, to be removed with the work."""
-    remove(old := made.with_name("old"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if is_there(target):
-        target.rename(old)
-    made.rename(target)

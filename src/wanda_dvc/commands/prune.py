@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
+from wanda_dvc.commands.export import check_target, export
 from wanda_dvc.engine.checkpoint import positions_of, read_config
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.export.build import check_target, export
 from wanda_dvc.params import Params, nested
 from wanda_dvc.plan import TOKENS_A_FEATURE, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
+from wanda_dvc.study.artifact import alone, digest
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.markup import DASH, table
-from wanda_dvc.study.project import Project, alone
-from wanda_dvc.study.provenance import digest
+from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
 
 FALLBACK = "wanda"  # needs the least memory and disk

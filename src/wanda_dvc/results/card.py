@@ -6,10 +6,10 @@ from pathlib import Path
 
 from wanda_dvc.catalog import HUB_ID, STRUCTURES, methods
 from wanda_dvc.plan import Plan
+from wanda_dvc.results.markup import code, inline, table
+from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.markup import code, inline, table
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.folder import Project
 
 UNKNOWN_LICENSE = (
     "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."

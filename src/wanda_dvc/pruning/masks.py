@@ -1,27 +1,25 @@
-"""Compute a block's masks, and the new values of the kept weights, from weights and statistics."""
+"""The masks of a block's linears, and the choice of units, from weights and statistics."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from fractions import Fraction
-from pkgutil import resolve_name
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, parse_pattern
+from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram, layer_errors
-from wanda_dvc.pruning.selection import empty, keep_by_share, keep_highest, select
-from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
+from wanda_dvc.kernels import empty
+from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
+from wanda_dvc.pruning.reconstruction import Weights, oriented, prepared_linears
+from wanda_dvc.pruning.selection import keep_by_share, keep_highest, select
+from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, cheapest, neighbours, spread, summed
 
 Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
-Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
 HOST = torch.device("cpu")
 
 
@@ -204,117 +202,3 @@ def _outputs(block: BlockStats, linears: Sequence[str], inputs: Mapping[str, Inp
             "this expert, expected as many; set method=wanda"
         )
     return outputs
-
-
-# --- new values of kept weights ---
-
-
-def aim_block(
-    weights: Weights, block: BlockStats, *, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor], strength: float
-) -> dict[str, Tensor]:
-    """Return the target weights of a block's linears: with them, pruned inputs give the dense outputs.
-
-    float32, as stored. `crosses` holds X_denseᵀX of the distinct inputs; linears without it keep their weights.
-    """
-    aimed = {}
-    sources = {name: source for source, names in block.readers.items() for name in names}
-    for name, prepared in prepared_linears(block.readers, grams):
-        source, weight = sources[name], weights(name).float()
-        if prepared is not None and source in crosses:
-            across = name in block.transposed
-            there = oriented(weight, across).to(prepared.gram.device)
-            target = corrected_target(there, prepared, crosses[source].float(), strength=strength)
-            weight = oriented(target, across).to(weight)
-        aimed[name] = weight.contiguous()
-    return aimed
-
-
-def reconstruct(
-    weight: Tensor,
-    keep: Tensor,
-    prepared: Prepared,
-    *,
-    reconstruction: Reconstruction,
-    gradients: Gram | None = None,
-    transposed: bool = False,
-) -> Solved:
-    """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
-
-    `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
-    """
-    solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
-    there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    words: dict[str, Any] = {}
-    if reconstruction.by_gradients:
-        words = {"gradients": gradients and gradients.matrix().to(device), "steps": reconstruction.steps}
-    solved = solve(*there, prepared, **words)
-    return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
-
-
-def finite(linear: str, weight: Tensor) -> Tensor:
-    """Return a linear's new weights, as stored. UserError if their dtype does not hold them."""
-    if not weight.isfinite().all():
-        raise UserError(f"{linear}: new weights are not finite in {weight.dtype}; set reconstruction=none")
-    return weight
-
-
-class Pruned(NamedTuple):
-    """One linear of a pruned model, as its weight is stored."""
-
-    weight: Tensor  # zero off the mask
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration's inputs; None without their Gram matrix
-    masked: float | None  # likewise, without new values
-
-
-def prune_linear(
-    weight: Tensor,
-    keep: Tensor,
-    prepared: Prepared | None,
-    values: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    of_inputs: bool = False,
-) -> Pruned:
-    """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
-
-    `of_inputs`: the mask removes complete inputs. The errors are then of the rows that stay, as nothing reads the
-    others, and of linears that lose inputs or change.
-    """
-    plain = masked(weight, keep)
-    new = plain if values is None else masked(values.to(weight.device), keep)
-    if prepared is None:
-        return Pruned(new, None, None)
-    dense, *pruned = (oriented(w, transposed).to(prepared.gram.device).float() for w in (weight, plain, new))
-    if of_inputs:
-        stays = oriented(keep, transposed)
-        rows = stays.any(dim=1)
-        if not rows.any() or (stays[rows].all() and torch.equal(new, plain)):
-            return Pruned(new, None, None)
-        rows = rows.to(dense.device)
-        dense, pruned = dense[rows], [one[rows] for one in pruned]
-    before, error = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(new, error, before)
-
-
-def masked(weight: Tensor, keep: Tensor) -> Tensor:
-    """Return weights with +0 off the mask; kept weights are byte-identical, in every dtype."""
-    if weight.device.type != "cpu":
-        return weight.masked_fill(~keep.to(weight.device), 0)
-    # On one core torch.where takes 18 (float32) to 60 (bfloat16) times as long.
-    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.cpu().numpy()
-    return torch.from_numpy(bits).view(weight.dtype)
-
-
-def prepared_linears(
-    readers: Mapping[str, list[str]], grams: Mapping[str, Gram]
-) -> Iterator[tuple[str, Prepared | None]]:
-    """Yield each linear with its Gram matrix, prepared once per distinct input; None for an input without tokens."""
-    for source, names in readers.items():
-        prepared = Prepared(grams[source].matrix()) if source in grams else None
-        for name in names:
-            yield name, prepared
-
-
-def oriented(weight: Tensor, transposed: bool) -> Tensor:
-    """Convert a weight between its stored orientation and [out, in]."""
-    return weight.T if transposed else weight

@@ -5,6 +5,7 @@ a thousand rows at 220 GFLOP/s, oneDNN at 500. torch ships oneDNN for other dtyp
 """
 
 import contextlib
+import mmap
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,14 @@ class _Differentiable(torch.autograd.Function):
         rows = (y.reshape(-1, y.shape[-1]).T for y in (given, x))
         of_weight = _linear(*rows) if ctx.needs_input_grad[1] else None
         return of_x, of_weight
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialized tensor for a mask or a weight. On a CPU it has its own pages, freed with the tensor.
+
+    On the heap, which keeps freed memory, it would fragment the memory of short-lived tensors.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts, unsupported
-from wanda_dvc.pruning.selection import empty
+from wanda_dvc.kernels import empty
 
 
 @dataclass(frozen=True)

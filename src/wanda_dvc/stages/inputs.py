@@ -1,171 +1,28 @@
-"""How a stage runs: its time, its device, its inputs, checked in one place, and what runs a model."""
+"""What stages read: statistics, windows, models, each checked in one place."""
 
-import contextlib
 import importlib
-import os
-import select
-import signal
-import socket
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from wanda_dvc import machine
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import Runtime
 from wanda_dvc.reading import check_file, is_there
-from wanda_dvc.study.files import Documents, Json, write_json
-from wanda_dvc.study.project import DOCUMENTS, Project, Work
-from wanda_dvc.study.provenance import MADE_BY, check_source, digest, file_digest, read_provenance
-
-KEPT = "finished work is kept, and the next run resumes after it"
-AGAIN = "run it again"  # where no work is kept
-SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
-
-HEAD = "output head"  # a place of activations that are not finite
+from wanda_dvc.stages.device import own_device
+from wanda_dvc.study.artifact import MADE_BY, Work, check_source, digest, file_digest, read_provenance
+from wanda_dvc.study.files import Documents, Json
+from wanda_dvc.study.folder import DOCUMENTS, Project
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Int
     from torch import Tensor
 
-    from wanda_dvc.engine.rows import Executor
-    from wanda_dvc.engine.walk import Runner
-
-T = TypeVar("T")
+    from wanda_dvc.engine.executor import Executor
+    from wanda_dvc.engine.forward import Runner
 
 
-@contextlib.contextmanager
-def timed(project: Project, run: str) -> Iterator[None]:
-    """Keep the time of a run, and its machine."""
-    began = time.perf_counter()
-    yield
-    spent = round(time.perf_counter() - began, 2)
-    where = f"{machine.processor()}, {machine.cores()} cores"
-    write_json(project.time(run), {"seconds": spent, "machine": where, "device": device_name(project.params.runtime)})
-
-
-@contextlib.contextmanager
-def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Iterator[None]:
-    """End the process at once on Ctrl-C or SIGTERM, or after the DVC process that started it has ended.
-
-    With `with_children` it ends the processes that it started first.
-
-    No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
-    because the main thread may be inside a multiplication for seconds. A killed DVC leaves its stage running, and the
-    next run of the experiment would wait for it. Only the command line calls this.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    parent = os.getppid() if "DVC_STAGE" in os.environ else None
-
-    def end(why: str, code: int) -> None:
-        if with_children:
-            import psutil
-
-            started = psutil.Process().children(recursive=True)
-            for process in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.terminate()
-            psutil.wait_procs(started, timeout=10)
-        notice(f"{run}: {why}; {kept}")
-        os._exit(code)
-
-    def wait() -> None:
-        while not select.select([reader], [], [], SECONDS_BETWEEN_LOOKS)[0]:
-            if parent not in {None, os.getppid()}:
-                end("the DVC process that ran it has ended", 1)
-        if number := reader.recv(1):
-            end("stopped", 128 + number[0])
-
-    thread = threading.Thread(target=wait, daemon=True)
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        writer.close()
-        thread.join()
-        reader.close()
-
-
-def device_name(runtime: Runtime) -> str:
-    """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
-    name, own = runtime.device, os.environ.get("LOCAL_RANK")  # of `accelerate launch`: a GPU each
-    if name == "auto":
-        if "torch" not in sys.modules:
-            return "cpu"
-        from wanda_dvc.engine import accelerator
-
-        name = "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
-    return f"cuda:{own}" if name.startswith("cuda") and own else name
-
-
-def free_memory(device: str) -> int:
-    """Return the free bytes of memory; of a GPU's if a stage runs on a GPU."""
-    if device.startswith("cuda"):
-        from wanda_dvc.engine import accelerator
-
-        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
-            return accelerator.free_memory(device)
-    return machine.free_memory()
-
-
-def own_device(runtime: Runtime) -> "torch.device":
-    """Return the compute device of this process. UserError if this machine does not have it.
-
-    With workers the setting is for the workers, and this process uses the CPU if it has no GPU.
-    """
-    import torch
-
-    from wanda_dvc.engine import accelerator
-
-    torch.set_num_threads(machine.cores())
-    accelerator.keep_freed_memory()
-    accelerator.multiply_exactly()
-    name, gpus = device_name(runtime), len(accelerator.gpus())
-    if runtime.ray is not None:
-        return torch.device(name if gpus else "cpu")
-    kind, _, number = name.partition(":")
-    if not {"cpu": True, "cuda": int(number or 0) < gpus, "mps": accelerator.has_mps()}[kind]:
-        found = f"a machine with {gpus} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {name} on {found}, expected one it has; set auto or cpu")
-    return torch.device(name)
-
-
-def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:
-    """Yield the items with a progress bar on a terminal, else with a line a minute.
-
-    `at` returns the number of items before the first one, which an interrupted run has finished.
-    """
-    from tqdm import tqdm
-
-    began = said = time.monotonic()
-    done = before = 0
-    with tqdm(total=total, desc=what, file=sys.stderr, disable=None) as bar:  # without a terminal: disabled
-        for item in items:
-            if done == 0:
-                bar.initial = bar.n = done = before = at(item)
-            yield item
-            bar.update()
-            done, now = done + 1, time.monotonic()
-            if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
-                # At the speed since the last line: the first steps of a resumed training take no time.
-                rest = f", about {(now - said) / (done - before) * (total - done):.0f} s left"
-                notice(f"{what}: {done} of {total}, {now - began:.0f} s{rest if 1 < done < total else ''}")
-                said, before = now, done
+HEAD = "output head"  # a place of activations that are not finite
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
@@ -287,7 +144,7 @@ def runner(project: Project, model: str, work: Work) -> "Runner":
 
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
-    from wanda_dvc.engine.walk import Runner
+    from wanda_dvc.engine.forward import Runner
 
     runtime, dtype = project.params.runtime, model_dtype(project, model)
     device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
@@ -304,7 +161,7 @@ def executor(project: Project, folders: Sequence[Path], *, here: bool = False) -
     """Return what maps functions that read some folders: this process, or the cluster of params.yaml unless `here`."""
     runtime = project.params.runtime
     if here or runtime.ray is None:
-        from wanda_dvc.engine.rows import Executor
+        from wanda_dvc.engine.executor import Executor
 
         return Executor(own_device(runtime))
     from wanda_dvc.engine.cluster import Cluster

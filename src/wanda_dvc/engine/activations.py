@@ -1,104 +1,19 @@
-"""Rows, the model's input: the tokens of one text, or of several questions one after another; and their hidden states.
-
-The cut into shards depends only on the number of rows, and sums are merged in the shards' order. So sums are
-byte-identical for any assignment of shards to processes, and for any order of completion.
-"""
+"""The activations before each block, on disk or on the GPU, and the progress of a forward pass."""
 
 import contextlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-
-T = TypeVar("T")
-R = TypeVar("R")
-Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several rows
-FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
-# Bytes of kept arguments of blocks by kind of device, without those of the current row; a row takes 1 to 2 MB. Other
-# rows' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU
-# core, and about as long as the block itself takes on a GPU (estimated).
-CALLS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The question, the choice and the position of every token in a row that holds several questions.
-
-    A token attends to the tokens before it in its question's context and in its own choice.
-    """
-
-    positions: Int[Tensor, " length"]  # within the question; every choice starts where the context ends
-    question: Int[Tensor, " length"]  # ascending
-    choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
-
-    @cached_property
-    def places(self) -> list[slice]:
-        """Return the tokens of each question."""
-        _, counts = torch.unique_consecutive(self.question, return_counts=True)
-        return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
-
-    def hidden(self, sees: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
-        """Return the masked pairs of tokens: [tokens, tokens] of each question, flat, one after another.
-
-        `sees` is the mask by position of the kind of block (causal, sliding, chunked).
-        """
-        pairs, visible = [], sees.numpy()  # numpy indexes five times as fast as torch
-        for place in self.places:
-            choice, at = self.choice[place].numpy(), self.positions[place].numpy()
-            related = (choice == 0) | (choice == choice[:, None])
-            pairs.append(~(visible[at][:, at] & related).ravel())
-        return torch.from_numpy(np.concatenate(pairs))
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Tokens that run through the model together."""
-
-    tokens: Int[Tensor, " length"]
-    layout: Layout | None = None  # None: one text
-
-
-def shards(rows: int) -> list[range]:
-    """Return the shards of so many rows: 128 rows make 16 of 8, ten thousand 100 of 100. The last may be shorter."""
-    size = min(max(rows // FEWEST, 1), LONGEST)
-    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-class Shard(NamedTuple):
-    """Some neighbouring rows."""
-
-    number: int
-    rows: list[Row]
-
-
-class Executor:
-    """Maps units of work, functions of a device and an input, over inputs: in this process.
-
-    `engine.cluster` maps them as tasks of a Ray cluster. Inputs hold files' paths and small values.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def map(self, function: Callable[[torch.device, T], R], inputs: Iterable[T], what: str = "task") -> Iterator[R]:
-        """Yield the function's result for each input, in order; a cluster's messages name the inputs by `what`."""
-        return (function(self.device, one) for one in inputs)
-
-    def opener(self, decoder: Any) -> Callable[[torch.device], Any]:
-        """Return a function that returns the model of a decoder on a device, in the process of a unit of work."""
-        return lambda _: decoder
-
 
 # --- hidden states, and the progress of a walk ---
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from wanda_dvc.engine.checkpoint import read_config
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
-from wanda_dvc.study.markup import some
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import digest, read_provenance
-from wanda_dvc.study.tensors import block_count, read_masks, read_stats
+from wanda_dvc.study.artifact import block_count, digest, read_provenance
+from wanda_dvc.study.folder import Project
+from wanda_dvc.study.tensors import read_masks, read_stats
 
 OTHER_NAMES = {  # of architectures; not granitemoehybrid: without experts, the converter leaves gguf's table
     "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
@@ -65,7 +64,7 @@ def importance(study: Project, target: Path) -> str:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    without = f", without {some(sorted(left_out))}" if left_out else ""
+    without = f", without {shortened(sorted(left_out))}" if left_out else ""
     return f"the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
 
 

@@ -1,1 +1,0 @@
-"""Pruned models of any experiment, as ordinary directories with a model card."""

@@ -1,0 +1,57 @@
+"""The device of a stage."""
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from wanda_dvc import machine
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Runtime
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_name(runtime: Runtime) -> str:
+    """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
+    name, own = runtime.device, os.environ.get("LOCAL_RANK")  # of `accelerate launch`: a GPU each
+    if name == "auto":
+        if "torch" not in sys.modules:
+            return "cpu"
+        from wanda_dvc.engine import accelerator
+
+        name = "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
+    return f"cuda:{own}" if name.startswith("cuda") and own else name
+
+
+def free_memory(device: str) -> int:
+    """Return the free bytes of memory; of a GPU's if a stage runs on a GPU."""
+    if device.startswith("cuda"):
+        from wanda_dvc.engine import accelerator
+
+        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
+            return accelerator.free_memory(device)
+    return machine.free_memory()
+
+
+def own_device(runtime: Runtime) -> "torch.device":
+    """Return the compute device of this process. UserError if this machine does not have it.
+
+    With workers the setting is for the workers, and this process uses the CPU if it has no GPU.
+    """
+    import torch
+
+    from wanda_dvc.engine import accelerator
+
+    torch.set_num_threads(machine.cores())
+    accelerator.keep_freed_memory()
+    accelerator.multiply_exactly()
+    name, gpus = device_name(runtime), len(accelerator.gpus())
+    if runtime.ray is not None:
+        return torch.device(name if gpus else "cpu")
+    kind, _, number = name.partition(":")
+    if not {"cpu": True, "cuda": int(number or 0) < gpus, "mps": accelerator.has_mps()}[kind]:
+        found = f"a machine with {gpus} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {name} on {found}, expected one it has; set auto or cpu")
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""Recovery: the one part that holds a complete model."""

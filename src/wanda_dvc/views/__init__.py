@@ -1,1 +1,0 @@
-"""Views for use between runs: statistics, the machine."""
