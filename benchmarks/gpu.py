@@ -33,12 +33,12 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import AT_A_TIME, TEMPORARIES, measure_windows
-from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
-from wanda_dvc.engine.sums import Recorded
+from wanda_dvc.engine.sums import BlockRecord
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import choose_block
-from wanda_dvc.pruning.reconstruction import prepared_linears, prune_linear, reconstruct
+from wanda_dvc.pruning.reconstruction import factors_of_linears, prune_linear, reconstruct
 from wanda_dvc.pruning.selection import pack_bits
 
 LLAMA_7B, SMOLLM2 = (
@@ -58,7 +58,7 @@ Weights = Callable[[str], torch.Tensor]  # by the linear's name
 class Run(NamedTuple):
     """What windows through a model gave."""
 
-    recorded: list[Recorded]
+    recorded: list[BlockRecord]
     losses: list[float]
     seconds: float  # of the blocks
     peak: int  # bytes of the card
@@ -96,14 +96,14 @@ class Bench:
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
-        runner = Runner(decoder, Path(tempfile.mkdtemp(dir=self.work)))
+        runner = ModelRunner(decoder, Path(tempfile.mkdtemp(dir=self.work)))
         for step in runner.walk(windows):
             self.wait()
             began = time.perf_counter()
             found = step.record(gram=gram)
             self.wait()
             spent.append(time.perf_counter() - began)
-            recorded.append(Recorded(found.stats, _on(CPU, found.grams), {}))
+            recorded.append(BlockRecord(found.stats, _on(CPU, found.grams), {}))
             del found
         losses = [loss for loss, _ in runner.head(measure_windows, lambda shard: [None] * len(shard))]
         peak = torch.cuda.max_memory_allocated(device) if on_card else 0
@@ -168,10 +168,10 @@ def _masks_apart(bench: Bench, weights: Weights, run: Run, name: str, pattern: s
 
 
 def masks(
-    weights: Weights, recorded: Recorded, name: str, pattern: str, device: torch.device
+    weights: Weights, recorded: BlockRecord, name: str, pattern: str, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the masks of a block's linears at 50 %."""
-    return choose_block(weights, recorded.stats, method=methods()[name], share=HALF, pattern=pattern, device=device)
+    return choose_block(weights, recorded.stats, method=methods()[name], sparsity=HALF, pattern=pattern, device=device)
 
 
 def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str) -> float:
@@ -179,7 +179,7 @@ def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str)
     keeps = masks(weights, recorded, "wanda", "unstructured", CPU)
     for device in (CPU, bench.device):
         found = []
-        for name, prepared in prepared_linears(recorded.stats.readers, _on(device, recorded.grams)):
+        for name, prepared in factors_of_linears(recorded.stats.consumers, _on(device, recorded.grams)):
             if prepared is None:
                 continue
             weight, keep, across = weights(name), keeps[name], name in recorded.stats.transposed
@@ -195,7 +195,7 @@ def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
     found: list[dict[str, torch.Tensor]] = []
     for device in (CPU, bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
-        came = backward(Runner(decoder, bench.work / f"back{len(found)}"), tokens)
+        came = backward(ModelRunner(decoder, bench.work / f"back{len(found)}"), tokens)
         found.append({name: sums for _, block in came for name, sums in block.sums.items()})
     host, card = found
     return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
@@ -205,17 +205,17 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     """Time a block of one model in bfloat16."""
     dtype, device = torch.bfloat16, bench.device
     decoder = Decoder(folder, dtype=dtype, device=device)
-    decoder.hold(0, -1)
+    decoder.load(0, -1)
     weights = [x for x in decoder.blocks[0].parameters() if x.dim() > 1]
-    decoder.release()
+    decoder.unload()
     flops = 2.0 * tokens.numel() * sum(x.numel() for x in weights)
     x = {size: torch.randn(TOGETHER, size, dtype=dtype, device=device) for _, size in (w.shape for w in weights)}
     passes = [bench.seconds(partial(torch.matmul, x[w.shape[1]], w.T)) for w in weights]
     floor = sum(passes) * tokens.numel() / TOGETHER
     yield "linears alone, a block", f"{1e3 * floor:.1f} ms, {flops / floor / 1e12:.1f} TFLOP/s"
     plain = bench.run(folder, tokens, dtype, gram=False)
-    share = floor / plain.seconds
-    yield "`calibrate`, a block", f"{1e3 * plain.seconds:.1f} ms, {100 * share:.0f} % of the linears' speed"
+    sparsity = floor / plain.seconds
+    yield "`calibrate`, a block", f"{1e3 * plain.seconds:.1f} ms, {100 * sparsity:.0f} % of the linears' speed"
     for pattern in ("unstructured", "2:4"):
         choose = partial(masks, decoder.checkpoint.weight, plain.recorded[0], "wanda", pattern, device)
         spent = bench.seconds(lambda: [*map(pack_bits, choose().values())])  # noqa: B023 - it runs at once

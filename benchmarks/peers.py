@@ -28,7 +28,7 @@ from wanda_dvc import kernels as products
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings
 
 Part = dict[str, Any]  # a measurement, as JSON holds it
@@ -89,18 +89,18 @@ def run_plain(what: str, folder: Path) -> Part:
     from wanda_dvc.stages.inputs import calibration_windows
     from wanda_dvc.stages.perplexity import windows_of
 
-    project = Project(folder)
-    model = AutoModelForCausalLM.from_pretrained(project.model("dense"), dtype=torch.float32).eval()
+    study = Study(folder)
+    model = AutoModelForCausalLM.from_pretrained(study.model("dense"), dtype=torch.float32).eval()
     products.install(model)
     if what == "perplexity":
-        rows, _ = windows_of(project, project.model("dense"), "wikitext2")
+        rows, _ = windows_of(study, study.model("dense"), "wikitext2")
         losses = [model(row.tokens[None], labels=row.tokens[None], use_cache=False).loss.item() for row in rows]
         return {"perplexity": math.exp(math.fsum(losses) / len(losses))}
     if what == "wanda":
-        prune_wanda(model, calibration_windows(project), 0.5)
+        prune_wanda(model, calibration_windows(study), 0.5)
     else:
         prune_magnitude(model, 0.5)
-    for made in (model, AutoTokenizer.from_pretrained(project.model("dense"))):
+    for made in (model, AutoTokenizer.from_pretrained(study.model("dense"))):
         made.save_pretrained(folder.parent / "plain")
     return {}
 
@@ -212,9 +212,9 @@ class Peers:
         def make() -> Part:
             change_settings(folder / "params.yaml", DEFAULT | (change or {}))
             process("wanda-dvc", "plan", cwd=folder)
-            shutil.rmtree(Project(folder).answers, ignore_errors=True)  # zero-shot would take them from `dvc repro`
+            shutil.rmtree(Study(folder).answers, ignore_errors=True)  # zero-shot would take them from `dvc repro`
             done: Part = {"wall": process("wanda-dvc", *words, cwd=folder)}
-            known, name = times(Project(folder)), "-".join(words)
+            known, name = times(Study(folder)), "-".join(words)
             done["seconds"] = sum(run["seconds"] for key, run in known.items() if key.startswith(name))
             if words[0] == "zero-shot":
                 tasks = load_json(folder / "metrics/details/dense/zero_shot.json")["tasks"]
@@ -247,7 +247,7 @@ class Peers:
         def make() -> Part:
             change_settings(folder / "params.yaml", DEFAULT | {"sparsity": sparsity})
             wall = process("dvc", "repro", *words, cwd=folder)
-            return {"wall": wall, "seconds": sum(run["seconds"] for run in times(Project(folder)).values())}
+            return {"wall": wall, "seconds": sum(run["seconds"] for run in times(Study(folder)).values())}
 
         return self.part(f"dvc repro, {name}", F32, make)
 

@@ -25,8 +25,8 @@ from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import times
+from wanda_dvc.study import folder
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import change_settings
 
 TARGET = HERE / "recipes.json"
@@ -60,11 +60,11 @@ def wanted() -> Iterator[Wanted]:
     yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
 
 
-class Study:
+class Comparison:
     """The study of one model: prepared when it is made, then pruned and measured for each row."""
 
     def __init__(self, model: str, mirror: Path | None, work: Path) -> None:
-        self.root, self.project = work / model, Project(work / model)
+        self.root, self.study = work / model, folder.Study(work / model)
         self.pruned: Wanted = ()  # the row of the pruned model that is there
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "params.yaml", self.root)
@@ -95,9 +95,9 @@ class Study:
                     self.stage("download", "recovery")
                 self.stage("recover")
             self.stage("perplexity", model)
-        found = {text: load_json(self.project.metrics(model, f"perplexity/{text}")) for text in TEXTS}
+        found = {text: load_json(self.study.metrics(model, f"perplexity/{text}")) for text in TEXTS}
         measured = {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
-        return measured | {"parameters": Sizes(self.project.model(model)).parameters}
+        return measured | {"parameters": Sizes(self.study.model(model)).parameters}
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
@@ -107,7 +107,7 @@ class Study:
         change_settings(self.root / "params.yaml", wanted)
         self.stage("plan")
         for tier in STATISTICS:
-            if self.project.planned(f"calibrate/{tier}") and not (self.root / "stats" / tier).is_dir():
+            if self.study.stage_input(f"calibrate/{tier}") and not (self.root / "stats" / tier).is_dir():
                 self.stage("calibrate", tier)
         for stage in ("mask", "apply"):
             self.stage(stage)
@@ -119,7 +119,7 @@ class Study:
             return out
         library = package(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
         sys.path.append(str(library))
-        wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.project.text("calibration")]
+        wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.study.text("calibration")]
         (dump,) = library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2")
         with bz2.open(dump) as pages:
             for title, page, _ in wiki.extract_pages(pages, ("0",)):
@@ -137,11 +137,11 @@ class Study:
         if "dense" in row:
             shutil.rmtree(self.root / "stats", ignore_errors=True)
             self.prune((row[0], "fisher", "50%"))
-            return {tier: times(self.project)[f"calibrate-{tier}"]["seconds"] for tier in STATISTICS}
+            return {tier: times(self.study)[f"calibrate-{tier}"]["seconds"] for tier in STATISTICS}
         runs = []
         for _ in range(2):
             self.prune(row)
-            runs.append(times(self.project))
+            runs.append(times(self.study))
         return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
 
 
@@ -169,7 +169,7 @@ def gemma(work: Path) -> Path:
 
 def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, seconds: bool) -> None:
     """Measure rows that the file lacks, or that older code measured; write each at once."""
-    studies: dict[str, Study] = {}
+    studies: dict[str, Comparison] = {}
     for row in dict.fromkeys(rows):
         model = row[0]
         for name, timed in ((" ".join(row), False), (" ".join((*row, "seconds")), True)):
@@ -177,7 +177,7 @@ def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, s
             if (known and not is_old(known)) or (timed and (not seconds or row[3:])):
                 continue
             if model not in studies:
-                studies[model] = Study(model, mirror, work)
+                studies[model] = Comparison(model, mirror, work)
             study, made = studies[model], origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
             write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
             print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)

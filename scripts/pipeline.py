@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from wanda_dvc.stages import STAGES, Part, Stage
+from wanda_dvc.stages import STAGES, Stage, Variant
 
 ROOT = Path(__file__).parent.parent
 TARGETS = (ROOT / "dvc.yaml", ROOT / "src/wanda_dvc/study/template/pipeline.yaml")
@@ -25,7 +25,7 @@ def pipeline() -> str:
     stages = {
         stage.run_name(name): _entry(stage, name, part)
         for stage in STAGES.values()
-        for name, part in stage.parts.items()
+        for name, part in stage.variants.items()
     }
     written, yaml = io.StringIO(), YAML()
     yaml.width = 2**16
@@ -35,7 +35,7 @@ def pipeline() -> str:
     return HEAD + written.getvalue().replace("{text}", "${key}") + mark + tail
 
 
-def _entry(stage: Stage, name: str, part: Part) -> dict[str, Any]:
+def _entry(stage: Stage, name: str, part: Variant) -> dict[str, Any]:
     """Return one stage of dvc.yaml."""
     words = [stage.name, *([name] if name else []), *(["{text}"] if part.by_text else [])]
     entry: dict[str, Any] = {"cmd": f"wanda-dvc {' '.join(words)} --stage-version {stage.version}"}
@@ -54,7 +54,7 @@ def _entry(stage: Stage, name: str, part: Part) -> dict[str, Any]:
 
 def ignored(text: str) -> str:
     """Return the text of a .gitignore that names what the stages write, without the metrics."""
-    kept = [path for stage in STAGES.values() for part in stage.parts.values() for path in part.written]
+    kept = [path for stage in STAGES.values() for part in stage.variants.values() for path in part.written]
     folders = [re.match(r"metrics/(details|plots)|(?!metrics)\w+", path) for path in kept]
     lines = dict.fromkeys(f"/{found[0]}/\n" for found in folders if found)
     return re.sub(r"(?<=metrics themselves are committed\.\n)(/[a-z/]+/\n)+", "".join(lines), text)

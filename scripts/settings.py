@@ -66,7 +66,7 @@ def _choices(setting: str, table: Mapping[str, Any]) -> str:
 
 def _stages(name: str) -> list[str]:
     """Return the stages that read a setting."""
-    read = {row.name: [one for part in row.parts.values() for one in part.settings] for row in STAGES.values()}
+    read = {row.name: [one for part in row.variants.values() for one in part.settings] for row in STAGES.values()}
     return [f"`{stage}`" for stage, some in read.items() if any(f"{name}.".startswith(f"{one}.") for one in some)]
 
 

@@ -42,13 +42,13 @@ from ruamel.yaml import YAML  # noqa: E402
 from wanda_dvc.params import check_params, flatten, nested  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.stages import run  # noqa: E402
-from wanda_dvc.study.folder import Project  # noqa: E402
+from wanda_dvc.study.folder import Study  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
 
 # The types that tests name most.
-Make = Callable[..., Project]
+Make = Callable[..., Study]
 Patch: TypeAlias = pytest.MonkeyPatch
 Capture: TypeAlias = pytest.CaptureFixture[str]
 Factory: TypeAlias = pytest.TempPathFactory
@@ -159,7 +159,7 @@ TEXTS = ("calibration__text", "perplexity__texts__embedded")  # their settings
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """A small params.yaml, and after it the stage `plan`, which refuses wrong settings."""
     write_settings(root, folder, **changes)
-    planned(Project(root))
+    planned(Study(root))
 
 
 def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
@@ -206,19 +206,19 @@ def texts(tmp_path_factory: Factory) -> dict[str, str]:
     return {f"{part}__source": str(folder / f"{name}.txt") for part, name in zip(TEXTS, names, strict=True)}
 
 
-def planned(project: Project) -> Project:
+def planned(study: Study) -> Study:
     """The project after the stage `plan`."""
-    run("plan", project=project)
-    return project
+    run("plan", study=study)
+    return study
 
 
-def fetch(project: Project, *parts: str) -> Project:
+def fetch(study: Study, *parts: str) -> Study:
     """Run parts of `download`: those that are named, or all but the tasks, whose index takes seconds."""
     from wanda_dvc.stages.download import download
 
     for part in parts or ("model", "calibration", "perplexity"):
-        download(project=project, part=part, text="embedded" * (part == "perplexity"))
-    return project
+        download(study=study, source=part, text="embedded" * (part == "perplexity"))
+    return study
 
 
 def git(folder: Path, *words: str) -> str:
@@ -239,30 +239,30 @@ MADE = ("stats", "masks", "weights", "reference", "metrics")  # what stages that
 calibrate = partial(run, "calibrate")  # every tier that something reads
 
 
-def mask_and_apply(project: Project) -> Project:
+def mask_and_apply(study: Study) -> Study:
     """The project after these two stages."""
     for stage in ("mask", "apply"):
-        run(stage, project=project)
-    return project
+        run(stage, study=study)
+    return study
 
 
-def run_blocks(project: Project, *, asks: bool = True) -> None:
+def run_blocks(study: Study, *, asks: bool = True) -> None:
     """The stages that go through blocks, and the one between them; with `asks` the pruned model is asked questions."""
-    calibrate(project=project)
-    mask_and_apply(project)
+    calibrate(study=study)
+    mask_and_apply(study)
     for part in ("dense", "pruned"):
-        run("perplexity", project=project, part=part)
+        run("perplexity", study=study, variant=part)
     if asks:
-        run("zero-shot", project=project, part="pruned")
+        run("zero-shot", study=study, variant="pruned")
 
 
-def prune(project: Project) -> Project:
+def prune(study: Study) -> Study:
     """The project after its calibration, too."""
-    calibrate(project=project)
-    return mask_and_apply(project)
+    calibrate(study=study)
+    return mask_and_apply(study)
 
 
-CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}
+CALIBRATION = {"calibration__statistics": "fisher", "calibration__windows": 4}
 
 
 def once(factory: Factory, name: str, make: Callable[[Path], object]) -> Path:
@@ -284,7 +284,7 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
         model = save_tiny_model(root.with_name("calibrated-model") / "tiny", num_hidden_layers=2)
         root.mkdir()
         write_params(root, model, **CALIBRATION, **texts)
-        calibrate(project=fetch(Project(root)))
+        calibrate(study=fetch(Study(root)))
 
     return once(tmp_path_factory, "calibrated", make)
 
@@ -296,30 +296,30 @@ def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
 
     def make(root: Path) -> None:
         shutil.copytree(calibrated, root, symlinks=True)
-        project = fetch(Project(root), "tasks")
+        study = fetch(Study(root), "tasks")
         for name in ("mask", "apply", "perplexity", "zero-shot"):
-            with timed(project, name):
-                run(name, project=project)
+            with timed(study, name):
+                run(name, study=study)
 
     return once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
+def study(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
     """Makes the project in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
 
-    def make(model: Path | str = tiny, *, plan: bool = True, **changes: Any) -> Project:
+    def make(model: Path | str = tiny, *, plan: bool = True, **changes: Any) -> Study:
         (write_params if plan else write_settings)(tmp_path, model, **texts | changes)
-        return Project(tmp_path)
+        return Study(tmp_path)
 
     return make
 
 
 @pytest.fixture
-def study(calibrated: Path, project: Make, tmp_path: Path) -> Make:
+def calibrated_study(calibrated: Path, study: Make, tmp_path: Path) -> Make:
     """Makes a copy of `calibrated` with other settings; called again, it changes them."""
     shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
-    return partial(project, Project(calibrated).params.model, **CALIBRATION)
+    return partial(study, Study(calibrated).params.model, **CALIBRATION)
 
 
 def shared() -> Path:
@@ -354,16 +354,16 @@ def _drop_privilege() -> None:
 
 def walk(decoder: Any, rows: Any, work: Path, **words: Any) -> Any:
     """The steps of a walk in this process."""
-    from wanda_dvc.engine.forward import Runner
+    from wanda_dvc.engine.forward import ModelRunner
 
-    return Runner(decoder, work).walk(rows, **words)
+    return ModelRunner(decoder, work).walk(rows, **words)
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
     """The hidden states after the last block of a finished walk."""
-    from wanda_dvc.engine.forward import Runner
+    from wanda_dvc.engine.forward import ModelRunner
 
-    run = Runner(decoder, work)
+    run = ModelRunner(decoder, work)
     assert not list(run.walk(rows))
     return list(run.head(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
 

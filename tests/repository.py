@@ -14,9 +14,9 @@ from conftest import ROOT, write_settings
 from dvc.repo import Repo
 from forks import commands
 
-from wanda_dvc.stages import planned
+from wanda_dvc.stages import stage_inputs
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Repository:
 
         Outs that are missing hold nothing; plan/ is that of the settings, or all results would be stale.
         """
-        for stage, content in planned(Project(self.root).params).items():
+        for stage, content in stage_inputs(Study(self.root).params).items():
             write_json(self.root / f"plan/{stage}.json", content)
         with Repo(str(self.root)) as repo:
             for one in (*repo.index.outs, *repo.index.deps):

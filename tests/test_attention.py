@@ -20,9 +20,9 @@ from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import sequences as calls
 from wanda_dvc.engine.attention import attend, laid_out, visible
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import Runner
-from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
-from wanda_dvc.engine.sequences import Layout
+from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.questions import Request, loglikelihoods, one_per_sequence, pack
+from wanda_dvc.engine.sequences import PackedQuestions
 from wanda_dvc.errors import UserError
 
 MODULE = torch.nn.Module()
@@ -70,7 +70,7 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
     q, k, v = heads(len(places))
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    with laid_out(Layout(positions, question, choice)):
+    with laid_out(PackedQuestions(positions, question, choice)):
         mask = visible(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
         ours, _ = attend(MODULE, q, k, v, mask)
     torch.testing.assert_close(ours, oracle(q, k, v, torch.tensor(sees)), rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, mo
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
     decoder._ours_for_windows = True
-    assert not decoder.holds_layouts
+    assert not decoder.packs_questions
 
 
 CPU = torch.device("cpu")
@@ -151,24 +151,24 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn:
     assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
     for request, (number, tokens_of) in zip(asked, places, strict=True):
         row = rows[number]
-        assert row.layout is not None
+        assert row.questions is not None
         context, *rest = tokens_of
         # What a prediction can look back on is what it would be alone: context, then its own choice.
         seen = [*range(context - len(request.context) + 1, context + 1), *rest]
         assert tuple(row.tokens[seen].tolist()) == request.context + request.continuation[:-1]
-        assert row.layout.positions[seen].tolist() == list(range(len(seen)))
-        assert len(set(row.layout.question[seen].tolist())) == 1
-        assert set(row.layout.choice[rest].tolist()) <= {int(row.layout.choice[rest[0]])} if rest else True
+        assert row.questions.positions[seen].tolist() == list(range(len(seen)))
+        assert len(set(row.questions.question[seen].tolist())) == 1
+        assert set(row.questions.choice[rest].tolist()) <= {int(row.questions.choice[rest[0]])} if rest else True
     for row in rows:
-        assert row.layout is not None
-        several = len(set(row.layout.question.tolist())) > 1
+        assert row.questions is not None
+        several = len(set(row.questions.question.tolist())) > 1
         assert len(row.tokens) <= tokens or not several
 
 
 @given(requests)
 def test_spread_feeds_what_is_equal_once(drawn: Drawn):
     asked = [Request(*pair) for pair in drawn]
-    rows, places = spread(asked)
+    rows, places = one_per_sequence(asked)
     assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
     for request, (number, tokens_of) in zip(asked, places, strict=True):
         assert tuple(rows[number].tokens.tolist()) == request.context + request.continuation[:-1]
@@ -178,10 +178,10 @@ def test_spread_feeds_what_is_equal_once(drawn: Drawn):
 
 def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
     decoder = Decoder(save_tiny_model(tmp_path / "deep", num_hidden_layers=40), dtype=torch.bfloat16, device=CPU)
-    assert decoder.holds_layouts
-    del decoder.holds_layouts
+    assert decoder.packs_questions
+    del decoder.packs_questions
     decoder.model.config.rope_parameters["rope_type"] = "longrope"  # its angles follow from the row's last position
-    assert not decoder.holds_layouts
+    assert not decoder.packs_questions
 
 
 @pytest.mark.parametrize("row", [30, 2048])
@@ -191,21 +191,23 @@ def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch,
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
     monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    assert decoder.holds_layouts
-    decoder.holds_layouts = together
+    assert decoder.packs_questions
+    decoder.packs_questions = together
     asked = drawn_questions()
-    ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=iter)
+    ours = loglikelihoods(ModelRunner(decoder, tmp_path), asked, length=64, progress=iter)
     check_answers(tiny, asked, ours, length=64)
     for wrong, length in ((asked, 2), ([Request((1, 2), ())], 64)):
         with pytest.raises(UserError, match=f"a choice has no token, or more than the model's {length}; remove it"):
-            loglikelihoods(Runner(decoder, tmp_path), wrong, length=length, progress=iter)
+            loglikelihoods(ModelRunner(decoder, tmp_path), wrong, length=length, progress=iter)
 
 
 def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch: Patch):
     """BLiMP's and XNLI's: all of a task have the context of a BOS token, and attention takes a question's square."""
     monkeypatch.setattr(questions, "ROW", 60)
     rows, places = questions.pack([Request((1,), (i, 5, 6, 7)) for i in range(100)], tokens=60)
-    assert max(place.stop - place.start for row in rows if row.layout for place in row.layout.places) <= 1 + 60 + 3
+    assert (
+        max(place.stop - place.start for row in rows if row.questions for place in row.questions.places) <= 1 + 60 + 3
+    )
     assert [rows[row].tokens[at].tolist() for row, at in places] == [[1, i, 5, 6] for i in range(100)]
 
 
@@ -215,26 +217,30 @@ def test_calls_that_are_recorded_again_change_no_answer(tiny: Path, tmp_path: Pa
     drawn = torch.randint(3, 256, (60, 20), generator=torch.Generator().manual_seed(2)).tolist()  # 15 rows of 60 tokens
     many = [Request(tuple(row[:12]), tuple(row[12 : 14 + choice])) for row in drawn for choice in range(2)]
     cached, bounded = (Decoder(tiny, dtype=torch.float32, device=CPU) for _ in range(2))
-    answers = loglikelihoods(Runner(cached, tmp_path / "cached"), many, length=64, progress=iter)
-    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", budget)
-    assert loglikelihoods(Runner(bounded, tmp_path / "bounded"), many, length=64, progress=iter) == answers
-    assert not bounded._calls  # freed before the logits
+    answers = loglikelihoods(ModelRunner(cached, tmp_path / "cached"), many, length=64, progress=iter)
+    monkeypatch.setitem(calls.ARGUMENTS_BYTES, "cpu", budget)
+    assert loglikelihoods(ModelRunner(bounded, tmp_path / "bounded"), many, length=64, progress=iter) == answers
+    assert not bounded._arguments  # freed before the logits
 
 
 def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: Patch):
     """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
-    monkeypatch.setitem(calls.CALLS_BYTES, "cpu", 100)
+    monkeypatch.setitem(calls.ARGUMENTS_BYTES, "cpu", 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
 
-    def record(row: calls.Row) -> list[decoding.Call]:
+    def record(row: calls.TokenSequence) -> list[decoding.Call]:
         recorded.append(len(row.tokens))
         table = torch.zeros(len(row.tokens), dtype=torch.uint8)
         return [((table,), {"shared": (table, table[:5])}), ((), {"mask": None})]
 
-    monkeypatch.setattr(decoder, "_record_calls", record)
+    monkeypatch.setattr(decoder, "_record_arguments", record)
     for _ in range(2):
         for length in (60, 30, 20, 20, 40, 10):
-            decoder.calls(calls.Row(torch.zeros(length, dtype=torch.long)))
+            decoder.block_arguments(calls.TokenSequence(torch.zeros(length, dtype=torch.long)))
     for _ in range(2):  # each layout has its own
-        decoder.calls(calls.Row(torch.zeros(10, dtype=torch.long), Layout(*torch.zeros(3, 10, dtype=torch.long))))
+        decoder.block_arguments(
+            calls.TokenSequence(
+                torch.zeros(10, dtype=torch.long), PackedQuestions(*torch.zeros(3, 10, dtype=torch.long))
+            )
+        )
     assert recorded == [60, 30, 20, 40, 10, 20, 40, 10, 10]

@@ -25,7 +25,7 @@ from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.params import flatten
 from wanda_dvc.stages import inputs
 from wanda_dvc.study import tensors
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
@@ -45,23 +45,23 @@ CHOICES: list[Settings] = [
 ]
 
 
-def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bool = False) -> tuple[Project, Inline]:
+def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bool = False) -> tuple[Study, Inline]:
     """A study in which every stage has run on a backend, and the tasks that ran."""
     folder.mkdir()
     model = folder / "model"
     _ = save_tiny_model(model, num_hidden_layers=2) if family == "llama" else save(family, model)
     device = "cuda" if backend == "gpu" else "cpu"
-    write_params(folder, model, calibration__statistics="gradients", runtime__device=device, **settings)
-    project, cluster = fetch(Project(folder)), Inline()
+    write_params(folder, model, calibration__statistics="fisher", runtime__device=device, **settings)
+    study, cluster = fetch(Study(folder)), Inline()
     if asks:
-        fetch(project, "tasks")
+        fetch(study, "tasks")
     with contextlib.ExitStack() as stack:
         if backend == "gpu":
             stack.enter_context(simulated_gpu())
         if backend == "tasks":
             stack.enter_context(mock.patch.object(inputs, "executor", return_value=cluster))
-        run_blocks(project, asks=asks)
-    return project, cluster
+        run_blocks(study, asks=asks)
+    return study, cluster
 
 
 ALIKE = 1e-4  # float32's 1.2e-7, for sums in another order, times what solvers make of it
@@ -120,35 +120,37 @@ def killed(name: str) -> Any:
     return mock.patch.object(tensors, name, written)
 
 
-def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(study: Make, monkeypatch: Patch):
-    made, cluster = study(method="admm"), Inline()
-    stage.mask(project=made)
+def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(calibrated_study: Make, monkeypatch: Patch):
+    made, cluster = calibrated_study(method="admm"), Inline()
+    stage.mask(study=made)
     expected = tree(made.masks)
     shutil.rmtree(made.masks)
     monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
     with killed("write_masks"), pytest.raises(KeyboardInterrupt):
-        stage.mask(project=made)
+        stage.mask(study=made)
     cluster.ran.clear()
-    stage.mask(project=made)
+    stage.mask(study=made)
     assert tree(made.masks) == expected
     assert [name for name, _ in cluster.ran] == [f"solver {number}" for number in range(4)]  # of the second block alone
 
 
 @pytest.mark.parametrize("here", [False, True])
-def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(study: Make, monkeypatch: Patch, here: bool):
+def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(
+    calibrated_study: Make, monkeypatch: Patch, here: bool
+):
     """In this process too: the files are the same."""
-    made, cluster = study(), Inline()
+    made, cluster = calibrated_study(), Inline()
     expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(made.root / "stats")
     in_tasks = mock.patch.object(inputs, "executor", return_value=Inline())
     with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
-        stats.calibrate(project=made, tier="norms")
+        stats.calibrate(study=made, statistics="norms")
     if not here:
         monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
-    stats.calibrate(project=made, tier="norms")
+    stats.calibrate(study=made, statistics="norms")
     assert bool(cluster.ran) != here
     assert not [name for name, _ in cluster.ran if name.startswith("block 0, shard")]
-    calibrate(project=made)
+    calibrate(study=made)
     assert tree(made.root / "stats") == expected
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study import folder
 from wanda_dvc.study.tensors import read_masks
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
@@ -76,14 +76,14 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
 def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     measured = []
 
-    class Study:
+    class Comparison:
         def __init__(self, *_: object) -> None: ...
 
         def measure(self, row: tuple[str, ...]) -> str:
             measured.append(" ".join(row))
             return measured[-1]
 
-    monkeypatch.setattr(recipes, "Study", Study)
+    monkeypatch.setattr(recipes, "Comparison", Comparison)
     rows = [("a", recipe, "50%") for recipe in ("wanda", "admm", "fisher")]
     names = [" ".join(row) for row in rows]
     made = origin.origin("a protocol", ["mask"])
@@ -101,11 +101,11 @@ def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeyp
 def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
     """The real model, half an hour on two cores. Stages are processes, which may fetch what this machine lacks."""
     shared = os.environ.get("WANDA_DVC_SHARED")
-    study = recipes.Study(recipes.MODELS[0], Path(shared, "datasets") if shared else None, tmp_path)
+    calibrated_study = recipes.Comparison(recipes.MODELS[0], Path(shared, "datasets") if shared else None, tmp_path)
     known = origin.read_rows(recipes.TARGET)
     for recipe in ("dense", "wanda", figures.RECOMMENDED):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
-        expected, found = known[" ".join(row)]["value"], study.measure(row)
+        expected, found = known[" ".join(row)]["value"], calibrated_study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
 
 
@@ -113,12 +113,12 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_propagation_pruned_is_the_published_procedure(project: Callable[..., Project], method: str):
+def test_propagation_pruned_is_the_published_procedure(study: Callable[..., folder.Study], method: str):
     """Plain hooks in transformers' model, block by block on the outputs of the pruned blocks before."""
     group = "linear" if method == "magnitude" else "row"
-    made = fetch(project(method=method, propagation="pruned", group=group, sparsity=0.7), "model", "calibration")
-    calibrate(project=made)
-    mask(project=made)
+    made = fetch(study(method=method, propagation="pruned", group=group, sparsity=0.7), "model", "calibration")
+    calibrate(study=made)
+    mask(study=made)
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     if method == "wanda":
         peers.prune_wanda(model, calibration_windows(made), made.params.sparsity)
@@ -128,7 +128,7 @@ def test_propagation_pruned_is_the_published_procedure(project: Callable[..., Pr
     found = {name: keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
     for name, keep in found.items():
         assert torch.equal(weights[f"{name}.weight"] != 0, keep)
-    mask(project=project(method=method, group=group, sparsity=0.7))
+    mask(study=study(method=method, group=group, sparsity=0.7))
     dense = {name: keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
     same = {name for name in found if torch.equal(found[name], dense[name])}
     assert (same == set(found)) == (method == "magnitude")  # the procedures differ, but not in what block 0 reads

@@ -19,8 +19,8 @@ from wanda_dvc.engine import activations, attention, sequences, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Row
-from wanda_dvc.engine.sums import Recorded, Sums
+from wanda_dvc.engine.sequences import TokenSequence
+from wanda_dvc.engine.sums import BlockRecord, InputSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
@@ -36,7 +36,7 @@ def windows(count: int = 3, length: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(1))
 
 
-def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[Recorded]:
+def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[BlockRecord]:
     return [step.record() for step in walk(decoder, tokens, work)]
 
 
@@ -61,7 +61,7 @@ def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, monkeyp
 
 def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
-    rows = [Row(tokens[0]), Row(tokens[1, :17]), Row(tokens[2, :40])]
+    rows = [TokenSequence(tokens[0]), TokenSequence(tokens[1, :17]), TokenSequence(tokens[2, :40])]
     for step in walk(decoder, rows, tmp_path / "together"):
         step.advance()
     for number, (row, hidden) in enumerate(zip(rows, outputs(decoder, rows, tmp_path / "together"), strict=True)):
@@ -100,7 +100,7 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(
     """A device with room for all windows keeps them, and loses what it has not saved."""
     tokens = windows(6, 32)
     expected = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
-    monkeypatch.setattr(Decoder, "room", lambda _: room * ROW)
+    monkeypatch.setattr(Decoder, "memory_budget", lambda _: room * ROW)
     monkeypatch.setattr(activations, "SAVED_EVERY", seconds)
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "killed")
     for step in steps:
@@ -189,7 +189,7 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
         step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
         found.append(step.record(gram=True))
     one, other = found
-    assert one.stats.readers == other.stats.readers
+    assert one.stats.consumers == other.stats.consumers
     for name, x in other.stats.inputs.items():
         assert one.stats.inputs[name].count == one.grams[name].count == x.count == 37 * 12
         for part in ("sum_squares", "sum"):
@@ -216,14 +216,14 @@ def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):
 
 
 def test_a_linear_reads_one_input_in_all_shards():
-    total = Sums(source={"up": "gate"})
+    total = InputSums(source={"up": "gate"})
     with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
-        total.merge(Sums(source={"up": "up"}))
+        total.merge(InputSums(source={"up": "up"}))
 
 
 def test_an_input_is_one_memory_in_one_state(tiny: Path):
     decoder, x = Decoder(tiny, dtype=torch.float32, device=CPU), torch.randn(1, 8, 32)
-    decoder.hold(0, -1)
+    decoder.load(0, -1)
     linears = dict(list(decoder.linears(0).items())[:3])
     recorder, (q, k, v) = InputRecorder(linears=linears), linears
     with recorder.recording(), torch.no_grad():

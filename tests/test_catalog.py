@@ -22,16 +22,16 @@ from wanda_dvc.pruning.masks import choose
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import run
 from wanda_dvc.study.artifact import file_digest, read_provenance
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 
 @pytest.mark.parametrize("method", methods().values(), ids=methods())
-def test_a_method_is_a_row_and_a_function(method: Method, project: Make):
+def test_a_method_is_a_row_and_a_function(method: Method, study: Make):
     assert callable(resolve_name(method.function))
     assert re.fullmatch(r"\[.+\]\(https://\S+\)", method.paper)
     pattern = method.competition if method.competition in STRUCTURES else "unstructured"
-    made = project(method=method.name, pattern=pattern, calibration__statistics="gram")
+    made = study(method=method.name, pattern=pattern, calibration__statistics="gram")
     assert made.params.method == method.name
 
 
@@ -46,8 +46,8 @@ def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: st
     magnitude, x = methods()["magnitude"], InputStats.empty(16)
     own = dataclasses.replace(magnitude, function=f"{__name__}:halves")
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = choose(weight, x, method=own, share=Fraction(1, 2), pattern=pattern)
-    assert torch.equal(given, choose(weight, x, method=magnitude, share=Fraction(1, 2), pattern=pattern))
+    given = choose(weight, x, method=own, sparsity=Fraction(1, 2), pattern=pattern)
+    assert torch.equal(given, choose(weight, x, method=magnitude, sparsity=Fraction(1, 2), pattern=pattern))
 
 
 def install(page: str, site: Path) -> None:
@@ -56,46 +56,46 @@ def install(page: str, site: Path) -> None:
     found = re.findall(r"^`my-method/(\S+)`:\n\n```\w+\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     files: dict[str, str] = dict(found)
     assert sum(len(content.splitlines()) for content in files.values()) <= 30
-    project = tomllib.loads(files.pop("pyproject.toml"))["project"]
+    study = tomllib.loads(files.pop("pyproject.toml"))["project"]
     for name, content in files.items():
         (site / name).write_text(content, encoding="utf-8")
-    name, version = project["name"], project["version"]
+    name, version = study["name"], study["version"]
     metadata = site / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    ((group, entries),) = project["entry-points"].items()
+    ((group, entries),) = study["entry-points"].items()
     lines = [f"{name} = {value}\n" for name, value in entries.items()]
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{''.join(lines)}")
 
 
 def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path, monkeypatch: Patch):
     """Thirty lines and an entry point: params.yaml takes the method, and `mask` prunes with it."""
-    site, study = tmp_path / "site", tmp_path / "study"
+    site, calibrated_study = tmp_path / "site", tmp_path / "study"
     site.mkdir()
-    study.mkdir()
+    calibrated_study.mkdir()
     install("docs/add-a-method.md", site)
-    write_settings(study, tiny, method="deviation")
+    write_settings(calibrated_study, tiny, method="deviation")
     monkeypatch.syspath_prepend(site)
-    project = Project(study)
+    study = Study(calibrated_study)
     methods.cache_clear()
     try:
-        calibrate(project=fetch(planned(project), "model", "calibration"))
-        run("mask", project=project)
-        made, function = read_provenance(project.masks, "mask"), site / "my_method.py"
-        assert (project.source("method").resolve(), made["method"]) == (function, file_digest(function))
+        calibrate(study=fetch(planned(study), "model", "calibration"))
+        run("mask", study=study)
+        made, function = read_provenance(study.masks, "mask"), site / "my_method.py"
+        assert (study.source("method").resolve(), made["method"]) == (function, file_digest(function))
         for wrong, said in (("x.nrm", "AttributeError: .*'nrm'; corr"), ("weight[:, 1:]", r"returned .*\], expected")):
             function.write_text(f"{function.read_text()}\n\ndef score(weight, x):\n    return {wrong}\n")
             sys.modules.pop("my_method")
             with pytest.raises(UserError, match=f"method deviation: my_method:score.* {said}"):
-                run("mask", project=project)
+                run("mask", study=study)
     finally:
         sys.modules.pop("my_method", None)
         monkeypatch.undo()
         methods.cache_clear()
     assert made["libraries"]["my-method"] == "1.0"
-    keep = read_masks(project.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
-    x = read_stats(project.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
-    dense = load_file(project.model("dense") / "model.safetensors")
+    keep = read_masks(study.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
+    x = read_stats(study.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
+    dense = load_file(study.model("dense") / "model.safetensors")
     weight = dense["model.layers.1.mlp.up_proj.weight"].double().numpy()
     second, first = x.sum_squares.numpy() / x.count, x.sum.numpy() / x.count
     score = np.abs(weight) * np.sqrt(second - first**2)

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import save
 
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
-from wanda_dvc.study.artifact import seal
+from wanda_dvc.study.artifact import finish
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import pack_masks, write_masks
 
 UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
@@ -79,14 +79,14 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     write_json(source / "provenance.json", {"made_by": "download model", "source": "x", "sha256": "0"})
     generator = torch.Generator().manual_seed(0)
     keeps: dict[str, np.ndarray] = {}
-    study = Project(tmp_path / "study")
-    study.masks.mkdir(parents=True)
-    write_params(study.root, source)
+    calibrated_study = Study(tmp_path / "study")
+    calibrated_study.masks.mkdir(parents=True)
+    write_params(calibrated_study.root, source)
     checkpoint = Checkpoint(source)
     zeros = {}
     for block, names in enumerate(linears):
         masks = {n: torch.rand(x.weight.shape, generator=generator) < 0.5 for n, x in names.items()}
-        write_masks(study.masks, block, pack_masks(masks))
+        write_masks(calibrated_study.masks, block, pack_masks(masks))
         for name, keep in masks.items():
             address, weight = checkpoint.find(name), checkpoint.weight(name)
             zeros[name] = (block, int(((weight == 0) | ~keep).sum()), weight.numel())
@@ -96,12 +96,12 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                 shape = checkpoint.read(Address(address.tensor)).shape
                 keeps.setdefault(address.tensor, np.ones(shape, dtype=bool))[address.expert] = keep.numpy()
     made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
-    made |= {"params": study.params.plan.described}
+    made |= {"params": calibrated_study.params.plan.described}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
-    seal(study.masks, made)
-    study.model("dense").parent.mkdir()
-    study.model("dense").symlink_to(source)
-    found = {name: entry[:3] for name, entry in prune(study, tmp_path / "pruned")[0].items()}
+    finish(calibrated_study.masks, made)
+    calibrated_study.model("dense").parent.mkdir()
+    calibrated_study.model("dense").symlink_to(source)
+    found = {name: entry[:3] for name, entry in prune(calibrated_study, tmp_path / "pruned")[0].items()}
 
     expected, written = tree(overwritten(source, tmp_path / "expected", keeps)), tree(tmp_path / "pruned")
     for name in ("README.md", "provenance.json"):
@@ -124,7 +124,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
         asked.append(address)
         return source.read(address) + 1
 
-    written = list(write_model(Changed(source, weight, addresses), tmp_path / "copy"))
+    written = list(write_model(EditedCheckpoint(source, weight, addresses), tmp_path / "copy"))
     assert sorted(written) == sorted(stored)
     assert sorted(asked, key=str) == sorted(addresses, key=str)
     begins = {name: entry.begin for name, entry in source.header(source.shards[0]).items()}
@@ -146,7 +146,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
 def test_a_new_weight_must_be_stored_as_the_old_one(tiny: Path, tmp_path: Path, new: torch.Tensor, message: str):
     source, addresses = Checkpoint(tiny), [Address("model.layers.1.mlp.up_proj.weight")]
     with pytest.raises(UserError, match=message):
-        list(write_model(Changed(source, lambda _: new, addresses), tmp_path / "copy"))
+        list(write_model(EditedCheckpoint(source, lambda _: new, addresses), tmp_path / "copy"))
 
 
 @given(st.lists(words, min_size=2, max_size=4).map(".".join), st.none() | st.integers(0, 200))

@@ -116,13 +116,13 @@ def test_a_node_that_does_not_see_the_files_is_refused(nodes: Any, tmp_path: Pat
 
 
 @slow
-def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
+def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make, tmp_path: Path):
     set_nodes(nodes, 1)
     folder = save_tiny_model(tmp_path / "broken")
     tensors(lambda x: x["model.layers.2.mlp.up_proj.weight"][3, 4].fill_(torch.nan))(folder)
-    study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
+    calibrated_study = fetch(study(folder, runtime__ray="auto"), "model", "calibration")
     with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2: activations"):
-        calibrate(project=study)
+        calibrate(study=calibrated_study)
 
 
 def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
@@ -159,15 +159,15 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
 
 
 @slow
-def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any, project: Make, monkeypatch: Patch):
-    tiers = {"calibration__statistics": "gradients", "calibration__windows": 20}
+def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any, study: Make, monkeypatch: Patch):
+    tiers = {"calibration__statistics": "fisher", "calibration__windows": 20}
     settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
-    study = fetch(project(**settings), "model", "calibration", "perplexity", "tasks")
-    run_blocks(study)
-    expected = tree(study.root, *MADE)
-    for name in (*MADE, study.answers):
-        shutil.rmtree(study.root / name)
+    calibrated_study = fetch(study(**settings), "model", "calibration", "perplexity", "tasks")
+    run_blocks(calibrated_study)
+    expected = tree(calibrated_study.root, *MADE)
+    for name in (*MADE, calibrated_study.answers):
+        shutil.rmtree(calibrated_study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
     names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, solver "]
     names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
@@ -183,6 +183,6 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any
 
     monkeypatch.setattr(Cluster, "_get", get)
     set_nodes(nodes, 3)
-    run_blocks(project(runtime__ray="auto", **settings))
-    assert tree(study.root, *MADE) == expected
+    run_blocks(study(runtime__ray="auto", **settings))
+    assert tree(calibrated_study.root, *MADE) == expected
     assert not names

@@ -20,7 +20,7 @@ from wanda_dvc.reading import check_place
 from wanda_dvc.results.markup import number
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 # Every command but the stages: those that print a table have --json; the others write files and say which.
 TABLES = {
@@ -40,20 +40,20 @@ def test_a_place_in_the_root_is_a_place():
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: Factory, finished: Path) -> Project:
+def calibrated_study(tmp_path_factory: Factory, finished: Path) -> Study:
     """A repository whose stages have run without DVC's help."""
     made = Repository.new(tmp_path_factory.mktemp("commands") / "study", finished, real=True)  # it needs DVC once
     shutil.copytree(finished, made.root, symlinks=True, dirs_exist_ok=True)
     made.commit()
-    return Project(made.root)
+    return Study(made.root)
 
 
 @pytest.fixture
-def there(study: Project, monkeypatch: Patch) -> Project:
+def there(calibrated_study: Study, monkeypatch: Patch) -> Study:
     """The study, in which commands run and an earlier one has failed."""
-    (study.work_root / ("1" * 32)).mkdir(parents=True, exist_ok=True)
-    monkeypatch.chdir(study.root)
-    return study
+    (calibrated_study.work_root / ("1" * 32)).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(calibrated_study.root)
+    return calibrated_study
 
 
 def printed(words: list[str], code: int = 0) -> Any:
@@ -70,7 +70,7 @@ def test_every_command_is_a_stage_prints_a_table_or_writes_files():
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "evaluate"])  # it has tests/test_evaluate.py
-def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project, name: str):
+def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, name: str):
     table = CliRunner().invoke(app, TABLES[name], catch_exceptions=False)
     assert table.exit_code == 0
     with pytest.raises(ValueError, match="Expecting value|Extra data"):
@@ -94,7 +94,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
             assert [record["what"] for record in content["checks"]] == first
 
 
-def test_show_as_json_holds_the_files_own_numbers(there: Project):
+def test_show_as_json_holds_the_files_own_numbers(there: Study):
     content = printed(["show"])
     for model in ("dense", "pruned"):
         expected = load_json(there.metrics(model, "perplexity/embedded"))["perplexity"]

@@ -17,7 +17,7 @@ from repository import Repository, command_environment
 
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 KILLS = int(os.environ.get("WANDA_DVC_KILLS", "2"))  # seeds; 30 take ten minutes on two cores
 SEEDS = (1, 2)  # of calibration: the settings that alternate
@@ -41,7 +41,7 @@ def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     return repository
 
 
-def study(root: Path) -> dict[str, bytes]:
+def outputs_of(root: Path) -> dict[str, bytes]:
     """What a study's stages wrote. DVC spells params.yaml anew."""
     return {name: x for name, x in tree(root).items() if name != "params.yaml"}
 
@@ -52,14 +52,14 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
     expected = {}
     for sparsity in (0.3, 0.7):
         start.repro(sparsity=sparsity)
-        expected[sparsity] = study(start.root)
+        expected[sparsity] = outputs_of(start.root)
     shutil.rmtree(start.root / ".dvc/cache/runs")
     start.change(sparsity=0.3)
     both = [started(start, "dvc", "repro") for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert 0 in [process.returncode for process in both], said
     start.run("dvc", "repro")
-    assert study(start.root) == expected[0.3]
+    assert outputs_of(start.root) == expected[0.3]
     assert start.repro() == set()
 
     start.run("git", "checkout", "--", ".")
@@ -69,10 +69,10 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
         start.run("dvc", "exp", "run", "--queue", "--name", f"s{sparsity}", "--set-param", f"sparsity={sparsity}")
     start.run("dvc", "queue", "start", "--jobs", "2")
     workers = started(start, "dvc", "exp", "run", "--run-all", "--jobs", "2")
-    project, looks = Project(start.root), 0
+    study, looks = Study(start.root), 0
     while workers.poll() is None or not looks:
-        report(project=project, output=tmp_path / "report.html")
-        experiments(project=project)
+        report(study=study, output=tmp_path / "report.html")
+        experiments(study=study)
         looks += 1
         time.sleep(3)
     workers.communicate()
@@ -81,7 +81,7 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
     for sparsity in (0.3, 0.7):
         start.run("dvc", "exp", "apply", f"s{sparsity}")
         start.run("dvc", "repro")
-        assert study(start.root) == expected[sparsity]
+        assert outputs_of(start.root) == expected[sparsity]
 
 
 def stage_of(dvc: psutil.Process, name: str = "") -> list[int]:

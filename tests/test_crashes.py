@@ -25,7 +25,7 @@ from wanda_dvc.commands.export import export
 from wanda_dvc.errors import explain
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.artifact import Work, digest
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 CRASHES = int(os.environ.get("WANDA_DVC_CRASHES", "2"))  # points by stage; 1000 are all, in two minutes on two cores
 CHANGES_FILES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
@@ -78,12 +78,12 @@ def root(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save("mixtral", model, num_hidden_layers=2, num_local_experts=8)
     small = {"calibration__windows": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
-    pruning = {"calibration__statistics": "gradients", "reconstruction": "output-weighted", "propagation": "pruned"}
+    pruning = {"calibration__statistics": "fisher", "reconstruction": "output-weighted", "propagation": "pruned"}
     write_params(folder, model, group="outputs", **texts, **small, **pruning)
-    project = Project(folder)
+    study = Study(folder)
     for stage in STAGES.values():
         for _, part, _ in stage.runs(["embedded"]):
-            run(stage.name, project=project, part=part)
+            run(stage.name, study=study, variant=part)
     return folder
 
 
@@ -115,13 +115,13 @@ def begin(folder: Path, targets: list[Path], earlier: str) -> list[Content]:
     return [tree(target) for target in targets]
 
 
-def publish(project: Project, targets: list[Path], content: Content) -> None:
+def publish(study: Study, targets: list[Path], content: Content) -> None:
     """A stage that continues its own work, and publishes it."""
-    with project.work({"of": str(content)}) as work:
+    with study.work({"of": str(content)}) as work:
         for target in targets:
             folder = work.part(target.name if len(targets) > 1 else "")
             write(folder, {name: data for name, data in content.items() if not (folder / name).exists()})
-        work.publish(*targets)
+        work.commit(*targets)
 
 
 def two_file_systems(one: Path) -> Callable[[Path, Path], Path]:
@@ -150,14 +150,14 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
 
     The same run publishes it, also after a run with other inputs, and nothing is left behind.
     """
-    project, targets = Project(tmp_path / "study"), [tmp_path / "study/made" / name for name in names]
+    study, targets = Study(tmp_path / "study"), [tmp_path / "study/made" / name for name in names]
     (tmp_path / ".dvc").mkdir()
-    place = Work(project.work_root / digest({"of": str(NEW)})[:32])
+    place = Work(study.work_root / digest({"of": str(NEW)})[:32])
     if across:
         monkeypatch.setattr(Path, "rename", two_file_systems(tmp_path / ".dvc"))
 
     def killed(at: int) -> bool:
-        return not killer.run(tmp_path, at, lambda: publish(project, targets, NEW))
+        return not killer.run(tmp_path, at, lambda: publish(study, targets, NEW))
 
     begin(tmp_path, targets, earlier)
     assert not killed(-1)
@@ -169,7 +169,7 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
         for target, old in zip(targets, before, strict=True):
             assert tree(target) in [old, NEW] or (not target.exists() and NEW in waiting), at
         for content in (*others, NEW):
-            publish(project, targets, content)
+            publish(study, targets, content)
             assert [tree(target) for target in targets] == [content] * len(targets), at
         assert not leftovers(tmp_path), at
         assert {path.name for path in (tmp_path / "study/made").iterdir()} - {"far"} == set(names), at
@@ -181,9 +181,9 @@ def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, mo
     write(target, OLD)
     monkeypatch.setattr(Path, "rename", two_file_systems(target))
     with pytest.raises(OSError, match=os.strerror(errno.EXDEV)) as raised:
-        publish(Project(tmp_path), [target], NEW)
+        publish(Study(tmp_path), [target], NEW)
     assert explain(raised.value)[0].startswith(f"{target}: cannot be moved (Invalid cross-device link); remove it")
-    assert (tree(target), NEW) == (OLD, tree(Work(Project(tmp_path).work_root / digest({"of": str(NEW)})[:32]).out))
+    assert (tree(target), NEW) == (OLD, tree(Work(Study(tmp_path).work_root / digest({"of": str(NEW)})[:32]).out))
 
 
 # The settings in which a stage is killed: for weights that `mask` stores, and for each kind of smaller model.
@@ -199,7 +199,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 EVERY = [
     (stage.name, part, "weights")
     for stage in STAGES.values()
-    for part in ([""] if stage.name == "calibrate" else stage.parts)
+    for part in ([""] if stage.name == "calibrate" else stage.variants)
     if "recover" not in stage.run_name(part)  # it does nothing here: tests/test_recover.py
 ]
 CRASHES_AT = [
@@ -218,48 +218,48 @@ def test_any_file_operation_is_a_crash_point_that_recovers(
 
     Some of a stage's operations are tried; the next run leaves what a run without a kill leaves.
     """
-    study = shutil.copytree(root, tmp_path / "study", symlinks=True)
+    calibrated_study = shutil.copytree(root, tmp_path / "study", symlinks=True)
     if SETTINGS[settings]:
-        params = (study / "params.yaml").read_text(encoding="utf-8")
+        params = (calibrated_study / "params.yaml").read_text(encoding="utf-8")
         for setting, value in SETTINGS[settings].items():
             params = re.sub(f"^{setting}: .*", f"{setting}: {value}", params, flags=re.MULTILINE)
-        (study / "params.yaml").write_text(params, encoding="utf-8")
+        (calibrated_study / "params.yaml").write_text(params, encoding="utf-8")
         for stage in ("plan", "mask", "apply"):
-            run(stage, project=Project(study))
+            run(stage, study=Study(calibrated_study))
 
     def body() -> None:
         if name == "export":
-            export(project=Project(study), experiment=None, target=study / "exported")
+            export(study=Study(calibrated_study), experiment=None, target=calibrated_study / "exported")
         else:
-            run(name, project=Project(study), part=part)
+            run(name, study=Study(calibrated_study), variant=part)
 
     def remove() -> None:
         for out in removed_before(name, part) if gone else []:
-            path = study / out
+            path = calibrated_study / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def forget() -> None:
-        shutil.rmtree(Project(study).answers, ignore_errors=True)  # with them the tasks are not asked again
+        shutil.rmtree(Study(calibrated_study).answers, ignore_errors=True)  # with them the tasks are not asked again
         remove()
 
     forget()
-    assert killer.run(study, -1, body)
-    expected, points = tree(study), killer.count
+    assert killer.run(calibrated_study, -1, body)
+    expected, points = tree(calibrated_study), killer.count
     assert points >= 3
     for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
         forget()
-        assert not killer.run(study, at, body), f"operation {at} did not happen"
+        assert not killer.run(calibrated_study, at, body), f"operation {at} did not happen"
         remove()
         body()
-        assert tree(study) == expected, f"killed at operation {at} of {points}"
-        assert not leftovers(study), f"killed at operation {at} of {points}"
+        assert tree(calibrated_study) == expected, f"killed at operation {at} of {points}"
+        assert not leftovers(calibrated_study), f"killed at operation {at} of {points}"
 
 
 def removed_before(name: str, part: str) -> list[str]:
     """What DVC removes before it runs a stage, or a user before an export is repeated."""
     if name == "export":
         return ["exported"]
-    rows = [row for one, row in STAGES[name].parts.items() if part in (one, "")]
+    rows = [row for one, row in STAGES[name].variants.items() if part in (one, "")]
     found = [path for row in rows for path in (*row.outs, *row.metrics, *(row.plots or ()))]
     return [path.replace("{text}", "embedded") for path in found]
 
@@ -273,7 +273,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
 ):
     """Whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
     write_params(tmp_path, tiny, calibration__windows=120)
-    project = fetch(Project(tmp_path), "model", "calibration")
+    study = fetch(Study(tmp_path), "model", "calibration")
     code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
     words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -292,7 +292,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     assert again.returncode == 0
     assert re.search(r"resuming after [1-3] of 4 blocks", again.stderr)
     resumed = tree(tmp_path)
-    run("calibrate", project=project)
+    run("calibrate", study=study)
     assert tree(tmp_path) == resumed
 
 
@@ -301,8 +301,8 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
     """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""
     write_params(tmp_path, tiny, calibration__windows=40)
-    project = fetch(Project(tmp_path), "model", "calibration")
-    run("calibrate", project=project)
+    study = fetch(Study(tmp_path), "model", "calibration")
+    run("calibrate", study=study)
     write_params(tmp_path, tiny, calibration__windows=41)
     before = tree(tmp_path)
     limited = "import sys, signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -337,15 +337,15 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
 
 
 @pytest.mark.parametrize("closed", ["stats", "stats/norms", ".dvc/tmp/wanda-dvc"])
-def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(study: Make, closed: str):
+def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(calibrated_study: Make, closed: str):
     """`calibrate` over what may not be written or read; then it may."""
     norms = {"calibration__statistics": "norms"}
-    made = study(**norms)
+    made = calibrated_study(**norms)
     root = made.root
-    run("calibrate", project=made)
+    run("calibrate", study=made)
     expected = tree(root)
-    run("calibrate", project=study(calibration__windows=3, **norms))
-    study(**norms)
+    run("calibrate", study=calibrated_study(calibration__windows=3, **norms))
+    calibrated_study(**norms)
     before = tree(root)
     path = root / closed
     mode = path.stat().st_mode

@@ -107,9 +107,9 @@ def check_settings(overrides: list[str]) -> None:
 def check_wanda_dvc(words: list[str]) -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    alone = {option for parameter in group.params for option in parameter.opts} | {"--help"}
+    locked = {option for parameter in group.params for option in parameter.opts} | {"--help"}
     at = next((index for index, word in enumerate(words) if word in group.commands), None)
-    if set(words) <= alone:
+    if set(words) <= locked:
         return
     assert at is not None, f"no command among {', '.join(group.commands)}"
     group.make_context("wanda-dvc", ["." if word == "STUDY" else word for word in words[: at + 1]])  # runs nothing

@@ -21,7 +21,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import run
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings
 
 
@@ -38,7 +38,7 @@ def make_model(folder: Path, **config: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
+def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Study:
     """A study whose stages have run, without DVC."""
     root = tmp_path_factory.mktemp("evaluated") / "study"
     root.mkdir()
@@ -48,72 +48,75 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Project:
     # As stored before transformers 5; a GGUF file lacks it.
     config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(made)
     write_params(root, made, **texts)
-    project = prune(fetch(fetch(Project(root)), "tasks"))
+    study = prune(fetch(fetch(Study(root)), "tasks"))
     for stage in ("perplexity", "zero-shot"):
-        run(stage, project=project)
-    return project
+        run(stage, study=study)
+    return study
 
 
 @pytest.fixture
-def study(measured: Project, tmp_path: Path) -> Project:
+def calibrated_study(measured: Study, tmp_path: Path) -> Study:
     shutil.copytree(measured.root, tmp_path / "study", symlinks=True)
-    return Project(tmp_path / "study")
+    return Study(tmp_path / "study")
 
 
-def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
+def evaluated(calibrated_study: Study, *paths: Path) -> Iterator[Any]:
     """The records of some paths, without the dense model's."""
-    dense, *others = json.loads(evaluate(project=study, paths=paths, as_json=True))
-    assert (dense["model"], dense["results"]) == ("dense", figures(Results.of(study, "dense")))
+    dense, *others = json.loads(evaluate(study=calibrated_study, paths=paths, as_json=True))
+    assert (dense["model"], dense["results"]) == ("dense", figures(Results.of(calibrated_study, "dense")))
     yield from others
 
 
-def test_a_directory_has_the_stages_figures(study: Project):
-    folder = study.model("pruned")
-    shutil.copy(study.metrics("dense", "perplexity/embedded"), study.metrics("dense", "perplexity/removed"))
-    before = tree(study.root)
-    (found,) = evaluated(study, folder)
-    left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
+def test_a_directory_has_the_stages_figures(calibrated_study: Study):
+    folder = calibrated_study.model("pruned")
+    shutil.copy(
+        calibrated_study.metrics("dense", "perplexity/embedded"),
+        calibrated_study.metrics("dense", "perplexity/removed"),
+    )
+    before = tree(calibrated_study.root)
+    (found,) = evaluated(calibrated_study, folder)
+    left = {path: content for path, content in tree(calibrated_study.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
-    own = figures(Results.of(study, "pruned"))
+    own = figures(Results.of(calibrated_study, "pruned"))
     assert found["results"] == {name: value for name, value in own.items() if name not in ("sparsity", "layer_error")}
     assert found["tests"][0]["measure"] == "perplexity"
 
 
-def test_the_dense_model_differs_in_nothing_from_itself(study: Project, tmp_path: Path):
+def test_the_dense_model_differs_in_nothing_from_itself(calibrated_study: Study, tmp_path: Path):
     """In the dense model's dtype, whatever dtype its files are said to have."""
-    same = shutil.copytree(study.model("dense"), tmp_path / "same")
+    same = shutil.copytree(calibrated_study.model("dense"), tmp_path / "same")
     config(dtype="bfloat16")(same)
     stopped = mock.patch("wanda_dvc.commands.evaluate.zero_shot", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt):
-        evaluate(project=study, paths=[same])
-    (own,) = evaluated(study, same)
+        evaluate(study=calibrated_study, paths=[same])
+    (own,) = evaluated(calibrated_study, same)
     on_text = {name: own["results"][name]["embedded"]["value"] for name in ("divergence", "top1_agreement")}
     assert on_text == {"divergence": 0, "top1_agreement": 1}
-    assert own["results"]["perplexity"] == figures(Results.of(study, "dense"))["perplexity"]
+    assert own["results"]["perplexity"] == figures(Results.of(calibrated_study, "dense"))["perplexity"]
     assert {test["value"] for test in own["tests"]} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
-def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project, tmp_path: Path, kind: str):
-    file, folder = tmp_path / "model.gguf", shutil.copytree(study.model("dense"), tmp_path / "same")
-    write_gguf(study.model("dense"), file, kind)
+def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(calibrated_study: Study, tmp_path: Path, kind: str):
+    file, folder = tmp_path / "model.gguf", shutil.copytree(calibrated_study.model("dense"), tmp_path / "same")
+    write_gguf(calibrated_study.model("dense"), file, kind)
     stored = GGMLQuantizationType[kind]
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored))
 
     tensors(lambda x: [weight.copy_(rounded(weight)) for weight in x.values() if weight.ndim == 2])(folder)
-    own, same = evaluated(study, file, folder)
+    own, same = evaluated(calibrated_study, file, folder)
     assert (own["results"]["divergence"]["embedded"]["value"] > 0) == (kind != "F32")
     assert own["results"] == same["results"]
     with pytest.raises(UserError, match="transformers does not read llama.rope.scaling.factor, a scaling of rotary"):
         _dequantize(file, tmp_path / "packaged")  # as of a package, which has no dense model beside it
 
 
-def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Project, tmp_path: Path):
+def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_study: Study, tmp_path: Path):
     def refused(path: Path, match: str) -> None:
         with pytest.raises(UserError, match=match):
-            evaluate(project=study, paths=[path])
+            evaluate(study=calibrated_study, paths=[path])
 
     refused(tmp_path / "nothing", "nothing: not found; name a model's directory or a GGUF file")
     (tmp_path / "empty").mkdir()
@@ -124,7 +127,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(other, "other: architecture mistral, expected llama as in the dense model")
     (tmp_path / "a.gguf").write_bytes(b"no GGUF")
     refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one of another quant")
-    part = shutil.copytree(study.model("dense"), tmp_path / "part")
+    part = shutil.copytree(calibrated_study.model("dense"), tmp_path / "part")
     tensors(lambda x: x.update({"model.layers.1.mlp.up_proj.bias": torch.ones(64)}))(part)
     write_gguf(part, file := tmp_path / "c.gguf", "F32")
     refused(file, "c.gguf: transformers does not read 64 of its numbers; name a directory")
@@ -135,34 +138,34 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(shard, "00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights")
 
 
-def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path):
+def test_a_model_that_is_not_finite_has_diverged(calibrated_study: Study, tmp_path: Path):
     """Its answers are meaningless: a comparison with NaN chooses the first."""
-    folder = shutil.copytree(study.model("dense"), tmp_path / "nan")
+    folder = shutil.copytree(calibrated_study.model("dense"), tmp_path / "nan")
     tensors(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(folder)
-    (found,) = evaluated(study, folder)
+    (found,) = evaluated(calibrated_study, folder)
     assert found["results"]["perplexity"]["embedded"] == "diverged"
     assert found["results"]["mean_acc"] == found["results"]["acc"]["piqa"] == "diverged"
     assert found["tests"] == []
 
 
-def test_without_results_of_these_settings_it_says_what_to_run(study: Project):
+def test_without_results_of_these_settings_it_says_what_to_run(calibrated_study: Study):
     for name in ("perplexity/embedded", "zero_shot"):
-        path = study.metrics("dense", name)
+        path = calibrated_study.metrics("dense", name)
         away = path.rename(path.with_suffix(".away"))
         with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
-            evaluate(project=study, paths=[study.model("pruned")])
+            evaluate(study=calibrated_study, paths=[calibrated_study.model("pruned")])
         away.rename(path)
-    change_settings(study.root / "params.yaml", {"zero_shot": {"limit": 3}})
+    change_settings(calibrated_study.root / "params.yaml", {"zero_shot": {"limit": 3}})
     with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
-        evaluate(project=Project(study.root), paths=[study.model("pruned")])
+        evaluate(study=Study(calibrated_study.root), paths=[calibrated_study.model("pruned")])
 
 
-def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: Path):
-    other = shutil.copytree(study.model("dense"), tmp_path / "other")
+def test_a_tokenizer_is_compared_on_the_studys_texts(calibrated_study: Study, tmp_path: Path):
+    other = shutil.copytree(calibrated_study.model("dense"), tmp_path / "other")
     stored = json.loads((other / "tokenizer.json").read_text())
     goals = {"type": "Replace", "pattern": {"String": "sol1"}, "content": "x"}  # a column of the task's items
     merges = stored["model"] | {"merges": []}
     for what, change in (("text embedded", {"model": merges}), ("task piqa", {"normalizer": goals})):
         (other / "tokenizer.json").write_text(json.dumps(stored | change))
         with pytest.raises(UserError, match=f"other: its tokenizer gives other token ids for the {what}, exp"):
-            evaluate(project=study, paths=[other])
+            evaluate(study=calibrated_study, paths=[other])

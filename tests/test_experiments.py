@@ -22,7 +22,7 @@ from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study import dvc
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 pytestmark = pytest.mark.pipeline
 
@@ -45,7 +45,7 @@ def repository(tmp_path_factory: Factory) -> Repository:
 
 
 def listed(repository: Repository) -> dict[str, dict[str, Any]]:
-    records = json.loads(experiments(project=Project(repository.root), as_json=True))
+    records = json.loads(experiments(study=Study(repository.root), as_json=True))
     return {record["experiment"]: record for record in records}
 
 
@@ -135,14 +135,14 @@ def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
     """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
     output = tmp_path / "report.html"
     repository.run("dvc", "exp", "branch", "middling", "kept")  # one experiment under two names
-    said = report(project=Project(repository.root), output=output)
+    said = report(study=Study(repository.root), output=output)
     repository.run("git", "branch", "-D", "kept")
     assert said == f"{output}: 2 experiments, 2 excluded"
     text = output.read_text(encoding="utf-8")
     assert "wanda 50 % against magnitude-rows 50 %" in text
     assert str(repository.root) not in text
     assert repository.run("git", "status", "--porcelain") == ""
-    report(project=Project(repository.root), output=output, revs=["middling"])
+    report(study=Study(repository.root), output=output, revs=["middling"])
     assert "wanda 50 %" not in output.read_text(encoding="utf-8")
 
 
@@ -152,12 +152,12 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     Repository.new(root, root)
     write_results(root, "wanda", 0.5, 2.5, 20, allocation="owl")
     shutil.rmtree(root / ".git")
-    assert "perplexity" in show(project=Project(root))
+    assert "perplexity" in show(study=Study(root))
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
-        experiments(project=Project(root))
+        experiments(study=Study(root))
     Repository(root, root).run("git", "init", "--quiet")
     with pytest.raises(UserError, match="git has no commit; `git add"):
-        experiments(project=Project(root))
+        experiments(study=Study(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
@@ -171,7 +171,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
         assert {found[key] for key in found if key.startswith("pruned.")} == {None}
         of_dense = [key for key in found if key.startswith("dense.")]
         assert [found[key] for key in of_dense] == [main[key] for key in of_dense]  # of any sparsity
-        said = experiments(project=Project(repository.root))
+        said = experiments(study=Study(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")
     assert "Some stages have not run on the current settings: workspace." in said
@@ -179,7 +179,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
 
 
 def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository):
-    said = show(project=Project(repository.root), names=["main", "middling"])
+    said = show(study=Study(repository.root), names=["main", "middling"])
     header = next(line for line in said.splitlines() if line.startswith("|"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == [
         "", "dense", "main", "middling", "middling against main",
@@ -188,11 +188,11 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert "2.718 × " in row
     assert row.rstrip(" |").endswith("*")
     assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured" in said
-    found = json.loads(show(project=Project(repository.root), names=["middling"], as_json=True))
+    found = json.loads(show(study=Study(repository.root), names=["middling"], as_json=True))
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
     for name in ("nothing", ""):
         with pytest.raises(UserError, match=f"{name}: no experiment, commit, branch or tag of that name"):
-            show(project=Project(repository.root), names=[name])
+            show(study=Study(repository.root), names=[name])
 
 
 @pytest.fixture(scope="module")
@@ -206,24 +206,25 @@ def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     return wd.calibrate(model, tmp_path_factory.mktemp("made") / "study", tokenizer=tokenizer, **settings)
 
 
-def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.Study):
-    assert study.path.joinpath("dvc.lock").is_file()
-    norm = study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm
+def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(calibrated_study: wd.Study):
+    assert calibrated_study.path.joinpath("dvc.lock").is_file()
+    norm = calibrated_study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm
     assert norm.shape == (32,)
-    keep = wd.mask(study, recipe="wanda", sparsity=0.5)
+    keep = wd.mask(calibrated_study, recipe="wanda", sparsity=0.5)
     assert {float(one.float().mean()) for one in keep.values()} == {0.5}
-    pruned = wd.prune(study).state_dict()
-    dense = AutoModelForCausalLM.from_pretrained(study.path / "model").state_dict()
+    pruned = wd.prune(calibrated_study).state_dict()
+    dense = AutoModelForCausalLM.from_pretrained(calibrated_study.path / "model").state_dict()
     for name, weight in dense.items():
         mask = keep[linear] if (linear := name.removesuffix(".weight")) in keep else torch.tensor(True)
         assert torch.equal(pruned[name], weight * mask), name
-    measured = wd.perplexity(study, "dense"), wd.perplexity(study)
+    measured = wd.perplexity(calibrated_study, "dense"), wd.perplexity(calibrated_study)
     files = [
-        json.loads((study.path / f"metrics/{one}/perplexity/embedded.json").read_text()) for one in ("dense", "pruned")
+        json.loads((calibrated_study.path / f"metrics/{one}/perplexity/embedded.json").read_text())
+        for one in ("dense", "pruned")
     ]
     assert list(measured) == [one["perplexity"] for one in files]
     assert measured[0] != measured[1]
-    workspace = study.results()[0]
+    workspace = calibrated_study.results()[0]
     assert (workspace["sparsity"], workspace["pruned.perplexity.embedded"]) == (0.5, measured[1])
 
 
@@ -236,34 +237,34 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.
         ({"model": Path("/")}, "model: found /, expected a valid string"),
     ],
 )
-def test_a_wrong_setting_is_named_and_changes_nothing(study: wd.Study, settings: dict[str, Any], says: str):
-    before = (study.path / "params.yaml").read_bytes()
+def test_a_wrong_setting_is_named_and_changes_nothing(calibrated_study: wd.Study, settings: dict[str, Any], says: str):
+    before = (calibrated_study.path / "params.yaml").read_bytes()
     with pytest.raises(wd.UserError, match=says):
-        wd.mask(study, **settings)
-    assert (study.path / "params.yaml").read_bytes() == before
+        wd.mask(calibrated_study, **settings)
+    assert (calibrated_study.path / "params.yaml").read_bytes() == before
 
 
-def test_a_failed_stage_is_an_error_with_its_message(study: wd.Study):
+def test_a_failed_stage_is_an_error_with_its_message(calibrated_study: wd.Study):
     with pytest.raises(wd.UserError, match="2:3"):
-        wd.mask(study, pattern="2:3")
-    wd.mask(study, pattern="unstructured")
+        wd.mask(calibrated_study, pattern="2:3")
+    wd.mask(calibrated_study, pattern="unstructured")
 
 
-def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
+def test_wrong_arguments_are_errors(calibrated_study: wd.Study, tmp_path: Path):
     with pytest.raises(wd.UserError, match="tokenizer: missing"):
-        wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
+        wd.calibrate(AutoModelForCausalLM.from_pretrained(calibrated_study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
     with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
         wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
     assert not [*tmp_path.iterdir()]  # no study is left behind
-    before = (study.path / "params.yaml").read_bytes()
+    before = (calibrated_study.path / "params.yaml").read_bytes()
     for words, says in ((["recovered"], "recovery.tokens: found 0"), (["both"], "model: found both")):
         with pytest.raises(wd.UserError, match=says):
-            wd.perplexity(study, *words, sparsity=0.7)
+            wd.perplexity(calibrated_study, *words, sparsity=0.7)
     with pytest.raises(wd.UserError, match="text: found nope, expected embedded"):
-        wd.perplexity(study, text="nope", sparsity=0.7)
-    assert (study.path / "params.yaml").read_bytes() == before
+        wd.perplexity(calibrated_study, text="nope", sparsity=0.7)
+    assert (calibrated_study.path / "params.yaml").read_bytes() == before
 
 
 def test_all_names_are_there_and_no_others():

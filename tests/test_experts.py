@@ -23,10 +23,11 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap
 from wanda_dvc.pruning.statistics import TokenSum
+from wanda_dvc.results.card import card
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -39,8 +40,8 @@ def by_token(seen: Norms, name: str) -> Callable[..., None]:
     def hook(module: Any, args: tuple[torch.Tensor, ...], _: Any) -> None:
         for token, chosen, given in zip(*args, strict=True):
             for expert, gate in zip(chosen.tolist(), given.tolist(), strict=True):
-                alone = module.forward(token[None], torch.tensor([[expert]]), torch.ones(1, 1))
-                seen[name][expert].append(gate * alone.norm().item())
+                locked = module.forward(token[None], torch.tensor([[expert]]), torch.ones(1, 1))
+                seen[name][expert].append(gate * locked.norm().item())
 
     return hook
 
@@ -99,10 +100,10 @@ def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, 
 
 
 @pytest.fixture
-def mixture(project: Make, tmp_path: Path) -> Make:
-    def make(family: str = "qwen2_moe", **changes: Any) -> Project:
+def mixture(study: Make, tmp_path: Path) -> Make:
+    def make(family: str = "qwen2_moe", **changes: Any) -> Study:
         model = save(family, tmp_path / "dense", **EXPERTS[family])
-        made = project(model=model, pattern="experts", sparsity=0.25, **changes)
+        made = study(model=model, pattern="experts", sparsity=0.25, **changes)
         run(made, "download model", "download calibration", "calibrate")
         return made
 
@@ -135,7 +136,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
     assert (params["params"]["method"], params["config"]) == (method or "reap", {"num_experts": 6})
     for block in range(3):
         stats, masks = read_stats(made.stats, block), read_masks(made.masks, block)
-        source = {name: x for x, names in stats.readers.items() for name in names}
+        source = {name: x for x, names in stats.consumers.items() for name in names}
         left = experts_left(dict(masks))
         (stay,) = {tuple(sorted(x)) for x in left.values()}
         scores = []
@@ -163,7 +164,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
     assert found == {"sparsity": 0.25, "removed_parameters": round(1 - sizes[1] / sizes[0], 6)}
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
     assert model.generate(TOKENS[:1, :8], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 8
-    assert "routed experts of each block were removed" in (made.model("pruned") / "README.md").read_text("utf-8")
+    assert "routed experts of each block were removed" in card(made, load_json(made.metrics("pruned", "sparsity")))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss", "jetmoe", "deepseek_v3"])
@@ -197,12 +198,12 @@ def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(mixture: Make,
     monkeypatch.setattr("wanda_dvc.engine.experts.BY_GATES", frozenset())
     made = mixture()
     with pytest.raises(UserError, match="recorded 0 gates for .*; set method=wanda"):
-        mask(project=made)
-    mask(project=planned(made.with_params(check_params(made.params.model_dump() | {"method": "wanda"}))))
+        mask(study=made)
+    mask(study=planned(made.with_params(check_params(made.params.model_dump() | {"method": "wanda"}))))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_that_calibrate_use_reap(recipe: str, project: Make):
-    plan = project(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
+def test_recipes_that_calibrate_use_reap(recipe: str, study: Make):
+    plan = study(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
     assert plan.method.name == ("magnitude" if recipe.startswith("magnitude") else "reap")
     assert (plan.reconstruction.name, plan.propagation, plan.needs) == ("none", "dense", "norms")

@@ -22,40 +22,40 @@ from wanda_dvc.results.card import card as card_of
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import read_model
-from wanda_dvc.stages.runs import Runs
+from wanda_dvc.stages.runs import Lock
 from wanda_dvc.study.artifact import MADE_BY, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_stats
 
 
 @pytest.fixture
-def pruned(finished: Path, tmp_path: Path) -> Project:
+def pruned(finished: Path, tmp_path: Path) -> Study:
     """A project in which everything has run but the evaluation."""
     shutil.copytree(finished, tmp_path / "study", symlinks=True)
     for path in (tmp_path / "study/metrics").rglob("*.json"):
         if path.name in ("zero_shot.json", "continuations.json", "embedded.json"):
             path.unlink()
-    return Project(tmp_path / "study")
+    return Study(tmp_path / "study")
 
 
-def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
+def measure(study: Study, which: str, perplexity: float | str, model: str | None = None) -> None:
     """As the stage writes it, for the model at hand or another one."""
-    folder = project.model(which)
+    folder = study.model(which)
     own = digest(read_provenance(folder, MADE_BY[which]))
     protocol = {"model": model or own, "windows": 4, "length": 64, "rest": "dropped"}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
-    write_json(project.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})
-    write_json(project.metrics(which, "perplexity/embedded"), {"perplexity": perplexity})
+    write_json(study.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})
+    write_json(study.metrics(which, "perplexity/embedded"), {"perplexity": perplexity})
 
 
-def exported(project: Project) -> ModelCard:
-    target = project.root.parent / f"{project.root.name}-exported"
-    export(project=project, experiment=None, target=target)
+def exported(study: Study) -> ModelCard:
+    target = study.root.parent / f"{study.root.name}-exported"
+    export(study=study, experiment=None, target=target)
     return ModelCard.load(target / "README.md")
 
 
-def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
+def test_the_card_says_what_was_done_and_what_it_costs(pruned: Study):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", "diverged")
     write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
@@ -91,15 +91,13 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         assert said in card_of(pruned, {"sparsity": 0.5, "removed_parameters": 0.25})
 
 
-def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
-    export(project=pruned, experiment=None, target=pruned.root / "exported")
-    folders = (pruned.root / "exported", pruned.model("pruned"))
-    card, short = ((folder / "README.md").read_text(encoding="utf-8") for folder in folders)
-    own = card[card.index("## Results") : card.index("## Load the model")]
-    assert card.replace(own, "") == short
+def test_a_pruned_model_has_no_card_of_the_dense_model_before_its_export(pruned: Study):
+    assert not (pruned.model("pruned") / "README.md").exists()
+    export(study=pruned, experiment=None, target=pruned.root / "exported")
+    assert (pruned.root / "exported/README.md").is_file()
 
 
-def test_masks_of_other_settings_are_not_exported(pruned: Project):
+def test_masks_of_other_settings_are_not_exported(pruned: Study):
     """As after `mask` by hand: the card would have the settings of dvc.lock or params.yaml."""
     path = pruned.masks / "provenance.json"
     masks = json.loads(path.read_text())
@@ -111,13 +109,13 @@ def test_masks_of_other_settings_are_not_exported(pruned: Project):
         "mask": {"deps": [{"path": "stats/norms", "md5": "old"}], "outs": [{"path": "masks", "md5": "same"}]},
         "apply": {"deps": [{"path": "masks/provenance.json", "md5": "same"}]},
     }
-    assert Runs(stages).stale() == ["mask", "apply"]
+    assert Lock(stages).stale() == ["mask", "apply"]
     write_json(pruned.root / "dvc.lock", {"stages": stages})
     with pytest.raises(UserError, match=r"the workspace: dvc.lock: the inputs of mask changed after the run"):
         exported(pruned)
 
 
-def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
+def test_no_figure_of_another_model_is_on_the_card(pruned: Study):
     """As after `mask` by hand, when `apply` had written its measures."""
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", 99.75, model="another")
@@ -134,16 +132,16 @@ def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
     assert "12.50" in text
     assert not [figure for figure in ("99.75", "0.99", "0.1111", "87.6", "another's") if figure in text]
     assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
-    assert "99.75" not in show(project=pruned)
+    assert "99.75" not in show(study=pruned)
 
 
-def test_no_note_on_the_workspace_is_on_the_card(pruned: Project):
+def test_no_note_on_the_workspace_is_on_the_card(pruned: Study):
     found = workspace(pruned)
     found.notes.append("params.yaml has model=/home/someone/secret, which has not run")
     assert not [section for section in sections(found).values() if "someone" in section]
 
 
-def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Project):
+def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Study):
     """The licence that its own card names comes first."""
     (pruned.model("dense") / "LICENSE").write_text("Whoever uses this owes me a beer.", encoding="utf-8")
     card = exported(pruned)
@@ -159,7 +157,7 @@ def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Project):
     assert "`llama3.1`, according to its own model card; the full text is in `LICENSE`." in card.text
 
 
-def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_path: Path):
+def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_path: Path):
     full, file = tmp_path / "full", tmp_path / "file"
     full.mkdir()
     for path in (full / "thesis.txt", file):
@@ -167,42 +165,42 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
         with pytest.raises(
             UserError, match="exists already; name a new dir.*|file is no directory with permission to write"
         ):
-            export(project=pruned, experiment=None, target=path if path == file else full)
+            export(study=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
     with pytest.raises(UserError, match="x.gguf: exists already, or is in"):
-        export(project=pruned, experiment=None, target=tmp_path / "a/../new", imatrix=tmp_path / "new/x.gguf")
+        export(study=pruned, experiment=None, target=tmp_path / "a/../new", imatrix=tmp_path / "new/x.gguf")
     (tmp_path / "beside.part").write_text("mine")
     with pytest.raises(UserError, match="beside.part: exists already"):
-        export(project=pruned, experiment=None, target=tmp_path / "beside")
+        export(study=pruned, experiment=None, target=tmp_path / "beside")
     (tmp_path / "other.part/out").mkdir(parents=True)  # of a copy to another file system that was killed
-    export(project=pruned, experiment=None, target=tmp_path / "other")
+    export(study=pruned, experiment=None, target=tmp_path / "other")
     assert not (tmp_path / "other.part").exists()
 
 
-def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Project, tmp_path: Path, monkeypatch: Patch):
+def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Study, tmp_path: Path, monkeypatch: Patch):
     new, file = tmp_path / "new", tmp_path / "x.gguf"
 
-    def overtaken(study: Project, target: Path) -> str:
+    def overtaken(calibrated_study: Study, target: Path) -> str:
         new.mkdir()
         (new / "config.json").write_text("the other's")
-        return importance(study, target)
+        return importance(calibrated_study, target)
 
     monkeypatch.setattr("wanda_dvc.commands.export.importance", overtaken)
     with pytest.raises(UserError, match="new: exists already"):
-        export(project=pruned, experiment=None, target=new, imatrix=file)
+        export(study=pruned, experiment=None, target=new, imatrix=file)
     assert [path.read_text() for path in new.iterdir()] == ["the other's"]
     assert not file.exists()  # it would refuse the next export
 
 
-def test_without_masks_it_says_what_to_run(project: Make, tmp_path: Path):
+def test_without_masks_it_says_what_to_run(study: Make, tmp_path: Path):
     with pytest.raises(UserError, match="masks/provenance.json: missing; run `dvc repro`"):
-        export(project=project(), experiment=None, target=tmp_path / "out")
+        export(study=study(), experiment=None, target=tmp_path / "out")
 
 
-def test_the_settings_on_the_card_are_the_experiments(project: Make):
+def test_the_settings_on_the_card_are_the_experiments(study: Make):
     """But for local paths, of which the last part is kept."""
     words = {"pattern": "2:4", "dtype": "float16", "calibration__text__join": "\n``` #"}
-    made = project(Path("/home/someone/models/tiny 7=b"), plan=False, **words)
+    made = study(Path("/home/someone/models/tiny 7=b"), plan=False, **words)
     shown = settings_of(made.params)
     assert "someone" not in shown
     own, again = (resolved(params) for params in (made.params, check_params(parse_yaml(shown, "params.yaml", ""))))
@@ -216,36 +214,38 @@ LLAMA |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", *(name for name in STRUCTURES if name != "experts")])
-def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, project: Make, tmp_path: Path):
+def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, study: Make, tmp_path: Path):
     """Blocks, neurons and heads that stay are found by the smaller model's values. Experts: test_experts.py."""
-    study = prune(fetch(project(save("mistral", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
-    importance(study, tmp_path / "x.gguf")
+    calibrated_study = prune(fetch(study(save("mistral", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
+    importance(calibrated_study, tmp_path / "x.gguf")
     file = GGUFReader(tmp_path / "x.gguf")
     assert [int(file.fields[f"imatrix.chunk_{name}"].parts[-1][0]) for name in ("count", "size")] == [3, 64]
     found = {one.name: one.data for one in file.tensors}
-    dense, small = (load_file(study.model(which) / "model.safetensors") for which in ("dense", "pruned"))
-    blocks = read_config(study.model("pruned")).num_hidden_layers
+    dense, small = (load_file(calibrated_study.model(which) / "model.safetensors") for which in ("dense", "pruned"))
+    blocks = read_config(calibrated_study.model("pruned")).num_hidden_layers
     assert len(found) == 2 * blocks * len(LLAMA)
     for before, after in product(range(3), range(blocks)):
         inputs = {}
-        for reader, made in (("mlp.down_proj", "mlp.up_proj"), ("self_attn.o_proj", "self_attn.q_proj")):
+        for consumer, made in (("mlp.down_proj", "mlp.up_proj"), ("self_attn.o_proj", "self_attn.q_proj")):
             of, to = (f"model.layers.{at}.{made}.weight" for at in (before, after))
-            inputs[reader] = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
-            inputs[reader] += range(len(dense[of]) * (pattern == "unstructured" and before == after))  # no row is equal
-        stats = read_stats(study.stats, before)
+            inputs[consumer] = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
+            inputs[consumer] += range(
+                len(dense[of]) * (pattern == "unstructured" and before == after)
+            )  # no row is equal
+        stats = read_stats(calibrated_study.stats, before)
         for name, gguf in LLAMA.items() if inputs["mlp.down_proj"] else ():
-            x = next(stats.inputs[key] for key, by in stats.readers.items() if f"model.layers.{before}.{name}" in by)
+            x = next(stats.inputs[key] for key, by in stats.consumers.items() if f"model.layers.{before}.{name}" in by)
             sums = x.sum_squares[inputs[name]] if name in inputs else x.sum_squares
             assert found[f"blk.{after}.{gguf}.weight.in_sum2"].tolist() == [sums.float().tolist()]
             assert found[f"blk.{after}.{gguf}.weight.counts"].tolist() == [[x.count]]
-    write_provenance(study.stats, read_provenance(study.stats, "calibrate") | {"version": 0})
+    write_provenance(calibrated_study.stats, read_provenance(calibrated_study.stats, "calibrate") | {"version": 0})
     with pytest.raises(UserError, match="stats/norms: found another calibration than the masks have"):
-        importance(study, tmp_path / "y.gguf")
+        importance(calibrated_study, tmp_path / "y.gguf")
 
 
-def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(project: Make, tmp_path: Path):
-    study = prune(fetch(project(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
-    importance(study, tmp_path / "x.gguf")
+def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(study: Make, tmp_path: Path):
+    calibrated_study = prune(fetch(study(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
+    importance(calibrated_study, tmp_path / "x.gguf")
     with pytest.raises(UserError, match=r"x.gguf: lacks token_embd.weight, expected all weights of a model"):
         read_model(tmp_path / "x.gguf", tmp_path / "no")
     found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}

@@ -18,11 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from wanda_dvc.commands.imatrix import OTHER_NAMES, names_in_gguf
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.errors import UserError
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks
 
 SHAPE = {
@@ -208,9 +208,9 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
             assert torch.equal(ours, model(input_ids=row[None]).logits[0])
     if family in REFUSED_LINEARS:
         return
-    inputs, readers, *_ = recorded[1]
+    inputs, consumers, *_ = recorded[1]
     found = [
-        " ".join(name.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for name in names) for names in readers.values()
+        " ".join(name.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for name in names) for names in consumers.values()
     ]
     assert sorted(found) == sorted(linears)
     for names, x in zip(found, inputs.values(), strict=True):
@@ -234,9 +234,9 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     asked = drawn_questions()
-    ours = loglikelihoods(Runner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
+    ours = loglikelihoods(ModelRunner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
     for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
-        assert one.holds_layouts == (family not in ONE_BY_ONE)
+        assert one.packs_questions == (family not in ONE_BY_ONE)
     check_answers(folder, asked, ours, length=128)
 
 
@@ -269,11 +269,11 @@ def check_answers(folder: Path, asked: list[Request], answers: list[tuple[float,
     ("family", "kind"), RUNS, ids=lambda value: str(value[0] if isinstance(value, tuple) else value)
 )
 def test_by_the_command_line_to_a_pruned_model_that_generates(
-    project: Make, tmp_path: Path, family: str, kind: tuple[torch.dtype, str]
+    study: Make, tmp_path: Path, family: str, kind: tuple[torch.dtype, str]
 ):
     dtype, shard = kind
     source = save(family, tmp_path / "model", dtype, shard)
-    made = project(model=source, perplexity__windows=1)
+    made = study(model=source, perplexity__windows=1)
     lines = ["download model", "download calibration", "download perplexity", "calibrate", "mask", "apply"]
     run(made, *lines, "perplexity dense", "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
     blocks, linears = ALL[family][1:]
@@ -296,11 +296,11 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     assert out.shape[1] > 3
 
 
-def run(project: Project, *lines: str) -> str:
+def run(study: Study, *lines: str) -> str:
     """Commands as they are typed, in this process; what they print."""
     said = ""
     for line in lines:
-        done = wanda_dvc(*line.split(), cwd=project.root)
+        done = wanda_dvc(*line.split(), cwd=study.root)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
     return said
@@ -318,7 +318,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     decoder.model.set_experts_implementation("eager" if implementation == "eager" else "grouped_mm")
     tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
-    inputs, readers, *_ = next(iter(walk(decoder, tokens, tmp_path / "work"))).record().stats
+    inputs, consumers, *_ = next(iter(walk(decoder, tokens, tmp_path / "work"))).record().stats
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -340,7 +340,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
             between = opened * torch.sigmoid(opened) * (stored.weight(f"{name}.{up}") @ token)
             for linear, x in ((gate, token), (up, token), (down, between)):
                 squares[f"{name}.{linear}"] = squares.get(f"{name}.{linear}", 0) + x.double() ** 2
-    for source, names in readers.items():
+    for source, names in consumers.items():
         for name in names:
             if "experts" in name:
                 assert inputs[source].count == count[int(name.split(".")[-2])], name
@@ -378,14 +378,14 @@ def one_is_never_chosen(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
-def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(project: Make, tmp_path: Path, propagation: str):
+def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(study: Make, tmp_path: Path, propagation: str):
     source = one_is_never_chosen(tmp_path / "model")
-    made = project(model=source, propagation=propagation)
+    made = study(model=source, propagation=propagation)
     run(made, "download model", "download calibration", "calibrate", "mask")
     wanda = [read_masks(made.masks, block) for block in range(3)]
     records = json.loads(run(made, "stats --json"))
     table = run(made, "stats --layer 0")
-    made = project(model=source, method="magnitude")
+    made = study(model=source, method="magnitude")
     said = run(made, "mask")
     assert "expert" not in said  # magnitude asks nothing of them
     magnitude = [read_masks(made.masks, block) for block in range(3)]

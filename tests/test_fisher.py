@@ -13,18 +13,20 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import Gradients
-from wanda_dvc.engine.forward import Runner
-from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.fisher import FisherSums
+from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.masks import row_worth
+from wanda_dvc.pruning.masks import row_weights_of
 
 CPU = torch.device("cpu")
 
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    return {name: sums for _, found in backward(Runner(decoder, work), tokens) for name, sums in found.sums.items()}
+    return {
+        name: sums for _, found in backward(ModelRunner(decoder, work), tokens) for name, sums in found.sums.items()
+    }
 
 
 def stock(folder: Path) -> nn.Module:
@@ -63,7 +65,7 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     for row in tokens:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
-    came = [one for _, one in backward(Runner(decoder, tmp_path / "work"), tokens)]
+    came = [one for _, one in backward(ModelRunner(decoder, tmp_path / "work"), tokens)]
     found = {name: sums for one in came for name, sums in one.sums.items()}
     grams = {name: gram.matrix() for one in came for name, gram in one.grams.items()}
     for name, gram in grams.items():  # of experts and of parts of a weight too
@@ -104,14 +106,14 @@ def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: P
 
 def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
     decoder = Decoder(save("llama", tmp_path / "model", num_hidden_layers=1), dtype=torch.float32, device=CPU)
-    ((index, found),) = backward(Runner(decoder, tmp_path / "work"), torch.tensor([[17, 101, 5]]))
+    ((index, found),) = backward(ModelRunner(decoder, tmp_path / "work"), torch.tensor([[17, 101, 5]]))
     assert index == 0
     assert found.sums
 
 
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
-    rows = [Row(torch.tensor([17, 101, 5]))] * 2  # a shard each
+    rows = [TokenSequence(torch.tensor([17, 101, 5]))] * 2  # a shard each
     original = decoder.weights.read_block
 
     def read_block(index: int) -> dict[str, Tensor]:
@@ -119,7 +121,7 @@ def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatc
         return original(index)
 
     monkeypatch.setattr(decoder.weights, "read_block", read_block)
-    list(backward(Runner(decoder, tmp_path / "work"), rows))
+    list(backward(ModelRunner(decoder, tmp_path / "work"), rows))
     assert read == [0, 0, 1, 2, 2, 1, 0]
 
 
@@ -134,23 +136,23 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_kept(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, kept: int, left: int, monkeypatch: Patch
 ):
     """The last one that it gave may not have been written. Where the caller has lost more, all come back anew."""
-    rows = [Row(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
-    expected = list(backward(Runner(llama(), tmp_path / "whole"), rows))
-    killed = backward(Runner(llama(), tmp_path / "work"), rows)
+    rows = [TokenSequence(x) for x in torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))]
+    expected = list(backward(ModelRunner(llama(), tmp_path / "whole"), rows))
+    killed = backward(ModelRunner(llama(), tmp_path / "work"), rows)
     found = [next(killed) for _ in range(taken)]
     del killed
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    again = list(backward(Runner(decoder, tmp_path / "work"), rows, kept=kept))
+    again = list(backward(ModelRunner(decoder, tmp_path / "work"), rows, kept=kept))
     assert len(again) == left
     alike(found[: 3 - left] + again, expected)
     damaged = tmp_path / "work/own/0001-0000"  # an earlier boundary, which the way back reads
     damaged.write_bytes(bytes(damaged.stat().st_size))
-    alike(list(backward(Runner(llama(), tmp_path / "work"), rows)), expected)
+    alike(list(backward(ModelRunner(llama(), tmp_path / "work"), rows)), expected)
 
 
-def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradients]]) -> None:
+def alike(found: list[tuple[int, FisherSums]], expected: list[tuple[int, FisherSums]]) -> None:
     assert [index for index, _ in found] == [index for index, _ in expected] == [2, 1, 0]
     for (_, ours), (_, wanted) in zip(found, expected, strict=True):
         assert ours.sums.keys() == wanted.sums.keys() == ours.grams.keys() == wanted.grams.keys()
@@ -169,6 +171,8 @@ def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder],
 
 def test_a_rows_worth_has_no_unit():
     fisher = torch.rand(50, dtype=torch.float64) + 0.1
-    torch.testing.assert_close(row_worth(fisher), row_worth(1e-30 * fisher))
-    torch.testing.assert_close(row_worth(fisher) / row_worth(fisher)[0], ((fisher / fisher[0]) ** 0.25).float())
-    assert not row_worth(torch.zeros(3, dtype=torch.float64)).any()
+    torch.testing.assert_close(row_weights_of(fisher), row_weights_of(1e-30 * fisher))
+    torch.testing.assert_close(
+        row_weights_of(fisher) / row_weights_of(fisher)[0], ((fisher / fisher[0]) ** 0.25).float()
+    )
+    assert not row_weights_of(torch.zeros(3, dtype=torch.float64)).any()

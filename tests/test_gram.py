@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanda_dvc.catalog import ALLOCATIONS
-from wanda_dvc.pruning.allocation import count_scores, outlier_ratio, owl, sensitivity, settle, shift
+from wanda_dvc.pruning.allocation import count_scores, outlier_ratio, owl, round_to_total, sensitivity, shift
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import prune_linear
 from wanda_dvc.pruning.selection import removed
-from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.stages import calibrate
 
@@ -27,9 +27,9 @@ def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def summed(tier: Any, features: int, windows: Iterable[torch.Tensor]) -> Any:
+def unit_scores(statistics: Any, features: int, windows: Iterable[torch.Tensor]) -> Any:
     """The sums of a tier over windows."""
-    found = tier.empty(features)
+    found = statistics.empty(features)
     for window in windows:
         found.add(window)
     return found
@@ -38,7 +38,7 @@ def summed(tier: Any, features: int, windows: Iterable[torch.Tensor]) -> Any:
 @pytest.mark.parametrize("features", [1, 7, 128, 129, 300])
 def test_the_matrix_is_that_of_all_tokens(features: int):
     windows = [inputs(50, features, seed=seed) * 10**seed for seed in range(3)]
-    gram = summed(Gram, features, windows)
+    gram = unit_scores(Gram, features, windows)
     tokens = torch.cat(windows).double()
     torch.testing.assert_close(gram.matrix().double(), tokens.T @ tokens, rtol=1e-5, atol=0.1)  # of 5e5 on the diagonal
     assert torch.equal(gram.matrix(), gram.matrix().T)
@@ -47,7 +47,7 @@ def test_the_matrix_is_that_of_all_tokens(features: int):
 
 def test_the_norm_tier_is_that_of_all_tokens():
     windows = [inputs(50, 7) * 10**exponent for exponent in (0, 2, -2)]
-    stats = summed(InputStats, 7, windows)
+    stats = unit_scores(InputStats, 7, windows)
     tokens = torch.cat(windows).double()
     torch.testing.assert_close(stats.sum_squares, (tokens**2).sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.sum, tokens.sum(0), rtol=1e-5, atol=1e-4)
@@ -58,26 +58,26 @@ def test_the_norm_tier_is_that_of_all_tokens():
 SUMS: dict[Any, Callable[[Any], torch.Tensor]] = {Gram: lambda x: x.upper.triu(), InputStats: lambda x: x.sum_squares}
 
 
-@pytest.mark.parametrize("tier", SUMS)
-def test_many_windows_lose_nothing(tier: Any):
+@pytest.mark.parametrize("statistics", SUMS)
+def test_many_windows_lose_nothing(statistics: Any):
     """Sums kept in float32 would stop at 2²⁴: adding 1 changes them no more."""
-    many, one = tier.empty(1), summed(tier, 1, [torch.ones(1, 1)])
-    (many.upper if tier is Gram else many.sum_squares).fill_(2.0**24)
+    many, one = statistics.empty(1), unit_scores(statistics, 1, [torch.ones(1, 1)])
+    (many.upper if statistics is Gram else many.sum_squares).fill_(2.0**24)
     many.add(torch.ones(1, 1))
     many.merge(one)
-    assert SUMS[tier](many).item() == 2**24 + 2
-    assert tier is Gram or many.sum.item() == 2
+    assert SUMS[statistics](many).item() == 2**24 + 2
+    assert statistics is Gram or many.sum.item() == 2
 
 
-@pytest.mark.parametrize("tier", SUMS)
-def test_half_precision_does_not_overflow(tier: Any):
-    found = summed(tier, 1, [torch.full((100, 1), 60000.0, dtype=torch.float16)])
-    assert SUMS[tier](found).sqrt().float().item() == 6e5
+@pytest.mark.parametrize("statistics", SUMS)
+def test_half_precision_does_not_overflow(statistics: Any):
+    found = unit_scores(statistics, 1, [torch.full((100, 1), 60000.0, dtype=torch.float16)])
+    assert SUMS[statistics](found).sqrt().float().item() == 6e5
 
 
 @pytest.mark.parametrize("features", [1, 2, 5, 200])
 def test_the_triangle_is_all_that_is_kept(features: int):
-    gram = summed(Gram, features, [inputs(9, features)])
+    gram = unit_scores(Gram, features, [inputs(9, features)])
     packed = gram.triangle()
     assert packed.shape == (features * (features + 1) // 2,)
     matrix = gram.matrix()
@@ -90,7 +90,7 @@ def test_the_triangle_is_all_that_is_kept(features: int):
 
 def test_a_scaled_triangle_holds_cosines_and_gives_the_matrix_back():
     scale = torch.tensor([1e-3, 1.0, 0.0, 50.0, 3.0, 1e4])
-    gram = summed(Gram, 6, [inputs(20, 6) * scale])
+    gram = unit_scores(Gram, 6, [inputs(20, 6) * scale])
     norm, packed = gram.scaled_triangle()
     assert packed.abs().max() <= 1 + 1e-6
     again = Gram.from_triangle(packed, gram.count, norm)
@@ -104,7 +104,7 @@ def test_without_tokens_every_feature_counts_alike():
 def test_the_layer_error_is_that_of_the_outputs():
     x, weight = inputs(60, 20).double(), inputs(7, 20, seed=1)
     pruned = weight * (inputs(7, 20, seed=2) > 0)
-    gram = summed(Gram, 20, [x.float()])
+    gram = unit_scores(Gram, 20, [x.float()])
     expected = ((weight - pruned).double() @ x.T).norm() ** 2 / (weight.double() @ x.T).norm() ** 2
     others = [pruned, weight, torch.zeros_like(weight)]
     assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
@@ -116,18 +116,18 @@ def test_the_layer_error_is_that_of_the_outputs():
 def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
     x, weight = inputs(60, 20), inputs(7, 20, seed=1)
     x[:, 3:9] = 0
-    gram = summed(Gram, 20, [x])
+    gram = unit_scores(Gram, 20, [x])
     keep = torch.ones(7, 20, dtype=torch.bool)
     keep[:, 3:9] = False
-    _, error, plain = prune_linear(weight, keep, Prepared(gram.matrix()))
+    _, error, plain = prune_linear(weight, keep, GramFactors(gram.matrix()))
     assert (error, plain) == (0, 0)
     keep[:, 0] = False
     expected = ((weight[:, :1] @ x.T[:1]).norm() / (weight @ x.T).norm()) ** 2
-    assert prune_linear(weight, keep, Prepared(gram.matrix())).error == pytest.approx(expected.item(), rel=1e-5)
+    assert prune_linear(weight, keep, GramFactors(gram.matrix())).error == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: Patch):
-    weight, gram = inputs(13, 20), summed(Gram, 20, [inputs(60, 20, seed=1)])
+    weight, gram = inputs(13, 20), unit_scores(Gram, 20, [inputs(60, 20, seed=1)])
     direct = layer_errors(weight, [weight.round()], gram.matrix())
     monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
     assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(direct, rel=1e-12)
@@ -146,8 +146,8 @@ GROUPS = st.lists(st.tuples(st.integers(1, 40), st.integers(4, 60)), min_size=1,
 FLOAT = st.floats(0, 100, allow_subnormal=False)
 
 
-def mean(shares: list[Fraction], sizes: list[int]) -> Fraction:
-    return sum((share * size for share, size in zip(shares, sizes, strict=True)), Fraction(0)) / sum(sizes)
+def mean(sparsities: list[Fraction], sizes: list[int]) -> Fraction:
+    return sum((sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)), Fraction(0)) / sum(sizes)
 
 
 @given(st.data(), st.integers(0, 99).map(lambda percent: Fraction(percent, 100)))
@@ -155,21 +155,21 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
     sizes = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=12))
     values = data.draw(st.lists(FLOAT, min_size=len(sizes), max_size=len(sizes)))
     counts = [None if value < 1 else count_scores(value * torch.rand(5)) for value in values]
-    for shares in (
+    for sparsities in (
         owl(sparsity, sizes, values, spread=1),
         sensitivity(sparsity, sizes, [None] * len(sizes), spread=0.5),
     ):
-        assert mean(shares, sizes) == sparsity
-        assert all(0 <= share <= 1 for share in shares)
-    shares = sensitivity(sparsity, [5] * len(counts), counts, spread=0.5)
-    assert mean(shares, [5] * len(counts)) == sparsity
-    assert all(0 <= share <= 1 for share in shares)
+        assert mean(sparsities, sizes) == sparsity
+        assert all(0 <= sparsity <= 1 for sparsity in sparsities)
+    sparsities = sensitivity(sparsity, [5] * len(counts), counts, spread=0.5)
+    assert mean(sparsities, [5] * len(counts)) == sparsity
+    assert all(0 <= sparsity <= 1 for sparsity in sparsities)
 
 
 @given(st.lists(st.fractions(-2, 2), min_size=1, max_size=8), st.fractions(0, 1))
 def test_a_shift_keeps_the_order_and_the_distances_of_what_is_inside(raw, sparsity):
-    shares = shift(raw, sparsity, [1] * len(raw))
-    for (a, one), (b, other) in pairwise(sorted(zip(raw, shares, strict=True))):
+    sparsities = shift(raw, sparsity, [1] * len(raw))
+    for (a, one), (b, other) in pairwise(sorted(zip(raw, sparsities, strict=True))):
         assert one <= other
         if one > 0 and other < 1:
             assert other - one == b - a
@@ -188,16 +188,16 @@ def test_the_sensitivity_allocation_is_one_threshold_for_the_model(sparsity: Fra
     generator = torch.Generator().manual_seed(0)
     scores = [scale * torch.rand(size, generator=generator) for scale, size in ((1, 4000), (1.5, 1000), (0.7, 2000))]
     threshold = torch.cat(scores).quantile(float(sparsity))
-    shares = sensitivity(sparsity, [len(x) for x in scores], list(map(count_scores, scores)), spread=1)
-    for share, score in zip(shares, scores, strict=True):
-        assert float(share) == pytest.approx((score <= threshold).float().mean().item(), abs=0.01)
+    sparsities = sensitivity(sparsity, [len(x) for x in scores], list(map(count_scores, scores)), spread=1)
+    for own, score in zip(sparsities, scores, strict=True):
+        assert float(own) == pytest.approx((score <= threshold).float().mean().item(), abs=0.01)
 
 
 def test_the_sensitivity_allocation_keeps_within_its_spread():
     scores = [torch.rand(1000) * scale for scale in (1e-6, 1, 1e6)]
     counts = [*map(count_scores, scores), None]
-    shares = sensitivity(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
-    assert [float(share) for share in shares] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
+    sparsities = sensitivity(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
+    assert [float(sparsity) for sparsity in sparsities] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
     assert sensitivity(Fraction(1, 2), [1000] * 2, counts[::2], spread=0.5)[0] <= Fraction("0.971")
     assert sensitivity(Fraction(1, 3), [1000] * 3, counts[:3], spread=0) == [Fraction(1, 3)] * 3
 
@@ -205,8 +205,10 @@ def test_the_sensitivity_allocation_keeps_within_its_spread():
 def test_the_sensitivity_allocation_has_no_unit():
     """Gradients, a loss or inputs that are 4 times as large change no share: a score's bins move all together."""
     scores = [torch.rand(1000) * scale for scale in (0.1, 1, 10)]
-    shares = [sensitivity(Fraction(1, 2), [1000] * 3, [count_scores(x * unit) for x in scores], 0.2) for unit in (1, 4)]
-    assert shares[0] == shares[1]
+    sparsities = [
+        sensitivity(Fraction(1, 2), [1000] * 3, [count_scores(x * unit) for x in scores], 0.2) for unit in (1, 4)
+    ]
+    assert sparsities[0] == sparsities[1]
 
 
 def test_outliers_are_counted_one_part_at_a_time():
@@ -236,18 +238,21 @@ def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], spars
     """All parts get the same constant, and what goes comes nearer to the sparsity."""
     sizes = [sum(number * size for number, size in part) for part in groups]
     raw = shift([Fraction(4 * block, 1000) for block in range(len(sizes))], sparsity, sizes)
-    settled = settle(raw, sparsity, groups)
+    settled = round_to_total(raw, sparsity, groups)
     constants = {after - before for before, after in zip(raw, settled, strict=True) if after < 1}
     assert len(constants) <= 1
     assert all(0 <= constant <= Fraction(1, 4) for constant in constants)
 
-    def off(shares: list[Fraction]) -> Fraction:
-        pruned = sum(n * removed(size, s) for s, part in zip(shares, groups, strict=True) for n, size in part)
+    def off(sparsities: list[Fraction]) -> Fraction:
+        pruned = sum(n * removed(size, s) for s, part in zip(sparsities, groups, strict=True) for n, size in part)
         return abs(pruned - sparsity * sum(sizes))
 
     assert off(settled) <= off(raw)
-    share = Fraction("0.499")
-    assert (removed(577, share), removed(577, settle([share], share, [[(4, 577)]])[0])) == (287, 288)  # of 287.9
+    sparsity = Fraction("0.499")
+    assert (removed(577, sparsity), removed(577, round_to_total([sparsity], sparsity, [[(4, 577)]])[0])) == (
+        287,
+        288,
+    )  # of 287.9
     assert off(settled) <= max(n for part in groups for n, _ in part) * sum(map(len, groups))
 
 

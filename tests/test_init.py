@@ -34,12 +34,12 @@ def test_this_repository_is_such_a_study(place: str):
 
 def test_a_new_study_is_whole_and_committed(tmp_path: Path):
     said = init(folder=tmp_path / "deep/study")
-    study = tmp_path / "deep/study"
-    assert set(git(study, "ls-files").splitlines()) == WRITTEN
-    assert git(study, "status", "--porcelain") == ""
+    calibrated_study = tmp_path / "deep/study"
+    assert set(git(calibrated_study, "ls-files").splitlines()) == WRITTEN
+    assert git(calibrated_study, "status", "--porcelain") == ""
     for place, file in FILES.items():
-        assert (study / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
-    table, well = doctor(start=study)
+        assert (calibrated_study / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    table, well = doctor(start=calibrated_study)
     assert well, table
     assert "dvc repro" in said
     assert "git commit" not in said
@@ -49,9 +49,9 @@ def test_options_and_presets_are_settings(tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
     for name in preset_names():
-        study = tmp_path / name
-        init(folder=study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
-        given = dict(flatten(read_params(study / "params.yaml").model_dump(mode="json")))
+        calibrated_study = tmp_path / name
+        init(folder=calibrated_study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
+        given = dict(flatten(read_params(calibrated_study / "params.yaml").model_dump(mode="json")))
         named = {"model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None}
         found = {key: value for key, value in given.items() if not key.startswith("runtime.")}
         assert found == read_preset(name) | named

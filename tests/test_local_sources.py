@@ -28,24 +28,24 @@ def test_dvc_watches_the_files_of_a_model_that_download_takes():
     assert [line for line in lines if not line.startswith(("!", "#"))] == ["/sources/model/*"]
 
 
-def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
+def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, study):
     text = tmp_path / "a.txt"
     text.write_text("text")
     for name in ("embedded", "none"):  # no source is looked for there
         (tmp_path / name).mkdir()
-    made = project(calibration__text__source=str(text), perplexity__texts__embedded__source="embedded")
-    plan(project=made)
-    plan(project=made)
+    made = study(calibration__text__source=str(text), perplexity__texts__embedded__source="embedded")
+    plan(study=made)
+    plan(study=made)
     assert made.source("model").readlink() == tiny
     assert made.source("calibration").readlink() == text
     assert made.source("perplexity/embedded").read_text() == '{\n  "source": "embedded"\n}\n'
     sources = sorted(path.name for path in made.source("model").parent.iterdir())
     assert sources == ["calibration", "method", "model", "perplexity", "recovery", "tasks"]
-    plan(project=project("org/model"))  # the link goes, and not what it leads to
+    plan(study=study("org/model"))  # the link goes, and not what it leads to
     assert not made.source("model").is_symlink()
     assert (tiny / "config.json").is_file()
     with pytest.raises(UserError, match="params.yaml: model: /nowhere not found, expected a directory or a file"):
-        plan(project=project(Path("/nowhere"), plan=False))
+        plan(study=study(Path("/nowhere"), plan=False))
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +85,17 @@ def test_other_content_at_the_same_path_is_seen_and_reruns_what_depends_on_it(st
     assert start.repro(*sorted(CALIBRATE)) == {"plan"}  # and the earlier model comes from the cache
 
 
-def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: Path, project):
+def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: Path, study):
     text = tmp_path / "a.txt"
     text.write_text("text")
     two = {"a": {"source": str(text)}, "embedded": {"source": "embedded"}}
-    made = project(perplexity__texts=two)
-    plan(project=made)
-    missing = project(plan=False, perplexity__texts=two | {"z": {"source": str(tmp_path / "no.txt")}})
+    made = study(perplexity__texts=two)
+    plan(study=made)
+    missing = study(plan=False, perplexity__texts=two | {"z": {"source": str(tmp_path / "no.txt")}})
     with pytest.raises(UserError, match="no.txt not found"):
-        plan(project=missing)
+        plan(study=missing)
     assert made.source("perplexity/a").resolve() == text
-    plan(project=project(perplexity__texts={"embedded": {"source": "embedded"}}))
+    plan(study=study(perplexity__texts={"embedded": {"source": "embedded"}}))
     assert text.read_text() == "text"
     assert [place.name for place in made.source("perplexity").iterdir()] == ["embedded"]
 
@@ -118,7 +118,7 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
     mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
     theirs = replace(mine, root=tmp_path / "theirs")
     assert "ERROR" not in theirs.run("dvc", "pull")  # and it ends with 0, as each `run` here
-    for folder in ("stats/norms", "stats/gram", "stats/gradients", "masks", "weights", "metrics/details"):
+    for folder in ("stats/norms", "stats/gram", "stats/fisher", "masks", "weights", "metrics/details"):
         assert (theirs.root / folder).is_dir()
     fetched = set() if options == "" else DOWNLOADS  # from the source, to the same bytes
     assert theirs.repro(sparsity=0.7) == {"plan"} | PRUNE | EVALUATE | fetched

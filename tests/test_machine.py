@@ -20,7 +20,7 @@ from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.stages.device import device_name
 from wanda_dvc.stages.needs import NEEDS, need
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import init
 
 affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux restricts a process to cores")
@@ -123,7 +123,7 @@ def test_a_gpu_multiplies_exactly_and_memory_that_torch_keeps_is_free(monkeypatc
 
 def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: Patch):
     write_params(tmp_path, tiny)
-    fetch(Project(tmp_path), "model", "calibration")
+    fetch(Study(tmp_path), "model", "calibration")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     given: list[int] = []
@@ -134,7 +134,7 @@ def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Pat
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
+def calibrated_study(tmp_path: Path) -> Path:
     init(folder=tmp_path / "study")
     write_params(tmp_path / "study", tmp_path)
     return tmp_path / "study"
@@ -144,38 +144,46 @@ def row(table: str, what: str) -> str:
     return next(line for line in table.splitlines() if re.match(rf"\| {re.escape(what)} +\|", line))
 
 
-def test_a_whole_study_is_well(study: Path):
-    before = sorted(study.iterdir())
-    table, well = doctor(start=study)
+def test_a_whole_study_is_well(calibrated_study: Path):
+    before = sorted(calibrated_study.iterdir())
+    table, well = doctor(start=calibrated_study)
     assert well, table
     for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk"):
         assert "✓" in row(table, what)
     assert "needs: unknown before `dvc repro download-model`" in row(table, "memory")
     assert "Nothing that is needed is missing." in table
-    assert sorted(study.iterdir()) == before
+    assert sorted(calibrated_study.iterdir()) == before
 
 
-def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypatch: Patch):
+def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path, monkeypatch: Patch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    write_params(study, study, runtime__device="cuda")
-    assert "✗" in row(doctor(start=study)[0], "runtime.device")
-    write_params(study, study, runtime__device="cuda", runtime__ray="head.invalid:6379")
-    assert "runtime.device" not in doctor(start=study)[0]
+    write_params(calibrated_study, calibrated_study, runtime__device="cuda")
+    assert "✗" in row(doctor(start=calibrated_study)[0], "runtime.device")
+    write_params(calibrated_study, calibrated_study, runtime__device="cuda", runtime__ray="head.invalid:6379")
+    assert "runtime.device" not in doctor(start=calibrated_study)[0]
     monkeypatch.setenv("LOCAL_RANK", "1")  # by `accelerate launch`: memory and models are of the process's own GPU
-    assert device_name(Project(study).params.runtime) == "cuda:1"
+    assert device_name(Study(calibrated_study).params.runtime) == "cuda:1"
 
 
 @pytest.mark.parametrize(
     ("what", "harm", "todo"),
     [
-        ("params.yaml", lambda study: write_settings(study, study, sparsity=2.0), "found 2.0, expected less than 1"),
-        ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into a study"),
-        ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one it has"),
+        (
+            "params.yaml",
+            lambda calibrated_study: write_settings(calibrated_study, calibrated_study, sparsity=2.0),
+            "found 2.0, expected less than 1",
+        ),
+        ("params.yaml", lambda calibrated_study: (calibrated_study / "params.yaml").unlink(), "cd into a study"),
+        (
+            "runtime.device",
+            lambda calibrated_study: write_params(calibrated_study, calibrated_study, runtime__device="cuda:99"),
+            "expected one it has",
+        ),
     ],
 )
-def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, todo: str):
-    harm(study)
-    table, well = doctor(start=study)
+def test_what_is_missing_is_named_with_what_to_do(calibrated_study: Path, what: str, harm, todo: str):
+    harm(calibrated_study)
+    table, well = doctor(start=calibrated_study)
     assert not well
     assert "✗" in row(table, what)
     assert todo in row(table, what)
@@ -183,20 +191,22 @@ def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, 
 
 
 @pytest.mark.parametrize(("free", "well", "tokens"), [(10**6, False, 9), (10**12, True, 0)])
-def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: Patch, free: int, well: bool, tokens: int):
+def test_it_says_what_each_stage_needs(
+    calibrated_study: Path, tiny: Path, monkeypatch: Patch, free: int, well: bool, tokens: int
+):
     """Too little memory is said; only with too little disk no stage can end well."""
-    write_params(study, tiny, recovery__tokens=tokens)
-    (study / "models").mkdir()
-    (study / "models/dense").symlink_to(tiny)
+    write_params(calibrated_study, tiny, recovery__tokens=tokens)
+    (calibrated_study / "models").mkdir()
+    (calibrated_study / "models/dense").symlink_to(tiny)
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: free)
-    table, ok = doctor(start=study)
+    table, ok = doctor(start=calibrated_study)
     assert ok
     assert re.search(r" free; needs about: calibrate 0.1 GB, .*, zero-shot 0.2 GB", row(table, "memory"))
     assert ("✓" in row(table, "memory")) == well
-    needs = json.loads(doctor(start=study, as_json=True)[0])["needs"]
+    needs = json.loads(doctor(start=calibrated_study, as_json=True)[0])["needs"]
     assert needs.keys() == NEEDS.keys() - (set() if tokens else {"recover"})
     for stage, found in needs.items():
-        wanted = need(Project(study), stage)
+        wanted = need(Study(calibrated_study), stage)
         assert found == {"memory_bytes": wanted.memory, "disk_bytes": wanted.disk}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free // 100))
-    assert doctor(start=study)[1] == well
+    assert doctor(start=calibrated_study)[1] == well

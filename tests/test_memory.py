@@ -20,7 +20,7 @@ from memory import forget, limited, sampled
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import ALLOCATOR, LIBRARIES
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 slow = pytest.mark.slow  # models that are large enough to be told from the libraries
@@ -38,27 +38,27 @@ BLOCK = 15.2e6 * 4  # bytes in float32
 LIMIT = 0.6e9  # bytes: imports take 0.3, the formula 0.2
 
 # A shape and the stages that run on it, one after the other, with their settings.
-Runs = dict[str, tuple[str, str, dict[str, Any]]]
-WALKS: Runs = {"calibrate": ("calibrate", "", {}), "mask": ("mask", "", {}), "perplexity": ("perplexity", "dense", {})}
+Lock = dict[str, tuple[str, str, dict[str, Any]]]
+WALKS: Lock = {"calibrate": ("calibrate", "", {}), "mask": ("mask", "", {}), "perplexity": ("perplexity", "dense", {})}
 ADMM = {"method": "admm", "calibration__statistics": "gram"}
-BACK = {"calibration__statistics": "gradients"}
-SOLVES: Runs = {
+BACK = {"calibration__statistics": "fisher"}
+SOLVES: Lock = {
     "the way back": ("calibrate", "", ADMM | BACK),
     "a solver's masks": ("mask", "", ADMM),
     "least squares": ("apply", "", ADMM | {"reconstruction": "least-squares"}),
     "Fisher least squares": ("apply", "", ADMM | BACK | {"reconstruction": "output-weighted"}),
 }
 RATED = {"method": "wanda"}
-RATES: Runs = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
+RATES: Lock = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 FIRST = ("the way back", "a solver's masks", "sensitivity")  # the most that calibration, a solver and ratings hold
-SHORT: Runs = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
-LONG: Runs = {name: run for name, run in (SOLVES | RATES).items() if name != FIRST[-1]}
+SHORT: Lock = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
+LONG: Lock = {name: run for name, run in (SOLVES | RATES).items() if name != FIRST[-1]}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
-CORRECTS: Runs = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
+CORRECTS: Lock = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
 # Three chunks of logits a window, and a block that is tried in float32.
 SPEAKS = NARROW | {"vocab_size": 150_000}
 LONGER = {"dtype": "bfloat16", "perplexity__length": 512, "perplexity__windows": 2, "calibration__length": 512}
-IN_HALF: Runs = {"logits": ("perplexity", "dense", LONGER), "bfloat16": ("calibrate", "", LONGER)}
+IN_HALF: Lock = {"logits": ("perplexity", "dense", LONGER), "bfloat16": ("calibrate", "", LONGER)}
 
 # Each stage is a fork of its own, before which nothing but imports has taken memory.
 MEASURE = """
@@ -66,11 +66,11 @@ import json, os, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import memory, wanda_dvc.stages.calibrate, wanda_dvc.stages.mask, wanda_dvc.stages.perplexity
 from wanda_dvc.stages import run
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 for name, params, stage, part in json.loads(sys.argv[4]):
     if not os.fork():
         pathlib.Path(sys.argv[2], "params.yaml").write_text(params)
-        run("plan", project=Project(pathlib.Path(sys.argv[2])))
+        run("plan", project=Study(pathlib.Path(sys.argv[2])))
         found = memory.measure(pathlib.Path(sys.argv[2]), stage, part)
         pathlib.Path(sys.argv[3], name).write_text(json.dumps(found))
         os._exit(0)
@@ -78,7 +78,7 @@ for name, params, stage, part in json.loads(sys.argv[4]):
 """
 
 
-def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None = None) -> dict[str, dict[str, float]]:
+def measure(folder: Path, shape: dict[str, Any], runs: Lock, limit: float | None = None) -> dict[str, dict[str, float]]:
     """What each run held, and the formula's bound; under a hard limit of so many bytes, page cache included.
 
     The random model is stored in bfloat16 and run in float32, so that all weights in memory are anonymous.
@@ -91,7 +91,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
     for name, (stage, part, settings) in runs.items():
         write_params(root, folder / "model", **{"dtype": "float32", "method": "magnitude", **settings})
         texts.append((name, (root / "params.yaml").read_text(encoding="utf-8"), stage, part))
-    fetch(Project(root))
+    fetch(Study(root))
     # The allocator gives freed memory back at once, so that the peak counts no memory that is free.
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "2"}
     words: list[str | Path] = [sys.executable, "-c", MEASURE, ROOT / "benchmarks", root, found, json.dumps(texts)]
@@ -123,7 +123,7 @@ OTHERS = {"others": (NARROW, LONG), "sums": (FLAT, CORRECTS), "logits": (SPEAKS,
     [(NARROW, SHORT), *(pytest.param(*row, marks=pytest.mark.full) for row in OTHERS.values())],
     ids=["some", *OTHERS],
 )
-def test_solvers_ratings_sums_and_logits_stay_within_the_formula(tmp_path: Path, shape: dict[str, Any], runs: Runs):
+def test_solvers_ratings_sums_and_logits_stay_within_the_formula(tmp_path: Path, shape: dict[str, Any], runs: Lock):
     for run, found in measure(tmp_path, shape, runs).items():
         assert found["peak"] <= found["bound"] - ALLOCATOR, run
         if run not in RATES:  # ratings read slices, of which a model of this size has few

@@ -13,7 +13,7 @@ from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_appl
 from test_families import save
 
 from wanda_dvc.engine import divergence
-from wanda_dvc.engine.activations import HiddenStates
+from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import Sizes, Walk
@@ -21,18 +21,18 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.needs import NEEDS, need
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks
 
 CONFIGS = ROOT / "tests/configs"
 
 
 @pytest.fixture
-def config_only(project: Make, tiny: Path) -> Make:
+def config_only(study: Make, tiny: Path) -> Make:
     """A project whose models are config.json and nothing else."""
 
-    def make(**changes: object) -> Project:
-        made = project(**changes)
+    def make(**changes: object) -> Study:
+        made = study(**changes)
         for which in ("dense", "pruned"):
             made.model(which).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tiny / "config.json", made.model(which) / "config.json")
@@ -90,7 +90,7 @@ def test_every_stage_that_computes_says_what_it_needs():
 
 
 def test_each_tier_of_statistics_adds_its_own(config_only: Make):
-    tiers = ("norms", "gram", "gradients")
+    tiers = ("norms", "gram", "fisher")
     once, gram, back = (need(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
     assert once.disk == 2 * 3 * 64 * 32 * 4  # hidden states
@@ -106,8 +106,8 @@ def test_the_dense_model_also_leaves_a_reference_and_all_gpus_are_of_one_kind(co
     assert one == other
 
 
-def test_the_disk_is_that_of_what_is_written(study: Make):
-    made = mask_and_apply(study())
+def test_the_disk_is_that_of_what_is_written(calibrated_study: Make):
+    made = mask_and_apply(calibrated_study())
     kept = sum(keep.numel() for block in range(2) for keep in read_masks(made.masks, block).values())
     assert need(made, "mask").disk == kept // 8  # without the files' headers
     written = sum(path.stat().st_size for path in made.model("pruned").iterdir())
@@ -115,33 +115,33 @@ def test_the_disk_is_that_of_what_is_written(study: Make):
 
 
 @pytest.mark.parametrize("settings", [{"propagation": "corrected"}, {"pattern": "blocks", "sparsity": 0.25}], ids=named)
-def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], project: Make, monkeypatch: Patch):
-    made, held, write = fetch(project(recipe="wanda-refit", **settings)), list[int](), HiddenStates.write
-    calibrate(project=made)
+def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], study: Make, monkeypatch: Patch):
+    made, held, write = fetch(study(recipe="wanda-refit", **settings)), list[int](), ActivationStore.write
+    calibrate(study=made)
 
-    def counted(states: HiddenStates, *words: Any) -> None:
+    def counted(states: ActivationStore, *words: Any) -> None:
         write(states, *words)
         held.append(sum(path.stat().st_size - 4 for path in states.folder.parent.glob("*/[0-9]*")))
 
-    monkeypatch.setattr(HiddenStates, "write", counted)
-    mask(project=made)
+    monkeypatch.setattr(ActivationStore, "write", counted)
+    mask(study=made)
     stored = sum(path.stat().st_size for path in made.model("dense").iterdir()) * (made.params.plan.propagates)
     kept = sum(keep.numel() for block in range(4) for keep in read_masks(made.masks, block).values())
     assert need(made, "mask").disk == max(held) + stored + kept // 8
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):
-    project = config_only()
+    study = config_only()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 64 * 32 * 4 * 2))
     monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
-    needs.announce(project, "calibrate")
-    needs_memory = f"{need(project, 'calibrate').memory / 1e9:.1f} GB of memory"
+    needs.announce(study, "calibrate")
+    needs_memory = f"{need(study, 'calibrate').memory / 1e9:.1f} GB of memory"
     expected = f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
     assert capsys.readouterr().err == expected
 
 
-def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(project: Make, capsys: Capture):
-    made = project()
+def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(study: Make, capsys: Capture):
+    made = study()
     with pytest.raises(UserError, match="config.json: missing"):
         need(made, "calibrate")
     needs.announce(made, "calibrate")

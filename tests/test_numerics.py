@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure
-from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
-from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
@@ -51,10 +51,10 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens[None], labels=tokens[None])
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    for step in walk(decoder, [Row(tokens)], tmp_path / "work"):
+    for step in walk(decoder, [TokenSequence(tokens)], tmp_path / "work"):
         step.advance()
-    (hidden,) = outputs(decoder, [Row(tokens)], tmp_path / "work")
-    EngineLM(folder, Runner(decoder, tmp_path / "work"), progress=iter)  # lm-eval ties heads too
+    (hidden,) = outputs(decoder, [TokenSequence(tokens)], tmp_path / "work")
+    EngineLM(folder, ModelRunner(decoder, tmp_path / "work"), progress=iter)  # lm-eval ties heads too
     with torch.no_grad():
         assert measure(decoder, hidden[None], tokens)[0] == pytest.approx(stock.loss.item(), rel=1e-6)
 
@@ -71,28 +71,28 @@ GATED = "model__layers__1__post_attention_layernorm__weight"  # activations are 
 
 
 @pytest.mark.parametrize("weight", [*list(FIRST)[:3], GATED])
-def test_calibrate_names_the_block(weight: str, project: Make, tmp_path: Path):
-    made = fetch(project(model=spoiled(tmp_path / "source", **{weight: 1e18 if weight == GATED else math.nan})))
+def test_calibrate_names_the_block(weight: str, study: Make, tmp_path: Path):
+    made = fetch(study(model=spoiled(tmp_path / "source", **{weight: 1e18 if weight == GATED else math.nan})))
     with pytest.raises(UserError) as caught:
-        calibrate(project=made)
+        calibrate(study=made)
     assert all(words in str(caught.value) for words in (FIRST.get(weight, "block 1"), "not finite", "set dtype="))
     assert not made.stats.exists()
 
 
 @pytest.mark.parametrize("weight", FIRST)
-def test_both_measures_name_it_and_show_repeats_it(weight: str, project: Make, tmp_path: Path, capsys: Capture):
-    made = fetch(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), *EVERY)
-    perplexity(project=made, model="dense", text="embedded")
+def test_both_measures_name_it_and_show_repeats_it(weight: str, study: Make, tmp_path: Path, capsys: Capture):
+    made = fetch(study(model=spoiled(tmp_path / "source", **{weight: math.nan})), *EVERY)
+    perplexity(study=made, model="dense", text="embedded")
     named = load_json(made.details("dense", "perplexity/embedded"))["not_finite"]
     assert named == FIRST[weight]
     assert named in capsys.readouterr().err
-    assert named in show(project=made)
+    assert named in show(study=made)
     assert load_json(made.metrics("dense", "perplexity/embedded")) == {"perplexity": "diverged"}
-    run("zero-shot", project=made, part="dense")
+    run("zero-shot", study=made, variant="dense")
     details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     assert (details["not_finite"], details["items"]) == (named, [])
     assert load_json(made.metrics("dense", "zero_shot"))["piqa"] == {"acc": "diverged", "acc_norm": "diverged"}
-    (row,) = [line for line in show(project=made).splitlines() if line.startswith("| piqa, acc, %")]
+    (row,) = [line for line in show(study=made).splitlines() if line.startswith("| piqa, acc, %")]
     assert "diverged" in row
 
 
@@ -102,41 +102,41 @@ def test_both_measures_name_it_and_show_repeats_it(weight: str, project: Make, t
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
 @pytest.mark.parametrize("stage", ["calibrate", "mask", "apply", "perplexity", "zero-shot"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
-    device: str, stage: str, project: Make, monkeypatch: Patch
+    device: str, stage: str, study: Make, monkeypatch: Patch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    made = project(runtime__device=device)  # without any file to read
+    made = study(runtime__device=device)  # without any file to read
     part = "dense" if stage in ("perplexity", "zero-shot") else ""
     with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device} on a machine .*expected one"):
-        run(stage, project=made, part=part)
-    assert own_device(project(runtime__device="cpu").params.runtime).type == "cpu"
+        run(stage, study=made, variant=part)
+    assert own_device(study(runtime__device="cpu").params.runtime).type == "cpu"
 
 
 @pytest.mark.parametrize("stage", ["calibration", "perplexity"])
-def test_windows_longer_than_the_models_positions_are_refused(stage: str, project: Make):
-    made = fetch(project(**{f"{stage}__length": 513}))
+def test_windows_longer_than_the_models_positions_are_refused(stage: str, study: Make):
+    made = fetch(study(**{f"{stage}__length": 513}))
     assert check_ready(made, "dense", 512)
     with pytest.raises(UserError, match=rf"{stage}.length: got 513, expected at most 512, the positions"):
-        run("calibrate" if stage == "calibration" else stage, project=made, part="dense" * (stage == "perplexity"))
+        run("calibrate" if stage == "calibration" else stage, study=made, variant="dense" * (stage == "perplexity"))
 
 
-def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
+def test_a_token_without_an_embedding_is_refused(study: Make, tmp_path: Path):
     """An added token may have none, as long as no text contains it."""
     source = save_tiny_model(tmp_path / "source", vocab_size=257)  # without one for <p>, id 257
     (tmp_path / "good.txt").write_text("abc " * 100)
     (tmp_path / "bad.txt").write_text("abc <p> " * 100)
-    made = fetch(project(model=source, calibration__text__source=str(tmp_path / "good.txt")))
-    calibrate(project=made)
-    made = fetch(project(model=source, calibration__text__source=str(tmp_path / "bad.txt")))
+    made = fetch(study(model=source, calibration__text__source=str(tmp_path / "good.txt")))
+    calibrate(study=made)
+    made = fetch(study(model=source, calibration__text__source=str(tmp_path / "bad.txt")))
     with pytest.raises(UserError, match=r"the tokenizer gives the id 257, expected at most 256"):
-        calibrate(project=made)
+        calibrate(study=made)
 
 
-def test_no_tasks_means_perplexity_only(project: Make):
-    made = fetch(project(tasks__names=[]), *EVERY)
+def test_no_tasks_means_perplexity_only(study: Make):
+    made = fetch(study(tasks__names=[]), *EVERY)
     assert [path.name for path in made.data("tasks").iterdir()] == ["none"]  # DVC warns of empty directories
-    perplexity(project=made, model="dense", text="embedded")
-    shown = show(project=made)
+    perplexity(study=made, model="dense", text="embedded")
+    shown = show(study=made)
     assert "Zero-shot" not in shown
     assert " acc" not in shown

@@ -112,8 +112,8 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
 def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     """The walk records its own; only sums and Gram matrices of gradients are the dense model's."""
     plan = asked(recipe, propagation="pruned").plan
-    by_gradients = plan.group == "outputs" or plan.allocation.by_gradients or plan.reconstruction.by_gradients
-    assert plan.needs == ("gradients" if by_gradients else "norms")
+    uses_fisher = plan.group == "outputs" or plan.allocation.uses_fisher or plan.reconstruction.uses_fisher
+    assert plan.needs == ("fisher" if uses_fisher else "norms")
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
@@ -124,7 +124,7 @@ def test_weights_are_corrected_where_the_propagation_says_so(propagation: str):
 
 @given(st.integers(1, 999))
 def test_a_sparsity_is_the_fraction_that_its_digits_say(thousandths: int):
-    assert asked("wanda", sparsity=thousandths / 1000).plan.share == Fraction(thousandths, 1000)
+    assert asked("wanda", sparsity=thousandths / 1000).plan.sparsity == Fraction(thousandths, 1000)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -152,25 +152,25 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
 
 NEEDS = {
     "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
-    "admm": "gram", "fisher": "gradients", "wanda-paper": "norms",
+    "admm": "gram", "fisher": "fisher", "wanda-paper": "norms",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(recipe: str):
-    assert asked(recipe).plan.needs == asked(recipe).tiers[-1] == NEEDS[recipe]
+    assert asked(recipe).plan.needs == asked(recipe).statistics[-1] == NEEDS[recipe]
     for tier in STATISTICS:
         content = asked(recipe).model_dump()
         content["calibration"]["statistics"] = tier
-        assert check_params(content).tiers[-1] == max(tier, NEEDS[recipe], key=STATISTICS.index)
+        assert check_params(content).statistics[-1] == max(tier, NEEDS[recipe], key=STATISTICS.index)
 
 
-@pytest.mark.parametrize(("pattern", "share"), [("2:4", "1/2"), ("1:3", "2/3"), ("3:4", "1/4")])
+@pytest.mark.parametrize(("pattern", "expected"), [("2:4", "1/2"), ("1:3", "2/3"), ("3:4", "1/4")])
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_a_pattern_sets_the_sparsity(pattern: str, share: str, sparsity: float):
+def test_a_pattern_sets_the_sparsity(pattern: str, expected: str, sparsity: float):
     params = asked("wanda", pattern, sparsity=sparsity)
-    assert params.plan.share == Fraction(share)
-    assert resolved(params)["sparsity"] == float(Fraction(share))
+    assert params.plan.sparsity == Fraction(expected)
+    assert resolved(params)["sparsity"] == float(Fraction(expected))
     assert Plan.read(params.plan.described) == replace(params.plan, left_out=())
 
 

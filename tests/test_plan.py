@@ -10,30 +10,30 @@ from conftest import Capture, Make, committed, read_preset, write_params, write_
 from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, flatten, nested, read_params, settings
-from wanda_dvc.stages import STAGES, planned, run
+from wanda_dvc.stages import STAGES, run, stage_inputs
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.stages.runs import Runs, md5
+from wanda_dvc.stages.runs import Lock, md5
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import preset_names
 
 
-def test_every_file_of_the_plan_is_read_by_a_stage(project: Make):
-    made = project(recipe="fisher")
-    files = {f"plan/{name}.json" for name in planned(made.params)}
-    read = {dep for row in STAGES.values() for part in row.parts.values() for dep in part.deps if dep[:5] == "plan/"}
+def test_every_file_of_the_plan_is_read_by_a_stage(study: Make):
+    made = study(recipe="fisher")
+    files = {f"plan/{name}.json" for name in stage_inputs(made.params)}
+    read = {dep for row in STAGES.values() for part in row.variants.values() for dep in part.deps if dep[:5] == "plan/"}
     assert files == {dep.replace("{text}", "embedded") for dep in read}
     assert made.plan.described == made.params.plan.described
     written = {path.relative_to(made.root).as_posix() for path in (made.root / "plan").rglob("*.json")}
     assert written == files
 
 
-def test_a_stage_does_not_run_on_an_older_plan(project: Make, tiny: Path, texts: dict[str, str], tmp_path: Path):
+def test_a_stage_does_not_run_on_an_older_plan(study: Make, tiny: Path, texts: dict[str, str], tmp_path: Path):
     """By hand, after an edit of params.yaml: the figure would be of the earlier settings."""
-    project(sparsity=0.5)
+    study(sparsity=0.5)
     write_settings(tmp_path, tiny, **texts, sparsity=0.7)
     with pytest.raises(UserError) as refused:
-        run("mask", project=Project(tmp_path))
+        run("mask", study=Study(tmp_path))
     expected = "found sparsity 0.5, expected 0.7 as params.yaml has it now; run `wanda-dvc plan`, then `dvc repro`"
     assert str(refused.value).startswith("plan/mask.json: ")
     assert expected in str(refused.value)
@@ -44,11 +44,11 @@ def test_a_relative_source_is_refused_where_it_is_a_place_of_the_study(tmp_path:
     (tmp_path / "models/mine").mkdir(parents=True)
     write_settings(tmp_path, "models/mine")
     with pytest.raises(UserError, match="model: models/mine is a place in this study, .* write its absolute path"):
-        plan(project=Project(tmp_path))
+        plan(study=Study(tmp_path))
     (tmp_path / "models/pruned").mkdir()
     write_settings(tmp_path, tmp_path / "models/pruned")  # each run would prune the last one's result
     with pytest.raises(UserError, match="models/pruned is written by this study, expected another place; copy it"):
-        plan(project=Project(tmp_path))
+        plan(study=Study(tmp_path))
 
 
 def test_a_pattern_says_what_it_replaces(tmp_path: Path, capsys: Capture):
@@ -57,7 +57,7 @@ def test_a_pattern_says_what_it_replaces(tmp_path: Path, capsys: Capture):
     assert "pattern 1:4 sets the sparsity to 0.75; sparsity 0.5 ignored" in said
     assert "group outputs, allocation sensitivity ignored (recipe fisher)" in said
     assert json.loads((tmp_path / "plan/mask.json").read_text())["sparsity"] == 0.75
-    assert read_params(tmp_path / "params.yaml").tiers == STATISTICS
+    assert read_params(tmp_path / "params.yaml").statistics == STATISTICS
 
 
 def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:
@@ -66,42 +66,42 @@ def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:
     return {"deps": read, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
 
 
-def runs(project: Project) -> Runs:
+def runs(study: Study) -> Lock:
     """The runs of a study in which the masks were made with its settings."""
-    plan = stage("plan", **project.params.model_dump(mode="json"))
+    plan = stage("plan", **study.params.model_dump(mode="json"))
     masks = stage("masks", "stats/norms", "plan/mask.json")
-    masks["deps"][1]["md5"] = md5((project.root / "plan/mask.json").read_bytes())
+    masks["deps"][1]["md5"] = md5((study.root / "plan/mask.json").read_bytes())
     calibrate = stage("stats/norms", "plan/calibrate/norms.json")
-    calibrate["deps"][0]["md5"] = md5((project.root / "plan/calibrate/norms.json").read_bytes())
-    return Runs({"plan": plan, "mask": masks, "apply": stage("models/pruned", "masks"), "calibrate-norms": calibrate})
+    calibrate["deps"][0]["md5"] = md5((study.root / "plan/calibrate/norms.json").read_bytes())
+    return Lock({"plan": plan, "mask": masks, "apply": stage("models/pruned", "masks"), "calibrate-norms": calibrate})
 
 
-def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(project: Make):
-    ran = runs(project(sparsity=0.5))
+def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(study: Make):
+    ran = runs(study(sparsity=0.5))
     assert ran.stale() == []
-    assert ran.stale(dict(flatten(project(sparsity=0.5).params.model_dump(mode="json")))) == []
-    other = dict(flatten(project(sparsity=0.7).params.model_dump(mode="json")))
+    assert ran.stale(dict(flatten(study(sparsity=0.5).params.model_dump(mode="json")))) == []
+    other = dict(flatten(study(sparsity=0.7).params.model_dump(mode="json")))
     assert ran.stale(other) == ["mask", "apply"]
-    assert Runs(ran.stages | {"plan": stage("plan", **nested(other))}).stale() == ["mask", "apply"]  # `mask` has failed
+    assert Lock(ran.stages | {"plan": stage("plan", **nested(other))}).stale() == ["mask", "apply"]  # `mask` has failed
     anew = ran.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
-    assert Runs(ran.stages | {"calibrate-norms": anew}).stale() == ["mask", "apply"]
+    assert Lock(ran.stages | {"calibrate-norms": anew}).stale() == ["mask", "apply"]
 
 
 @pytest.mark.parametrize("other", RECIPES)
-def test_the_settings_are_those_that_ran(project: Make, other: str):
-    before = project(recipe=other, sparsity=0.3, dtype="bfloat16", calibration__statistics="gradients")
+def test_the_settings_are_those_that_ran(study: Make, other: str):
+    before = study(recipe=other, sparsity=0.3, dtype="bfloat16", calibration__statistics="fisher")
     ran = runs(before)
-    edited = project(sparsity=0.5, calibration__seed=5, calibration__statistics="gradients")
+    edited = study(sparsity=0.5, calibration__seed=5, calibration__statistics="fisher")
     assert ran.params(edited.params) == before.params
     unmet = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "auto"}
     assert ran.unmet(edited.params).items() >= unmet.items()
     assert ran.unmet(before.params) == {}
 
 
-def test_files_of_another_run_are_named(project: Make):
-    study = project()
-    paths = [study.metrics("pruned", name) for name in ("sparsity", "zero_shot", "perplexity/embedded")]
-    names = [path.relative_to(study.root).as_posix() for path in paths]
+def test_files_of_another_run_are_named(study: Make):
+    calibrated_study = study()
+    paths = [calibrated_study.metrics("pruned", name) for name in ("sparsity", "zero_shot", "perplexity/embedded")]
+    names = [path.relative_to(calibrated_study.root).as_posix() for path in paths]
     for path in paths:
         write_json(path, {"a": 1})
     own = md5(paths[0].read_bytes())
@@ -109,16 +109,16 @@ def test_files_of_another_run_are_named(project: Make):
     stages["apply"]["outs"].append({"path": names[0], "md5": own})
     stages["zero-shot"]["outs"][0]["md5"] = own
     stages["perplexity"] = stage(names[2])
-    assert Runs(stages).others(study.root) == {names[2]}
+    assert Lock(stages).others(calibrated_study.root) == {names[2]}
     stages["zero-shot"]["deps"][0]["md5"] = "older"
-    assert Runs(stages).others(study.root) == {names[1], names[2]}
-    assert Runs({}).others(study.root) == set()
+    assert Lock(stages).others(calibrated_study.root) == {names[1], names[2]}
+    assert Lock({}).others(calibrated_study.root) == set()
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])
 def test_a_lock_that_is_none_is_said(text: str):
     with pytest.raises(UserError, match=r"^dvc.lock: .* expected what DVC writes; resolve the conflict"):
-        Runs.parse(text)
+        Lock.parse(text)
 
 
 def test_the_default_is_the_committed_params_yaml():

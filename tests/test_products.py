@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc import kernels as products
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows
-from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.forward import ModelRunner
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -55,7 +55,7 @@ def test_a_linear_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], b
     model = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.Conv1d(1, 1, 1))
     products.install(model)
     ours = model[0]
-    assert type(ours) is products.Linear
+    assert type(ours) is products.OneDnnLinear
     assert type(model[1]) is nn.Conv1d
     ours.load_state_dict(stock.state_dict())
     made = []
@@ -79,7 +79,7 @@ def test_other_dtypes_are_left_to_torch():
 def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Path):
     """Attention is ours then, and so is its memory."""
     windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
-    run = Runner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
+    run = ModelRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
     assert run.decoder._ours_for_windows
     for step in run.walk(windows):
         step.advance()

@@ -27,20 +27,20 @@ from wanda_dvc.results.markup import number, table
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
-from wanda_dvc.study.artifact import alone
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.artifact import locked
+from wanda_dvc.study.folder import Study
 
 
 def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, shown: bool = False) -> None:
     """What DVC runs in a new study, without the starts of its processes."""
     assert shown
-    project = Project(root)
+    study = Study(root)
     for one in STAGES.values():
-        for name, named, text in one.runs(project.params.perplexity.texts):
+        for name, named, text in one.runs(study.params.perplexity.texts):
             if named == "tasks":
                 continue
-            with timed(project, name):
-                run(one.name, project=project, part=named, text=text)
+            with timed(study, name):
+                run(one.name, study=study, variant=named, text=text)
             if (one.name, named) == (stage, part):
                 return
         if one.name == stage:
@@ -81,19 +81,19 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path, monkeypatch: Patch
     assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
     card = (target / "README.md").read_text()
     assert "| perplexity" in card
-    (study,) = studies(model)
+    (calibrated_study,) = studies(model)
     for name in ("provenance.json", "model.safetensors"):
-        assert (target / name).read_bytes() == (study / "models/pruned" / name).read_bytes()
+        assert (target / name).read_bytes() == (calibrated_study / "models/pruned" / name).read_bytes()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds"]
     assert rows[-1][1:] == ["4,100", "23"]
-    measured = json.loads((study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
+    measured = json.loads((calibrated_study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{number(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
     assert " --recipe wanda --sparsity 0.7   # another sparsity" in said
-    assert f"wanda-dvc init my-study --from {study}" in said
+    assert f"wanda-dvc init my-study --from {calibrated_study}" in said
     assert not list(Path.cwd().parent.rglob("*.git"))
 
 
@@ -118,8 +118,11 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
 
 def test_a_recovered_model_is_the_one_that_is_written(model: Path):
     said = pruned(model, "out", "--recipe", "wanda", "--recover", "1k")
-    (study,) = studies(model)
-    assert Path("out/model.safetensors").read_bytes() == (study / "models/recovered/model.safetensors").read_bytes()
+    (calibrated_study,) = studies(model)
+    assert (
+        Path("out/model.safetensors").read_bytes()
+        == (calibrated_study / "models/recovered/model.safetensors").read_bytes()
+    )
     header, _, divergence, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:])
     assert header == ["", "dense", "pruned", "recovered"]
     assert "–" not in divergence[2:]
@@ -235,21 +238,21 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
 def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, capsys: Capture):
     """And then does not replace its result."""
     prune(model=str(model), target=Path("out"), recipe="wanda")
-    (study,) = studies(model)
+    (calibrated_study,) = studies(model)
     (model.parent / "here/out").rename(model.parent / "here/done")
-    before = {path: path.stat().st_mtime_ns for path in study.rglob("*")}
-    first = alone(study, "")
+    before = {path: path.stat().st_mtime_ns for path in calibrated_study.rglob("*")}
+    first = locked(calibrated_study, "")
     first.__enter__()
 
     def finished(said: str) -> None:
-        assert f"waiting for another `wanda-dvc prune` of this model, in {study}" in said
+        assert f"waiting for another `wanda-dvc prune` of this model, in {calibrated_study}" in said
         Path("done").rename("out")
         first.__exit__(None, None, None)
 
-    monkeypatch.setattr("wanda_dvc.study.folder.notice", finished)
+    monkeypatch.setattr("wanda_dvc.study.artifact.notice", finished)
     with pytest.raises(UserError, match="out: exists already"):
         prune(model=str(model), target=Path("out"), recipe="wanda")
-    assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in calibrated_study.rglob("*")} == before
 
 
 def test_a_stopped_command_stops_the_processes_that_it_started():
@@ -299,20 +302,20 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
 
     here = Repository(Path.cwd(), tiny, real=True)
     here.run(*wanda, *words, "a")
-    (study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
-    measured = {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")}
+    (calibrated_study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
+    measured = {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")}
     assert measured
-    masks = (study / "dvc.lock").read_text()
+    masks = (calibrated_study / "dvc.lock").read_text()
     here.run(*wanda, *words, "b", "--sparsity", "0.7")
-    assert {path: path.stat().st_mtime_ns for path in (study / "stats").rglob("*.safetensors")} == measured
-    assert (study / "dvc.lock").read_text() != masks
+    assert {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")} == measured
+    assert (calibrated_study / "dvc.lock").read_text() != masks
     assert {path.name for path in Path().iterdir()} == {"a", "b"}
 
-    (study / "prompts.txt").write_text("Mine\n")
-    here.run(*wanda, "init", "own", "--from", str(study))
+    (calibrated_study / "prompts.txt").write_text("Mine\n")
+    here.run(*wanda, "init", "own", "--from", str(calibrated_study))
     own = Path("own").absolute()
     assert (own / "prompts.txt").read_text() == "Mine\n"
-    assert read_params(own / "params.yaml") == read_params(study / "params.yaml")
+    assert read_params(own / "params.yaml") == read_params(calibrated_study / "params.yaml")
     assert git(own, "status", "--porcelain") == ""
     again = Repository(own, tiny, real=True).run("dvc", "repro", "apply")
     assert "> wanda-dvc calibrate" not in again

@@ -19,15 +19,16 @@ from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.results.card import card
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import block_count
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_fisher, read_grams, read_masks, read_stats
 
 NORMS = {"calibration__statistics": "norms"}
@@ -42,7 +43,7 @@ COMMITTED = committed()
 def together(pattern: dict[str, Any], reconstruction: str, propagation: str, method: str) -> bool:
     """Whether a row of the grid can be asked for."""
     choices = {"method": method, "reconstruction": reconstruction, "propagation": propagation} | pattern
-    calibration = COMMITTED["calibration"] | {"statistics": "gradients"}
+    calibration = COMMITTED["calibration"] | {"statistics": "fisher"}
     try:
         Params.model_validate(COMMITTED | {"calibration": calibration} | choices)
     except UserError:
@@ -62,15 +63,15 @@ def test_only_what_makes_no_sense_is_refused():
 
 @pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), COMBINATIONS, ids=named)
 def test_masks_are_kept_patterns_exact_and_updates_applied(
-    study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
+    calibrated_study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
 ):
     words = pattern | {"reconstruction": reconstruction, "propagation": propagation}
-    made = mask_and_apply(study(method=method, **words))
+    made = mask_and_apply(calibrated_study(method=method, **words))
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
     measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
-    card = (made.model("pruned") / "README.md").read_text()
-    assert f"`{reconstruction}`: {RECONSTRUCTIONS[reconstruction].about}" in card
+    text = card(made, load_json(made.metrics("pruned", "sparsity")))
+    assert f"`{reconstruction}`: {RECONSTRUCTIONS[reconstruction].about}" in text
     moved = []
     for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
@@ -89,22 +90,22 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     assert all(stays for name, stays in same.items() if "layers" not in name or "norm" in name)
 
 
-def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make):
-    made = study()
+def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(calibrated_study: Make):
+    made = calibrated_study()
     with_grams = tree(made.stats)
     for block in range(block_count(made.stats, "calibrate")):
         stats, grams = read_stats(made.stats, block), read_grams(made.gram, block)
-        assert (grams.readers, grams.transposed) == (stats.readers, stats.transposed)
+        assert (grams.consumers, grams.transposed) == (stats.consumers, stats.transposed)
         for name, x in stats.inputs.items():
             torch.testing.assert_close(grams[name].upper.diagonal().sqrt().float(), x.norm)
             assert grams[name].count == x.count
-    calibrate(project=study(**NORMS))
+    calibrate(study=calibrated_study(**NORMS))
     assert tree(made.stats) == with_grams
     assert [*tree(made.gram)] == ["none.json"]
 
 
-def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path):
-    made = study()
+def test_float16_keeps_gram_matrices_to_a_thousandth(calibrated_study: Make, tmp_path: Path):
+    made = calibrated_study()
     decoder = Decoder(made.model("dense"), dtype=torch.float32, device=torch.device("cpu"))
     steps = walk(decoder, calibration_windows(made), tmp_path / "walk")
     step = next(steps)  # whose block stays as long as `steps`
@@ -117,23 +118,23 @@ def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", OF_WEIGHTS)
-def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
+def test_wanda_pays_nothing_for_gram_matrices(calibrated_study: Make, method: str):
     """Masks of a method that does not need them do not depend on stats/gram."""
     if methods()[method].needs == "gram":
-        assert study(method=method, **NORMS).params.tiers == ("norms", "gram")
+        assert calibrated_study(method=method, **NORMS).params.statistics == ("norms", "gram")
         return
-    made = study(method=method)
-    mask(project=made)
+    made = calibrated_study(method=method)
+    mask(study=made)
     before = tree(made.masks)
     shutil.rmtree(made.gram)
-    mask(project=study(method=method, **NORMS))
+    mask(study=calibrated_study(method=method, **NORMS))
     assert tree(made.masks) == before
 
 
 @pytest.mark.parametrize(("allocation", "method"), [*itertools.product(ALLOCATIONS, ["magnitude", "wanda", "admm"])])
-def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
-    made = study(method=method, allocation=allocation, sparsity=0.6)
-    mask(project=made)
+def test_an_allocation_keeps_the_model_s_sparsity(calibrated_study: Make, allocation: str, method: str):
+    made = calibrated_study(method=method, allocation=allocation, sparsity=0.6)
+    mask(study=made)
     keeps = [keep for block in range(2) for keep in read_masks(made.masks, block).values()]
     zeros = sum(int((~keep).sum()) for keep in keeps)
     total = sum(keep.numel() for keep in keeps)
@@ -147,33 +148,33 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
 @pytest.mark.parametrize("setting", ["group", "allocation", "reconstruction"])
-def test_gradients_of_another_calibration_are_refused(study: Make, setting: str, propagation: str):
+def test_gradients_of_another_calibration_are_refused(calibrated_study: Make, setting: str, propagation: str):
     """By `apply` where the weights alone follow from them."""
     by_apply = (setting, propagation) == ("reconstruction", "dense")
     stage, made_with = (apply, "masks/") if by_apply else (mask, "stats/norms")
     value = {"group": "outputs", "allocation": "sensitivity", "reconstruction": "output-weighted"}[setting]
-    made = study(**{setting: value}, propagation=propagation)
+    made = calibrated_study(**{setting: value}, propagation=propagation)
     if by_apply:
-        mask(project=made)
-    provenance = made.gradients / "provenance.json"
+        mask(study=made)
+    provenance = made.fisher / "provenance.json"
     content = json.loads(provenance.read_text())
     provenance.unlink()
     write_json(provenance, content | {"params": content["params"] | {"seed": 7}})
-    said = f"stats/gradients: found a calibration of .*, expected .* that {made_with} names"
+    said = f"stats/fisher: found a calibration of .*, expected .* that {made_with} names"
     with pytest.raises(UserError, match=said):
-        stage(project=made)
+        stage(study=made)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
-def test_rows_compete_by_score_times_worth(study: Make, method: str):
-    made = study(method=method, group="outputs")
-    mask(project=made)
+def test_rows_compete_by_score_times_worth(calibrated_study: Make, method: str):
+    made = calibrated_study(method=method, group="outputs")
+    mask(study=made)
     checkpoint = Checkpoint(made.model("dense"))
     score = importlib.import_module("wanda_dvc.pruning.scores")
     for block in range(2):
         measured, masks = read_stats(made.stats, block), read_masks(made.masks, block)
-        fisher = read_fisher(made.gradients, block)
-        for source, names in measured.readers.items():
+        fisher = read_fisher(made.fisher, block)
+        for source, names in measured.consumers.items():
             for name in names:
                 scored = getattr(score, method)(checkpoint.weight(name).float(), measured.inputs[source])
                 scored = scored.double() * fisher[name][:, None] ** 0.25
@@ -184,10 +185,10 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
 
 def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
     """Record what the first block's linears read of each window, with another window's as the dense model's."""
-    for one, other in zip(map(Row, dense), map(Row, pruned), strict=True):
+    for one, other in zip(map(TokenSequence, dense), map(TokenSequence, pruned), strict=True):
         hidden = [decoder.embed(row) for row in (one, other)]
-        decoder.calls(one)
-        decoder.hold(0, -1)
+        decoder.block_arguments(one)
+        decoder.load(0, -1)
         with torch.no_grad(), recorder.recording():
             with recorder.dense(len(one.tokens)):
                 decoder.run(0, hidden[0], one)
@@ -195,9 +196,9 @@ def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned
             recorder.end_window()
 
 
-def test_cross_products_are_those_of_both_windows_inputs(study: Make):
+def test_cross_products_are_those_of_both_windows_inputs(calibrated_study: Make):
     """Against the inputs that hooks of our own see in transformers' whole model."""
-    made = study()
+    made = calibrated_study()
     generator = torch.Generator().manual_seed(0)
     dense, pruned = torch.randint(0, 256, (2, 3, 20), generator=generator)
     seen = []
@@ -235,44 +236,44 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     assert dense_alone
 
 
-def test_apply_follows_the_plan_of_the_masks(study: Make):
+def test_apply_follows_the_plan_of_the_masks(calibrated_study: Make):
     """Not params.yaml's, which may have changed since `mask`."""
-    mask_and_apply(study(reconstruction="least-squares", propagation="pruned"))
-    expected = tree(study().model("pruned"))
-    apply(project=study(reconstruction="sparsegpt"))
-    assert tree(study().model("pruned")) == expected
+    mask_and_apply(calibrated_study(reconstruction="least-squares", propagation="pruned"))
+    expected = tree(calibrated_study().model("pruned"))
+    apply(study=calibrated_study(reconstruction="sparsegpt"))
+    assert tree(calibrated_study().model("pruned")) == expected
 
 
-def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):
+def test_weights_of_a_run_before_are_not_taken(calibrated_study: Make, tmp_path: Path):
     """`mask` killed between publishing masks/ and weights/ leaves the old weights/ beside the new masks."""
-    mask(project=study(reconstruction="sparsegpt", propagation="pruned"))
+    mask(study=calibrated_study(reconstruction="sparsegpt", propagation="pruned"))
     shutil.copytree(tmp_path / "weights", tmp_path / "old")
 
-    def again(**changes: Any) -> Project:
-        made = study(propagation="pruned", **changes)
-        mask(project=made)
+    def again(**changes: Any) -> Study:
+        made = calibrated_study(propagation="pruned", **changes)
+        mask(study=made)
         shutil.rmtree(made.weights)
         shutil.copytree(tmp_path / "old", made.weights)
         return made
 
     made = again(reconstruction="none")
-    apply(project=made)
+    apply(study=made)
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
     for block in range(2):
         for name, keep in read_masks(made.masks, block).items():
             assert torch.equal(pruned.weight(name), dense.weight(name) * keep)
     with pytest.raises(UserError, match="weights/: made with other masks, expected those in masks/"):
-        apply(project=again(reconstruction="least-squares"))
+        apply(study=again(reconstruction="least-squares"))
 
 
-def test_new_weights_that_are_not_finite_are_refused(study: Make, monkeypatch: Patch):
+def test_new_weights_that_are_not_finite_are_refused(calibrated_study: Make, monkeypatch: Patch):
     """As of a solver whose weights overflow in float16."""
-    made = study(recipe="wanda-refit")
-    mask(project=made)
+    made = calibrated_study(recipe="wanda-refit")
+    mask(study=made)
     for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.pruning.reconstruction.reconstruct"):
         monkeypatch.setattr(solver, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
     refused = "proj: new weights are not finite in torch.float32; set reconstruction=none"
     with pytest.raises(UserError, match=refused):
-        apply(project=made)
+        apply(study=made)
     with pytest.raises(UserError, match=refused):
-        mask(project=study(recipe="wanda-refit", propagation="pruned"))
+        mask(study=calibrated_study(recipe="wanda-refit", propagation="pruned"))

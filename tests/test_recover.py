@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_families import ALL, save
 
 from wanda_dvc.commands.export import export, sections
-from wanda_dvc.engine.checkpoint import Changed, Checkpoint, write_model
+from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Known, computes_twice, training
+from wanda_dvc.stages.needs import SizesOfStudy, computes_twice, training
 from wanda_dvc.stages.recover import recover
 from wanda_dvc.stages.recover import windows as windows_of
 from wanda_dvc.study.artifact import read_provenance, write_provenance
@@ -65,7 +65,7 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
 def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
-    with mock.patch.object(recovery, "Recovery", wraps=recovery.Recovery) as trainer:
+    with mock.patch.object(recovery, "RecoveryTrainer", wraps=recovery.RecoveryTrainer) as trainer:
         weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
     assert all(one.grad is None for one in trainer.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["text"] < curve[0]["text"]
@@ -175,13 +175,13 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
 
 
-def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_path: Path, capsys: Capture):
-    made = prune(fetch(project(**SMALL, pattern="2:4")))
+def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path: Path, capsys: Capture):
+    made = prune(fetch(study(**SMALL, pattern="2:4")))
     for part in ("dense", "pruned", "recovered"):
         if part == "recovered":
-            run("recover", project=made)
+            run("recover", study=made)
             plotted = made.plots("perplexity/embedded").read_bytes()
-        run("perplexity", project=made, part=part)
+        run("perplexity", study=made, variant=part)
     assert made.plots("perplexity/embedded").read_bytes() == plotted  # the pruned model's
     curve = made.plots("recovery").read_text().splitlines()
     assert curve[0] == "tokens,text,other"
@@ -193,34 +193,34 @@ def test_the_stage_recovers_measures_exports_and_goes_back(project: Make, tmp_pa
     experiment = workspace(made)
     assert list(experiment.models) == ["dense", "pruned", "recovered"]
     assert experiment.made is experiment.results["recovered"]
-    (row,) = [line for line in show(project=made).splitlines() if line.startswith("| divergence, nats")]
+    (row,) = [line for line in show(study=made).splitlines() if line.startswith("| divergence, nats")]
     assert row.count("to") == 2
-    said = export(project=made, experiment=None, target=tmp_path / "exported")
+    said = export(study=made, experiment=None, target=tmp_path / "exported")
     assert "the recovered model of the workspace" in said
     assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")[name], after[name])
     assert "were then trained on 1,024 tokens" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     own = read_provenance(made.model("recovered"), "recover")
     write_provenance(made.model("recovered"), own | {"recovery": own["recovery"] | {"rate": 0.02}})  # by hand
     with pytest.raises(UserError, match="models/recovered was made with other settings: rate=0.02; run `dvc repro`"):
-        export(project=made, experiment=None, target=tmp_path / "another")
+        export(study=made, experiment=None, target=tmp_path / "another")
     write_provenance(made.model("recovered"), own | {"trained": False, "tokens": 512})
     assert "A training on 512 tokens towards the dense model did not help" in sections(experiment)["Results"]
     write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
     with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):
-        export(project=made, experiment=None, target=tmp_path / "another")
-    off = project(pattern="2:4")
+        export(study=made, experiment=None, target=tmp_path / "another")
+    off = study(pattern="2:4")
     for stage in ("download", "recover", "perplexity"):
-        run(stage, project=off, part={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
+        run(stage, study=off, variant={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
     assert [path.name for path in off.model("recovered").iterdir()] == ["none.json"]
     assert "recover: not needed with these settings" in capsys.readouterr().err
     assert list(workspace(off).models) == ["dense", "pruned"]
     write_provenance(off.model("dense"), read_provenance(off.model("dense"), "download model") | {"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"models/pruned/: made from .*; run `dvc repro` or `wanda-dvc apply`"):
-        recover(project=project(**SMALL, pattern="2:4"))
+        recover(study=study(**SMALL, pattern="2:4"))
 
 
-def test_windows_are_not_the_calibrations_and_the_guard_has_others(project: Make):
-    made = fetch(project(**SMALL, calibration__windows=8), "model", "calibration")
+def test_windows_are_not_the_calibrations_and_the_guard_has_others(study: Make):
+    made = fetch(study(**SMALL, calibration__windows=8), "model", "calibration")
     rows, held = windows_of(made)
     drawn = calibration_windows(made)
     pieces = {tuple(row[place : place + 32].tolist()) for row in drawn for place in range(33)}
@@ -230,32 +230,32 @@ def test_windows_are_not_the_calibrations_and_the_guard_has_others(project: Make
     assert len(set(every)) == len(every) == 16 + 4
     assert len(held["other"]) == 4
     long = {"calibration__windows": 8, "recovery__tokens": 64 * 300}  # the text is shorter, and repeated
-    rows, held = windows_of(project(**long))
+    rows, held = windows_of(study(**long))
     assert len(rows) == 300
     assert not {tuple(row.tolist()) for row in rows} & {tuple(row.tolist()) for row in held["text"]}
 
 
-def test_a_machine_without_the_memory_is_refused(project: Make, monkeypatch: pytest.MonkeyPatch):
-    made = prune(fetch(project(**SMALL)))
+def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytest.MonkeyPatch):
+    made = prune(fetch(study(**SMALL)))
     monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: 10**6)
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
-        recover(project=made)
+        recover(study=made)
     assert not made.model("recovered").exists()
-    for free, twice in ((training(Known(made)), True), (10**12, False)):
+    for free, twice in ((training(SizesOfStudy(made)), True), (10**12, False)):
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
         assert computes_twice(made) is twice
 
 
-def test_the_provenance_is_that_of_the_best_score(project: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
-    made = prune(fetch(project(**SMALL)))
+def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    made = prune(fetch(study(**SMALL)))
     of = [(0, 1.0, 1.0, 1.0), (512, 1.1, 0.1, 0.6), (1024, 0.9, 0.7, 0.8)]
     checkpoint = Checkpoint(made.model("pruned"))
     found = (
-        Changed(checkpoint, checkpoint.read, {}),
+        EditedCheckpoint(checkpoint, checkpoint.read, {}),
         [dict(zip(("tokens", "text", "other", "score"), one, strict=True)) for one in of],
     )
     monkeypatch.setattr("wanda_dvc.stages.recover.train", lambda *_, **__: found)
-    recover(project=made)
+    recover(study=made)
     assert read_provenance(made.model("recovered"), "recover")["tokens"] == 512
     assert "did not help on text;" in capsys.readouterr().err
 

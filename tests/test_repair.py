@@ -26,8 +26,8 @@ DOWN = "mlp.down_proj"
 WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibration__windows": 8}
 
 
-def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(project: Make):
-    made = prune(fetch(project(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
+def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(study: Make):
+    made = prune(fetch(study(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     scores = [influence(read_stats(made.stats, block)) for block in range(4)]
     first = min((1, 2), key=lambda block: scores[block] + scores[block + 1])
@@ -72,30 +72,30 @@ def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(project
 END = {"gpt2": "mlp.c_proj", "olmo2": DOWN, "qwen2_moe": "mlp.shared_expert.down_proj", "qwen3_moe": "self_attn.o_proj"}
 
 
-def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(project: Make, tmp_path: Path, monkeypatch: Patch):
+def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(study: Make, tmp_path: Path, monkeypatch: Patch):
     for family, last in END.items():
         model = save(family, tmp_path / family, num_hidden_layers=3)
-        made = fetch(project(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
-        calibrate(project=made)
-        mask(project=made)
+        made = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
+        calibrate(study=made)
+        mask(study=made)
         ((name, solved),) = read_weights(made.weights, 1)[1].items()
         assert name.endswith(f".1.{last}")
         assert solved["held_out"] < 1
     remove(made.masks)
     monkeypatch.setattr(repair, "multiply", lambda one, _: torch.ones_like(one))
     with pytest.raises(UserError, match="cannot take over the outputs of"):
-        mask(project=made)
+        mask(study=made)
     model = save("jetmoe", tmp_path / "jetmoe", kv_channels=16)  # all tokens read only what makes keys and values
-    made = fetch(project(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
-    calibrate(project=made)
+    made = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
+    calibrate(study=made)
     with pytest.raises(UserError, match="self_attention.kv_proj adds nothing to the hidden states"):
-        mask(project=made)
+        mask(study=made)
 
 
-def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(project: Make, monkeypatch: Patch):
+def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch):
     """The hidden states before the kill are then in files, and those after it on the GPU."""
-    made = fetch(project(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
-    hold = Decoder.hold
+    made = fetch(study(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
+    hold = Decoder.load
 
     def killed(decoder: Decoder, index: int, *rest: Any) -> None:
         if index == 2:
@@ -104,14 +104,14 @@ def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(project: Mak
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
     with simulated_gpu():
-        calibrate(project=made)
-        mask(project=made)
+        calibrate(study=made)
+        mask(study=made)
         expected = tree(made.root, "masks", "weights")
         for folder in (made.masks, made.weights):
             remove(folder)
-        with mock.patch.object(Decoder, "hold", killed), pytest.raises(KeyboardInterrupt):
-            mask(project=made)
-        mask(project=made)
+        with mock.patch.object(Decoder, "load", killed), pytest.raises(KeyboardInterrupt):
+            mask(study=made)
+        mask(study=made)
     assert tree(made.root, "masks", "weights") == expected
 
 

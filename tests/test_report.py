@@ -24,39 +24,39 @@ from wanda_dvc.results.report import against_sparsity, differing, group, page
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 GOLDEN = Path(__file__).parent / "corpus/report.md"
 
 
-def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: int, **words: Any) -> Project:
+def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: int, **words: Any) -> Study:
     """All that an experiment leaves behind. `text`: the digest of its text `on`; `layer_error`: of a linear."""
     text, layer_error, on = words.pop("text", "0"), words.pop("layer_error", None), words.pop("on", "embedded")
     root.mkdir(parents=True, exist_ok=True)
     write_settings(root, words.pop("model", "/models/tiny"), recipe=recipe, sparsity=sparsity, **words)
-    project = Project(root)
+    study = Study(root)
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         finite = math.isfinite(mean)
         protocol: dict[str, Any] = {"libraries": {"torch": "2.9", "transformers": "5.1"}, "dtype": "float32"}
         read = protocol | {"windows": 4, "length": 64, "rest": "dropped", "tokens_sha256": text}
         read |= {"text": {"source": "embedded", "sha256": "0" * 64}}
         losses = [mean * x if finite else "diverged" for x in (0.95, 1.0, 1.0, 1.05)]
-        write_json(project.details(model, f"perplexity/{on}"), {"protocol": read, "losses": losses})
+        write_json(study.details(model, f"perplexity/{on}"), {"protocol": read, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if finite else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
-        write_json(project.metrics(model, f"perplexity/{on}"), {"perplexity": value} | apart)
+        write_json(study.metrics(model, f"perplexity/{on}"), {"perplexity": value} | apart)
         items = [{"item": i, "acc": float(i < count)} for i in range(40)]
         asked = {"libraries": protocol["libraries"] | {"lm_eval": "0.4"}, "task": {"sha256": "0"}}
         answered = {"protocol": protocol | asked, "items": items}
-        write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
+        write_json(study.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
         changed = {"lost": max(0, 24 - count), "gained": max(0, count - 24), "swapped": 3}
         flips = {"flips": {"acc": changed}} if model == "pruned" else {}
-        write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40} | flips})
-    write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
+        write_json(study.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40} | flips})
+    write_json(study.metrics("pruned", "sparsity"), {"sparsity": sparsity})
     if layer_error is not None:
         linears = {f"layers.{block}.q_proj": {"error": layer_error * (1 + block)} for block in range(2)}
-        write_json(project.details("pruned", "layer_error"), {"linears": linears})
-    return project
+        write_json(study.details("pruned", "layer_error"), {"linears": linears})
+    return study
 
 
 def divergence_of(mean: float) -> dict[str, Any]:
@@ -87,18 +87,20 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
         recipe: str = "wanda", sparsity: float = 0.5, loss: float = 2.5, right: int = 20, **words: Any
     ) -> Experiment:
         name = f"e{len(found)}"
-        study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
-        found.append(Experiment(name, None, study, {model: Results.of(study, model) for model in MODELS}))
+        calibrated_study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
+        found.append(
+            Experiment(name, None, calibrated_study, {model: Results.of(calibrated_study, model) for model in MODELS})
+        )
         return found[-1]
 
     return make
 
 
 def test_published_rows_are_compared_under_their_own_protocol_only():
-    study = read_preset("llama-2-7b") | {"sparsity": 0.5, "calibration.statistics": "gradients"}
+    calibrated_study = read_preset("llama-2-7b") | {"sparsity": 0.5, "calibration.statistics": "fisher"}
 
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
-        changed = study | {key.replace("__", "."): value for key, value in changes.items()}
+        changed = calibrated_study | {key.replace("__", "."): value for key, value in changes.items()}
         params = check_params(nested(changed))
         filled = params.perplexity.texts["wikitext2"].filled
         settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
@@ -123,7 +125,7 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 
 def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):
     rows = [{"method": "dense", "perplexity": 7.0}, {"method": "wanda", "perplexity": 10.0, "piqa": 80.0}]
-    source = published.Source("Paper", ["/models/tiny"], {}, {}, rows, {})
+    source = published.PublishedTable("Paper", ["/models/tiny"], {}, {}, rows, {})
     monkeypatch.setattr(published, "sources", lambda: [source])
     assert published.comparisons({"wanda 50 %": made()}) == [
         ["dense", "Paper", "perplexity", "7.0", "7.389", "1.056"],
@@ -193,7 +195,7 @@ def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
         line, _, (bars,) = ax.containers[0]
         models = (section.models["dense"], less.made, more.made)
         read: list[Any] = [measure.read(one, on) for one in models]
-        x = np.array([[share, *one[:3]] for share, one in zip((7, 50), read[1:], strict=True)])
+        x = np.array([[sparsity, *one[:3]] for sparsity, one in zip((7, 50), read[1:], strict=True)])
         np.testing.assert_allclose(line.get_xydata(), x[:, :2])
         np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], x[:, 2:])
         assert ax.lines[0].get_ydata()[0] == read[0].value

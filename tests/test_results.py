@@ -21,7 +21,7 @@ from wanda_dvc.results.markup import number
 from wanda_dvc.results.measures import MEASURES, Results, figures
 from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing
 
 WINDOWS = {
@@ -35,14 +35,14 @@ ITEMS = {
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Project:
+def here(tmp_path: Path) -> Study:
     """A study in which nothing has run."""
     write_params(tmp_path, "org/model")
-    return Project(tmp_path)
+    return Study(tmp_path)
 
 
 def write_results(
-    study: Project, model: str, loss: float, right: int, *, windows: Json = WINDOWS, items: Json = ITEMS
+    calibrated_study: Study, model: str, loss: float, right: int, *, windows: Json = WINDOWS, items: Json = ITEMS
 ) -> Results:
     """The files of a model with this mean loss on a text and this number of correct answers of 40."""
     losses = [loss + x for x in ((-0.1, 0.0, 0.02, 0.08) if model == "dense" else (-0.08, -0.02, 0.0, 0.1))]
@@ -57,32 +57,34 @@ def write_results(
         agreed = {"mean": 0.5, "low": 0.45, "high": 0.55}
         numbers |= {"divergence": kl, "top1_agreement": agreed, "rms_probability_change": 0.125}
         answered["flips"] = {"acc": {"lost": 12, "gained": 2, "swapped": 1}}
-        write_json(study.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
+        write_json(calibrated_study.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
         linears = {"q": {"error": 0.1, "masked": 0.2}, "k": {"error": 0.3, "masked": 0.4}}
-        write_json(study.details(model, "layer_error"), {"protocol": of, "linears": linears})
-    write_json(study.details(model, "perplexity/embedded"), details)
-    write_json(study.metrics(model, "perplexity/embedded"), numbers)
+        write_json(calibrated_study.details(model, "layer_error"), {"protocol": of, "linears": linears})
+    write_json(calibrated_study.details(model, "perplexity/embedded"), details)
+    write_json(calibrated_study.metrics(model, "perplexity/embedded"), numbers)
     answers = [{"item": i, "answer": 2 * (i >= right), "acc": float(i < right)} for i in range(40)]
-    write_json(study.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}})
-    write_json(study.metrics(model, "zero_shot"), {"piqa": answered})
+    write_json(
+        calibrated_study.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}}
+    )
+    write_json(calibrated_study.metrics(model, "zero_shot"), {"piqa": answered})
     tokens = [1, 2, 3, 4] * 2 if model == "pruned" else list(range(1, 9))
     written = {"prompt": "The *sea*", "text": f"is {model}", "tokens": tokens}
-    write_json(study.details(model, "continuations"), {"protocol": of, "prompts": [written]})
-    return Results.of(study, model)
+    write_json(calibrated_study.details(model, "continuations"), {"protocol": of, "prompts": [written]})
+    return Results.of(calibrated_study, model)
 
 
-def both(study: Project, **changes: Any) -> tuple[Results, Results]:
+def both(calibrated_study: Study, **changes: Any) -> tuple[Results, Results]:
     """The results of a dense and a pruned model; `changes` of the pruned model's protocols."""
-    dense = write_results(study, "dense", 2.0, 36)
-    write_results(study, "pruned", 2.5, 26, **changes)
-    return Results.of(study, "pruned"), dense
+    dense = write_results(calibrated_study, "dense", 2.0, 36)
+    write_results(calibrated_study, "pruned", 2.5, 26, **changes)
+    return Results.of(calibrated_study, "pruned"), dense
 
 
 # --- who may be compared ---
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "lm_eval"])
-def test_values_of_other_libraries_are_not_compared(here: Project, library: str):
+def test_values_of_other_libraries_are_not_compared(here: Study, library: str):
     """Bugs 1 and 2: an upgrade reruns nothing, and a new experiment was then compared across two versions."""
     libraries = {**ITEMS["libraries"], library: "other"}  # type: ignore[dict-item]
     changes = {"items": ITEMS | {"libraries": libraries}}
@@ -97,7 +99,7 @@ def test_values_of_other_libraries_are_not_compared(here: Project, library: str)
 
 @pytest.mark.parametrize("name", ["perplexity/embedded", "zero_shot", "continuations"])
 def test_each_key_of_a_protocol_counts_but_those_of_the_measured_model(finished: Path, name: str):
-    details = load_json(Project(finished).details("dense", name))
+    details = load_json(Study(finished).details("dense", name))
     own = details.get("protocol") or next(iter(details["tasks"].values()))["protocol"]
     assert {"dtype", "libraries"} <= own.keys()
     for key in own:
@@ -113,7 +115,7 @@ def test_each_key_of_a_protocol_counts_but_those_of_the_measured_model(finished:
 # --- the table ---
 
 
-def test_every_measure_is_read_and_formatted(here: Project):
+def test_every_measure_is_read_and_formatted(here: Study):
     pruned, dense = both(here)
     headers, rows = side_by_side({"dense": dense, "pruned": pruned}, base="dense")
     assert headers == ["", "dense", "pruned", "pruned against dense"]
@@ -140,10 +142,10 @@ def test_every_measure_is_read_and_formatted(here: Project):
     assert [number(x) for x in (999.99, 1000.4, 9_999_999, 1e7)] == ["999.99", "1,000", "9,999,999", "1.00e+07"]
 
 
-def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(here: Project, tmp_path: Path):
+def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(here: Study, tmp_path: Path):
     (tmp_path / "other").mkdir()
     write_params(tmp_path / "other", "org/model")
-    one, other = write_results(here, "pruned", 2.5, 26), write_results(Project(tmp_path / "other"), "pruned", 3.0, 13)
+    one, other = write_results(here, "pruned", 2.5, 26), write_results(Study(tmp_path / "other"), "pruned", 3.0, 13)
     _, rows = side_by_side({"one": one, "other": other}, base="one")
     cells = {row[0]: row[3] for row in rows}
     assert cells["divergence, nats"] == "+0.1000 nats (+0.0971 to +0.1029) *"
@@ -151,7 +153,7 @@ def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(her
     assert cells["divergence, median, nats"] == ""
 
 
-def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Project):
+def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Study):
     pruned, dense = both(here)
     write_json(here.metrics("pruned", "perplexity/embedded"), {"perplexity": "diverged", "divergence": "diverged"})
     write_json(here.metrics("pruned", "zero_shot"), {"piqa": {"acc": "diverged"}})
@@ -162,7 +164,7 @@ def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Projec
     assert compare([(pruned, dense)]) == [{}]
 
 
-def test_metrics_without_details_are_shown_and_not_compared(here: Project):
+def test_metrics_without_details_are_shown_and_not_compared(here: Study):
     """As in a new clone before `dvc pull`."""
     both(here)
     for model in ("dense", "pruned"):
@@ -175,7 +177,7 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Project):
     assert figures(pruned)["perplexity"] == {"embedded": {"value": 12.1825}}
 
 
-def test_what_is_not_known_is_left_out_of_json(here: Project):
+def test_what_is_not_known_is_left_out_of_json(here: Study):
     """JSON has no NaN: a test of accuracies without variance has no interval."""
     dense, pruned = (write_results(here, model, 2.0, 40) for model in ("dense", "pruned"))
     found = records({"dense": dense, "pruned": pruned}, base="dense")["pruned"]
@@ -186,17 +188,17 @@ def test_what_is_not_known_is_left_out_of_json(here: Project):
     json_text(tests)
 
 
-def test_p_values_are_adjusted_for_the_tests_of_all_pairs(here: Project):
+def test_p_values_are_adjusted_for_the_tests_of_all_pairs(here: Study):
     pruned, dense = both(here)
-    (alone,) = compare([(pruned, dense)])
+    (locked,) = compare([(pruned, dense)])
     again, _ = compare([(pruned, dense), (pruned, dense)])
-    assert again["acc", "piqa"].p == pytest.approx(2 * alone["acc", "piqa"].p)
-    assert isinstance(alone["acc", "piqa"], Estimate)
+    assert again["acc", "piqa"].p == pytest.approx(2 * locked["acc", "piqa"].p)
+    assert isinstance(locked["acc", "piqa"], Estimate)
     dense.metrics["zero_shot"]["boolq"] = {"acc": 0.5}
     assert apart(pruned, dense) == {"mean acc, %": "tasks"}
 
 
-def test_files_of_another_run_are_left_out(here: Project):
+def test_files_of_another_run_are_left_out(here: Study):
     both(here)
     others = ["metrics/pruned/sparsity.json", "metrics/details/pruned/perplexity/embedded.json"]
     results = Results.of(here, "pruned", left_out=others)
@@ -206,11 +208,11 @@ def test_files_of_another_run_are_left_out(here: Project):
     assert workspace(here).made.metrics == {}
 
 
-def test_results_have_the_settings_of_their_run(here: Project):
+def test_results_have_the_settings_of_their_run(here: Study):
     ran = {"params": {"params.yaml": here.params.model_dump(mode="json")}}
     write_json(here.root / "dvc.lock", {"stages": {"plan": ran}})
     write_params(here.root, "org/model", sparsity=0.7)
-    found = workspace(Project(here.root))
+    found = workspace(Study(here.root))
     assert found.params.sparsity == 0.5
     assert "params.yaml has sparsity=0.7, which has not run: `dvc repro` runs it." in found.notes
 
@@ -233,8 +235,8 @@ def test_the_interval_of_several_tasks_is_welchs():
     """The mean of two tasks is half the difference between one and the negative of the other."""
     random = np.random.default_rng(0)
     one, other = (random.choice([-1.0, 0.0, 1.0], size, p=[0.2, 0.5, 0.3]) for size in (30, 60))
-    welch, alone = stats.ttest_ind(one, -other, equal_var=False), stats.ttest_1samp(one, 0)
-    for tasks, expected in (([one, other], welch), ([one], alone)):
+    welch, locked = stats.ttest_ind(one, -other, equal_var=False), stats.ttest_1samp(one, 0)
+    for tasks, expected in (([one, other], welch), ([one], locked)):
         ends = [end / len(tasks) for end in expected.confidence_interval()]
         found = intervals.mean_of_tasks([list(task) for task in tasks], -1)
         assert found
@@ -259,7 +261,7 @@ def test_the_paired_test_is_students():
     assert math.log(got.high / got.low) < math.log(unpaired.high / unpaired.low) / 3  # why it is paired
 
 
-def test_a_shorter_window_counts_by_its_predictions(here: Project):
+def test_a_shorter_window_counts_by_its_predictions(here: Study):
     losses, predictions = [1.0, 2.0, 6.0], [10, 10, 5]
     got = intervals.perplexity(losses, predictions)
     assert got
@@ -285,7 +287,6 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
     for test in (intervals.mean_difference, intervals.ratio):
         assert (equal := test([0.5, 0.7], [0.5, 0.7], [9, 9]))
         assert (equal.p, math.isnan(equal.low), math.isnan(equal.high)) == (1, True, True)
-    assert intervals.mean_interval([0.0, 0.0], [9, 9], within=(0, 1)) == {"mean": 0}
     assert (found := intervals.perplexity([0.0, 0.0], [9, 9]))
     assert math.isnan(found.low)
 
@@ -307,7 +308,7 @@ def test_holm_rejects_step_by_step():
         assert {i for i, value in enumerate(adjusted) if value <= level} == rejected
 
 
-def test_an_interval_of_accuracies_stays_within_0_and_1(here: Project):
+def test_an_interval_of_accuracies_stays_within_0_and_1(here: Study):
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     assert all(intervals.accuracy([True] * count).high <= 1 for count in range(1, 50))
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
@@ -325,26 +326,26 @@ def test_an_interval_of_accuracies_stays_within_0_and_1(here: Project):
 # --- show ---
 
 
-def test_show_leads_with_the_distance_and_has_every_measure(here: Project):
+def test_show_leads_with_the_distance_and_has_every_measure(here: Study):
     both(here)
     with pytest.raises(UserError, match="dense: the dense model has this name in tables"):
-        show(project=here, names=["dense"])
-    shown = [line.split("|")[1].strip() for line in show(project=here).splitlines() if line.startswith("|")]
+        show(study=here, names=["dense"])
+    shown = [line.split("|")[1].strip() for line in show(study=here).splitlines() if line.startswith("|")]
     assert shown[2:5] == ["divergence, nats", "top-1 agreement, %", "perplexity"]
     assert {"piqa, acc, %", "mean acc, %"} <= set(shown)
-    assert "mean_acc" in json.loads(show(project=here, as_json=True))["models"]["pruned"]["results"]
+    assert "mean_acc" in json.loads(show(study=here, as_json=True))["models"]["pruned"]["results"]
 
 
-def test_show_has_the_texts_of_both_models_side_by_side(here: Project):
+def test_show_has_the_texts_of_both_models_side_by_side(here: Study):
     both(here)
-    *_, row = show(project=here, text=True).splitlines()
+    *_, row = show(study=here, text=True).splitlines()
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
     here.details("pruned", "continuations").unlink()
     with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes them"):
-        show(project=here, text=True)
+        show(study=here, text=True)
 
 
-def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, monkeypatch: pytest.MonkeyPatch):
+def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monkeypatch: pytest.MonkeyPatch):
     """Of those that have results of the model that their settings make."""
     value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
     broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}, "perplexity/embedded": {"divergence": "diverged"}})
@@ -353,9 +354,9 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
         states = [listing.State(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
         states += [listing.State(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
         monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        said = listing.experiments(project=here)
+        said = listing.experiments(study=here)
         assert (f"Not all comparable: {setting} differ" in said) == ("Not all" in said) == (setting != "sparsity")
-    records = json.loads(listing.experiments(project=here, as_json=True))
+    records = json.loads(listing.experiments(study=here, as_json=True))
     assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
     (record,) = listing.results([listing.State("a", "a", "branch", results={"pruned": broken})])
     assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
@@ -370,7 +371,7 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Project, mo
         words: Json = {"results": {"pruned": value}, "stale": windows is None}
         states = [listing.State("a", "a", "branch", settings=one, **words) for one in every]
         monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        said = listing.experiments(project=here)
+        said = listing.experiments(study=here)
         assert (
             ("perplexity.windows differ" in said) == ("Some stages have not run" not in said) == (windows is not None)
         )

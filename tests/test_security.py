@@ -16,12 +16,14 @@ from repository import Repository
 
 from wanda_dvc.catalog import PACKAGE
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.card import card
 from wanda_dvc.results.markup import code, inline
 from wanda_dvc.sources import models
 from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.files import load_json
 
 # --- a model's code ---
 
@@ -45,22 +47,26 @@ def plant(folder: Path, marker: Path, *, config: bool, tokenizer: bool) -> Path:
 
 @pytest.mark.parametrize(("config", "tokenizer"), [(True, False), (False, True), (True, True)])
 def test_no_code_of_a_model_runs_and_nobody_is_asked(
-    config: bool, tokenizer: bool, project: Make, tiny: Path, tmp_path: Path, monkeypatch: Patch
+    config: bool, tokenizer: bool, study: Make, tiny: Path, tmp_path: Path, monkeypatch: Patch
 ):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt appeared"))
     marker = tmp_path / "ran"
     source = plant(shutil.copytree(tiny, tmp_path / "source"), marker, config=config, tokenizer=tokenizer)
-    made = project(model=source)
+    made = study(model=source)
     refused = pytest.raises(UserError, match="the tokenizer does not load")
     for part in ("model", "calibration", "perplexity", "tasks"):
         with refused if tokenizer and part == "model" else contextlib.nullcontext():
             fetch(made, part)
     if tokenizer:  # past download: planted by whoever writes to a remote, with digests that fit
-        made = fetch(project(), "model")
+        made = fetch(study(), "model")
         plant(made.model("dense"), marker, config=config, tokenizer=True)
-    for stage, words in {"calibrate": {}, "perplexity": {"part": "dense"}, "zero-shot": {"part": "dense"}}.items():
+    for stage, words in {
+        "calibrate": {},
+        "perplexity": {"variant": "dense"},
+        "zero-shot": {"variant": "dense"},
+    }.items():
         with refused if tokenizer else contextlib.nullcontext():
-            run(stage, project=made, **words)
+            run(stage, study=made, **words)
     assert not marker.exists()
     assert not list(made.model("dense").glob("*.py")) or tokenizer
 
@@ -165,14 +171,14 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("split", ["../../secret", "/etc/passwd"])
-def test_a_mirror_is_not_left(split: str, project: Make, tmp_path: Path):
+def test_a_mirror_is_not_left(split: str, study: Make, tmp_path: Path):
     (tmp_path / "mirror/org/text").mkdir(parents=True)
     for place in (tmp_path / "secret.jsonl", tmp_path / "mirror/secret.jsonl"):
         place.write_text('{"text": "secret"}\n')
     text = {"source": "org/text", "split": split}
-    made = project(perplexity__texts={"embedded": text}, runtime__mirror=str(tmp_path / "mirror"))
+    made = study(perplexity__texts={"embedded": text}, runtime__mirror=str(tmp_path / "mirror"))
     with pytest.raises(UserError, match=r"runtime.mirror: got .*, expected a place inside"):
-        download(project=made, part="perplexity", text="embedded")
+        download(study=made, source="perplexity", text="embedded")
 
 
 def test_files_of_an_experiment_stay_in_its_folder(tmp_path: Path):
@@ -199,10 +205,10 @@ def test_text_from_outside_stays_text_in_markdown():
     assert code("a`b") == "`` a`b ``"
 
 
-def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path: Path):
+def test_a_card_shows_a_models_name_as_it_is(study: Make, tiny: Path, tmp_path: Path):
     source = shutil.copytree(tiny, tmp_path / HOSTILE.replace("/", ""))
-    made = prune(fetch(project(model=source), "model", "calibration"))
-    lines = (made.model("pruned") / "README.md").read_text().split("\n")
+    made = prune(fetch(study(model=source), "model", "calibration"))
+    lines = card(made, load_json(made.metrics("pruned", "sparsity"))).split("\n")
     assert next(line for line in lines if line.startswith("# ")) == f"# {inline(source.name)}, pruned"
     (row,) = [line for line in lines if line.startswith("| dense model ")]
     assert row.split() == f"| dense model | {code(source.name)} |".split()

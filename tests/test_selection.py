@@ -18,9 +18,9 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
 from wanda_dvc.pruning.masks import choose
-from wanda_dvc.pruning.selection import keep_by_share, pack_bits, removed, select, unpack_bits
+from wanda_dvc.pruning.selection import keep_by_score_share, pack_bits, removed, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
-from wanda_dvc.pruning.units import Units, places, summed
+from wanda_dvc.pruning.units import Units, unit_index, unit_scores
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
@@ -45,27 +45,29 @@ def test_worked_example_of_the_paper():
     norm = torch.tensor([1.0, 2.0, 8.0, 3.0])
     score = scores.wanda(weight, of_norm(norm))
     assert score.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
-    kept = select(score, share=HALF)
+    kept = select(score, sparsity=HALF)
     assert (weight * kept).tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
 
 
 @given(matrices(), SHARE)
-def test_rows_and_layer_equal_the_loops(weight, share):
+def test_rows_and_layer_equal_the_loops(weight, sparsity):
     score = oracle.scores(weight.tolist())
     rows, columns = weight.shape
-    by_row = select(scores.magnitude(weight), share=share, group="row")
+    by_row = select(scores.magnitude(weight), sparsity=sparsity, group="row")
     packed = unpack_bits(pack_bits(by_row), columns).tolist()
-    assert packed == by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
-    by_layer = select(scores.wanda(weight, InputStats.empty(columns)), share=share, group="linear")  # as by magnitude
-    assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
+    assert packed == by_row.tolist() == oracle.keep_by_row(score, int(columns * sparsity))
+    by_layer = select(
+        scores.wanda(weight, InputStats.empty(columns)), sparsity=sparsity, group="linear"
+    )  # as by magnitude
+    assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * sparsity))
 
 
 @given(matrices(), SHARE)
 @example(torch.tensor([[-3.0, -1.0, 2.0, -2.0]]), Fraction(1, 4))  # their bit patterns are in reverse order
-def test_scores_of_any_sign_are_ranked_by_value(score, share):
+def test_scores_of_any_sign_are_ranked_by_value(score, sparsity):
     """A method of a package may give scores below zero."""
-    expected = oracle.keep_by_row(score.tolist(), int(score.shape[1] * share))
-    assert select(score, share=share).tolist() == expected
+    expected = oracle.keep_by_row(score.tolist(), int(score.shape[1] * sparsity))
+    assert select(score, sparsity=sparsity).tolist() == expected
 
 
 N_OF_M = [(1, 2), (1, 3), (2, 3), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 17), (2, 257), (1, 300), (256, 512)]
@@ -75,26 +77,26 @@ N_OF_M = [(1, 2), (1, 3), (2, 3), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 1
 def test_n_of_m_equals_the_loops(n_of_m, data):
     n, m = n_of_m
     weight = data.draw(matrices(st.integers(1, 3).map(lambda groups: groups * m)))
-    keep = select(scores.magnitude(weight), share=1 - Fraction(n, m), pattern=f"{n}:{m}")
+    keep = select(scores.magnitude(weight), sparsity=1 - Fraction(n, m), pattern=f"{n}:{m}")
     assert keep.tolist() == oracle.keep_n_of_m(oracle.scores(weight.tolist()), n, m)
     assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
 
 
 @given(matrices(), SHARE)
-def test_the_variant_equals_the_loops(weight, share):
+def test_the_variant_equals_the_loops(weight, sparsity):
     score = oracle.scores(weight.tolist())
     try:
-        keep = keep_by_share(scores.magnitude(weight), float(share))
+        keep = keep_by_score_share(scores.magnitude(weight), float(sparsity))
     except UserError:  # at the largest share too little goes
-        largest = oracle.keep_by_share(score, 1)
-        assert sum(row.count(False) for row in largest) < float(share) * weight.numel()
+        largest = oracle.keep_by_score_share(score, 1)
+        assert sum(row.count(False) for row in largest) < float(sparsity) * weight.numel()
         return
-    assert keep.tolist() == oracle.keep_by_share(score, float(share))
+    assert keep.tolist() == oracle.keep_by_score_share(score, float(sparsity))
 
 
 def test_the_variant_says_what_it_cannot_reach():
     with pytest.raises(UserError, match=r"got 0.95 of some linear with method wanda-variant, expected at most 0.800"):
-        keep_by_share(torch.ones(2, 100), 0.95)
+        keep_by_score_share(torch.ones(2, 100), 0.95)
 
 
 @pytest.mark.parametrize("layout", [(3,), (1, 1), (8, 2), (64,)])
@@ -102,11 +104,13 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...
     """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
-    expected = torch.zeros(7).index_add_(0, places(7, layout), score.sum(dim=0)), keep_by_share(score, 0.5)
+    expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0)), keep_by_score_share(score, 0.5)
     with simulated_gpu(), Noted() as noted:
         there = score.to("cuda")
-        found = summed(there, units).cpu(), keep_by_share(there, 0.5).cpu()
-    for one, other, host in zip(found, expected, (summed(score, units), keep_by_share(score, 0.5)), strict=True):
+        found = unit_scores(there, units).cpu(), keep_by_score_share(there, 0.5).cpu()
+    for one, other, host in zip(
+        found, expected, (unit_scores(score, units), keep_by_score_share(score, 0.5)), strict=True
+    ):
         assert torch.equal(one, other)
         assert torch.equal(host, other)
     assert not noted.ran & {"cumsum", "index_add_"}
@@ -140,15 +144,15 @@ def test_wanda_equals_the_loops(data):
 
 
 @given(matrices(), SHARE)
-def test_equal_norms_make_wanda_magnitude(weight, share):
-    by_wanda = select(scores.wanda(weight, of_norm(torch.ones(weight.shape[1]))), share=share)
-    assert torch.equal(by_wanda, select(scores.magnitude(weight), share=share))
+def test_equal_norms_make_wanda_magnitude(weight, sparsity):
+    by_wanda = select(scores.wanda(weight, of_norm(torch.ones(weight.shape[1]))), sparsity=sparsity)
+    assert torch.equal(by_wanda, select(scores.magnitude(weight), sparsity=sparsity))
 
 
 @given(matrices(), SHARE, st.integers(-8, 8))
-def test_scaling_every_norm_changes_nothing(weight, share, exponent):
+def test_scaling_every_norm_changes_nothing(weight, sparsity, exponent):
     norm = torch.arange(1.0, weight.shape[1] + 1)
-    one, other = (select(scores.wanda(weight, of_norm(n)), share=share) for n in (norm, norm * 2.0**exponent))
+    one, other = (select(scores.wanda(weight, of_norm(n)), sparsity=sparsity) for n in (norm, norm * 2.0**exponent))
     assert torch.equal(one, other)
 
 
@@ -156,7 +160,7 @@ def test_scaling_every_norm_changes_nothing(weight, share, exponent):
 @pytest.mark.parametrize("group", ["row", "linear"])
 def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
     weight = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
-    keep = select(scores.magnitude(weight), share=Fraction("0.37"), group=group)
+    keep = select(scores.magnitude(weight), sparsity=Fraction("0.37"), group=group)
     if group == "row":
         assert (keep.sum(1) == 200 - 74).all()
     assert keep.sum() == 64 * (200 - 74)
@@ -174,12 +178,12 @@ def test_the_number_removed_is_that_of_the_decimal(size, sparsity, expected):
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.needs != "gram"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
     """Whatever a row of the catalog says, slicing changes no mask."""
-    words: dict[str, Any] = {"method": methods()[name], "share": HALF, "pattern": pattern, "group": group}
+    words: dict[str, Any] = {"method": methods()[name], "sparsity": HALF, "pattern": pattern, "group": group}
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
     direct = choose(weight, x, **words)
-    monkeypatch.setattr("wanda_dvc.pruning.reconstruction.WEIGHTS_AT_A_TIME", 50)
+    monkeypatch.setattr("wanda_dvc.pruning.masks.WEIGHTS_AT_A_TIME", 50)
     assert torch.equal(choose(weight, x, **words), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12
@@ -192,6 +196,6 @@ def test_ria_equals_the_loops(weight, scale):
     size = weight.abs().double()
     expected = torch.zeros(size.shape)
     for i, j in size.nonzero().tolist():
-        shares = size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()
-        expected[i, j] = shares.item() * norm[j].item() ** 0.5
+        sparsities = size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()
+        expected[i, j] = sparsities.item() * norm[j].item() ** 0.5
     torch.testing.assert_close(scores.ria(weight, of_norm(norm)), expected, rtol=1e-5, atol=1e-6)

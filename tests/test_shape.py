@@ -21,8 +21,8 @@ from wanda_dvc.cli import app
 from wanda_dvc.errors import EXTRAS, explain
 from wanda_dvc.params import check_params, nested, settings
 from wanda_dvc.sources import tasks
-from wanda_dvc.stages import STAGES, planned
-from wanda_dvc.study.folder import Project
+from wanda_dvc.stages import STAGES, stage_inputs
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import DEFAULT
 
 
@@ -31,7 +31,7 @@ def test_the_page_and_the_commands_have_the_stages_in_their_order_and_each_is_a_
     table = re.findall(r"^\| `([a-z-]+)`", page, flags=re.MULTILINE)
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "needs", "running", "runs"} == set(STAGES)
+    assert modules - {"--init--", "device", "inputs", "needs", "process", "runs"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[-len(STAGES) :] == list(STAGES)
 
@@ -47,7 +47,7 @@ def test_dvc_yaml_and_ignore_files_follow_from_the_table_of_stages():
 def test_a_stage_reads_what_an_earlier_one_writes():
     written = {"prompts.txt"}
     for row in STAGES.values():
-        for part in row.parts.values():
+        for part in row.variants.values():
             for path in part.deps:
                 assert any(path == out or path.startswith(f"{out}/") for out in written), path
             written |= set(part.written)
@@ -60,10 +60,10 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
     content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl", "recovery.tokens": 1000}
     changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
     changed |= {"allocation": None} if name == "pattern" else {}
-    one, two = (planned(check_params(nested(dict(content)))) for content in (content, changed))
+    one, two = (stage_inputs(check_params(nested(dict(content)))) for content in (content, changed))
     files = {f"plan/{file}.json" for file in one if one[file] != two[file]}
     for row in STAGES.values():
-        for part in row.parts.values():
+        for part in row.variants.values():
             if any(dep.replace("{text}", "embedded") in files for dep in part.deps):
                 assert any(name == x or name.startswith(f"{x}.") for x in part.settings), (row.name, name)
     assert files
@@ -72,7 +72,7 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
 OTHERS = {
     "model": "org/other", "dtype": "bfloat16", "calibration.text.source": "wikitext2",
     "calibration.text.split": "test", "calibration.text.column": "body", "calibration.text.join": "-",
-    "calibration.windows": 7, "calibration.length": 7, "calibration.seed": 7, "calibration.statistics": "gradients",
+    "calibration.windows": 7, "calibration.length": 7, "calibration.seed": 7, "calibration.statistics": "fisher",
     "recipe": "fisher", "sparsity": 0.7, "pattern": "2:4", "method": "ria", "group": "linear",
     "allocation": "uniform", "reconstruction": "none", "propagation": "pruned",
     "recovery.tokens": 7, "recovery.text": {"source": "ptb"}, "recovery.rate": 0.5,
@@ -103,7 +103,7 @@ def test_a_users_mistake_is_a_line_and_exit_2(tmp_path: Path):
 
 def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: Patch):
     write_params(tmp_path, tmp_path)
-    monkeypatch.setattr(Project, "model", lambda *_: 1 / 0)
+    monkeypatch.setattr(Study, "model", lambda *_: 1 / 0)
     done = wanda_dvc("calibrate", cwd=tmp_path)
     assert done.returncode == 1
     assert "`wanda-dvc --debug …` prints the traceback" in done.stderr
@@ -159,7 +159,7 @@ def test_pyproject_names_the_same_extras():
 @pytest.mark.parametrize("name", EXTRAS)
 def test_without_a_library_its_command_is_one_line_and_exit_2_and_others_run(tmp_path: Path, tiny: Path, name: str):
     write_params(tmp_path, tiny, runtime__ray="local" if name == "ray" else None)
-    fetch(Project(tmp_path), "model")
+    fetch(Study(tmp_path), "model")
     without = f"import sys; sys.modules[{name!r}] = None"
     done = process(*("perplexity dense" if name == "ray" else "report").split(), cwd=tmp_path, first=without)
     assert (done.returncode, done.stdout) == (2, "")

@@ -15,9 +15,16 @@ from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import reconstruct
 from wanda_dvc.pruning.selection import removed, select
-from wanda_dvc.pruning.solvers import Prepared, admm, corrected_target, fisher_least_squares, least_squares, sparsegpt
+from wanda_dvc.pruning.solvers import (
+    GramFactors,
+    admm,
+    corrected_target,
+    fisher_least_squares,
+    least_squares,
+    sparsegpt,
+)
 
-METHODS: dict[str, Callable[..., solvers.Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
+METHODS: dict[str, Callable[..., solvers.SolverResult]] = {"sparsegpt": sparsegpt, "admm": admm}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
            ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
            ("20:30", "row", "0.3333")]  # fmt: skip
@@ -42,8 +49,8 @@ def of_gradients(out: int, seed: int = 1) -> torch.Tensor:
     return x.T @ x * 1e-6
 
 
-def wanda(weight: torch.Tensor, gram: torch.Tensor, share: Fraction = HALF, pattern: str = "unstructured"):
-    return select(weight.abs() * gram.diagonal().sqrt(), share=share, pattern=pattern)
+def wanda(weight: torch.Tensor, gram: torch.Tensor, sparsity: Fraction = HALF, pattern: str = "unstructured"):
+    return select(weight.abs() * gram.diagonal().sqrt(), sparsity=sparsity, pattern=pattern)
 
 
 def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -51,9 +58,9 @@ def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) ->
     return (off @ gram.double() * off).sum(1)
 
 
-def every_method(weight, prepared, share, pattern, group):
+def every_method(weight, prepared, sparsity, pattern, group):
     """All that solves, ADMM's mask with other weights included."""
-    words = {"share": share, "pattern": pattern, "group": group}
+    words = {"sparsity": sparsity, "pattern": pattern, "group": group}
     solved = {name: solve(weight, prepared, **words) for name, solve in METHODS.items()}
     solved["least squares"] = least_squares(weight, solved["sparsegpt"].keep, prepared)
     solved["on admm's mask"] = least_squares(weight, solved["admm"].keep, prepared)
@@ -64,8 +71,8 @@ def every_method(weight, prepared, share, pattern, group):
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
 def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(pattern, group, sparsity):
     weight, gram = problem()
-    share, prepared = Fraction(sparsity), Prepared(gram)
-    found = every_method(weight, prepared, share, pattern, group)
+    sparsity, prepared = Fraction(sparsity), GramFactors(gram)
+    found = every_method(weight, prepared, sparsity, pattern, group)
     swept = solvers.sparsegpt_update(weight, found["sparsegpt"].keep, prepared)  # on its own mask: the same weights
     torch.testing.assert_close(swept.weight, found["sparsegpt"].weight)
     for name, solved in found.items():
@@ -74,9 +81,9 @@ def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(p
             n, m = map(int, pattern.split(":"))
             assert (solved.keep.unflatten(1, (-1, m)).sum(-1) == n).all(), name
         elif group == "row":
-            assert ((~solved.keep).sum(1) == removed(120, share)).all(), name
+            assert ((~solved.keep).sum(1) == removed(120, sparsity)).all(), name
         else:
-            assert (~solved.keep).sum() == removed(12 * 120, share), name
+            assert (~solved.keep).sum() == removed(12 * 120, sparsity), name
         without = row_errors(weight, weight * solved.keep, gram)
         errors = row_errors(weight, solved.weight, gram)
         if name == "fisher":  # rows make up for one another, so a row's own error may rise
@@ -94,7 +101,7 @@ def test_least_squares_solves_the_normal_equations(damping):
     """Row by row, with numpy in float64: the kept weights make up for those that go."""
     weight, gram = problem(out=5, features=20)
     keep = wanda(weight, gram)
-    solved = least_squares(weight, keep, Prepared(gram), steps=60, damping=damping)
+    solved = least_squares(weight, keep, GramFactors(gram), steps=60, damping=damping)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
     for row, mask, found in zip(weight.double().numpy(), keep.numpy(), solved.weight.numpy(), strict=True):
@@ -105,7 +112,7 @@ def test_least_squares_solves_the_normal_equations(damping):
 
 def test_more_steps_never_hurt():
     weight, gram = problem()
-    keep, prepared = wanda(weight, gram), Prepared(gram)
+    keep, prepared = wanda(weight, gram), GramFactors(gram)
     found = [least_squares(weight, keep, prepared, steps=n).weight for n in range(0, 30, 3)]
     errors = layer_errors(weight, found, gram)
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
@@ -117,14 +124,14 @@ def test_fisher_least_squares_solves_the_normal_equations(damping, output_dampin
     weight, gram = problem(out=6, features=20)
     keep, s = wanda(weight, gram), of_gradients(6).double().numpy()
     words = {"steps": 300, "damping": damping, "output_damping": output_damping}
-    solved = fisher_least_squares(weight, keep, Prepared(gram), of_gradients(6), **words)
+    solved = fisher_least_squares(weight, keep, GramFactors(gram), of_gradients(6), **words)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
     s = s + output_damping * np.diag(np.diag(s))
     both, w, mask = np.kron(s, g), weight.double().numpy().ravel(), keep.numpy().ravel()
     expected = np.zeros(120)
     expected[mask] = np.linalg.solve(both[np.ix_(mask, mask)], both[mask] @ w)
-    plain = least_squares(weight, keep, Prepared(gram), damping=damping).weight
+    plain = least_squares(weight, keep, GramFactors(gram), damping=damping).weight
     assert solved.part == 1
     np.testing.assert_allclose(solved.weight.numpy().ravel(), expected, rtol=0, atol=2e-3)
     off = [w - x.double().numpy().ravel() for x in (plain, solved.weight)]
@@ -135,7 +142,7 @@ def test_fisher_least_squares_solves_the_normal_equations(damping, output_dampin
 def test_the_unit_of_the_loss_changes_nothing(factor):
     weight, gram = problem()
     keep, s = wanda(weight, gram), of_gradients(12)
-    found = [fisher_least_squares(weight, keep, Prepared(gram), x, steps=15).weight for x in (s, factor * s)]
+    found = [fisher_least_squares(weight, keep, GramFactors(gram), x, steps=15).weight for x in (s, factor * s)]
     assert torch.equal(*found)
 
 
@@ -145,7 +152,7 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     keep, s = wanda(weight, gram), of_gradients(12)
     keep[:6, [3, 7]], keep[6:, [3, 7]] = True, False
     s[4] = s[:, 4] = 0
-    prepared = Prepared(gram)
+    prepared = GramFactors(gram)
     solved = fisher_least_squares(weight, keep, prepared, s, steps=15)
     torch.testing.assert_close(solved.weight[:, [3, 7]], (weight * keep)[:, [3, 7]])
     assert torch.equal(solved.weight != 0, keep)
@@ -164,15 +171,15 @@ def test_dead_features_do_not_slow_fisher_least_squares_down():
     gram[dead] = gram[:, dead] = 0
     keep, s = wanda(weight, gram), of_gradients(12)
     keep[:6, dead], keep[6:, dead] = True, False
-    found = fisher_least_squares(weight, keep, Prepared(gram), s, steps=3).weight[:, ~dead]
-    living = Prepared(gram[~dead][:, ~dead])
-    alone = fisher_least_squares(weight[:, ~dead], keep[:, ~dead], living, s, steps=3).weight
-    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-4)
+    found = fisher_least_squares(weight, keep, GramFactors(gram), s, steps=3).weight[:, ~dead]
+    living = GramFactors(gram[~dead][:, ~dead])
+    locked = fisher_least_squares(weight[:, ~dead], keep[:, ~dead], living, s, steps=3).weight
+    torch.testing.assert_close(found, locked, rtol=1e-3, atol=1e-4)
 
 
 def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     weight, gram = problem()
-    keep, prepared = wanda(weight, gram), Prepared(gram)
+    keep, prepared = wanda(weight, gram), GramFactors(gram)
     plain = least_squares(weight, keep, prepared)
     for given, steps in ((of_gradients(12), 0), (None, 15)):
         stays = fisher_least_squares(weight, keep, prepared, given, steps=steps)
@@ -194,7 +201,7 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
 
 def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
     weight, gram = problem()
-    keep, prepared = wanda(weight, gram), Prepared(gram)
+    keep, prepared = wanda(weight, gram), GramFactors(gram)
     keep[3] = True  # nothing to make up for
     keep[5] = False  # nothing to do it with
     solved = least_squares(weight, keep, prepared)
@@ -202,11 +209,11 @@ def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
     assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
     best = least_squares(weight, keep, prepared, steps=100, damping=0).weight
     settled = torch.empty_like(best)
-    assert solvers.settle_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
+    assert solvers.keep_better_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
     assert torch.equal(settled, best)
 
 
-def paper_sparsegpt(weight, gram, share, pattern, damping=0.01, block=128):
+def paper_sparsegpt(weight, gram, sparsity, pattern, damping=0.01, block=128):
     """Algorithm 1 of arXiv 2301.00774 in numpy and float64, on rows × block (`layer`) or n:m."""
     w, h = weight.double().numpy().copy(), gram.double().numpy()
     h = h + damping * np.diag(h).mean() * np.eye(len(h))
@@ -217,7 +224,7 @@ def paper_sparsegpt(weight, gram, share, pattern, damping=0.01, block=128):
         for j in range(i, end):
             if pattern is None and j == i:
                 score = w[:, i:end] ** 2 / np.diag(upper)[i:end] ** 2
-                lowest = np.argsort(score, axis=None)[: int(score.size * share)]
+                lowest = np.argsort(score, axis=None)[: int(score.size * sparsity)]
                 keep[:, i:end].reshape(-1)[:] = True
                 rows, columns = np.unravel_index(lowest, score.shape)
                 keep[rows, i + columns] = False
@@ -232,12 +239,14 @@ def paper_sparsegpt(weight, gram, share, pattern, damping=0.01, block=128):
     return keep, w * keep
 
 
-@pytest.mark.parametrize(("pattern", "share"), [(None, HALF), (None, Fraction("0.75")), ((2, 4), HALF), ((4, 8), HALF)])
-def test_sparsegpt_is_the_papers_algorithm(pattern, share):
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [(None, HALF), (None, Fraction("0.75")), ((2, 4), HALF), ((4, 8), HALF)]
+)
+def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
     weight, gram = problem(out=8, features=64)
-    keep, expected = paper_sparsegpt(weight, gram, share, pattern, block=16)
+    keep, expected = paper_sparsegpt(weight, gram, sparsity, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
-    solved = sparsegpt(weight, Prepared(gram), share=share, pattern=name, group="linear", block=16)
+    solved = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", block=16)
     assert np.array_equal(solved.keep.numpy(), keep)
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
@@ -245,7 +254,7 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, share):
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-2, atol=1e-3)
 
 
-def paper_admm(weight, gram, shares, damping=0.1):
+def paper_admm(weight, gram, sparsities, damping=0.1):
     """Arxiv 2401.02938 as `methods.md` has it, in numpy and float64, a row a group."""
     g = gram.double().numpy()
     scale = np.sqrt(np.diag(g))
@@ -253,7 +262,7 @@ def paper_admm(weight, gram, shares, damping=0.1):
     w0 = weight.double().numpy() * scale
     k, w, u = np.linalg.inv(g + np.eye(len(g))), w0, np.zeros_like(w0)
     mask = np.ones(w0.shape, dtype=bool)
-    for go in shares:
+    for go in sparsities:
         if go is not None:
             np.put_along_axis(mask, np.argsort(abs(w + u), axis=1), np.arange(mask.shape[1]) >= go, axis=1)
         z = (w + u) * mask
@@ -264,9 +273,9 @@ def paper_admm(weight, gram, shares, damping=0.1):
 
 def test_admm_is_the_papers_algorithm():
     weight, gram = problem(out=6, features=40)
-    shares = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)] + [None] * 5
-    keep, expected = paper_admm(weight, gram, shares)
-    solved = admm(weight, Prepared(gram), share=HALF)
+    sparsities = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)] + [None] * 5
+    keep, expected = paper_admm(weight, gram, sparsities)
+    solved = admm(weight, GramFactors(gram), sparsity=HALF)
     assert np.array_equal(solved.keep.numpy(), keep)
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
 
@@ -287,8 +296,8 @@ def test_admm_is_near_the_best_of_all_masks():
     ratios = []
     for seed in range(6):
         weight, gram = problem(out=1, features=8, seed=seed)
-        prepared = Prepared(gram)
-        solved = admm(weight, prepared, share=HALF)
+        prepared = GramFactors(gram)
+        solved = admm(weight, prepared, sparsity=HALF)
         polished = least_squares(weight, solved.keep, prepared, steps=30, damping=0)
         ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
     assert min(ratios) > 0.999
@@ -300,7 +309,7 @@ def test_admm_is_near_the_best_of_all_masks():
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
 def test_scaling_all_inputs_changes_nothing(name, factor):
     weight, gram = problem()
-    one, other = (METHODS[name](weight, Prepared(g), share=HALF) for g in (gram, gram * factor))
+    one, other = (METHODS[name](weight, GramFactors(g), sparsity=HALF) for g in (gram, gram * factor))
     assert torch.equal(one.keep, other.keep)
     torch.testing.assert_close(one.weight, other.weight)
 
@@ -310,12 +319,12 @@ def test_scaling_all_inputs_changes_nothing(name, factor):
 def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     """Their order changes nothing, nor does their number, nor the slice that they are solved in."""
     weight, gram = problem()
-    prepared, order = Prepared(gram), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    prepared, order = GramFactors(gram), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     solve = METHODS[name]
-    complete = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
-    mixed = solve(weight[order], prepared, share=HALF, pattern=pattern, group=group)
+    complete = solve(weight, prepared, sparsity=HALF, pattern=pattern, group=group)
+    mixed = solve(weight[order], prepared, sparsity=HALF, pattern=pattern, group=group)
     monkeypatch.setattr(solvers, "ROWS_AT_A_TIME", 1)
-    sliced = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
+    sliced = solve(weight, prepared, sparsity=HALF, pattern=pattern, group=group)
     for other, expected in ((mixed, order), (sliced, torch.arange(12))):
         assert torch.equal(other.keep, complete.keep[expected])
         torch.testing.assert_close(other.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
@@ -327,10 +336,12 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
 def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group, sparsity):
     weight, _ = problem()
-    solved = sparsegpt(weight, Prepared(3 * torch.eye(120)), share=Fraction(sparsity), pattern=pattern, group=group)
-    assert torch.equal(solved.keep, select(weight.abs(), share=Fraction(sparsity), pattern=pattern, group=group))
+    solved = sparsegpt(
+        weight, GramFactors(3 * torch.eye(120)), sparsity=Fraction(sparsity), pattern=pattern, group=group
+    )
+    assert torch.equal(solved.keep, select(weight.abs(), sparsity=Fraction(sparsity), pattern=pattern, group=group))
     assert torch.equal(solved.weight, weight * solved.keep)
-    assert torch.equal(least_squares(weight, solved.keep, Prepared(torch.eye(120))).weight, weight * solved.keep)
+    assert torch.equal(least_squares(weight, solved.keep, GramFactors(torch.eye(120))).weight, weight * solved.keep)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -338,17 +349,17 @@ def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
     weight, gram = problem()
     dead = torch.tensor([3, 7, 11])
     gram[dead] = gram[:, dead] = 0
-    solved = METHODS[name](weight, Prepared(gram), share=HALF)
+    solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF)
     assert solved.dead == 3
     assert not solved.keep[:, dead].any()
-    few = METHODS[name](weight, Prepared(gram), share=Fraction(1, 120))
+    few = METHODS[name](weight, GramFactors(gram), sparsity=Fraction(1, 120))
     assert torch.equal(few.weight[:, dead], (weight * few.keep)[:, dead])
     assert few.keep[:, dead].sum() == 2 * 12
     assert torch.equal(few.weight != 0, few.keep)
     assert few.weight.isfinite().all()
-    kept = least_squares(weight, few.keep, Prepared(gram), damping=0)
+    kept = least_squares(weight, few.keep, GramFactors(gram), damping=0)
     assert torch.equal(kept.weight[:, dead], (weight * few.keep)[:, dead])
-    every = METHODS[name](weight, Prepared(torch.zeros(120, 120)), share=HALF)  # an input of zeros
+    every = METHODS[name](weight, GramFactors(torch.zeros(120, 120)), sparsity=HALF)  # an input of zeros
     assert every.dead == 120
     assert torch.equal(every.weight, weight * every.keep)
 
@@ -358,15 +369,15 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
     weight, gram = problem()
     root = gram.diagonal().sqrt()
     gram = gram - 0.5 * torch.outer(root, root)  # one eigenvalue far below zero
-    prepared = Prepared(gram)
+    prepared = GramFactors(gram)
     if name == "least squares":
         solved = least_squares(weight, wanda(weight, gram), prepared, damping=0.001)
     else:
-        solved = METHODS[name](weight, prepared, share=HALF, damping=0.001)
+        solved = METHODS[name](weight, prepared, sparsity=HALF, damping=0.001)
     assert solved.raised
     assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
     if name == "least squares":  # what is told is what was used
-        again = least_squares(weight, solved.keep, Prepared(gram), damping=solved.damping)
+        again = least_squares(weight, solved.keep, GramFactors(gram), damping=solved.damping)
         assert not again.raised
         assert torch.equal(again.weight, solved.weight)
     assert solved.weight.isfinite().all()
@@ -375,24 +386,24 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
 @pytest.mark.parametrize(("off", "damping"), [(0.5, 0.0), (1 + 1e-5, 1e-4), (1 + 5e-4, 1e-3)])
 def test_damping_starts_at_a_ten_thousandth_and_grows_tenfold(off: float, damping: float):
     """The matrix has the eigenvalue 1 − off; damping is a share of its mean diagonal, 1."""
-    factor = Prepared(torch.tensor([[1.0, off], [off, 1.0]])).inverse_root(0.0)
+    factor = GramFactors(torch.tensor([[1.0, off], [off, 1.0]])).inverse_root(0.0)
     assert factor.damping == pytest.approx(damping)
     assert factor.raised == (damping > 0)
 
 
 def test_fewer_tokens_than_features_solve_without_raising():
     weight, gram = problem(tokens=20)
-    for solved in every_method(weight, Prepared(gram), HALF, "unstructured", "row").values():
+    for solved in every_method(weight, GramFactors(gram), HALF, "unstructured", "row").values():
         assert not solved.raised
         assert solved.weight.isfinite().all()
-    zero = least_squares(weight, wanda(weight, gram), Prepared(gram), damping=0)
+    zero = least_squares(weight, wanda(weight, gram), GramFactors(gram), damping=0)
     assert zero.weight.isfinite().all()
 
 
 def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
     with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
-        Prepared(gram).inverse_root(0.01)
+        GramFactors(gram).inverse_root(0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -400,7 +411,7 @@ def test_a_matrix_without_a_factor_is_refused():
 def test_half_precision_weights_are_solved_in_float32(name, dtype):
     weight, gram = problem()
     weight = weight.to(dtype)
-    solved, exact = (METHODS[name](w, Prepared(gram), share=HALF) for w in (weight, weight.float()))
+    solved, exact = (METHODS[name](w, GramFactors(gram), sparsity=HALF) for w in (weight, weight.float()))
     assert solved.weight.dtype == torch.float32
     assert torch.equal(solved.weight, exact.weight)
 
@@ -412,7 +423,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     pruned = x @ change
     weight = torch.randn(6, 30, generator=generator)
     gram, cross = (pruned.T @ pruned).float(), (x.T @ pruned).float()
-    prepared = Prepared(gram)
+    prepared = GramFactors(gram)
     exact = corrected_target(weight, prepared, cross, damping=0)
     torch.testing.assert_close((pruned @ exact.double().T), x @ weight.double().T, rtol=0, atol=1e-3)
     half = corrected_target(weight, prepared, cross, strength=0.5, damping=0)
@@ -422,7 +433,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     gram, cross = (noisy.T @ noisy), (x.T @ noisy)
     unit = 0.1 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
     expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
-    found = corrected_target(weight, Prepared(gram.float()), cross.float(), damping=0.1)
+    found = corrected_target(weight, GramFactors(gram.float()), cross.float(), damping=0.1)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
@@ -430,7 +441,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()
-    keep = sparsegpt(weight, Prepared(gram), share=Fraction("0.37"), group=group, block=16).keep
+    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, block=16).keep
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
@@ -439,7 +450,7 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
     weight, gram = problem()
     dead = torch.arange(4, 8)
     gram[dead] = gram[:, dead] = 0
-    solved = METHODS[name](weight, Prepared(gram), share=HALF, pattern="2:4")
+    solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF, pattern="2:4")
     assert solved.unchanged == 0
     assert torch.equal(solved.weight[:, dead], (weight * solved.keep)[:, dead])
     assert (solved.keep[:, dead].sum(1) == 2).all()
@@ -448,14 +459,14 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
 def test_the_corrected_target_leaves_the_weights_of_dead_features():
     weight, gram = problem()
     gram[3] = gram[:, 3] = 0
-    target = corrected_target(weight, Prepared(gram), 2 * gram)
+    target = corrected_target(weight, GramFactors(gram), 2 * gram)
     assert torch.equal(target[:, 3], weight[:, 3])
     assert (target[:, 4] != weight[:, 4]).all()
 
 
-SOLVES: dict[str, Callable[[torch.Tensor, Prepared], torch.Tensor]] = {
-    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, share=HALF).weight,
-    "admm": lambda weight, prepared: admm(weight, prepared, share=HALF).weight,
+SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
+    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF).weight,
+    "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF).weight,
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
     "sparsegpt_update": lambda weight, prepared: solvers.sparsegpt_update(weight, weight > 0, prepared).weight,
     "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
@@ -470,7 +481,7 @@ def test_any_number_of_threads_gives_the_same_bytes(solve: str):
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(SOLVES[solve](weight, Prepared(gram)))
+        found.append(SOLVES[solve](weight, GramFactors(gram)))
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -480,7 +491,7 @@ def test_any_number_of_threads_gives_the_same_bytes(solve: str):
 def test_factors_are_those_of_numpy_whatever_the_width(features: int):
     """Panels of 128, and what is left over."""
     _, gram = problem(features=features, tokens=2 * features + 10)
-    prepared, exact = Prepared(gram), gram.double().numpy()
+    prepared, exact = GramFactors(gram), gram.double().numpy()
     damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
     root = prepared.inverse_root(0.01).matrix.double().numpy()
     assert not np.tril(root, -1).any()
@@ -496,6 +507,6 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
 def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int):
     _, gram = problem(features=300)
     gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()
-    factor = Prepared(gram).inverse_root(0.01)
+    factor = GramFactors(gram).inverse_root(0.01)
     assert factor.raised
     assert factor.matrix.isfinite().all()

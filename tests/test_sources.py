@@ -124,13 +124,13 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Hub]:
 # --- models ---
 
 
-def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Path):
-    made = project(model="org/tiny@v1")
+def test_a_model_is_what_is_needed_of_a_commit(study: Make, hub: Hub, tiny: Path):
+    made = study(model="org/tiny@v1")
     doubles = ("pytorch_model.bin", "consolidated.safetensors", "original__model.pth", "README.md")
     tiny, hub.card = shutil.copytree(tiny, made.root / "source"), {"license": "mit"}
     (tiny / "chat_template.jinja").write_text("{{ messages }}")
     hub.add("models/org/tiny", tiny, **dict.fromkeys(doubles, b"x"))
-    download(project=made, part="model")
+    download(study=made, source="model")
     names = {path.name for path in tiny.iterdir()}
     assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert set(hub.fetched) == names
@@ -140,9 +140,9 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
     assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
     before = (made.model("dense") / "provenance.json").read_bytes()
-    download(project=project(model=f"org/tiny@{OLDER}"), part="model")
+    download(study=study(model=f"org/tiny@{OLDER}"), source="model")
     assert (made.model("dense") / "provenance.json").read_bytes() == before  # whatever name the commit went by
-    download(project=(made := project(model="org/tiny")), part="model")
+    download(study=(made := study(model="org/tiny")), source="model")
     assert load_json(made.model("dense") / "provenance.json")["revision"] == COMMIT
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
 
@@ -151,7 +151,7 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     ("end", "seen"), [(KeyboardInterrupt(), "^$"), (RuntimeError("hf_xet"), "log in"), (OSError("cut short"), "log in")]
 )
 def test_a_killed_download_fetches_no_finished_file_again(
-    project: Make, hub: Hub, tmp_path: Path, monkeypatch: Patch, end: BaseException, seen: str
+    study: Make, hub: Hub, tmp_path: Path, monkeypatch: Patch, end: BaseException, seen: str
 ):
     source = save_tiny_model(tmp_path / "source", shard="30KB")
     *_, last = shards = sorted(path.name for path in source.glob("*.safetensors"))
@@ -166,15 +166,15 @@ def test_a_killed_download_fetches_no_finished_file_again(
         temp_file.flush()
         raise end
 
-    made = project(model="org/tiny")
+    made = study(model="org/tiny")
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", killed)
     with pytest.raises((KeyboardInterrupt, UserError), match=seen):
-        download(project=made, part="model")
+        download(study=made, source="model")
     assert not made.model("dense").exists()
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", real)
     done = set(hub.fetched)
     hub.asked.clear()
-    download(project=made, part="model")
+    download(study=made, source="model")
     assert not done & set(hub.fetched)
     assert set(hub.fetched) >= {last}
     assert all((made.model("dense") / name).read_bytes() == (source / name).read_bytes() for name in shards)
@@ -195,12 +195,12 @@ def test_a_killed_download_fetches_no_finished_file_again(
     ],
 )
 def test_what_is_no_model_for_us_is_said_before_its_weights_are_read(
-    project: Make, hub: Hub, tiny: Path, spoil: Callable[[dict[str, bytes]], object], message: str
+    study: Make, hub: Hub, tiny: Path, spoil: Callable[[dict[str, bytes]], object], message: str
 ):
     hub.add("models/org/tiny", tiny)
     spoil(hub.repositories["models/org/tiny"])
     with pytest.raises(UserError, match=message):
-        download(project=project(model="org/tiny"), part="model")
+        download(study=study(model="org/tiny"), source="model")
     assert set(hub.fetched) <= {"config.json"}
 
 
@@ -214,7 +214,7 @@ TROUBLES = {
 @pytest.mark.parametrize("part", ["model", "perplexity"])
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_the_hub_refuses_is_told_apart(
-    project: Make, hub: Hub, tiny: Path, monkeypatch: Patch, part: str, trouble: str
+    study: Make, hub: Hub, tiny: Path, monkeypatch: Patch, part: str, trouble: str
 ):
     place = f"{'models' if part == 'model' else 'datasets'}/org/tiny"
     if trouble != "unknown":
@@ -229,7 +229,7 @@ def test_what_the_hub_refuses_is_told_apart(
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     hub.status = 500 if trouble == "down" else 200
     source = "org/tiny@v2" if trouble == "revision" else "org/tiny"
-    made = project(model=source) if part == "model" else project(perplexity__texts__embedded__source=source)
+    made = study(model=source) if part == "model" else study(perplexity__texts__embedded__source=source)
     where = rf"^params.yaml: (model|perplexity.texts.embedded.source): org/tiny( at v2)?: {TROUBLES[trouble]}"
     says = f"{where}.*; correct its id or revision, .* log in .*, or unset HF_HUB_OFFLINE"
     with pytest.raises(UserError, match=says):
@@ -246,7 +246,7 @@ def unsupported(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("clone", [shutil.copyfile, unsupported])
 def test_a_local_model_is_cloned_or_copied_and_never_linked(
-    project: Make, tiny: Path, tmp_path: Path, monkeypatch: Patch, clone: Callable[[Path, Path], None]
+    study: Make, tiny: Path, tmp_path: Path, monkeypatch: Patch, clone: Callable[[Path, Path], None]
 ):
     source, snapshot = tmp_path / "source", shutil.copytree(tiny, tmp_path / "blobs")
     (snapshot / "model.safetensors").chmod(0o444)
@@ -257,7 +257,7 @@ def test_a_local_model_is_cloned_or_copied_and_never_linked(
     (source / "pytorch_model.bin").write_bytes(b"a second copy in another format, which is not taken")
     cloned = mock.Mock(side_effect=clone)
     monkeypatch.setattr("dvc_objects.fs.system.reflink", cloned)
-    made = fetch(project(model=source), "model")
+    made = fetch(study(model=source), "model")
     assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert {Path(call.args[0]).name for call in cloned.mock_calls} == names  # each is tried
     for name in names:
@@ -307,14 +307,14 @@ def data(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> Callable[..., list[dic
     ],
 )
 def test_texts_come_from_the_hub_at_a_commit(
-    project: Make, hub: Hub, data, source: str, name: str, config: str | None, column: str, commit: str
+    study: Make, hub: Hub, data, source: str, name: str, config: str | None, column: str, commit: str
 ):
     hub.revisions["refs/convert/parquet"] = "b" * 40
     asked = data(name, config, "validation", [{column: "one é"}, {column: "two"}])
     own = source == "org/prose"
     text = {"source": f"{source}@v1" if own else source, "split": "validation", "column": "body" if own else None}
-    made = project(**{f"calibration__text__{key}": value for key, value in text.items()})
-    download(project=made, part="calibration")
+    made = study(**{f"calibration__text__{key}": value for key, value in text.items()})
+    download(study=made, source="calibration")
     assert made.text("calibration") == "one é two"
     assert asked == [{"path": name, "name": config, "split": "validation", "revision": commit}]
     found = load_json(made.data("calibration") / "provenance.json")
@@ -332,13 +332,13 @@ def test_texts_come_from_the_hub_at_a_commit(
     ],
 )
 def test_a_column_split_or_config_that_is_not_there_says_which_are(
-    project: Make, data, changes: dict[str, Any], message: str
+    study: Make, data, changes: dict[str, Any], message: str
 ):
     data("org/prose", "good", "validation", [{"body": "one", "rank": 1}])
     wanted = {"source": "org/prose:good", "split": "validation", "column": "body"} | changes
-    made = project(**{f"calibration__text__{key}": value for key, value in wanted.items()})
+    made = study(**{f"calibration__text__{key}": value for key, value in wanted.items()})
     with pytest.raises(UserError, match=message):
-        download(project=made, part="calibration")
+        download(study=made, source="calibration")
     assert not made.data("calibration").exists()
 
 
@@ -374,7 +374,7 @@ def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int,
 
 @pytest.mark.parametrize(("seed", "mirrored"), [(0, True), (1, False), (2, True)])
 def test_c4_is_drawn_as_the_authors_draw_it(
-    project: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
+    study: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
 ):
     content = packed(documents())
     hub.add("datasets/allenai/c4", **{SHARD.replace("/", "__"): content, "en__other.json.gz": b"x"})
@@ -382,7 +382,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     mirror.parent.mkdir(parents=True)
     mirror.write_bytes(content)
     settings = {"calibration__seed": seed, "runtime__mirror": str(tmp_path / "mirror") if mirrored else None}
-    made = fetch(project(calibration__text__source="c4", calibration__windows=20, **settings), "model", "calibration")
+    made = fetch(study(calibration__text__source="c4", calibration__windows=20, **settings), "model", "calibration")
     assert hub.fetched == ([] if mirrored else [SHARD])
     assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
     found = load_json(made.data("calibration") / "provenance.json")
@@ -391,7 +391,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     expected = authors_windows(documents(), load_tokenizer(tiny), samples=20, length=64, seed=seed)
     assert calibration_windows(made).tolist() == expected
     again = authors_windows(documents(), load_tokenizer(tiny), samples=8, length=64, seed=seed + 1)
-    made = project(calibration__text__source="c4", calibration__windows=20, recovery__tokens=64 * 4, **settings)
+    made = study(calibration__text__source="c4", calibration__windows=20, recovery__tokens=64 * 4, **settings)
     assert recovery_windows(made)[0].tolist() == again[4:]  # and not the calibration's
 
 
@@ -417,22 +417,22 @@ def test_where_no_document_is_long_enough_it_ends(tiny: Path, texts: list[str]):
         draw_from_documents(texts, lambda text: tokenize(text, tokenizer), samples=1, length=64, seed=0)
 
 
-def test_perplexity_on_c4_is_on_its_joined_documents(project: Make, hub: Hub):
+def test_perplexity_on_c4_is_on_its_joined_documents(study: Make, hub: Hub):
     content = packed(["one", "two é"])
     hub.add("datasets/allenai/c4", **{"en__c4-validation.00000-of-00008.json.gz": content})
-    made = project(perplexity__texts__embedded__source="c4", perplexity__texts__embedded__split="validation")
-    download(project=made, part="perplexity", text="embedded")
+    made = study(perplexity__texts__embedded__source="c4", perplexity__texts__embedded__split="validation")
+    download(study=made, source="perplexity", text="embedded")
     assert made.text("perplexity/embedded") == "one two é"
 
 
 # --- tasks ---
 
 
-def test_tasks_come_from_the_hub_at_a_commit(project: Make, data):
+def test_tasks_come_from_the_hub_at_a_commit(study: Make, data):
     rows = [{"goal": "é", "sol1": "a", "sol2": "b", "label": 0}]
     asked = data("baber/piqa", None, "validation", rows)
-    made = project(tasks__source="benchmark")
-    download(project=made, part="tasks")
+    made = study(tasks__source="benchmark")
+    download(study=made, source="tasks")
     folder = made.data("tasks") / "piqa"
     assert (folder / "items.jsonl").read_bytes() == (json.dumps(rows[0], ensure_ascii=False) + "\n").encode()
     assert asked == [{"path": "baber/piqa", "name": None, "split": "validation", "revision": COMMIT}]

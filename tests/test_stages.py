@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import from_losses
-from wanda_dvc.engine.forward import Runner
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
@@ -39,33 +39,33 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study import tensors
+from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import digest, files_digest, read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import TOKENIZER
 from wanda_dvc.study.tensors import pack_masks, read_masks, read_stats, write_masks
 
 # --- download ---
 
 
-def test_a_mirror_is_laid_out_like_the_hub(project: Make, tmp_path: Path):
+def test_a_mirror_is_laid_out_like_the_hub(study: Make, tmp_path: Path):
     mirror = tmp_path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
     mirror.mkdir(parents=True)
     (mirror / "validation.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
     there = {"runtime__mirror": str(tmp_path / "mirror")}
-    made = project(calibration__text__source="wikitext2", calibration__text__split="validation", **there)
+    made = study(calibration__text__source="wikitext2", calibration__text__split="validation", **there)
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
     with pytest.raises(UserError, match="test.jsonl: missing, expected a file; put it there"):
-        fetch(project(perplexity__texts__embedded__source="wikitext2", **there), "perplexity")
+        fetch(study(perplexity__texts__embedded__source="wikitext2", **there), "perplexity")
 
 
 @pytest.mark.slow  # lm-eval reads 8,761 questions
-def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
+def test_a_mirror_of_the_real_benchmarks_is_taken_whole(study: Make):
     settings = {"tasks__source": "benchmark", "runtime__mirror": str(shared() / "datasets")}
     names = {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "boolq": 3270, "rte": 277}
-    made = project(tasks__names=list(names), perplexity__texts__embedded__source="wikitext2", **settings)
+    made = study(tasks__names=list(names), perplexity__texts__embedded__source="wikitext2", **settings)
     fetch(made, "tasks", "perplexity")
     rows = {name: len((made.data("tasks") / name / "items.jsonl").read_bytes().splitlines()) for name in names}
     assert rows == names
@@ -75,8 +75,8 @@ def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
 # --- calibrate, mask, apply ---
 
 
-def test_what_is_plotted_is_what_the_stages_found(study: Make):
-    made = mask_and_apply(study(sparsity=0.3))
+def test_what_is_plotted_is_what_the_stages_found(calibrated_study: Make):
+    made = mask_and_apply(calibrated_study(sparsity=0.3))
 
     def plotted(name: str) -> list[dict[str, str]]:
         with made.plots(name).open(encoding="utf-8", newline="") as file:
@@ -112,27 +112,27 @@ def test_what_is_plotted_is_what_the_stages_found(study: Make):
     ],
 )
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_masks_are_those_of_the_loops(study: Make, method: str, changes: dict[str, Any], loops):
-    made = study(method=method, **changes)
-    mask(project=made)
+def test_masks_are_those_of_the_loops(calibrated_study: Make, method: str, changes: dict[str, Any], loops):
+    made = calibrated_study(method=method, **changes)
+    mask(study=made)
     weights = load_file(made.model("dense") / "model.safetensors")
-    inputs, readers, *_ = read_stats(made.stats, 1)
+    inputs, consumers, *_ = read_stats(made.stats, 1)
     keeps = read_masks(made.masks, 1)
-    for source, names in readers.items():
+    for source, names in consumers.items():
         for name in names:
             norm = inputs[source].norm.tolist()
             score = oracle.scores(weights[f"{name}.weight"].tolist(), [norm] if method == "wanda" else None)
             assert keeps[name].tolist() == loops(score)
 
 
-def test_statistics_cut_in_another_way_are_refused(study: Make):
+def test_statistics_cut_in_another_way_are_refused(calibrated_study: Make):
     with pytest.raises(UserError, match=r"stats/: measured with .*'windows': 4.* expected .*'windows': 3"):
-        mask(project=study(calibration__windows=3))
-    made = study(recipe="admm")
+        mask(study=calibrated_study(calibration__windows=3))
+    made = calibrated_study(recipe="admm")
     write_provenance(made.gram, read_provenance(made.gram, "calibrate") | {"params": {}})
     with pytest.raises(UserError, match="stats/gram: found a calibration of"):
-        mask(project=made)
-    mask(project=study(recipe="admm", propagation="pruned"))  # it reads no cached Gram matrices
+        mask(study=made)
+    mask(study=calibrated_study(recipe="admm", propagation="pruned"))  # it reads no cached Gram matrices
 
 
 @pytest.mark.parametrize("name", list(OF_WEIGHTS))
@@ -142,7 +142,7 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
     weights["stored_across"] = weights["linear"].T.contiguous()
     squares = torch.randint(1, 4, (24,), generator=generator).double() ** 2
     block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
-    keeps = choose_block(weights.__getitem__, block, method=methods()[name], share=Fraction(1, 2))
+    keeps = choose_block(weights.__getitem__, block, method=methods()[name], sparsity=Fraction(1, 2))
     assert torch.equal(keeps["stored_across"].T, keeps["linear"])
     assert keeps["stored_across"].is_contiguous()
 
@@ -150,8 +150,8 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
 def test_linears_of_a_block_give_up_different_shares():
     weights = {name: torch.randn(8, 20) for name in ("a", "b")}
     block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
-    share = {"a": Fraction("0.29"), "b": Fraction("0.7")}
-    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], share=share)
+    sparsity = {"a": Fraction("0.29"), "b": Fraction("0.7")}
+    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], sparsity=sparsity)
     assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
 
 
@@ -162,31 +162,31 @@ def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
     assert next(tmp_path.iterdir()).stat().st_size < 64 * 126 + 500
 
 
-def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
+def test_work_lies_in_the_repository_that_dvc_was_started_in(study: Make, tmp_path: Path, monkeypatch):
     """A queued experiment's checkout is gone when it fails; `DVC_ROOT` names the repository that stays."""
-    made = project()
+    made = study()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
     with made.work({"a": 1}) as work:
         assert work.path.is_relative_to(tmp_path / "repository/.dvc/tmp/wanda-dvc")
-        assert Project.find(made.root).root == made.root  # and what is written goes to the checkout
+        assert Study.find(made.root).root == made.root  # and what is written goes to the checkout
 
 
-def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
-    with project().work({"a": 1}) as work, pytest.raises(Timeout):
+def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(study: Make):
+    with study().work({"a": 1}) as work, pytest.raises(Timeout):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
 
 
-def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):
-    made = fetch(project(), "model", "calibration")
+def test_times_are_those_of_the_last_run_and_lie_in_no_output(study: Make):
+    made = fetch(study(), "model", "calibration")
     with process.timed(made, "calibrate-norms"):
-        calibrate(project=made)
+        calibrate(study=made)
     found = times(made)
     assert set(found) == {"calibrate-norms"}
     assert found["calibrate-norms"].keys() >= {"seconds", "machine", "device"}
     assert not (made.root / "metrics/times").exists()
 
 
-def work_of(made: Project) -> Path:
+def work_of(made: Study) -> Path:
     (found,) = [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
     return found
 
@@ -221,59 +221,61 @@ def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: py
     ],
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
 )
-def test_progress_counts_only_with_the_states_that_it_speaks_of(study: Make, spoil: Callable[[Path], object]):
+def test_progress_counts_only_with_the_states_that_it_speaks_of(
+    calibrated_study: Make, spoil: Callable[[Path], object]
+):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
-    made = study()
-    perplexity(project=made, model="dense", text="embedded")
+    made = calibrated_study()
+    perplexity(study=made, model="dense", text="embedded")
     complete = made.details("dense", "perplexity/embedded").read_bytes()
     killed = mock.patch("wanda_dvc.engine.divergence.measure", side_effect=KeyboardInterrupt)
     with killed, pytest.raises(KeyboardInterrupt):
-        perplexity(project=made, model="dense", text="embedded")
+        perplexity(study=made, model="dense", text="embedded")
     assert [*work_of(made).glob("own/*")]
     spoil(work_of(made))
-    perplexity(project=made, model="dense", text="embedded")
+    perplexity(study=made, model="dense", text="embedded")
     assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
-def test_blocks_that_a_killed_run_has_lost_are_made_again(study: Make, propagation: str):
+def test_blocks_that_a_killed_run_has_lost_are_made_again(calibrated_study: Make, propagation: str):
     """Finished work that had been moved away was published without its blocks, with exit 0."""
-    made = study(propagation=propagation, calibration__statistics="norms")
-    mask(project=made)
+    made = calibrated_study(propagation=propagation, calibration__statistics="norms")
+    mask(study=made)
     target, stage = (made.stats, calibrate) if propagation == "dense" else (made.masks, mask)
     complete = tree(target)
-    with mock.patch.object(tensors, "seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        stage(project=made)
+    with mock.patch.object(artifact, "finish", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        stage(study=made)
     shutil.rmtree(work_of(made) / "out")
-    stage(project=made)
+    stage(study=made)
     assert tree(target) == complete
 
 
-def test_an_m_that_does_not_divide_the_inputs_is_refused(study: Make):
-    made = study(pattern="3:6")
+def test_an_m_that_does_not_divide_the_inputs_is_refused(calibrated_study: Make):
+    made = calibrated_study(pattern="3:6")
     message = r"pattern: got 3:6, but model.layers.0.self_attn.\w* has 32 inputs, expected a multiple of 6"
     with pytest.raises(UserError, match=message):
-        mask(project=made)
+        mask(study=made)
     assert not made.masks.exists()
 
 
-def test_weights_that_are_not_finite_are_refused(study: Make):
-    made = study(method="magnitude")
+def test_weights_that_are_not_finite_are_refused(calibrated_study: Make):
+    made = calibrated_study(method="magnitude")
     spoil_weights(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(made.model("dense"))
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores of method magnitude that are not finite"):
-        mask(project=made)
+        mask(study=made)
 
 
 # --- evaluation ---
 
 
 @pytest.mark.parametrize("complete", [3, 0])
-def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny: Path, tmp_path: Path, complete: int):
+def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(study: Make, tiny: Path, tmp_path: Path, complete: int):
     """As the reproduction study takes it: total loss / total predictions."""
     (tmp_path / "text.txt").write_text("".join(chr(97 + (i * i) % 23) for i in range(complete * 50 + 17)))
     text = {"perplexity__texts__embedded__source": str(tmp_path / "text.txt")}
-    made = fetch(project(perplexity__length=50, perplexity__windows="all", **text), "model", "perplexity")
-    perplexity(project=made, model="dense", text="embedded")
+    made = fetch(study(perplexity__length=50, perplexity__windows="all", **text), "model", "perplexity")
+    perplexity(study=made, model="dense", text="embedded")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     tokens = torch.tensor(tokenizer(made.text("perplexity/embedded"))["input_ids"])
     with torch.no_grad():
@@ -310,23 +312,23 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     before = {name: id(parameter) for name, parameter in decoder.model.named_parameters(remove_duplicate=False)}
-    lm = EngineLM(folder, Runner(decoder, tmp_path / "work"), progress=lambda items: items)
+    lm = EngineLM(folder, ModelRunner(decoder, tmp_path / "work"), progress=lambda items: items)
     assert {name: id(x) for name, x in decoder.model.named_parameters(remove_duplicate=False)} == before
     with pytest.raises(UserError, match="the tokenizer has no bos_token and no eos_token, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])
 
 
 @pytest.mark.parametrize(("named", "limit"), [(True, 2), (False, 1)])
-def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, named: bool, limit: int):
+def test_zero_shot_asks_what_lm_eval_asks(study: Make, tiny: Path, named: bool, limit: int):
     """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition.
 
     Of a single item lm-eval gives a string as the standard error, which crashed the stage.
     """
-    made = fetch(project(zero_shot__limit=limit), "model", "tasks")
+    made = fetch(study(zero_shot__limit=limit), "model", "tasks")
     if not named:
         name_no_tokens(made.model("dense"))
     asked = list(map(json.loads, (made.data("tasks") / "piqa/items.jsonl").read_text().splitlines()[:limit]))
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     right = {"acc": 0, "acc_norm": 0}
@@ -346,7 +348,7 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, named: bool
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers == {measure: count / limit for measure, count in right.items()}
     assert set(details["standard_errors"]) == ({"acc", "acc_norm"} if limit > 1 else set())
-    (row,) = [line for line in show(project=made).splitlines() if line.startswith("| piqa, acc, %")]
+    (row,) = [line for line in show(study=made).splitlines() if line.startswith("| piqa, acc, %")]
     assert "to" in row
 
 
@@ -360,22 +362,22 @@ def test_a_task_without_an_accuracy_is_refused():
 # --- results ---
 
 
-def test_show_says_whose_model_is_in_the_workspace(study: Make):
-    made = mask_and_apply(study())
-    assert "another experiment" not in show(project=made)
-    changed = study(sparsity=0.7)
-    assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(project=changed)
-    mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
-    shown = show(project=changed)
+def test_show_says_whose_model_is_in_the_workspace(calibrated_study: Make):
+    made = mask_and_apply(calibrated_study())
+    assert "another experiment" not in show(study=made)
+    changed = calibrated_study(sparsity=0.7)
+    assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(study=changed)
+    mask(study=changed)  # as `dvc exp apply` leaves it: these masks, that model
+    shown = show(study=changed)
     assert "models/pruned belongs to another experiment than masks/" in shown
     assert "other settings" not in shown
-    apply(project=changed)
-    assert "another experiment" not in show(project=changed)
+    apply(study=changed)
+    assert "another experiment" not in show(study=changed)
 
 
-def test_stats_are_a_summary_of_the_norms(study: Make):
-    made = study()
-    records = json.loads(stats.stats(project=made, layer=1, as_json=True))
+def test_stats_are_a_summary_of_the_norms(calibrated_study: Make):
+    made = calibrated_study()
+    records = json.loads(stats.stats(study=made, layer=1, as_json=True))
     inputs = read_stats(made.stats, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
     for record, x in zip(records, inputs.values(), strict=True):
@@ -384,12 +386,12 @@ def test_stats_are_a_summary_of_the_norms(study: Make):
         assert record["max"] == norm[0][1]
         assert record["median"] == pytest.approx(float(np.median(x.norm)))
         assert record["outliers"] == pytest.approx(sum(v > 6 * record["median"] for _, v in norm) / len(norm))
-    assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 2 * 4
+    assert len(json.loads(stats.stats(study=made, layer=None, as_json=True))) == 2 * 4
     with pytest.raises(UserError, match="--layer: got 2, expected 0 to 1: the model has 2 blocks"):
-        stats.stats(project=made, layer=2, as_json=False)
+        stats.stats(study=made, layer=2, as_json=False)
 
 
-def test_too_few_tokens_for_solvers_are_reported(study: Make, capsys: Capture):
-    calibrate(project=study(calibration__statistics="gram"))
+def test_too_few_tokens_for_solvers_are_reported(calibrated_study: Make, capsys: Capture):
+    calibrate(study=calibrated_study(calibration__statistics="gram"))
     shown = capsys.readouterr().err
     assert "calibrate: 256 tokens, expected 480 or more for solvers" in shown

@@ -21,20 +21,20 @@ from wanda_dvc.results.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 SETTINGS = {"calibration__statistics": "gram", "perplexity__windows": 2, "recipe": "wanda-refit"}
 
 
-def made(root: Path, model: Path, texts: dict[str, str]) -> Project:
+def made(root: Path, model: Path, texts: dict[str, str]) -> Study:
     """A study whose stages have run, with a reconstruction whose weights are stored, and with one from stats/."""
     root.mkdir()
     write_params(root, model, **SETTINGS, **texts)
-    project = fetch(Project(root))
+    study = fetch(Study(root))
     for name in ("calibrate", "mask", "apply"):
-        run(name, project=project)
-    run("perplexity", project=project, part="dense")
-    return project
+        run(name, study=study)
+    run("perplexity", study=study, variant="dense")
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def studies(tmp_path_factory: Factory, texts: dict[str, str]) -> dict[str, Path]
     return {name: made(folder / name, *words).root for name, words in given.items()}
 
 
-def refused_with(says: str, stage: str, project: Project, part: str = "") -> None:
+def refused_with(says: str, stage: str, study: Study, part: str = "") -> None:
     """The stage is refused and changes no file."""
-    before = tree(project.root)
+    before = tree(study.root)
     with pytest.raises(UserError, match=says):
-        run(stage, project=project, part=part)
-    assert tree(project.root) == before
+        run(stage, study=study, variant=part)
+    assert tree(study.root) == before
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_an_artifact_of_other_inputs_is_refused(
     source, _, target = taken.partition(">")
     shutil.rmtree(root / (target or source))
     shutil.copytree(studies[of] / source, root / (target or source))
-    project = Project(root)
+    study = Study(root)
     if stage == "mask-pruned":
-        stage, project = "mask", project.with_params(project.params.model_copy(update={"propagation": "pruned"}))
-        planned(project)
-    refused_with(says, stage, project, part)
+        stage, study = "mask", study.with_params(study.params.model_copy(update={"propagation": "pruned"}))
+        planned(study)
+    refused_with(says, stage, study, part)
 
 
 def spoil_values(path: Path) -> None:
@@ -109,13 +109,13 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
     studies: dict[str, Path], tmp_path: Path, stage: str, changes: dict[str, str], folder: str
 ):
     root = shutil.copytree(studies["own"], tmp_path / "study")
-    project = Project(root)
-    project = planned(project.with_params(project.params.model_copy(update=changes)))
+    study = Study(root)
+    study = planned(study.with_params(study.params.model_copy(update=changes)))
     if folder == "weights":
-        run("mask", project=project)
-        run("apply", project=project)
+        run("mask", study=study)
+        run("apply", study=study)
     spoil_values(root / folder / "block_001.safetensors")
-    refused_with(f"{folder}/block_001.safetensors: damaged: found values of .* not finite", stage, project)
+    refused_with(f"{folder}/block_001.safetensors: damaged: found values of .* not finite", stage, study)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_block_that_is_missing_or_damaged_is_refused(
 ):
     root = shutil.copytree(studies["own"], tmp_path / "study")
     spoil(root)
-    refused_with(says, stage, Project(root))
+    refused_with(says, stage, Study(root))
 
 
 def test_no_provenance_names_a_path(studies: dict[str, Path]):
@@ -175,27 +175,27 @@ MODELS = list(models.cases())
 
 
 @pytest.mark.parametrize("case", MODELS, ids=ids(MODELS))
-def test_a_damaged_model_is_refused_and_the_earlier_one_stays(case: Case, project: Make, tiny: Path, tmp_path: Path):
-    download(project=project(), part="model")
+def test_a_damaged_model_is_refused_and_the_earlier_one_stays(case: Case, study: Make, tiny: Path, tmp_path: Path):
+    download(study=study(), source="model")
     source = shutil.copytree(tiny, tmp_path / "source")
     case.spoil(source)
-    made = project(model=source)
-    refused(case, lambda: download(project=made, part="model"), tmp_path / "models")
+    made = study(model=source)
+    refused(case, lambda: download(study=made, source="model"), tmp_path / "models")
 
 
 TEXT_CASES = list(texts.cases())
 
 
 @pytest.mark.parametrize("case", TEXT_CASES, ids=ids(TEXT_CASES))
-def test_a_damaged_text_is_refused(case: Case, project: Make, tmp_path: Path):
+def test_a_damaged_text_is_refused(case: Case, study: Make, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     case.spoil(source)
-    made = project(plan=False, **naming(case, source))
+    made = study(plan=False, **naming(case, source))
 
     def run() -> None:
-        plan(project=made)  # it refuses a source that is missing
-        download(project=made, part="calibration")
+        plan(study=made)  # it refuses a source that is missing
+        download(study=made, source="calibration")
 
     refused(case, run, tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -214,11 +214,11 @@ def naming(case: Case, source: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", texts.RIGHT)
-def test_an_odd_text_is_taken_whole(name: str, project: Make, tmp_path: Path):
+def test_an_odd_text_is_taken_whole(name: str, study: Make, tmp_path: Path):
     file, content, expected = texts.RIGHT[name]
     (tmp_path / file).write_bytes(content)
-    made = project(calibration__text__source=str(tmp_path / file))
-    download(project=made, part="calibration")
+    made = study(calibration__text__source=str(tmp_path / file))
+    download(study=made, source="calibration")
     assert made.text("calibration") == expected
 
 
@@ -253,12 +253,12 @@ def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Pat
     (tmp_path / "link").symlink_to(finished)
     for target in (finished / name / "new", finished / name / "a/b", tmp_path / "link" / name / "new"):
         with pytest.raises(UserError, match=rf"(new|b): inside {name}/, which DVC or git tracks"):
-            export(project=Project(finished), experiment=None, target=target)
+            export(study=Study(finished), experiment=None, target=target)
         assert not target.exists()
     matrix = partial(export, experiment=None, target=tmp_path / "new", imatrix=finished / name / "x.gguf")
     for write in (matrix, partial(report, output=finished / name / "x.html")):
         with pytest.raises(UserError, match=rf"{name}: inside {name}/, which DVC or git tracks"):
-            write(project=Project(finished))
+            write(study=Study(finished))
 
 
 def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(tmp_path: Path):

@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.finders import block_lists, confirmed
-from wanda_dvc.engine.removal import Removal, Smaller
+from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
-from wanda_dvc.pruning.solvers import Prepared
-from wanda_dvc.pruning.units import Units, cheapest, least_squares, spread, stay_of
+from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.pruning.units import Units, expand, greedy_obs, least_squares, stay_of
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
@@ -68,7 +68,7 @@ def test_every_mixture_is_here():
 
 
 @pytest.mark.parametrize(
-    ("width", "share", "stay"),
+    ("width", "sparsity", "stay"),
     [
         (1536, "0.2", 1216),  # 1228.8 is nearer to 19 times 64 than to 20 times
         (2048, "0.2", 1664),  # 1638.4: 256 is more than a 16th
@@ -81,8 +81,8 @@ def test_every_mixture_is_here():
         (2731, "0.001", 2731),  # never more than there are
     ],
 )
-def test_the_width_is_the_nearest_multiple(width: int, share: str, stay: int):
-    assert stay_of(width, Fraction(share), STRUCTURES["neurons"].multiple) == stay
+def test_the_width_is_the_nearest_multiple(width: int, sparsity: str, stay: int):
+    assert stay_of(width, Fraction(sparsity), STRUCTURES["neurons"].multiple) == stay
 
 
 def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,11 +92,11 @@ def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tupl
     return torch.randn(out, inputs, generator=generator), x
 
 
-def rise(weight: torch.Tensor, x: torch.Tensor, stays: torch.Tensor) -> float:
+def rise(weight: torch.Tensor, x: torch.Tensor, kept: torch.Tensor) -> float:
     """The error ‖(W−V)X‖² after least squares on the inputs that stay, by torch's own solver."""
     target = x.double() @ weight.double().T
-    solved = torch.linalg.lstsq(x.double()[:, stays], target).solution
-    return (target - x.double()[:, stays] @ solved).square().sum().item()
+    solved = torch.linalg.lstsq(x.double()[:, kept], target).solution
+    return (target - x.double()[:, kept] @ solved).square().sum().item()
 
 
 def test_the_units_that_go_are_those_that_least_squares_misses_least():
@@ -110,31 +110,31 @@ def test_the_units_that_go_are_those_that_least_squares_misses_least():
         while (left := int(stay.sum()) - units.stay) > 0:
             missed = torch.full((units.total,), torch.inf).double()
             for unit in stay.nonzero()[:, 0]:
-                others = tokens[:, spread(stay & (torch.arange(units.total) != unit), layout)]
+                others = tokens[:, expand(stay & (torch.arange(units.total) != unit), layout)]
                 missed[unit] = (target - others @ torch.linalg.lstsq(others, target).solution).square().sum()
             stay[missed.argsort()[: min(16 // sum(layout), left)]] = False
-        assert torch.equal(cheapest(weight, Prepared(x.T @ x), units), stay)
+        assert torch.equal(greedy_obs(weight, GramFactors(x.T @ x), units), stay)
 
 
 def test_dead_inputs_go_first():
     weight, x = linear(1)
     x[:, [3, 17]] = 0
-    assert cheapest(weight, Prepared(x.T @ x), Units(24, 22)).logical_not().nonzero()[:, 0].tolist() == [3, 17]
+    assert greedy_obs(weight, GramFactors(x.T @ x), Units(24, 22)).logical_not().nonzero()[:, 0].tolist() == [3, 17]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
 def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zeros(damping: float):
     weight, x = linear(2)
     gram = x.T @ x
-    stays = torch.arange(24) % 3 > 0
-    keep = stays.expand(12, 24).clone()
+    kept = torch.arange(24) % 3 > 0
+    keep = kept.expand(12, 24).clone()
     keep[5] = False  # a row of another removed unit
-    solved = least_squares(weight, keep, Prepared(gram), damping=damping)
+    solved = least_squares(weight, keep, GramFactors(gram), damping=damping)
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
-    kept = damped[stays][:, stays]
-    wanted = (weight.double() @ damped)[:, stays] @ torch.linalg.inv(kept)
+    kept = damped[kept][:, kept]
+    wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(kept)
     rows = torch.arange(12) != 5
-    torch.testing.assert_close(solved.weight[rows][:, stays].double(), wanted[rows], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(solved.weight[rows][:, kept].double(), wanted[rows], rtol=1e-3, atol=1e-3)
     assert not solved.weight[~keep].any()
 
     def error(v: torch.Tensor) -> torch.Tensor:
@@ -147,23 +147,23 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
 # --- families ---
 
 
-def removal_of(folder: Path, pattern: str, share: str = "") -> Removal:
+def removal_of(folder: Path, pattern: str, sparsity: str = "") -> Removal:
     structure = STRUCTURES[pattern]
-    return resolve_name(structure.find)(Checkpoint(folder), structure, Fraction(share or SHARES[pattern]))
+    return resolve_name(structure.find)(Checkpoint(folder), structure, Fraction(sparsity or SHARES[pattern]))
 
 
 def drawn(removal: Removal) -> Removal:
     """Random units stay in each set, the same number in each group; the first blocks: others may depend on them."""
     generator = torch.Generator().manual_seed(2)
-    stays = {}
+    kept = {}
     for name, units in removal.sets.items():
         orders = [torch.randperm(units.total // units.groups, generator=generator) for _ in range(units.groups)]
         orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
-        stays[name] = torch.cat([order < units.stay // units.groups for order in orders])
-    return removal.with_stays(stays)
+        kept[name] = torch.cat([order < units.stay // units.groups for order in orders])
+    return removal.with_kept(kept)
 
 
-def write(smaller: Smaller, folder: Path) -> Path:
+def write(smaller: SmallerCheckpoint, folder: Path) -> Path:
     """A smaller model, as `apply` writes it."""
     assert sorted(write_model(smaller, folder)) == sorted(name for name in smaller.new.values() if name)
     return folder
@@ -178,11 +178,11 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
         weight = checkpoint.read(cut.address)
         if weight.dim() == 2 and not cut.address.tensor.endswith("bias"):
             keeps[cut.address.linear] = torch.ones_like(weight, dtype=torch.bool)
-    for linear, cut in removal.readers.items():
-        along = spread(removal.stays[cut.units], cut.layout)
+    for linear, cut in removal.consumers.items():
+        along = expand(removal.kept[cut.units], cut.layout)
         keeps[linear] &= along if cut.dim == 1 else along[:, None]
-    keeps = replace(removal, stays={}).spread(keeps)  # from the masks of the readers alone
-    assert all(torch.equal(found, removal.stays[name]) for name, found in removal.stays_in(keeps).items())
+    keeps = replace(removal, kept={}).expand(keeps)  # from the masks of the readers alone
+    assert all(torch.equal(found, removal.kept[name]) for name, found in removal.kept_in(keeps).items())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     parts = stored_parts(model, checkpoint)
     where, blocks = find_blocks(model)
@@ -199,7 +199,7 @@ def skipping(folder: Path, removal: Removal) -> Iterator[Any]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     where, blocks = find_blocks(model)
     parent, _, leaf = where.rpartition(".")
-    kept = [block for block, stay in zip(blocks, removal.stays[where].tolist(), strict=True) if stay]
+    kept = [block for block, stay in zip(blocks, removal.kept[where].tolist(), strict=True) if stay]
     setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(kept))
     model.config.get_text_config().num_hidden_layers = len(kept)
     yield model
@@ -208,14 +208,14 @@ def skipping(folder: Path, removal: Removal) -> Iterator[Any]:
 class NeverChosen(TorchFunctionMode):
     """Logits of −∞ for some experts, in the order in which the model computes routers."""
 
-    def __init__(self, routers: list[torch.Tensor], stays: list[torch.Tensor]) -> None:
+    def __init__(self, routers: list[torch.Tensor], kept: list[torch.Tensor]) -> None:
         super().__init__()
-        self.routers, self.stays = routers, stays
+        self.routers, self.kept = routers, kept
         self.used = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        for router, stay in zip(self.routers, self.stays, strict=True):
+        for router, stay in zip(self.routers, self.kept, strict=True):
             if function is torch.nn.functional.linear and args[1].data_ptr() == router.data_ptr():
                 self.used += 1
                 return made.masked_fill(~stay, -torch.inf)
@@ -234,7 +234,7 @@ def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
     total = next(iter(removal.sets.values())).total
 
     def stay_of(name: str) -> torch.Tensor:
-        return next(stay for mixture, stay in removal.stays.items() if place(mixture) == place(name))
+        return next(stay for mixture, stay in removal.kept.items() if place(mixture) == place(name))
 
     routers = {
         name: parameter
@@ -262,7 +262,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     grouped = (pattern, family) == ("experts", "deepseek_v3")
     assert {units.groups for units in found.sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
-    left = Checkpoint(write(Smaller(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
+    left = Checkpoint(write(SmallerCheckpoint(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
     tokens = torch.randint(3, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: P
 
 def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
     checkpoint = Checkpoint(save("llama", tmp_path / "model"))
-    removal = removal_of(checkpoint.folder, "blocks").with_stays({"model.layers": torch.tensor([True, False, True])})
+    removal = removal_of(checkpoint.folder, "blocks").with_kept({"model.layers": torch.tensor([True, False, True])})
     tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
     names = removal.names([*checkpoint.where, *tower])
     assert [names[name] for name in tower] == tower
@@ -350,7 +350,7 @@ def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):
     config = load_json(folder / "config.json")
     config["num_experts"] = config.pop("num_local_experts")
     write_json(folder / "config.json", config)
-    write(Smaller(Checkpoint(folder), drawn(removal_of(folder, "experts"))), tmp_path / "smaller")
+    write(SmallerCheckpoint(Checkpoint(folder), drawn(removal_of(folder, "experts"))), tmp_path / "smaller")
     assert load_json(tmp_path / "smaller/config.json") == config | {"num_experts": 9}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 9
@@ -366,13 +366,15 @@ def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
         return checkpoint.read(address) + (address in addresses)
 
     removal = drawn(removal_of(checkpoint.folder, "heads"))
-    write(Smaller(checkpoint, removal, read, addresses), tmp_path / "smaller")
+    write(SmallerCheckpoint(checkpoint, removal, read, addresses), tmp_path / "smaller")
     assert torch.equal(Checkpoint(tmp_path / "smaller").read(Address(name)), checkpoint.read(Address(name)) + 1)
 
 
 def test_shards_and_their_index_hold_the_smaller_model(tmp_path: Path):
     folder = save_tiny_model(tmp_path / "sharded", shard="20KB")
-    written = Checkpoint(write(Smaller(Checkpoint(folder), drawn(removal_of(folder, "neurons"))), tmp_path / "smaller"))
+    written = Checkpoint(
+        write(SmallerCheckpoint(Checkpoint(folder), drawn(removal_of(folder, "neurons"))), tmp_path / "smaller")
+    )
     index = load_json(written.folder / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == sum(entry.length for entry in written.entries.values())
     AutoModelForCausalLM.from_pretrained(written.folder)
@@ -394,14 +396,16 @@ LEFT = {
 
 
 @pytest.mark.parametrize(("choice", "pattern"), [*itertools.product(CHOICES, LEFT)], ids=named)
-def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[str, str], pattern: str, study: Make):
-    share, fields, reader = LEFT[pattern]
-    made = mask_and_apply(study(pattern=pattern, sparsity=share, **choice))
+def test_every_choice_gives_a_smaller_model_with_the_exact_share(
+    choice: dict[str, str], pattern: str, calibrated_study: Make
+):
+    sparsity, fields, consumer = LEFT[pattern]
+    made = mask_and_apply(calibrated_study(pattern=pattern, sparsity=sparsity, **choice))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert {name: getattr(pruned.config, name) for name in fields} == fields
     found = load_json(made.metrics("pruned", "sparsity"))
     sizes = [sum(torch.Size(entry.shape).numel() for entry in one.entries.values()) for one in (dense, pruned)]
-    assert found == {"sparsity": share, "removed_parameters": round(1 - sizes[1] / sizes[0], 6)}
+    assert found == {"sparsity": sparsity, "removed_parameters": round(1 - sizes[1] / sizes[0], 6)}
     assert read_provenance(made.masks, "mask")["config"] == fields
     plan, changed = made.params.plan, set()
     keeps = {name: keep for block in range(2) for name, keep in read_masks(made.masks, block).items()}
@@ -411,11 +415,11 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[st
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]
         assert before.shape == after.shape
         changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
-    assert plan.corrects or changed == ({f"{reader}.weight"} if plan.solves else set())
+    assert plan.corrects or changed == ({f"{consumer}.weight"} if plan.solves else set())
     errors = load_json(made.details("pruned", "layer_error"))["linears"]
     if plan.weights_come_from == "gram":
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
-        assert {name.split(".", 3)[3] for name, one in errors.items() if one["error"]} == {reader}
+        assert {name.split(".", 3)[3] for name, one in errors.items() if one["error"]} == {consumer}
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     with torch.no_grad():
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
@@ -425,15 +429,17 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[st
     "method", [name for name, row in methods().items() if row.competition == "groups" and row.needs != "gram"]
 )
 @pytest.mark.parametrize(
-    ("pattern", "reader", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
+    ("pattern", "consumer", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
 )
-def test_the_units_with_the_lowest_scores_go(method: str, pattern: str, reader: str, units: int, study: Make):
+def test_the_units_with_the_lowest_scores_go(
+    method: str, pattern: str, consumer: str, units: int, calibrated_study: Make
+):
     """A unit's score is the sum over the weights that read it."""
-    made = study(pattern=pattern, sparsity=0.5, method=method)
-    mask(project=made)
+    made = calibrated_study(pattern=pattern, sparsity=0.5, method=method)
+    mask(study=made)
     dense = Checkpoint(made.model("dense"))
     for block in range(dense.config.num_hidden_layers):
-        name = f"model.layers.{block}.{reader}"
+        name = f"model.layers.{block}.{consumer}"
         x = read_stats(made.stats, block).inputs[name]
         scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
         score = scored.sum(dim=0).view(units, -1).sum(dim=1)
@@ -441,8 +447,8 @@ def test_the_units_with_the_lowest_scores_go(method: str, pattern: str, reader: 
         assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
 
 
-def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Make):
-    made = project(pattern="blocks", sparsity=0.25, calibration__statistics="gram")
+def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make):
+    made = study(pattern="blocks", sparsity=0.25, calibration__statistics="gram")
     prune(fetch(made, "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     scores = [influence(read_stats(made.stats, block)) for block in range(4)]
@@ -451,7 +457,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Ma
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
     assert load_json(made.details("pruned", "layer_error"))["linears"] == {}  # nothing else changes
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
-    blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.readers.values()))[0]] for block in nan])}
+    blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.consumers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
         choose_units(blocks, dense.weight, nan, method=methods()["influence"])
     # As transformers computes it: hidden states before and after each block.
@@ -468,8 +474,8 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Ma
     assert small.generate(windows[:1, :8], max_new_tokens=3).shape[1] > 8
 
 
-def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Make):
-    made = mask_and_apply(study(pattern="neurons", sparsity=0.001))
+def test_a_share_that_rounds_to_all_neurons_changes_nothing(calibrated_study: Make):
+    made = mask_and_apply(calibrated_study(pattern="neurons", sparsity=0.001))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert all(torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}

@@ -57,27 +57,29 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, tmp_path: Path, mon
     monkeypatch.setenv("PYTHONPATH", str(unpacked))
     model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
     around = Repository(tmp_path / "around", model, imported_with={"PYTHONPATH": str(unpacked)})
-    study = replace(around, root=around.root / "study")
+    calibrated_study = replace(around, root=around.root / "study")
     around.root.mkdir()
     around.run("git", "init", "--quiet")
     (around.root / "code.py").write_text("")
     said = around.run("wanda-dvc", "init", "study", "--model", str(model))
     small = {"calibration": {"windows": 2, "length": 64}, "perplexity": {"length": 64, "windows": 2}}
-    change_settings(study.root / "params.yaml", small | {"tasks": {"names": ["piqa"]}, "zero_shot": {"limit": 2}})
+    change_settings(
+        calibrated_study.root / "params.yaml", small | {"tasks": {"names": ["piqa"]}, "zero_shot": {"limit": 2}}
+    )
     named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
     assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "wanda-dvc", "dvc"]
-    printed = [study.run("sh", "-c", command) for command in named]
+    printed = [calibrated_study.run("sh", "-c", command) for command in named]
     assert "calibrate-norms" in ran(printed[1])
     assert "measured sparsity" in printed[2]
     assert "calibrate-norms" not in ran(printed[3])
-    assert "0.3" in study.run("wanda-dvc", "list")
+    assert "0.3" in calibrated_study.run("wanda-dvc", "list")
     # As the DVC extension of VS Code asks.
     plotted = "dvc plots diff workspace HEAD -o .dvc/tmp/plots --split --json 2> /dev/null"
-    plots = json.loads(study.run("sh", "-c", plotted))
+    plots = json.loads(calibrated_study.run("sh", "-c", plotted))
     drawn = {"metrics/plots/perplexity/embedded.csv", "sparsity by block", "input norms by block"}
     assert drawn <= {name.removeprefix("dvc.yaml::") for name in plots["data"]}
     assert all(one["revisions"] for one in plots["data"]["sparsity by block"])
-    tracked = json.loads(study.run("dvc", "data", "status", "--granular", "--unchanged", "--json"))
+    tracked = json.loads(calibrated_study.run("dvc", "data", "status", "--granular", "--unchanged", "--json"))
     assert not {"not_in_cache"} & tracked.keys()
     assert any(path.startswith("masks") for kind in tracked["committed"].values() for path in kind)
     assert git(around.root, "status", "--porcelain", "code.py") == "?? code.py"

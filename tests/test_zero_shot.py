@@ -26,7 +26,7 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
 from wanda_dvc.study.artifact import Work, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 stage: Any = importlib.import_module("wanda_dvc.stages.zero_shot")
@@ -77,13 +77,13 @@ def test_an_item_without_a_label_among_its_choices_is_refused(task: str, field: 
         ("", "no items, expected one a line; correct that file"),
     ],
 )
-def test_download_refuses_wrong_items(content: str, says: str, project: Make, tmp_path: Path):
+def test_download_refuses_wrong_items(content: str, says: str, study: Make, tmp_path: Path):
     place = tmp_path / "mirror/baber/piqa/validation.jsonl"
     place.parent.mkdir(parents=True)
     place.write_text(content + "\n", encoding="utf-8")
-    made = project(tasks__source="benchmark", tasks__names=["piqa"], runtime__mirror=str(tmp_path / "mirror"))
+    made = study(tasks__source="benchmark", tasks__names=["piqa"], runtime__mirror=str(tmp_path / "mirror"))
     with pytest.raises(UserError, match=rf"validation\.jsonl: {says}"):
-        download(project=made, part="tasks")
+        download(study=made, source="tasks")
     assert not (tmp_path / "data").exists()
 
 
@@ -141,9 +141,9 @@ THREE = ["piqa", "rte", "arc_easy"]
 
 
 @pytest.fixture
-def study(project: Make) -> Project:
+def calibrated_study(study: Make) -> Study:
     """A study of three tasks, whose dense model has not been asked yet."""
-    return fetch(project(tasks__names=THREE), "model", "tasks")
+    return fetch(study(tasks__names=THREE), "model", "tasks")
 
 
 @pytest.fixture
@@ -152,59 +152,61 @@ def asked(monkeypatch: Patch) -> list[str]:
     asked: list[str] = []
     ask = stage._ask
 
-    def spy(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+    def spy(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
         if f"not {task}" in asked:
             raise KeyboardInterrupt
         asked.append(task)
-        return ask(project, model, task, protocol, work)
+        return ask(study, model, task, protocol, work)
 
     monkeypatch.setattr(stage, "_ask", spy)
     return asked
 
 
-def results(project: Project, tasks: list[str]) -> dict[str, bytes]:
+def results(study: Study, tasks: list[str]) -> dict[str, bytes]:
     """What a run for these tasks publishes."""
-    write_params(project.root, project.params.model, tasks__names=tasks)
-    run("zero-shot", project=Project(project.root), part="dense")
-    metrics, details = project.metrics("dense", "zero_shot"), project.details("dense", "zero_shot")
-    plotted = csv.DictReader(project.plots("dense/zero_shot").read_text().splitlines())
+    write_params(study.root, study.params.model, tasks__names=tasks)
+    run("zero-shot", study=Study(study.root), variant="dense")
+    metrics, details = study.metrics("dense", "zero_shot"), study.details("dense", "zero_shot")
+    plotted = csv.DictReader(study.plots("dense/zero_shot").read_text().splitlines())
     answers = [item["acc"] for task in load_json(details)["tasks"].values() for item in task["items"]]
     assert [float(row["acc"]) for row in plotted] == answers
     assert list(load_json(metrics)) == list(load_json(details)["tasks"]) == tasks
-    return {path.name: path.read_bytes() for path in (metrics, details, project.plots("dense/zero_shot"))}
+    return {path.name: path.read_bytes() for path in (metrics, details, study.plots("dense/zero_shot"))}
 
 
-def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(study: Project, asked: list[str]):
-    full = results(study, THREE)
-    for path in study.answers.iterdir():
+def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(calibrated_study: Study, asked: list[str]):
+    full = results(calibrated_study, THREE)
+    for path in calibrated_study.answers.iterdir():
         path.unlink()
     asked.clear()
-    before = results(study, THREE[:2])
-    assert results(study, THREE) == full
+    before = results(calibrated_study, THREE[:2])
+    assert results(calibrated_study, THREE) == full
     assert asked == THREE
-    assert results(study, THREE[:2]) == before
+    assert results(calibrated_study, THREE[:2]) == before
     assert asked == THREE
-    assert not [path for path in study.work_root.iterdir() if path.is_dir()]
+    assert not [path for path in calibrated_study.work_root.iterdir() if path.is_dir()]
 
 
-def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(study: Project, asked: list[str]):
+def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(calibrated_study: Study, asked: list[str]):
     asked.append("not rte")
     with pytest.raises(KeyboardInterrupt):
-        results(study, THREE)
+        results(calibrated_study, THREE)
     assert asked == ["not rte", "piqa"]
-    assert not study.metrics("dense", "zero_shot").exists()
+    assert not calibrated_study.metrics("dense", "zero_shot").exists()
     asked.clear()
-    results(study, THREE)
+    results(calibrated_study, THREE)
     assert asked == ["rte", "arc_easy"]
 
 
 @pytest.mark.parametrize("damage", ['{"details": {"protocol": {}}}', "", "[]", "{}"])
 @pytest.mark.slow
-def test_answers_that_are_damaged_or_of_another_run_are_asked_again(study: Project, asked: list[str], damage: str):
-    before = results(study, ["piqa"])
-    (kept,) = study.answers.glob("*-piqa-*")
+def test_answers_that_are_damaged_or_of_another_run_are_asked_again(
+    calibrated_study: Study, asked: list[str], damage: str
+):
+    before = results(calibrated_study, ["piqa"])
+    (kept,) = calibrated_study.answers.glob("*-piqa-*")
     kept.write_text(damage, encoding="utf-8")
-    assert results(study, ["piqa"]) == before
+    assert results(calibrated_study, ["piqa"]) == before
     assert asked == ["piqa", "piqa"]
 
 
@@ -213,11 +215,11 @@ CHANGED += [{"libraries": {"torch": "1.0"}}, {"libraries": {"lm_eval": "0.1"}}, 
 
 
 @pytest.fixture
-def answered(project: Make) -> Callable[..., tuple[Project, Json]]:
+def answered(study: Make) -> Callable[..., tuple[Study, Json]]:
     """Makes a study with the dense model's answers, whose protocol has some changes; returns the pruned model's too."""
 
-    def make(samples: bool = False, **changes: Any) -> tuple[Project, Json]:
-        made, words = project(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
+    def make(samples: bool = False, **changes: Any) -> tuple[Study, Json]:
+        made, words = study(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
         write_provenance(made.data("tasks") / "piqa", {"made_by": "download tasks", "samples": samples, **words})
         protocol = {"model": "x", "dense": "x", "task": {"sha256": "x"}, "dtype": "float32", "limit": 5, "examples": 0}
 
@@ -233,7 +235,7 @@ def answered(project: Make) -> Callable[..., tuple[Project, Json]]:
 
 
 @pytest.mark.parametrize("samples", [True, False])
-def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Project, Json]]):
+def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Study, Json]]):
     """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
     counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
     counts["piqa"]["flips"]["acc_norm"] = {"lost": 2, "gained": 1, "swapped": 0}
@@ -242,7 +244,7 @@ def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Call
 
 @pytest.mark.parametrize("change", CHANGED, ids=str)
 def test_answers_to_something_else_are_not_compared(
-    change: Json, answered: Callable[..., tuple[Project, Json]], capsys: Capture
+    change: Json, answered: Callable[..., tuple[Study, Json]], capsys: Capture
 ):
     """Another dense model, dtype, limit, item or version of a library; every dense model is another than the pruned."""
     (key,) = change
@@ -260,10 +262,10 @@ def test_the_error_of_a_score_that_is_not_reported_costs_two_draws(tmp_path: Pat
     place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = {"tasks__source": "benchmark", "runtime__mirror": str(tmp_path / "mirror")}
     write_params(tmp_path, tiny, tasks__names=["mrpc"], **source)
-    made, draw = fetch(Project(tmp_path), "model", "tasks"), mock.Mock(return_value=0.0)
+    made, draw = fetch(Study(tmp_path), "model", "tasks"), mock.Mock(return_value=0.0)
     (made.root / PROMPTS).write_text("")
     monkeypatch.setattr("lm_eval.api.metrics.bootstrap_stderr", draw)
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     assert draw.call_args.kwargs == {"iters": 2}
     assert load_json(made.details("dense", "zero_shot"))["tasks"]["mrpc"]["standard_errors"].keys() == {"acc"}
 
@@ -306,48 +308,48 @@ def test_a_prompt_that_leaves_no_positions_is_continued_from_its_last_tokens(tin
     assert written(tiny, "b" * 9 + "a" * 472) == written(tiny, "a" * 472)
 
 
-def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(project: Make, monkeypatch: Patch):
-    made = fetch(project(tasks__names=[]), "model")
+def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(study: Make, monkeypatch: Patch):
+    made = fetch(study(tasks__names=[]), "model")
     prompts, place = made.root / PROMPTS, made.details("dense", "continuations")
     prompts.write_text("To sit\r\n\n  The sea \n")
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     first, content = place.read_bytes(), load_json(place)
     assert [one["prompt"] for one in content["prompts"]] == ["To sit", "The sea"]
     assert content["prompts"][0]["text"] == text_of(made.model("dense"), greedy(made.model("dense"), "To sit"))
     with monkeypatch.context() as kept:
         kept.setattr("wanda_dvc.stages.zero_shot.continuations", lambda *_, **__: 1 / 0)
-        zero_shot(project=made, model="dense")
+        zero_shot(study=made, model="dense")
         assert place.read_bytes() == first
     prompts.write_text("The sea\n")
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     assert load_json(place)["prompts"] == content["prompts"][1:]
     shutil.rmtree(made.answers)
     prompts.write_text("To sit\nThe sea\n")
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     assert place.read_bytes() == first
 
 
-def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(project: Make):
+def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(study: Make):
     expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
-    assert read_prompts(project()) == expected
+    assert read_prompts(study()) == expected
     assert len(expected) == 5
 
 
-def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(project: Make, monkeypatch: Patch, capsys: Capture):
-    made = fetch(project(tasks__names=[]), "model")
+def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(study: Make, monkeypatch: Patch, capsys: Capture):
+    made = fetch(study(tasks__names=[]), "model")
     with monkeypatch.context() as small:
         small.setattr("wanda_dvc.stages.zero_shot.free_memory", lambda _: 10**8)
-        zero_shot(project=made, model="dense")
+        zero_shot(study=made, model="dense")
     again = "`dvc repro --force --single-item zero-shot-dense` writes them when there is more"
     skipped = f"the model needs 0.1 GB of memory, and 0.1 GB were free; {again}"
     assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
     assert f"zero-shot dense: no continuations: {skipped}" in capsys.readouterr().err
-    assert f"No continuations by the dense model: {skipped}." in show(project=made)
+    assert f"No continuations by the dense model: {skipped}." in show(study=made)
     with pytest.raises(UserError, match="^continuations: the model needs 0.1 GB"):
-        show(project=made, text=True)
-    zero_shot(project=made, model="dense")
+        show(study=made, text=True)
+    zero_shot(study=made, model="dense")
     assert load_json(made.details("dense", "continuations"))["prompts"]
     (made.root / PROMPTS).write_text("")
     monkeypatch.setattr("wanda_dvc.stages.zero_shot.continuations", None)  # nothing opens the model
-    zero_shot(project=made, model="dense")
+    zero_shot(study=made, model="dense")
     assert load_json(made.details("dense", "continuations"))["prompts"] == []

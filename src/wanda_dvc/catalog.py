@@ -16,21 +16,21 @@ from typing import Any, Literal, TypeVar
 from wanda_dvc.errors import UserError, reason
 
 ENTRY_POINTS = "wanda_dvc.methods"
-STATISTICS = ("norms", "gram", "gradients")  # each includes those before it
+STATISTICS = ("norms", "gram", "fisher")  # each includes those before it
 
 
 @dataclass(frozen=True)
-class Row:
+class Choice:
     """A value of a setting."""
 
     name: str  # as params.yaml writes it
     about: str  # in one line
 
 
-Rows = TypeVar("Rows", bound=Row)
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 
-def _by_name(*rows: Rows) -> dict[str, Rows]:
+def _by_name(*rows: ChoiceT) -> dict[str, ChoiceT]:
     return {row.name: row for row in rows}
 
 
@@ -38,7 +38,7 @@ def _by_name(*rows: Rows) -> dict[str, Rows]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Row):
+class Method(Choice):
     """A pruning method: the score of weights, and the selection by score."""
 
     paper: str  # a link in Markdown
@@ -128,7 +128,7 @@ def methods() -> dict[str, Method]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure(Row):
+class Structure(Choice):
     """A kind of units that a pattern removes, so that a smaller dense model remains; `about` names the units."""
 
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
@@ -170,14 +170,14 @@ GROUPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allocation(Row):
+class Allocation(Choice):
     """A rule for the sparsity of each block or linear, given the model's sparsity."""
 
     # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → the ratings of a block's parts
     # Whether the rating needs the gradients tier, and the parts are linears instead of blocks: a rating per linear.
-    by_gradients: bool = False
+    uses_fisher: bool = False
     strength: float | None = None  # how far shares differ, as the function defines it; None: they do not
 
 
@@ -189,7 +189,7 @@ ALLOCATIONS = _by_name(
                about="the more outlying Wanda scores a block has, the lower its sparsity; they differ by up to 0.16 "
                "(λ = 0.08)"),
     # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
-    Allocation("sensitivity", function="wanda_dvc.pruning.allocation:sensitivity", by_gradients=True, strength=0.2,
+    Allocation("sensitivity", function="wanda_dvc.pruning.allocation:sensitivity", uses_fisher=True, strength=0.2,
                rating="wanda_dvc.pruning.allocation:sensitivity_rating",
                about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; a "
                "linear's sparsity differs from the model's by up to 0.2, and is at most 0.97"),
@@ -197,13 +197,13 @@ ALLOCATIONS = _by_name(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reconstruction(Row):
+class Reconstruction(Choice):
     """A rule for the values of kept weights."""
 
     # `module:function`: (weight [out, in], keep, Prepared[, gradients, steps]) → Solved; None: kept weights do not
     # change. `gradients` is the Gram matrix of its output's gradients.
     function: str | None = None
-    by_gradients: bool = False  # whether it receives `gradients` and `steps`
+    uses_fisher: bool = False  # whether it receives `gradients` and `steps`
     steps: int = 15  # of conjugate gradients; n:m has its own (`Plan.solver`)
 
 
@@ -213,7 +213,7 @@ RECONSTRUCTIONS = _by_name(
     Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares",
                    about="least squares by conjugate gradients: the output of each linear closest to the dense output"),
     # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
-    Reconstruction("output-weighted", function="wanda_dvc.pruning.solvers:fisher_least_squares", by_gradients=True,
+    Reconstruction("output-weighted", function="wanda_dvc.pruning.solvers:fisher_least_squares", uses_fisher=True,
                    about="least squares, weighted by gradients of the loss; rows compensate for each other"),
     # Frantar and Alistarh 2023, arXiv 2301.00774
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
@@ -235,7 +235,7 @@ REPAIR = Reconstruction(
 
 
 @dataclass(frozen=True)
-class Recipe(Row):
+class Recipe(Choice):
     """A named set of choices: one word of params.yaml in place of five."""
 
     method: str

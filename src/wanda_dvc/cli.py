@@ -20,7 +20,7 @@ from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.stages import run as run_stage
 
 if TYPE_CHECKING:
-    from wanda_dvc.study.folder import Project
+    from wanda_dvc.study.folder import Study
 
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ PRUNE_PANEL, STAGE_PANEL = "One command", "Stages, in the order of the pipeline"
 RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Text = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
+TextArgument = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace.")
@@ -81,13 +81,13 @@ def _say(text: str) -> None:
         console.print(drawing if fits else part, markup=False, soft_wrap=not fits)
 
 
-def _project() -> "Project":
-    from wanda_dvc.study.folder import Project  # the settings' library takes a moment, and `--help` needs none
+def _find_study() -> "Study":
+    from wanda_dvc.study.folder import Study  # the settings' library takes a moment, and `--help` needs none
 
-    return Project.find()
+    return Study.find()
 
 
-def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
+def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
     from wanda_dvc.stages.process import AGAIN, KEPT, stoppable, timed
 
@@ -97,12 +97,12 @@ def _run(stage: Stage, version: int | None, part: str, text: str) -> None:
             "install that one, or make a new study with `wanda-dvc init DIR` and copy your settings into its "
             "params.yaml"
         )
-    project = _project()
-    for label, one, named in stage.runs(project.params.perplexity.texts, part, text):
+    study = _find_study()
+    for label, one, named in stage.runs(study.params.perplexity.texts, variant, text):
         _prepare(label, network=stage.network)
-        clock = timed(project, label) if stage.parts[one].wanted(project.params) else contextlib.nullcontext()
+        clock = timed(study, label) if stage.variants[one].wanted(study.params) else contextlib.nullcontext()
         with stoppable(label, AGAIN if stage.name == "apply" else KEPT), clock:
-            run_stage(stage.name, project=project, part=one, text=named)
+            run_stage(stage.name, study=study, variant=one, text=named)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:
@@ -120,13 +120,17 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage: its part and text where it has some, and the version that dvc.yaml asks for."""
-    parts = " or ".join(stage.parts)
-    part = Annotated[str, typer.Argument(metavar=stage.part_is.upper(), help=f"{parts}; by default all.")]
+    variants = " or ".join(stage.variants)
+    variant = Annotated[str, typer.Argument(metavar=stage.argument.upper(), help=f"{variants}; by default all.")]
 
-    def command(part: part = "", text: Text = "", version: Version = None) -> None:
-        _run(stage, version, part, text)
+    def command(variant: variant = "", text: TextArgument = "", version: Version = None) -> None:
+        _run(stage, version, variant, text)
 
-    has = {"part": bool(stage.part_is), "text": any(row.by_text for row in stage.parts.values()), "version": True}
+    has = {
+        "variant": bool(stage.argument),
+        "text": any(row.by_text for row in stage.variants.values()),
+        "version": True,
+    }
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if has[name]]
     vars(command)["__signature__"] = inspect.Signature(own)
     return command
@@ -182,7 +186,7 @@ def show(
     """Show the last results of each model, or several experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table
 
-    _say(table(project=_project(), names=names or [], as_json=as_json, text=text))
+    _say(table(study=_find_study(), names=names or [], as_json=as_json, text=text))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
@@ -190,7 +194,7 @@ def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, and the measures of the pruned models."""
     from wanda_dvc.results.listing import experiments
 
-    _say(experiments(project=_project(), as_json=as_json))
+    _say(experiments(study=_find_study(), as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -201,7 +205,7 @@ def stats(
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.results.stats import stats as table
 
-    _say(table(project=_project(), layer=layer, as_json=as_json))
+    _say(table(study=_find_study(), layer=layer, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -214,7 +218,7 @@ def report(
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write
 
-    typer.echo(write(project=_project(), output=output, revs=rev))
+    typer.echo(write(study=_find_study(), output=output, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -223,14 +227,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
-    project = _project()
-    project.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
+    study = _find_study()
+    study.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
     _prepare("evaluate")
     from wanda_dvc.commands.evaluate import evaluate as measure
     from wanda_dvc.stages.process import stoppable
 
     with stoppable("evaluate"):
-        _say(measure(project=project, paths=paths, as_json=as_json))
+        _say(measure(study=study, paths=paths, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -268,7 +272,7 @@ def export(
     with stoppable("export", AGAIN):
         from wanda_dvc.commands.export import export as build
 
-        typer.echo(build(project=_project(), experiment=rev, target=directory, imatrix=imatrix))
+        typer.echo(build(study=_find_study(), experiment=rev, target=directory, imatrix=imatrix))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -16,8 +16,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.listing import list_states, results
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
+from wanda_dvc.study import folder
 from wanda_dvc.study.files import load_json, write_text
-from wanda_dvc.study.folder import Project
 from wanda_dvc.study.scaffold import PARAMS, change_settings, changed, init
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Study:
     """
 
     def __init__(self, directory: str | Path = ".") -> None:
-        self.path = Project.find(Path(directory)).root
+        self.path = folder.Study.find(Path(directory)).root
 
     def __repr__(self) -> str:
         return f"Study({str(self.path)!r})"
@@ -62,7 +62,7 @@ class Study:
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
-        return results(list_states(Project(self.path)))
+        return results(list_states(folder.Study(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
         """Return the norm tier of one block, by distinct input.
@@ -72,16 +72,16 @@ class Study:
         """
         from wanda_dvc.study.tensors import read_stats
 
-        return read_stats(Project(self.path).stats, block)
+        return read_stats(folder.Study(self.path).stats, block)
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
         """Return the masks by linear, in the shape of the stored weight; True stays. Each is unpacked at access."""
         from wanda_dvc.study.artifact import block_count
         from wanda_dvc.study.tensors import Masks, read_masks
 
-        folder, found = Project(self.path).masks, Masks()
-        for block in range(block_count(folder, "mask")):
-            found |= read_masks(folder, block)
+        masks, found = folder.Study(self.path).masks, Masks()
+        for block in range(block_count(masks, "mask")):
+            found |= read_masks(masks, block)
         return found
 
 
@@ -113,7 +113,7 @@ def calibrate(
         >>> study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
     temporary = None if directory else tempfile.TemporaryDirectory(prefix="wanda-dvc-")
-    folder = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
+    place = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
     changed(PARAMS.read_text(encoding="utf-8"), settings)  # a wrong setting makes no study
     model = str(model.expanduser().absolute()) if isinstance(model, Path) else model
     in_memory: list[Any] = [] if isinstance(model, str) else [model, tokenizer]
@@ -127,15 +127,15 @@ def calibrate(
             )
         if tokenizer is None:
             raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
-    init(folder=folder, model=model if isinstance(model, str) else None)
-    study = Study(folder)
+    init(folder=place, model=model if isinstance(model, str) else None)
+    study = Study(place)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
     for part in in_memory:
-        part.save_pretrained(folder / "model")
+        part.save_pretrained(place / "model")
     if in_memory:
-        (folder / "model/.gitignore").write_text("*\n", encoding="utf-8")
-        settings = {"model": str(folder / "model")} | settings
+        (place / "model/.gitignore").write_text("*\n", encoding="utf-8")
+        settings = {"model": str(place / "model")} | settings
     change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "calibrate")
     return study
@@ -166,8 +166,8 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
 
     change_settings(study.path / "params.yaml", settings)
     reproduce(study.path, "apply")
-    folder = Project(study.path).model("pruned")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    pruned = folder.Study(study.path).model("pruned")
+    return AutoModelForCausalLM.from_pretrained(pruned, dtype="auto", trust_remote_code=False)
 
 
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
@@ -190,9 +190,9 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
     params, content = changed(file.read_text(encoding="utf-8"), settings)
     text = text or next(iter(params.perplexity.texts))
     next(STAGES["perplexity"].runs(params.perplexity.texts, model, text))  # UserError before a setting changes
-    if not STAGES["perplexity"].parts[model].wanted(params):
+    if not STAGES["perplexity"].variants[model].wanted(params):
         raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
     write_text(file, content)
     reproduce(study.path, "perplexity", model, text)
-    found = load_json(Project(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
+    found = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")

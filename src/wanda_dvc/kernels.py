@@ -48,7 +48,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
     return total.add_(onednn(a, b), alpha=alpha) if takes(a, b) else total.addmm_(a, b, alpha=alpha)
 
 
-class Linear(nn.Linear):
+class OneDnnLinear(nn.Linear):
     """A `torch.nn.Linear` that multiplies through oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def install(model: nn.Module) -> bool:
     """Replace a model's large linears by oneDNN ones, if those are faster. Return whether any was replaced."""
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.numel() >= LEAST]
     for linear in linears if is_faster() else ():
-        linear.__class__ = Linear
+        linear.__class__ = OneDnnLinear
     return bool(linears) and is_faster()
 
 

@@ -150,10 +150,10 @@ class Calibration(_Section):
     windows: int = Field(32, ge=1, le=MOST, description="number of windows, drawn at random")
     length: int = Field(512, ge=2, le=MOST, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
-    statistics: Literal["auto", "norms", "gram", "gradients"] = Field(
+    statistics: Literal["auto", "norms", "gram", "fisher"] = Field(
         "auto",
         description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
-        "`gram` (also XᵀX of each input) or `gradients` (also gradients of eight windows)",
+        "`gram` (also XᵀX of each input) or `fisher` (also gradients of eight windows)",
     )
 
 
@@ -260,7 +260,7 @@ class Params(_Section):
         return Plan.of(self.recipe, given, pattern=self.pattern, sparsity=self.sparsity)
 
     @property
-    def tiers(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:
         """The tiers of statistics to measure: up to what the plan reads, and at least `calibration.statistics`."""
         every, wanted = catalog.STATISTICS, (self.plan.needs, self.calibration.statistics)
         return every[: max(number for number, tier in enumerate(every, start=1) if tier in wanted)]

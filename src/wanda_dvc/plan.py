@@ -32,7 +32,7 @@ class Plan:
     reconstruction: Reconstruction
     propagation: str
     pattern: str
-    share: Fraction  # of the pruned weights
+    sparsity: Fraction  # of the pruned weights
     left_out: tuple[str, ...] = ()  # choices excluded by the pattern: the recipe's, and any group
 
     @classmethod
@@ -63,10 +63,10 @@ class Plan:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Plan":
         """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
-        name, pattern, sparsity = described["method"], described["pattern"], described["sparsity"]
+        name, pattern = described["method"], described["pattern"]
         n_of_m = catalog.parse_pattern(pattern)
         # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.
-        share = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))
+        sparsity = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(described["sparsity"]))
         return cls(
             method=catalog.methods().get(name) or replace(catalog.methods()["wanda"], name=name),
             group=described["group"],
@@ -74,7 +74,7 @@ class Plan:
             reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
             pattern=pattern,
-            share=share,
+            sparsity=sparsity,
         )
 
     @property
@@ -82,7 +82,7 @@ class Plan:
         """The choices by the names of the settings, in the form of provenance; `read` reads them."""
         described: dict[str, object] = {
             "method": self.method.name,
-            "sparsity": float(self.share),
+            "sparsity": float(self.sparsity),
             "pattern": self.pattern,
             "group": self.group,
             "propagation": self.propagation,
@@ -91,7 +91,7 @@ class Plan:
             "reconstruction": self.reconstruction.name,
         }
         described |= {"correction": CORRECTION} if self.corrects else {}
-        described |= {"steps": self.solver.steps} if self.solver.by_gradients else {}
+        described |= {"steps": self.solver.steps} if self.solver.uses_fisher else {}
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
         return described
@@ -139,14 +139,14 @@ class Plan:
         return self.method.needs == "gram" or (self.propagates and self.solves)
 
     @property
-    def masks_read_sums(self) -> bool:
-        """Whether masks depend on the sums of stats/gradients."""
-        return self.group == "outputs" or self.allocation.by_gradients
+    def masks_read_fisher(self) -> bool:
+        """Whether masks depend on the sums of stats/fisher."""
+        return self.group == "outputs" or self.allocation.uses_fisher
 
     @property
-    def masks_read_gradients(self) -> bool:
+    def solver_reads_fisher(self) -> bool:
         """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
-        return self.propagates and self.solver.by_gradients
+        return self.propagates and self.solver.uses_fisher
 
     @property
     def weights_come_from(self) -> str | None:
@@ -155,9 +155,9 @@ class Plan:
 
     @property
     def needs(self) -> str:
-        """The highest tier of statistics that stages read: norms, gram or gradients."""
-        if self.masks_read_sums or self.solver.by_gradients:
-            return "gradients"
+        """The highest tier of statistics that stages read: norms, gram or fisher."""
+        if self.masks_read_fisher or self.solver.uses_fisher:
+            return "fisher"
         solves_here = self.method.needs == "gram" and not self.propagates
         return "gram" if solves_here or self.weights_come_from == "gram" else "norms"
 

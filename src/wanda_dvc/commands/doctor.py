@@ -19,9 +19,9 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.markup import table
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory, own_device
-from wanda_dvc.stages.needs import NEEDS, Need, free, gigabytes, need
+from wanda_dvc.stages.needs import NEEDS, Requirements, free, gigabytes, need
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
@@ -39,23 +39,23 @@ class Check:
 
 def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
-    needs: dict[str, Need] = {}
+    needs: dict[str, Requirements] = {}
     checks = [  # the versions for a bug report
         Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}"),
         Check("libraries", True, ", ".join(f"{name} {version(name)}" for name in SHOWN)),
     ]
     try:
-        project = Project.find(start)
-        params = project.params
+        study = Study.find(start)
+        params = study.params
     except UserError as error:
         todo = "correct it, cd into a study, or `wanda-dvc init DIR`"
         checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
     else:
         with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
-            wanted = [name for name in NEEDS if any(part.wanted(params) for part in STAGES[name].parts.values())]
-            needs = {stage: need(project, stage) for stage in wanted}
+            wanted = [name for name in NEEDS if any(part.wanted(params) for part in STAGES[name].variants.values())]
+            needs = {stage: need(study, stage) for stage in wanted}
         checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_machine(params), *_room(project, needs)]
+        checks += [*_machine(params), *_room(study, needs)]
     missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
     if as_json:
         content = {stage: {"memory_bytes": one.memory, "disk_bytes": one.disk} for stage, one in needs.items()}
@@ -77,14 +77,14 @@ def _machine(params: Params) -> Iterator[Check]:
             yield Check("runtime.device", False, str(error), "change it in params.yaml")
 
 
-def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
+def _room(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:
     """Check memory and disk for all stages."""
     if not needs:
-        why = "" if is_there(project.model("dense")) else " before `dvc repro download-model`"
-        for what, size in free(project).items():
+        why = "" if is_there(study.model("dense")) else " before `dvc repro download-model`"
+        for what, size in free(study).items():
             yield Check(what, True, f"{gigabytes(size)} free; needs: unknown{why}")
         return
-    memory, disk = free(project).values()
+    memory, disk = free(study).values()
     said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
     enough = memory > max(one.memory for one in needs.values())
     todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"

@@ -22,10 +22,10 @@ from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations, notes
 from wanda_dvc.stages import MODELS, check_outside
 from wanda_dvc.stages.apply import describe_pruned, prune
-from wanda_dvc.stages.runs import LOCK, Runs
+from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance, temporary_place, write_provenance
 from wanda_dvc.study.dvc import Revision, copy_file
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing
 
 REPRODUCE = """\
@@ -36,7 +36,7 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 
 
 def export(
-    *, project: Project, experiment: str | None, target: Path, made: bool = False, imatrix: Path | None = None
+    *, study: Study, experiment: str | None, target: Path, made: bool = False, imatrix: Path | None = None
 ) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
@@ -44,93 +44,93 @@ def export(
     and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
     """
     experiment = None if experiment == WORKSPACE else experiment
-    target, what = check_target(project, target), experiment or "the workspace"
+    target, what = check_target(study, target), experiment or "the workspace"
     if imatrix:
-        file = check_outside(project, imatrix.parent) / imatrix.name
+        file = check_outside(study, imatrix.parent) / imatrix.name
         if is_there(file) or file.resolve().is_relative_to(target.resolve()):
             raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
-    with project.work({"kind": "export", "experiment": experiment}) as work:
-        work.forget()  # the links of a killed export
-        study = Project(work.path / "study")
-        study.root.mkdir(parents=True)
+    with study.work({"kind": "export", "experiment": experiment}) as work:
+        work.discard()  # the links of a killed export
+        own_study = Study(work.path / "study")
+        own_study.root.mkdir(parents=True)
         if experiment is None:
-            found = workspace(project)
-            read_provenance(project.masks, "mask")
+            found = workspace(study)
+            read_provenance(study.masks, "mask")
             parts = ("models/dense", "models/recovered", "masks", "stats", "weights")
-            study.link_to(project, *parts, "params.yaml", LOCK)
+            own_study.link_to(study, *parts, "params.yaml", LOCK)
         else:
-            found = at(project, experiment, study.root)
-            _take_experiment(project, study, experiment, ["stats/norms"] if imatrix else [])
-        stale = Runs.read(study.root).stale()
+            found = at(study, experiment, own_study.root)
+            _take_experiment(study, own_study, experiment, ["stats/norms"] if imatrix else [])
+        stale = Lock.read(own_study.root).stale()
         if "mask" in stale:  # no settings describe these masks
             before = ", ".join(name for name in stale if name.startswith(("calibrate", "mask")))
             raise UserError(
                 f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model "
                 "and statistics; run `dvc repro`"
             )
-        here = {"runtime": project.params.runtime}  # of this machine instead of the experiment's
-        found.study = study = study.with_params(found.params.model_copy(update=here))
+        here = {"runtime": study.params.runtime}  # of this machine instead of the experiment's
+        found.study = own_study = own_study.with_params(found.params.model_copy(update=here))
         if others := made_with_others(found):
             raise UserError(f"{what}: {others[0].removesuffix('.')}")
-        made_from = describe_pruned(study)
+        made_from = describe_pruned(own_study)
         pruned, metrics = digest(made_from), found.made.metrics.get("sparsity")
-        finished = study.model("recovered") if study.params.recovery.tokens else project.model("pruned")
-        if study.params.recovery.tokens or made:
+        finished = own_study.model("recovered") if own_study.params.recovery.tokens else study.model("pruned")
+        if own_study.params.recovery.tokens or made:
             made_from = read_provenance(finished, MADE_BY[finished.name])
             if made_from.get("pruned", digest(made_from)) != pruned or not metrics:
                 raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
             shutil.copytree(finished, work.out, copy_function=copy_file, dirs_exist_ok=True)
         else:
-            _, metrics = prune(study, work.out)
+            _, metrics = prune(own_study, work.out)
         write_provenance(work.out, made_from)
-        dense = digest(read_provenance(study.model("dense"), "download model"))
+        dense = digest(read_provenance(own_study.model("dense"), "download model"))
         for model, own in zip(MODELS, (dense, pruned, digest(made_from)), strict=True):
             found.results[model].keep_of(own)
         found.made.metrics["sparsity"] = metrics
-        (work.out / "README.md").write_text(card(study, metrics, sections(found)), encoding="utf-8")
+        (work.out / "README.md").write_text(card(own_study, metrics, sections(found)), encoding="utf-8")
         said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
-        said += [f"{imatrix}: {importance(study, temporary_place(imatrix))}"] if imatrix else []
-        check_target(project, target)  # another export may have written it
-        work.publish(target)
+        said += [f"{imatrix}: {importance(own_study, temporary_place(imatrix))}"] if imatrix else []
+        check_target(study, target)  # another export may have written it
+        work.commit(target)
         if imatrix:  # last: with the matrix alone, the same command would be refused
             temporary_place(imatrix).replace(imatrix)
     return "\n".join([*said, *found.notes])
 
 
-def check_target(project: Project, target: Path) -> Path:
+def check_target(study: Study, target: Path) -> Path:
     """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
-    target = check_outside(project, target)
+    target = check_outside(study, target)
     for path, own in ((target, set[str]()), (temporary_place(target), {"out"})):  # the second: an unfinished copy
         if is_there(path) and (not path.is_dir() or {one.name for one in path.iterdir()} - own or path.samefile(".")):
             raise UserError(f"{path}: exists already; name a new directory, or an empty one")
     return target
 
 
-def _take_experiment(project: Project, study: Project, experiment: str, parts: list[str]) -> None:
+def _take_experiment(study: Study, own_study: Study, experiment: str, parts: list[str]) -> None:
     """Take the files that `apply` reads, and other parts, out of git and the cache."""
-    revision = Revision.open(project.root, experiment)
+    revision = Revision.open(study.root, experiment)
 
     def take(part: str, what: str) -> None:
-        if revision.take(part, study.root):
+        if revision.take(part, own_study.root):
             raise UserError(
                 f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
                 f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"
             )
 
     take("masks", "its masks are")
-    if study.params.recovery.tokens:
+    if own_study.params.recovery.tokens:
         take("models/recovered", "its recovered model is")
-    made = read_provenance(study.masks, "mask")
+    made = read_provenance(own_study.masks, "mask")
     plan = Plan.read(made["params"])
     parts = parts + {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
-    if plan.weights_come_from == "gram" and plan.solver.by_gradients:
-        parts.append("stats/gradients")
+    if plan.weights_come_from == "gram" and plan.solver.uses_fisher:
+        parts.append("stats/fisher")
     for part in parts:
         take(part, f"its {part} is")
     wanted = made["model"]
-    here = project.model("dense")
+    here = study.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
-        study.link_to(project, "models/dense")
+        own_study.link_to(study, "models/dense")
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
 

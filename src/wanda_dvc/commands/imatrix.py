@@ -11,7 +11,7 @@ from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.artifact import block_count, digest, read_provenance
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 OTHER_NAMES = {  # of architectures; not granitemoehybrid: without experts, the converter leaves gguf's table
@@ -24,7 +24,7 @@ FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
 
 
-def importance(study: Project, target: Path) -> str:
+def importance(study: Study, target: Path) -> str:
     """Write the importance matrix of a study's pruned model; return a line about it.
 
     It has Σx² and the number of tokens for each input of each weight, of the dense model on the calibration text,

@@ -26,9 +26,9 @@ from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
-from wanda_dvc.study.artifact import alone, digest
+from wanda_dvc.study.artifact import digest, locked
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
 
 FALLBACK = "wanda"  # needs the least memory and disk
@@ -54,36 +54,37 @@ def prune(
     """
     if model and Path(model).expanduser().is_dir():  # also one with the form of a Hub id
         model = str(Path(model).expanduser().resolve())
-    share = sparsity if sparsity is not None else 0.2 if pattern in STRUCTURES else 0.5
-    settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": share, "pattern": pattern}
+    if sparsity is None:
+        sparsity = 0.2 if pattern in STRUCTURES else 0.5
+    settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
     settings["recovery.tokens"] = tokens = _tokens(recover or "0")
     params = _checked(settings)
     name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
-    kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{share:g}"
-    study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
-    project = Project(study)
-    target = check_target(project, target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
+    kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{sparsity:g}"
+    own_study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
+    study = Study(own_study)
+    target = check_target(study, target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
     began = time.time()
-    with alone(study, f"waiting for another `wanda-dvc prune` of this model, in {study} …"):
-        check_target(project, target)  # the other one may have written it
-        (study / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
-        renew(study, nested(settings))
-        reproduce(study, "download", "model", shown=True)
-        longest = positions_of(read_config(project.model("dense"))) or params.calibration.length
+    with locked(own_study, f"waiting for another `wanda-dvc prune` of this model, in {own_study} …"):
+        check_target(study, target)  # the other one may have written it
+        (own_study / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
+        renew(own_study, nested(settings))
+        reproduce(own_study, "download", "model", shown=True)
+        longest = positions_of(read_config(study.model("dense"))) or params.calibration.length
         for name in ("calibration", "perplexity"):
             settings[f"{name}.length"] = min(longest, getattr(params, name).length)
         if tokens:  # refused before any work
-            computes_twice(project.with_params(params))
-        wanted = TOKENS_A_FEATURE * Sizes(project.model("dense")).widest  # solvers need them
+            computes_twice(study.with_params(params))
+        wanted = TOKENS_A_FEATURE * Sizes(study.model("dense")).widest  # solvers need them
         settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // settings["calibration.length"]))
         if recipe is None:
             units = dict.fromkeys(STRUCTURES, "wanda-refit") | {"experts": FALLBACK}
             best = units.get(pattern, "fisher")  # docs/methods.md
-            settings["recipe"] = _recommended(project, _checked(settings | {"recipe": best}))
-        renew(study, nested(settings))
-        reproduce(study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
-        export(project=Project(study), experiment=None, target=target, made=True)
-        return _said(Project(study), target, recipe, evaluate=evaluate, began=began)
+            settings["recipe"] = _recommended(study, _checked(settings | {"recipe": best}))
+        renew(own_study, nested(settings))
+        reproduce(own_study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
+        export(study=Study(own_study), experiment=None, target=target, made=True)
+        return _said(Study(own_study), target, recipe, evaluate=evaluate, began=began)
 
 
 def _checked(settings: dict[str, Any]) -> Params:
@@ -110,13 +111,13 @@ def _studies() -> Path:
         raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
 
 
-def _recommended(project: Project, params: Params) -> str:
+def _recommended(study: Study, params: Params) -> str:
     """Return the recommended recipe, which `params` has, or the fallback if memory or disk is too small for it."""
-    study, lacks = project.with_params(params), list[str]()
+    own_study, lacks = study.with_params(params), list[str]()
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
-        needs = [need(study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target
+        needs = [need(own_study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target
         wanted = max(one.memory - one.mapped for one in needs), sum(one.disk for one in needs)
-        for most, (what, left) in zip(wanted, free(study).items(), strict=True):
+        for most, (what, left) in zip(wanted, free(own_study).items(), strict=True):
             lacks += [f"{gigabytes(most)} of {what}, {gigabytes(left)} free"] if most > left else []
     if lacks:
         notice(f"recipe: {FALLBACK}; the recommended {params.recipe} needs {' and '.join(lacks)}")
@@ -125,15 +126,15 @@ def _recommended(project: Project, params: Params) -> str:
     return params.recipe
 
 
-def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:
-    found = workspace(project)
+def _said(study: Study, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:
+    found = workspace(study)
     models = found.models
     columns = headings(list(models.values())) if evaluate else {}
     rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
-    sizes = [sum(path.stat().st_size for path in project.model(name).iterdir()) / 1e6 for name in models]
+    sizes = [sum(path.stat().st_size for path in study.model(name).iterdir()) / 1e6 for name in models]
     seconds = defaultdict[str, float](float)
-    for run, content in times(project).items():
-        if project.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
+    for run, content in times(study).items():
+        if study.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
             seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
     rows.append(["size, MB", *(f"{size:,.1f}" for size in sizes)])
     rows.append(["seconds", *(f"{seconds[name]:,.0f}" if name in seconds else DASH for name in models)])
@@ -151,7 +152,7 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool,
     commands = {
         f"wanda-dvc prune {shlex.join(again)}": f"another {change}, with the same statistics",
         f"python -c {shlex.quote(GENERATE.format(json_text(os.path.relpath(target))))}": "generate text",
-        f"wanda-dvc init my-study --from {shlex.quote(str(project.root))}": "a study of your own, to compare several",
+        f"wanda-dvc init my-study --from {shlex.quote(str(study.root))}": "a study of your own, to compare several",
     }
     parts = [
         title(found, named=False),
@@ -161,6 +162,6 @@ def _said(project: Project, target: Path, recipe: str | None, *, evaluate: bool,
         *(found.notes if evaluate else []),  # else the evaluation is another model's
         f"{target}: the {list(models)[-1]} model, with a model card. Next:",
         "\n".join(f"  {command}   # {about}" for command, about in commands.items()),
-        f"The study: {project.root}",
+        f"The study: {study.root}",
     ]
     return "\n\n".join(parts)

@@ -23,7 +23,7 @@ CHECKSUM = 4  # bytes, at the end of a file
 
 
 @dataclass
-class HiddenStates:
+class ActivationStore:
     """The hidden states of all rows at the boundaries of blocks: boundary b is before block b, and after block b − 1.
 
     A shard has a file for each of the last `kept` boundaries. Reads go through a memory map, so hidden states cost page
@@ -40,13 +40,13 @@ class HiddenStates:
     dtype: torch.dtype
     kept: int
     device: torch.device
-    room: int  # device memory for them in bytes
+    memory_budget: int  # device memory for them in bytes
     _staying: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tokens = sum(map(sum, self.lengths))
-        self.stays = 0 < self.kept * tokens * self.width * self.dtype.itemsize <= self.room
-        self.waits = self.stays and self.kept == 2  # with its files
+        self.on_device = 0 < self.kept * tokens * self.width * self.dtype.itemsize <= self.memory_budget
+        self.written_later = self.on_device and self.kept == 2  # with its files
 
     def read(self, boundary: int, shard: int) -> list[Float[Tensor, "_ width"]]:
         """Return the hidden states of a shard's rows: on the device, or views of a file."""
@@ -59,14 +59,14 @@ class HiddenStates:
     def write(self, boundary: int, shard: int, rows: Iterable[Float[Tensor, "_ width"]]) -> None:
         """Keep the hidden states of a shard's rows. OSError if the disk is full."""
         self._staying.pop((boundary - self.kept, shard), None)
-        if self.stays:
+        if self.on_device:
             rows = self._staying[boundary, shard] = [row.to(self.device, self.dtype) for row in rows]
-        if not self.waits:
+        if not self.written_later:
             self._save(boundary, shard, rows)
 
     def finish(self, boundary: int) -> None:
         """Write the files of a boundary that wait."""
-        for shard in range(len(self.lengths)) if self.waits else ():
+        for shard in range(len(self.lengths)) if self.written_later else ():
             self._save(boundary, shard, self.read(boundary, shard))
 
     def drop(self, boundary: int) -> None:
@@ -106,10 +106,10 @@ class HiddenStates:
         return self.folder / f"{boundary:04d}-{shard:04d}"
 
 
-class Progress:
+class PassProgress:
     """The finished boundary of a walk's hidden states, in a file; −1 before the embeddings."""
 
-    def __init__(self, folder: Path, streams: Sequence[HiddenStates], last: int) -> None:
+    def __init__(self, folder: Path, streams: Sequence[ActivationStore], last: int) -> None:
         """Read an interrupted run's progress, if it ended at `last` or before and its hidden states are unchanged."""
         self.folder, self.streams, self.finished, self._saved = folder, streams, -1, time.monotonic()
         self.not_finite: str | None = None  # the first block with non-finite states
@@ -121,7 +121,11 @@ class Progress:
     def finish(self, *, last: bool = False) -> None:
         """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""
         self.finished += 1
-        if any(states.waits for states in self.streams) and not last and time.monotonic() - self._saved < SAVED_EVERY:
+        if (
+            any(states.written_later for states in self.streams)
+            and not last
+            and time.monotonic() - self._saved < SAVED_EVERY
+        ):
             return
         for states in self.streams:
             states.finish(self.finished)

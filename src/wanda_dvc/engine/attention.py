@@ -20,17 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from wanda_dvc import kernels
-from wanda_dvc.engine.sequences import Layout
+from wanda_dvc.engine.sequences import PackedQuestions
 
 NAME = "wanda_dvc"
 PLACES = ("position_ids", "cache_position")  # tensor arguments that attention ignores
 QUERIES_AT_A_TIME = 128  # positions of a window: large multiplications, and few products above the diagonal
 
-_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_layout: ContextVar[PackedQuestions | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout | None) -> Iterator[None]:
+def laid_out(layout: PackedQuestions | None) -> Iterator[None]:
     """Sets the layout of the row that runs inside; None for a row that is one text."""
     token = _layout.set(layout)
     try:

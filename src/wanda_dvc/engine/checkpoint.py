@@ -111,7 +111,7 @@ class Checkpoint:
         return self.read(self.find(linear))
 
 
-class Changed(Checkpoint):
+class EditedCheckpoint(Checkpoint):
     """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`."""
 
     def __init__(self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address]) -> None:
@@ -205,7 +205,7 @@ def positions_of(config: Any) -> int | None:
 # --- writing ---
 
 
-def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
+def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
     """Write a view of a checkpoint into an empty folder; yield the name of each new tensor once it is written.
 
     All other tensors are copied byte for byte, and so are headers and index while no name, shape or value of the
@@ -242,7 +242,7 @@ def write_model(view: Changed, target: Path, *, without: Collection[str] = ()) -
     _write_json(target / "config.json", content)
 
 
-def _write_shard(view: Changed, shard: Path, path: Path) -> Iterator[str]:
+def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[str]:
     """Write one shard; yield each new tensor's name."""
     stored, new = view.source.header(shard), view.new
     names = sorted(stored, key=lambda name: stored[name].begin)
@@ -279,7 +279,7 @@ def _write_shard(view: Changed, shard: Path, path: Path) -> Iterator[str]:
             yield name
 
 
-def _header(view: Changed, names: list[str]) -> bytes:
+def _header(view: EditedCheckpoint, names: list[str]) -> bytes:
     """Return the beginning of a safetensors file, up to the first tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
-from wanda_dvc.engine.load import Change, Weights, set_parameter
-from wanda_dvc.engine.sequences import CALLS_BYTES, Layout, Row
+from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
+from wanda_dvc.engine.sequences import ARGUMENTS_BYTES, PackedQuestions, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.errors import UserError, reason
 
@@ -52,9 +52,11 @@ class Decoder:
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
-        self.weights = Weights(self.model, self.checkpoint, device=device)
+        self.weights = BlockLoader(self.model, self.checkpoint, device=device)
         self.linears, self.blocks = self.weights.linears, self.weights.blocks
-        self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
+        self._arguments: dict[
+            int | PackedQuestions, tuple[list[Call], int]
+        ] = {}  # of all blocks, with their bytes, by row
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
         faster = dtype is torch.float32 and device.type == "cpu" and kernels.install(self.model)
@@ -79,7 +81,7 @@ class Decoder:
         """The number of tokens with a logit."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def check_tokens(self, rows: Sequence[Row]) -> None:
+    def check_tokens(self, rows: Sequence[TokenSequence]) -> None:
         """Raise UserError where a token has no embedding."""
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
@@ -89,43 +91,45 @@ class Decoder:
                 f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
             )
 
-    def embed(self, row: Row) -> States:
+    def embed(self, row: TokenSequence) -> States:
         """Return the hidden states before the first block."""
         return self._record(row, until=0)[0][0]
 
-    def calls(self, row: Row) -> list[Call]:
+    def block_arguments(self, row: TokenSequence) -> list[Call]:
         """Return the arguments of every block for a row. They depend on its length or layout, not on its tokens."""
-        key = row.layout or len(row.tokens)
-        if key not in self._calls:
+        key = row.questions or len(row.tokens)
+        if key not in self._arguments:
             # A walk has the same rows in the same order for each block: the first ones stay, with the current row.
-            if sum(size for _, size in self._calls.values()) > CALLS_BYTES[self.device.type]:
-                self._calls.popitem()
-            calls = self._record_calls(row)
-            storages = [value.untyped_storage() for value in tree_flatten(calls)[0] if isinstance(value, Tensor)]
+            if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
+                self._arguments.popitem()
+            block_arguments = self._record_arguments(row)
+            storages = [
+                value.untyped_storage() for value in tree_flatten(block_arguments)[0] if isinstance(value, Tensor)
+            ]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
-            self._calls[key] = calls, sum(sizes.values())
-        return self._calls[key][0]
+            self._arguments[key] = block_arguments, sum(sizes.values())
+        return self._arguments[key][0]
 
-    def hold(self, index: int, then: int, change: Change | None = None) -> None:
+    def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
         """Load a block, as `Weights.hold`. The first block runs once before any block is loaded."""
         self._extra_outputs  # noqa: B018 - computed here
-        self.weights.hold(index, then, change)
+        self.weights.load(index, then, change)
 
-    def release(self) -> None:
+    def unload(self) -> None:
         """Free the memory of the block that is held, and of the recorded calls."""
-        self.weights.release()
-        self._calls.clear()
+        self.weights.unload()
+        self._arguments.clear()
 
-    def room(self) -> int:
+    def memory_budget(self) -> int:
         """Return the GPU memory for hidden states in bytes: half of the memory left free by the blocks; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
-    def run(self, index: int, hidden: States, row: Row) -> States:
+    def run(self, index: int, hidden: States, row: TokenSequence) -> States:
         """Run a row through a block, which must be held."""
-        args, words = self.calls(row)[index]
+        args, words = self.block_arguments(row)[index]
         held, version = [*_held([*args, words])], hidden._version
         with self._attending(row):
             out = self.blocks[index](hidden, *args, **words)
@@ -179,7 +183,7 @@ class Decoder:
         return logits
 
     @cached_property
-    def holds_layouts(self) -> bool:
+    def packs_questions(self) -> bool:
         """Whether questions in one row give the same results as one by one; tried with two short questions.
 
         Results differ if positions are distances from the row's start (ALiBi), if a block mixes neighbours without
@@ -188,17 +192,19 @@ class Decoder:
         if "longrope" in str(getattr(self.model.config.get_text_config(), "rope_parameters", "")):
             return False  # a row's last position chooses the angles of all
         tokens = torch.arange(24) % 7
-        layout = Layout(
+        layout = PackedQuestions(
             positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
             question=torch.tensor([0] * 13 + [1] * 11),
             choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
         )
         parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        found = self._tried([*(Row(tokens[part]) for part in parts), Row(tokens, layout)], ours=False, few=4)
+        found = self._tried(
+            [*(TokenSequence(tokens[part]) for part in parts), TokenSequence(tokens, layout)], ours=False, few=4
+        )
         if found is None:
             return False
-        *alone, together = found
-        return self._close(torch.cat(alone), torch.cat([together[part] for part in parts]))
+        *locked, together = found
+        return self._close(torch.cat(locked), torch.cat([together[part] for part in parts]))
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
@@ -212,17 +218,17 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _attending(self, row: Row) -> Iterator[None]:
+    def _attending(self, row: TokenSequence) -> Iterator[None]:
         """Select the attention for the row: the model's own, or ours."""
-        ours = row.layout is not None or self._ours_for_windows
+        ours = row.questions is not None or self._ours_for_windows
         wanted = attention.NAME if ours else self._stock_attention
         if self.model.config._attn_implementation != wanted:
             self.model.set_attn_implementation(wanted)
-        with attention.laid_out(row.layout):
+        with attention.laid_out(row.questions):
             yield
 
     @torch.no_grad()
-    def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
+    def _record(self, row: TokenSequence, until: int) -> list[tuple[Tensor, Call]]:
         """Return the hidden states and the call of each block up to `until`, with blocks that return their input."""
         recorded: list[tuple[Tensor, Call]] = []
         extra = self._extra_outputs if until > 0 else None  # computed before blocks are replaced
@@ -242,8 +248,8 @@ class Decoder:
             return hidden_states if extra is None else (hidden_states, *extra)
 
         words: dict[str, Any] = {}
-        if row.layout is not None:
-            words["position_ids"] = row.layout.positions[None].to(self.device)
+        if row.questions is not None:
+            words["position_ids"] = row.questions.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
         try:
@@ -257,20 +263,20 @@ class Decoder:
             raise unsupported(self.checkpoint, f"the model's forward pass called {found}")
         return recorded
 
-    def _record_calls(self, row: Row) -> list[Call]:
+    def _record_arguments(self, row: TokenSequence) -> list[Call]:
         """Return all blocks' calls, checked not to depend on tokens; of layouts `holds_layouts` compares results."""
 
-        def record(row: Row) -> list[Call]:
+        def record(row: TokenSequence) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
 
-        if row.layout is not None:
+        if row.questions is not None:
             return record(row)
-        calls, again = (record(Row(torch.full_like(row.tokens, token))) for token in (0, 1))
-        (values, shape), (others, other_shape) = map(tree_flatten, (calls, again))
+        block_arguments, again = (record(TokenSequence(torch.full_like(row.tokens, token))) for token in (0, 1))
+        (values, shape), (others, other_shape) = map(tree_flatten, (block_arguments, again))
         equal = (torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(values, others, strict=True))
         if shape != other_shape or list(map(type, values)) != list(map(type, others)) or not all(equal):
             raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
-        return calls
+        return block_arguments
 
     @cached_property
     def _extra_outputs(self) -> tuple[None, ...] | None:
@@ -278,11 +284,11 @@ class Decoder:
 
         UserError if a block's result for a token depends on the token after it.
         """
-        hidden, (args, words) = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
+        hidden, (args, words) = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)[0]
         changed = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
-        self.weights.hold(0, -1)
+        self.weights.load(0, -1)
         out, other = (self.blocks[0](x, *args, **words) for x in (hidden, changed))
-        self.weights.release()
+        self.weights.unload()
         first, again = ((x[0] if isinstance(x, (tuple, list)) else x)[0, 0].float() for x in (out, other))
         if torch.dist(first, again) > 0.02 * first.norm():  # far above rounding
             raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
@@ -296,12 +302,12 @@ class Decoder:
         The row is longer than a tile of our attention, and than the windows of the model's masks.
         """
         length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
-        row = Row(torch.arange(length) % 7)
+        row = TokenSequence(torch.arange(length) % 7)
         stock, ours = (self._tried([row], ours=ours, few=length // 3) for ours in (False, True))
         return stock is not None and ours is not None and self._close(stock[0], ours[0])
 
     @torch.no_grad()
-    def _tried(self, rows: list[Row], *, ours: bool, few: int) -> list[Float[Tensor, "_ width"]] | None:
+    def _tried(self, rows: list[TokenSequence], *, ours: bool, few: int) -> list[Float[Tensor, "_ width"]] | None:
         """Run some rows through a block of each kind, one after another, in float32; return None if that fails.
 
         Windows go through our attention, or through the model's own. Masks with a sliding window, or with chunks, show
@@ -312,15 +318,15 @@ class Decoder:
         found = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
         sizes = {name: size for name, size in found.items() if size is not None}
         self._ours_for_windows = ours
-        self._calls.clear()
+        self._arguments.clear()
         try:
             for name, size in sizes.items():
                 setattr(config, name, min(size, few))
             for row in rows:
-                self.calls(row)
+                self.block_arguments(row)
             hidden = [self.embed(row).float() for row in rows]
             for index in self.one_of_each_kind:
-                self.hold(index, -1)
+                self.load(index, -1)
                 for name, parameter in [*self.blocks[index].named_parameters()]:
                     set_parameter(self.blocks[index], name, parameter.float())
                 hidden = [self.run(index, x, row) for x, row in zip(hidden, rows, strict=True)]
@@ -331,7 +337,7 @@ class Decoder:
             for name, size in sizes.items():
                 setattr(config, name, size)
             self._ours_for_windows = before
-            self.release()
+            self.unload()
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         """Whether two results for hidden states agree up to rounding; both are in float32."""

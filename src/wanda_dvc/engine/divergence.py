@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.decoder import Decoder, States
-from wanda_dvc.engine.sequences import Hidden, Row
+from wanda_dvc.engine.sequences import Hidden, TokenSequence
 from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
@@ -58,7 +58,7 @@ class Divergence(NamedTuple):
 
 
 def measure_windows(
-    decoder: Decoder, rows: Sequence[Row], hidden: Hidden, dense: Sequence[Reference | None]
+    decoder: Decoder, rows: Sequence[TokenSequence], hidden: Hidden, dense: Sequence[Reference | None]
 ) -> Iterator[tuple[float, Reference | Divergence]]:
     """Yield the results of `measure` for the windows of a shard; `dense` has the reference of each."""
     for row, states, one in zip(rows, hidden, dense, strict=True):
@@ -92,7 +92,7 @@ def measure(
         del logits, log_p, some  # before the next chunk's
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     loss = float(sum(torch.stack(losses).tolist())) / place
-    return loss, Reference(*columns) if dense is None else _divergence(dense, columns)
+    return loss, Reference(*columns) if dense is None else _from_reference(dense, columns)
 
 
 def _reference(log_p: LogP, targets: Targets, offsets: Float64[Tensor, " positions"]) -> tuple[Tensor, ...]:
@@ -130,10 +130,10 @@ def _seen(log_q: LogP, targets: Targets, top: Chosen, drawn: Chosen) -> tuple[Te
     return of_top, tail, log_q.gather(-1, drawn.long()), first.int(), true
 
 
-Parts = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens
+LogProbs = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens
 
 
-def _kl(dense: Parts, other: Parts) -> Float64[Tensor, " predictions"]:
+def _kl(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predictions"]:
     """Return an unbiased estimate of KL(p ‖ q) for each prediction. It is never negative, and 0 for equal parts.
 
     By the chain rule, KL is the divergence of top and tail, with the tail as one token, plus p(tail) times the
@@ -153,14 +153,14 @@ def _kl(dense: Parts, other: Parts) -> Float64[Tensor, " predictions"]:
     return coarse + torch.where(p[:, -1] == 0, 0.0, p[:, -1] * within)
 
 
-def _normalized(parts: Parts) -> Parts:
+def _normalized(parts: LogProbs) -> LogProbs:
     """Return log-probabilities in float64, the tail's as a column, so that top and tail sum to 1."""
     top, tail, drawn = (x.double() for x in parts)
     total = torch.cat([top, tail[:, None]], -1).logsumexp(-1, keepdim=True)
     return top - total, tail[:, None] - total, drawn - total
 
 
-def _divergence(dense: Reference, seen: list[Tensor]) -> Divergence:
+def _from_reference(dense: Reference, seen: list[Tensor]) -> Divergence:
     """Return the divergence of a model from the dense model, by the tensors that `_seen` returns, for all positions."""
     top, tail, drawn, first, true = seen
     kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))

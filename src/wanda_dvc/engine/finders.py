@@ -16,8 +16,8 @@ from torch import nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.removal import Cut, Field, Removal, Stays, changed, probe, refused
-from wanda_dvc.engine.structure import Linear, Part, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.removal import ConfigField, CutDimension, KeptUnits, Removal, changed, probe, refused
+from wanda_dvc.engine.structure import Linear, StoredSlice, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, stay_of
 
@@ -26,7 +26,7 @@ TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 CHOSEN, GROUPS = "num_experts_per_tok", "n_group"
 
 
-def _linears(model: nn.Module, parts: Mapping[str, list[Part]]) -> list[dict[str, Linear]]:
+def _linears(model: nn.Module, parts: Mapping[str, list[StoredSlice]]) -> list[dict[str, Linear]]:
     """Return the linears of each block by stored name."""
     where, blocks = find_blocks(model)
     return [stored_linears(block, f"{where}.{index}.", parts.__getitem__) for index, block in enumerate(blocks)]
@@ -59,7 +59,7 @@ def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) 
 _Dims = dict[tuple[Address, int], tuple[int, int, str]]
 
 
-def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
+def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
     """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
     full = build_empty(source.config, source)
     parts, text = stored_parts(full, source), source.config.get_text_config()
@@ -70,32 +70,36 @@ def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Re
     dims = _dims(source, structure, full, parts, others)
     linears = {name: linear for block in _linears(full, parts) for name, linear in block.items()}
     sets: dict[str, Units] = {}  # by the module around the modules of the tensors; one linear reads each
-    fields: dict[str, Field] = {}
-    readers: dict[str, Cut] = {}
+    fields: dict[str, ConfigField] = {}
+    consumers: dict[str, CutDimension] = {}
     for (address, dim), (size, number, field) in dims.items():
-        fields.setdefault(field, Field(number, ()))
+        fields.setdefault(field, ConfigField(number, ()))
         linear = linears.get(address.linear)
         if linear is not None and dim == (0 if linear.transposed else 1):
             name = _owner(address)
             if name in sets:
                 raise refused(structure, source, f"several linears of {name} read them")
             total = number if structure.scaled else size
-            stay = stay_of(number, share, structure.multiple)
+            stay = stay_of(number, sparsity, structure.multiple)
             sets[name] = Units(total, total * stay // number, (size // total,))
-            fields[field] = Field(number, (*fields[field].sets, name))
-            readers[address.linear] = Cut(address, dim, name, sets[name].layout)
+            fields[field] = ConfigField(number, (*fields[field].sets, name))
+            consumers[address.linear] = CutDimension(address, dim, name, sets[name].layout)
     for (address, dim), (size, *_) in dims.items():
         if (name := _owner(address)) not in sets or size % sets[name].total or dim > 1:
             raise refused(structure, source, f"no linear reads those of {address.tensor}")
     for name, value in others.items():
-        fields[name] = Field(value, next(iter(fields.values())).sets if name in structure.scaled else ())
-    removal = Removal(structure=structure, sets=sets, fields=fields, readers=readers)
+        fields[name] = ConfigField(value, next(iter(fields.values())).sets if name in structure.scaled else ())
+    removal = Removal(structure=structure, sets=sets, fields=fields, consumers=consumers)
     _build(source, structure, removal.changes)  # some require a width that is a multiple of the number of heads
     return _with_cuts(source, removal, {place: size for place, (size, *_) in dims.items()})
 
 
 def _dims(
-    source: Checkpoint, structure: Structure, full: nn.Module, parts: Mapping[str, list[Part]], others: dict[str, int]
+    source: Checkpoint,
+    structure: Structure,
+    full: nn.Module,
+    parts: Mapping[str, list[StoredSlice]],
+    others: dict[str, int],
 ) -> _Dims:
     """Return the dimensions of stored tensors that follow the fields of a structure; `others` change with them."""
     (where, _), text = find_blocks(full), source.config.get_text_config()
@@ -122,7 +126,9 @@ def _dims(
     return dims
 
 
-def _stored(parts: list[Part], place: int, experts: int, source: Checkpoint) -> Iterator[tuple[Address, int, int]]:
+def _stored(
+    parts: list[StoredSlice], place: int, experts: int, source: Checkpoint
+) -> Iterator[tuple[Address, int, int]]:
     """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
     for part in parts:
         shape = source.entries[part.address.tensor].shape
@@ -141,11 +147,11 @@ def _with_cuts(source: Checkpoint, found: Removal, sizes: Mapping[tuple[Address,
     read = {address: sum(found.sets[_owner(address)].layout) for address, _ in places}
     for sections in (True, False):
         cuts = tuple(
-            Cut(address, dim, _owner(address), _sections(size, read[address]) if sections else (size,))
+            CutDimension(address, dim, _owner(address), _sections(size, read[address]) if sections else (size,))
             for (address, dim), size in places.items()
         )
         removal = replace(found, cuts=cuts)
-        if not (problem := probe(source, removal.with_stays(_half(removal)))):
+        if not (problem := probe(source, removal.with_kept(_half(removal)))):
             return removal
     raise refused(found.structure, source, problem)
 
@@ -162,18 +168,18 @@ def _sections(size: int, read: int) -> tuple[int, ...]:
     return (1,) * size if read == 1 else (read, more // 2, more - more // 2)
 
 
-def _half(removal: Removal) -> Stays:
+def _half(removal: Removal) -> KeptUnits:
     """Return random units that stay, half of each set: for every share, because a wrong layout shows."""
     generator = torch.Generator().manual_seed(0)
-    stays = {}
+    kept = {}
     for before, names in removal.fields.values():
         for name in names:
-            if name not in stays:
+            if name not in kept:
                 total = removal.sets[name].total
                 half = max(1, before // 2) * total // before
-                stays[name] = torch.zeros(total, dtype=torch.bool)
-                stays[name][torch.randperm(total, generator=generator)[:half]] = True
-    return stays
+                kept[name] = torch.zeros(total, dtype=torch.bool)
+                kept[name][torch.randperm(total, generator=generator)[:half]] = True
+    return kept
 
 
 def _owner(address: Address) -> str:
@@ -184,13 +190,13 @@ def _owner(address: Address) -> str:
 # --- blocks ---
 
 
-def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
+def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
     """Return the blocks of a model, in one set. The probe needs to know which go: see `confirmed`."""
     full = build_empty(source.config, source)
     where, blocks = find_blocks(full)
     linears, text = _linears(full, stored_parts(full, source)), source.config.get_text_config()
     content, total = text.to_dict(), len(blocks)
-    fields = {name: Field(total, (where,)) for name in structure.fields if content.get(name) == total}
+    fields = {name: ConfigField(total, (where,)) for name in structure.fields if content.get(name) == total}
     if not fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
     block = re.compile(r"(.*?\.)(\d+)(\..*)")
@@ -202,7 +208,9 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
             numbered[name] = where, int(found[2]), found[1], found[3]
     return Removal(
         structure=structure,
-        sets={where: Units(total, stay_of(total, share, structure.multiple), members=[[*names] for names in linears])},
+        sets={
+            where: Units(total, stay_of(total, sparsity, structure.multiple), members=[[*names] for names in linears])
+        },
         fields=fields,
         lists=block_lists(text, total),
         numbered=numbered,
@@ -229,7 +237,7 @@ def confirmed(source: Checkpoint, removal: Removal) -> Removal:
 # --- experts ---
 
 
-def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
+def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
     If routers choose from groups of experts, the same number stays in each group. A share that rounds to all experts
@@ -244,7 +252,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     ((field, number),) = numbers.items()
     groups, chosen = content.get(GROUPS), content.get(CHOSEN)
     groups = groups if type(groups) is int and 1 < groups < number and number % groups == 0 else 1
-    stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
+    stay = min(number, groups * max(1, round(number * (1 - sparsity) / groups)))
     if type(chosen) is int and stay < chosen:
         found = f"{CHOSEN} is {chosen}, expected at most the {stay} experts that stay"
         raise UserError(f"sparsity: {found}; set a lower sparsity")
@@ -254,7 +262,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
         for part in parts[name]:
             tensor = part.address.tensor
             if part.expert is None:
-                cuts.append(Cut(part.address, dim, set_of[name], (1,)))
+                cuts.append(CutDimension(part.address, dim, set_of[name], (1,)))
             else:  # the last such number in its name is the expert's
                 head, _, tail = tensor.rpartition(f".{part.expert}.")
                 numbered[tensor] = set_of[name], part.expert, f"{head}.", f".{tail}"
@@ -269,7 +277,7 @@ def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> R
     return Removal(
         structure=structure,
         sets={mixture: Units(number, stay, members=members[mixture], groups=groups) for mixture in mixtures},
-        fields={field: Field(number, tuple(mixtures))},
+        fields={field: ConfigField(number, tuple(mixtures))},
         cuts=tuple(cuts),
         numbered=numbered,
         routers=routers,

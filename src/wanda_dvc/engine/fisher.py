@@ -17,7 +17,7 @@ from wanda_dvc.pruning.gram import Gram
 
 
 @dataclass(kw_only=True)
-class Gradients:
+class FisherSums:
     """Sums over some rows of the gradients by the outputs of a block's linears. Sums of several rows merge.
 
     A token's gradient ∂ℓ/∂y is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient by
@@ -30,7 +30,7 @@ class Gradients:
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
     grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal
 
-    def merge(self, other: "Gradients") -> None:
+    def merge(self, other: "FisherSums") -> None:
         """Add the sums of other rows."""
         for name, sums in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + sums
@@ -38,12 +38,12 @@ class Gradients:
 
 
 @contextlib.contextmanager
-def recording_gradients(linears: dict[str, Linear]) -> Iterator[Gradients]:
+def recording_gradients(linears: dict[str, Linear]) -> Iterator[FisherSums]:
     """Record the gradients by the outputs of these linears in every pass inside.
 
     Linears without a gradient then drop out, and the sums are in main memory.
     """
-    found, tokens = Gradients(), dict[str, Tensor]()  # tokens of the passes with a gradient, on the device
+    found, tokens = FisherSums(), dict[str, Tensor]()  # tokens of the passes with a gradient, on the device
 
     def see(names: list[str], x: Tensor, y: Tensor, some: slice) -> None:
         if y.requires_grad:

@@ -18,21 +18,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.engine.activations import HiddenStates, Progress
+from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.executor import Executor, R, T
-from wanda_dvc.engine.fisher import Gradients
-from wanda_dvc.engine.load import Change
+from wanda_dvc.engine.fisher import FisherSums
+from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Hidden, Row, Shard, shards
-from wanda_dvc.engine.sums import Recorded, Sums, check_finite
+from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, shards
+from wanda_dvc.engine.sums import BlockRecord, InputSums, check_finite
 from wanda_dvc.errors import FIX, UserError, notice
 
-Rows = Sequence[Row] | Int[Tensor, "samples length"]
+Sequences = Sequence[TokenSequence] | Int[Tensor, "samples length"]
 Opened = Callable[[torch.device], Decoder]  # the model on a device
-M = TypeVar("M", Sums, Gradients)
+M = TypeVar("M", InputSums, FisherSums)
 # Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
-Head = Callable[[Decoder, Sequence[Row], Hidden, T], Iterator[R]]
+Head = Callable[[Decoder, Sequence[TokenSequence], Hidden, T], Iterator[R]]
 
 
 # --- units of work ---
@@ -44,30 +44,30 @@ def with_model(opened: Opened, function: Callable[[Decoder, T], R], device: torc
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockRun:
     """A block to run, and the files of hidden states before and after it."""
 
     index: int
-    own: HiddenStates
-    dense: HiddenStates | None = None  # of the dense model, if its rows run too, for products with their inputs
-    change: Change | None = None  # of the block's weights
+    own: ActivationStore
+    dense: ActivationStore | None = None  # of the dense model, if its rows run too, for products with their inputs
+    change: WeightChange | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
     writes: bool = True  # the hidden states after the block
 
 
 @torch.no_grad()
-def embed(streams: Sequence[HiddenStates], model: Decoder, shard: Shard) -> None:
+def embed(streams: Sequence[ActivationStore], model: Decoder, shard: Chunk) -> None:
     """Write a shard's hidden states before the first block."""
     for states in streams:
         states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
 
 
 @torch.no_grad()
-def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
+def run_block(block: BlockRun, model: Decoder, shard: Chunk) -> InputSums:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
     index, finite = block.index, list[Tensor]()
-    model.hold(index, index + 1, block.change)
+    model.load(index, index + 1, block.change)
     before, dense = block.own.read(index, shard.number), list[Tensor]()
 
     def passing(states: Sequence[Tensor], recorder: InputRecorder | None = None) -> Iterator[Tensor]:
@@ -95,7 +95,7 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
             deque(passing(before, recorder), maxlen=0)
     is_finite = all(torch.stack(finite).tolist())  # the host waits for a GPU here, once for all rows
     if recorder is None:
-        return Sums(is_finite=is_finite)
+        return InputSums(is_finite=is_finite)
     if not is_finite:
         raise UserError(f"{model.checkpoint}: block {index}: activations that are not finite; {FIX}")
     squares = {name: x.sum_squares for name, x in recorder.sums.stats.items()}  # their activations may be finite
@@ -103,7 +103,7 @@ def run_block(block: Block, model: Decoder, shard: Shard) -> Sums:
     return recorder.sums
 
 
-def run_head(states: HiddenStates, function: Head[T, R], model: Decoder, shard: tuple[Shard, T]) -> Iterator[R]:
+def run_head(states: ActivationStore, function: Head[T, R], model: Decoder, shard: tuple[Chunk, T]) -> Iterator[R]:
     """Apply a function to a shard's hidden states after the last block."""
     (number, rows), given = shard
     return function(model, rows, states.read(len(model.blocks), number), given)
@@ -113,15 +113,15 @@ def run_head(states: HiddenStates, function: Head[T, R], model: Decoder, shard: 
 
 
 @dataclass
-class Runner:
+class ModelRunner:
     """Runs the rows of one walk through a model, and other functions between its steps."""
 
     decoder: Decoder  # in this process: the model's structure, and its weights outside blocks
     work: Path  # for the hidden states
     executor: Executor | None = None  # None: this process
-    rows: list[Row] = field(init=False)
-    own: HiddenStates = field(init=False)  # of these rows
-    progress: Progress = field(init=False)
+    rows: list[TokenSequence] = field(init=False)
+    own: ActivationStore = field(init=False)  # of these rows
+    progress: PassProgress = field(init=False)
 
     def __post_init__(self) -> None:
         executor = self.executor or Executor(self.decoder.device)
@@ -132,23 +132,27 @@ class Runner:
         return self.on_device(partial(with_model, self.opened, function), inputs, what)
 
     @property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[Chunk]:
         """The rows, cut into shards."""
-        return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
+        return [Chunk(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
 
-    def states(self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int) -> HiddenStates:
+    def states(
+        self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int
+    ) -> ActivationStore:
         """Return the files of the rows' hidden states, by default in the dtype of the walk.
 
         They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
         """
         decoder, lengths = self.decoder, [[len(row.tokens) for row in shard.rows] for shard in self.shards]
-        width, room = decoder.model.config.get_text_config().hidden_size, decoder.room() // share
+        width, budget = decoder.model.config.get_text_config().hidden_size, decoder.memory_budget() // share
         dtype = dtype or decoder.dtype
-        return HiddenStates(self.work / name, lengths, width, dtype, kept=boundaries, device=decoder.device, room=room)
+        return ActivationStore(
+            self.work / name, lengths, width, dtype, kept=boundaries, device=decoder.device, memory_budget=budget
+        )
 
     def walk(
-        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, boundaries: int = 2
-    ) -> Iterator["Step"]:
+        self, rows: Sequences, *, kept: int | None = None, with_dense: bool = False, boundaries: int = 2
+    ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run the rows through the block.
 
         The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept`
@@ -156,7 +160,10 @@ class Runner:
         also runs through the dense model, without changes of blocks. The files of all but one of the last
         `boundaries` stay.
         """
-        self.rows, blocks = [row if isinstance(row, Row) else Row(row) for row in rows], len(self.decoder.blocks)
+        self.rows, blocks = (
+            [row if isinstance(row, TokenSequence) else TokenSequence(row) for row in rows],
+            len(self.decoder.blocks),
+        )
         share = 1 + (with_dense or boundaries > 2)
         names = ["own", "dense"] if with_dense else ["own"]
         streams = [self.states(name, boundaries=boundaries, share=share) for name in names]
@@ -164,11 +171,11 @@ class Runner:
         if kept == blocks:
             return
         self.decoder.check_tokens(self.rows)
-        self.progress = Progress(self.work, streams, blocks if kept is None else kept)
+        self.progress = PassProgress(self.work, streams, blocks if kept is None else kept)
         for index in self.unfinished(self.progress, partial(embed, streams), "embeddings, shard"):
-            yield Step(self, Block(index, self.own, streams[1] if with_dense else None))
+            yield BlockStep(self, BlockRun(index, self.own, streams[1] if with_dense else None))
 
-    def unfinished(self, progress: Progress, first: Callable[..., None], what: str, way: str = "") -> Iterator[int]:
+    def unfinished(self, progress: PassProgress, first: Callable[..., None], what: str, way: str = "") -> Iterator[int]:
         """Yield the boundary before each unfinished block, then finish it; `first` writes a shard's boundary 0."""
         blocks = len(self.decoder.blocks)
         if progress.finished > 0:
@@ -181,9 +188,9 @@ class Runner:
                 yield number
                 progress.finish(last=number == blocks - 1)
         finally:
-            self.decoder.release()
+            self.decoder.unload()
 
-    def sum(self, function: Callable[[Decoder, Shard], M], total: M, over: Iterable[Shard], what: str) -> M:
+    def sum(self, function: Callable[[Decoder, Chunk], M], total: M, over: Iterable[Chunk], what: str) -> M:
         """Add the sums of some shards, which a function returns, to `total`, in the shards' order; return it."""
         for sums in self.map(function, over, what):
             total.merge(sums)
@@ -198,11 +205,11 @@ class Runner:
 
 
 @dataclass
-class Step:
+class BlockStep:
     """One block of a walk of all rows. Every row must run through it before the next step; the last run counts."""
 
-    runner: Runner
-    block: Block
+    runner: ModelRunner
+    block: BlockRun
 
     @property
     def index(self) -> int:
@@ -213,7 +220,7 @@ class Step:
         """Run every row through the block."""
         self._run(self.block)
 
-    def record(self, *, gram: bool = False, changes: bool = False) -> Recorded:
+    def record(self, *, gram: bool = False, changes: bool = False) -> BlockRecord:
         """Run every row through the block; return the statistics of its linears' inputs.
 
         `gram` adds Gram matrices, and dense rows add products with their inputs. With `changes` the own rows' next
@@ -224,12 +231,12 @@ class Step:
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Run every own row through the block once more, with masked weights and the given new weights."""
-        self._run(replace(self.block, dense=None, change=Change(keeps, weights)))
+        self._run(replace(self.block, dense=None, change=WeightChange(keeps, weights)))
 
-    def _run(self, block: Block) -> Sums:
+    def _run(self, block: BlockRun) -> InputSums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""
         run = self.runner
-        total = run.sum(partial(run_block, block), Sums(), run.shards, f"block {self.index}, shard")
+        total = run.sum(partial(run_block, block), InputSums(), run.shards, f"block {self.index}, shard")
         if not total.is_finite:
             run.progress.not_finite = run.progress.not_finite or f"block {self.index}"
         return total

@@ -5,8 +5,8 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from wanda_dvc.engine.forward import Runner
-from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
+from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.questions import Request, ShowProgress, loglikelihoods
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 
@@ -17,7 +17,7 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     lm-eval does the tokenization, limits positions, and chooses the prefix of an empty context.
     """
 
-    def __init__(self, folder: Path, runner: Runner, *, progress: Progress) -> None:
+    def __init__(self, folder: Path, runner: ModelRunner, *, progress: ShowProgress) -> None:
         """`folder` holds the tokenizer, `progress` shows the blocks."""
         tokenizer, model = load_tokenizer(folder), runner.decoder.model
         self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)

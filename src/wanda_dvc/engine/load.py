@@ -16,7 +16,7 @@ from wanda_dvc.kernels import empty
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """Masks and new weights of one block, by linear. Two changes are equal if one is a copy of the other."""
 
     keeps: Mapping[str, Tensor] = field(compare=False)
@@ -24,7 +24,7 @@ class Change:
     name: str = field(default_factory=lambda: uuid4().hex)
 
 
-class Weights:
+class BlockLoader:
     """Loads weights into an empty model. A block has weights while it is held, and is empty otherwise.
 
     While a block is held, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
@@ -42,7 +42,7 @@ class Weights:
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}  # the next block, if it is read
-        self._held: tuple[int, int, Change | None] | None = None
+        self._held: tuple[int, int, WeightChange | None] | None = None
         # A tied head is the embeddings' parameter, stored once or twice. If both are stored and differ, they are
         # separate, for any configuration, as in transformers.
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
@@ -75,7 +75,7 @@ class Weights:
             raise unsupported(self.checkpoint, f"{prefix[:-1]} has no linear")
         return linears
 
-    def hold(self, index: int, then: int, change: Change | None = None) -> None:
+    def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
         """Load a block, with a change of its weights, until another block or change is held, or `release`.
 
         `then` is the block that follows; −1: none. The change applies to a copy of its parameters: the checkpoint stays
@@ -84,14 +84,14 @@ class Weights:
         if self._held == (index, then, change):
             return
         if self._held != (index, then, None):
-            self.release()
+            self.unload()
             for name, tensor in self._take(index, then).items():
                 set_parameter(self.model, name, tensor)
         self._held = index, then, change
         if change is not None:
             self._apply(index, change)
 
-    def release(self) -> None:
+    def unload(self) -> None:
         """Empty the block that is held, if any."""
         if self._held is not None:
             for name, parameter in self._empty[self._held[0]].items():
@@ -99,7 +99,7 @@ class Weights:
         self._held = None
 
     @torch.no_grad()
-    def _apply(self, index: int, change: Change) -> None:
+    def _apply(self, index: int, change: WeightChange) -> None:
         """Zero the weights outside the masks; then set the new weights."""
         every = self.linears(index)
         for module, leaf in {(every[name].module, every[name].leaf) for name in (*change.keeps, *change.weights)}:

@@ -9,13 +9,13 @@ from operator import itemgetter
 import torch
 
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
-from wanda_dvc.engine.forward import Runner, Step
-from wanda_dvc.engine.sequences import Hidden, Layout, Row
+from wanda_dvc.engine.forward import BlockStep, ModelRunner
+from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
 from wanda_dvc.errors import UserError
 
 ROW = 2048  # tokens: large multiplications, small activations
 
-Progress = Callable[[Iterator[Step]], Iterable[Step]]
+ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
 Prediction = tuple[int, int, int]  # token of a row, request, target
 Place = tuple[int, list[int]]  # of a request: its row, and the positions in the row that predict its continuation
 
@@ -33,7 +33,7 @@ class Request:
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
 
-def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
+def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[Place]]:
     """Return rows of complete questions, and the place of every request in the rows.
 
     A question is the requests of one context: the context, then each continuation without its last token. A row has as
@@ -47,13 +47,13 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
         key, part = (request.context, taken[request.context] // ROW), request.continuation[:-1]
         questions.setdefault(key, {}).setdefault(part, []).append(index)
         taken[request.context] += len(part)
-    rows: list[Row] = []
+    rows: list[TokenSequence] = []
     places: dict[int, Place] = {}
     row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
 
     def end_row() -> None:
         fed, *layout = map(torch.tensor, zip(*row, strict=True))  # tensors of their own memory
-        rows.append(Row(fed, Layout(*layout)))
+        rows.append(TokenSequence(fed, PackedQuestions(*layout)))
         row.clear()
 
     for number, ((context, _), choices) in enumerate(questions.items()):
@@ -70,18 +70,18 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
     return rows, [places[index] for index in range(len(requests))]
 
 
-def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
+def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], list[Place]]:
     """Return a row for each distinct sequence, for models without support for several questions in a row."""
     numbers: dict[tuple[int, ...], int] = {}
     places: list[Place] = []
     for request in requests:
         fed = request.context + request.continuation[:-1]
         places.append((numbers.setdefault(fed, len(numbers)), list(range(len(request.context) - 1, len(fed)))))
-    return [Row(torch.tensor(fed)) for fed in numbers], places
+    return [TokenSequence(torch.tensor(fed)) for fed in numbers], places
 
 
 def loglikelihoods(
-    runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress, task: str = "a task"
+    runner: ModelRunner, requests: Sequence[Request], *, length: int, progress: ShowProgress, task: str = "a task"
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
@@ -90,7 +90,7 @@ def loglikelihoods(
     requests = [request.within(length) for request in requests]
     if not all(request.context for request in requests):
         raise UserError(f"tasks.names: {task}: a choice has no token, or more than the model's {length}; remove it")
-    rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
+    rows, places = pack(requests, tokens=ROW) if runner.decoder.packs_questions else one_per_sequence(requests)
     for step in progress(runner.walk(rows)):
         step.advance()
     of_row: list[list[Prediction]] = [[] for _ in rows]
@@ -106,7 +106,7 @@ def loglikelihoods(
 
 
 def predict(
-    decoder: Decoder, _rows: Sequence[Row], hidden: Hidden, asked: tuple[int, list[list[Prediction]]]
+    decoder: Decoder, _rows: Sequence[TokenSequence], hidden: Hidden, asked: tuple[int, list[list[Prediction]]]
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 

@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.experts import ALL, Products, RoutedOutputs, See
 from wanda_dvc.engine.structure import Linear, unsupported
-from wanda_dvc.engine.sums import Sums, by_weight, merge_sums
+from wanda_dvc.engine.sums import InputSums, by_weight, merge_sums
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum, in_sums
@@ -33,7 +33,7 @@ class InputRecorder:
 
     linears: dict[str, Linear]
     gram: bool = False  # keep the Gram matrices too
-    sums: Sums = field(default_factory=Sums)
+    sums: InputSums = field(default_factory=InputSums)
     _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window
     _tokens: int = 0  # of the dense row
     _is_dense: bool = False
@@ -57,7 +57,7 @@ class InputRecorder:
             self._held[key] = (names[0], x)
             self._add(names[0], x.flatten(0, -2))
         for name in names if not self._is_dense else ():  # only tokens of the dense row may reach an input
-            self.sums.add_reader(name, self._held[key][0])
+            self.sums.add_consumer(name, self._held[key][0])
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""

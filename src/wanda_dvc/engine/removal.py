@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, text_key
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, text_key
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.load import Change
-from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.load import WeightChange
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, places, spread
+from wanda_dvc.pruning.units import Units, expand, unit_index
 from wanda_dvc.reading import Entry
 
 TOKENS = 32  # of the probe
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
-Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
+KeptUnits = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
 
 
-class Cut(NamedTuple):
+class CutDimension(NamedTuple):
     """A dimension of a stored tensor, or of an expert's part of it, that holds the units of a set."""
 
     address: Address
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
     layout: tuple[int, ...]  # as `Units.layout`
 
 
-class Field(NamedTuple):
+class ConfigField(NamedTuple):
     """A field of config.json: a number of units, or a number in proportion to it."""
 
     before: int
@@ -57,20 +57,20 @@ class Removal:
 
     structure: Structure
     sets: Mapping[str, Units]
-    fields: Mapping[str, Field]
+    fields: Mapping[str, ConfigField]
     lists: Mapping[str, list[Any]] = field(default_factory=dict)  # fields with an entry for each unit of the only set
-    readers: Mapping[str, Cut] = field(default_factory=dict)  # by linear: its inputs, which are units
-    cuts: tuple[Cut, ...] = ()  # of all tensors
+    consumers: Mapping[str, CutDimension] = field(default_factory=dict)  # by linear: its inputs, which are units
+    cuts: tuple[CutDimension, ...] = ()  # of all tensors
     # The stored tensors of one unit, by name, HEAD UNIT TAIL: the set, the unit, the head and the tail.
     numbered: Mapping[str, tuple[str, int, str, str]] = field(default_factory=dict)
     routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
     close: float = 1e-2  # the allowed difference in the probe, relative to the effect of the units that go
-    stays: Stays = field(default_factory=dict)  # once they are chosen
+    kept: KeptUnits = field(default_factory=dict)  # once they are chosen
 
-    def with_stays(self, stays: Stays) -> "Removal":
+    def with_kept(self, kept: KeptUnits) -> "Removal":
         """Return the removal that leaves these units."""
-        sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
-        return replace(self, sets=sets, stays=stays)
+        sets = {name: units._replace(stay=int(kept[name].sum())) for name, units in self.sets.items()}
+        return replace(self, sets=sets, kept=kept)
 
     # --- config.json ---
 
@@ -81,33 +81,33 @@ class Removal:
         for name, (before, sets) in self.fields.items():
             units = self.sets[sets[0]] if sets else Units(1, 1)
             found[name] = before * units.stay // units.total
-        for stays in self.stays.values():
+        for kept in self.kept.values():
             for name, row in self.lists.items():
-                found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
+                found[name] = [x for x, stay in zip(row, kept.tolist(), strict=True) if stay]
         return found
 
     @property
-    def share(self) -> float:
+    def sparsity(self) -> float:
         """The share of the units that go."""
         return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
 
-    def about(self, share: Fraction) -> str:
+    def about(self, sparsity: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
         after = self.changes
         numbers = [f"{name} from {one.before} to {after[name]}" for name, one in self.fields.items() if one.sets]
         text = f"pattern {self.structure.name}: {', '.join(numbers)}"
         if (groups := max(units.groups for units in self.sets.values())) > 1:
             text += f", the same number from each of {groups} groups"
-        if abs(self.share - share) > 1e-9:
-            text += f"; rounded: {self.share:.4g} instead of {float(share):g}"
+        if abs(self.sparsity - sparsity) > 1e-9:
+            text += f"; rounded: {self.sparsity:.4g} instead of {float(sparsity):g}"
         return text
 
     # --- masks ---
 
     @cached_property
-    def cuts_of(self) -> Mapping[str, list[Cut]]:
+    def cuts_of(self) -> Mapping[str, list[CutDimension]]:
         """The cuts of each linear, or other tensor, by its name in masks."""
-        found: defaultdict[str, list[Cut]] = defaultdict(list)
+        found: defaultdict[str, list[CutDimension]] = defaultdict(list)
         for cut in self.cuts:
             found[cut.address.linear].append(cut)
         return dict(found)
@@ -121,36 +121,36 @@ class Removal:
                 found |= dict.fromkeys(linears, (name, unit))
         return found
 
-    def stays_in(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def kept_in(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the units that stay, by set, from the masks of the linears that read them, or that they are."""
         found: dict[str, Tensor] = {}
         for linear in keeps:
-            if linear in self.readers:
-                cut = self.readers[linear]
+            if linear in self.consumers:
+                cut = self.consumers[linear]
                 units = self.sets[cut.units]
                 found[cut.units] = torch.zeros(units.total, dtype=torch.bool)
-                found[cut.units][places(units.total, units.layout)[keeps[linear].any(dim=1 - cut.dim)]] = True
+                found[cut.units][unit_index(units.total, units.layout)[keeps[linear].any(dim=1 - cut.dim)]] = True
             elif linear in self._unit_of:
                 name, unit = self._unit_of[linear]
                 stay = found.setdefault(name, torch.zeros(self.sets[name].total, dtype=torch.bool))
                 stay[unit] |= keeps[linear].any()
         return found
 
-    def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def expand(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return masks, on the host, without all weights of units that go, given the masks of the units' readers."""
         keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
-        stays = self.stays or self.stays_in(keeps)
+        kept = self.kept or self.kept_in(keeps)
         for linear, keep in keeps.items():
             if linear in self._unit_of:
                 name, unit = self._unit_of[linear]
-                keeps[linear] = keep & stays[name][unit]
+                keeps[linear] = keep & kept[name][unit]
             for cut in self.cuts_of.get(linear, ()):
-                keeps[linear] = keeps[linear] & self.along(cut, stays)
+                keeps[linear] = keeps[linear] & self.along(cut, kept)
         return keeps
 
-    def along(self, cut: Cut, stays: Stays) -> Tensor:
+    def along(self, cut: CutDimension, kept: KeptUnits) -> Tensor:
         """Return which places of a cut's dimension stay, in a form that broadcasts over the tensor."""
-        stay = spread(stays[cut.units], cut.layout)
+        stay = expand(kept[cut.units], cut.layout)
         return stay[:, None] if cut.dim == 0 else stay
 
     # --- stored tensors ---
@@ -163,8 +163,8 @@ class Removal:
                 names[name] = name
                 continue
             units, unit, head, tail = self.numbered[name]
-            before = self.stays[units][:unit]
-            if self.stays[units][unit : unit + 1].all():  # also of a block after the last one, which predicts more
+            before = self.kept[units][:unit]
+            if self.kept[units][unit : unit + 1].all():  # also of a block after the last one, which predicts more
                 names[f"{head}{unit - int((~before).sum())}{tail}"] = name
         return names
 
@@ -179,7 +179,7 @@ def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
 # --- the view ---
 
 
-class Smaller(Changed):
+class SmallerCheckpoint(EditedCheckpoint):
     """A view of a checkpoint without the units that go: smaller tensors, and a configuration to match."""
 
     def __init__(
@@ -223,15 +223,15 @@ class Smaller(Changed):
             return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
         return self._cut(self._read(Address(old)), whole)
 
-    def _cut(self, tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    def _cut(self, tensor: Tensor, cuts: Iterable[CutDimension]) -> Tensor:
         """Return one of the source's tensors without the units that go."""
         for cut in cuts:
             tensor = tensor.index_select(cut.dim, self._kept(cut).to(tensor.device))
         return tensor
 
-    def _kept(self, cut: Cut) -> Int[Tensor, " stay"]:
+    def _kept(self, cut: CutDimension) -> Int[Tensor, " stay"]:
         """Return the places of a cut's dimension that stay."""
-        return spread(self.removal.stays[cut.units], cut.layout).nonzero()[:, 0]
+        return expand(self.removal.kept[cut.units], cut.layout).nonzero()[:, 0]
 
 
 def changed(config: Any, fields: Mapping[str, Any]) -> Any:
@@ -255,28 +255,28 @@ def probe(source: Checkpoint, removal: Removal) -> str:
     try:
         full = in_float32(source)
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
-        row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
+        row = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         hidden = full.embed(row)
         where = full.weights.blocks_name
         by_block = where in removal.sets
-        kept = removal.stays[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
+        kept = removal.kept[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
         wanted = []
         for new in range(len(kept)) if by_block else full.one_of_each_kind:
-            full.hold(kept[new], -1)
+            full.load(kept[new], -1)
             dense = hidden if by_block else full.run(kept[new], hidden, row)  # with the units
             # Readers read zeros, and routers never choose experts that go.
-            readers = full.linears(kept[new]).keys() & removal.readers.keys()
-            zeros = {linear: removal.along(removal.readers[linear], removal.stays) for linear in readers}
-            full.hold(kept[new], -1, Change(zeros, {}))
+            consumers = full.linears(kept[new]).keys() & removal.consumers.keys()
+            zeros = {linear: removal.along(removal.consumers[linear], removal.kept) for linear in consumers}
+            full.load(kept[new], -1, WeightChange(zeros, {}))
             with _Unchoosable(full.model, removal):
                 wanted.append((new, hidden, dense, full.run(kept[new], hidden, row)))
             hidden = wanted[-1][-1] if by_block else hidden
-        full.release()
+        full.unload()
         del full
         gc.collect()
-        small = in_float32(Smaller(source, removal))
+        small = in_float32(SmallerCheckpoint(source, removal))
         for block, hidden, dense, masked in wanted:
-            small.hold(block, -1)
+            small.load(block, -1)
             found = small.run(block, hidden, row)
             off, effect, size = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense, dense))
             if not off <= removal.close * max(effect, 1e-4 * size):
@@ -295,7 +295,7 @@ class _Unchoosable(TorchFunctionMode):
         state = model.state_dict(keep_vars=True)
         for name, mixture in removal.routers.items():
             if not state[name].is_meta:  # of a block that is not loaded
-                self.gone[state[name].data_ptr()] = ~removal.stays[mixture]
+                self.gone[state[name].data_ptr()] = ~removal.kept[mixture]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))

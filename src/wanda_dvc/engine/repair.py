@@ -12,23 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from wanda_dvc.engine.activations import HiddenStates
+from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import Runner
-from wanda_dvc.engine.load import Change
+from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Shard
-from wanda_dvc.engine.sums import Sums
+from wanda_dvc.engine.sequences import Chunk
+from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
-from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.pruning.solvers import GramFactors
 
 HELD_OUT = 4  # the dampings are tried on every so many-th shard
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int) -> tuple[Tensor, dict[str, float]]:
+def repair(
+    runner: ModelRunner, linear: str, weight: Tensor, *, block: int, end: int
+) -> tuple[Tensor, dict[str, float]]:
     """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` go.
 
     A walk up to `end` has kept the hidden states. The damping is the one with the least error of these on held-out
@@ -41,14 +43,14 @@ def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int)
     held = runner.shards[::HELD_OUT]
     fitted = [shard for number, shard in enumerate(runner.shards) if number % HELD_OUT] or held
     recording = partial(run_before, runner.own, block, end, linear)
-    some, others = (runner.sum(recording, Sums(), shards, "repair, shard") for shards in (fitted, held))
+    some, others = (runner.sum(recording, InputSums(), shards, "repair, shard") for shards in (fitted, held))
 
-    def changed(sums: Sums, damping: float) -> Tensor:
-        root = Prepared(sums.grams[linear].matrix()).inverse_root(damping).matrix
+    def changed(sums: InputSums, damping: float) -> Tensor:
+        root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).matrix
         found = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)  # D = RᵀX (G + λI)⁻¹
         return (weight.float() + oriented(found, across).to(weight.device)).to(weight.dtype).contiguous()
 
-    changes = [Change({}, {}), *(Change({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]
+    changes = [WeightChange({}, {}), *(WeightChange({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]
     trying = partial(run_changed, runner.own, block, end, changes)
     before, *errors = torch.stack([*runner.map(trying, held, "repair, shard")]).sum(dim=0).sqrt().tolist()
     least, damping = min(zip(errors, DAMPINGS, strict=True))
@@ -63,9 +65,9 @@ def repair(runner: Runner, linear: str, weight: Tensor, *, block: int, end: int)
 
 
 @torch.no_grad()
-def run_before(states: HiddenStates, index: int, end: int, linear: str, model: Decoder, shard: Shard) -> Sums:
+def run_before(states: ActivationStore, index: int, end: int, linear: str, model: Decoder, shard: Chunk) -> InputSums:
     """Return a shard's XᵀX and RᵀX: X is the input of a block's linear, R what the blocks after it add until `end`."""
-    model.hold(index, -1)
+    model.load(index, -1)
     recorder = InputRecorder(linears={linear: model.linears(index)[linear]}, gram=True)
     boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
     with recorder.recording():
@@ -78,13 +80,13 @@ def run_before(states: HiddenStates, index: int, end: int, linear: str, model: D
 
 @torch.no_grad()
 def run_changed(
-    states: HiddenStates, index: int, end: int, changes: Iterable[Change], model: Decoder, shard: Shard
+    states: ActivationStore, index: int, end: int, changes: Iterable[WeightChange], model: Decoder, shard: Chunk
 ) -> Float[Tensor, " changes"]:
     """Return for each change of a block Σ ‖y − h‖² over a shard: y is the block's output, h the state at `end`."""
     errors = []
     boundaries = [states.read(boundary, shard.number) for boundary in (index, end)]
     for change in changes:
-        model.hold(index, -1, change)
+        model.load(index, -1, change)
         rows = zip(shard.rows, *boundaries, strict=True)
         made = ((model.run(index, x[None].to(model.device), row)[0].cpu(), wanted) for row, x, wanted in rows)
         errors.append(sum(vector_norm(y.float() - wanted.cpu().float()).item() ** 2 for y, wanted in made))

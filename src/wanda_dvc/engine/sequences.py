@@ -20,11 +20,11 @@ FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
 # Bytes of kept arguments of blocks by kind of device, without those of the current row; a row takes 1 to 2 MB. Other
 # rows' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU
 # core, and about as long as the block itself takes on a GPU (estimated).
-CALLS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
+ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PackedQuestions:
     """The question, the choice and the position of every token in a row that holds several questions.
 
     A token attends to the tokens before it in its question's context and in its own choice.
@@ -54,11 +54,11 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TokenSequence:
     """Tokens that run through the model together."""
 
     tokens: Int[Tensor, " length"]
-    layout: Layout | None = None  # None: one text
+    questions: PackedQuestions | None = None  # None: one text
 
 
 def shards(rows: int) -> list[range]:
@@ -67,8 +67,8 @@ def shards(rows: int) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-class Shard(NamedTuple):
+class Chunk(NamedTuple):
     """Some neighbouring rows."""
 
     number: int
-    rows: list[Row]
+    rows: list[TokenSequence]

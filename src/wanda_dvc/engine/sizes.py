@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.engine.checkpoint import WIDTH, Address, read_config
-from wanda_dvc.engine.sequences import CALLS_BYTES
+from wanda_dvc.engine.sequences import ARGUMENTS_BYTES
 from wanda_dvc.pruning.gram import PANEL
 
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
@@ -17,7 +17,7 @@ class Sizes:
 
     def __init__(self, config: Path) -> None:
         """Count the model of a config.json, or of its directory. Windowed attention counts as full attention."""
-        from wanda_dvc.engine.structure import Part, build_empty, find_blocks, stored_linears
+        from wanda_dvc.engine.structure import StoredSlice, build_empty, find_blocks, stored_linears
 
         stored = read_config(config)
         self.dtype = str(stored.dtype or "float32").removeprefix("torch.")  # as stored; a model's default is float32
@@ -25,7 +25,7 @@ class Sizes:
         model: Any = build_empty(stored, str(config))  # it changes the dtype
         text, blocks = model.config.get_text_config(), find_blocks(model)[1]
         counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        linears = [stored_linears(block, "", lambda name: [Part(Address(name))]).values() for block in blocks]
+        linears = [stored_linears(block, "", lambda name: [StoredSlice(Address(name))]).values() for block in blocks]
         shapes = [[(x.weight.numel() // x.features, x.features) for x in block] for block in linears]
         each = [shape for block in shapes for shape in block]
         weights = [sum(out * features for out, features in block) for block in shapes]
@@ -74,4 +74,4 @@ class Walk:
         self.dense = length * model.features * width  # the dense model's inputs, which wait for cross products
         # Before windows or several questions in a row, a block of each kind is tried, with a copy in float32.
         self.tried = 4 * model.block if width < 4 else 0
-        self.calls = CALLS_BYTES[device]  # recorded arguments of the blocks, of rows of several questions
+        self.block_arguments = ARGUMENTS_BYTES[device]  # recorded arguments of the blocks, of rows of several questions

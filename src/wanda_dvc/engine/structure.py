@@ -24,7 +24,7 @@ from wanda_dvc.errors import UserError, reason
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredSlice:
     """A stored weight and its place in a parameter: some rows, and the expert in a parameter of several."""
 
     address: Address
@@ -48,7 +48,7 @@ class Linear:
 
     module: nn.Module
     leaf: str
-    part: Part
+    part: StoredSlice
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +138,7 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for (name, module), owner in pairs if not is_gate(module, owner)}
 
 
-def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[Part]]) -> dict[str, Linear]:
+def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[StoredSlice]]) -> dict[str, Linear]:
     """Return a block's linears by stored name; each expert has its own.
 
     `prefix` precedes the block's names in the model, and `parts_of` returns the parts of a parameter.
@@ -150,7 +150,7 @@ def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list
         shape = module.get_parameter(leaf).shape
         if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
             addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
-            parts = [Part(address, expert=address.expert) for address in addresses]
+            parts = [StoredSlice(address, expert=address.expert) for address in addresses]
         linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
     return linears
 
@@ -167,7 +167,7 @@ def check_model(folder: Path) -> None:
     load_tokenizer(folder)
 
 
-def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSlice]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
@@ -178,7 +178,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[StoredSlice]] = {}
     pieces: dict[str, list[tuple[str, str]]] = {}
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
@@ -188,7 +188,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
             _check_is_no_block(name, model, checkpoint)
             continue
         if pattern is None:
-            parts[name] = [Part(Address(tensor))]
+            parts[name] = [StoredSlice(Address(tensor))]
         else:
             pieces.setdefault(name, []).append((pattern, tensor))
     for name, stored in pieces.items():
@@ -200,7 +200,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     return parts
 
 
-def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
+def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[StoredSlice]]) -> None:
     entries, inside = checkpoint.entries, f"{find_blocks(model)[0]}."
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -250,7 +250,7 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
 
 def place_parts(
     name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
-) -> list[Part]:
+) -> list[StoredSlice]:
     """Return each stored tensor's place in a parameter. Tensors are given with their patterns in the rule.
 
     The function converts small tensors of marks by the rule, and finds the marks in the result. UserError if the rule
@@ -275,7 +275,7 @@ def place_parts(
                 if not torch.equal(found, marks[number]):
                     raise ValueError("their elements change places")
                 end = begin + shapes[number][0]
-                parts.append(Part(Address(stored[number][1]), (begin, end), expert if several else None))
+                parts.append(StoredSlice(Address(stored[number][1]), (begin, end), expert if several else None))
                 begin = end
             result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
             if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):

@@ -13,7 +13,7 @@ from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
 
-class Recorded(NamedTuple):
+class BlockRecord(NamedTuple):
     """The statistics of the inputs of a block's linears."""
 
     stats: BlockStats
@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Sums:
+class InputSums:
     """Sums over the inputs of a block's linears for some rows, by distinct input. Sums of several shards merge.
 
     An input is named after its first reader. An expert's input is the tokens that the router sends to it.
@@ -37,10 +37,10 @@ class Sums:
     influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: "InputSums") -> None:
         """Add the sums of other rows. UserError if a linear reads another input in those rows."""
         for linear, source in other.source.items():
-            self.add_reader(linear, source)
+            self.add_consumer(linear, source)
         merge_sums(self.stats, other.stats)
         merge_sums(self.grams, other.grams)
         merge_sums(self.crosses, other.crosses)
@@ -48,12 +48,12 @@ class Sums:
         self.is_finite &= other.is_finite
         self.influence = self.influence.to(other.influence) + other.influence
 
-    def add_reader(self, linear: str, source: str) -> None:
+    def add_consumer(self, linear: str, source: str) -> None:
         """Add a linear to the readers of an input. UserError if it reads another input."""
         if self.source.setdefault(linear, source) != source:
             raise unsupported(linear, f"it reads the input of {self.source[linear]}, and in other windows of {source}")
 
-    def of(self, linears: dict[str, Linear]) -> Recorded:
+    def of(self, linears: dict[str, Linear]) -> BlockRecord:
         """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
         reached = {(linear.module, linear.leaf) for name, linear in linears.items() if name in self.source}
         stats, source = dict(self.stats), dict(self.source)
@@ -67,15 +67,15 @@ class Sums:
                 source |= dict.fromkeys(names, names[0])
         # Experts last and in index order, instead of the order of their first tokens.
         experts = dict.fromkeys(name for name, linear in linears.items() if linear.part.expert is not None)
-        readers: dict[str, list[str]] = {}
+        consumers: dict[str, list[str]] = {}
         for linear in [*(name for name in source if name not in experts), *experts]:
-            readers.setdefault(source[linear], []).append(linear)
-        inputs = {name: stats[name].to("cpu") for name in readers}
+            consumers.setdefault(source[linear], []).append(linear)
+        inputs = {name: stats[name].to("cpu") for name in consumers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: x.sum for name, x in self.crosses.items() if x.count == stats[name].count}
         outputs = {name: replace(x, sum=x.sum.cpu()) for name in linears if (x := self.outputs.get(name))}
-        measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence.cpu())
-        return Recorded(measured, self.grams, crosses)
+        measured = BlockStats(inputs, consumers, transposed, outputs=outputs, influence=self.influence.cpu())
+        return BlockRecord(measured, self.grams, crosses)
 
 
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
-from wanda_dvc.pruning.masks import Share
-from wanda_dvc.pruning.reconstruction import Weights, oriented
+from wanda_dvc.pruning.masks import Sparsity
+from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -29,15 +29,21 @@ MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear
 
 
 def allocate(
-    weights: Weights, blocks: Iterable[BlockStats], count: int, *, allocation: Allocation, share: Fraction, group: str
-) -> Sequence[Share]:
+    weights: ReadWeight,
+    blocks: Iterable[BlockStats],
+    count: int,
+    *,
+    allocation: Allocation,
+    sparsity: Fraction,
+    group: str,
+) -> Sequence[Sparsity]:
     """Return the share of weights to prune, of each block or of each linear.
 
     `blocks` yields the statistics of the `count` blocks, with the gradients tier where the allocation needs it. Without
     a strength all shares are equal, and `blocks` is not read.
     """
     if allocation.strength is None:
-        return [share] * count
+        return [sparsity] * count
     rate, divide = resolve_name(allocation.rating), resolve_name(allocation.function)
     linears: list[dict[str, tuple[int, int]]] = []  # of each block: the number and size of their competing groups
     ratings: list[object] = []
@@ -49,23 +55,23 @@ def allocate(
         linears.append(own)
         ratings += rate(weights, measured)
     groups = [list(own.values()) for own in linears]  # of each part
-    if allocation.by_gradients:
+    if allocation.uses_fisher:
         groups = [[one] for block in groups for one in block]
     sizes = [sum(number * size for number, size in part) for part in groups]
-    shares = settle(divide(share, sizes, ratings, allocation.strength), share, groups)
-    if not allocation.by_gradients:
-        return shares
-    of_linears = iter(shares)
+    sparsities = round_to_total(divide(sparsity, sizes, ratings, allocation.strength), sparsity, groups)
+    if not allocation.uses_fisher:
+        return sparsities
+    of_linears = iter(sparsities)
     return [{name: next(of_linears) for name in own} for own in linears]
 
 
-def outlier_rating(weights: Weights, block: BlockStats) -> list[float]:
+def outlier_rating(weights: ReadWeight, block: BlockStats) -> list[float]:
     """Return the percentage of outliers among a block's Wanda scores, for OWL: the block is one part."""
     every = block.by_linear.items()
     return [outlier_ratio(lambda: (scores for name, x in every for scores in _wanda_scores(weights, block, name, x)))]
 
 
-def sensitivity_rating(weights: Weights, block: BlockStats) -> list[Tensor | None]:
+def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | None]:
     """Return a histogram of each linear's scores; None without Fisher information.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
@@ -84,7 +90,9 @@ def sensitivity_rating(weights: Weights, block: BlockStats) -> list[Tensor | Non
     return [rate(name, x) for name, x in block.by_linear.items()]
 
 
-def _wanda_scores(weights: Weights, block: BlockStats, name: str, x: InputStats) -> Iterator[Float[Tensor, "rows in"]]:
+def _wanda_scores(
+    weights: ReadWeight, block: BlockStats, name: str, x: InputStats
+) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
     weight = oriented(weights(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
@@ -119,7 +127,7 @@ def sensitivity(
         size = torch.tensor([sizes[number] for number in known], dtype=torch.float64)
         least, most = max(wanted - spread, 0.0), max(min(wanted + spread, MOST), wanted)
 
-        def shares(threshold: float) -> Float[Tensor, " linears"]:
+        def pruned_fractions(threshold: float) -> Float[Tensor, " linears"]:
             place = int(threshold)
             below = up_to[:, place] - bins[:, place] * (1 - (threshold - place))
             return (below / size).clamp(least, most)
@@ -127,9 +135,9 @@ def sensitivity(
         low, high = 0.0, bins.shape[1] - 1e-6
         for _ in range(STEPS + STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if shares(middle) @ size < wanted * size.sum() else (low, middle)
-        for number, share in zip(known, shares(high).tolist(), strict=True):
-            raw[number] = Fraction(round(share * DIGITS), DIGITS)
+            low, high = (middle, high) if pruned_fractions(middle) @ size < wanted * size.sum() else (low, middle)
+        for number, fraction in zip(known, pruned_fractions(high).tolist(), strict=True):
+            raw[number] = Fraction(round(fraction * DIGITS), DIGITS)
     return shift(raw, sparsity, sizes)
 
 
@@ -152,22 +160,24 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
     """Return `raw` plus one constant, clipped to [0, 1]; the mean weighted by size is exactly the sparsity."""
 
-    def shares(constant: Fraction) -> list[Fraction]:
-        return [min(max(share + constant, Fraction(0)), Fraction(1)) for share in raw]
+    def sparsities(constant: Fraction) -> list[Fraction]:
+        return [min(max(value + constant, Fraction(0)), Fraction(1)) for value in raw]
 
     def mean(constant: Fraction) -> Fraction:
-        return Fraction(sum(map(operator.mul, shares(constant), sizes)), sum(sizes))
+        return Fraction(sum(map(operator.mul, sparsities(constant), sizes)), sum(sizes))
 
     # The mean rises with the constant, and is linear between two constants at which no part reaches 0 or 1.
-    constants = sorted({end - share for share in raw for end in (0, 1)})
+    constants = sorted({end - value for value in raw for end in (0, 1)})
     above = bisect.bisect_left(constants, sparsity, key=mean)
     if mean(constants[above]) == sparsity:
-        return shares(constants[above])
+        return sparsities(constants[above])
     low, high = constants[above - 1 : above + 1]
-    return shares(low + (sparsity - mean(low)) / (mean(high) - mean(low)) * (high - low))
+    return sparsities(low + (sparsity - mean(low)) / (mean(high) - mean(low)) * (high - low))
 
 
-def settle(shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list[tuple[int, int]]]) -> list[Fraction]:
+def round_to_total(
+    sparsities: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list[tuple[int, int]]]
+) -> list[Fraction]:
     """Return shares plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
     `groups` has (number, size) of the competing groups of each part, such as a linear's rows. Counts are rounded down,
@@ -176,13 +186,13 @@ def settle(shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list
     total = sum(number * size for part in groups for number, size in part)
 
     def off(constant: Fraction) -> Fraction:
-        raised = (min(share + constant, Fraction(1)) for share in shares)
+        raised = (min(value + constant, Fraction(1)) for value in sparsities)
         pairs = zip(raised, groups, strict=True)
-        return sum(number * removed(size, share) for share, part in pairs for number, size in part) - sparsity * total
+        return sum(number * removed(size, value) for value, part in pairs for number, size in part) - sparsity * total
 
     low, high = Fraction(0), Fraction(1, min(size for part in groups for _, size in part))
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if off(middle) < 0 else (low, middle)
     constant = min((low, high), key=lambda one: abs(off(one)))
-    return [min(share + constant, Fraction(1)) for share in shares]
+    return [min(value + constant, Fraction(1)) for value in sparsities]

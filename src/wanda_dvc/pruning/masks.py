@@ -13,13 +13,13 @@ from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import empty
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
-from wanda_dvc.pruning.reconstruction import Weights, oriented, prepared_linears
-from wanda_dvc.pruning.selection import keep_by_share, keep_highest, select
-from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.pruning.reconstruction import ReadWeight, factors_of_linears, oriented
+from wanda_dvc.pruning.selection import keep_by_score_share, keep_highest, select
+from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.pruning.units import Units, cheapest, neighbours, spread, summed
+from wanda_dvc.pruning.units import Units, expand, greedy_obs, neighbours, unit_scores
 
-Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
+Sparsity = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
 HOST = torch.device("cpu")
 
 
@@ -28,14 +28,14 @@ HOST = torch.device("cpu")
 
 def choose(
     weight: Float[Tensor, "out in"],
-    given: InputStats | Prepared,
+    given: InputStats | GramFactors,
     *,
     method: Method,
-    share: Fraction,
+    sparsity: Fraction,
     pattern: str = "unstructured",
     group: str = "row",
     units: Units | None = None,
-    worth: Float[Tensor, " out"] | None = None,
+    row_weights: Float[Tensor, " out"] | None = None,
     name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
     """Return `keep` for one linear: by the scores of its weights, on their device, or by a solver, on its matrix's.
@@ -45,14 +45,14 @@ def choose(
     of each row. Messages use `name`. Where rows do not compete, the host scores a slice of rows at a time: memory does
     not grow with the linear. UserError where a score is not finite, or the share is out of reach.
     """
-    if isinstance(given, Prepared):
+    if isinstance(given, GramFactors):
         weight = weight.to(given.gram.device)
-        if worth is not None:  # a row's problem is the same at every scale
-            weight = weight.float() * worth.to(weight.device)[:, None]
+        if row_weights is not None:  # a row's problem is the same at every scale
+            weight = weight.float() * row_weights.to(weight.device)[:, None]
         if units:
-            return spread(cheapest(weight, given, units), units.layout).expand(weight.shape)
+            return expand(greedy_obs(weight, given, units), units.layout).expand(weight.shape)
         among = "row" if group == "row" else "linear"  # solvers ignore the row weights
-        return method(weight, given, share=share, pattern=pattern, group=among).keep
+        return method(weight, given, sparsity=sparsity, pattern=pattern, group=among).keep
     by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
     x = given.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
@@ -63,29 +63,29 @@ def choose(
             found = f"{method.function} returned {list(scored.shape)}"
             raise UserError(f"method {method.name}: {found}, expected the weight's {list(rows.shape)}; correct it")
         scored = scored.float() if scored.dtype in (torch.bfloat16, torch.float16) else scored  # numpy has no bfloat16
-        if worth is not None:  # needed only where rows compete
-            scored = scored * worth.to(scored)[:, None]
+        if row_weights is not None:  # needed only where rows compete
+            scored = scored * row_weights.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(
                 f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
                 "dtype=float32 or bfloat16"
             )
         if units:
-            stays = keep_highest(summed(scored, units)[None], units.stay)[0]
-            into.copy_(spread(stays, units.layout).expand(scored.shape))
+            stays = keep_highest(unit_scores(scored, units)[None], units.stay)[0]
+            into.copy_(expand(stays, units.layout).expand(scored.shape))
         elif method.competition == "rows":
-            into.copy_(keep_by_share(scored, float(share)))
+            into.copy_(keep_by_score_share(scored, float(sparsity)))
         else:
-            into.copy_(select(scored, share=share, pattern=pattern, group=group))
+            into.copy_(select(scored, sparsity=sparsity, pattern=pattern, group=group))
     return keep
 
 
 def choose_block(
-    weights: Weights,
+    weights: ReadWeight,
     block: BlockStats,
     *,
     method: Method,
-    share: Share,
+    sparsity: Sparsity,
     pattern: str = "unstructured",
     group: str = "row",
     units: Mapping[str, Units] = {},
@@ -101,7 +101,7 @@ def choose_block(
     """
     n_of_m = parse_pattern(pattern)
 
-    def keep(name: str, given: InputStats | Prepared | None) -> Tensor:
+    def keep(name: str, given: InputStats | GramFactors | None) -> Tensor:
         """Return a linear's mask, from the statistics of its input, or for a solver from its Gram matrix."""
         weight, across = weights(name), name in block.transposed
         if keeps_all(name, pattern, units):
@@ -112,19 +112,19 @@ def choose_block(
             raise UserError(f"pattern: got {pattern}, but {found}; choose another m")
         kept = choose(
             weight,
-            given or Prepared(Gram.empty(weight.shape[1]).matrix()),  # an expert without tokens
+            given or GramFactors(Gram.empty(weight.shape[1]).matrix()),  # an expert without tokens
             method=method,
-            share=share[name] if isinstance(share, Mapping) else share,
+            sparsity=sparsity[name] if isinstance(sparsity, Mapping) else sparsity,
             pattern=pattern,
             group=group,
             units=units.get(name),
-            worth=row_worth(block.fisher[name]) if group == "outputs" and name in block.fisher else None,
+            row_weights=row_weights_of(block.fisher[name]) if group == "outputs" and name in block.fisher else None,
             name=name,
         )
         return oriented(kept, across).contiguous()
 
     if method.needs == "gram":
-        return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
+        return {name: keep(name, prepared) for name, prepared in factors_of_linears(block.consumers, grams or {})}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
         jobs = {name: pool.submit(keep, name, x) for name, x in block.by_linear.items()}
@@ -136,15 +136,15 @@ def keeps_all(name: str, pattern: str, units: Mapping[str, Units]) -> bool:
     return pattern in STRUCTURES and name not in units
 
 
-def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+def row_weights_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     """Return F^¼ over its mean, float32. The score's formula asks for √F; F^¼ did better."""
-    worth = fisher.double() ** 0.25
-    return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
+    row_weights = fisher.double() ** 0.25
+    return (row_weights / row_weights.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def choose_units(
     sets: Mapping[str, Units],
-    weights: Weights,
+    weights: ReadWeight,
     blocks: Iterable[BlockStats],
     *,
     method: Method,

@@ -11,25 +11,25 @@ from torch import Tensor
 from wanda_dvc.catalog import Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
+from wanda_dvc.pruning.solvers import GramFactors, SolverResult, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats
 
-Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
+ReadWeight = Callable[[str], Tensor]  # reads a linear's weight, as stored
 
 
 # --- new values of kept weights ---
 
 
-def aim_block(
-    weights: Weights, block: BlockStats, *, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor], strength: float
+def target_block(
+    weights: ReadWeight, block: BlockStats, *, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor], strength: float
 ) -> dict[str, Tensor]:
     """Return the target weights of a block's linears: with them, pruned inputs give the dense outputs.
 
     float32, as stored. `crosses` holds X_denseᵀX of the distinct inputs; linears without it keep their weights.
     """
     aimed = {}
-    sources = {name: source for source, names in block.readers.items() for name in names}
-    for name, prepared in prepared_linears(block.readers, grams):
+    sources = {name: source for source, names in block.consumers.items() for name in names}
+    for name, prepared in factors_of_linears(block.consumers, grams):
         source, weight = sources[name], weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
@@ -43,12 +43,12 @@ def aim_block(
 def reconstruct(
     weight: Tensor,
     keep: Tensor,
-    prepared: Prepared,
+    prepared: GramFactors,
     *,
     reconstruction: Reconstruction,
     gradients: Gram | None = None,
     transposed: bool = False,
-) -> Solved:
+) -> SolverResult:
     """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
@@ -56,7 +56,7 @@ def reconstruct(
     solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
     words: dict[str, Any] = {}
-    if reconstruction.by_gradients:
+    if reconstruction.uses_fisher:
         words = {"gradients": gradients and gradients.matrix().to(device), "steps": reconstruction.steps}
     solved = solve(*there, prepared, **words)
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
@@ -80,7 +80,7 @@ class Pruned(NamedTuple):
 def prune_linear(
     weight: Tensor,
     keep: Tensor,
-    prepared: Prepared | None,
+    prepared: GramFactors | None,
     values: Tensor | None = None,
     *,
     transposed: bool = False,
@@ -116,12 +116,12 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
     return torch.from_numpy(bits).view(weight.dtype)
 
 
-def prepared_linears(
-    readers: Mapping[str, list[str]], grams: Mapping[str, Gram]
-) -> Iterator[tuple[str, Prepared | None]]:
+def factors_of_linears(
+    consumers: Mapping[str, list[str]], grams: Mapping[str, Gram]
+) -> Iterator[tuple[str, GramFactors | None]]:
     """Yield each linear with its Gram matrix, prepared once per distinct input; None for an input without tokens."""
-    for source, names in readers.items():
-        prepared = Prepared(grams[source].matrix()) if source in grams else None
+    for source, names in consumers.items():
+        prepared = GramFactors(grams[source].matrix()) if source in grams else None
         for name in names:
             yield name, prepared
 

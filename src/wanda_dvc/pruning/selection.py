@@ -17,16 +17,16 @@ LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its 
 COUNTED = 16  # the largest m for counting ranks; uint8 overflows at 257
 
 
-def removed(size: int, share: Fraction) -> int:
+def removed(size: int, sparsity: Fraction) -> int:
     """Return the number of weights to prune out of `size`: ⌊size · share⌋, exactly.
 
     In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` removes 28. As a fraction it is 29.
     """
-    return int(size * share)
+    return int(size * sparsity)
 
 
 def select(
-    score: Float[Tensor, "out in"], *, share: Fraction, pattern: str = "unstructured", group: str = "row"
+    score: Float[Tensor, "out in"], *, sparsity: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> Bool[Tensor, "out in"]:
     """Return `keep`: every group loses `share` of its weights.
 
@@ -36,7 +36,7 @@ def select(
     if n_of_m := parse_pattern(pattern):
         return keep_n_of_m(score, *n_of_m)
     rows = score if group == "row" else score.reshape(1, -1)
-    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], share)).view(score.shape)
+    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], sparsity)).view(score.shape)
 
 
 def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, "group size"]:
@@ -55,7 +55,7 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
     return keep
 
 
-def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+def keep_by_score_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
     """Return `keep` of Wanda's variant: every row loses the same share α of its summed scores.
 
     Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that

@@ -38,7 +38,7 @@ PENALTY, ITERATIONS, GROWING = 1.0, 20, 15  # of ADMM; the mask grows in the fir
 
 
 @dataclass(frozen=True)
-class Factor:
+class Factorization:
     """A factor or inverse of a Gram matrix, and the damping that made it possible."""
 
     matrix: Square
@@ -47,7 +47,7 @@ class Factor:
     raised: bool  # whether it is above the requested damping
 
 
-class Prepared:
+class GramFactors:
     """A Gram matrix with its factors, each computed once for all linears that read the input.
 
     A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it stays
@@ -68,34 +68,34 @@ class Prepared:
         self.inverse = cache(partial(_inverse, self.gram))
 
 
-def _preconditioned(gram: Square, mean: float, damping: float) -> Factor:
+def _preconditioned(gram: Square, mean: float, damping: float) -> Factorization:
     """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
     _, used = _cholesky(gram, damping, mean)
     scale = (gram.diagonal() + used * mean).rsqrt()
     matrix = gram * scale[:, None] * scale
     matrix.diagonal().fill_(1)
-    return Factor(matrix, scale, used, used > damping)
+    return Factorization(matrix, scale, used, used > damping)
 
 
-def _inverse_root(gram: Square, mean: float, damping: float) -> Factor:
+def _inverse_root(gram: Square, mean: float, damping: float) -> Factorization:
     """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
     # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
     lower, used = _cholesky(gram.flip(0, 1), damping, mean)
     root = _inverse_of_lower(lower).flip(0, 1)
-    return Factor(root, root.diagonal().clone(), used, used > damping)
+    return Factorization(root, root.diagonal().clone(), used, used > damping)
 
 
-def _inverse(gram: Square, damping: float, penalty: float) -> Factor:
+def _inverse(gram: Square, damping: float, penalty: float) -> Factorization:
     """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
     scale = gram.diagonal().sqrt()
     matrix = gram / scale[:, None] / scale
     matrix.diagonal().add_(penalty)
     inverse, used = factor_inverse(matrix, damping, 1.0)
-    return Factor(inverse, scale, used, used > damping)
+    return Factorization(inverse, scale, used, used > damping)
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolverResult:
     """A linear's mask and weights, and solver diagnostics."""
 
     keep: Keep
@@ -112,7 +112,9 @@ class Solved:
         return {name: x for name, x in vars(self).items() if name not in ("keep", "weight") and x is not None}
 
 
-def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, steps: int = 10, damping: float = 0.01) -> Solved:
+def least_squares(
+    weight: Weight, keep: Keep, prepared: GramFactors, *, steps: int = 10, damping: float = 0.01
+) -> SolverResult:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
@@ -125,20 +127,20 @@ def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, steps: int 
         first = w * mask
         scaled = w / factor.scale, mask, first / factor.scale
         v = _conjugate_gradients(*scaled, lambda x: multiply(x, factor.matrix), _by_row, steps)
-        unchanged += settle_rows(w, first, v.mul_(factor.scale), prepared, solved[rows])
-    return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+        unchanged += keep_better_rows(w, first, v.mul_(factor.scale), prepared, solved[rows])
+    return SolverResult(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
 def fisher_least_squares(
     weight: Weight,
     keep: Keep,
-    prepared: Prepared,
+    prepared: GramFactors,
     gradients: Float[Tensor, "out out"] | None,
     *,
     steps: int,
     damping: float = 0.01,
     output_damping: float = 1.0,
-) -> Solved:
+) -> SolverResult:
     """Return weights V on a mask with a small tr(S(W−V)(G+λI)(W−V)ᵀ), S the Gram matrix of the output's gradients.
 
     The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
@@ -174,7 +176,7 @@ def fisher_least_squares(
     return replace(plain, weight=found, unchanged=unchanged, part=part)
 
 
-def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weight, prepared: Prepared) -> float:
+def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weight, prepared: GramFactors) -> float:
     """Return the largest step, up to 1, from `start` along a change; tr(ΔGΔᵀ) does not exceed `masked`'s."""
     toward = multiply(change, prepared.gram)
     square, along = _of_all(toward * change).item(), _of_all(toward * (dense - start)).item()
@@ -184,15 +186,15 @@ def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weigh
 
 def sparsegpt(
     weight: Weight,
-    prepared: Prepared,
+    prepared: GramFactors,
     *,
-    share: Fraction = Fraction(0),
+    sparsity: Fraction = Fraction(0),
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.01,
     block: int = 128,
     given: Keep | None = None,
-) -> Solved:
+) -> SolverResult:
     """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
     In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
@@ -215,7 +217,7 @@ def sparsegpt(
             some, diagonal = w[begin:end], factor.scale[begin:end, None]
             if given is None and not n_of_m:
                 score = (some / diagonal).square_().T.contiguous()
-                keep[begin:end] = _keep_in_block(score, begin, end, share, group).T
+                keep[begin:end] = _keep_in_block(score, begin, end, sparsity, group).T
             errors = torch.empty_like(some)
             for j in range(end - begin):
                 if n_of_m and j % n_of_m[1] == 0:
@@ -230,28 +232,28 @@ def sparsegpt(
     return _choose(weight, prepared, factor, solve, together=not n_of_m and group != "row")
 
 
-def sparsegpt_update(weight: Weight, keep: Keep, prepared: Prepared) -> Solved:
+def sparsegpt_update(weight: Weight, keep: Keep, prepared: GramFactors) -> SolverResult:
     """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
     return sparsegpt(weight, prepared, given=keep)
 
 
-def _keep_in_block(score: Weight, begin: int, end: int, share: Fraction, group: str) -> Keep:
+def _keep_in_block(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Keep:
     """Keep the highest scores of a block; with the blocks before it, ⌊size · share⌋ of each group are pruned."""
     rows = score if group == "row" else score.reshape(1, -1)
     each = rows.shape[1] // (end - begin)  # weights of a group at one input
-    go = removed(each * end, share) - removed(each * begin, share)
+    go = removed(each * end, sparsity) - removed(each * begin, sparsity)
     return keep_highest(rows, rows.shape[1] - go).view(score.shape)
 
 
 def admm(
     weight: Weight,
-    prepared: Prepared,
+    prepared: GramFactors,
     *,
-    share: Fraction,
+    sparsity: Fraction,
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.1,
-) -> Solved:
+) -> SolverResult:
     """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
 
     Inputs are scaled so that G's diagonal is 1, and damped. With K = (G+ρI)⁻¹, ρ the penalty: Z = (W+U) on the mask,
@@ -261,7 +263,7 @@ def admm(
     """
     factor = prepared.inverse(damping, PENALTY)
     if n_of_m := parse_pattern(pattern):
-        share, group = 1 - Fraction(*n_of_m), "row"
+        sparsity, group = 1 - Fraction(*n_of_m), "row"
 
     def solve(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         dense, keep = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
@@ -273,7 +275,7 @@ def admm(
                 score = total.abs()
                 if n_of_m:
                     score.masked_fill_(keep_n_of_m(score, *n_of_m), torch.inf)
-                keep = select(score, share=part * share, group=group)
+                keep = select(score, sparsity=part * sparsity, group=group)
                 # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
                 off.copy_(~keep)
                 torch.sub(1, off, alpha=2, out=sign)
@@ -286,7 +288,7 @@ def admm(
 
 
 def corrected_target(
-    weight: Weight, prepared: Prepared, cross: Square, *, strength: float = 1.0, damping: float = 0.01
+    weight: Weight, prepared: GramFactors, cross: Square, *, strength: float = 1.0, damping: float = 0.01
 ) -> Weight:
     """Return target weights for a solver: with them, pruned inputs give the dense outputs.
 
@@ -391,7 +393,9 @@ def factor_inverse(matrix: Square, damping: float, unit: float) -> tuple[Square,
     return inverse, used
 
 
-def _choose(weight: Weight, prepared: Prepared, factor: Factor, solve: Solve, *, together: bool) -> Solved:
+def _choose(
+    weight: Weight, prepared: GramFactors, factor: Factorization, solve: Solve, *, together: bool
+) -> SolverResult:
     """Solve slices of rows, or all rows if `together`: `solve` returns a mask and weights, read on the mask only."""
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
@@ -399,18 +403,18 @@ def _choose(weight: Weight, prepared: Prepared, factor: Factor, solve: Solve, *,
         w = weight[rows].float()
         keep[rows], v = solve(w.masked_fill(prepared.dead, 0), rows)
         v = torch.where(prepared.dead, w, v) * keep[rows]
-        unchanged += settle_rows(w, w * keep[rows], v, prepared, solved[rows])
-    return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+        unchanged += keep_better_rows(w, w * keep[rows], v, prepared, solved[rows])
+    return SolverResult(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
-def settle_rows(dense: Weight, start: Weight, found: Weight, prepared: Prepared, into: Weight) -> int:
+def keep_better_rows(dense: Weight, start: Weight, found: Weight, prepared: GramFactors, into: Weight) -> int:
     """Write the solved rows, or `start` where their error is not lower; return the number of rows at `start`."""
     lower = _gain(dense, start, found, prepared) < 0
     into.copy_(torch.where(lower, found, start))
     return int((~lower).sum())
 
 
-def _gain(dense: Weight, start: Weight, found: Weight, prepared: Prepared) -> Float[Tensor, "out 1"]:
+def _gain(dense: Weight, start: Weight, found: Weight, prepared: GramFactors) -> Float[Tensor, "out 1"]:
     """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
     return multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)

@@ -78,7 +78,7 @@ class BlockStats(NamedTuple):
     """The statistics of one block's distinct inputs. A linear is named as the checkpoint stores its weight."""
 
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
-    readers: dict[str, list[str]]  # the linears that read each
+    consumers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the gradients tier by linear, if it was measured and read
     # Of ‖gate · output‖₂ over the tokens that a router sent to an expert, by its last linear, which the gates multiply.
@@ -88,17 +88,17 @@ class BlockStats(NamedTuple):
     @property
     def by_linear(self) -> dict[str, InputStats]:
         """The statistics of each linear's input."""
-        return {linear: self.inputs[name] for name, linears in self.readers.items() for linear in linears}
+        return {linear: self.inputs[name] for name, linears in self.consumers.items() for linear in linears}
 
     def of(self, name: str) -> "BlockStats":
         """Return the sums of one distinct input alone."""
-        readers = self.readers[name]
-        return BlockStats({name: self.inputs[name]}, {name: readers}, [x for x in self.transposed if x in readers])
+        consumers = self.consumers[name]
+        return BlockStats({name: self.inputs[name]}, {name: consumers}, [x for x in self.transposed if x in consumers])
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""
         unread = [name for name, x in self.inputs.items() if not x.count]
-        return {linear.rpartition(".")[0] for name in unread for linear in self.readers[name]}
+        return {linear.rpartition(".")[0] for name in unread for linear in self.consumers[name]}
 
 
 def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Square, Weight
-from wanda_dvc.pruning.solvers import Keep, Prepared, Solved, factor_inverse, settle_rows
+from wanda_dvc.pruning.solvers import GramFactors, Keep, SolverResult, factor_inverse, keep_better_rows
 
 TOGETHER = 16  # inputs of units that go at once, before the costs of the others are computed again
 SIXTEENTH = 16  # a rounded width differs from the exact one by at most half of a 16th of the width
@@ -31,30 +31,30 @@ class Units(NamedTuple):
     groups: int = 1  # of neighbouring units: the same number stays in each
 
 
-def stay_of(width: int, share: Fraction, multiple: int) -> int:
+def stay_of(width: int, sparsity: Fraction, multiple: int) -> int:
     """Return the number of units that stay: the multiple nearest to width · (1 − share), at least one multiple.
 
     The multiple is `multiple`, a power of four, or for small widths the largest power of four that is at most a 16th of
     the width. All units stay at share 0.
     """
-    if not share:
+    if not sparsity:
         return width
     while multiple > max(1, width // SIXTEENTH):
         multiple //= 4
-    return min(width, multiple * max(1, round(width * (1 - share) / multiple)))
+    return min(width, multiple * max(1, round(width * (1 - sparsity) / multiple)))
 
 
-def places(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:
+def unit_index(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:
     """Return the unit of each input."""
     return torch.cat([torch.arange(total).repeat_interleave(size) for size in layout])
 
 
-def spread(stay: Bool[Tensor, " units"], layout: Sequence[int]) -> Bool[Tensor, " in"]:
+def expand(stay: Bool[Tensor, " units"], layout: Sequence[int]) -> Bool[Tensor, " in"]:
     """Return which inputs stay."""
-    return stay[places(len(stay), layout).to(stay.device)]
+    return stay[unit_index(len(stay), layout).to(stay.device)]
 
 
-def summed(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " units"]:
+def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " units"]:
     """Return each unit's score: the sum of the scores of all weights that read it.
 
     Inputs are added one after another: the order of `index_add_` is not fixed on CUDA.
@@ -74,7 +74,7 @@ def neighbours(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " unit
     return keep
 
 
-def cheapest(weight: Weight, prepared: Prepared, units: Units, *, damping: float = 0.01) -> Bool[Tensor, " units"]:
+def greedy_obs(weight: Weight, prepared: GramFactors, units: Units, *, damping: float = 0.01) -> Bool[Tensor, " units"]:
     """Remove the units that cost least if the weights that stay make up for them; return those that stay.
 
     With H = (G + λI)⁻¹, λ = damping · mean diagonal of G, and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
@@ -87,7 +87,7 @@ def cheapest(weight: Weight, prepared: Prepared, units: Units, *, damping: float
     root = prepared.inverse_root(damping).matrix
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(prepared.dead, 0)
-    inputs = places(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
+    inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
     stay = torch.ones(units.total, dtype=torch.bool, device=w.device)
     at_a_time = max(1, TOGETHER // inputs.shape[1])
     while (left := int(stay.sum()) - units.stay) > 0:
@@ -115,7 +115,7 @@ def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -
     return (torch.linalg.solve(own, read) * read).sum(dim=(1, 2))
 
 
-def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, damping: float = 0.01) -> Solved:
+def least_squares(weight: Weight, keep: Keep, prepared: GramFactors, *, damping: float = 0.01) -> SolverResult:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
     With r the removed inputs, k the others and λ = damping · mean diagonal of G: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
@@ -125,11 +125,11 @@ def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, damping: fl
     w = weight.float()
     start, dead = w * keep, int(prepared.dead.sum())
     if stays.all():
-        return Solved(keep, start, len(w), dead, damping, False)
+        return SolverResult(keep, start, len(w), dead, damping, False)
     inverse, used = factor_inverse(prepared.gram[stays][:, stays], damping, prepared.mean)
     across = multiply(w[:, ~stays].contiguous(), prepared.gram[~stays][:, stays].contiguous())
     found = start.clone()
     found[:, stays] += multiply(across, inverse)
     found[~row] = 0
-    unchanged = settle_rows(w, start, found, prepared, into := torch.empty_like(start))
-    return Solved(keep, into, unchanged, dead, used, used > damping)
+    unchanged = keep_better_rows(w, start, found, prepared, into := torch.empty_like(start))
+    return SolverResult(keep, into, unchanged, dead, used, used > damping)

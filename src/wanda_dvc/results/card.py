@@ -9,7 +9,7 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.results.markup import code, inline, table
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 UNKNOWN_LICENSE = (
     "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."
@@ -46,7 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained(where)
 """
 
 
-def card(study: Project, metrics: Json, results: Mapping[str, str] | None = None) -> str:
+def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) -> str:
     """Return the model card of a pruned model, with the `metrics` of `apply`, and `results`, more sections by title."""
     sparsity = metrics["sparsity"]
     masks = read_provenance(study.masks, "mask")

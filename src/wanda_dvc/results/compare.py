@@ -56,8 +56,8 @@ def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
 
 def apart(first: Results, second: Results) -> dict[str, str]:
     """Return the values of two models that may not be compared: the measure, and the key that differs."""
-    alone = len(first.texts) == 1
-    reasons = {one.heading(on, alone=alone): reason(one, first, second, on) for one, on in _both(first, second)}
+    locked = len(first.texts) == 1
+    reasons = {one.heading(on, locked=locked): reason(one, first, second, on) for one, on in _both(first, second)}
     return {name: key for name, key in reasons.items() if key}
 
 
@@ -81,9 +81,9 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
 
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:
     """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
-    alone = len({text for one in models for text in one.texts}) <= 1
+    locked = len({text for one in models for text in one.texts}) <= 1
     shown = [measure for measure in MEASURES if measure.brief or not brief]
-    return {measure.heading(on, alone=alone): (measure, on) for measure in shown for on in measure.where(*models)}
+    return {measure.heading(on, locked=locked): (measure, on) for measure in shown for on in measure.where(*models)}
 
 
 def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = True) -> list[str]:

@@ -16,11 +16,11 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_states
 from wanda_dvc.results.measures import Results
-from wanda_dvc.stages import MODELS, planned
-from wanda_dvc.stages.runs import LOCK, Runs
+from wanda_dvc.stages import MODELS, stage_inputs
+from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Experiment:
 
     name: str  # of the experiment, branch, tag or commit; or `workspace`
     commit: str | None  # None for the workspace
-    study: Project  # a folder with its params.yaml, dvc.lock and metrics/
+    study: Study  # a folder with its params.yaml, dvc.lock and metrics/
     results: dict[str, Results]  # by model: dense, pruned, and recovered, empty without a recovery
     notes: list[str] = field(default_factory=list)  # sentences on results that are missing, stale, or of another run
     also: list[str] = field(default_factory=list)  # other names of the same results
@@ -58,12 +58,12 @@ class Experiment:
 # --- reading one ---
 
 
-def workspace(project: Project) -> Experiment:
+def workspace(study: Study) -> Experiment:
     """Read the results of the workspace, where its files are."""
-    runs = Runs.read(project.root)
-    others = runs.others(project.root)
-    found = _experiment(project, WORKSPACE, None, runs, others)
-    if unmet := runs.unmet(project.params):
+    runs = Lock.read(study.root)
+    others = runs.others(study.root)
+    found = _experiment(study, WORKSPACE, None, runs, others)
+    if unmet := runs.unmet(study.params):
         asked = ", ".join(f"{name}={value}".replace("\n", "\\n") for name, value in unmet.items())
         found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
     if hidden := sorted(path for path in others - runs.outs(runs.stale()).keys() if path.endswith(".json")):
@@ -77,10 +77,10 @@ def workspace(project: Project) -> Experiment:
 
 def made_with_others(experiment: Experiment) -> list[str]:
     """Return sentences if masks/ or models/recovered have other settings than the experiment, as by a stage by hand."""
-    study, trained, found = experiment.study, planned(experiment.params)["recover"], list[str]()
+    own_study, trained, found = experiment.study, stage_inputs(experiment.params)["recover"], list[str]()
     for what, folder, stage, part, settings in (
-        ("masks/ were", study.masks, "mask", "params", experiment.settings),
-        ("models/recovered was", study.model("recovered"), "recover", "recovery", trained),
+        ("masks/ were", own_study.masks, "mask", "params", experiment.settings),
+        ("models/recovered was", own_study.model("recovered"), "recover", "recovery", trained),
     ):
         made = read_provenance(folder, stage)[part] if settings and is_there(folder / PROVENANCE) else {}
         if others := [f"{key}={value}" for key, value in made.items() if settings.get(key, value) != value]:
@@ -88,28 +88,28 @@ def made_with_others(experiment: Experiment) -> list[str]:
     return found
 
 
-def at(project: Project, name: str, folder: Path) -> Experiment:
+def at(study: Study, name: str, folder: Path) -> Experiment:
     """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache; or the workspace.
 
     UserError for an unknown name, one without settings, or with those of another version.
     """
     if name == WORKSPACE:
-        return workspace(project)
+        return workspace(study)
     folder.mkdir(parents=True, exist_ok=True)
-    study, revision = Project(folder), Revision.open(project.root, name)
+    own_study, revision = Study(folder), Revision.open(study.root, name)
     for part in ("params.yaml", LOCK):
         if revision.take(part, folder):
             raise UserError(f"{name}: no {part}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
-    runs = Runs.read(folder)
-    found = _experiment(study, name, revision.commit, runs, runs.others(folder))
+    runs = Lock.read(folder)
+    found = _experiment(own_study, name, revision.commit, runs, runs.others(folder))
     if missing:
         found.notes.append(f"Not in DVC's cache, and so not read: {shortened(missing)}; `dvc pull` may fetch it.")
     return found
 
 
-def _experiment(study: Project, name: str, commit: str | None, runs: Runs, others: set[str]) -> Experiment:
-    made = study.with_params(runs.params(study.params))
+def _experiment(own_study: Study, name: str, commit: str | None, runs: Lock, others: set[str]) -> Experiment:
+    made = own_study.with_params(runs.params(own_study.params))
     results = {model: Results.of(made, model, left_out=others) for model in MODELS}
     notes = [f"Stale: {', '.join(stale)}."] if (stale := runs.stale()) else []
     return Experiment(name, commit, made, results, notes)
@@ -117,12 +117,12 @@ def _experiment(study: Project, name: str, commit: str | None, runs: Runs, other
 
 def _of_other_models(experiment: Experiment) -> Iterator[str]:
     """Leave out results of other models than the workspace's, as after a stage run by hand; yield the reasons."""
-    study = experiment.study
+    own_study = experiment.study
     for model, results in experiment.models.items():
-        if not is_there(study.model(model) / PROVENANCE):
+        if not is_there(own_study.model(model) / PROVENANCE):
             continue  # models/pruned is not cached
-        own = read_provenance(study.model(model), MADE_BY[model])
-        if model == "pruned" and own["masks"] != digest(read_provenance(study.masks, "mask")):
+        own = read_provenance(own_study.model(model), MADE_BY[model])
+        if model == "pruned" and own["masks"] != digest(read_provenance(own_study.masks, "mask")):
             yield "models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's."
         elif others := results.keep_of(digest(own)):
             named = ", ".join(others)
@@ -135,7 +135,7 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
 Excluded = list[tuple[str, str]]  # names, with the reasons
 
 
-def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Experiment], Excluded]:
+def collect(*, study: Study, revs: list[str], work: Path) -> tuple[list[Experiment], Excluded]:
     """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
 
     Also return those that are unfinished or have no results. Files from the cache are placed in `work`.
@@ -143,14 +143,14 @@ def collect(*, project: Project, revs: list[str], work: Path) -> tuple[list[Expe
     found: dict[str, Experiment] = {}
     excluded: Excluded = []
     named = [State(rev, rev, "experiment") for rev in revs]
-    for place, state in enumerate(sorted(named or list_states(project), key=lambda one: KINDS.index(one.kind))):
+    for place, state in enumerate(sorted(named or list_states(study), key=lambda one: KINDS.index(one.kind))):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             excluded.append((state.name, state.state.lower() + (f" ({changes})" if changes else "")))
             continue
         is_named = state.kind != "commit"
         try:
-            one = at(project, state.rev, work / str(place))
+            one = at(study, state.rev, work / str(place))
             problem = "" if one.made.metrics else " ".join(one.notes) or "no results"
         except UserError as error:
             problem = error.problems[0]

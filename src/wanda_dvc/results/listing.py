@@ -17,10 +17,10 @@ from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.runs import LOCK, Runs
+from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, finite, json_text
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 WORKSPACE = "workspace"
 MEASURED_BY = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")  # settings of measurements
@@ -47,20 +47,20 @@ class State(NamedTuple):
         return self.results["recovered" if self.settings.get("recovery.tokens") else "pruned"]
 
 
-def list_states(project: Project) -> list[State]:
+def list_states(study: Study) -> list[State]:
     """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
 
     UserError without a repository, or if DVC cannot list it.
     """
     found: list[State] = []
-    with dvc.repository(project.root) as repo:
-        below, listed = dvc.below(project.root, repo.root_dir), dvc.states(project.root, repo)
+    with dvc.repository(study.root) as repo:
+        below, listed = dvc.below(study.root, repo.root_dir), dvc.states(study.root, repo)
 
         def add(name: str, kind: str, state: Any, base: Any, running: str = SUCCESS) -> None:
             settings, before = _settings(state, below), _settings(base, below)
             changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
             known = state.data and running == SUCCESS  # else they are the base commit's
-            own, others = _measured(project, repo, state.rev, settings, state.data.metrics if known else {}, below)
+            own, others = _measured(study, repo, state.rev, settings, state.data.metrics if known else {}, below)
             found.append(State(name, state.rev, kind, running, settings, changes, others, own))
 
         for place, state in enumerate(listed):
@@ -86,18 +86,18 @@ def _settings(state: Any, below: str) -> dict[str, Any]:
 
 
 def _measured(
-    project: Project, repo: Any, rev: str, settings: Json, files: Mapping[str, Any], below: str
+    study: Study, repo: Any, rev: str, settings: Json, files: Mapping[str, Any], below: str
 ) -> tuple[dict[str, Results], bool]:
     """Return by model the results in files of metrics that have these settings, and whether other results are there."""
     every = {path.removeprefix(below): one.get("data") or {} for path, one in files.items() if path.startswith(below)}
     outs = set[str]()
     if every:
-        runs, here = Runs({}), rev == WORKSPACE
+        runs, here = Lock({}), rev == WORKSPACE
         with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
-            runs = Runs.read(project.root) if here else Runs.parse(dvc.text_at(project.root, repo, rev, LOCK))
+            runs = Lock.read(study.root) if here else Lock.parse(dvc.text_at(study.root, repo, rev, LOCK))
         outs = set(runs.outs(runs.stages.keys() - runs.stale(settings)))
         if here:  # a stage run by hand, or `git checkout`, leaves other files there
-            outs -= runs.others(project.root)
+            outs -= runs.others(study.root)
     own = {path: content for path, content in every.items() if path in outs}
     found = {model: Results({}) for model in MODELS}
     for path, content in own.items():
@@ -107,9 +107,9 @@ def _measured(
     return found, len(own) < len(every)
 
 
-def experiments(*, project: Project, as_json: bool = False) -> str:
+def experiments(*, study: Study, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
-    states = list_states(project)
+    states = list_states(study)
     if as_json:
         records = [{key: finite(x) if isinstance(x, float) else x for key, x in one.items()} for one in results(states)]
         return json_text(records)

@@ -17,7 +17,7 @@ from wanda_dvc.results import intervals
 from wanda_dvc.results.intervals import Estimate, mean_difference
 from wanda_dvc.results.markup import DASH, number
 from wanda_dvc.study.files import Json, load_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 TEXT, TASK, TASKS, MODEL = "text", "task", "all tasks", "model"  # what a value is measured on
@@ -35,7 +35,7 @@ class Results:
     _details: Json = field(default_factory=dict)
 
     @classmethod
-    def of(cls, study: Project, model: str, *, left_out: Collection[str] = ()) -> "Results":
+    def of(cls, study: Study, model: str, *, left_out: Collection[str] = ()) -> "Results":
         """Read the results of the `dense`, `pruned` or `recovered` model of a study.
 
         `left_out` are files of another run, by path below the study; `stages.runs.Runs.others` finds them.
@@ -249,9 +249,9 @@ class Measure:
         names = [on for one in several for on in {TEXT: one.texts, TASK: one.tasks}.get(self.per, [""])]
         return [on for on in dict.fromkeys(names) if any(self.read(one, on) is not None for one in several)]
 
-    def heading(self, on: str, *, alone: bool) -> str:
+    def heading(self, on: str, *, locked: bool) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
-        named = f"{on}, {self.title}" if self.per == TASK else self.title if alone or not on else f"{self.title}, {on}"
+        named = f"{on}, {self.title}" if self.per == TASK else self.title if locked or not on else f"{self.title}, {on}"
         return f"{named}, {self.unit}" if self.unit else named
 
     def text(self, value: Value, *, interval: bool = True) -> str:

@@ -23,7 +23,7 @@ HEADERS = ["", "source", "measure", "published", "here", "here / published"]
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedTable:
     """Published rows of one model, and their protocol."""
 
     source: str
@@ -54,10 +54,10 @@ class Source:
 
 
 @cache
-def sources() -> list[Source]:
+def sources() -> list[PublishedTable]:
     """Return all published rows."""
     text = (files("wanda_dvc.results") / "published.yaml").read_text(encoding="utf-8")
-    return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
+    return [PublishedTable(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
 def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:

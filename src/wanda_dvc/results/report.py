@@ -27,7 +27,7 @@ from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
 from wanda_dvc.results.pages import Content, curves, write
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.stages import check_outside
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 # The settings of pruning in a row's name; they also determine the required statistics.
 OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")
@@ -37,15 +37,15 @@ OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally."
 FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
-def report(*, project: Project, output: Path, revs: list[str] | None = None) -> str:
+def report(*, study: Study, output: Path, revs: list[str] | None = None) -> str:
     """Write `output`, a self-contained HTML page; return a message with its path."""
-    output = check_outside(project, output.parent) / output.name  # before minutes of reading
+    output = check_outside(study, output.parent) / output.name  # before minutes of reading
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        found, excluded = collect(project=project, revs=revs or [], work=Path(work))
+        found, excluded = collect(study=study, revs=revs or [], work=Path(work))
         if not found:
             waiting = "".join(f"\n{name}: {text}" for name, text in excluded)
-            raise UserError(f"{project.root}: no experiment with results{waiting or '; run `dvc repro`'}")
-        write(output, f"Pruning study: {project.root.name}", page(found, excluded))
+            raise UserError(f"{study.root}: no experiment with results{waiting or '; run `dvc repro`'}")
+        write(output, f"Pruning study: {study.root.name}", page(found, excluded))
     return f"{output}: {len(found)} experiment{'s' * (len(found) != 1)}, {len(excluded)} excluded"
 
 

@@ -18,10 +18,10 @@ from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
 from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 
-def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
+def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
 
     Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
@@ -30,7 +30,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
     if DENSE in names:
         raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        experiments = [at(project, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
+        experiments = [at(study, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
         first = experiments[0]
         models = {DENSE: first.results[DENSE]} | {one.name: one.made for one in experiments} if names else first.models
         base = names[0] if len(names) > 1 else DENSE
@@ -39,7 +39,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False, 
         if as_json:
             made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}
             record: Json = {"experiments": made, "models": records(models, base=base), "base": base}
-            return json_text(record if names else record | {"times": times(project)})
+            return json_text(record if names else record | {"times": times(study)})
         if text and (texts := continuations(models)):
             return texts
         if text:
@@ -67,7 +67,7 @@ def continuations(models: dict[str, Results], form: Callable[[object], str] = on
 def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
-    described = f"{params.model}: {recipe(params)}, sparsity {float(params.plan.share):g}, pattern {params.pattern}"
+    described = f"{params.model}: {recipe(params)}, sparsity {float(params.plan.sparsity):g}, pattern {params.pattern}"
     described += f", recovery.tokens {params.recovery.tokens:,}" if params.recovery.tokens else ""
     if named:
         return f"{experiment.name}: {described}"

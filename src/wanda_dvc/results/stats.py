@@ -10,31 +10,31 @@ from wanda_dvc.results.markup import table
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance
 from wanda_dvc.study.files import json_text, load_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_stats
 
 INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 
 
-def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
+def stats(*, study: Study, layer: int | None, as_json: bool) -> str:
     """Return the input norms by distinct input, of one block or all, as a table, or as JSON.
 
     Each input also lists the layer errors of its readers, if they were measured with these statistics.
     """
-    measured_on = read_provenance(project.stats, "calibrate")["model"]
-    model = load_json(project.model("dense") / PROVENANCE)  # if it exists, the statistics have to be its
+    measured_on = read_provenance(study.stats, "calibrate")["model"]
+    model = load_json(study.model("dense") / PROVENANCE)  # if it exists, the statistics have to be its
     check_source("stats", measured_on, model or measured_on, "calibrate")
-    blocks = block_count(project.stats, "calibrate")
+    blocks = block_count(study.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
     records, errors = [], dict[str, float]()
-    pruned = load_json(project.details("pruned", "layer_error"))
+    pruned = load_json(study.details("pruned", "layer_error"))
     with contextlib.suppress(UserError):  # nothing is pruned
-        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(project)):
+        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
             errors = {linear: one["error"] for linear, one in pruned["linears"].items()}
     for block in range(blocks) if layer is None else [layer]:
-        measured = read_stats(project.stats, block)
-        records += [_summary(block, measured.readers[name], x, errors) for name, x in measured.inputs.items()]
+        measured = read_stats(study.stats, block)
+        records += [_summary(block, measured.consumers[name], x, errors) for name, x in measured.inputs.items()]
     if as_json:
         return json_text(records)
     rows = []

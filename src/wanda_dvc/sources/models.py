@@ -145,18 +145,18 @@ def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
 
     transformers does not read the scaling of rotary positions: only a file that may be `scaled` has some.
     """
-    import gguf as reader
+    import gguf as consumer
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers reads the file three times, and computes the map of names for each module.
-    once: dict[str, Any] = {name: cache(getattr(reader, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    once: dict[str, Any] = {name: cache(getattr(consumer, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
         file = once["GGUFReader"](gguf)
         sizes = {one.name: int(one.n_elements) for one in file.tensors}
         if EMBEDDING not in sizes:  # transformers would make a model of its own sizes, and fill the memory
             raise _lacks(gguf, EMBEDDING)
-        with patch.multiple(reader, **once):
+        with patch.multiple(consumer, **once):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )

@@ -19,14 +19,14 @@ from wanda_dvc.reading import check_place
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
-    from wanda_dvc.study.folder import Project
+    from wanda_dvc.study.folder import Study
 
 
 MODELS = ("dense", "pruned", "recovered")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Variant:
     """One run of a stage in `dvc.yaml`: what it reads and writes, below a study; `{text}` is a text's name."""
 
     settings: tuple[str, ...] = ()  # the settings that decide its results, by dotted name
@@ -54,49 +54,49 @@ class Stage:
     # code change causes a rerun.
     version: int
     about: str
-    parts: Mapping[str, Part]
+    variants: Mapping[str, Variant]
     # Its files in `plan/`, by path without `.json`. Stages depend on these files instead of `params.yaml`: the settings
     # say what the user wants, never what a stage needs.
     plan: "Callable[[Params], dict[str, Json]]" = lambda _: {}
-    part_is: str = ""  # the name of the argument
+    argument: str = ""  # the name of the argument
     network: bool = False
 
-    def run_name(self, part: str = "", text: str = "") -> str:
+    def run_name(self, variant: str = "", text: str = "") -> str:
         """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""
-        return self.name + (f"-{part}" if part else "") + (f"@{text}" if text else "")
+        return self.name + (f"-{variant}" if variant else "") + (f"@{text}" if text else "")
 
-    def runs(self, texts: Collection[str], part: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
+    def runs(self, texts: Collection[str], variant: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
         """Yield the name, part and text of each run; of one part or text, if named. UserError for another name."""
-        if part and part not in self.parts:
-            raise UserError(f"{self.part_is}: found {part}, expected {', '.join(self.parts)}")
-        by_text = any(row.by_text for one, row in self.parts.items() if part in ("", one))
+        if variant and variant not in self.variants:
+            raise UserError(f"{self.argument}: found {variant}, expected {', '.join(self.variants)}")
+        by_text = any(row.by_text for one, row in self.variants.items() if variant in ("", one))
         if text and (not by_text or text not in texts):
-            expected = ", ".join(texts) if by_text else f"none: {part} is no text"
+            expected = ", ".join(texts) if by_text else f"none: {variant} is no text"
             raise UserError(f"text: found {text}, expected {expected}")
-        for one, row in self.parts.items():
+        for one, row in self.variants.items():
             for named in texts if row.by_text else [""]:
-                if part in ("", one) and text in ("", named):
+                if variant in ("", one) and text in ("", named):
                     yield self.run_name(one, named), one, named
 
 
-def _perplexity(model: str) -> Part:
+def _perplexity(model: str) -> Variant:
     # The dense model's run keeps its predictions; the other models are compared with them.
     reads, writes = ((), ("reference/{text}",)) if model == "dense" else (("reference/{text}",), ())
-    return Part(
+    return Variant(
         settings=("perplexity.length", "perplexity.windows", "dtype"),
         deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *reads),
         outs=(f"metrics/details/{model}/perplexity/{{text}}.json", *writes),
         metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
         plots=PLOTS if model == "pruned" else None,
         by_text=True,
-        wanted=_recovers if model == "recovered" else Part.wanted,
+        wanted=_recovers if model == "recovered" else Variant.wanted,
     )
 
 
-def _zero_shot(model: str) -> Part:
+def _zero_shot(model: str) -> Variant:
     # The other models' answers are compared with the dense model's.
     reads = "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json"
-    return Part(
+    return Variant(
         settings=("tasks", "zero_shot.limit", "dtype"),
         deps=("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt", reads),
         outs=(
@@ -105,18 +105,18 @@ def _zero_shot(model: str) -> Part:
             f"metrics/plots/{model}/zero_shot.csv",
         ),
         metrics=(f"metrics/{model}/zero_shot.json",),
-        wanted=_recovers if model == "recovered" else Part.wanted,
+        wanted=_recovers if model == "recovered" else Variant.wanted,
     )
 
 
-def _calibrate(tier: str) -> Part:
+def _calibrate(tier: str) -> Variant:
     by_recipe = () if tier == "norms" else ("recipe", "pattern", *CHOICES)
     plotted = ("metrics/plots/norms.csv",) if tier == "norms" else ()
-    return Part(
+    return Variant(
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
         outs=(f"stats/{tier}", *plotted),
-        wanted=lambda params: tier in params.tiers,
+        wanted=lambda params: tier in params.statistics,
     )
 
 
@@ -141,7 +141,7 @@ def _plan_download(params: "Params") -> "dict[str, Json]":
 
 def _plan_calibrate(params: "Params") -> "dict[str, Json]":
     drawn = params.calibration.model_dump(include={"windows", "length", "seed"}) | {"dtype": params.dtype}
-    return {f"calibrate/{tier}": drawn if tier in params.tiers else {} for tier in STATISTICS}
+    return {f"calibrate/{tier}": drawn if tier in params.statistics else {} for tier in STATISTICS}
 
 
 def _plan_recover(params: "Params") -> "dict[str, Json]":
@@ -175,11 +175,11 @@ STAGES = {
             name="plan",
             version=1,
             about="Check params.yaml, and write the settings of each stage: plan/, sources/.",
-            parts={
-                "": Part(
+            variants={
+                "": Variant(
                     outs=("plan",),
                     # Links to local sources, or notes: DVC hashes what they lead to.
-                    uncached=tuple(f"sources/{part}" for part in SOURCES),
+                    uncached=tuple(f"sources/{variant}" for variant in SOURCES),
                 )
             },
         ),
@@ -187,21 +187,27 @@ STAGES = {
             name="download",
             version=1,
             about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
-            part_is="part",
-            parts={
-                part: Part(
+            argument="source",
+            variants={
+                variant: Variant(
                     settings=(setting,),
                     deps=(f"plan/download/{name}.json", f"sources/{name}"),
                     outs=(out,),
-                    by_text=part == "perplexity",
+                    by_text=variant == "perplexity",
                     wanted=wanted,
                 )
-                for part, name, setting, out, wanted in (
-                    ("model", "model", "model", "models/dense", Part.wanted),
-                    ("calibration", "calibration", "calibration.text", "data/calibration", Part.wanted),
-                    ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}", Part.wanted),
+                for variant, name, setting, out, wanted in (
+                    ("model", "model", "model", "models/dense", Variant.wanted),
+                    ("calibration", "calibration", "calibration.text", "data/calibration", Variant.wanted),
+                    (
+                        "perplexity",
+                        "perplexity/{text}",
+                        "perplexity.texts.NAME",
+                        "data/perplexity/{text}",
+                        Variant.wanted,
+                    ),
                     ("recovery", "recovery", "recovery.text", "data/recovery", _recovers_on_own_text),
-                    ("tasks", "tasks", "tasks", "data/tasks", Part.wanted),
+                    ("tasks", "tasks", "tasks", "data/tasks", Variant.wanted),
                 )
             },
             plan=_plan_download,
@@ -211,16 +217,16 @@ STAGES = {
             name="calibrate",
             version=11,
             about="Measure the dense model's activations once: stats/.",
-            part_is="tier",
-            parts={tier: _calibrate(tier) for tier in STATISTICS},
+            argument="statistics",
+            variants={tier: _calibrate(tier) for tier in STATISTICS},
             plan=_plan_calibrate,
         ),
         Stage(
             name="mask",
             version=11,
             about="Choose the weights to keep: masks/.",
-            parts={
-                "": Part(
+            variants={
+                "": Variant(
                     settings=("recipe", "sparsity", "pattern", *CHOICES),
                     # The text is for propagation: pruned, corrected.
                     deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
@@ -233,9 +239,9 @@ STAGES = {
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
-            parts={
-                "": Part(
-                    deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
+            variants={
+                "": Variant(
+                    deps=("models/dense", "masks", "stats/gram", "stats/fisher", "weights"),
                     outs=(
                         "metrics/details/pruned/sparsity.json",
                         "metrics/details/pruned/layer_error.json",
@@ -251,8 +257,8 @@ STAGES = {
             name="recover",
             version=3,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
-            parts={
-                "": Part(
+            variants={
+                "": Variant(
                     settings=("recovery", "calibration", "dtype"),
                     deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
                     outs=("metrics/plots/recovery.csv", "models/recovered"),
@@ -266,8 +272,8 @@ STAGES = {
             name="perplexity",
             version=5,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
-            part_is="model",
-            parts={model: _perplexity(model) for model in MODELS},
+            argument="model",
+            variants={model: _perplexity(model) for model in MODELS},
             plan=lambda params: {
                 "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
             },
@@ -276,34 +282,34 @@ STAGES = {
             name="zero-shot",
             version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
-            part_is="model",
-            parts={model: _zero_shot(model) for model in MODELS},
+            argument="model",
+            variants={model: _zero_shot(model) for model in MODELS},
             plan=lambda params: {
                 "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
             },
         ),
     )
 }
-WRITTEN = {path for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
+WRITTEN = {path for stage in STAGES.values() for variant in stage.variants.values() for path in variant.written}
 # The folders in a study that DVC or git tracks.
 TRACKED = sorted({path.partition("/")[0] for path in WRITTEN} | {".dvc", ".git"})
 
 
-def check_outside(project: "Project", path: Path) -> Path:
+def check_outside(study: "Study", path: Path) -> Path:
     """Return the absolute path of a directory to write. UserError if it is inside a folder that DVC or git tracks."""
     path = check_place(path)
-    root, place = project.root.resolve(), path.resolve()
+    root, place = study.root.resolve(), path.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
         raise UserError(f"{path}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     return path
 
 
-def planned(params: "Params") -> "dict[str, Json]":
+def stage_inputs(params: "Params") -> "dict[str, Json]":
     """Return the content of each file in `plan/`, by its path without `.json`."""
     return {name: content for stage in STAGES.values() for name, content in stage.plan(params).items()}
 
 
-def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> None:
+def run(stage: str, *, study: "Study", variant: str = "", text: str = "") -> None:
     """Run one stage on a project; without a part or a text where it has some, on all of them.
 
     UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
@@ -313,26 +319,26 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
 
     row = STAGES[stage]
     if stage != "plan":
-        check_plan(project)
-    for _, one, name in row.runs(project.params.perplexity.texts, part, text):
-        if not row.parts[one].wanted(project.params):
-            if part == one:
+        check_stage_inputs(study)
+    for _, one, name in row.runs(study.params.perplexity.texts, variant, text):
+        if not row.variants[one].wanted(study.params):
+            if variant == one:
                 notice(f"{row.run_name(one, name)}: not needed with these settings; it writes placeholders")
-            for path in row.parts[one].written:
-                remove(place := project.root / path.format(text=name))
+            for path in row.variants[one].written:
+                remove(place := study.root / path.format(text=name))
                 content = "none\n" if place.suffix == ".csv" else "{}\n"  # DVC warns about an empty file
                 write_text(place if place.suffix else place / "none.json", content)
             continue
-        words = {row.part_is: one} if one else {}
+        words = {row.argument: one} if one else {}
         words |= {"text": name} if name else {}
         module = stage.replace("-", "_")
-        resolve_name(f"wanda_dvc.stages.{module}:{module}")(project=project, **words)
+        resolve_name(f"wanda_dvc.stages.{module}:{module}")(study=study, **words)
 
 
-def check_plan(project: "Project") -> None:
+def check_stage_inputs(study: "Study") -> None:
     """Raise UserError if a study's `plan/` is not what its settings say now."""
-    for name, content in planned(project.params).items():
-        found = project.planned(name)
+    for name, content in stage_inputs(study.params).items():
+        found = study.stage_input(name)
         for key in content | found:
             if content.get(key) != found.get(key):
                 raise UserError(
@@ -341,7 +347,7 @@ def check_plan(project: "Project") -> None:
                 )
 
 
-def times(study: "Project") -> "dict[str, Json]":
+def times(study: "Study") -> "dict[str, Json]":
     """Return time and machine of the last run of each stage in this checkout, by run."""
     from wanda_dvc.study.files import load_json
 

@@ -5,22 +5,22 @@ from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.artifact import describe
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 
-def download(*, project: Project, part: str, text: str = "") -> None:
+def download(*, study: Study, source: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks."""
-    named = f"{part}/{text}" if text else part
-    mirror, planned = project.params.runtime.mirror, project.planned(f"download/{named}")
-    if part == "model":
+    named = f"{source}/{text}" if text else source
+    mirror, settings = study.params.runtime.mirror, study.stage_input(f"download/{named}")
+    if source == "model":
         from wanda_dvc.sources.models import find_model  # imports transformers, which takes seconds
 
-        source = find_model(planned["source"])
-    elif part == "tasks":
-        source = find_tasks(Tasks(**planned), mirror)
+        found = find_model(settings["source"])
+    elif source == "tasks":
+        found = find_tasks(Tasks(**settings), mirror)
     else:
-        setting = f"perplexity.texts.{text}" if text else f"{part}.text"
-        source = find_text(setting, ChosenText(**planned), mirror)
-    with project.work(describe(f"download {part}", version=STAGES["download"].version, **source.key)) as work:
-        source.write(work.fresh(), work.path)
-        work.publish(project.model("dense") if part == "model" else project.data(named))
+        setting = f"perplexity.texts.{text}" if text else f"{source}.text"
+        found = find_text(setting, ChosenText(**settings), mirror)
+    with study.work(describe(f"download {source}", version=STAGES["download"].version, **found.key)) as work:
+        found.write(work.new(), work.path)
+        work.commit(study.model("dense") if source == "model" else study.data(named))

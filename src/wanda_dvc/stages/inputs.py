@@ -12,14 +12,14 @@ from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.study.artifact import MADE_BY, Work, check_source, digest, file_digest, read_provenance
 from wanda_dvc.study.files import Documents, Json
-from wanda_dvc.study.folder import DOCUMENTS, Project
+from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
     from wanda_dvc.engine.executor import Executor
-    from wanda_dvc.engine.forward import Runner
+    from wanda_dvc.engine.forward import ModelRunner
 
 
 HEAD = "output head"  # a place of activations that are not finite
@@ -38,30 +38,30 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
 # --- inputs ---
 
 
-def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
+def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
     from wanda_dvc.engine.checkpoint import positions_of, read_config
 
-    own_device(project.params.runtime)
-    if project.params.runtime.ray is not None:
+    own_device(study.params.runtime)
+    if study.params.runtime.ray is not None:
         importlib.import_module("ray")
-    provenance = read_provenance(project.model(model), MADE_BY[model])
-    for file in project.model(model).iterdir():
+    provenance = read_provenance(study.model(model), MADE_BY[model])
+    for file in study.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
-    positions = positions_of(read_config(project.model(model)))
+    positions = positions_of(read_config(study.model(model)))
     if length and positions is not None and length > positions:
         raise UserError(
             f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
-            f"{project.model(model)}; set {setting}={positions} or less"
+            f"{study.model(model)}; set {setting}={positions} or less"
         )
-    return provenance, model_dtype(project, model)
+    return provenance, model_dtype(study, model)
 
 
-def model_dtype(project: Project, model: str = "dense") -> str:
+def model_dtype(study: Study, model: str = "dense") -> str:
     """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
     from wanda_dvc.engine.checkpoint import dtype_of
 
-    return dtype_of(project.model(model), project.planned("calibrate/norms")["dtype"])
+    return dtype_of(study.model(model), study.stage_input("calibrate/norms")["dtype"])
 
 
 def say_not_finite(run: str, where: str | None) -> None:
@@ -70,33 +70,33 @@ def say_not_finite(run: str, where: str | None) -> None:
         notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
 
 
-def calibrated_with(project: Project) -> Json:
+def calibrated_with(study: Study) -> Json:
     """Return the settings that determine the calibration windows and the run."""
-    return project.planned("calibrate/norms") | {"dtype": model_dtype(project)}
+    return study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
 
 
-def statistics(project: Project) -> tuple[Json, dict[str, str]]:
+def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     """Return the provenance of stats/norms, and by name the digests of what else masks read: tiers, a function.
 
     UserError if they are of another model, or of other settings.
     """
-    stats = read_provenance(project.stats, "calibrate")
-    check_source("stats", stats["model"], read_provenance(project.model("dense"), MADE_BY["dense"]), "calibrate")
-    expected = calibrated_with(project)
+    stats = read_provenance(study.stats, "calibrate")
+    check_source("stats", stats["model"], read_provenance(study.model("dense"), MADE_BY["dense"]), "calibrate")
+    expected = calibrated_with(study)
     if stats["params"] != expected:
         raise UserError(
             f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
-    plan = project.plan
-    gram = [project.gram] if plan.method.needs == "gram" and not plan.propagates else []
-    others = [*gram, project.gradients] if plan.masks_read_sums or plan.masks_read_gradients else gram
-    function = {"method": file_digest(project.source("method"))} if plan.method.package else {}
-    return stats, function | {folder.name: digest(tier_provenance(folder, stats)) for folder in others}
+    plan = study.plan
+    gram = [study.gram] if plan.method.needs == "gram" and not plan.propagates else []
+    others = [*gram, study.fisher] if plan.masks_read_fisher or plan.solver_reads_fisher else gram
+    function = {"method": file_digest(study.source("method"))} if plan.method.package else {}
+    return stats, function | {folder.name: digest(statistics_provenance(folder, stats)) for folder in others}
 
 
-def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
-    """Return the provenance of stats/gram or stats/gradients.
+def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
+    """Return the provenance of stats/gram or stats/fisher.
 
     UserError if it was not measured, or is of another run than `made_with`: model, text and parameters of `what`.
     """
@@ -109,28 +109,28 @@ def tier_provenance(folder: Path, made_with: Json, what: str = "stats/norms") ->
     return tier
 
 
-def calibration_windows(project: Project) -> "Int[Tensor, 'windows length']":
+def calibration_windows(study: Study) -> "Int[Tensor, 'windows length']":
     """Draw windows from data/calibration, with the dense model's tokenizer."""
     from wanda_dvc.engine.windows import draw, load_tokenizer, tokenize
 
-    planned = project.planned("calibrate/norms")
-    words = {"samples": planned["windows"], "length": planned["length"], "seed": planned["seed"]}
-    drawn = windows_of_documents(project, "calibration", **words)
+    settings = study.stage_input("calibrate/norms")
+    words = {"samples": settings["windows"], "length": settings["length"], "seed": settings["seed"]}
+    drawn = windows_of_documents(study, "calibration", **words)
     if drawn is not None:
         return drawn
-    return draw(tokenize(project.text("calibration"), load_tokenizer(project.model("dense"))), **words)
+    return draw(tokenize(study.text("calibration"), load_tokenizer(study.model("dense"))), **words)
 
 
-def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tensor, 'windows length'] | None":
+def windows_of_documents(study: Study, part: str, **words: int) -> "Int[Tensor, 'windows length'] | None":
     """Draw windows from a text of separate documents; None of another text."""
     from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 
-    folder, model = project.data(part), project.model("dense")
+    folder, model = study.data(part), study.model("dense")
     if not is_there(folder / DOCUMENTS):
         return None
     column = read_provenance(folder, f"download {part}")["column"]
-    project.work_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=project.work_root) as scratch:  # the system's own folder may be in memory
+    study.work_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=study.work_root) as scratch:  # the system's own folder may be in memory
         documents = Documents(folder / DOCUMENTS, column, scratch)
         return draw_from_documents(documents, partial(tokenize, tokenizer=load_tokenizer(model)), **words)
 
@@ -138,28 +138,28 @@ def windows_of_documents(project: Project, part: str, **words: int) -> "Int[Tens
 # --- what runs a model ---
 
 
-def runner(project: Project, model: str, work: Work) -> "Runner":
+def runner(study: Study, model: str, work: Work) -> "ModelRunner":
     """Return a runner of rows through a model, here or on the cluster; this process then keeps the model on the CPU."""
     import torch
 
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
-    from wanda_dvc.engine.forward import Runner
+    from wanda_dvc.engine.forward import ModelRunner
 
-    runtime, dtype = project.params.runtime, model_dtype(project, model)
+    runtime, dtype = study.params.runtime, model_dtype(study, model)
     device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
     if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
             "dtype=float32 (last digits differ), or use another machine"
         )
-    decoder = Decoder(project.model(model), dtype=getattr(torch, dtype), device=device)
-    return Runner(decoder, work.path.absolute(), executor(project, [project.model(model), project.work_root]))
+    decoder = Decoder(study.model(model), dtype=getattr(torch, dtype), device=device)
+    return ModelRunner(decoder, work.path.absolute(), executor(study, [study.model(model), study.work_root]))
 
 
-def executor(project: Project, folders: Sequence[Path], *, here: bool = False) -> "Executor":
+def executor(study: Study, folders: Sequence[Path], *, here: bool = False) -> "Executor":
     """Return what maps functions that read some folders: this process, or the cluster of params.yaml unless `here`."""
-    runtime = project.params.runtime
+    runtime = study.params.runtime
     if here or runtime.ray is None:
         from wanda_dvc.engine.executor import Executor
 

@@ -28,7 +28,7 @@ from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.device import device_name, free_memory
-from wanda_dvc.study.folder import ITEMS, TEXT, Project
+from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
@@ -36,7 +36,7 @@ BYTES_A_TOKEN = 4  # of English text, about
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class Requirements:
     """What a stage needs at its peak, in bytes."""
 
     memory: int
@@ -44,20 +44,20 @@ class Need:
     disk: int  # with its outputs
 
 
-class Known:
+class SizesOfStudy:
     """What the formulas read of a study: its settings, its model's configuration, the size of its texts.
 
     Without a part it is for the part of the stage that needs most; without a text of the perplexity, for each.
     """
 
-    def __init__(self, project: Project, part: str = "", text: str = "") -> None:
-        params, self.model = project.params, project.model(part if part in MODELS else "dense")
+    def __init__(self, study: Study, part: str = "", text: str = "") -> None:
+        params, self.model = study.params, study.model(part if part in MODELS else "dense")
         self.part, self.text = part, text
         self.params = params.model_copy(update={"dtype": dtype_of(self.model, params.dtype)})
         self.device = device_name(params.runtime).partition(":")[0]  # its kind
         names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
-        files = {name: project.data(name) / TEXT for name in names}
-        files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
+        files = {name: study.data(name) / TEXT for name in names}
+        files |= {f"tasks/{name}": study.data("tasks") / name / ITEMS for name in params.tasks.names}
         self.files = {name: path.stat().st_size for name, path in files.items() if path.is_file()}  # bytes, fetched
         self.sizes = Sizes(self.model)
 
@@ -74,16 +74,16 @@ class Known:
         return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
 
-def need(project: Project, stage: str, part: str = "", text: str = "") -> Need:
+def need(study: Study, stage: str, part: str = "", text: str = "") -> Requirements:
     """Return the needs of a study's stage. UserError without the configuration of its model."""
-    return NEEDS[stage](Known(project, part, text))
+    return NEEDS[stage](SizesOfStudy(study, part, text))
 
 
-def _calibrate(on: Known) -> Need:
+def _calibrate(on: SizesOfStudy) -> Requirements:
     """All windows through all blocks; with the gradients tier, some of them also backwards."""
     calibration, model = on.params.calibration, on.sizes
-    length, gram = calibration.length, "gram" in on.params.tiers
-    windows = min(WINDOWS_BACK, calibration.windows) if "gradients" in on.params.tiers else 0
+    length, gram = calibration.length, "gram" in on.params.statistics
+    windows = min(WINDOWS_BACK, calibration.windows) if "fisher" in on.params.statistics else 0
     held = on.walk(length)
     memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
     disk = 2 * on.states(calibration.windows * length)  # two files that alternate
@@ -97,11 +97,11 @@ def _calibrate(on: Known) -> Need:
     return _walked(held, memory, disk=disk)
 
 
-def _mask(on: Known) -> Need:
+def _mask(on: SizesOfStudy) -> Requirements:
     """A block's masks and scores, or a solver; with `propagation`, during a walk through the pruned blocks."""
     plan, model = on.params.plan, on.sizes
     if plan.solves_by_input:
-        chosen = _solving(model, by_gradients=plan.masks_read_gradients)
+        chosen = _solving(model, uses_fisher=plan.solver_reads_fisher)
     else:
         on_gpu = on.device == "cuda"
         by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_gpu
@@ -110,7 +110,7 @@ def _mask(on: Known) -> Need:
     chosen = max(chosen, _probing(on))
     masks = model.count // 8
     if not plan.propagates and not plan.repairs:
-        return Need(memory=FIXED + chosen, disk=masks)
+        return Requirements(memory=FIXED + chosen, disk=masks)
     length = on.params.calibration.length
     held = on.walk(length)
     window = held.activations + held.norms + plan.corrects * held.dense
@@ -122,18 +122,18 @@ def _mask(on: Known) -> Need:
     memory = window + sums + chosen + weights + TEXT_IN_MEMORY * on.files.get("calibration", 0)
     boundaries = 2 * (1 + plan.corrects)
     if plan.repairs:
-        boundaries = min(model.blocks + 1, round(float(plan.share) * model.blocks) + 3)
+        boundaries = min(model.blocks + 1, round(float(plan.sparsity) * model.blocks) + 3)
     waiting = boundaries * on.states(on.params.calibration.windows * length)
     made = masks + (plan.propagates and plan.solves) * on.stored()  # a repair stores one linear
     return _walked(held, memory, disk=waiting + made)
 
 
-def _apply(on: Known) -> Need:
+def _apply(on: SizesOfStudy) -> Requirements:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     plan, model = on.params.plan, on.sizes
-    solves = "gram" in on.params.tiers
-    memory = _solving(model, by_gradients=plan.solver.by_gradients) if solves else 9 * model.linear
-    return Need(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
+    solves = "gram" in on.params.statistics
+    memory = _solving(model, uses_fisher=plan.solver.uses_fisher) if solves else 9 * model.linear
+    return Requirements(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
 
 
 def trained_in(dtype: str, device: str) -> str:
@@ -143,7 +143,7 @@ def trained_in(dtype: str, device: str) -> str:
     return "bfloat16" if has_bfloat16(device) else dtype if (device, dtype) == ("cuda", "float16") else "float32"
 
 
-def training(on: Known, *, kept: bool = False) -> int:
+def training(on: SizesOfStudy, *, kept: bool = False) -> int:
     """Return the memory of `recover`. Activations are one block's, and the inputs of all; or, if `kept`, of all."""
     model, length = on.sizes, min(RECOVERY_LENGTH, on.params.calibration.length)
     block = 8 * length * model.features + 12 * length**2 * model.scored
@@ -152,17 +152,17 @@ def training(on: Known, *, kept: bool = False) -> int:
     return FIXED + (16 + dense) * model.parameters + RECOVERY_BATCH * (blocks + 24 * length * model.vocabulary)
 
 
-def computes_twice(project: Project) -> bool:
+def computes_twice(study: Study) -> bool:
     """Whether `recover` has to compute activations twice. UserError if the memory is too small even so."""
-    on = Known(project)
-    least, most, free = training(on), training(on, kept=True), free_memory(device_name(project.params.runtime))
+    on = SizesOfStudy(study)
+    least, most, free = training(on), training(on, kept=True), free_memory(device_name(study.params.runtime))
     if least > free:
         what = f"{gigabytes(least)} of memory (16 bytes a parameter, the dense model and activations)"
         raise UserError(f"recovery.tokens: found {gigabytes(free)}, expected {what}; set it to 0, or free some memory")
     return most > free
 
 
-def _perplexity(on: Known) -> Need:
+def _perplexity(on: SizesOfStudy) -> Requirements:
     """The windows of one text, by default the largest; the dense model's predictions on all of them stay."""
     from wanda_dvc.engine import divergence  # imports transformers
 
@@ -179,44 +179,46 @@ def _perplexity(on: Known) -> Need:
     return _walked(held, memory, disk=2 * on.states(tokens) + kept)
 
 
-def _zero_shot(on: Known) -> Need:
+def _zero_shot(on: SizesOfStudy) -> Requirements:
     """Packed rows of questions."""
     from wanda_dvc.engine.questions import ROW  # imports transformers
 
     held = on.walk(ROW)
     # At most: a file of items also has what no model reads.
     tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
-    return _walked(held, held.activations + held.logits + held.calls, disk=2 * on.states(tokens))
+    return _walked(held, held.activations + held.logits + held.block_arguments, disk=2 * on.states(tokens))
 
 
-NEEDS: dict[str, Callable[[Known], Need]] = {
+NEEDS: dict[str, Callable[[SizesOfStudy], Requirements]] = {
     "calibrate": _calibrate,
     "mask": _mask,
     "apply": _apply,
-    "recover": lambda on: Need(memory=training(on), disk=36 * on.sizes.parameters + on.stored()),  # 3 checkpoints
+    "recover": lambda on: Requirements(
+        memory=training(on), disk=36 * on.sizes.parameters + on.stored()
+    ),  # 3 checkpoints
     "perplexity": _perplexity,
     "zero-shot": _zero_shot,
 }
 
 
-def continuing(on: Known, tokens: int) -> int:
+def continuing(on: SizesOfStudy, tokens: int) -> int:
     """Return the memory of the complete model that continues a prompt up to a number of tokens, with its cache."""
     model, held, width = on.sizes, on.walk(tokens), WIDTH[on.params.dtype]
     cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
     return FIXED + model.parameters * width + held.activations + held.logits + cache
 
 
-def announce(project: Project, stage: str, part: str = "", text: str = "") -> None:
+def announce(study: Study, stage: str, part: str = "", text: str = "") -> None:
     """Print a stage's needs and what is free to stderr."""
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
-        wanted = need(project, stage, part, text)
+        wanted = need(study, stage, part, text)
         needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
-        notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(project).values()))}")
+        notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(study).values()))}")
 
 
-def free(project: Project) -> dict[str, int]:
+def free(study: Study) -> dict[str, int]:
     """Return the free bytes of memory, the GPU's if stages run there, and of disk."""
-    return {"memory": free_memory(device_name(project.params.runtime)), "disk": shutil.disk_usage(project.root).free}
+    return {"memory": free_memory(device_name(study.params.runtime)), "disk": shutil.disk_usage(study.root).free}
 
 
 def gigabytes(size: int) -> str:
@@ -227,19 +229,19 @@ def gigabytes(size: int) -> str:
 # --- terms of the formulas ---
 
 
-def _walked(held: Walk, memory: int, *, disk: int) -> Need:
+def _walked(held: Walk, memory: int, *, disk: int) -> Requirements:
     """Return the needs of a walk: its weights and other memory, and disk."""
     memory = FIXED + held.weights + max(memory, held.tried)
-    return Need(memory=memory, mapped=held.weights if held.mapped else 0, disk=disk)
+    return Requirements(memory=memory, mapped=held.weights if held.mapped else 0, disk=disk)
 
 
-def _solving(model: Sizes, *, by_gradients: bool = False) -> int:
+def _solving(model: Sizes, *, uses_fisher: bool = False) -> int:
     """Solve for a linear, while the one before is written: 8 float32 copies and 5 matrices [f, f], at most."""
     linear, square = model.linear, model.widest**2
-    return 9 * linear + 32 * linear + 20 * square + by_gradients * 20 * (linear + square)
+    return 9 * linear + 32 * linear + 20 * square + uses_fisher * 20 * (linear + square)
 
 
-def _probing(on: Known) -> int:
+def _probing(on: SizesOfStudy) -> int:
     """The probe of a smaller model: one block in float32, and a copy of the weights that read neurons or heads."""
     structure = on.params.plan.structure
     if structure is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.engine import divergence
-from wanda_dvc.engine.sequences import Row
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
@@ -13,30 +13,30 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
-from wanda_dvc.study.artifact import describe, digest, read_provenance, seal
+from wanda_dvc.study.artifact import describe, digest, finish, read_provenance
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing, identity
 from wanda_dvc.study.tensors import read_window, write_window
 
 
-def perplexity(*, project: Project, model: str, text: str) -> None:
+def perplexity(*, study: Study, model: str, text: str) -> None:
     """models/{dense,pruned,recovered} + data/perplexity/TEXT, reference → metrics/…/perplexity/TEXT.json."""
-    measured, dtype = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
-    announce(project, "perplexity", model, text)
-    rows, described = windows_of(project, project.model(model), text)
-    run_name, reference = f"perplexity {model} {text}", project.reference(text)
-    own = identity(STAGES["perplexity"].version, measured, project.model(model))
+    measured, dtype = check_ready(study, model, study.stage_input("perplexity")["length"], "perplexity.length")
+    announce(study, "perplexity", model, text)
+    rows, described = windows_of(study, study.model(model), text)
+    run_name, reference = f"perplexity {model} {text}", study.reference(text)
+    own = identity(STAGES["perplexity"].version, measured, study.model(model))
     protocol = describe("perplexity", libraries=("torch", "transformers"), **own, **described, dtype=dtype)
-    dense = None if model == "dense" else _reference(project, text, protocol)
+    dense = None if model == "dense" else _reference(study, text, protocol)
     if dense:
         protocol |= {"reference": digest(dense)}
 
     def references(shard: range) -> list[divergence.Reference | None]:
         return [divergence.Reference(**read_window(reference, window)) if dense else None for window in shard]
 
-    with project.work(protocol) as work:
-        run = runner(project, model, work)
+    with study.work(protocol) as work:
+        run = runner(study, model, work)
         what, blocks = f"{run_name}, blocks", len(run.decoder.blocks)
         for step in progress(run.walk(rows), total=blocks, what=what, at=lambda step: step.index):
             step.advance()
@@ -57,37 +57,37 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             metrics |= divergence.summarize(divergences)
             details["divergences"] = [finite(math.fsum(one.kl) / len(one.kl)) for one in divergences]
             details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
-        write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
-        write_json(project.metrics(model, f"perplexity/{text}"), metrics)
+        write_json(study.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
+        write_json(study.metrics(model, f"perplexity/{text}"), metrics)
         if dense is None:
             kept: Json = {"top": divergence.TOP, "drawn": divergence.DRAWN}
             made = describe("perplexity dense", protocol=protocol, vocabulary=run.decoder.vocabulary, **kept)
-            seal(work.out, made, parts="rows")
-            work.publish(reference)
+            finish(work.out, made, parts="rows")
+            work.commit(reference)
         else:
-            work.forget()
+            work.discard()
         if model == "pruned":
             known = (read_window(reference, window)["true_log_p"] for window in range(len(rows)))
             both = {"dense": [finite(-log_p.double().mean().item()) for log_p in known], "pruned": details["losses"]}
-            _plot(project, f"perplexity/{text}", predictions, both)
+            _plot(study, f"perplexity/{text}", predictions, both)
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
-            _plot(project, f"divergence/{text}", predictions, columns)
+            _plot(study, f"divergence/{text}", predictions, columns)
 
 
-def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
+def _plot(study: Study, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
     """Write the windows' values as CSV; a value that is not finite is empty."""
     values = ([value if isinstance(value, float) else "" for value in column] for column in columns.values())
     rows = ([window, *cells] for window, cells in enumerate(zip(predictions, *values, strict=True)))
-    write_csv(project.plots(name), ["window", "predictions", *columns], rows)
+    write_csv(study.plots(name), ["window", "predictions", *columns], rows)
 
 
-def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Json]:
+def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence], Json]:
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
-    source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")
-    tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
-    planned, name = project.planned("perplexity"), f"perplexity.texts.{text}"
-    length = planned["length"]
-    windows = cut(tokens, length=length, windows=planned["windows"], name=name)
+    source = read_provenance(study.data(f"perplexity/{text}"), "download perplexity")
+    tokens = tokenize(study.text(f"perplexity/{text}"), load_tokenizer(model))
+    settings, name = study.stage_input("perplexity"), f"perplexity.texts.{text}"
+    length = settings["length"]
+    windows = cut(tokens, length=length, windows=settings["windows"], name=name)
     rest = len(windows[-1]) if len(windows[-1]) < length else None
     described = {
         "text": {key: source[key] for key in ("source", "join", "sha256")},
@@ -100,12 +100,12 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
         if rest is None
         else "exp(total loss of all predictions / their number); a window's first token is not predicted",
     }
-    return [Row(window) for window in windows], described
+    return [TokenSequence(window) for window in windows], described
 
 
-def _reference(project: Project, text: str, protocol: Json) -> Json:
+def _reference(study: Study, text: str, protocol: Json) -> Json:
     """Return the provenance of a text's reference. UserError if another model's `protocol` is not comparable."""
-    found = read_provenance(project.reference(text), "perplexity dense")
+    found = read_provenance(study.reference(text), "perplexity dense")
     key = differing(found["protocol"], protocol)
     if key is None:
         return found

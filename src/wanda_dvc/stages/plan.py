@@ -9,50 +9,50 @@ from pathlib import Path
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import sources
-from wanda_dvc.stages import WRITTEN, planned
+from wanda_dvc.stages import WRITTEN, stage_inputs
 from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 
-def plan(*, project: Project) -> None:
+def plan(*, study: Study) -> None:
     """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method."""
-    params, texts = project.params, project.source("perplexity")
+    params, texts = study.params, study.source("perplexity")
     parts = sources(params)
     for part, (setting, source) in parts.items():
-        _link_source(project, part, setting, source)
+        _link_source(study, part, setting, source)
     for place in texts.iterdir():
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)
     plan = params.plan
-    pattern, share = plan.pattern, float(plan.share)
-    _link_source(project, "method", "method", plan.method.file)
+    pattern, sparsity = plan.pattern, float(plan.sparsity)
+    _link_source(study, "method", "method", plan.method.file)
     if ignored := ", ".join(plan.left_out):
         notice(f"plan: pattern {pattern} has choices of its own: {ignored} ignored (recipe {params.recipe})")
-    if share != params.sparsity:
-        notice(f"plan: pattern {pattern} sets the sparsity to {share:g}; sparsity {params.sparsity:g} ignored")
-    folder = project.root / "plan"
+    if sparsity != params.sparsity:
+        notice(f"plan: pattern {pattern} sets the sparsity to {sparsity:g}; sparsity {params.sparsity:g} ignored")
+    folder = study.root / "plan"
     remove(new := folder.with_name("plan.part"))
-    for name, content in planned(params).items():
+    for name, content in stage_inputs(params).items():
         write_json(new / f"{name}.json", content)
     remove(folder)
     new.rename(folder)
 
 
-def _link_source(project: Project, part: str, setting: str, source: str) -> None:
+def _link_source(study: Study, part: str, setting: str, source: str) -> None:
     """Make `sources/<part>`. UserError if the local source is missing."""
-    place = project.source(part)
+    place = study.source(part)
     if not Path(source).is_absolute():
-        if part != "tasks" and source not in ("none", *TEXTS) and (project.root / source).exists():
+        if part != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
             raise UserError(
                 f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
-                f"its absolute path, {project.root / source}"
+                f"its absolute path, {study.root / source}"
             )
         write_json(place, {"source": source})
         return
     if not Path(source).exists():
         raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
-    inside, root = Path(source).resolve(), project.root.resolve()
+    inside, root = Path(source).resolve(), study.root.resolve()
     if any(inside.is_relative_to(root / out.partition("/{")[0]) for out in WRITTEN):  # each run would change it
         raise UserError(f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it")
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from wanda_dvc import machine
 from wanda_dvc.errors import notice
 from wanda_dvc.stages.device import device_name
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 if TYPE_CHECKING:
     pass
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, run: str) -> Iterator[None]:
+def timed(study: Study, run: str) -> Iterator[None]:
     """Keep the time of a run, and its machine."""
     began = time.perf_counter()
     yield
     spent = round(time.perf_counter() - began, 2)
     where = f"{machine.processor()}, {machine.cores()} cores"
-    write_json(project.time(run), {"seconds": spent, "machine": where, "device": device_name(project.params.runtime)})
+    write_json(study.time(run), {"seconds": spent, "machine": where, "device": device_name(study.params.runtime)})
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    reader, writer = socket.socketpair()
+    consumer, writer = socket.socketpair()
     writer.setblocking(False)
     parent = os.getppid() if "DVC_STAGE" in os.environ else None
 
@@ -68,10 +68,10 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
         os._exit(code)
 
     def wait() -> None:
-        while not select.select([reader], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        while not select.select([consumer], [], [], SECONDS_BETWEEN_LOOKS)[0]:
             if parent not in {None, os.getppid()}:
                 end("the DVC process that ran it has ended", 1)
-        if number := reader.recv(1):
+        if number := consumer.recv(1):
             end("stopped", 128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -86,7 +86,7 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
             signal.signal(number, handler)
         writer.close()
         thread.join()
-        reader.close()
+        consumer.close()
 
 
 def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:

@@ -22,7 +22,7 @@ from wanda_dvc.stages.needs import announce, computes_twice, trained_in
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_csv, write_json
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 from wanda_dvc.training.trainer import recover as train
 
 HELD = 4  # windows of each text that the guard measures on
@@ -30,25 +30,25 @@ COLUMNS = ("tokens", "text", "other")  # of the curve
 GUARD = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"  # evaluations have the split `test`
 
 
-def recover(*, project: Project) -> None:
+def recover(*, study: Study) -> None:
     """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
-    planned, folder = project.planned("recover"), project.model("pruned")
-    pruned, dtype = check_ready(project, "pruned")
-    check_source("models/pruned", pruned["model"], read_provenance(project.model("dense"), "download model"), "apply")
-    device, checkpointing = own_device(project.params.runtime), computes_twice(project)
+    settings, folder = study.stage_input("recover"), study.model("pruned")
+    pruned, dtype = check_ready(study, "pruned")
+    check_source("models/pruned", pruned["model"], read_provenance(study.model("dense"), "download model"), "apply")
+    device, checkpointing = own_device(study.params.runtime), computes_twice(study)
     dtype = trained_in(dtype, device.type)
-    rows, held = windows(project)
+    rows, held = windows(study)
     own = {"version": STAGES["recover"].version, "pruned": digest(pruned), "windows_sha256": digest(rows.tolist())}
     own["trained_in"] = dtype
-    made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=planned, **own)
+    made = pruned | describe("recover", libraries=("torch", "transformers", "accelerate"), recovery=settings, **own)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if first:
-        announce(project, "recover")
-    with project.work(made) if first else contextlib.nullcontext(Work(project.work_root / digest(made)[:32])) as work:
+        announce(study, "recover")
+    with study.work(made) if first else contextlib.nullcontext(Work(study.work_root / digest(made)[:32])) as work:
         steps = len(rows) // RECOVERY_BATCH
         bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())
         view, curve = train(
-            project.model("dense"), folder, rows=rows, held=held, rate=planned["rate"], device=device,
+            study.model("dense"), folder, rows=rows, held=held, rate=settings["rate"], device=device,
             dtype=getattr(torch, dtype), checkpointing=checkpointing,
             work=work.path / "training", step=lambda: next(bar, None),
         )  # fmt: skip
@@ -57,36 +57,36 @@ def recover(*, project: Project) -> None:
         best = min(curve, key=lambda one: one["score"])
         if view is None:
             notice("recover: the training did not help on held-out windows: models/recovered has the pruned weights")
-            shutil.copytree(folder, work.fresh(), copy_function=shutil.copyfile, dirs_exist_ok=True)
+            shutil.copytree(folder, work.new(), copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
-            list(write_model(view, work.fresh(), without=(PROVENANCE,)))
+            list(write_model(view, work.new(), without=(PROVENANCE,)))
             if worse := [name for name in held if best[name] >= curve[0][name]]:
                 notice(f"recover: warning: it did not help on {worse[0]}; metrics/plots/recovery.csv has the curve")
         tokens = int(best["tokens"] or curve[-1]["tokens"])
         write_provenance(work.out, made | {"trained": view is not None, "tokens": tokens})  # behind the best weights
-        work.publish(project.model("recovered"))
-    write_csv(project.plots("recovery"), COLUMNS, [[one.get(name, "") for name in COLUMNS] for one in curve])
-    write_json(project.metrics("recovered", "sparsity"), load_json(project.metrics("pruned", "sparsity")))
+        work.commit(study.model("recovered"))
+    write_csv(study.plots("recovery"), COLUMNS, [[one.get(name, "") for name in COLUMNS] for one in curve])
+    write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
 
 
-def windows(project: Project) -> tuple[Tensor, dict[str, Tensor]]:
+def windows(study: Study) -> tuple[Tensor, dict[str, Tensor]]:
     """Return windows to train on in random order, the calibration's last, and the guard's, by text."""
-    planned, tokenizer = project.planned("recover"), load_tokenizer(project.model("dense"))
-    length, seed, part = planned["length"], planned["seed"], "recovery" if planned["text"] else "calibration"
-    count = max(1, planned["tokens"] // length // RECOVERY_BATCH) * RECOVERY_BATCH
-    rows = windows_of_documents(project, part, samples=count + HELD, length=length, seed=seed + 1)
+    settings, tokenizer = study.stage_input("recover"), load_tokenizer(study.model("dense"))
+    length, seed, part = settings["length"], settings["seed"], "recovery" if settings["text"] else "calibration"
+    count = max(1, settings["tokens"] // length // RECOVERY_BATCH) * RECOVERY_BATCH
+    rows = windows_of_documents(study, part, samples=count + HELD, length=length, seed=seed + 1)
     if rows is None:
-        tokens = tokenize(project.text(part), tokenizer)
+        tokens = tokenize(study.text(part), tokenizer)
         rows = torch.stack(cut(tokens, length=length, windows=None, name="recovery.text"))
         order, used = random.Random(0).sample(range(len(rows)), len(rows)), torch.zeros(len(tokens), dtype=torch.bool)
         if part == "calibration":
-            words = {"samples": planned["windows"], "length": planned["calibrated"], "seed": seed}
+            words = {"samples": settings["windows"], "length": settings["calibrated"], "seed": seed}
             used[draw(torch.arange(len(tokens)), **words).flatten()] = True
         rows = rows[sorted(order, key=used[: rows.numel()].view_as(rows).any(-1).tolist().__getitem__)]
     if len(rows) <= HELD:
         raise UserError(f"recovery.text: {len(rows)} windows of {length} tokens, expected more; take a longer text")
     held, rows = {"text": rows[:HELD]}, rows[HELD:]
-    if planned["embedded"]:
+    if settings["embedded"]:
         notice("recover: the guard has no other source: the text is the embedded one; recovery.text names another")
     else:
         tokens = tokenize("\n\n".join(row["text"] for _, row in read_lines(GUARD)), tokenizer)

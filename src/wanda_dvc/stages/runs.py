@@ -13,28 +13,28 @@ from typing import Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params, nested, parse_yaml, resolved
 from wanda_dvc.reading import name_of
-from wanda_dvc.stages import STAGES, planned
+from wanda_dvc.stages import STAGES, stage_inputs
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.folder import Project
+from wanda_dvc.study.folder import Study
 
 LOCK = "dvc.lock"
 
 
 @dataclass(frozen=True)
-class Runs:
+class Lock:
     """The stages of a `dvc.lock`, by DVC's name; none before the first run."""
 
     stages: Json
 
     @classmethod
-    def read(cls, root: Path) -> "Runs":
+    def read(cls, root: Path) -> "Lock":
         """Read the lock of a study. UserError if it is not valid, as after a merge with conflicts."""
         path = root / LOCK
         return cls.parse(path.read_text(encoding="utf-8")) if path.is_file() else cls({})
 
     @classmethod
-    def parse(cls, text: str) -> "Runs":
+    def parse(cls, text: str) -> "Lock":
         """Read the text of a lock."""
         todo = "expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
         content = parse_yaml(text, LOCK, todo) or {}
@@ -53,7 +53,7 @@ class Runs:
         """
         now = self.outs(self.stages)
         with contextlib.suppress(UserError):  # settings of another version
-            for name, content in planned(check_params(nested(asked) if asked else self.settings)).items():
+            for name, content in stage_inputs(check_params(nested(asked) if asked else self.settings)).items():
                 now[f"plan/{name}.json"] = md5(f"{json_text(content)}\n".encode())
         stale: set[str] = set()
         while True:  # the lock has any order
@@ -102,5 +102,5 @@ def md5(content: bytes) -> str:
 
 def reproduce(root: Path, stage: str, part: str = "", text: str = "", *, shown: bool = False) -> None:
     """Run a stage of a study, or one part of it, and those before it, as far as settings or inputs have changed."""
-    runs = STAGES[stage].runs(Project(root).params.perplexity.texts, part, text)
+    runs = STAGES[stage].runs(Study(root).params.perplexity.texts, part, text)
     repro(root, [name for name, _, _ in runs], shown=shown)

@@ -17,11 +17,11 @@ from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory, own_device
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
-from wanda_dvc.stages.needs import Known, announce, continuing
+from wanda_dvc.stages.needs import SizesOfStudy, announce, continuing
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
-from wanda_dvc.study.folder import ITEMS, Project
+from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.protocol import differing, identity
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
@@ -29,42 +29,42 @@ METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an 
 CONTINUED = 40  # tokens of a continuation, at most
 
 
-def zero_shot(*, project: Project, model: str) -> None:
+def zero_shot(*, study: Study, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
-    (measured, dtype), planned = check_ready(project, model), project.planned("zero-shot")
-    announce(project, "zero-shot", model)
-    same = identity(STAGES["zero-shot"].version, measured, project.model(model))
+    (measured, dtype), settings = check_ready(study, model), study.stage_input("zero-shot")
+    announce(study, "zero-shot", model)
+    same = identity(STAGES["zero-shot"].version, measured, study.model(model))
     details, metrics = Json(), Json()
-    for task in planned["tasks"]:
-        items = read_provenance(project.data("tasks") / task, "download tasks")
+    for task in settings["tasks"]:
+        items = read_provenance(study.data("tasks") / task, "download tasks")
         asked = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
-        inputs = {"task": asked, "examples": 0, "limit": planned["limit"], "dtype": dtype}
+        inputs = {"task": asked, "examples": 0, "limit": settings["limit"], "dtype": dtype}
         protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **same, **inputs)
-        found = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
+        found = _kept(study, f"{model}-{task}", protocol, partial(_ask, study, model, task, protocol))
         details[task], metrics[task] = found["details"], found["metrics"]
         say_not_finite(f"zero-shot {model} {task}", details[task].get("not_finite"))
     if model != "dense":
-        for task, changed in _flips(project, details, model).items():
+        for task, changed in _flips(study, details, model).items():
             metrics[task] |= changed
-    inputs = {"prompts_sha256": digest(read_prompts(project)), "tokens": CONTINUED, "dtype": dtype}
+    inputs = {"prompts_sha256": digest(read_prompts(study)), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **same, **inputs)
-    written = _kept(project, f"{model}-continuations", protocol, partial(_continue, project, model, protocol))
+    written = _kept(study, f"{model}-continuations", protocol, partial(_continue, study, model, protocol))
     plotted = [[task, item["item"], item["acc"]] for task, one in details.items() for item in one["items"]]
-    write_json(project.details(model, "continuations"), written["details"])
-    write_json(project.details(model, "zero_shot"), {"tasks": details})
-    write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
+    write_json(study.details(model, "continuations"), written["details"])
+    write_json(study.details(model, "zero_shot"), {"tasks": details})
+    write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
     # Only numbers to compare: `dvc metrics diff` prints every number in here.
-    write_json(project.metrics(model, "zero_shot"), metrics)
+    write_json(study.metrics(model, "zero_shot"), metrics)
 
 
-def _flips(project: Project, details: Json, model: str) -> Json:
+def _flips(study: Study, details: Json, model: str) -> Json:
     """Return by task and metric the answers that pruning changed, in each direction.
 
     Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
     """
-    dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
+    dense, found = load_json(study.details("dense", "zero_shot")).get("tasks", {}), Json()
     for task, one in details.items():
-        before, items = dense.get(task), read_provenance(project.data("tasks") / task, "download tasks")
+        before, items = dense.get(task), read_provenance(study.data("tasks") / task, "download tasks")
         if items["samples"] or not before:
             continue
         if key := differing(before["protocol"], one["protocol"]):
@@ -90,10 +90,10 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
     return counts
 
 
-def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
+def _kept(study: Study, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
     """Return the results of an earlier run with this protocol, or new ones: `details`, and `metrics` of a task."""
-    path = project.answers / f"{run}-{digest(protocol)[:32]}.json"
-    with project.work(protocol) as work:
+    path = study.answers / f"{run}-{digest(protocol)[:32]}.json"
+    with study.work(protocol) as work:
         answered: Json = {}
         with contextlib.suppress(UserError):  # a damaged file is written again
             answered = load_json(path)
@@ -101,23 +101,23 @@ def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Jso
             answered = make(work)
             if "skipped" not in answered["details"]:  # another time there may be more memory
                 write_json(path, answered)
-        work.forget()
+        work.discard()
     return answered
 
 
-def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+def _ask(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
     """Run a task's questions through a model; return `details` and `metrics` in their written form."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM
     from wanda_dvc.sources.tasks import load_task
 
-    folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
+    folder, what = study.data("tasks") / task, f"zero-shot {model} {task}"
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
-    run = runner(project, model, work)
+    run = runner(study, model, work)
     blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks", at=lambda step: step.index)
-    language_model = EngineLM(project.model(model), run, progress=blocks)
+    language_model = EngineLM(study.model(model), run, progress=blocks)
     # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
     where = run.progress.not_finite
@@ -156,18 +156,18 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
 # --- continuations of prompts ---
 
 
-def read_prompts(project: Project) -> list[str]:
+def read_prompts(study: Study) -> list[str]:
     """Return the prompts of a study's prompts.txt, one a line; without the file, those of a new study."""
-    path = project.root / PROMPTS
+    path = study.root / PROMPTS
     text = read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
+def _continue(study: Study, model: str, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
-    device, prompts = own_device(project.params.runtime), read_prompts(project)
+    device, prompts = own_device(study.params.runtime), read_prompts(study)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
-    needed = continuing(Known(project, model), longest + CONTINUED)
+    needed = continuing(SizesOfStudy(study, model), longest + CONTINUED)
     if needed > (free := free_memory(str(device))):
         skipped = (
             f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free; "
@@ -176,7 +176,7 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
         notice(f"zero-shot {model}: no continuations: {skipped}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
     dtype = getattr(torch, protocol["dtype"])
-    written = continuations(project.model(model), prompts, dtype=dtype, device=device) if prompts else []
+    written = continuations(study.model(model), prompts, dtype=dtype, device=device) if prompts else []
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}
 

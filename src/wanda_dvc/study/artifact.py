@@ -100,12 +100,12 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def fresh(self) -> Path:
+    def new(self) -> Path:
         """Return an empty folder for the artifact, for stages too short to resume."""
         remove(self.path / "out")
         return self.out
 
-    def publish(self, *targets: Path) -> None:
+    def commit(self, *targets: Path) -> None:
         """Publish the finished artifact and remove the rest; several artifacts are parts named as their places.
 
         PermissionError, before any move, if an earlier artifact may not be removed.
@@ -124,15 +124,15 @@ class Work:
                 shutil.copytree(made, temporary / "out", copy_function=copy_file)
                 _rename(temporary / "out", target)
                 remove(temporary)
-        self.forget()
+        self.discard()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Remove the work."""
         remove(self.path)
 
 
 @contextlib.contextmanager
-def alone(path: Path, waiting: str) -> Iterator[None]:
+def locked(path: Path, waiting: str) -> Iterator[None]:
     """Let one process at a time use a path; another one reports that it is `waiting`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
@@ -174,7 +174,7 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"block_{block:03d}.safetensors"
 
 
-def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
+def finish(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
     """Write the provenance of a finished artifact, with its number of blocks, or other parts."""
     write_provenance(folder, made_from | {parts: len(list(folder.glob("*.safetensors")))})
 

@@ -11,23 +11,23 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import read_object, read_text
-from wanda_dvc.study.artifact import Work, alone, digest
+from wanda_dvc.study.artifact import Work, digest, locked
 from wanda_dvc.study.files import Json
 
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
 
-class Project:
+class Study:
     """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.stats, self.gram, self.gradients = (root / "stats" / tier for tier in STATISTICS)
+        self.stats, self.gram, self.fisher = (root / "stats" / tier for tier in STATISTICS)
         self.masks = root / "masks"
         self.weights = root / "weights"  # new weights that cannot be recomputed from masks/ and stats/
 
     @classmethod
-    def find(cls, start: Path | None = None) -> "Project":
+    def find(cls, start: Path | None = None) -> "Study":
         """Return the project around `start` (by default this folder): the nearest folder with a `params.yaml`."""
         start = (start or Path.cwd()).resolve()  # not DVC_ROOT: in a queued experiment that is another checkout
         for folder in (start, *start.parents):
@@ -40,22 +40,22 @@ class Project:
         """The settings, checked."""
         return read_params(self.root / "params.yaml")
 
-    def planned(self, name: str) -> Json:
+    def stage_input(self, name: str) -> Json:
         """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
         return read_object(self.root / "plan" / f"{name}.json", "run `dvc repro` or `wanda-dvc plan`")
 
     @cached_property
     def plan(self) -> Plan:
         """How the model is pruned, as the stage `plan` stored it."""
-        return Plan.read(self.planned("mask"))
+        return Plan.read(self.stage_input("mask"))
 
-    def with_params(self, params: Params) -> "Project":
+    def with_params(self, params: Params) -> "Study":
         """Return the project with other settings than its `params.yaml`."""
-        other = Project(self.root)
+        other = Study(self.root)
         other.__dict__["params"] = params
         return other
 
-    def link_to(self, other: "Project", *names: str) -> None:
+    def link_to(self, other: "Study", *names: str) -> None:
         """Link to folders and files of another project, where they exist."""
         for name in names:
             source, target = other.root / name, self.root / name
@@ -123,5 +123,5 @@ class Project:
     def work(self, made_from: Json) -> Iterator["Work"]:
         """Open the unfinished work of a set of inputs, parameters and versions: one process at a time, others wait."""
         work = Work(self.work_root / digest(made_from)[:32])
-        with alone(work.path, "waiting for another run with the same inputs and parameters …"):
+        with locked(work.path, "waiting for another run with the same inputs and parameters …"):
             yield work

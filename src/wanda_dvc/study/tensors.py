@@ -18,7 +18,7 @@ from wanda_dvc.study.files import Json
 
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 CROSS = "cross"
-SQUARED_GRADIENTS = "squared_gradients"
+SUM_OF_SQUARES = "sum_squares"
 
 
 def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
@@ -36,23 +36,23 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
         tensors[f"{name}.outputs"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
     if stats.influence is not None:
         tensors["influence"] = stats.influence
-    save_tensors(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    save_tensors(block_file(folder, block), tensors, {"consumers": stats.consumers, "transposed": stats.transposed})
 
 
-def read_stats(folder: Path, block: int, *, gradients: Path | None = None) -> BlockStats:
-    """Read one block's statistics; from the folder `gradients`, if given, its sums of squared gradients too."""
+def read_stats(folder: Path, block: int, *, fisher: Path | None = None) -> BlockStats:
+    """Read one block's statistics; from the folder `fisher`, if given, its sums of squared gradients too."""
     tensors, header = load_tensors(block_file(folder, block), "calibrate")
-    readers, transposed = header["readers"], header["transposed"]
+    consumers, transposed = header["consumers"], header["transposed"]
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
-        for name in readers
+        for name in consumers
     }
     outputs = {}
-    for linear in itertools.chain.from_iterable(readers.values()):
+    for linear in itertools.chain.from_iterable(consumers.values()):
         if (pair := tensors.get(f"{linear}.outputs")) is not None:
             outputs[linear] = TokenSum(pair[0], int(pair[1]))
-    fisher = read_fisher(gradients, block) if gradients else {}
-    return BlockStats(inputs, readers, transposed, fisher, outputs, tensors.get("influence"))
+    of_outputs = read_fisher(fisher, block) if fisher else {}
+    return BlockStats(inputs, consumers, transposed, of_outputs, outputs, tensors.get("influence"))
 
 
 def write_grams(
@@ -63,12 +63,12 @@ def write_grams(
     Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
     triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
     triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the gradients tier also
-    `LINEAR.squared_gradients` (float64 [out]). Header: as of statistics.
+    `LINEAR.sum_squares` (float64 [out]). Header: as of statistics.
 
     With `crosses`, of a block recorded in a walk: no norms, triangles of XᵀX itself in float32, and `NAME.cross`
     (float32 [in, in]), X_denseᵀX, where it was recorded.
     """
-    tensors: dict[str, Tensor] = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in stats.fisher.items()}
+    tensors: dict[str, Tensor] = {f"{name}.{SUM_OF_SQUARES}": x for name, x in stats.fisher.items()}
     for name, gram in grams.items():
         if crosses is None:
             norm, triangle = gram.scaled_triangle()
@@ -77,7 +77,7 @@ def write_grams(
             triangle = gram.triangle()
         tensors |= {f"{name}.triangle": triangle.cpu(), f"{name}.count": torch.tensor(gram.count)}
     tensors |= {f"{name}.{CROSS}": cross.float().cpu() for name, cross in (crosses or {}).items()}
-    save_tensors(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    save_tensors(block_file(folder, block), tensors, {"consumers": stats.consumers, "transposed": stats.transposed})
 
 
 def read_grams(
@@ -90,8 +90,8 @@ def read_grams(
 
 def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     """Read the sums of squared gradients of one block, by linear."""
-    tensors, _ = load_tensors(block_file(folder, block), "calibrate", (SQUARED_GRADIENTS,))
-    return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
+    tensors, _ = load_tensors(block_file(folder, block), "calibrate", (SUM_OF_SQUARES,))
+    return {name.removesuffix(f".{SUM_OF_SQUARES}"): x for name, x in tensors.items()}
 
 
 class Grams(UserDict[str, Any]):
@@ -101,10 +101,10 @@ class Grams(UserDict[str, Any]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], header: Json, device: torch.device | None) -> None:
-        self.readers, self.transposed, self.device = header["readers"], header["transposed"], device
-        known = [name for name in self.readers if f"{name}.count" in tensors]
+        self.consumers, self.transposed, self.device = header["consumers"], header["transposed"], device
+        known = [name for name in self.consumers if f"{name}.count" in tensors]
         super().__init__({name: [tensors.get(f"{name}.{kind}") for kind in GRAM] for name in known})
-        crosses = {name: tensors.get(f"{name}.{CROSS}") for name in self.readers}
+        crosses = {name: tensors.get(f"{name}.{CROSS}") for name in self.consumers}
         self.crosses = {name: cross.to(device) for name, cross in crosses.items() if cross is not None}
 
     def __getitem__(self, name: str) -> Gram:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, read_config
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import stored_parts
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install
@@ -41,7 +41,7 @@ def root_mean_square(parameter: Tensor) -> float:
     return max(1e-3, rms.item())
 
 
-class Recovery(Trainer):
+class RecoveryTrainer(Trainer):
     """The trainer of a pruned model, with the dense model and the guard's windows, by text."""
 
     model: Any
@@ -127,7 +127,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def recover(
     dense: Path, pruned: Path, *, rows: Int[Tensor, "windows length"], held: Mapping[str, Int[Tensor, "_ length"]],
     rate: float, dtype: torch.dtype, device: torch.device, checkpointing: bool, work: Path, step: Callable[[], object],
-) -> tuple[Changed | None, list[dict[str, float]]]:  # fmt: skip
+) -> tuple[EditedCheckpoint | None, list[dict[str, float]]]:  # fmt: skip
     """Train a pruned model on `rows`, in their order, towards the dense model in another folder.
 
     Returns the pruned checkpoint with the weights of the best score, or None if no score is better than the pruned
@@ -173,7 +173,7 @@ def recover(
     checkpoint, named = Checkpoint(pruned), dict(student.named_parameters(remove_duplicate=False))
     every = [(name, part) for name, stored in stored_parts(student, checkpoint).items() for part in stored]
     parts = [(name, part) for name, part in every if name in named]
-    trainer = Recovery(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer = RecoveryTrainer(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.kinds = {name: checkpoint.read(part.address).dtype for name, part in parts}
     trainer.train(resume_from_checkpoint=_last(work))
     if not (trainer.state.best_metric or 1) < 1:
@@ -187,7 +187,7 @@ def recover(
             raise RuntimeError(f"{address.tensor}: the training moved zeros")
         return new
 
-    return Changed(checkpoint, read, weights), trainer.curve
+    return EditedCheckpoint(checkpoint, read, weights), trainer.curve
 
 
 def _share() -> int:
