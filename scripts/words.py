@@ -1,7 +1,10 @@
-"""Refuse words and long sentences that the project's English does without: python scripts/words.py, in `make lint`.
+"""Refuse words, sentences and code that the project does without: python scripts/words.py, in `make lint`.
 
-It reads the pages for users, with the command line's help and the settings' meanings, which are pages too, and the
+Prose: the pages for users, with the command line's help and the settings' meanings, which are pages too, and the
 docstrings, comments and messages of the package. Code, quotations of commands and links are not read.
+
+Code: the package's modules. A variable says what its value is; one name has one meaning in all modules; and some
+expressions that have to be read twice are refused.
 """
 
 import ast
@@ -9,6 +12,7 @@ import io
 import re
 import sys
 import tokenize
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,10 +57,10 @@ def problems(name: str, text: str) -> Iterator[str]:
     """Yield each use of a word of the list, as *file:line: word: use …*, and each long sentence of a page."""
     if name.endswith(".md"):
         yield from (f"{name}: more than {LONGEST} words: {sentence}" for sentence in long_sentences(text))
-    for number, line in enumerate(SILENT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).splitlines(), 1):
+    for number, line in enumerate(SILENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text).splitlines(), 1):
         for word, instead in WORDS.items():
-            for found in word.finditer(line):
-                yield f"{name}:{number}: {found[0]}: use {instead}"
+            for match in word.finditer(line):
+                yield f"{name}:{number}: {match[0]}: use {instead}"
 
 
 def prose(source: str) -> str:
@@ -78,16 +82,100 @@ def prose(source: str) -> str:
 def texts() -> dict[str, str]:
     """Return the checked text of each page and module, by name."""
     files = sorted(path for pattern in (*PAGES, "src/**/*.py") for path in ROOT.glob(pattern))
-    read = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
-    return {name: text if name.endswith(".md") else prose(text) for name, text in read.items()}
+    contents = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    return {name: text if name.endswith(".md") else prose(text) for name, text in contents.items()}
+
+
+# --- code ---
+
+# Names that do not say what a value is, and how many assignments, loops, parameters and arguments may have them.
+NAMELESS, MOST_NAMELESS = (
+    frozenset(["found", "made", "one", "every", "own", "other", "some", "came", "words", "said", "there"]),
+    100,
+)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def nameless(tree: ast.AST) -> list[str]:
+    """Return the nameless names that a module assigns or passes."""
+    assigned = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    passed = [node.arg for node in ast.walk(tree) if isinstance(node, (ast.arg, ast.keyword)) and node.arg]
+    return [name for name in (*assigned, *passed) if name in NAMELESS]
+
+
+def read_twice(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and the fault of expressions that have to be read twice."""
+    for node in ast.walk(tree):
+        if isinstance(node, COMPREHENSIONS):
+            if any(isinstance(inside, ast.NamedExpr) for inside in ast.walk(node)):
+                yield node.lineno, "a walrus in a comprehension"
+            if len(node.generators) > 1 and node.end_lineno != node.lineno:
+                yield node.lineno, "a comprehension of two loops over several lines"
+        if isinstance(node, ast.Call):
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if any(isinstance(inside, ast.NamedExpr) for value in arguments for inside in ast.walk(value)):
+                yield node.lineno, "a walrus in an argument"
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            if name == "reduce" or (name == "zip" and any(isinstance(value, ast.Starred) for value in node.args)):
+                yield node.lineno, f"{name} of an unknown number of values"
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """Return the functions, classes and constants that a module defines."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {
+                inside.id for target in node.targets for inside in ast.walk(target) if isinstance(inside, ast.Name)
+            }
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def ambiguous(modules: dict[str, ast.Module]) -> Iterator[str]:
+    """Yield names that several modules define, unless all but one import the name: they call it for the same job."""
+    defined: dict[str, list[str]] = defaultdict(list)
+    for module, tree in modules.items():
+        for name in names_of(tree):
+            defined[name].append(module)
+    for name, where in sorted(defined.items()):
+        callers = [module for module in where if imports(modules[module], name)]
+        if len(where) - len(callers) > 1:
+            yield f"{name}: defined in {', '.join(where)}: one name has one meaning"
+
+
+def imports(tree: ast.Module, name: str) -> bool:
+    """Whether a module imports a name, or a module of that name."""
+    aliases = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return any(alias.name == name for alias in aliases)
+
+
+def check_code() -> list[str]:
+    """Return the problems of the package's code."""
+    paths = sorted(ROOT.glob("src/**/*.py"))
+    modules = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    problems = [
+        f"{module}:{line}: {fault}" for module, tree in modules.items() for line, fault in sorted(read_twice(tree))
+    ]
+    problems += ambiguous(modules)
+    counts = {module: Counter(nameless(tree)) for module, tree in modules.items()}
+    total = sum(count.total() for count in counts.values())
+    if total >= MOST_NAMELESS:
+        worst = sorted(counts, key=lambda module: -counts[module].total())[:15]
+        problems += [f"{module}: {dict(counts[module])}" for module in worst if counts[module]]
+        problems.append(f"{total} names like `found` and `one`, expected fewer than {MOST_NAMELESS}: name the value")
+    return problems
 
 
 def main() -> None:
     """Print all problems; exit 1 if there is one."""
     checked = texts()
-    found = [one for name, text in checked.items() for one in problems(name, text)]
-    print("\n".join(found) or f"{len(checked)} pages and modules")
-    sys.exit(bool(found))
+    lines = [problem for name, text in checked.items() for problem in problems(name, text)] + check_code()
+    print("\n".join(lines) or f"{len(checked)} pages and modules")
+    sys.exit(bool(lines))
 
 
 if __name__ == "__main__":
