@@ -14,17 +14,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.study.dvc import copy_file
 from wanda_dvc.study.files import Json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROVENANCE = "provenance.json"
 INSTEAD = {"apply": "evaluate"}  # `evaluate` measures another model in the place of a pruned one
@@ -195,8 +197,10 @@ def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
     return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     """Write tensors and a header to a temporary safetensors file, then rename it."""
+    from safetensors.torch import save_file  # imports torch: stages that need none use this module too
+
     temporary = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
@@ -207,7 +211,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: Json) -> None:
 
 def load_tensors(
     path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
-) -> tuple[dict[str, Tensor], Json]:
+) -> "tuple[dict[str, Tensor], Json]":
     """Read the tensors and the header of a safetensors file.
 
     Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
