@@ -24,7 +24,7 @@ from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.commands.export import export
 from wanda_dvc.errors import explain
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.study.artifact import Work, digest
+from wanda_dvc.study.artifact import Work
 from wanda_dvc.study.folder import Study
 
 CRASHES = int(os.environ.get("WANDA_DVC_CRASHES", "2"))  # points by stage; 1000 are all, in two minutes on two cores
@@ -88,7 +88,7 @@ def root(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 
 
 def leftovers(root: Path) -> list[Path]:
-    return [path for path in (root / ".dvc/tmp/wanda-dvc").iterdir() if path.suffix != ".lock"]
+    return [path for path in (root / ".dvc/tmp/wanda-dvc").iterdir() if path.suffix not in (".lock", ".json")]
 
 
 Content = dict[str, bytes]
@@ -119,7 +119,7 @@ def publish(study: Study, targets: list[Path], content: Content) -> None:
     """A stage that continues its own work, and publishes it."""
     with study.work({"of": str(content)}) as work:
         for target in targets:
-            folder = work.part(target.name if len(targets) > 1 else "")
+            folder = work.output(target.name if len(targets) > 1 else "")
             write(folder, {name: data for name, data in content.items() if not (folder / name).exists()})
         work.commit(*targets)
 
@@ -152,7 +152,7 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
     """
     study, targets = Study(tmp_path / "study"), [tmp_path / "study/made" / name for name in names]
     (tmp_path / ".dvc").mkdir()
-    place = Work(study.work_root / digest({"of": str(NEW)})[:32])
+    place = Work(study.work_path({"of": str(NEW)}))
     if across:
         monkeypatch.setattr(Path, "rename", two_file_systems(tmp_path / ".dvc"))
 
@@ -183,7 +183,7 @@ def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, mo
     with pytest.raises(OSError, match=os.strerror(errno.EXDEV)) as raised:
         publish(Study(tmp_path), [target], NEW)
     assert explain(raised.value)[0].startswith(f"{target}: cannot be moved (Invalid cross-device link); remove it")
-    assert (tree(target), NEW) == (OLD, tree(Work(Study(tmp_path).work_root / digest({"of": str(NEW)})[:32]).out))
+    assert (tree(target), NEW) == (OLD, tree(Work(Study(tmp_path).work_path({"of": str(NEW)})).out))
 
 
 # The settings in which a stage is killed: for weights that `mask` stores, and for each kind of smaller model.
@@ -358,4 +358,4 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(calibrate
     again = wanda_dvc("calibrate", cwd=root)
     assert again.returncode == 0, again.stderr
     assert tree(root) == expected
-    assert {one.suffix for one in made.work_root.iterdir()} == {".lock"}
+    assert {one.suffix for one in made.work_root.iterdir()} == {".lock", ".json"}

@@ -23,7 +23,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import read_model
 from wanda_dvc.stages.runs import Lock
-from wanda_dvc.study.artifact import MADE_BY, digest, read_provenance, write_provenance
+from wanda_dvc.study.artifact import MODEL_COMMANDS, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_stats
@@ -42,7 +42,7 @@ def pruned(finished: Path, tmp_path: Path) -> Study:
 def measure(study: Study, which: str, perplexity: float | str, model: str | None = None) -> None:
     """As the stage writes it, for the model at hand or another one."""
     folder = study.model(which)
-    own = digest(read_provenance(folder, MADE_BY[which]))
+    own = digest(read_provenance(folder, MODEL_COMMANDS[which]))
     protocol = {"model": model or own, "windows": 4, "length": 64, "rest": "dropped"}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
     write_json(study.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})

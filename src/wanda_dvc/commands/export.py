@@ -23,7 +23,14 @@ from wanda_dvc.results.show import continuations, notes
 from wanda_dvc.stages import MODELS, check_outside
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Lock
-from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance, temporary_place, write_provenance
+from wanda_dvc.study.artifact import (
+    MODEL_COMMANDS,
+    PROVENANCE,
+    digest,
+    read_provenance,
+    temporary_place,
+    write_provenance,
+)
 from wanda_dvc.study.dvc import Revision, copy_file
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing
@@ -76,7 +83,7 @@ def export(
         pruned, metrics = digest(made_from), found.made.metrics.get("sparsity")
         finished = own_study.model("recovered") if own_study.params.recovery.tokens else study.model("pruned")
         if own_study.params.recovery.tokens or made:
-            made_from = read_provenance(finished, MADE_BY[finished.name])
+            made_from = read_provenance(finished, MODEL_COMMANDS[finished.name])
             if made_from.get("pruned", digest(made_from)) != pruned or not metrics:
                 raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
             shutil.copytree(finished, work.out, copy_function=copy_file, dirs_exist_ok=True)
@@ -140,7 +147,7 @@ def sections(experiment: Experiment) -> dict[str, str]:
     models, params = experiment.models, experiment.params
     said = list(notes({experiment.name: params}, models))
     if params.recovery.tokens:
-        made = read_provenance(experiment.study.model("recovered"), MADE_BY["recovered"])
+        made = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
         text = params.recovery.text or params.calibration.text
         how = f"on {made.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
         trained = f"All parameters but the zeros were then trained {how}, of {Path(text.source).name}."

@@ -18,7 +18,7 @@ from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_sta
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS, stage_inputs
 from wanda_dvc.stages.runs import LOCK, Lock
-from wanda_dvc.study.artifact import MADE_BY, PROVENANCE, digest, read_provenance
+from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.folder import Study
 
@@ -121,7 +121,7 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
     for model, results in experiment.models.items():
         if not is_there(own_study.model(model) / PROVENANCE):
             continue  # models/pruned is not cached
-        own = read_provenance(own_study.model(model), MADE_BY[model])
+        own = read_provenance(own_study.model(model), MODEL_COMMANDS[model])
         if model == "pruned" and own["masks"] != digest(read_provenance(own_study.masks, "mask")):
             yield "models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's."
         elif others := results.keep_of(digest(own)):

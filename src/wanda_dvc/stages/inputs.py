@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study.artifact import MADE_BY, Work, check_source, digest, file_digest, read_provenance
+from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
 from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
@@ -45,7 +45,7 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
     own_device(study.params.runtime)
     if study.params.runtime.ray is not None:
         importlib.import_module("ray")
-    provenance = read_provenance(study.model(model), MADE_BY[model])
+    provenance = read_provenance(study.model(model), MODEL_COMMANDS[model])
     for file in study.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
     positions = positions_of(read_config(study.model(model)))
@@ -81,7 +81,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     UserError if they are of another model, or of other settings.
     """
     stats = read_provenance(study.stats, "calibrate")
-    check_source("stats", stats["model"], read_provenance(study.model("dense"), MADE_BY["dense"]), "calibrate")
+    check_source("stats", stats["model"], read_provenance(study.model("dense"), MODEL_COMMANDS["dense"]), "calibrate")
     expected = calibrated_with(study)
     if stats["params"] != expected:
         raise UserError(

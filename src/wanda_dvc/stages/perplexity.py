@@ -62,7 +62,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         if dense is None:
             kept: Json = {"top": divergence.TOP, "drawn": divergence.DRAWN}
             made = describe("perplexity dense", protocol=protocol, vocabulary=run.decoder.vocabulary, **kept)
-            finish(work.out, made, parts="rows")
+            finish(work.out, made, unit="rows")
             work.commit(reference)
         else:
             work.discard()

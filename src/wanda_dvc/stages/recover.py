@@ -44,7 +44,7 @@ def recover(*, study: Study) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if first:
         announce(study, "recover")
-    with study.work(made) if first else contextlib.nullcontext(Work(study.work_root / digest(made)[:32])) as work:
+    with study.work(made) if first else contextlib.nullcontext(Work(study.work_path(made))) as work:
         steps = len(rows) // RECOVERY_BATCH
         bar = progress(range(steps), total=steps, what="recover, steps") if first else iter(())
         view, curve = train(

@@ -1,6 +1,12 @@
-"""An artifact: a folder with one safetensors file a block and a `provenance.json` that names its inputs.
+"""What an artifact is: the format of its files, its provenance, and the unfinished work that a later run resumes.
 
-This module has all of it: names and format of the files, provenance, and unfinished work, which a later run resumes.
+An artifact is a folder, such as `stats/norms`, `masks` or `models/pruned`. Most have one file a block:
+
+    block_000.safetensors, block_001.safetensors, …    tensors, and a JSON header
+    provenance.json                                    the command, digests of its inputs, versions; written last
+
+A stage opens its unfinished work by `Study.work`, adds a file a block, writes the provenance by `finish`, and moves the
+artifact to its place by `Work.commit`. A killed run leaves the work, and the next run resumes after its last file.
 """
 
 import contextlib
@@ -17,20 +23,93 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import check_file, is_there, read_object
+from wanda_dvc.reading import check_file, is_there, read_header, read_object
 from wanda_dvc.study.dvc import copy_file
-from wanda_dvc.study.files import Json, write_json
+from wanda_dvc.study.files import Json, load_json, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor  # its import takes seconds, and most commands need none
 
 PROVENANCE = "provenance.json"
-INSTEAD = {"apply": "evaluate"}  # `evaluate` measures another model in the place of a pruned one
-MADE_BY = {"dense": "download model", "pruned": "apply", "recovered": "recover"}  # the command behind each model
+MODEL_COMMANDS = {"dense": "download model", "pruned": "apply", "recovered": "recover"}  # the command behind each model
+# `evaluate` puts the model that it measures in the place of the pruned one: a command, and the command that may replace
+# it in a provenance.
+SUBSTITUTES = {"apply": "evaluate"}
+
+
+# --- format: one file a block ---
+
+
+def block_file(folder: Path, block: int) -> Path:
+    """Return the path of one block's file."""
+    return folder / f"block_{block:03d}.safetensors"
+
+
+def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
+    """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
+    blocks = itertools.count() if order is None else order
+    return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
+
+
+def block_count(folder: Path, made_by: str) -> int:
+    """Return an artifact's number of blocks; unfinished, of its files. UserError if a block is missing or surplus."""
+    names = {path.name for path in folder.glob("block_*.safetensors")}
+    if is_there(folder / PROVENANCE):
+        count = read_provenance(folder, made_by)["blocks"]
+        if names != {block_file(folder, block).name for block in range(count)}:
+            raise UserError(f"{folder}: found {len(names)} blocks, expected {count}; run `wanda-dvc {made_by}` again")
+    return len(names)
+
+
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
+    """Write tensors and a header to a temporary safetensors file, then rename it."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".part")
+    # A single key: safetensors writes several keys in an order that changes from run to run.
+    save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file to the disk: a resumed run trusts it by its name, also after a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def load_tensors(
+    path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
+) -> "tuple[dict[str, Tensor], Json]":
+    """Read the tensors and the header of a safetensors file.
+
+    Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
+    the file is missing or damaged, or if numbers that have to be finite are not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path, f"run `dvc repro` or `wanda-dvc {made_by}` again")
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: Json = json.loads(file.metadata()["wanda_dvc"])
+            for name in file.keys():
+                owner, _, kind = name.rpartition(".")
+                if (kinds and kind not in kinds) or (of is not None and owner not in of):
+                    continue
+                tensor = file.get_tensor(name)
+                if finite and tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ValueError(f"values of {name} that are not finite")
+                tensors[name] = tensor
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it") from None
+    return tensors, header
+
+
+# --- provenance ---
 
 
 def digest(content: object) -> str:
@@ -44,10 +123,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
+    """Return one SHA-256 of the files below a folder that match patterns, by default of all but its provenance."""
+    digests = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file() and path.name != PROVENANCE:
+                digests[path.relative_to(folder).as_posix()] = file_digest(path)
+    return digest(digests)
+
+
 def describe(made_by: str, *, libraries: tuple[str, ...] = (), **content: object) -> Json:
     """Return a provenance: the command, its inputs, and the versions of the libraries that computed the artifact."""
     versions = {name: version(name) for name in libraries}
     return {"made_by": made_by, "wanda_dvc": __version__, "libraries": versions, **content}
+
+
+def write_provenance(artifact: Path, content: Json) -> None:
+    """Write an artifact's provenance."""
+    write_json(artifact / PROVENANCE, content)
+
+
+def finish(folder: Path, made_from: Json, *, unit: str = "blocks") -> None:
+    """Write the provenance of a finished artifact, with its number of files: of blocks, or another `unit`."""
+    write_provenance(folder, made_from | {unit: len(list(folder.glob("*.safetensors")))})
 
 
 def read_provenance(artifact: Path, made_by: str) -> Json:
@@ -56,47 +155,40 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     if not is_there(path):
         raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     content = read_object(path, todo)
-    if content.get("made_by") not in (made_by, INSTEAD.get(made_by)):
+    if content.get("made_by") not in (made_by, SUBSTITUTES.get(made_by)):
         raise UserError(f"{path}: made by {content.get('made_by')}, expected {made_by}; {todo}")
     return content
 
 
-def check_source(where: str, found: Json, expected: Json, made_by: str) -> None:
+def check_source(where: str, source: Json, expected: Json, made_by: str) -> None:
     """Raise UserError if an artifact was made from another model or text than the expected one, by their digests."""
-    if found["sha256"] != expected["sha256"]:
+    if source["sha256"] != expected["sha256"]:
         raise UserError(
-            f"{where}/: made from {found['source']} (sha256 {found['sha256'][:12]}…), expected {expected['source']} "
+            f"{where}/: made from {source['source']} (sha256 {source['sha256'][:12]}…), expected {expected['source']} "
             f"(sha256 {expected['sha256'][:12]}…), which is here now; run `dvc repro` or `wanda-dvc {made_by}`"
         )
 
 
-def write_provenance(artifact: Path, content: Json) -> None:
-    """Write an artifact's provenance."""
-    write_json(artifact / PROVENANCE, content)
-
-
-def files_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
-    """Return one SHA-256 of the files below a folder that match patterns, by default of all but its provenance."""
-    paths = {path for one in patterns for path in folder.glob(one) if path.is_file() and path.name != PROVENANCE}
-    return digest({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
+# --- unfinished work ---
 
 
 @dataclass(frozen=True)
 class Work:
-    """A stage's unfinished work. It survives a kill at any point; the next run with the same inputs continues it.
+    """The unfinished work of one set of inputs. It survives a kill at any point; the next run with them resumes it.
 
     Two rules ensure this. A folder is renamed before its files are removed. A finished artifact stays in the work
     folder until a rename publishes it: after a kill before the rename, the next run only publishes again.
     """
 
     path: Path
+    waited: bool = False  # for another run with the same inputs
 
     @property
     def out(self) -> Path:
         """The artifact so far."""
-        return self.part("")
+        return self.output("")
 
-    def part(self, name: str) -> Path:
+    def output(self, name: str) -> Path:
         """Return the folder of one of several artifacts."""
         folder = self.path / "out" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,43 +200,74 @@ class Work:
         return self.out
 
     def commit(self, *targets: Path) -> None:
-        """Publish the finished artifact and remove the rest; several artifacts are parts named as their places.
+        """Move the finished artifact to its place and remove the rest. Several artifacts are named as their places.
 
         PermissionError, before any move, if an earlier artifact may not be removed.
         """
-        for folder in (folder for target in targets for folder, _, _ in os.walk(target)):
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
         for target in targets:
-            made = self.part(target.name if len(targets) > 1 else "")
-            remove(temporary := temporary_place(target))  # left by a killed run
+            for folder, _, _ in os.walk(target):
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        for target in targets:
+            folder = self._output_for(target, targets)
+            temporary = temporary_place(target)
+            remove(temporary)  # left by a killed run
             try:
-                _rename(made, target)
+                _move(folder, target)
             except OSError as error:
                 if error.errno != errno.EXDEV:  # else the place is on another file system
                     raise
-                shutil.copytree(made, temporary / "out", copy_function=copy_file)
-                _rename(temporary / "out", target)
+                shutil.copytree(folder, temporary / "out", copy_function=copy_file)
+                _move(temporary / "out", target)
                 remove(temporary)
+        write_json(self._note, {target.name: str(target.absolute()) for target in targets})
         self.discard()
+
+    def adopt(self, made_from: Json, *targets: Path) -> None:
+        """Begin with the artifacts that another run with the same inputs has committed, if they are still there.
+
+        Queued experiments have checkouts of their own: if two need the same calibration, one computes it, and the other
+        copies it. An artifact in this run's own place counts only if this run has waited for it, because a stage that
+        is repeated computes again.
+        """
+        committed = load_json(self._note)
+        for target in targets:
+            place = Path(committed.get(target.name, target))
+            is_own = place == target.absolute() and not self.waited
+            folder = self._output_for(target, targets)
+            if not is_own and not is_there(folder / PROVENANCE) and _is_complete(place, made_from):
+                with contextlib.suppress(FileNotFoundError, UserError):  # DVC may replace the files by links now
+                    _copy_blocks(place, folder)
 
     def discard(self) -> None:
         """Remove the work."""
         remove(self.path)
 
+    @property
+    def _note(self) -> Path:
+        """The file with the places of the artifacts of the last run with these inputs; it stays, as the lock does."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def _output_for(self, target: Path, targets: Sequence[Path]) -> Path:
+        return self.output(target.name if len(targets) > 1 else "")
+
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Let one process at a time use a path; another one reports that it is `waiting`."""
+def locked(path: Path, waiting: str) -> Iterator[bool]:
+    """Let one process at a time use a path; another one reports that it is `waiting`. Yield whether it has waited."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
     try:
-        held = lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
+        waited = False
     except Timeout:
         notice(waiting)
-        held = lock.acquire()
-    with held:
-        yield
+        lock.acquire()
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:
@@ -162,72 +285,30 @@ def temporary_place(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _rename(made: Path, target: Path) -> None:
+def _is_complete(folder: Path, made_from: Json) -> bool:
+    """Whether a folder has the finished artifact of some inputs, with a file for each of its blocks."""
+    blocks = len(list(folder.glob("block_*.safetensors")))
+    with contextlib.suppress(UserError):  # a damaged provenance
+        return load_json(folder / PROVENANCE) == made_from | {"blocks": blocks}
+    return False
+
+
+def _copy_blocks(source: Path, folder: Path) -> None:
+    """Copy an artifact's files, its provenance last. UserError if a file is damaged."""
+    for path in (*sorted(source.glob("block_*.safetensors")), source / PROVENANCE):
+        temporary = folder / f"{path.name}.part"
+        copy_file(path, temporary)
+        if path.suffix == ".safetensors":
+            read_header(temporary)
+        _flush(temporary)
+        temporary.replace(folder / path.name)
+
+
+def _move(folder: Path, target: Path) -> None:
     """Move a finished artifact to its place; an earlier artifact moves to `old` first, to be removed with the work."""
-    remove(old := made.with_name("old"))
+    old = folder.with_name("old")
+    remove(old)
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_there(target):
         target.rename(old)
-    made.rename(target)
-
-
-def block_file(folder: Path, block: int) -> Path:
-    """Return the path of one block's file."""
-    return folder / f"block_{block:03d}.safetensors"
-
-
-def finish(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
-    """Write the provenance of a finished artifact, with its number of blocks, or other parts."""
-    write_provenance(folder, made_from | {parts: len(list(folder.glob("*.safetensors")))})
-
-
-def block_count(folder: Path, made_by: str) -> int:
-    """Return an artifact's number of blocks; unfinished, of its files. UserError if a block is missing or surplus."""
-    found = {path.name for path in folder.glob("block_*.safetensors")}
-    if is_there(folder / PROVENANCE):
-        count = read_provenance(folder, made_by)["blocks"]
-        if found != {block_file(folder, block).name for block in range(count)}:
-            raise UserError(f"{folder}: found {len(found)} blocks, expected {count}; run `wanda-dvc {made_by}` again")
-    return len(found)
-
-
-def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
-    """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
-    blocks = itertools.count() if order is None else order
-    return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
-
-
-def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
-    """Write tensors and a header to a temporary safetensors file, then rename it."""
-    from safetensors.torch import save_file  # imports torch: stages that need none use this module too
-
-    temporary = path.with_name(path.name + ".part")
-    # A single key: safetensors writes several keys in an order that changes from run to run.
-    save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
-    temporary.replace(path)
-
-
-def load_tensors(
-    path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
-) -> "tuple[dict[str, Tensor], Json]":
-    """Read the tensors and the header of a safetensors file.
-
-    Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
-    the file is missing or damaged, or if numbers that have to be finite are not.
-    """
-    check_file(path, f"run `dvc repro` or `wanda-dvc {made_by}` again")
-    found = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: Json = json.loads(file.metadata()["wanda_dvc"])
-            for name in file.keys():
-                owner, _, kind = name.rpartition(".")
-                if (not kinds or kind in kinds) and (of is None or owner in of):
-                    found[name] = file.get_tensor(name)
-                    if finite and found[name].is_floating_point() and not found[name].isfinite().all():
-                        raise ValueError(f"values of {name} that are not finite")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: found {error}, expected what `wanda-dvc {made_by}` writes; run it") from None
-    return found, header
+    folder.rename(target)

@@ -22,13 +22,13 @@ class Study:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.stats, self.gram, self.fisher = (root / "stats" / tier for tier in STATISTICS)
+        self.stats, self.gram, self.fisher = (root / "stats" / name for name in STATISTICS)
         self.masks = root / "masks"
         self.weights = root / "weights"  # new weights that cannot be recomputed from masks/ and stats/
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Study":
-        """Return the project around `start` (by default this folder): the nearest folder with a `params.yaml`."""
+        """Return the study around `start` (by default this folder): the nearest folder with a `params.yaml`."""
         start = (start or Path.cwd()).resolve()  # not DVC_ROOT: in a queued experiment that is another checkout
         for folder in (start, *start.parents):
             if (folder / "params.yaml").is_file():
@@ -41,7 +41,7 @@ class Study:
         return read_params(self.root / "params.yaml")
 
     def stage_input(self, name: str) -> Json:
-        """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
+        """Return what a stage is given of the settings: the content of a file in `plan/`, such as `calibrate/norms`."""
         return read_object(self.root / "plan" / f"{name}.json", "run `dvc repro` or `wanda-dvc plan`")
 
     @cached_property
@@ -50,15 +50,15 @@ class Study:
         return Plan.read(self.stage_input("mask"))
 
     def with_params(self, params: Params) -> "Study":
-        """Return the project with other settings than its `params.yaml`."""
-        other = Study(self.root)
-        other.__dict__["params"] = params
-        return other
+        """Return the study with other settings than its `params.yaml`."""
+        study = Study(self.root)
+        study.__dict__["params"] = params
+        return study
 
-    def link_to(self, other: "Study", *names: str) -> None:
-        """Link to folders and files of another project, where they exist."""
+    def link_to(self, source_study: "Study", *names: str) -> None:
+        """Link to folders and files of another study, where they exist."""
         for name in names:
-            source, target = other.root / name, self.root / name
+            source, target = source_study.root / name, self.root / name
             if source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(source)
@@ -67,24 +67,24 @@ class Study:
         """Return the folder of the `dense`, the `pruned` or the `recovered` model."""
         return self.root / "models" / which
 
-    def source(self, part: str) -> Path:
-        """Return the link to the local source of a part, or of a text as `perplexity/NAME`; or the note without one."""
-        return self.root / "sources" / part
+    def source(self, name: str) -> Path:
+        """Return the link to a local source, such as `model` or `perplexity/NAME`; or the note that it is not local."""
+        return self.root / "sources" / name
 
-    def data(self, part: str) -> Path:
-        """Return the folder of `calibration`, `tasks` or a text, `perplexity/NAME`."""
-        return self.root / "data" / part
+    def data(self, name: str) -> Path:
+        """Return the folder of `calibration`, `recovery`, `tasks`, or a text of the perplexity, `perplexity/NAME`."""
+        return self.root / "data" / name
 
-    def text(self, part: str) -> str:
-        """Return the text of `calibration` or `perplexity/NAME`."""
-        again = part.replace("/", " ")
-        return read_text(self.data(part) / TEXT, f"run `dvc repro` or `wanda-dvc download {again}` again")
+    def text(self, name: str) -> str:
+        """Return the text of `calibration`, `recovery` or `perplexity/NAME`."""
+        source = name.replace("/", " ")
+        return read_text(self.data(name) / TEXT, f"run `dvc repro` or `wanda-dvc download {source}` again")
 
     @property
     def repository(self) -> Path:
-        """The root of the project's DVC repository, which may be a parent folder; without a repository, the project."""
-        here = self.root.absolute()
-        return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+        """The root of the study's DVC repository, which may be a parent folder; without a repository, the study."""
+        root = self.root.absolute()
+        return next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
 
     @property
     def work_root(self) -> Path:
@@ -119,9 +119,13 @@ class Study:
         """Return the data file of a plot."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
 
+    def work_path(self, made_from: Json) -> Path:
+        """Return the folder of the unfinished work of a set of inputs, parameters and versions."""
+        return self.work_root / digest(made_from)[:32]
+
     @contextlib.contextmanager
-    def work(self, made_from: Json) -> Iterator["Work"]:
+    def work(self, made_from: Json) -> Iterator[Work]:
         """Open the unfinished work of a set of inputs, parameters and versions: one process at a time, others wait."""
-        work = Work(self.work_root / digest(made_from)[:32])
-        with locked(work.path, "waiting for another run with the same inputs and parameters …"):
-            yield work
+        path = self.work_path(made_from)
+        with locked(path, "waiting for another run with the same inputs and parameters …") as waited:
+            yield Work(path, waited)

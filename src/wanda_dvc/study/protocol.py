@@ -5,27 +5,29 @@ from pathlib import Path
 from wanda_dvc.study.artifact import digest, files_digest
 from wanda_dvc.study.files import Json
 
-# Keys that may differ: the measured model, the reference that it is compared with, and the text: its tokens count.
-FREE = ("model", "reference", "wanda_dvc", "text")
+# Keys in which comparable figures may differ. Of a text its tokens count, which are another key.
+MAY_DIFFER = ("model", "reference", "wanda_dvc", "text")
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 
 
-def identity(version: int, made: Json, model: Path) -> Json:
-    """Return the part of a protocol on the stage's version and the measured model, with its provenance and folder."""
-    dense = made.get("model", made)["sha256"]  # a model made from the dense one names it
+def identity(version: int, provenance: Json, model: Path) -> Json:
+    """Return the entries of a protocol about the stage's version and the measured model: its provenance and folder."""
+    dense = provenance.get("model", provenance)["sha256"]  # a model made from the dense one names it
     tokenizer = files_digest(model, TOKENIZER)
-    return {"version": version, "model": digest(made), "dense": dense, "tokenizer_sha256": tokenizer}
+    return {"version": version, "model": digest(provenance), "dense": dense, "tokenizer_sha256": tokenizer}
 
 
-def differing(one: Json, other: Json) -> str | None:
+def differing(protocol: Json, expected: Json) -> str | None:
     """Return the first key that makes two results incomparable; None if they may be compared.
 
     Builds of one version of a library, such as `+cpu` and `+cu128` of torch, count as equal.
     """
-    first, second = _comparable_part(one), _comparable_part(other)
+    first, second = _comparable_entries(protocol), _comparable_entries(expected)
     return next((key for key in first | second if first.get(key) != second.get(key)), None)
 
 
-def _comparable_part(protocol: Json) -> Json:
-    libraries = {name: version.partition("+")[0] for name, version in protocol.get("libraries", {}).items()}
-    return {key: value for key, value in protocol.items() if key not in FREE} | {"libraries": libraries}
+def _comparable_entries(protocol: Json) -> Json:
+    entries = {key: value for key, value in protocol.items() if key not in MAY_DIFFER}
+    versions = protocol.get("libraries", {})
+    entries["libraries"] = {name: version.partition("+")[0] for name, version in versions.items()}
+    return entries
