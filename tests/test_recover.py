@@ -1,4 +1,4 @@
-"""`recover`: zeros stay, a killed run ends with the same weights, two processes are one, and a guard."""
+"""`recover`: zeros stay, a killed run ends with the same weights, two processes are one, and validation."""
 
 import json
 import os
@@ -22,11 +22,10 @@ from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import SizesOfStudy, computes_twice, training
-from wanda_dvc.stages.recover import recover
-from wanda_dvc.stages.recover import windows as windows_of
+from wanda_dvc.stages.recover import recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
-from wanda_dvc.training import trainer as recovery
+from wanda_dvc.training import trainer
 
 CPU = torch.device("cpu")
 
@@ -50,11 +49,12 @@ def windows(count: int, length: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def train(dense: Path, pruned: Path, work: Path, *, steps: int = 20, **changes: Any) -> Any:
-    words: dict[str, Any] = {
-        "rows": windows(2 * steps), "held": {"text": windows(2, seed=1), "other": windows(2, seed=2)}, "rate": 0.01,
-        "dtype": torch.float32, "device": CPU, "checkpointing": False, "work": work, "step": lambda: None,
+    validation = {"text": windows(2, seed=1), "other": windows(2, seed=2)}
+    kwargs: dict[str, Any] = {
+        "windows": windows(2 * steps), "validation": validation, "rate": 0.01, "dtype": torch.float32, "device": CPU,
+        "checkpointing": False, "work": work, "on_step": lambda _: None,
     }  # fmt: skip
-    return recovery.recover(dense, pruned, **words | changes)
+    return trainer.train(dense, pruned, **kwargs | changes)
 
 
 def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -65,13 +65,13 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
 def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
-    with mock.patch.object(recovery, "RecoveryTrainer", wraps=recovery.RecoveryTrainer) as trainer:
+    with mock.patch.object(trainer, "RecoveryTrainer", wraps=trainer.RecoveryTrainer) as trainers:
         weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
-    assert all(one.grad is None for one in trainer.call_args.args[0].parameters())  # of the dense model: no memory
+    assert all(one.grad is None for one in trainers.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["other"] < curve[0]["other"]
     assert curve[-1]["score"] == pytest.approx(sum(curve[-1][name] / curve[0][name] / 2 for name in ("text", "other")))
-    assert recovery.root_mean_square(torch.tensor([0.0, 3.0, 4.0])) == pytest.approx(12.5**0.5)  # of what stays
+    assert trainer.root_mean_square(torch.tensor([0.0, 3.0, 4.0])) == pytest.approx(12.5**0.5)  # of what stays
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
     for name, weight in before.items():
         if weight.dim() > 1:
@@ -79,23 +79,23 @@ def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_pat
         assert not torch.equal(weight, after[name]), name
 
 
-@pytest.mark.parametrize("missing", [recovery.STATE, recovery.WEIGHTS, "optimizer.pt"])
+@pytest.mark.parametrize("missing", [trainer.STATE, trainer.WEIGHTS, "optimizer.pt"])
 def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, tmp_path: Path):
     dense, pruned = pair(tmp_path)
     whole, curve = train(dense, pruned, tmp_path / "whole")
     work = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        train(dense, pruned, work, step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
+        train(dense, pruned, work, on_step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
     (last,) = sorted(work.glob("checkpoint-*"))
     for step in (2, 10):  # an older one; and the kill came while the next one was written, or removed
-        state = shutil.copytree(last, work / f"checkpoint-{step}") / recovery.STATE
+        state = shutil.copytree(last, work / f"checkpoint-{step}") / trainer.STATE
         state.write_text(state.read_text().replace('"global_step": 8', f'"global_step": {step}'))
     state.with_name(missing).unlink()
     steps: list[int] = []
-    with mock.patch.object(recovery, "divergence", wraps=recovery.divergence) as measured:
-        again, resumed = train(dense, pruned, work, step=lambda: steps.append(1))
-    assert measured.call_count == 1 + 12 + 6 * 4  # the trial, the steps that were left, the guard
-    assert len(steps) == 20  # those before the kill count
+    with mock.patch.object(trainer, "mean_divergence", wraps=trainer.mean_divergence) as measured:
+        again, resumed = train(dense, pruned, work, on_step=steps.append)
+    assert measured.call_count == 1 + 12 + 6 * 4  # the trial, the steps that were left, the evaluations
+    assert steps == [*range(9, 21)]  # those before the kill count
     assert resumed == curve
     one, other = (written(made, tmp_path / str(place)) for place, made in enumerate((whole, again)))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
@@ -150,7 +150,9 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
     dense, pruned = pair(tmp_path, family=family)
     rows = windows(2).repeat(4, 1)  # trained on, and measured
     held = {"text": rows[:2], "other": rows[:2]}
-    weights, curve = train(dense, pruned, tmp_path / "work", rows=rows, held=held, rate=1e-3, checkpointing=True)
+    weights, curve = train(
+        dense, pruned, tmp_path / "work", windows=rows, validation=held, rate=1e-3, checkpointing=True
+    )
     assert weights is not None
     assert curve[-1]["text"] < curve[0]["text"]
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
@@ -164,10 +166,10 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
     for said, (name, value) in refused.items():
         with mock.patch.dict(os.environ, {name: value}), pytest.raises(UserError, match=f"accelerate launch: {said}"):
             train(dense, pruned, tmp_path / "work")
-    monkeypatch.setattr(recovery, "divergence", lambda *_: torch.ones(1))  # without gradients
+    monkeypatch.setattr(trainer, "mean_divergence", lambda *_: torch.ones(1))  # without gradients
     with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):
         train(dense, pruned, tmp_path / "work")
-    monkeypatch.setattr(recovery, "divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(trainer, "mean_divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(UserError, match="^memory: CUDA out of memory"):
         train(dense, pruned, tmp_path / "work")
 
@@ -219,9 +221,9 @@ def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path
         recover(study=study(**SMALL, pattern="2:4"))
 
 
-def test_windows_are_not_the_calibrations_and_the_guard_has_others(study: Make):
+def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make):
     made = fetch(study(**SMALL, calibration__windows=8), "model", "calibration")
-    rows, held = windows_of(made)
+    rows, held = training_windows(made)
     drawn = calibration_windows(made)
     pieces = {tuple(row[place : place + 32].tolist()) for row in drawn for place in range(33)}
     for row in (*rows, *held["text"]):
@@ -230,7 +232,7 @@ def test_windows_are_not_the_calibrations_and_the_guard_has_others(study: Make):
     assert len(set(every)) == len(every) == 16 + 4
     assert len(held["other"]) == 4
     long = {"calibration__windows": 8, "recovery__tokens": 64 * 300}  # the text is shorter, and repeated
-    rows, held = windows_of(study(**long))
+    rows, held = training_windows(study(**long))
     assert len(rows) == 300
     assert not {tuple(row.tolist()) for row in rows} & {tuple(row.tolist()) for row in held["text"]}
 
@@ -261,5 +263,5 @@ def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pyte
 
 
 def test_a_model_trains_without_dropout(tmp_path: Path):
-    model = recovery.load(save("gpt2", tmp_path / "model"), torch.float32, CPU).train()
+    model = trainer.load_for_training(save("gpt2", tmp_path / "model"), torch.float32, CPU).train()
     assert torch.equal(model(windows(2)).logits, model(windows(2)).logits)

@@ -1,4 +1,7 @@
-"""Trains a pruned model towards the dense model, with transformers' Trainer: ours are the loss, the mask, the guard."""
+"""Trains a pruned model towards the dense model with transformers' Trainer.
+
+Ours are the loss (the divergence from the dense model), the mask (zeros stay zero) and the validation.
+"""
 
 import json
 import math
@@ -15,21 +18,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
-from wanda_dvc.engine.structure import stored_parts
+from wanda_dvc.engine.structure import StoredSlice, stored_parts
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install
-from wanda_dvc.plan import RECOVERY_BATCH as BATCH  # windows a step, of all processes
+from wanda_dvc.plan import RECOVERY_BATCH  # windows a step, of all processes
 
 WARM_UP = 0.05  # of the steps
-LOOKS = 10  # of the guard, and checkpoints, during a training
-NOISE = ("drop", "jitter")  # in the names of rates that make a training random
-STATE, WEIGHTS = "trainer_state.json", "model.safetensors"
+EVALUATIONS = 10  # on the validation windows during a training; each is also a checkpoint
+RANDOM_RATES = ("drop", "jitter")  # in the names of settings that make a training random
+STATE, WEIGHTS = "trainer_state.json", "model.safetensors"  # files of a checkpoint
+Windows = Int[Tensor, "windows length"]
+Curve = list[dict[str, float]]  # of each evaluation: tokens, the divergence on each text, and the score
 
 
-def divergence(dense: Float[Tensor, "*position vocabulary"], pruned: Float[Tensor, "*position vocabulary"]) -> Tensor:
+def mean_divergence(
+    dense: Float[Tensor, "*position vocabulary"], pruned: Float[Tensor, "*position vocabulary"]
+) -> Tensor:
     """Return the mean over positions of KL(dense ‖ pruned) in nats, of logits."""
     p, q = (logits.float().log_softmax(-1) for logits in (dense, pruned))
     return kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
@@ -42,172 +49,255 @@ def root_mean_square(parameter: Tensor) -> float:
 
 
 class RecoveryTrainer(Trainer):
-    """The trainer of a pruned model, with the dense model and the guard's windows, by text."""
+    """The trainer of a pruned model.
+
+    Attributes:
+        dense: The dense model.
+        validation: The windows of each evaluation, by text.
+        stored_dtypes: The dtype in which the checkpoint stores each parameter, by name.
+    """
 
     model: Any
     train_dataset: Any
-    kinds: Mapping[str, torch.dtype]  # in which parameters are stored, by name
 
-    def __init__(self, dense: Any, held: Mapping[str, Tensor], step: Callable[[], object], **words: Any) -> None:
-        super().__init__(**words)
+    def __init__(
+        self, dense: Any, validation: Mapping[str, Tensor], stored_dtypes: Mapping[str, torch.dtype], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
-        self.dense, self.held, self.step, self.steps = dense, held, step, 0
+        self.dense, self.validation, self.stored_dtypes = dense, validation, stored_dtypes
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """Return the divergence of some windows. The dense model runs each time: its predictions would fill a disk."""
+        """Return the divergence on some windows. The dense model runs each time: its predictions would fill a disk."""
         with torch.no_grad():
-            wanted = self.dense(**inputs).logits
-        return divergence(wanted, model(**inputs).logits)
+            dense_logits = self.dense(**inputs).logits
+        return mean_divergence(dense_logits, model(**inputs).logits)
 
-    def training_step(self, model: Any, *inputs: Any, **words: Any) -> Tensor:
+    def training_step(self, model: Any, *inputs: Any, **kwargs: Any) -> Tensor:
         """Compute gradients, except those of zeros in matrices: AdamW without decay then leaves them zero."""
-        while self.steps <= self.state.global_step:  # with those before an interruption
-            self.step()
-            self.steps += 1
-        loss: Tensor = super().training_step(model, *inputs, **words)
+        loss: Tensor = super().training_step(model, *inputs, **kwargs)
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.grad is not None:
                 parameter.grad.mul_(parameter.detach() != 0)
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW. A parameter's learning rate is a share of the root mean square of its nonzero values."""
-        every, rate = (model or self.model).parameters(), self.args.learning_rate
-        groups = [{"params": [p], "lr": rate * root_mean_square(p.detach())} for p in every if p.requires_grad]
+        """Make AdamW. A parameter's learning rate is relative to the root mean square of its nonzero values."""
+        groups = []
+        for parameter in (model or self.model).parameters():
+            if parameter.requires_grad:
+                rate = self.args.learning_rate * root_mean_square(parameter.detach())
+                groups.append({"params": [parameter], "lr": rate})
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # torch's fastest, on each device
         return self.optimizer
 
     @property
-    def curve(self) -> list[dict[str, float]]:
-        """The guard's measures, first those before the training; a score is the mean share left of a divergence."""
-        return [one for one in self.state.log_history if "score" in one]
+    def curve(self) -> Curve:
+        """The evaluations, first the one before the training. A score is the mean fraction left of a divergence."""
+        return [entry for entry in self.state.log_history if "score" in entry]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure on the guard's windows, with weights rounded as they will be stored, unless that is done."""
-        seen = self.state.global_step * BATCH * len(self.train_dataset[0]["input_ids"])
-        if not self.curve or self.curve[-1]["tokens"] != seen:  # the trainer asks twice after the last step
-            model, found, own = self.model.eval(), dict[str, float](), dict[str, Tensor]()
-            for name, of in model.named_parameters():
-                own[name] = of.detach().to(self.kinds.get(name, of.dtype)).to(of.dtype)
+        """Measure the divergence on the validation windows and log it; return the score."""
+        tokens = self.state.global_step * RECOVERY_BATCH * len(self.train_dataset[0]["input_ids"])
+        if self.curve and self.curve[-1]["tokens"] == tokens:  # the trainer evaluates twice after the last step
+            return {"eval_score": self.curve[-1]["score"]}
+        divergences = self._divergences()
+        start = self.curve[0] if self.curve else divergences
+        score = fmean(divergences[text] / start[text] if start[text] else math.inf for text in divergences)
+        self.log({"tokens": tokens, **divergences, "score": score})
+        if self.args.should_save:  # the first process
+            shown = ", ".join(f"{text} {start[text]:.4f} → {divergences[text]:.4f}" for text in divergences)
+            notice(f"recover: {tokens:,} tokens, divergence of validation windows: {shown}")
+        return {"eval_score": score}
 
-            def run(**words: Any) -> Any:
-                return functional_call(model, own, (), words)
+    def _divergences(self) -> dict[str, float]:
+        """Return the mean divergence on the validation windows, by text, of weights rounded as they will be stored."""
+        model = self.model.eval()
+        rounded = {}
+        for name, parameter in model.named_parameters():
+            stored = self.stored_dtypes.get(name, parameter.dtype)
+            rounded[name] = parameter.detach().to(stored).to(parameter.dtype)
 
-            with torch.no_grad(), self.autocast_smart_context_manager():
-                for name, rows in self.held.items():
-                    each = ({"input_ids": row[None].to(self.args.device)} for row in rows)
-                    found[name] = fmean(self.compute_loss(run, inputs).item() for inputs in each)
-            start = self.curve[0] if self.curve else found
-            score = fmean(found[name] / start[name] if start[name] else math.inf for name in found)
-            self.log({"tokens": seen, **found, "score": score})
-            if self.args.should_save:  # the first process
-                shown = ", ".join(f"{name} {start[name]:.4f} → {found[name]:.4f}" for name in found)
-                notice(f"recover: {seen:,} tokens, divergence of held-out windows: {shown}")
-        return {"eval_score": self.curve[-1]["score"]}
+        def run(**inputs: Any) -> Any:
+            return functional_call(model, rounded, (), inputs)
+
+        divergences = {}
+        with torch.no_grad(), self.autocast_smart_context_manager():
+            for text, windows in self.validation.items():
+                inputs = [{"input_ids": window[None].to(self.args.device)} for window in windows]
+                divergences[text] = fmean(self.compute_loss(run, window).item() for window in inputs)
+        return divergences
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the weights by their names in the model, without transformers' conversions."""
         if self.args.should_save:
-            (folder := Path(output_dir or self.args.output_dir or "")).mkdir(parents=True, exist_ok=True)
+            folder = Path(output_dir or self.args.output_dir or "")
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(state_dict or dict(self.model.named_parameters()), folder / WEIGHTS)
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a complete model that trains without dropout and jitter."""
-    config = read_config(folder)
-    for part in (config, config.get_text_config()):
-        part.use_cache = False
-        for name, value in list(vars(part).items()):
-            if isinstance(value, float) and any(word in name for word in NOISE):
-                setattr(part, name, 0.0)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
-    return model.eval().to(device)
+class _Steps(TrainerCallback):
+    """Reports the number of finished steps, those before an interruption included."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self.on_step(state.global_step)
 
 
-def recover(
-    dense: Path, pruned: Path, *, rows: Int[Tensor, "windows length"], held: Mapping[str, Int[Tensor, "_ length"]],
-    rate: float, dtype: torch.dtype, device: torch.device, checkpointing: bool, work: Path, step: Callable[[], object],
-) -> tuple[EditedCheckpoint | None, list[dict[str, float]]]:  # fmt: skip
-    """Train a pruned model on `rows`, in their order, towards the dense model in another folder.
+def train(
+    dense: Path, pruned: Path, *, windows: Windows, validation: Mapping[str, Windows], rate: float, dtype: torch.dtype,
+    device: torch.device, checkpointing: bool, work: Path, on_step: Callable[[int], None],
+) -> tuple[EditedCheckpoint | None, Curve]:  # fmt: skip
+    """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
-    Returns the pruned checkpoint with the weights of the best score, or None if no score is better than the pruned
-    model's; and the guard's curve. An interrupted training resumes at its last checkpoint in `work`. Each process of
-    `accelerate launch` calls this, and takes its share of a step's windows.
+    An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
+    and takes its part of a step's windows.
+
+    Args:
+        dense: The directory of the dense model.
+        pruned: The directory of the pruned model.
+        windows: Token ids; a step has `RECOVERY_BATCH` windows.
+        validation: Token ids of the windows that each evaluation measures on, by text.
+        rate: The highest learning rate, relative to a parameter's root mean square.
+        dtype: Of the products; the trained weights are in float32.
+        device: Of both models.
+        checkpointing: Whether activations are computed twice instead of kept.
+        work: The folder of checkpoints.
+        on_step: Called with the number of finished steps after each one.
+
+    Returns:
+        The pruned checkpoint with the weights of the lowest score, or None if no score is below the pruned model's;
+        and all evaluations.
+
+    Raises:
+        UserError: The model cannot be trained, or the choices of `accelerate launch` do not fit.
     """
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
-    share = _share()
+    windows_per_process = _windows_per_process()
     logging.set_verbosity_error()
-    student, teacher = load(pruned, torch.float32, device), load(dense, dtype, device).requires_grad_(False)
-    for model in (student, teacher) if dtype is torch.float32 and device.type == "cpu" else ():
-        install(model)
-    try:
-        some = rows[:1, :8].to(device)
-        divergence(teacher(input_ids=some).logits, student.train()(input_ids=some).logits).backward()
-    except Exception as error:  # a model's class may raise any exception
-        family = student.config.model_type
-        what = explain(error) or (f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0",)
-        raise UserError(*what) from error
-    student.zero_grad()
+    student = load_for_training(pruned, torch.float32, device)
+    teacher = load_for_training(dense, dtype, device).requires_grad_(False)
+    if dtype is torch.float32 and device.type == "cpu":
+        install(student)
+        install(teacher)
+    _check_trainable(student, teacher, windows[:1, :8].to(device))
     if checkpointing and student.supports_gradient_checkpointing:
         renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
         (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
-    each = math.ceil(len(rows) / BATCH / LOOKS)
-    warm_up = WARM_UP * (len(rows) > BATCH)  # its first step has a rate of 0: an only step would train nothing
-    if device.type == "cuda" and share == BATCH:
+    slices, stored_dtypes = _trained_slices(student, Checkpoint(pruned))
+    dataset = [{"input_ids": window} for window in windows]
+    trainer = RecoveryTrainer(
+        teacher, validation, stored_dtypes, model=student, train_dataset=dataset, eval_dataset=dataset,
+        args=_arguments(work, len(windows), windows_per_process, rate=rate, dtype=dtype, device=device),
+        callbacks=[_Steps(on_step)],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    best = trainer.state.best_metric
+    if best is None or best >= 1:
+        return None, trainer.curve
+    return _with_weights(Checkpoint(pruned), student, slices), trainer.curve
+
+
+def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a complete model that trains without dropout and jitter."""
+    config = read_config(folder)
+    for section in (config, config.get_text_config()):
+        section.use_cache = False
+        for name, value in list(vars(section).items()):
+            if isinstance(value, float) and any(rate in name for rate in RANDOM_RATES):
+                setattr(section, name, 0.0)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+    return model.eval().to(device)
+
+
+def _check_trainable(student: Any, teacher: Any, tokens: Int[Tensor, "1 length"]) -> None:
+    """Compute the gradients of a few tokens. UserError if the model's class cannot."""
+    try:
+        dense_logits = teacher(input_ids=tokens).logits
+        mean_divergence(dense_logits, student.train()(input_ids=tokens).logits).backward()
+    except Exception as error:  # a model's class may raise any exception
+        family = student.config.model_type
+        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0"
+        raise UserError(*(explain(error) or [unknown])) from error
+    student.zero_grad()
+
+
+def _arguments(
+    work: Path, windows: int, windows_per_process: int, *, rate: float, dtype: torch.dtype, device: torch.device
+) -> TrainingArguments:
+    steps_between_evaluations = math.ceil(windows / RECOVERY_BATCH / EVALUATIONS)
+    # The first step of a warm-up has a rate of 0: an only step would train nothing.
+    warm_up = WARM_UP if windows > RECOVERY_BATCH else 0
+    if device.type == "cuda" and windows_per_process == RECOVERY_BATCH:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
-        output_dir=str(work.absolute()), per_device_train_batch_size=share, num_train_epochs=1,
+        output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
         train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=warm_up,
-        eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=each, save_steps=each,
-        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=False,
-        use_cpu=device.type == "cpu", bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
+        eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=steps_between_evaluations,
+        save_steps=steps_between_evaluations, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=False, use_cpu=device.type == "cpu",
+        bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
         ddp_find_unused_parameters=True,  # otherwise it depends on the checkpointing, which may differ between GPUs
         report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs
     if device.type == "cuda":
         vars(arguments)["_setup_devices"] = device  # a cached property, which takes the first GPU
-    data = [{"input_ids": row} for row in rows]
-    checkpoint, named = Checkpoint(pruned), dict(student.named_parameters(remove_duplicate=False))
-    every = [(name, part) for name, stored in stored_parts(student, checkpoint).items() for part in stored]
-    parts = [(name, part) for name, part in every if name in named]
-    trainer = RecoveryTrainer(teacher, held, step, model=student, args=arguments, train_dataset=data, eval_dataset=data)
-    trainer.kinds = {name: checkpoint.read(part.address).dtype for name, part in parts}
-    trainer.train(resume_from_checkpoint=_last(work))
-    if not (trainer.state.best_metric or 1) < 1:
-        return None, trainer.curve
-    weights = {part.address: part.of(named[name].detach()) for name, part in parts}
+    return arguments
+
+
+def _trained_slices(
+    student: Any, checkpoint: Checkpoint
+) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
+    """Return the stored slices of each parameter, and the dtype in which they are stored."""
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    slices = {name: stored for name, stored in stored_parts(student, checkpoint).items() if name in parameters}
+    return slices, {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
+
+
+def _with_weights(checkpoint: Checkpoint, student: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
+    """Return the pruned checkpoint with the trained weights, in their stored dtypes."""
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    weights: dict[Address, Tensor] = {}
+    for name, stored in slices.items():
+        for piece in stored:
+            weights[piece.address] = piece.of(parameters[name].detach())
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
-        new = weights[address].to("cpu", before.dtype)
-        if before.dim() > 1 and new[before == 0].count_nonzero():
+        trained = weights[address].to("cpu", before.dtype)
+        if before.dim() > 1 and trained[before == 0].count_nonzero():
             raise RuntimeError(f"{address.tensor}: the training moved zeros")
-        return new
+        return trained
 
-    return EditedCheckpoint(checkpoint, read, weights), trainer.curve
+    return EditedCheckpoint(checkpoint, read, weights)
 
 
-def _share() -> int:
+def _windows_per_process() -> int:
     """Return this process's windows of a step, among the processes of `accelerate launch`."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
             raise UserError(f"accelerate launch: {name} splits gradients, so no mask can act; add --multi_gpu")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if BATCH % processes:
-        raise UserError(f"accelerate launch: {processes} processes, expected 1 or {BATCH}: a step has {BATCH} windows")
-    return BATCH // processes
+    if RECOVERY_BATCH % processes:
+        raise UserError(
+            f"accelerate launch: {processes} processes, expected 1 or {RECOVERY_BATCH}: a step has {RECOVERY_BATCH} "
+            "windows"
+        )
+    return RECOVERY_BATCH // processes
 
 
-def _last(work: Path) -> str | None:
-    """Return the last complete checkpoint, if any. A checkpoint's state is written last."""
+def _last_checkpoint(work: Path) -> str | None:
+    """Return the last complete checkpoint, if any, and remove incomplete ones. A checkpoint's state is written last."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
         try:
             step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
-            for name in (WEIGHTS, "optimizer.pt", "scheduler.pt"):  # a kill leaves a part of a removed one
+            for name in (WEIGHTS, "optimizer.pt", "scheduler.pt"):  # a kill leaves some files of a removed checkpoint
                 (folder / name).stat()
             complete[step] = str(folder.absolute())
         except (OSError, ValueError):
