@@ -25,7 +25,7 @@ from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokeni
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.recover import windows as recovery_windows
+from wanda_dvc.stages.recover import training_windows
 from wanda_dvc.study.files import load_json
 
 COMMIT, OLDER = "c" * 40, "0" * 40
@@ -392,7 +392,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     assert calibration_windows(made).tolist() == expected
     again = authors_windows(documents(), load_tokenizer(tiny), samples=8, length=64, seed=seed + 1)
     made = study(calibration__text__source="c4", calibration__windows=20, recovery__tokens=64 * 4, **settings)
-    assert recovery_windows(made)[0].tolist() == again[4:]  # and not the calibration's
+    assert training_windows(made)[0].tolist() == again[4:]  # and not the calibration's
 
 
 def test_a_document_that_cannot_be_long_enough_is_drawn_and_not_tokenized():

@@ -142,7 +142,7 @@ class _Steps(TrainerCallback):
     def __init__(self, on_step: Callable[[int], None]) -> None:
         self.on_step = on_step
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.on_step(state.global_step)
 
 
