@@ -295,7 +295,7 @@ def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
     from wanda_dvc.stages.process import timed
 
     def make(root: Path) -> None:
-        shutil.copytree(calibrated, root, symlinks=True)
+        shutil.copytree(calibrated, root, symlinks=True, ignore=shutil.ignore_patterns("tmp"))
         study = fetch(Study(root), "tasks")
         for name in ("mask", "apply", "perplexity", "zero-shot"):
             with timed(study, name):
@@ -318,7 +318,8 @@ def study(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
 @pytest.fixture
 def calibrated_study(calibrated: Path, study: Make, tmp_path: Path) -> Make:
     """Makes a copy of `calibrated` with other settings; called again, it changes them."""
-    shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
+    # Without notes of where its artifacts are: a stage that runs again would copy them.
+    shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tmp"))
     return partial(study, Study(calibrated).params.model, **CALIBRATION)
 
 

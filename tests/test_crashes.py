@@ -218,7 +218,7 @@ def test_any_file_operation_is_a_crash_point_that_recovers(
 
     Some of a stage's operations are tried; the next run leaves what a run without a kill leaves.
     """
-    calibrated_study = shutil.copytree(root, tmp_path / "study", symlinks=True)
+    calibrated_study = shutil.copytree(root, tmp_path / "study", symlinks=True, ignore=shutil.ignore_patterns("tmp"))
     if SETTINGS[settings]:
         params = (calibrated_study / "params.yaml").read_text(encoding="utf-8")
         for setting, value in SETTINGS[settings].items():
@@ -319,7 +319,7 @@ def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
     """A killed DVC leaves its stage running, and that stage may be inside a multiplication."""
     stage = (
         "import os, time\n"
-        "from wanda_dvc.stages.device import stoppable\n"
+        "from wanda_dvc.stages.process import stoppable\n"
         "with stoppable('mask'):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(120)\n"

@@ -258,7 +258,7 @@ def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, c
 def test_a_stopped_command_stops_the_processes_that_it_started():
     script = (
         "import os, signal, subprocess, sys\n"
-        "from wanda_dvc.stages.device import stoppable\n"
+        "from wanda_dvc.stages.process import stoppable\n"
         "with stoppable('prune', 'run the same command again', with_children=True):\n"
         '    child = \'import os, subprocess; print(os.getpid(), flush=True); subprocess.run(["sleep", "600"])\'\n'
         "    started = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"

@@ -1,4 +1,4 @@
-"""Measure the dense model's activations once: the tiers of stats/ that the plan asks for."""
+"""Measure the dense model's activations once: the statistics that the plan asks for."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact, tensors
-from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
+from wanda_dvc.study.artifact import PROVENANCE, Work, describe, is_complete, read_provenance
 from wanda_dvc.study.files import Json, write_csv
 from wanda_dvc.study.folder import Study
 
@@ -20,32 +20,60 @@ from wanda_dvc.study.folder import Study
 def calibrate(*, study: Study, statistics: str) -> None:
     """models/dense + data/calibration → stats/norms, stats/gram or stats/fisher.
 
-    The tiers are stages of their own, so that each is measured once, in any order of recipes. If the plan asks for
-    norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
+    Each kind of statistics is a stage of its own, so that each is measured once, in any order of recipes. If the plan
+    asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
     """
     check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
-    made_from = _described(study, statistics)
+    target = study.root / "stats" / statistics
+    made_from = calibrated_from(study, statistics)
     with study.work(made_from) as work:
-        if is_there(work.out / PROVENANCE):  # measured with the norms
-            pass
-        elif statistics == "fisher":
-            _backward(study, work)
-        elif statistics == "norms" and study.stage_input("calibrate/gram"):
-            gram_from = _described(study, "gram")
-            with study.work(gram_from) as gram:
-                _forward(study, norms=work, gram=gram)
-                artifact.finish(gram.out, gram_from)
-        else:
-            _forward(study, **{statistics: work})
-        artifact.finish(work.out, made_from)
-        rows = list(_rows(work.out)) if statistics == "norms" else None  # takes seconds; publishing forgets the run
-        work.commit(study.root / "stats" / statistics)
-    if rows:
+        work.adopt(made_from, target)
+        if not is_there(work.out / PROVENANCE):  # else it was measured with the norms, or by another run
+            if statistics == "fisher":
+                _backward(study, work)
+            elif statistics == "gram":
+                _forward(study, gram=work)
+            elif _wants_gram(study):
+                gram_from = calibrated_from(study, "gram")
+                with study.work(gram_from) as gram:
+                    _forward(study, norms=work, gram=gram)
+                    artifact.finish(gram.out, gram_from)
+            else:
+                _forward(study, norms=work)
+            artifact.finish(work.out, made_from)
+        plotted = list(_plotted(work.out)) if statistics == "norms" else []  # takes seconds; a commit ends the work
+        work.commit(target)
+    if statistics == "norms":
         headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
-        write_csv(study.plots("norms"), headers, rows)
+        write_csv(study.plots("norms"), headers, plotted)
 
 
-def _rows(folder: Path) -> Iterator[list[object]]:
+def calibrated_from(study: Study, statistics: str) -> Json:
+    """Return the provenance of `norms`, `gram` or `fisher`, without its number of blocks."""
+    model = read_provenance(study.model("dense"), "download model")
+    text = read_provenance(study.data("calibration"), "download calibration")
+    params = calibrated_with(study)
+    made_from = describe(
+        "calibrate",
+        version=STAGES["calibrate"].version,
+        libraries=("torch", "transformers"),
+        model={"source": model["source"], "sha256": model["sha256"]},
+        text={"source": text["source"], "sha256": text["sha256"]},
+        params=params,
+    )
+    if statistics != "norms":
+        made_from["dtype"] = GRAM_DTYPE
+    if statistics == "fisher":
+        made_from["windows"] = min(WINDOWS_BACK, params["windows"])
+    return made_from
+
+
+def _wants_gram(study: Study) -> bool:
+    """Whether the plan asks for Gram matrices, and stats/gram does not have them yet."""
+    return bool(study.stage_input("calibrate/gram")) and not is_complete(study.gram, calibrated_from(study, "gram"))
+
+
+def _plotted(folder: Path) -> Iterator[list[object]]:
     for block in range(artifact.block_count(folder, "calibrate")):
         stats = tensors.read_stats(folder, block)
         for name, x in stats.inputs.items():
@@ -55,37 +83,17 @@ def _rows(folder: Path) -> Iterator[list[object]]:
             yield [block, consumers, len(x.norm), *summary(x.norm).values()]
 
 
-def _described(study: Study, statistics: str) -> Json:
-    """Return the provenance of a tier."""
-    model = read_provenance(study.model("dense"), "download model")
-    text = read_provenance(study.data("calibration"), "download calibration")
-    params = calibrated_with(study)
-    described = describe(
-        "calibrate",
-        version=STAGES["calibrate"].version,
-        libraries=("torch", "transformers"),
-        model={"source": model["source"], "sha256": model["sha256"]},
-        text={"source": text["source"], "sha256": text["sha256"]},
-        params=params,
-    )
-    if statistics != "norms":
-        described["dtype"] = GRAM_DTYPE
-    if statistics == "fisher":
-        described["windows"] = min(WINDOWS_BACK, params["windows"])
-    return described
-
-
 def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> None:
     """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input.
 
     A killed run resumes after the blocks that all works have.
     """
-    works = [work for work in (norms, gram) if work]
+    works = [work for work in (norms, gram) if work is not None]
     announce(study, "calibrate")
     run = runner(study, "dense", works[0])
     windows, blocks = calibration_windows(study), len(run.decoder.blocks)
-    each = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
-    tokens, features = windows.numel(), max(linear.features for linear in each)
+    linears = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
+    tokens, features = windows.numel(), max(linear.features for linear in linears)
     if gram and tokens < TOKENS_A_FEATURE * features:
         notice(
             f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
@@ -94,15 +102,15 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
         )
     kept = min(artifact.finished_blocks(work.out) for work in works)
     unreached = {}
-    walk = run.walk(windows, kept=kept)
-    for step in progress(walk, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
+    steps = run.walk(windows, kept=kept)
+    for step in progress(steps, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached[step.index] = measured.unreached()
         if norms:
             tensors.write_stats(norms.out, step.index, measured)
         if gram:
             tensors.write_grams(gram.out, step.index, measured, grams)
-            grams.clear()  # before the next block's arrive; other frames hold them too
+            grams.clear()  # before the next block's arrive; other frames refer to them too
     if norms:
         say_unreached("calibrate", unreached)  # of the blocks measured by this run
 
@@ -115,8 +123,10 @@ def _backward(study: Study, work: Work) -> None:
     run = runner(study, "dense", work)
     blocks = len(run.decoder.blocks)
     kept = artifact.finished_blocks(work.out, reversed(range(blocks)))
-    back = backward(run, calibration_windows(study)[:WINDOWS_BACK], kept=kept)
-    for block, came in progress(back, total=blocks, what="calibrate, blocks back", at=lambda one: blocks - 1 - one[0]):
-        each = {name: [name] for name in came.grams}  # a matrix is one linear's, in its own orientation
-        tensors.write_grams(work.out, block, BlockStats({}, each, [], came.sums), came.grams)
-        came.grams.clear()
+    passed = backward(run, calibration_windows(study)[:WINDOWS_BACK], kept=kept)
+    for block, gradients in progress(
+        passed, total=blocks, what="calibrate, blocks back", at=lambda item: blocks - 1 - item[0]
+    ):
+        linears = {name: [name] for name in gradients.grams}  # a matrix is one linear's, in its own orientation
+        tensors.write_grams(work.out, block, BlockStats({}, linears, [], gradients.sums), gradients.grams)
+        gradients.grams.clear()

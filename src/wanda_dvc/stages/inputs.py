@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
-from wanda_dvc.study.files import Documents, Json
+from wanda_dvc.study.artifact import (
+    MODEL_COMMANDS,
+    PROVENANCE,
+    Work,
+    check_source,
+    digest,
+    file_digest,
+    read_provenance,
+)
+from wanda_dvc.study.files import Documents, Json, load_json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
@@ -76,23 +84,38 @@ def calibrated_with(study: Study) -> Json:
 
 
 def statistics(study: Study) -> tuple[Json, dict[str, str]]:
-    """Return the provenance of stats/norms, and by name the digests of what else masks read: tiers, a function.
+    """Return the provenance of stats/norms, and by name the digests of what else masks read: statistics, a function.
 
     UserError if they are of another model, or of other settings.
     """
-    stats = read_provenance(study.stats, "calibrate")
-    check_source("stats", stats["model"], read_provenance(study.model("dense"), MODEL_COMMANDS["dense"]), "calibrate")
+    norms = read_provenance(study.stats, "calibrate")
+    dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
+    check_source("stats", norms["model"], dense, "calibrate")
     expected = calibrated_with(study)
-    if stats["params"] != expected:
+    if norms["params"] != expected:
         raise UserError(
-            f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
+            f"stats/: measured with {norms['params']}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     plan = study.plan
-    gram = [study.gram] if plan.method.needs == "gram" and not plan.propagates else []
-    others = [*gram, study.fisher] if plan.masks_read_fisher or plan.solver_reads_fisher else gram
-    function = {"method": file_digest(study.source("method"))} if plan.method.package else {}
-    return stats, function | {folder.name: digest(statistics_provenance(folder, stats)) for folder in others}
+    digests = {}
+    if plan.method.package:
+        digests["method"] = file_digest(study.source("method"))
+    if plan.method.needs == "gram" and not plan.propagates:
+        digests["gram"] = digest(statistics_provenance(study.gram, norms))
+    if plan.masks_read_fisher or plan.solver_reads_fisher:
+        digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
+    _discard_second_gram(study)
+    return norms, digests
+
+
+def _discard_second_gram(study: Study) -> None:
+    """Remove Gram matrices that wait for their stage after DVC has restored the same ones from its cache."""
+    provenance = load_json(study.gram / PROVENANCE)
+    made_from = {name: value for name, value in provenance.items() if name != "blocks"}
+    if is_there(study.work_path(made_from)):
+        with study.work(made_from) as work:
+            work.discard()
 
 
 def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
@@ -100,13 +123,13 @@ def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norm
 
     UserError if it was not measured, or is of another run than `made_with`: model, text and parameters of `what`.
     """
-    tier = read_provenance(folder, "calibrate")
-    if any(tier[name] != made_with[name] for name in ("model", "text", "params")):
+    provenance = read_provenance(folder, "calibrate")
+    if any(provenance[name] != made_with[name] for name in ("model", "text", "params")):
         raise UserError(
-            f"stats/{folder.name}: found a calibration of {tier['model']['source']}, expected that of the model and "
-            f"text that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
+            f"stats/{folder.name}: found a calibration of {provenance['model']['source']}, expected that of the model "
+            f"and text that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
         )
-    return tier
+    return provenance
 
 
 def calibration_windows(study: Study) -> "Int[Tensor, 'windows length']":

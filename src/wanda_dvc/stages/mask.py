@@ -66,6 +66,7 @@ def mask(*, study: Study) -> None:
     units = {linear: removal.sets[cut.units] for linear, cut in removal.consumers.items()} if removal else {}
     solving = partial(solve, plan, checkpoint, units, fisher_folder)
     with study.work(made_from) as work:
+        work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
         unreached: dict[int, set[str]] = {}
         repairs = repaired(study, checkpoint, removal, stats, work) if removal and plan.repairs else {}

@@ -160,6 +160,14 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     return content
 
 
+def is_complete(folder: Path, made_from: Json) -> bool:
+    """Whether a folder has the finished artifact of some inputs, with a file for each of its blocks."""
+    blocks = len(list(folder.glob("block_*.safetensors")))
+    with contextlib.suppress(UserError):  # a damaged provenance
+        return load_json(folder / PROVENANCE) == made_from | {"blocks": blocks}
+    return False
+
+
 def check_source(where: str, source: Json, expected: Json, made_by: str) -> None:
     """Raise UserError if an artifact was made from another model or text than the expected one, by their digests."""
     if source["sha256"] != expected["sha256"]:
@@ -235,7 +243,7 @@ class Work:
             place = Path(committed.get(target.name, target))
             is_own = place == target.absolute() and not self.waited
             folder = self._output_for(target, targets)
-            if not is_own and not is_there(folder / PROVENANCE) and _is_complete(place, made_from):
+            if not is_own and not is_there(folder / PROVENANCE) and is_complete(place, made_from):
                 with contextlib.suppress(FileNotFoundError, UserError):  # DVC may replace the files by links now
                     _copy_blocks(place, folder)
 
@@ -283,14 +291,6 @@ def remove(path: Path) -> None:
 def temporary_place(target: Path) -> Path:
     """Return the temporary folder for copies of an artifact, next to its place."""
     return target.with_name(target.name + ".part")
-
-
-def _is_complete(folder: Path, made_from: Json) -> bool:
-    """Whether a folder has the finished artifact of some inputs, with a file for each of its blocks."""
-    blocks = len(list(folder.glob("block_*.safetensors")))
-    with contextlib.suppress(UserError):  # a damaged provenance
-        return load_json(folder / PROVENANCE) == made_from | {"blocks": blocks}
-    return False
 
 
 def _copy_blocks(source: Path, folder: Path) -> None:
