@@ -216,9 +216,9 @@ def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):
 
 
 def test_a_linear_reads_one_input_in_all_shards():
-    total = InputSums(source={"up": "gate"})
+    total = InputSums(input_of={"up": "gate"})
     with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
-        total.merge(InputSums(source={"up": "up"}))
+        total.merge(InputSums(input_of={"up": "up"}))
 
 
 def test_an_input_is_one_memory_in_one_state(tiny: Path):

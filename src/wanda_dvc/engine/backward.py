@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import FisherSums, recording_gradients
+from wanda_dvc.engine.fisher import FisherSums, GradientRecorder
 from wanda_dvc.engine.forward import ModelRunner, Sequences
 from wanda_dvc.engine.sequences import Chunk, TokenSequence
 from wanda_dvc.engine.sums import check_finite
@@ -66,6 +66,7 @@ def run_back(
             out = model.run(index, hidden, row)
         return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
 
-    with recording_gradients(model.linears(index)) as found:
+    recorder = GradientRecorder(model.linears(index))
+    with recorder.recording():
         gradients.write(done + 1, shard.number, itertools.starmap(back, zip(states, after, shard.rows, strict=True)))
-    return found
+    return recorder.result()

@@ -1,141 +1,162 @@
-"""Sees the inputs and outputs of experts, which have no module that a hook could see."""
+"""Observes experts, whose weights share one parameter: the products with each expert's matrix, and the gated outputs.
 
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+transformers calls a module of experts with `(hidden_states, top_k_index, top_k_weights)`. Inside, the experts have no
+modules of their own: the model multiplies tokens by `gate_up_proj`, and the result by `down_proj`, [experts, ·, ·].
+"""
 
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
-from wanda_dvc.engine.accelerator import solving_device
-from wanda_dvc.engine.sums import SharedBy, merge_sums
-from wanda_dvc.pruning.statistics import TokenSum
+from wanda_dvc.engine.sums import LinearsByMatrix
 
-ALL = slice(None)
-# (names, x, y, tokens): the linears that are rows of one weight, their input and output, and the slice of their tokens
-# in both.
-See = Callable[[list[str], Tensor, Tensor, slice], None]
-
-# --- the outputs of experts, until a block multiplies them by the router's gates ---
-
-BY_GATES = frozenset({"mul", "multiply", "mul_", "__mul__", "__rmul__", "__imul__"})
-REORDERING = frozenset({"__getitem__", "index_select", "gather", "take_along_dim", "flip", "roll"})
-Segment = tuple[str, int, int]  # an expert's linear, its first token, and the token after its last
+ALL_ROWS = slice(None)
+LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
+# (names, x, y, rows): the linears that share one matrix, its input and output, and the slice of their rows in both.
+OnProduct = Callable[[list[str], Tensor, Tensor, slice], None]
+# (name, norms): an expert's last linear, and ‖gate · output‖₂ of each of its tokens.
+OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]
 
 
-@dataclass
-class _Output:
-    """An output of experts, or a tensor that the block computed from it, row by row."""
+class ExpertParameter(NamedTuple):
+    """A parameter [experts, ·, ·] of a module, with the linears of each expert."""
 
-    tensor: weakref.ref[Tensor]  # its memory is the block's
-    segments: list[Segment]
-    norms: Float[Tensor, " tokens"] | None = None  # ‖gate · output‖₂ of each token, once the gates were seen
+    module: nn.Module
+    leaf: str
+    linears: dict[int, list[str]]
 
 
-@dataclass
-class RoutedOutputs:
-    """The norms of what each expert adds to its tokens: REAP's gate · ‖output‖₂, of the model's own product.
+class ExpertProduct(NamedTuple):
+    """The product of tokens [rows, in] and the matrices of some experts: the rows of each expert follow one another."""
 
-    An expert's output is followed through additions, norms and conversions, row by row; the last multiplication by one
-    number a token is by the gates. Outputs that a block uses in another way have no norms here, and
-    `TokenSum.count` is then below the number of tokens that the expert read.
+    parameter: ExpertParameter
+    rows: dict[int, slice]  # by expert, in the product's input and output
+
+
+class ExpertProducts(TorchFunctionMode):
+    """Calls a function for each product of experts while it is active. Results do not change.
+
+    Models pass tokens and a view of the parameter to torch functions: a `linear` or `matmul` for each expert, or one
+    grouped product for all experts.
     """
 
-    _seen: list[_Output] = field(default_factory=list)
-    _of: dict[int, _Output] = field(default_factory=dict)  # by the tensor's identity
-
-    def begin(self, made: Tensor, segments: list[Segment]) -> None:
-        """Follow the output of a product of experts, [tokens, out], or several one below the other."""
-        output = _Output(weakref.ref(made), segments)
-        self._seen.append(output)
-        self._of[id(made)] = output
-
-    def follow(self, function: Callable[..., Any], args: Any, made: Any) -> None:
-        """Follow the outputs through a torch function."""
-        if not self._of or not isinstance(made, Tensor) or not args:
-            return
-        name = getattr(function, "__name__", "")
-        if name in ("cat", "concat", "concatenate") and isinstance(args[0], (list, tuple)):
-            self._join(args[0], made)
-            return
-        pair = args[:2]
-        for x, other in zip(pair, [*reversed(pair)] if len(pair) > 1 else [None], strict=True):
-            output = self._find(x)
-            if output is None or made.shape != x.shape or name in REORDERING:
-                continue
-            if name in BY_GATES and isinstance(other, Tensor) and other.shape == (*x.shape[:-1], 1):
-                output.norms = vector_norm(made.float(), dim=-1)
-            output.tensor = weakref.ref(made)
-            self._of[id(made)] = output
-            return
-
-    def end_window(self) -> dict[str, TokenSum]:
-        """Return the sums of the window's tokens by linear, and forget the window."""
-        found: dict[str, TokenSum] = {}
-        for output in self._seen:
-            for name, begin, end in output.segments:
-                if output.norms is not None and end > begin:
-                    own = output.norms[begin:end]
-                    merge_sums(found, {name: TokenSum(own.to(solving_device(own.device)).double().sum(), end - begin)})
-        self._seen.clear()
-        self._of.clear()
-        return found
-
-    def _join(self, parts: Iterable[Any], made: Tensor) -> None:
-        """Follow the outputs of several experts, one below the other."""
-        segments, begin = list[Segment](), 0
-        for part in parts:
-            if (output := self._find(part)) is None or output.norms is not None:
-                return
-            segments += [(name, begin + first, begin + last) for name, first, last in output.segments]
-            begin += len(part)
-        if len(made) == begin:
-            self.begin(made, segments)
-
-    def _find(self, x: Any) -> _Output | None:
-        output = self._of.get(id(x))
-        return output if output is not None and output.tensor() is x else None
-
-
-class Products(TorchFunctionMode):
-    """Sees the inputs of experts that share a parameter, which has no module whose calls a hook could see.
-
-    Models pass the tokens and a view of the parameter to torch functions: a `linear` or `matmul` for each expert, or
-    one grouped product for all. Results do not change.
-    """
-
-    def __init__(self, weights: SharedBy, see: See, routed: RoutedOutputs | None) -> None:
+    def __init__(
+        self, linears: LinearsByMatrix, on_product: OnProduct, gated_outputs: "GatedOutputs | None" = None
+    ) -> None:
         super().__init__()
-        self.see, self.routed = see, routed
-        self._of: dict[int, list[str]] = {}  # the linears of one expert, by the address of its matrix
-        self._every: dict[int, list[list[str]]] = {}  # those of all experts, by the address of their parameter
-        for (module, leaf, expert), names in weights.items():
-            if expert is not None:
-                parameter = module.get_parameter(leaf)
-                self._of[parameter[expert].data_ptr()] = names
-                self._every.setdefault(parameter.data_ptr(), []).append(names)
+        self.on_product, self.gated_outputs = on_product, gated_outputs
+        self._parameters: dict[int, ExpertParameter] = {}  # by address
+        self._matrices: dict[int, tuple[ExpertParameter, int]] = {}  # a parameter and the expert, by address
+        for matrix, names in linears.items():
+            if matrix.expert is None:
+                continue
+            tensor = matrix.module.get_parameter(matrix.leaf)
+            parameter = ExpertParameter(matrix.module, matrix.leaf, {})
+            parameter = self._parameters.setdefault(tensor.data_ptr(), parameter)
+            parameter.linears[matrix.expert] = names
+            self._matrices[tensor[matrix.expert].data_ptr()] = parameter, matrix.expert
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        made = function(*args, **kwargs)
-        parts: list[tuple[list[str], slice]] = []  # of a product of experts: the linears and the tokens of each
+        result = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            weight = args[1]
-            if weight.dim() == 2 and (own := self._of.get(weight.data_ptr())):
-                parts = [(own, ALL)]
-            elif kwargs.get("offs") is not None and (every := self._every.get(weight.data_ptr())):
-                ends = kwargs["offs"].tolist()  # tokens are sorted by expert: the end of each expert's tokens
-                pairs = zip(every, [0, *ends], ends, strict=False)
-                parts = [(names, slice(start, end)) for names, start, end in pairs if end > start]
-        for names, tokens in parts:
-            self.see(names, args[0], made, tokens)
-        if self.routed and parts:
-            self.routed.begin(made, [(names[0], *tokens.indices(len(made))[:2]) for names, tokens in parts])
-        elif self.routed:
-            self.routed.follow(function, args, made)
-        return made
+            product = self._find(args[1], kwargs.get("offs"))
+            if product is not None:
+                self._report(product, args[0], result)
+        return result
+
+    def _find(self, weight: Tensor, ends: Tensor | None) -> ExpertProduct | None:
+        """Return the product with a weight if it belongs to experts; `ends` are those of each expert's rows."""
+        if weight.dim() == 2 and weight.data_ptr() in self._matrices:
+            parameter, expert = self._matrices[weight.data_ptr()]
+            return ExpertProduct(parameter, {expert: ALL_ROWS})
+        if ends is None or weight.data_ptr() not in self._parameters:
+            return None
+        rows, begin = dict[int, slice](), 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > begin:
+                rows[expert] = slice(begin, end)
+            begin = end
+        return ExpertProduct(self._parameters[weight.data_ptr()], rows) if rows else None
+
+    def _report(self, product: ExpertProduct, x: Tensor, y: Tensor) -> None:
+        for expert, rows in product.rows.items():
+            self.on_product(product.parameter.linears[expert], x, y, rows)
+        if self.gated_outputs is not None:
+            self.gated_outputs.add(product, x, y)
+
+
+class RoutedCall(NamedTuple):
+    """A call of a module of experts by transformers' signature."""
+
+    module: nn.Module
+    hidden: Float[Tensor, "tokens width"]
+    experts: Int[Tensor, "tokens k"]  # of each token
+    gates: Float[Tensor, "tokens k"]
+
+
+class GatedOutputs:
+    """Calls a function with the norms of what each expert adds to its tokens, ‖gate · output‖₂, as REAP needs them.
+
+    The gates are an argument of the module. A product's rows are the pairs of token and expert in the order of
+    transformers' `eager` or `grouped_mm`; the rows of the first product, which are the tokens, prove it. No norm is
+    reported for a module with another signature or another order.
+    """
+
+    def __init__(self, on_gated_output: OnGatedOutput) -> None:
+        self.on_gated_output = on_gated_output
+        self._call: RoutedCall | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the tokens and gates of a module's call: a forward pre-hook."""
+        self._call = None
+        if len(args) == 3 and all(isinstance(x, Tensor) and x.dim() == 2 for x in args):
+            hidden, experts, gates = args
+            if experts.shape == gates.shape and len(experts) == len(hidden) and not experts.is_floating_point():
+                self._call = RoutedCall(module, hidden, experts, gates)
+
+    def add(self, product: ExpertProduct, x: Float[Tensor, "rows in"], y: Float[Tensor, "rows out"]) -> None:
+        """Check the rows of a first product; report the norms of a last product."""
+        call, parameter = self._call, product.parameter
+        if call is None or parameter.module is not call.module:
+            return
+        pairs = _pairs(call, product)
+        if len(pairs) != len(x):
+            self._call = None
+        elif parameter.leaf != LAST:
+            tokens = call.hidden[pairs // call.gates.shape[1]]
+            if x.shape != tokens.shape or not torch.equal(x, tokens.to(x.dtype)):
+                self._call = None
+        else:
+            outputs = _finished(call.module, y, call.experts.flatten()[pairs])
+            gated = outputs * call.gates.flatten()[pairs, None]
+            norms = vector_norm(gated.float(), dim=-1)
+            for expert, rows in product.rows.items():
+                self.on_gated_output(parameter.linears[expert][0], norms[rows])
+
+
+def _pairs(call: RoutedCall, product: ExpertProduct) -> Int[Tensor, " rows"]:
+    """Return the place in [tokens, k], flattened, of each row of a product."""
+    if ALL_ROWS not in product.rows.values():  # `grouped_mm`: by expert
+        return call.experts.flatten().sort().indices
+    (expert,) = product.rows
+    slot, token = torch.where((call.experts == expert).T)  # `eager`: by the expert's place among the token's experts
+    return token * call.experts.shape[1] + slot
+
+
+def _finished(module: nn.Module, y: Float[Tensor, "rows out"], experts: Int[Tensor, " rows"]) -> Tensor:
+    """Return the experts' outputs from their last product: the bias and the norm, if the module has them."""
+    bias = getattr(module, f"{LAST}_bias", None)
+    norm = getattr(module, "post_expert_norm", None)
+    if bias is not None:
+        y = y + bias[experts]
+    if norm is not None:
+        y = norm(y)
+    return y

@@ -1,7 +1,6 @@
 """Records gradients by the outputs of a block's linears."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +9,15 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from wanda_dvc.engine.accelerator import solving_device
-from wanda_dvc.engine.record import watching
+from wanda_dvc.engine.record import observing
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.engine.sums import merge_sums
+from wanda_dvc.engine.sums import merge_by_name
 from wanda_dvc.pruning.gram import Gram
 
 
 @dataclass(kw_only=True)
 class FisherSums:
-    """Sums over some rows of the gradients by the outputs of a block's linears. Sums of several rows merge.
+    """Sums over some sequences of the gradients by the outputs of a block's linears. Sums of several chunks merge.
 
     A token's gradient ∂ℓ/∂y is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient by
     the weights is (∂ℓ/∂y) xᵀ.
@@ -30,43 +29,58 @@ class FisherSums:
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
     grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal
 
-    def merge(self, other: "FisherSums") -> None:
-        """Add the sums of other rows."""
-        for name, sums in other.sums.items():
-            self.sums[name] = self.sums.get(name, 0) + sums
-        merge_sums(self.grams, other.grams)
+    def merge(self, sums: "FisherSums") -> None:
+        """Add the sums of other sequences."""
+        for name, squares in sums.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + squares
+        merge_by_name(self.grams, sums.grams)
 
 
-@contextlib.contextmanager
-def recording_gradients(linears: dict[str, Linear]) -> Iterator[FisherSums]:
-    """Record the gradients by the outputs of these linears in every pass inside.
+class GradientRecorder:
+    """Sums of the gradients by the outputs of a block's linears, which grow while passes run backward."""
 
-    Linears without a gradient then drop out, and the sums are in main memory.
-    """
-    found, tokens = FisherSums(), dict[str, Tensor]()  # tokens of the passes with a gradient, on the device
+    def __init__(self, linears: dict[str, Linear]) -> None:
+        self.linears = linears
+        self._sums: dict[str, Float64[Tensor, " out"]] = {}
+        self._grams: dict[str, Gram] = {}
+        self._tokens: dict[str, Tensor] = {}  # tokens of the passes with a gradient, on the device
 
-    def see(names: list[str], x: Tensor, y: Tensor, some: slice) -> None:
-        if y.requires_grad:
-            inputs = x.detach().flatten(0, -2)[some].float()
-            norms = vector_norm(inputs, dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
-            y.register_hook(lambda gradient: add(names, gradient.flatten(0, -2)[some].float().mul(norms)))
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        """Record the gradients by the outputs of the linears in every pass inside."""
+        return observing(self.linears, self._see_output)
 
-    def add(names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        where = solving_device(gradient.device)
-        sums = gradient.square().sum(dim=0).to(where).double()
+    def _see_output(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
+        """Wait for the gradient by an output [..., out] of the linears that are rows of one matrix."""
+        if not y.requires_grad:
+            return
+        inputs = x.detach().flatten(0, -2)[tokens].float()
+        norms = vector_norm(inputs, dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
+
+        def on_gradient(gradient: Tensor) -> None:
+            self._add(names, gradient.flatten(0, -2)[tokens].float().mul(norms))
+
+        y.register_hook(on_gradient)
+
+    def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
+        device = solving_device(gradient.device)
+        squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
-            rows = slice(*(linears[name].part.rows or (None,)))
-            own = sums[rows]
-            tokens[name] = tokens.get(name, 0) + own.any() * len(gradient)
-            found.sums[name] = found.sums.get(name, 0) + own
-            if name not in found.grams:
-                found.grams[name] = Gram.empty(len(own), where)
-            found.grams[name].add(gradient[:, rows].to(where))
+            begin, end = self.linears[name].part.rows or (0, len(squares))
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(squares[begin:end])
+                self._grams[name] = Gram.empty(end - begin, device)
+                self._tokens[name] = torch.zeros((), dtype=torch.int64, device=device)
+            has_gradient = squares[begin:end].any()
+            self._sums[name] += squares[begin:end]
+            self._grams[name].add(gradient[:, begin:end].to(device))
+            self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
-    with watching(linears, see):
-        yield found
-    counts = torch.stack(list(tokens.values())).tolist() if tokens else []
-    for name, count in zip(tokens, counts, strict=True):
-        sums, matrix = found.sums.pop(name), found.grams.pop(name)
-        if count:
-            found.sums[name], found.grams[name] = sums.cpu(), Gram(matrix.upper, count)
+    def result(self) -> FisherSums:
+        """Return the sums of the linears with a gradient, in main memory. The host waits for a GPU once."""
+        counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []
+        result = FisherSums()
+        for name, count in zip(self._tokens, counts, strict=True):
+            if count:
+                result.sums[name] = self._sums[name].cpu()
+                result.grams[name] = Gram(self._grams[name].upper, count)
+        return result

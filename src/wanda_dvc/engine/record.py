@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,110 +12,131 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from wanda_dvc.engine.accelerator import solving_device
-from wanda_dvc.engine.experts import ALL, Products, RoutedOutputs, See
+from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, GatedOutputs, OnGatedOutput, OnProduct
 from wanda_dvc.engine.structure import Linear, unsupported
-from wanda_dvc.engine.sums import InputSums, by_weight, merge_sums
+from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum, in_sums
 
-# --- what records ---
+
+class SeenInput(NamedTuple):
+    """An input of a window: its name, and the tensor, which stays alive so that no other input gets its address."""
+
+    name: str
+    x: Tensor
 
 
 @dataclass(kw_only=True)
 class InputRecorder:
-    """Sums that grow while a block runs, kept once for each distinct input.
+    """Sums over the inputs of a block's linears that grow while the block runs.
 
-    Two linears share an input if, within one window, both receive the same memory in the same state.
+    Each distinct input is counted once. Two linears share an input if, within one window, both receive the same memory
+    in the same state.
 
-    For X_denseᵀX of each distinct input, [in, in], each window's dense row runs first, inside `dense`. Routed experts
-    have no X_denseᵀX: the dense row and this row may send different tokens to an expert, or in another order.
+    For X_denseᵀX of each distinct input, [in, in], each window's dense sequence runs first, inside `dense`. Routed
+    experts have no X_denseᵀX: the dense model may send other tokens to an expert, or in another order.
     """
 
     linears: dict[str, Linear]
-    gram: bool = False  # keep the Gram matrices too
+    gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window
-    _tokens: int = 0  # of the dense row
+    _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window, [tokens, in]
+    _tokens: int = 0  # of the dense sequence
     _is_dense: bool = False
-    # Inputs are kept alive until the window ends, so that their addresses are not reused.
-    _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
-    _routed: RoutedOutputs = field(default_factory=RoutedOutputs)
+    _seen: dict[tuple[Any, ...], SeenInput] = field(default_factory=dict)  # by memory and state
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the inputs of the linears in every pass inside."""
-        return watching(self.linears, self._read, self._routed)
+        return observing(self.linears, self._see_input, self._add_gated_output)
 
-    def _read(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
-        """Add an input [..., in] of the linears that are rows of one weight."""
+    def _see_input(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
+        """Add an input [..., in] of the linears that are rows of one matrix."""
         x, features = x[tokens], self.linears[names[0]].features
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != features:
             raise unsupported(names[0], f"given {x.shape[-1]} features, expected {features}")
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        if key not in self._held:
-            self._held[key] = (names[0], x)
+        if key not in self._seen:
+            self._seen[key] = SeenInput(names[0], x)
             self._add(names[0], x.flatten(0, -2))
-        for name in names if not self._is_dense else ():  # only tokens of the dense row may reach an input
-            self.sums.add_consumer(name, self._held[key][0])
+        if not self._is_dense:  # an expert may get tokens of the dense sequence alone: it then has no statistics
+            for name in names:
+                self.sums.add_consumer(name, self._seen[key].name)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
         if self._is_dense:
             self._dense[name] = x
             return
-        sums, where = self.sums, solving_device(x.device)
-        sums.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
+        sums, device = self.sums, solving_device(x.device)
+        if name not in sums.stats:
+            sums.stats[name] = InputStats.empty(x.shape[-1], device)
+        sums.stats[name].add(x)
         if self.gram:
             if name not in sums.grams:
-                sums.grams[name] = Gram.empty(x.shape[-1], where)
+                sums.grams[name] = Gram.empty(x.shape[-1], device)
             sums.grams[name].add(x)
         dense = self._dense.get(name)
         if dense is not None and self.linears[name].part.expert is None and len(dense) == len(x) == self._tokens:
             product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
-            merge_sums(sums.crosses, {name: TokenSum(product, len(x))})
+            merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
+
+    def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
+        """Add the norms of an expert's gated outputs in a window."""
+        if not self._is_dense:
+            total = norms.to(solving_device(norms.device)).double().sum()
+            merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})
 
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
-        """Record the inputs of the row inside, of `tokens` tokens, as the dense model's."""
+        """Record the inputs of the sequence inside, of `tokens` tokens, as the dense model's."""
         self._tokens, self._is_dense = tokens, True
         yield
         self._is_dense = False
-        self._held.clear()
-        self._routed.end_window()
+        self._seen.clear()
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
-        """Sum the products of the next row's numbers, of each token, with a linear's input: `Sums.crosses`."""
+        """Sum the products of these numbers and the next sequence's input of a linear, in `InputSums.crosses`."""
         self._dense[name], self._tokens = numbers, len(numbers)
 
     def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:
-        """Add the influence of the block on a row."""
-        one, other = before.float(), after.float()
-        cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
-        turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
-        found = torch.stack([turned.sum(), turned.new_full((), turned.numel())])  # the host does not wait for them
-        total = self.sums.influence.to(solving_device(found.device))
-        self.sums.influence = total + in_sums(found, total)
+        """Add the influence of the block on a sequence: 1 − cosine of its hidden states before and after the block."""
+        before, after = before.float(), after.float()
+        cosine = torch.linalg.vecdot(before, after) / (vector_norm(before, dim=-1) * vector_norm(after, dim=-1))
+        distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
+        window = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
+        total = self.sums.influence.to(solving_device(window.device))
+        self.sums.influence = total + in_sums(window, total)
 
     def end_window(self) -> None:
-        """Add the outputs of the window's experts, and release the window's inputs."""
-        self._held.clear()
+        """Free the window's inputs."""
+        self._seen.clear()
         self._dense.clear()
-        merge_sums(self.sums.outputs, self._routed.end_window())
 
 
 @contextlib.contextmanager
-def watching(linears: dict[str, Linear], see: See, routed: RoutedOutputs | None = None) -> Iterator[None]:
-    """See the calls of these linears in passes inside: of modules by hooks, of experts by their products."""
-    weights = by_weight(linears)
+def observing(
+    linears: dict[str, Linear], on_product: OnProduct, on_gated_output: OnGatedOutput | None = None
+) -> Iterator[None]:
+    """Call a function for each product of these linears in passes inside, and a second one for experts' gated outputs.
 
-    def watch(module: nn.Module, names: list[str]) -> Any:
-        return module.register_forward_hook(lambda _, args, out: see(names, args[0], out, ALL))
+    Modules are observed by hooks, experts by the products with their matrices.
+    """
+    matrices = group_by_matrix(linears)
+    modules = {matrix.module: names for matrix, names in matrices.items() if matrix.expert is None}
+    mixtures = {matrix.module for matrix in matrices if matrix.expert is not None}
+    gated_outputs = GatedOutputs(on_gated_output) if on_gated_output else None
 
-    hooks = [watch(module, names) for (module, _, expert), names in weights.items() if expert is None]
+    def on_call(names: list[str], _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        on_product(names, args[0], y, ALL_ROWS)
+
+    hooks = [module.register_forward_hook(partial(on_call, names)) for module, names in modules.items()]
+    if gated_outputs:
+        hooks += [module.register_forward_pre_hook(gated_outputs.begin) for module in mixtures]
     try:
-        with Products(weights, see, routed) if len(hooks) < len(weights) else contextlib.nullcontext():
+        with ExpertProducts(matrices, on_product, gated_outputs) if mixtures else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:

@@ -1,7 +1,8 @@
 """Sums over the inputs of a block's linears."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float64
@@ -12,70 +13,89 @@ from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
+S = TypeVar("S", InputStats, Gram, TokenSum)
+
 
 class BlockRecord(NamedTuple):
     """The statistics of the inputs of a block's linears."""
 
     stats: BlockStats
     grams: dict[str, Gram]  # by distinct input; missing for inputs without tokens
-    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs with dense rows for all tokens
+    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs with dense sequences for all tokens
 
 
 @dataclass(kw_only=True)
 class InputSums:
-    """Sums over the inputs of a block's linears for some rows, by distinct input. Sums of several shards merge.
+    """Sums over the inputs of a block's linears for some sequences, by distinct input. Sums of several chunks merge.
 
-    An input is named after its first reader. An expert's input is the tokens that the router sends to it.
+    An input is named after its first consumer. An expert's input is the tokens that the router sends to it.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
     crosses: dict[str, TokenSum] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers R
-    source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
+    input_of: dict[str, str] = field(default_factory=dict)  # the name of each linear's input
     outputs: dict[str, TokenSum] = field(default_factory=dict)  # of routed experts, by the last linear of each
     # Σ (1 − cosine of the block's input and output), and tokens
     influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
 
-    def merge(self, other: "InputSums") -> None:
-        """Add the sums of other rows. UserError if a linear reads another input in those rows."""
-        for linear, source in other.source.items():
-            self.add_consumer(linear, source)
-        merge_sums(self.stats, other.stats)
-        merge_sums(self.grams, other.grams)
-        merge_sums(self.crosses, other.crosses)
-        merge_sums(self.outputs, other.outputs)
-        self.is_finite &= other.is_finite
-        self.influence = self.influence.to(other.influence) + other.influence
+    def merge(self, sums: "InputSums") -> None:
+        """Add the sums of other sequences. UserError if a linear reads another input in those sequences."""
+        for linear, name in sums.input_of.items():
+            self.add_consumer(linear, name)
+        merge_by_name(self.stats, sums.stats)
+        merge_by_name(self.grams, sums.grams)
+        merge_by_name(self.crosses, sums.crosses)
+        merge_by_name(self.outputs, sums.outputs)
+        self.is_finite &= sums.is_finite
+        self.influence = self.influence.to(sums.influence) + sums.influence
 
-    def add_consumer(self, linear: str, source: str) -> None:
-        """Add a linear to the readers of an input. UserError if it reads another input."""
-        if self.source.setdefault(linear, source) != source:
-            raise unsupported(linear, f"it reads the input of {self.source[linear]}, and in other windows of {source}")
+    def add_consumer(self, linear: str, name: str) -> None:
+        """Add a linear to the consumers of an input. UserError if it reads another input."""
+        before = self.input_of.setdefault(linear, name)
+        if before != name:
+            raise unsupported(linear, f"it reads the input of {before}, and in other windows of {name}")
 
     def of(self, linears: dict[str, Linear]) -> BlockRecord:
-        """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
-        reached = {(linear.module, linear.leaf) for name, linear in linears.items() if name in self.source}
-        stats, source = dict(self.stats), dict(self.source)
-        for (module, leaf, expert), names in by_weight(linears).items():
-            if expert is not None and (module, leaf) not in reached:
-                raise unsupported(names[0], "its experts do not multiply by the stored matrices")
-            if expert is None and names[0] not in source:
-                raise unsupported(names[0], "the model does not call this linear")
-            if names[0] not in source:
-                stats[names[0]] = InputStats.empty(linears[names[0]].features)
-                source |= dict.fromkeys(names, names[0])
-        # Experts last and in index order, instead of the order of their first tokens.
-        experts = dict.fromkeys(name for name, linear in linears.items() if linear.part.expert is not None)
+        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
+
+        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
+        """
+        stats, input_of = dict(self.stats), dict(self.input_of)
+        seen = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
+        for matrix, names in group_by_matrix(linears).items():
+            first = names[0]
+            if first in input_of:
+                continue
+            if matrix.expert is None:
+                raise unsupported(first, "the model does not call this linear")
+            if (matrix.module, matrix.leaf) not in seen:
+                raise unsupported(first, "its experts do not multiply by the stored matrices")
+            stats[first] = InputStats.empty(linears[first].features)
+            input_of |= dict.fromkeys(names, first)
         consumers: dict[str, list[str]] = {}
-        for linear in [*(name for name in source if name not in experts), *experts]:
-            consumers.setdefault(source[linear], []).append(linear)
-        inputs = {name: stats[name].to("cpu") for name in consumers}
-        transposed = [name for name, linear in linears.items() if linear.transposed]
-        crosses = {name: x.sum for name, x in self.crosses.items() if x.count == stats[name].count}
-        outputs = {name: replace(x, sum=x.sum.cpu()) for name in linears if (x := self.outputs.get(name))}
-        measured = BlockStats(inputs, consumers, transposed, outputs=outputs, influence=self.influence.cpu())
+        for linear in _experts_last(input_of, linears):
+            consumers.setdefault(input_of[linear], []).append(linear)
+        measured = BlockStats(
+            inputs={name: stats[name].to("cpu") for name in consumers},
+            consumers=consumers,
+            transposed=[name for name, linear in linears.items() if linear.transposed],
+            outputs={
+                name: replace(self.outputs[name], sum=self.outputs[name].sum.cpu())
+                for name in linears
+                if name in self.outputs
+            },
+            influence=self.influence.cpu(),
+        )
+        crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
         return BlockRecord(measured, self.grams, crosses)
+
+
+def _experts_last(names: Iterable[str], linears: dict[str, Linear]) -> list[str]:
+    """Return the linears in the order of `names`, then experts in index order, not the order of their first tokens."""
+    experts = dict.fromkeys(name for name, linear in linears.items() if linear.part.expert is not None)
+    return [*(name for name in names if name not in experts), *experts]
 
 
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
@@ -86,19 +106,29 @@ def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
             raise UserError(f"{where} of {name}: {what} that are not finite; {FIX}")
 
 
-def merge_sums(own: dict[str, Any], other: dict[str, Any]) -> None:
-    """Add sums to the sums of equal names."""
-    for name, sums in other.items():
-        if own.setdefault(name, sums) is not sums:
-            own[name].merge(sums)
+def merge_by_name(totals: dict[str, S], sums: Mapping[str, S]) -> None:
+    """Merge each of `sums` into the total of its name. A name without a total gets the sums themselves."""
+    for name, addend in sums.items():
+        if name in totals:
+            totals[name].merge(addend)
+        else:
+            totals[name] = addend
 
 
-# Linears by their parameter: a module, its leaf and the expert. Linears that are rows of one parameter share its input.
-SharedBy = dict[tuple[nn.Module, str, int | None], list[str]]
+class Matrix(NamedTuple):
+    """A matrix that a model multiplies by: a module's parameter, or one expert's part of it."""
+
+    module: nn.Module
+    leaf: str
+    expert: int | None
 
 
-def by_weight(linears: dict[str, Linear]) -> SharedBy:
-    weights: SharedBy = {}
+LinearsByMatrix = dict[Matrix, list[str]]
+
+
+def group_by_matrix(linears: dict[str, Linear]) -> LinearsByMatrix:
+    """Return the names of the linears that are rows of each matrix: they read one input."""
+    names: LinearsByMatrix = {}
     for name, linear in linears.items():
-        weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
-    return weights
+        names.setdefault(Matrix(linear.module, linear.leaf, linear.part.expert), []).append(name)
+    return names
