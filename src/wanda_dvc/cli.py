@@ -241,9 +241,7 @@ def evaluate(
 def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
-    model: Annotated[
-        str | None, typer.Option(help="A Hub id, a directory (./, ~ or /), or package:NAME==VERSION.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="A directory, a Hub id, or package:NAME==VERSION.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb.")
     ] = None,

@@ -57,7 +57,8 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if isinstance(error, OSError) and number == errno.EXDEV:  # a container's image has the earlier artifact
         return (f"{error.filename}: cannot be moved ({said}); remove it and run the command again",)
     if number in NO_PLACE:
-        return (f"{where}: {said}, expected permission to read and write; change it or name another, and {again}",)
+        expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
+        return (f"{where}: {said}, expected {expected}; change it or name another, and {again}",)
     # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
     phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "can't start new thread")
     of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)

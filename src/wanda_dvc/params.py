@@ -22,6 +22,7 @@ from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
+MOST_TRAINED = 10**9  # tokens of a recovery; their windows are drawn before it and take 8 bytes a token
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 FILE = "params.yaml"
 Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.text.split`
@@ -191,7 +192,9 @@ class ZeroShot(_Section):
 class Recovery(_Section):
     """The training of the pruned model towards the dense model."""
 
-    tokens: int = Field(0, ge=0, description="tokens to train the pruned model on, towards the dense model; 0: none")
+    tokens: int = Field(
+        0, ge=0, le=MOST_TRAINED, description="tokens to train the pruned model on, towards the dense model; 0: none"
+    )
     text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
 
@@ -337,6 +340,9 @@ def _problem(problem: Any) -> str:
     """Return pydantic's description of a problem as *setting: found, expected*."""
     setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
+    if kind in ("extra_forbidden", "invalid_key") and setting in dict(settings()) and len(problem["loc"]) == 1:
+        section, _, name = setting.rpartition(".")  # `calibration.windows` as one key
+        return f"{where}: found a dotted name, expected {name} in the section {section}; write it there"
     if kind in ("extra_forbidden", "invalid_key"):
         close = difflib.get_close_matches(setting, [*dict(settings()), *Params.model_fields, "perplexity.texts"], n=1)
         return f"{where}: no such setting; {f'did you mean {close[0]}?' if close else 'remove it'}"

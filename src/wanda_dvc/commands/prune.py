@@ -29,7 +29,7 @@ from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.artifact import digest, locked
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import PARAMS, changed, named, renew
+from wanda_dvc.study.scaffold import PARAMS, changed, renew, source_settings
 
 FALLBACK = "wanda"  # needs the least memory and disk
 # The runs of a model; all others are the dense model's.
@@ -52,11 +52,9 @@ def prune(
 
     UserError, before any work, for a wrong setting, a target that holds something, or a read-only cache folder.
     """
-    if model and Path(model).expanduser().is_dir():  # also one with the form of a Hub id
-        model = str(Path(model).expanduser().resolve())
     if sparsity is None:
         sparsity = 0.2 if pattern in STRUCTURES else 0.5
-    settings = named(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
+    settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
     settings["recovery.tokens"] = tokens = _tokens(recover or "0")
     params = _checked(settings)
     name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name

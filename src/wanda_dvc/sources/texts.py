@@ -9,7 +9,7 @@ from pathlib import Path
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import ChosenText
-from wanda_dvc.reading import check_file, read_lines, read_text
+from wanda_dvc.reading import check_file, name_of, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.artifact import describe, file_digest, write_provenance
@@ -79,9 +79,10 @@ def _column(rows: Iterable[tuple[str, Json]], column: str) -> list[str]:
     """Return one column of some rows, each with its place for messages."""
     texts = []
     for where, row in rows:
-        if not isinstance(text := row.get(column), str):
-            raise UserError(
-                f"{where}: found {', '.join(row)[:200] or 'nothing'}, expected text in column `{column}`; name another"
-            )
+        text = row.get(column)
+        if not isinstance(text, str):
+            columns = ", ".join(row)[:200] or "nothing"
+            wrong = f"{name_of(text)} in column `{column}`" if column in row else columns
+            raise UserError(f"{where}: found {wrong}, expected text in column `{column}`; name another")
         texts.append(text)
     return texts

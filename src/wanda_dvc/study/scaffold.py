@@ -11,6 +11,7 @@ import subprocess
 from copy import copy
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
@@ -61,7 +62,7 @@ def init(
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
         raise UserError(f"{folder}: holds {shortened(found)}, expected a new or an empty directory; name another")
-    own = nested(named(model, calibration, mirror))
+    own = nested(source_settings(model, calibration, mirror))
     text = read_text(study / "params.yaml", "name a study") if study else PARAMS.read_text(encoding="utf-8")
     params, text = changed(text, preset_changes(preset), own)
     around = _repository_around(folder)
@@ -97,7 +98,6 @@ class _Representer(RoundTripRepresenter):
 
 
 _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
-_Representer.add_multi_representer(float, lambda self, number: self.represent_float(float(number)))  # NumPy's
 
 
 def change_settings(path: Path, changes: Settings) -> None:
@@ -112,38 +112,82 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
     content = parse_yaml(text, "params.yaml", "correct it, or restore it from git", yaml)
-    for one in changes:
-        updated(content, one)
+    for change in changes:
+        updated(content, _plain(change))
     params, written = check_params(content), io.StringIO()
     yaml.dump(content, written)
     return params, written.getvalue()
 
 
-def named(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
-    """Return the settings of the options. Paths become absolute: queued experiments run elsewhere."""
-    found: Settings = {}
-    if model is not None:
-        found["model"] = _absolute(model)
-    if calibration is not None:
-        found |= {"calibration.text.source": _absolute(calibration), "calibration.text.split": None}
-    if mirror is not None:
-        found["runtime.mirror"] = str(mirror.expanduser().absolute())
-    return found
+def _plain(value: Any) -> Any:
+    """Return settings with Python's own numbers in place of NumPy's and torch's. UserError for several numbers."""
+    if isinstance(value, dict):
+        return {name: _plain(setting) for name, setting in value.items()}
+    if isinstance(value, list):
+        return [_plain(setting) for setting in value]
+    if not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except (ValueError, RuntimeError):
+        raise UserError(f"{type(value).__name__} of several numbers: {value!s:.80}, expected one number") from None
 
 
-def _absolute(source: str) -> str:
-    """Return a source in the form of params.yaml. A Hub id or a text's name counts, even if a directory has the name.
+def source_settings(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
+    """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere.
 
-    UserError if it is local and missing.
+    UserError for a path that is missing or of the wrong kind, before anything looks for its name on the Hub.
     """
-    a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
-    a_path = a_path or (Path(source).is_dir() and source not in TEXTS and not HUB_ID.fullmatch(source))
-    if not a_path:
-        return source
-    path = Path(source).expanduser().resolve()
-    if not path.exists():
-        raise UserError(f"{path} not found; name a directory or a file of this machine")
-    return str(path)
+    settings: Settings = {}
+    if model is not None:
+        settings["model"] = _absolute_model(model)
+    if calibration is not None:
+        settings |= {"calibration.text.source": _absolute_text(calibration), "calibration.text.split": None}
+    if mirror is not None:
+        folder = mirror.expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(f"{folder} not found; runtime.mirror is a directory of data sets: name one")
+        settings["runtime.mirror"] = str(folder)
+    return settings
+
+
+def _absolute_model(model: str) -> str:
+    """Return a model as params.yaml names it. A directory of this machine precedes a Hub id of the same name."""
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises an error for an unknown user
+    if path.is_dir():
+        return str(path.resolve())
+    if os.path.lexists(path):
+        raise UserError(f"{path.absolute()}: found no directory, expected one of safetensors; name another")
+    if _is_path(model):
+        raise UserError(f"{path.absolute()} not found; name a directory of this machine{_or_on_the_hub(model)}")
+    return model
+
+
+def _absolute_text(text: str) -> str:
+    """Return a text as params.yaml names it. A file of this machine precedes a Hub id of the same name."""
+    if text in TEXTS:
+        return text
+    if "://" in text:
+        raise UserError(f"{text}: a URL, expected a .txt or .jsonl file of this machine, or a Hub id; download it")
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - as above
+    if path.is_file():
+        return str(path.resolve())
+    if os.path.lexists(path):
+        raise UserError(f"{path.absolute()}: found no file, expected one that ends in .txt or .jsonl; name one")
+    if _is_path(text) or path.suffix in (".txt", ".jsonl"):
+        raise UserError(f"{path.absolute()} not found; name a file of this machine{_or_on_the_hub(text)}")
+    return text
+
+
+def _is_path(source: str) -> bool:
+    """Whether a missing source is meant as a path: by its first character, or because its folder exists here."""
+    return source.startswith((".", "~", os.sep)) or (
+        "@" not in source and "/" in source and Path(source).parent.is_dir()
+    )
+
+
+def _or_on_the_hub(source: str) -> str:
+    return f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
 
 
 def _repository_around(folder: Path) -> Path | None:
