@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,9 +88,7 @@ def _find_study() -> "Study":
 
 
 def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
-    """Run one stage, or those of its parts and texts that are named; offline except for download."""
-    from wanda_dvc.stages.process import AGAIN, KEPT, stoppable, timed
-
+    """Run one stage, or those of its variants and texts that are named; offline except for download."""
     if version not in (None, stage.version):
         raise UserError(
             f"dvc.yaml: {stage.name}: version {version}, expected {stage.version}: the study is of another wanda-dvc; "
@@ -98,11 +96,16 @@ def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
             "params.yaml"
         )
     study = _find_study()
-    for label, one, named in stage.runs(study.params.perplexity.texts, variant, text):
-        _prepare(label, network=stage.network)
-        clock = timed(study, label) if stage.variants[one].wanted(study.params) else contextlib.nullcontext()
-        with stoppable(label, AGAIN if stage.name == "apply" else KEPT), clock:
-            run_stage(stage.name, study=study, variant=one, text=named)
+
+    @contextlib.contextmanager
+    def as_process(run_name: str) -> Iterator[None]:
+        _prepare(run_name, network=stage.network)
+        from wanda_dvc.stages.process import AGAIN, KEPT, stoppable, timed
+
+        with stoppable(run_name, AGAIN if stage.name == "apply" else KEPT), timed(study, run_name):
+            yield
+
+    run_stage(stage.name, study=study, variant=variant, text=text, context=as_process)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:

@@ -1,10 +1,11 @@
 """The table of stages, in the order of the pipeline: one row, one module and one command each.
 
-A row has all that `dvc.yaml` says of the stage, and what the stage has to know of the settings: its files in `plan/`.
+A row has everything that `dvc.yaml` says of the stage; `stage_inputs` has what each stage is given of the settings.
 `scripts/pipeline.py` writes `dvc.yaml` and the ignore files from the rows. The command line and the views loop over
 this table too.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the pipeline: one part, named "", or several."""
+    """One stage of the pipeline: one variant, named "", or several."""
 
     name: str
     # A change of results raises the version, here and in dvc.yaml, and DVC reruns the stage and later stages. No other
@@ -55,10 +56,7 @@ class Stage:
     version: int
     about: str
     variants: Mapping[str, Variant]
-    # Its files in `plan/`, by path without `.json`. Stages depend on these files instead of `params.yaml`: the settings
-    # say what the user wants, never what a stage needs.
-    plan: "Callable[[Params], dict[str, Json]]" = lambda _: {}
-    argument: str = ""  # the name of the argument
+    argument: str = ""  # the name of the argument that names a variant
     network: bool = False
 
     def run_name(self, variant: str = "", text: str = "") -> str:
@@ -66,17 +64,18 @@ class Stage:
         return self.name + (f"-{variant}" if variant else "") + (f"@{text}" if text else "")
 
     def runs(self, texts: Collection[str], variant: str = "", text: str = "") -> Iterator[tuple[str, str, str]]:
-        """Yield the name, part and text of each run; of one part or text, if named. UserError for another name."""
+        """Yield the name, variant and text of each run, or of one variant or text. UserError for an unknown name."""
         if variant and variant not in self.variants:
             raise UserError(f"{self.argument}: found {variant}, expected {', '.join(self.variants)}")
-        by_text = any(row.by_text for one, row in self.variants.items() if variant in ("", one))
+        chosen = {name: row for name, row in self.variants.items() if variant in ("", name)}
+        by_text = any(row.by_text for row in chosen.values())
         if text and (not by_text or text not in texts):
             expected = ", ".join(texts) if by_text else f"none: {variant} is no text"
             raise UserError(f"text: found {text}, expected {expected}")
-        for one, row in self.variants.items():
-            for named in texts if row.by_text else [""]:
-                if variant in ("", one) and text in ("", named):
-                    yield self.run_name(one, named), one, named
+        for name, row in chosen.items():
+            for text_name in texts if row.by_text else [""]:
+                if text in ("", text_name):
+                    yield self.run_name(name, text_name), name, text_name
 
 
 def _perplexity(model: str) -> Variant:
@@ -109,14 +108,21 @@ def _zero_shot(model: str) -> Variant:
     )
 
 
-def _calibrate(tier: str) -> Variant:
-    by_recipe = () if tier == "norms" else ("recipe", "pattern", *CHOICES)
-    plotted = ("metrics/plots/norms.csv",) if tier == "norms" else ()
+def _download(
+    source: str, out: str, *, setting: str, by_text: bool = False, wanted: "Callable[[Params], bool]" = Variant.wanted
+) -> Variant:
+    deps = (f"plan/download/{source}.json", f"sources/{source}")
+    return Variant(settings=(setting,), deps=deps, outs=(out,), by_text=by_text, wanted=wanted)
+
+
+def _calibrate(statistics: str) -> Variant:
+    by_recipe = () if statistics == "norms" else ("recipe", "pattern", *CHOICES)
+    plotted = ("metrics/plots/norms.csv",) if statistics == "norms" else ()
     return Variant(
         settings=("calibration", "dtype", *by_recipe),
-        deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
-        outs=(f"stats/{tier}", *plotted),
-        wanted=lambda params: tier in params.statistics,
+        deps=(f"plan/calibrate/{statistics}.json", "models/dense", "data/calibration"),
+        outs=(f"stats/{statistics}", *plotted),
+        wanted=lambda params: statistics in params.statistics,
     )
 
 
@@ -124,37 +130,13 @@ def _recovers(params: "Params") -> bool:
     return params.recovery.tokens > 0
 
 
-def _recovers_on_own_text(params: "Params") -> bool:
+def _recovers_on_another_text(params: "Params") -> bool:
     return _recovers(params) and params.recovery.text is not None
-
-
-def _plan_download(params: "Params") -> "dict[str, Json]":
-    own = params.recovery.text if _recovers_on_own_text(params) else None
-    return {
-        "download/model": {"source": params.model},
-        "download/calibration": asdict(params.calibration.text.chosen),
-        "download/recovery": asdict(own.chosen) if own else {},
-        "download/tasks": params.tasks.model_dump(),
-        **{f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()},
-    }
-
-
-def _plan_calibrate(params: "Params") -> "dict[str, Json]":
-    drawn = params.calibration.model_dump(include={"windows", "length", "seed"}) | {"dtype": params.dtype}
-    return {f"calibrate/{tier}": drawn if tier in params.statistics else {} for tier in STATISTICS}
-
-
-def _plan_recover(params: "Params") -> "dict[str, Json]":
-    wanted, calibration = params.recovery, params.calibration
-    drawn = {"windows": calibration.windows, "calibrated": calibration.length, "seed": calibration.seed}
-    own, length = wanted.text or calibration.text, min(RECOVERY_LENGTH, calibration.length)
-    text = {"text": bool(wanted.text), "embedded": own.source == EMBEDDED, "length": length, "dtype": params.dtype}
-    return {"recover": {"tokens": wanted.tokens, "rate": wanted.rate} | text | drawn if wanted.tokens else {}}
 
 
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
-STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
+STATS = tuple(f"stats/{statistics}" for statistics in STATISTICS)
 PLOTS = {  # of the pruned model on a text
     "metrics/plots/perplexity/{text}.csv": {
         "title": "Perplexity on {text}, ± one standard error over windows",
@@ -189,28 +171,16 @@ STAGES = {
             about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
             argument="source",
             variants={
-                variant: Variant(
-                    settings=(setting,),
-                    deps=(f"plan/download/{name}.json", f"sources/{name}"),
-                    outs=(out,),
-                    by_text=variant == "perplexity",
-                    wanted=wanted,
-                )
-                for variant, name, setting, out, wanted in (
-                    ("model", "model", "model", "models/dense", Variant.wanted),
-                    ("calibration", "calibration", "calibration.text", "data/calibration", Variant.wanted),
-                    (
-                        "perplexity",
-                        "perplexity/{text}",
-                        "perplexity.texts.NAME",
-                        "data/perplexity/{text}",
-                        Variant.wanted,
-                    ),
-                    ("recovery", "recovery", "recovery.text", "data/recovery", _recovers_on_own_text),
-                    ("tasks", "tasks", "tasks", "data/tasks", Variant.wanted),
-                )
+                "model": _download("model", "models/dense", setting="model"),
+                "calibration": _download("calibration", "data/calibration", setting="calibration.text"),
+                "perplexity": _download(
+                    "perplexity/{text}", "data/perplexity/{text}", setting="perplexity.texts.NAME", by_text=True
+                ),
+                "recovery": _download(
+                    "recovery", "data/recovery", setting="recovery.text", wanted=_recovers_on_another_text
+                ),
+                "tasks": _download("tasks", "data/tasks", setting="tasks"),
             },
-            plan=_plan_download,
             network=True,
         ),
         Stage(
@@ -218,8 +188,7 @@ STAGES = {
             version=11,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
-            variants={tier: _calibrate(tier) for tier in STATISTICS},
-            plan=_plan_calibrate,
+            variants={statistics: _calibrate(statistics) for statistics in STATISTICS},
         ),
         Stage(
             name="mask",
@@ -233,7 +202,6 @@ STAGES = {
                     outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
                 )
             },
-            plan=lambda params: {"mask": params.plan.described},
         ),
         Stage(
             name="apply",
@@ -266,7 +234,6 @@ STAGES = {
                     wanted=_recovers,
                 )
             },
-            plan=_plan_recover,
         ),
         Stage(
             name="perplexity",
@@ -274,9 +241,6 @@ STAGES = {
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             argument="model",
             variants={model: _perplexity(model) for model in MODELS},
-            plan=lambda params: {
-                "perplexity": params.perplexity.model_dump(include={"length", "windows"}) | {"dtype": params.dtype}
-            },
         ),
         Stage(
             name="zero-shot",
@@ -284,9 +248,6 @@ STAGES = {
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             argument="model",
             variants={model: _zero_shot(model) for model in MODELS},
-            plan=lambda params: {
-                "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
-            },
         ),
     )
 }
@@ -305,45 +266,109 @@ def check_outside(study: "Study", path: Path) -> Path:
 
 
 def stage_inputs(params: "Params") -> "dict[str, Json]":
-    """Return the content of each file in `plan/`, by its path without `.json`."""
-    return {name: content for stage in STAGES.values() for name, content in stage.plan(params).items()}
+    """Return what each stage is given of the settings: the content of each file in `plan/`, by path without `.json`.
 
-
-def run(stage: str, *, study: "Study", variant: str = "", text: str = "") -> None:
-    """Run one stage on a project; without a part or a text where it has some, on all of them.
-
-    UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
+    Stages depend on these files instead of `params.yaml`: the settings say what the user wants, never what a stage
+    needs. A file is empty if the settings do not ask for the run.
     """
-    from wanda_dvc.study.artifact import remove
-    from wanda_dvc.study.files import write_text
+    calibration, recovery, perplexity = params.calibration, params.recovery, params.perplexity
+    inputs: dict[str, Json] = {
+        "download/model": {"source": params.model},
+        "download/calibration": asdict(calibration.text.chosen),
+        "download/recovery": {},
+        "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
+        "mask": params.plan.described,
+        "recover": {},
+        "perplexity": {"length": perplexity.length, "windows": perplexity.windows, "dtype": params.dtype},
+        "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype},
+    }
+    for name, text in perplexity.texts.items():
+        inputs[f"download/perplexity/{name}"] = asdict(text.chosen)
+    for statistics in STATISTICS:
+        inputs[f"calibrate/{statistics}"] = {}
+        if statistics in params.statistics:
+            inputs[f"calibrate/{statistics}"] = {
+                "windows": calibration.windows,
+                "length": calibration.length,
+                "seed": calibration.seed,
+                "dtype": params.dtype,
+            }
+    if recovery.tokens:
+        if recovery.text:
+            inputs["download/recovery"] = asdict(recovery.text.chosen)
+        inputs["recover"] = {
+            "tokens": recovery.tokens,
+            "rate": recovery.rate,
+            "text": recovery.text is not None,  # else the calibration's, without its windows
+            "embedded": (recovery.text or calibration.text).source == EMBEDDED,
+            "length": min(RECOVERY_LENGTH, calibration.length),
+            "dtype": params.dtype,
+            "windows": calibration.windows,
+            "calibrated": calibration.length,
+            "seed": calibration.seed,
+        }
+    return inputs
 
+
+def no_context(_: str) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a run that is called as a function."""
+    return contextlib.nullcontext()
+
+
+def run(
+    stage: str,
+    *,
+    study: "Study",
+    variant: str = "",
+    text: str = "",
+    context: "Callable[[str], contextlib.AbstractContextManager[None]]" = no_context,
+) -> None:
+    """Run one stage on a study; without a variant or a text, where it has some, on all of them.
+
+    Each run is inside its `context`, a function of the run's name. A run that the settings do not ask for writes
+    placeholders. UserError if plan/ is not what params.yaml says: a stage that is run by hand must not give a wrong
+    figure.
+    """
     row = STAGES[stage]
     if stage != "plan":
         check_stage_inputs(study)
-    for _, one, name in row.runs(study.params.perplexity.texts, variant, text):
-        if not row.variants[one].wanted(study.params):
-            if variant == one:
-                notice(f"{row.run_name(one, name)}: not needed with these settings; it writes placeholders")
-            for path in row.variants[one].written:
-                remove(place := study.root / path.format(text=name))
-                content = "none\n" if place.suffix == ".csv" else "{}\n"  # DVC warns about an empty file
-                write_text(place if place.suffix else place / "none.json", content)
+    module = stage.replace("-", "_")
+    for run_name, variant_name, text_name in row.runs(study.params.perplexity.texts, variant, text):
+        if not row.variants[variant_name].wanted(study.params):
+            if variant:
+                notice(f"{run_name}: not needed with these settings; it writes placeholders")
+            _write_placeholders(study, row.variants[variant_name], text_name)
             continue
-        words = {row.argument: one} if one else {}
-        words |= {"text": name} if name else {}
-        module = stage.replace("-", "_")
-        resolve_name(f"wanda_dvc.stages.{module}:{module}")(study=study, **words)
+        arguments = {}
+        if variant_name:
+            arguments[row.argument] = variant_name
+        if text_name:
+            arguments["text"] = text_name
+        with context(run_name):
+            resolve_name(f"wanda_dvc.stages.{module}:{module}")(study=study, **arguments)
+
+
+def _write_placeholders(study: "Study", variant: Variant, text: str) -> None:
+    """Write files without content in the place of a variant's outputs, because DVC expects each output."""
+    from wanda_dvc.study.artifact import remove
+    from wanda_dvc.study.files import write_text
+
+    for output in variant.written:
+        place = study.root / output.format(text=text)
+        remove(place)
+        content = "none\n" if place.suffix == ".csv" else "{}\n"  # DVC warns about an empty file
+        write_text(place if place.suffix else place / "none.json", content)
 
 
 def check_stage_inputs(study: "Study") -> None:
     """Raise UserError if a study's `plan/` is not what its settings say now."""
-    for name, content in stage_inputs(study.params).items():
-        found = study.stage_input(name)
-        for key in content | found:
-            if content.get(key) != found.get(key):
+    for name, expected in stage_inputs(study.params).items():
+        content = study.stage_input(name)
+        for key in expected | content:
+            if expected.get(key) != content.get(key):
                 raise UserError(
-                    f"plan/{name}.json: found {key} {found.get(key)}, expected {content.get(key)} as params.yaml has "
-                    "it now; run `wanda-dvc plan`, then `dvc repro`"
+                    f"plan/{name}.json: found {key} {content.get(key)}, expected {expected.get(key)} as params.yaml "
+                    "has it now; run `wanda-dvc plan`, then `dvc repro`"
                 )
 
 
@@ -351,5 +376,10 @@ def times(study: "Study") -> "dict[str, Json]":
     """Return time and machine of the last run of each stage in this checkout, by run."""
     from wanda_dvc.study.files import load_json
 
-    names = [name for stage in STAGES.values() for name, _, _ in stage.runs(study.params.perplexity.texts)]
-    return {name: content for name in names if (content := load_json(study.time(name)))}
+    contents = {}
+    for stage in STAGES.values():
+        for run_name, _, _ in stage.runs(study.params.perplexity.texts):
+            content = load_json(study.time(run_name))
+            if content:
+                contents[run_name] = content
+    return contents

@@ -213,9 +213,9 @@ class Work:
         PermissionError, before any move, if an earlier artifact may not be removed.
         """
         for target in targets:
-            for folder, _, _ in os.walk(target):
-                if not os.access(folder, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+            for name, _, _ in os.walk(target):
+                if not os.access(name, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
         for target in targets:
             folder = self._output_for(target, targets)
             temporary = temporary_place(target)
