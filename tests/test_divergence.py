@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Make, Patch, mask_and_apply, outputs, save_tiny_model, walk
+from conftest import Make, Patch, fetch, mask_and_apply, outputs, save_tiny_model, walk
 from scipy import stats
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.intervals import perplexity as perplexity_interval
+from wanda_dvc.results.show import show
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json
 
@@ -239,3 +241,18 @@ def test_a_reference_of_other_settings_or_libraries_is_refused(calibrated_study:
         perplexity(study=calibrated_study(), model="pruned", text="embedded")
     measured_with(libraries={name: f"{x}+cu999" for name, x in content["protocol"]["libraries"].items()})
     perplexity(study=calibrated_study(), model="pruned", text="embedded")
+
+
+@pytest.mark.parametrize("bos", ["first window", "none"])
+def test_the_protocol_says_whether_the_first_window_begins_with_bos(bos: str, study: Make, tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<s>")
+    if bos == "first window":
+        begin = ("<s>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    tokenizer.save_pretrained(folder)
+    measured = fetch(study(folder), "model", "perplexity")
+    perplexity(study=measured, model="dense", text="embedded")
+    assert load_json(measured.details("dense", "perplexity/embedded"))["protocol"]["bos"] == bos
+    words = {"first window": "BOS token in the first window only", "none": "no BOS token"}
+    assert f", float32, {words[bos]}." in show(study=measured)

@@ -20,6 +20,8 @@ from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.folder import Study
 
+BOS = {"first window": ", BOS token in the first window only", "none": ", no BOS token"}  # by a protocol's entry
+
 
 def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
@@ -127,7 +129,8 @@ def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iter
                 rest = "" if protocol["rest"] == "dropped" else f" and one of {protocol['rest']}"
                 said[text][name] = (
                     f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens{rest} of "
-                    f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+                    f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}"
+                    f"{BOS.get(protocol.get('bos'), '')}."
                 )
                 said[text][name] += f" {own.about_text(text)}." if text in own.perplexity.texts else ""
         for asked in (one.answers(task).get("protocol", {}) for task in one.tasks):

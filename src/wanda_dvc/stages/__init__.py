@@ -237,7 +237,7 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=5,
+            version=6,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             argument="model",
             variants={model: _perplexity(model) for model in MODELS},

@@ -84,7 +84,8 @@ def _plot(study: Study, name: str, predictions: list[int], columns: Mapping[str,
 def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence], Json]:
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
     source = read_provenance(study.data(f"perplexity/{text}"), "download perplexity")
-    tokens = tokenize(study.text(f"perplexity/{text}"), load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    tokens = tokenize(study.text(f"perplexity/{text}"), tokenizer)
     settings, name = study.stage_input("perplexity"), f"perplexity.texts.{text}"
     length = settings["length"]
     windows = cut(tokens, length=length, windows=settings["windows"], name=name)
@@ -96,6 +97,7 @@ def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence
         "windows": len(windows) - (rest is not None),
         "length": length,
         "rest": rest or "dropped",
+        "bos": "first window" if int(tokens[0]) == tokenizer.bos_token_id else "none",
         "formula": "exp(mean over windows of the mean loss of its length − 1 predictions)"
         if rest is None
         else "exp(total loss of all predictions / their number); a window's first token is not predicted",
