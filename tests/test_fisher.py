@@ -72,7 +72,7 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
     assert grams.keys() == found.keys()
     for name, (own, linear) in parameters(decoder).items():
-        if linear.part.is_complete and own.endswith(".weight") and linear.part.expert is None:
+        if linear.stored.is_complete and own.endswith(".weight") and linear.stored.expert is None:
             wanted = expected[own.removesuffix(".weight")]
             torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
             product = products[own.removesuffix(".weight")].float()
@@ -93,7 +93,7 @@ def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: P
     assert all(x.any() for x in found.values())  # what only the last token reaches, which predicts nothing, has none
     for name, (own, linear) in parameters(decoder).items():
         gradient = gradients[own]
-        part = torch.zeros(1, 1) if gradient is None else linear.part.of(gradient)
+        part = torch.zeros(1, 1) if gradient is None else linear.stored.of(gradient)
         squares = part.square().sum(dim=0 if linear.transposed else 1)
         ours = found.get(name, torch.zeros(1)).float()
         if ours.max() <= 1e-9 * largest:  # an expert without tokens; and one token's attention is 1 whatever it asks

@@ -22,7 +22,7 @@ from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
-from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_slices
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
@@ -184,7 +184,7 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
     keeps = replace(removal, kept={}).expand(keeps)  # from the masks of the readers alone
     assert all(torch.equal(found, removal.kept[name]) for name, found in removal.kept_in(keeps).items())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    parts = stored_parts(model, checkpoint)
+    parts = stored_slices(model, checkpoint)
     where, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for name, stored in stored_linears(block, f"{where}.{index}.", parts.__getitem__).items():

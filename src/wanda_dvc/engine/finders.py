@@ -17,7 +17,7 @@ from torch import nn
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.removal import ConfigField, CutDimension, KeptUnits, Removal, changed, probe, refused
-from wanda_dvc.engine.structure import Linear, StoredSlice, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, StoredSlice, build_empty, find_blocks, stored_linears, stored_slices
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, stay_of
 
@@ -62,7 +62,7 @@ _Dims = dict[tuple[Address, int], tuple[int, int, str]]
 def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
     """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
     full = build_empty(source.config, source)
-    parts, text = stored_parts(full, source), source.config.get_text_config()
+    parts, text = stored_slices(full, source), source.config.get_text_config()
     # Fields that stay in proportion to the number of units, and the size of a head, which stays.
     others = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
     if others:
@@ -194,7 +194,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     """Return the blocks of a model, in one set. The probe needs to know which go: see `confirmed`."""
     full = build_empty(source.config, source)
     where, blocks = find_blocks(full)
-    linears, text = _linears(full, stored_parts(full, source)), source.config.get_text_config()
+    linears, text = _linears(full, stored_slices(full, source)), source.config.get_text_config()
     content, total = text.to_dict(), len(blocks)
     fields = {name: ConfigField(total, (where,)) for name in structure.fields if content.get(name) == total}
     if not fields:
@@ -244,7 +244,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     gives a removal without an effect. The probe needs to know which go: see `confirmed`.
     """
     full = build_empty(source.config, source)
-    parts, content = stored_parts(full, source), source.config.get_text_config().to_dict()
+    parts, content = stored_slices(full, source), source.config.get_text_config().to_dict()
     numbers = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
     if len(numbers) != 1:
         found, looked = ", ".join(numbers) or "none", ", ".join(structure.fields)
@@ -272,8 +272,8 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     for block in _linears(full, parts):
         for name, linear in block.items():
             parameter = f"{names[id(linear.module)]}.{linear.leaf}"
-            if linear.part.expert is not None and parameter in follows:
-                members[set_of[parameter]][linear.part.expert].append(name)
+            if linear.stored.expert is not None and parameter in follows:
+                members[set_of[parameter]][linear.stored.expert].append(name)
     return Removal(
         structure=structure,
         sets={mixture: Units(number, stay, members=members[mixture], groups=groups) for mixture in mixtures},

@@ -65,7 +65,7 @@ class GradientRecorder:
         device = solving_device(gradient.device)
         squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
-            begin, end = self.linears[name].part.rows or (0, len(squares))
+            begin, end = self.linears[name].stored.rows or (0, len(squares))
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(squares[begin:end])
                 self._grams[name] = Gram.empty(end - begin, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_parts, unsupported
+from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_slices, unsupported
 from wanda_dvc.kernels import empty
 
 
@@ -34,7 +34,7 @@ class BlockLoader:
         """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
-        self.parts = stored_parts(model, checkpoint)  # by parameter
+        self.parts = stored_slices(model, checkpoint)  # by parameter
         self._empty = [
             {f"{self.blocks_name}.{index}.{name}": parameter for name, parameter in block.named_parameters()}
             for index, block in enumerate(self.blocks)

@@ -6,11 +6,12 @@ transformers' conversion rules.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from wanda_dvc.errors import UserError, reason
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A stored weight and its place in a parameter: some rows, and the expert in a parameter of several."""
+    """A stored weight and the slice of a parameter that it fills: some rows, or one expert's matrix, or all."""
 
     address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
@@ -33,13 +34,13 @@ class StoredSlice:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is the complete parameter."""
+        """Whether it fills the complete parameter."""
         return self.rows is None and self.expert is None
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of this part of the parameter."""
-        tensor = tensor if self.expert is None else tensor[self.expert]
-        return tensor if self.rows is None else tensor[slice(*self.rows)]
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return a view of this slice of the parameter."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Linear:
     """A prunable weight [out, in], as stored: a module's weight, some rows of it, or one expert's matrix."""
 
     module: nn.Module
-    leaf: str
-    part: StoredSlice
+    leaf: str  # the parameter's name in the module
+    stored: StoredSlice
 
     @property
     def weight(self) -> Tensor:
         """A view of the module's parameter."""
-        return self.part.of(self.module.get_parameter(self.leaf))
+        return self.stored.of(self.module.get_parameter(self.leaf))
 
     @property
     def transposed(self) -> bool:
@@ -96,12 +97,15 @@ def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Return the name of the list of blocks, and the list: the only module list of the config's number of layers."""
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    every = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    lists = [(name, list(module)) for name, module in every if len(module) == layers]
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
     if len(lists) != 1:
-        found = ", ".join(name for name, _ in lists) or "none"
-        raise unsupported(type(model).__name__, f"found {found} as lists of {layers} blocks, expected one")
-    return lists[0]
+        names = ", ".join(lists) or "none"
+        raise unsupported(type(model).__name__, f"found {names} as lists of {layers} blocks, expected one")
+    return next(iter(lists.items()))
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -111,47 +115,52 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     [experts, ·, ·]. The gates of experts do not count as linears, even if they are `Linear` modules.
     """
     weights: dict[str, nn.Module] = {}
-    mixtures: dict[str, int] = {}  # the number of experts of each module with experts
+    mixtures: dict[str, int] = {}  # the number of experts, by the module around the module of experts
     for name, module in block.named_modules():
-        inside = f"{name}." if name else ""
+        prefix = f"{name}." if name else ""
         if isinstance(module, (nn.Linear, Conv1D)):
-            weights[inside + "weight"] = module
+            weights[prefix + "weight"] = module
         elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
-                    weights[inside + leaf] = module
-                    mixtures[name.rpartition(".")[0]] = len(parameter)
-    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]  # the parent of each weight's module
+                    weights[prefix + leaf] = module
+                    mixtures[_parent(name)] = len(parameter)
+    siblings = Counter(_parent(_parent(name)) for name in weights)  # weights by the parent of their module
 
-    def is_gate(module: nn.Module, owner: str) -> bool:
+    def is_gate(name: str, module: nn.Module) -> bool:
         """Whether a linear chooses experts, or weights the shared expert.
 
         It has one output, or one per expert, and is a sibling of the experts, or the only linear in a sibling.
         """
-        return isinstance(module, nn.Linear) and any(
-            module.out_features in (1, experts)
-            and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
-            for mixture, experts in mixtures.items()
-        )
+        parent = _parent(_parent(name))
+        for mixture, experts in mixtures.items():
+            is_near = parent == mixture or (_parent(parent) == mixture and siblings[parent] == 1)
+            if is_near and isinstance(module, nn.Linear) and module.out_features in (1, experts):
+                return True
+        return False
 
-    pairs = zip(weights.items(), owners, strict=True)
-    return {name: module for (name, module), owner in pairs if not is_gate(module, owner)}
+    return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
-def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[StoredSlice]]) -> dict[str, Linear]:
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def stored_linears(block: nn.Module, prefix: str, slices_of: Callable[[str], list[StoredSlice]]) -> dict[str, Linear]:
     """Return a block's linears by stored name; each expert has its own.
 
-    `prefix` precedes the block's names in the model, and `parts_of` returns the parts of a parameter.
+    `prefix` precedes the block's names in the model, and `slices_of` returns the slices of a parameter.
     """
     linears: dict[str, Linear] = {}
     for name, module in find_linears(block).items():
         leaf = name.rpartition(".")[2]
-        parts = parts_of(prefix + name)
+        slices = slices_of(prefix + name)
         shape = module.get_parameter(leaf).shape
-        if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
-            addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
-            parts = [StoredSlice(address, expert=address.expert) for address in addresses]
-        linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+        if len(shape) == 3 and slices[0].expert is None:  # all experts in one tensor
+            tensor = slices[0].address.tensor
+            slices = [StoredSlice(Address(tensor, expert), expert=expert) for expert in range(shape[0])]
+        for stored in slices:
+            linears[stored.address.linear] = Linear(module, leaf, stored)
     return linears
 
 
@@ -163,11 +172,18 @@ def check_model(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     model = build_empty(checkpoint.config, checkpoint)
     find_blocks(model)
-    stored_parts(model, checkpoint)
+    stored_slices(model, checkpoint)
     load_tokenizer(folder)
 
 
-def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSlice]]:
+class MatchedTensor(NamedTuple):
+    """A stored tensor, and the pattern of a conversion rule that its name matches."""
+
+    tensor: str
+    pattern: str
+
+
+def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSlice]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
@@ -178,57 +194,63 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSli
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    parts: dict[str, list[StoredSlice]] = {}
-    pieces: dict[str, list[tuple[str, str]]] = {}
+    slices: dict[str, list[StoredSlice]] = {}
+    matched: dict[str, list[MatchedTensor]] = {}  # by parameter: the tensors that a rule converts to it
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor in state:  # a rule for other names matches this one: so does transformers
             name, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if name not in state:
             _check_is_no_block(name, model, checkpoint)
-            continue
-        if pattern is None:
-            parts[name] = [StoredSlice(Address(tensor))]
+        elif pattern is None:
+            slices[name] = [StoredSlice(Address(tensor))]
         else:
-            pieces.setdefault(name, []).append((pattern, tensor))
-    for name, stored in pieces.items():
-        rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
+            matched.setdefault(name, []).append(MatchedTensor(tensor, pattern))
+    for name, tensors in matched.items():
+        rule = next(rule for rule in converters if tensors[0].pattern in rule.source_patterns)
         if len(rule.target_patterns) > 1:
-            raise unsupported(checkpoint, f"{stored[0][1]} holds several parameters, such as {name}")
-        parts[name] = place_parts(name, stored, rule, model, checkpoint)
-    _check_parts(model, checkpoint, parts)
-    return parts
+            raise unsupported(checkpoint, f"{tensors[0].tensor} holds several parameters, such as {name}")
+        slices[name] = place_slices(name, tensors, rule, model, checkpoint)
+    _check_is_stored(model, checkpoint, slices)
+    return slices
 
 
-def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[StoredSlice]]) -> None:
-    entries, inside = checkpoint.entries, f"{find_blocks(model)[0]}."
+def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[str, Sequence[StoredSlice]]) -> None:
+    """Raise UserError if a parameter is not stored, or in another dtype or shape, or blocks share one."""
+    in_blocks = f"{find_blocks(model)[0]}."
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     for names in aliases.values():
-        stored = [name for name in names if name in parts]
+        stored = [name for name in names if name in slices]
         if not stored:
             raise UserError(
                 f"{checkpoint}: no tensor for {names[0]}, which config.json asks for; copy the checkpoint again, or "
                 "choose a model of a tested family (docs/data.md)"
             )
-        if any(name.startswith(inside) and name not in parts for name in names):
+        if any(name.startswith(in_blocks) and name not in slices for name in names):
             raise unsupported(checkpoint, f"blocks share {names[0]}")
         for name in stored:
-            for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
-                if (dtype := entries[tensor].dtype) not in STORED.values():
-                    usual = ", ".join([*STORED.values()][:3])
-                    raise UserError(
-                        f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
-                        "name the model before it was quantized, or convert it"
-                    )
-            if parts[name][0].is_complete:
-                tensor, expected = parts[name][0].address.tensor, list(model.get_parameter(name).shape)
-                if entries[tensor].shape != expected:
-                    raise UserError(
-                        f"{checkpoint}: {tensor} is {entries[tensor].shape}, expected {expected} by "
-                        "config.json; copy both again"
-                    )
+            _check_dtypes(checkpoint, slices[name])
+            if slices[name][0].is_complete:
+                _check_shape(checkpoint, slices[name][0].address.tensor, [*model.get_parameter(name).shape])
+
+
+def _check_dtypes(checkpoint: Checkpoint, slices: Sequence[StoredSlice]) -> None:
+    for tensor in dict.fromkeys(stored.address.tensor for stored in slices):
+        dtype = checkpoint.entries[tensor].dtype
+        if dtype not in STORED.values():
+            usual = ", ".join([*STORED.values()][:3])
+            raise UserError(
+                f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
+                "name the model before it was quantized, or convert it"
+            )
+
+
+def _check_shape(checkpoint: Checkpoint, tensor: str, expected: list[int]) -> None:
+    shape = checkpoint.entries[tensor].shape
+    if shape != expected:
+        raise UserError(f"{checkpoint}: {tensor} is {shape}, expected {expected} by config.json; copy both again")
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
@@ -238,48 +260,54 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
     """
     name, blocks = find_blocks(model)
     base = model.base_model_prefix
-    found = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
+    number = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-    if found and int(found[1]) >= len(blocks) + ahead and not ignored:
+    if number and int(number[1]) >= len(blocks) + ahead and not ignored:
         raise UserError(
-            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
+            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(number[1]) + 1} or more: the "
             f"checkpoint stores {tensor}; copy both again"
         )
 
 
-def place_parts(
-    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
+def place_slices(
+    name: str, tensors: list[MatchedTensor], rule: WeightConverter, model: Any, checkpoint: Checkpoint
 ) -> list[StoredSlice]:
-    """Return each stored tensor's place in a parameter. Tensors are given with their patterns in the rule.
+    """Return the slices of a parameter that stored tensors fill by a conversion rule.
 
-    The function converts small tensors of marks by the rule, and finds the marks in the result. UserError if the rule
+    Converts small tensors of different numbers by the rule, and finds the numbers in the result. UserError if the rule
     does more than stack rows, expert by expert.
     """
     expected = list(model.get_parameter(name).shape)
-    shapes = [checkpoint.entries[tensor].shape for _, tensor in stored]
-    shape = range(2, 2 + len(shapes[0]))
-    size = math.prod(shape)
-    marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
+    shapes = [checkpoint.entries[each.tensor].shape for each in tensors]
+    small = range(2, 2 + len(shapes[0]))  # a shape of different sizes
+    size = math.prod(small)
+    marks = [(torch.arange(size) + size * number).view(*small) for number in range(len(tensors))]
     rule = deepcopy(rule)
-    for (pattern, tensor), mark in zip(stored, marks, strict=True):
-        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it accepts tensors too
-    parts = []
+    for each, mark in zip(tensors, marks, strict=True):
+        rule.add_tensor(name, each.tensor, each.pattern, mark)  # type: ignore[arg-type] # it accepts tensors too
+    slices = []
     try:
-        (made,) = rule.convert(name, model=model, config=model.config).values()
-        several = made.dim() > len(shape)
-        for expert, rows in enumerate(made if several else [made]):
+        (parameter,) = rule.convert(name, model=model, config=model.config).values()
+        has_experts = parameter.dim() > len(small)
+        matrices = list(parameter) if has_experts else [parameter]
+        for expert, matrix in enumerate(matrices):
             begin = 0
-            for found in rows.split(len(marks[0])):
-                number = int(found.flatten()[0]) // size
-                if not torch.equal(found, marks[number]):
+            for rows in matrix.split(len(marks[0])):
+                number = int(rows.flatten()[0]) // size
+                if not torch.equal(rows, marks[number]):
                     raise ValueError("their elements change places")
                 end = begin + shapes[number][0]
-                parts.append(StoredSlice(Address(stored[number][1]), (begin, end), expert if several else None))
+                address = Address(tensors[number].tensor)
+                slices.append(StoredSlice(address, (begin, end), expert if has_experts else None))
                 begin = end
-            result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
-            if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
-                raise ValueError(f"together they are {result}, expected {expected}")
+        shape = [begin, *shapes[0][1:]]
+        if has_experts:
+            shape = [len(matrices), *shape]
+        if shape != expected or any(each[1:] != shapes[0][1:] for each in shapes):
+            raise ValueError(f"together they are {shape}, expected {expected}")
     except Exception as error:  # a rule may raise any exception
-        raise unsupported(checkpoint, f"{name} joins {len(stored)} tensors like {stored[0][1]}: {error}") from error
-    return parts
+        raise unsupported(
+            checkpoint, f"{name} joins {len(tensors)} tensors like {tensors[0].tensor}: {error}"
+        ) from error
+    return slices

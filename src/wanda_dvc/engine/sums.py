@@ -94,7 +94,7 @@ class InputSums:
 
 def _experts_last(names: Iterable[str], linears: dict[str, Linear]) -> list[str]:
     """Return the linears in the order of `names`, then experts in index order, not the order of their first tokens."""
-    experts = dict.fromkeys(name for name, linear in linears.items() if linear.part.expert is not None)
+    experts = dict.fromkeys(name for name, linear in linears.items() if linear.stored.expert is not None)
     return [*(name for name in names if name not in experts), *experts]
 
 
@@ -130,5 +130,5 @@ def group_by_matrix(linears: dict[str, Linear]) -> LinearsByMatrix:
     """Return the names of the linears that are rows of each matrix: they read one input."""
     names: LinearsByMatrix = {}
     for name, linear in linears.items():
-        names.setdefault(Matrix(linear.module, linear.leaf, linear.part.expert), []).append(name)
+        names.setdefault(Matrix(linear.module, linear.leaf, linear.stored.expert), []).append(name)
     return names

@@ -280,7 +280,7 @@ def repaired(
     run, windows = _calibrated(study, stats, work)
     linears, measured = run.decoder.linears(block), tensors.read_stats(study.stats, block)
     # In the order of their calls. Of an expert's outputs only some tokens have a part.
-    *_, last = (name for name in measured.by_linear if linears[name].part.expert is None)
+    *_, last = (name for name in measured.by_linear if linears[name].stored.expert is None)
     end = gone[-1] + 1
     walk = itertools.takewhile(lambda step: step.index < end, run.walk(windows, boundaries=end - block + 2))
     what = "mask, blocks run for the repair"

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
-from wanda_dvc.engine.structure import StoredSlice, stored_parts
+from wanda_dvc.engine.structure import StoredSlice, stored_slices
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install
 from wanda_dvc.plan import RECOVERY_BATCH  # windows a step, of all processes
@@ -255,7 +255,7 @@ def _trained_slices(
 ) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
     """Return the stored slices of each parameter, and the dtype in which they are stored."""
     parameters = dict(student.named_parameters(remove_duplicate=False))
-    slices = {name: stored for name, stored in stored_parts(student, checkpoint).items() if name in parameters}
+    slices = {name: stored for name, stored in stored_slices(student, checkpoint).items() if name in parameters}
     return slices, {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
 
 
