@@ -11,16 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_line import wanda_dvc
 from conftest import Capture, Patch, git, save_tiny_model, without_privilege, write_settings
 from repository import Repository
+from test_shape import SLOW_TO_IMPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.cli import _say
 from wanda_dvc.commands import prune as module
-from wanda_dvc.commands.prune import prune
+from wanda_dvc.commands.prune import prune_model
+from wanda_dvc.commands.request import _parse_tokens, check_request
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
 from wanda_dvc.results.markup import number, table
@@ -53,12 +56,15 @@ def model(tmp_path: Path, texts: dict[str, str], monkeypatch: Patch) -> Path:
     here = tmp_path / "here"
     here.mkdir()
     write_settings(tmp_path, "org/name", **texts)
-    for place in (module, scaffold):
-        monkeypatch.setattr(place, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(scaffold, "PARAMS", tmp_path / "params.yaml")
     monkeypatch.setattr(module, "reproduce", in_this_process)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(here)
     return save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
+
+
+def prune(**options: Any) -> str:
+    return prune_model(check_request(**options))
 
 
 def studies(model: Path) -> list[Path]:
@@ -82,8 +88,8 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path, monkeypatch: Patch
     card = (target / "README.md").read_text()
     assert "| perplexity" in card
     (calibrated_study,) = studies(model)
-    for name in ("provenance.json", "model.safetensors"):
-        assert (target / name).read_bytes() == (calibrated_study / "models/pruned" / name).read_bytes()
+    assert not (calibrated_study / "models/pruned").exists()
+    assert f"The study: {calibrated_study} (" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
@@ -182,7 +188,7 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
         prune(model=str(model), target=None, recover="200k")
     assert not (studies(model)[0] / "stats").exists()
-    assert [module._tokens(text) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
+    assert [_parse_tokens(text) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
 
 
 @pytest.mark.parametrize(
@@ -192,9 +198,15 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["."], "here: exists already"),
         (["out", "--sparsity", "2"], "sparsity: found 2.0, expected"),
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
-        (["out", "--text", "./missing.txt"], "missing.txt not found; name a directory or a file of this machine"),
+        (["out", "--text", "./missing.txt"], "missing.txt not found; name a file of this machine"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
         (["out", "--recover", "1G"], "--recover: found 1G, expected a number of tokens, such as 200k or 1M"),
+        (["out", "--recover", "٣"], "--recover: found ٣, expected a number of tokens"),
+        (["out", "--recover", "9" * 20 + "M"], "--recover: found 99999999999999999999000000, expected less than"),
+        (["out", "--recipe", ""], "--recipe: found an empty value, such as an unset variable; give one"),
+        (["out", "--recipe="], "--recipe: found an empty value"),
+        ([""], "argument 3: found an empty value"),
+        (["/proc/x"], "/proc/x: /proc is no directory with permission to write, expected one"),
     ],
 )  # fmt: skip
 def test_a_wrong_target_or_setting_is_refused_before_any_work(model: Path, words: list[str], says: str):
@@ -206,6 +218,40 @@ def test_a_wrong_target_or_setting_is_refused_before_any_work(model: Path, words
     assert "params.yaml" not in done.stderr
     assert [path.name for path in Path().rglob("*")] == ["full", "thesis.txt"]
     assert not (model.parent / "cache").exists()
+
+
+WRONG = [
+    "prune . new --recipe typo", "prune . new --sparsity 2", "prune . new --pattern 9", "prune . full", "export full",
+    "prune . new --recover 1G", "prune ./missing new", "prune . new --text ./missing.txt", "init new --preset typo",
+    "init full", "init new --model ./missing", "mask", "plan", "calibrate",
+]  # fmt: skip
+REFUSED = """
+import json, os, sys
+from wanda_dvc.cli import run
+for words in sys.argv[1:]:
+    if not os.fork():
+        sys.argv[1:] = words.split()
+        try:
+            run()
+        except SystemExit as end:
+            print(json.dumps([words, end.code, list(sys.modules)]), flush=True)
+            os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_wrong_argument_is_refused_before_libraries_are_imported(tmp_path: Path):
+    """Their import takes seconds."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").touch()
+    (tmp_path / "params.yaml").touch()
+    command = [sys.executable, "-c", REFUSED, *WRONG]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    refused = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(words, code) for words, code, _ in refused] == [(words, 2) for words in WRONG], done.stderr
+    assert len(done.stderr.splitlines()) == len(WRONG)
+    imported = {words: SLOW_TO_IMPORT & set(modules) for words, _, modules in refused}
+    assert not any(imported.values()), imported
 
 
 def test_a_cache_folder_without_permission_is_named_with_what_to_do(model: Path):
@@ -224,6 +270,7 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     with monkeypatch.context() as filled:
+        filled.setattr("wanda_dvc.commands.export._renamed", lambda *_: False)  # on another file system
         filled.setattr("wanda_dvc.commands.export.copy_file", full)
         done = wanda_dvc("prune", str(model), "out", "--recipe", "wanda", cwd=Path.cwd())
     assert done.returncode == 2

@@ -168,16 +168,18 @@ def prune(
     give the directory its name. It measures perplexity and divergence;
     `dvc repro` in the study also runs the zero-shot tasks.
     """
-    from wanda_dvc.commands.prune import prune as make
+    from wanda_dvc.commands.request import check_request
     from wanda_dvc.stages.process import stoppable
 
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
-        said = make(
+        request = check_request(
             model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
             recover=recover, evaluate=not no_eval,
         )  # fmt: skip
-        _say(said)
+        from wanda_dvc.commands.prune import prune_model  # imports torch, which takes seconds
+
+        _say(prune_model(request))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -268,12 +270,17 @@ def export(
     imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
+    from wanda_dvc.commands.target import check_new_file, check_target
     from wanda_dvc.stages.process import AGAIN, stoppable
 
     with stoppable("export", AGAIN):
-        from wanda_dvc.commands.export import export as build
+        study = _find_study()
+        target = check_target(study, directory)
+        if imatrix:
+            check_new_file(study, imatrix, target)
+        from wanda_dvc.commands.export import export as write  # imports torch, which takes seconds
 
-        typer.echo(build(study=_find_study(), experiment=rev, target=directory, imatrix=imatrix))
+        typer.echo(write(study=study, experiment=rev, target=directory, imatrix=imatrix))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -291,6 +298,17 @@ for _stage in STAGES.values():  # last in --help
     app.command(_stage.name, help=_stage.about, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UserError for an empty argument: an unset variable of the shell must not choose a default."""
+    previous = ""
+    for position, argument in enumerate(arguments, start=1):
+        if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):
+            option = (argument or previous).removesuffix("=")
+            where = option if option.startswith("-") else f"argument {position}"
+            raise UserError(f"{where}: found an empty value, such as an unset variable; give one, or leave it out")
+        previous = argument
+
+
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks. `--help` has the exit codes."""
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
@@ -299,6 +317,7 @@ def run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have UTF-8
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

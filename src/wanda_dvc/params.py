@@ -25,6 +25,7 @@ MOST = 2**20  # windows of a calibration, and tokens of a window: far above any 
 MOST_TRAINED = 10**9  # tokens of a recovery; their windows are drawn before it and take 8 bytes a token
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 FILE = "params.yaml"
+TEXT_SUFFIXES = (".txt", ".jsonl")  # of files
 Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.text.split`
 
 
@@ -128,8 +129,8 @@ class Text(_Section):
                 raise _refused(*(f"split {split}" for split in named.splits))
             if self.column not in (None, named.column):
                 raise _refused(f"column null: the text of {self.source} is {named.column}")
-        elif path.suffix in (".txt", ".jsonl") or path.is_absolute():
-            if not path.is_absolute() or path.suffix not in (".txt", ".jsonl"):
+        elif path.suffix in TEXT_SUFFIXES or path.is_absolute():
+            if not path.is_absolute() or path.suffix not in TEXT_SUFFIXES:
                 raise _refused("a file that ends in .txt or .jsonl, by its absolute path")
             if self.split is not None:
                 raise _refused("split null: a file has none")

@@ -3,6 +3,7 @@
 The experiment's files are copied from DVC's cache and git into the work folder. The workspace is only read.
 """
 
+import errno
 import io
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from wanda_dvc.commands.imatrix import importance
+from wanda_dvc.commands.target import check_new_file, check_target
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, flatten, nested, sources
 from wanda_dvc.plan import Plan
@@ -20,7 +22,6 @@ from wanda_dvc.results.experiments import Experiment, at, made_with_others, work
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations, notes
-from wanda_dvc.stages import MODELS, check_outside
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study.artifact import (
@@ -28,13 +29,16 @@ from wanda_dvc.study.artifact import (
     PROVENANCE,
     digest,
     read_provenance,
+    remove,
     temporary_place,
     write_provenance,
 )
 from wanda_dvc.study.dvc import Revision, copy_file
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing
 
+MODEL_CARD = "README.md"
 REPRODUCE = """\
 With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:
 
@@ -42,134 +46,194 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 {settings}````"""
 
 
-def export(
-    *, study: Study, experiment: str | None, target: Path, made: bool = False, imatrix: Path | None = None
-) -> str:
+def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path | None = None) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
-    The experiment is a name, commit, branch or tag; None is the workspace. If `made`, its model is in `models/pruned`
-    and is copied. `imatrix` is a new file for llama.cpp's importance matrix.
+    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a new file for llama.cpp's
+    importance matrix.
     """
-    experiment = None if experiment == WORKSPACE else experiment
-    target, what = check_target(study, target), experiment or "the workspace"
+    revision = None if experiment == WORKSPACE else experiment
+    what = revision or "the workspace"
+    target = check_target(study, target)
     if imatrix:
-        file = check_outside(study, imatrix.parent) / imatrix.name
-        if is_there(file) or file.resolve().is_relative_to(target.resolve()):
-            raise UserError(f"{imatrix}: exists already, or is in {target}; name a new file elsewhere")
-    with study.work({"kind": "export", "experiment": experiment}) as work:
+        check_new_file(study, imatrix, target)
+    with study.work({"kind": "export", "experiment": revision}) as work:
         work.discard()  # the links of a killed export
-        own_study = Study(work.path / "study")
-        own_study.root.mkdir(parents=True)
-        if experiment is None:
-            found = workspace(study)
-            read_provenance(study.masks, "mask")
-            parts = ("models/dense", "models/recovered", "masks", "stats", "weights")
-            own_study.link_to(study, *parts, "params.yaml", LOCK)
-        else:
-            found = at(study, experiment, own_study.root)
-            _take_experiment(study, own_study, experiment, ["stats/norms"] if imatrix else [])
-        stale = Lock.read(own_study.root).stale()
-        if "mask" in stale:  # no settings describe these masks
-            before = ", ".join(name for name in stale if name.startswith(("calibrate", "mask")))
-            raise UserError(
-                f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model "
-                "and statistics; run `dvc repro`"
-            )
-        here = {"runtime": study.params.runtime}  # of this machine instead of the experiment's
-        found.study = own_study = own_study.with_params(found.params.model_copy(update=here))
-        if others := made_with_others(found):
-            raise UserError(f"{what}: {others[0].removesuffix('.')}")
-        made_from = describe_pruned(own_study)
-        pruned, metrics = digest(made_from), found.made.metrics.get("sparsity")
-        finished = own_study.model("recovered") if own_study.params.recovery.tokens else study.model("pruned")
-        if own_study.params.recovery.tokens or made:
-            made_from = read_provenance(finished, MODEL_COMMANDS[finished.name])
-            if made_from.get("pruned", digest(made_from)) != pruned or not metrics:
-                raise UserError(f"{what}: models/{finished.name}: found another pruned model's; run `dvc repro`")
-            shutil.copytree(finished, work.out, copy_function=copy_file, dirs_exist_ok=True)
-        else:
-            _, metrics = prune(own_study, work.out)
-        write_provenance(work.out, made_from)
-        dense = digest(read_provenance(own_study.model("dense"), "download model"))
-        for model, own in zip(MODELS, (dense, pruned, digest(made_from)), strict=True):
-            found.results[model].keep_of(own)
-        found.made.metrics["sparsity"] = metrics
-        (work.out / "README.md").write_text(card(own_study, metrics, sections(found)), encoding="utf-8")
-        said = [f"{target}: the {list(found.models)[-1]} model of {what}, with a model card"]
-        said += [f"{imatrix}: {importance(own_study, temporary_place(imatrix))}"] if imatrix else []
+        exported = _collect(study, revision, work.path / "study", with_norms=imatrix is not None)
+        _check_current(exported, what)
+        metrics = _write_model(exported, work.out, what)
+        digests = {
+            "dense": digest(read_provenance(exported.study.model("dense"), "download model")),
+            "pruned": digest(describe_pruned(exported.study)),
+            "recovered": digest(load_json(work.out / PROVENANCE)),
+        }
+        for model, results in exported.results.items():
+            results.keep_of(digests[model])
+        exported.made.metrics["sparsity"] = metrics
+        (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
+        lines = [f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"]
+        if imatrix:
+            lines.append(f"{imatrix}: {importance(exported.study, temporary_place(imatrix))}")
         check_target(study, target)  # another export may have written it
         work.commit(target)
         if imatrix:  # last: with the matrix alone, the same command would be refused
             temporary_place(imatrix).replace(imatrix)
-    return "\n".join([*said, *found.notes])
+    return "\n".join([*lines, *exported.notes])
 
 
-def check_target(study: Study, target: Path) -> Path:
-    """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
-    target = check_outside(study, target)
-    for path, own in ((target, set[str]()), (temporary_place(target), {"out"})):  # the second: an unfinished copy
-        if is_there(path) and (not path.is_dir() or {one.name for one in path.iterdir()} - own or path.samefile(".")):
-            raise UserError(f"{path}: exists already; name a new directory, or an empty one")
-    return target
+def move_model(experiment: Experiment, target: Path) -> None:
+    """Move the pruned model that a study's stages have just written to a new directory, and add its card.
+
+    The study then has no second copy: `apply` writes it again where a stage reads it. A recovered model is copied,
+    because DVC has it. After an error, such as a full disk, the target is missing and the study has its model.
+    """
+    study, recovers = experiment.study, experiment.params.recovery.tokens > 0
+    model = study.model("recovered" if recovers else "pruned")
+    content = card(study, experiment.made.metrics["sparsity"], sections(experiment))
+    check_target(study, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not recovers:
+        (model / MODEL_CARD).write_text(content, encoding="utf-8")  # it may fail, and a rename hardly does
+    if recovers or not _renamed(model, target):
+        temporary = temporary_place(target)
+        remove(temporary)  # of a killed run
+        try:
+            shutil.copytree(model, temporary / "out", copy_function=copy_file)
+            (temporary / "out" / MODEL_CARD).write_text(content, encoding="utf-8")
+            (temporary / "out").rename(target)
+        finally:
+            remove(temporary)
+    remove(study.model("pruned"))
 
 
-def _take_experiment(study: Study, own_study: Study, experiment: str, parts: list[str]) -> None:
-    """Take the files that `apply` reads, and other parts, out of git and the cache."""
-    revision = Revision.open(study.root, experiment)
+def _renamed(folder: Path, target: Path) -> bool:
+    """Rename a folder; return False, without a change, if the target is on another file system."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
-    def take(part: str, what: str) -> None:
-        if revision.take(part, own_study.root):
+
+def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bool) -> Experiment:
+    """Return an experiment whose files are links in a new folder, with this machine's runtime settings."""
+    links = Study(folder)
+    links.root.mkdir(parents=True)
+    if revision is None:
+        experiment = workspace(study)
+        read_provenance(study.masks, "mask")  # UserError without masks
+        names = ("models/dense", "models/recovered", "masks", "stats", "weights", "params.yaml", LOCK)
+        links.link_to(study, *names)
+    else:
+        experiment = at(study, revision, links.root)
+        recovers = experiment.params.recovery.tokens > 0
+        _take_inputs(study, links, revision, recovers=recovers, with_norms=with_norms)
+    params = experiment.params.model_copy(update={"runtime": study.params.runtime})
+    experiment.study = links.with_params(params)
+    return experiment
+
+
+def _check_current(experiment: Experiment, what: str) -> None:
+    """Raise UserError if the masks or the recovered model are not those of the experiment's settings."""
+    stale = [name for name in Lock.read(experiment.study.root).stale() if name.startswith(("calibrate", "mask"))]
+    if "mask" in stale:  # no settings describe these masks
+        raise UserError(
+            f"{what}: dvc.lock: the inputs of {', '.join(stale)} changed after the run, expected masks of the current "
+            "model and statistics; run `dvc repro`"
+        )
+    problems = made_with_others(experiment)
+    if problems:
+        raise UserError(f"{what}: {problems[0].removesuffix('.')}")
+
+
+def _write_model(experiment: Experiment, out: Path, what: str) -> Json:
+    """Write an experiment's pruned model, or copy the recovered one. Return the metrics of its sparsity."""
+    study = experiment.study
+    provenance = describe_pruned(study)
+    if not study.params.recovery.tokens:
+        _, metrics = prune(study, out)
+        write_provenance(out, provenance)
+        return metrics
+    recovered = study.model("recovered")
+    metrics = experiment.made.metrics.get("sparsity", {})
+    if read_provenance(recovered, MODEL_COMMANDS["recovered"])["pruned"] != digest(provenance) or not metrics:
+        raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
+    shutil.copytree(recovered, out, copy_function=copy_file, dirs_exist_ok=True)
+    return metrics
+
+
+def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, with_norms: bool) -> None:
+    """Take the files that `apply` reads out of git and the cache. UserError if one is missing there."""
+    commit = Revision.open(study.root, revision)
+
+    def take(name: str, what: str) -> None:
+        if commit.take(name, links.root):
             raise UserError(
-                f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
-                f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"
+                f"{revision}: {what} not in DVC's cache, expected all of {name}/; `dvc pull --all-commits` fetches "
+                f"it from a remote that has it, `dvc exp apply {revision}` and `dvc exp run` compute it again"
             )
 
     take("masks", "its masks are")
-    if own_study.params.recovery.tokens:
+    if recovers:
         take("models/recovered", "its recovered model is")
-    made = read_provenance(own_study.masks, "mask")
-    plan = Plan.read(made["params"])
-    parts = parts + {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
-    if plan.weights_come_from == "gram" and plan.solver.uses_fisher:
-        parts.append("stats/fisher")
-    for part in parts:
-        take(part, f"its {part} is")
-    wanted = made["model"]
-    here = study.model("dense")
-    if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
-        own_study.link_to(study, "models/dense")
+    masks = read_provenance(links.masks, "mask")
+    plan = Plan.read(masks["params"])
+    names = ["stats/norms"] if with_norms else []
+    if plan.weights_come_from == "weights":
+        names.append("weights")
+    elif plan.weights_come_from == "gram":
+        names += ["stats/gram", "stats/fisher"] if plan.solver.uses_fisher else ["stats/gram"]
+    for name in names:
+        take(name, f"its {name} is")
+    expected, dense = masks["model"], study.model("dense")
+    if is_there(dense / PROVENANCE) and read_provenance(dense, "download model")["sha256"] == expected["sha256"]:
+        links.link_to(study, "models/dense")
     else:
-        take("models/dense", f"its dense model ({wanted['source']}) is")
+        take("models/dense", f"its dense model ({expected['source']}) is")
+
+
+# --- the card ---
 
 
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, params = experiment.models, experiment.params
-    said = list(notes({experiment.name: params}, models))
+    sentences = list(notes({experiment.name: params}, models))
     if params.recovery.tokens:
-        made = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
-        text = params.recovery.text or params.calibration.text
-        how = f"on {made.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
-        trained = f"All parameters but the zeros were then trained {how}, of {Path(text.source).name}."
-        said.append(trained if made["trained"] else f"A training {how} did not help: its weights are not used.")
-    results = table(*side_by_side(models, base="dense"))
-    found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
-    both = (experiment.made, experiment.results[DENSE])
-    own, other = (results.details("continuations").get("protocol") for results in both)
-    if own and other and not differing(own, other) and (texts := continuations(models, inline)):
-        found["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
+        sentences.append(_training_sentence(experiment))
+    results = table(*side_by_side(models, base=DENSE))
+    by_title = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(sentence)}" for sentence in sentences)}
+    protocol = experiment.made.details("continuations").get("protocol")
+    dense_protocol = experiment.results[DENSE].details("continuations").get("protocol")
+    if protocol and dense_protocol and not differing(protocol, dense_protocol):
+        texts = continuations(models, inline)
+        if texts:
+            by_title["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
-    found["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(experiment.params))
-    return found
+    by_title["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(params))
+    return by_title
+
+
+def _training_sentence(experiment: Experiment) -> str:
+    """Return the card's sentence on the training of a recovered model."""
+    params = experiment.params
+    provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
+    training = f"on {provenance.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
+    if not provenance["trained"]:
+        return f"A training {training} did not help: its weights are not used."
+    text = params.recovery.text or params.calibration.text
+    return f"All parameters but the zeros were then trained {training}, of {Path(text.source).name}."
 
 
 def settings_of(params: Params) -> str:
     """Return a params.yaml with the given settings. Paths are local, so only their last part is kept."""
-    wanted = dict(flatten(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)))
+    settings = dict(flatten(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)))
     for setting, source in sources(params).values():
         if Path(source).is_absolute():
-            wanted[setting] = f"/path/to/{Path(source).name}"
+            settings[setting] = f"/path/to/{Path(source).name}"
     text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.dump(nested(wanted), text)
+    yaml.dump(nested(settings), text)
     return text.getvalue()

@@ -9,157 +9,187 @@ import shlex
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
-from wanda_dvc.commands.export import check_target, export
+from wanda_dvc.commands.export import move_model
+from wanda_dvc.commands.request import FALLBACK, PruneRequest, check_settings
+from wanda_dvc.commands.target import check_target
 from wanda_dvc.engine.checkpoint import positions_of, read_config
 from wanda_dvc.engine.sizes import Sizes
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import Params, nested
-from wanda_dvc.plan import TOKENS_A_FEATURE, UNSTRUCTURED
-from wanda_dvc.reading import check_place
+from wanda_dvc.params import Params, Settings, nested
+from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.results.compare import cells, headings
-from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
 from wanda_dvc.stages.runs import reproduce
-from wanda_dvc.study.artifact import digest, locked
+from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import PARAMS, changed, renew, source_settings
+from wanda_dvc.study.scaffold import renew
 
-FALLBACK = "wanda"  # needs the least memory and disk
+RECOMMENDED = {"neurons": "wanda-refit", "heads": "wanda-refit", "blocks": "wanda-refit", "experts": FALLBACK}
+RECOMMENDED_FOR_ZEROS = "fisher"  # for other patterns; docs/methods.md has the comparison
 # The runs of a model; all others are the dense model's.
 RUNS = {"pruned": ("mask", "apply", "perplexity-pruned"), "recovered": ("recover", "perplexity-recovered")}
 GENERATE = 'from transformers import pipeline; print(pipeline("text-generation", {})("Once upon a time"))'
 
 
-def prune(
-    *,
-    model: str | None,
-    target: Path | None,
-    recipe: str | None = None,
-    sparsity: float | None = None,
-    pattern: str = UNSTRUCTURED,
-    text: str | None = None,
-    recover: str | None = None,
-    evaluate: bool = True,
-) -> str:
-    """Prune a model into a new directory; return a table of the dense and the pruned model, and the next commands.
+def prune_model(request: PruneRequest) -> str:
+    """Run the stages of a request's study and move the model to its target. Return the results and the next commands.
 
-    UserError, before any work, for a wrong setting, a target that holds something, or a read-only cache folder.
+    UserError, before the calibration, if the memory is too small for a recovery.
     """
-    if sparsity is None:
-        sparsity = 0.2 if pattern in STRUCTURES else 0.5
-    settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
-    settings["recovery.tokens"] = tokens = _tokens(recover or "0")
-    params = _checked(settings)
-    name = Path(params.model.removeprefix("package:").partition("==")[0].partition("@")[0]).name
-    kind, amount = pattern.replace(":", "-") * (pattern != UNSTRUCTURED), "" if ":" in pattern else f"{sparsity:g}"
-    own_study = _studies() / f"{name}-{digest({'model': params.model, 'text': params.calibration.text.filled})[:8]}"
-    study = Study(own_study)
-    target = check_target(study, target or Path("-".join(filter(None, [name, recipe, kind, amount, recover]))))
     began = time.time()
-    with locked(own_study, f"waiting for another `wanda-dvc prune` of this model, in {own_study} …"):
-        check_target(study, target)  # the other one may have written it
-        (own_study / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
-        renew(own_study, nested(settings))
-        reproduce(own_study, "download", "model", shown=True)
-        longest = positions_of(read_config(study.model("dense"))) or params.calibration.length
-        for name in ("calibration", "perplexity"):
-            settings[f"{name}.length"] = min(longest, getattr(params, name).length)
-        if tokens:  # refused before any work
-            computes_twice(study.with_params(params))
-        wanted = TOKENS_A_FEATURE * Sizes(study.model("dense")).widest  # solvers need them
-        settings["calibration.windows"] = max(params.calibration.windows, -(-wanted // settings["calibration.length"]))
-        if recipe is None:
-            units = dict.fromkeys(STRUCTURES, "wanda-refit") | {"experts": FALLBACK}
-            best = units.get(pattern, "fisher")  # docs/methods.md
-            settings["recipe"] = _recommended(study, _checked(settings | {"recipe": best}))
-        renew(own_study, nested(settings))
-        reproduce(own_study, "perplexity" if evaluate else "recover" if tokens else "apply", shown=True)
-        export(study=Study(own_study), experiment=None, target=target, made=True)
-        return _said(Study(own_study), target, recipe, evaluate=evaluate, began=began)
+    with locked(request.root, f"waiting for another `wanda-dvc prune` of this model, in {request.root} …"):
+        study = Study(request.root)
+        check_target(study, request.target)  # another command may have written it meanwhile
+        (study.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
+        renew(study.root, nested(request.settings))
+        reproduce(study.root, "download", "model", shown=True)
+        settings = request.settings | _sizes_for_model(study, request.params)
+        if request.params.recovery.tokens:
+            computes_twice(study.with_params(request.params))  # UserError if the memory is too small
+        if request.recipe is None:
+            settings["recipe"] = _recommended_recipe(study, settings)
+        renew(study.root, nested(settings))
+        last_stage = "recover" if request.params.recovery.tokens else "apply"
+        reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=True)
+        experiment = workspace(Study(request.root))
+        summary = _summary(experiment, request, began)  # of files that move now
+        move_model(experiment, request.target)
+        return "\n\n".join([*summary, _kept(study, experiment)])
 
 
-def _checked(settings: dict[str, Any]) -> Params:
-    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
-    try:
-        return changed(PARAMS.read_text(encoding="utf-8"), nested(settings))[0]
-    except UserError as error:
-        raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
+def _sizes_for_model(study: Study, params: Params) -> Settings:
+    """Return lengths of windows that fit the dense model, and enough calibration windows for its solvers."""
+    length = params.calibration.length
+    longest = positions_of(read_config(study.model("dense"))) or length
+    length = min(longest, length)
+    tokens = TOKENS_A_FEATURE * Sizes(study.model("dense")).widest
+    return {
+        "calibration.length": length,
+        "perplexity.length": min(longest, params.perplexity.length),
+        "calibration.windows": max(params.calibration.windows, -(-tokens // length)),
+    }
 
 
-def _tokens(text: str) -> int:
-    """Return a number of tokens. UserError for another text than 500000, 500k or 1M."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
-    if not number.isdecimal():
-        raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
-    return int(number) * {"": 1, "k": 1_000, "M": 1_000_000}[unit]
-
-
-def _studies() -> Path:
-    """Return the folder of the studies. UserError if it is not writable."""
-    try:
-        return check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
-    except (UserError, OSError) as error:
-        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
-
-
-def _recommended(study: Study, params: Params) -> str:
-    """Return the recommended recipe, which `params` has, or the fallback if memory or disk is too small for it."""
-    own_study, lacks = study.with_params(params), list[str]()
-    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
-        needs = [need(own_study, stage) for stage in ("calibrate", "mask", "apply", "apply")]  # and the target
-        wanted = max(one.memory - one.mapped for one in needs), sum(one.disk for one in needs)
-        for most, (what, left) in zip(wanted, free(own_study).items(), strict=True):
-            lacks += [f"{gigabytes(most)} of {what}, {gigabytes(left)} free"] if most > left else []
-    if lacks:
-        notice(f"recipe: {FALLBACK}; the recommended {params.recipe} needs {' and '.join(lacks)}")
+def _recommended_recipe(study: Study, settings: Settings) -> str:
+    """Return the recommended recipe of a pattern, or the fallback if memory or disk is too small for it."""
+    recipe = RECOMMENDED.get(settings["pattern"], RECOMMENDED_FOR_ZEROS)
+    lacking = _lacking(study.with_params(check_settings(settings | {"recipe": recipe})))
+    if lacking:
+        notice(f"recipe: {FALLBACK}; the recommended {recipe} needs {' and '.join(lacking)}")
         return FALLBACK
-    notice(f"recipe: {params.recipe}, recommended for pattern {params.pattern}; `--recipe` sets another")
-    return params.recipe
+    notice(f"recipe: {recipe}, recommended for pattern {settings['pattern']}; `--recipe` sets another")
+    return recipe
 
 
-def _said(study: Study, target: Path, recipe: str | None, *, evaluate: bool, began: float) -> str:
-    found = workspace(study)
-    models = found.models
-    columns = headings(list(models.values())) if evaluate else {}
-    rows = [list(row) for row in zip(columns, *(cells(one, columns) for one in models.values()), strict=True)]
-    sizes = [sum(path.stat().st_size for path in study.model(name).iterdir()) / 1e6 for name in models]
+def _lacking(study: Study) -> list[str]:
+    """Return what the stages of a study need and this machine does not have free: memory, disk."""
+    lacking: list[str] = []
+    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
+        needs = [need(study, stage) for stage in ("calibrate", "mask", "apply")]
+        sizes = {
+            "memory": max(requirements.memory - requirements.mapped for requirements in needs),
+            "disk": sum(requirements.disk for requirements in needs),
+        }
+        for what, size_free in free(study).items():
+            if sizes[what] > size_free:
+                lacking.append(f"{gigabytes(sizes[what])} of {what}, {gigabytes(size_free)} free")
+    return lacking
+
+
+# --- what it prints ---
+
+
+def _summary(experiment: Experiment, request: PruneRequest, began: float) -> list[str]:
+    """Return the paragraphs on the results of a request whose stages have run, and on what to do next."""
+    models = experiment.models
+    paragraphs = [
+        title(experiment, named=False),
+        table(["", *models], _rows(experiment, request, began)),
+        "Seconds: of the stages that ran now.",
+    ]
+    if request.evaluate:  # else earlier results may be of another model
+        sentences = notes({experiment.name: experiment.params}, models)
+        paragraphs += [sentence for sentence in sentences if sentence.startswith("Perplexity on")]
+        paragraphs += experiment.notes
+    paragraphs.append(f"{request.target}: the {list(models)[-1]} model, with a model card. Next:")
+    paragraphs.append(_next_commands(experiment, request))
+    return paragraphs
+
+
+def _rows(experiment: Experiment, request: PruneRequest, began: float) -> list[list[str]]:
+    """Return the rows of the table: measures, size and time, with a column for each model."""
+    models, study = experiment.models, experiment.study
+    measures = headings(list(models.values())) if request.evaluate else {}
+    values = {name: cells(results, measures) for name, results in models.items()}
+    rows = [[heading, *(values[name][index] for name in models)] for index, heading in enumerate(measures)]
+    sizes = {name: sum(path.stat().st_size for path in study.model(name).iterdir()) for name in models}
+    rows.append(["size, MB", *(f"{sizes[name] / 1e6:,.1f}" for name in models)])
+    seconds = _seconds(study, began)
+    rows.append(["seconds", *(f"{seconds[name]:,.0f}" if name in seconds else DASH for name in models)])
+    return rows
+
+
+def _seconds(study: Study, began: float) -> dict[str, float]:
+    """Return by model the seconds of its stages that ran since then."""
     seconds = defaultdict[str, float](float)
     for run, content in times(study).items():
         if study.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
-            seconds[next((name for name, runs in RUNS.items() if run.startswith(runs)), "dense")] += content["seconds"]
-    rows.append(["size, MB", *(f"{size:,.1f}" for size in sizes)])
-    rows.append(["seconds", *(f"{seconds[name]:,.0f}" if name in seconds else DASH for name in models)])
-    text = found.params.calibration.text.source
-    again = [found.params.model, *(["--text", text] if text != EMBEDDED else [])]
-    less, more = "0.5", "0.7"
-    if found.params.pattern in STRUCTURES:
-        again += ["--pattern", found.params.pattern]
-        less, more = "0.1", "0.3"
-    again += ["--recipe", recipe] if recipe else []
-    again += ["--recover", str(tokens)] if (tokens := found.params.recovery.tokens) else []
-    change = "pattern" if ":" in found.params.pattern else "sparsity"
-    other = "4:8" if found.params.pattern == "2:4" else "2:4"
-    again += [f"--{change}", other if change == "pattern" else more if found.params.sparsity < float(more) else less]
+            model = next((model for model, runs in RUNS.items() if run.startswith(runs)), "dense")
+            seconds[model] += content["seconds"]
+    return seconds
+
+
+def _next_commands(experiment: Experiment, request: PruneRequest) -> str:
+    """Return commands with comments, a line each: prune again, generate text, make a study."""
+    changed = "pattern" if ":" in experiment.params.pattern else "sparsity"
+    generate = GENERATE.format(json_text(os.path.relpath(request.target)))
     commands = {
-        f"wanda-dvc prune {shlex.join(again)}": f"another {change}, with the same statistics",
-        f"python -c {shlex.quote(GENERATE.format(json_text(os.path.relpath(target))))}": "generate text",
-        f"wanda-dvc init my-study --from {shlex.quote(str(study.root))}": "a study of your own, to compare several",
+        f"wanda-dvc prune {shlex.join(_next_options(experiment.params, request.recipe))}": (
+            f"another {changed}, with the same statistics"
+        ),
+        f"python -c {shlex.quote(generate)}": "generate text",
+        f"wanda-dvc init my-study --from {shlex.quote(str(request.root))}": "a study of your own, to compare several",
     }
-    parts = [
-        title(found, named=False),
-        table(["", *models], rows),
-        "Seconds: of the stages that ran now.",
-        *(note for note in notes({found.name: found.params}, models) if evaluate and note.startswith("Perplexity on")),
-        *(found.notes if evaluate else []),  # else the evaluation is another model's
-        f"{target}: the {list(models)[-1]} model, with a model card. Next:",
-        "\n".join(f"  {command}   # {about}" for command, about in commands.items()),
-        f"The study: {study.root}",
-    ]
-    return "\n\n".join(parts)
+    return "\n".join(f"  {command}   # {comment}" for command, comment in commands.items())
+
+
+def _next_options(params: Params, recipe: str | None) -> list[str]:
+    """Return the options of a next command: the same model, text and recipe, and another sparsity or pattern."""
+    options = [params.model]
+    if params.calibration.text.source != EMBEDDED:
+        options += ["--text", params.calibration.text.source]
+    if params.pattern in STRUCTURES:
+        options += ["--pattern", params.pattern]
+    if recipe:
+        options += ["--recipe", recipe]
+    if params.recovery.tokens:
+        options += ["--recover", str(params.recovery.tokens)]
+    if ":" in params.pattern:
+        return [*options, "--pattern", "4:8" if params.pattern == "2:4" else "2:4"]
+    low, high = (0.1, 0.3) if params.pattern in STRUCTURES else (0.5, 0.7)
+    return [*options, "--sparsity", str(high if params.sparsity < high else low)]
+
+
+def _kept(study: Study, experiment: Experiment) -> str:
+    """Return a sentence on what stays in the study, after the model has moved to its target."""
+    recovered = ", the recovered model" if "recovered" in experiment.models else ""
+    return (
+        f"The study: {study.root} ({gigabytes(_bytes_on_disk(study.root))}: the dense model, its statistics, the "
+        f"masks{recovered}; `dvc repro` writes models/pruned again)"
+    )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of a folder's files on disk; a file with several names counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        sizes[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return sum(sizes.values())

@@ -18,7 +18,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import Params, Settings, check_params, nested, parse_yaml
+from wanda_dvc.params import TEXT_SUFFIXES, Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
 from wanda_dvc.study.dvc import checkout, init_repository, link_file
 from wanda_dvc.study.files import write_text
@@ -87,7 +87,7 @@ def init(
 
 def renew(folder: Path, settings: Settings) -> None:
     """Make a study without git, or renew the files of one, all but its results. UserError if a setting is wrong."""
-    _, text = changed(PARAMS.read_text(encoding="utf-8"), settings)
+    _, text = new_params(settings)
     for place, file in FILES.items():
         write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
     write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")  # `init --from` does not copy it
@@ -104,6 +104,11 @@ def change_settings(path: Path, changes: Settings) -> None:
     """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
     _, text = changed(path.read_text(encoding="utf-8"), changes)
     write_text(path, text)
+
+
+def new_params(*changes: Settings) -> tuple[Params, str]:
+    """Return the settings and the params.yaml of a new study with nested changes. UserError if a setting is wrong."""
+    return changed(PARAMS.read_text(encoding="utf-8"), *changes)
 
 
 def changed(text: str, *changes: Settings) -> tuple[Params, str]:
@@ -170,11 +175,11 @@ def _absolute_text(text: str) -> str:
     if "://" in text:
         raise UserError(f"{text}: a URL, expected a .txt or .jsonl file of this machine, or a Hub id; download it")
     path = Path(os.path.expanduser(text))  # noqa: PTH111 - as above
-    if path.is_file():
+    if path.is_file() and path.suffix in TEXT_SUFFIXES:
         return str(path.resolve())
     if os.path.lexists(path):
-        raise UserError(f"{path.absolute()}: found no file, expected one that ends in .txt or .jsonl; name one")
-    if _is_path(text) or path.suffix in (".txt", ".jsonl"):
+        raise UserError(f"{path.absolute()}: expected a file that ends in .txt or .jsonl; name one")
+    if _is_path(text) or path.suffix in TEXT_SUFFIXES:
         raise UserError(f"{path.absolute()} not found; name a file of this machine{_or_on_the_hub(text)}")
     return text
 

@@ -1,0 +1,97 @@
+"""What `wanda-dvc prune` is asked for: its options as settings, checked before torch is imported."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.commands.target import check_target
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import FILE, Params, Settings, nested
+from wanda_dvc.plan import UNSTRUCTURED
+from wanda_dvc.reading import check_place
+from wanda_dvc.study.artifact import digest
+from wanda_dvc.study.folder import Study
+from wanda_dvc.study.scaffold import new_params, source_settings
+
+FALLBACK = "wanda"  # needs the least memory and disk
+TOKEN_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
+OPTIONS = {  # by the setting that they give
+    "model": "MODEL", "calibration.text": "--text", "recipe": "--recipe", "sparsity": "--sparsity",
+    "pattern": "--pattern", "recovery.tokens": "--recover",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """The checked options of one `wanda-dvc prune`."""
+
+    settings: Settings  # by dotted name, for a new study
+    params: Params  # these settings, checked
+    root: Path  # the study of the model and its calibration text, in the user's cache folder
+    target: Path  # the new directory
+    recipe: str | None  # as given; None: the recommended one
+    evaluate: bool
+
+
+def check_request(
+    *,
+    model: str | None,
+    target: Path | None,
+    recipe: str | None = None,
+    sparsity: float | None = None,
+    pattern: str = UNSTRUCTURED,
+    text: str | None = None,
+    recover: str | None = None,
+    evaluate: bool = True,
+) -> PruneRequest:
+    """Check the options of `wanda-dvc prune`.
+
+    UserError for a wrong option, a target that is not empty or cannot be made, or a read-only cache folder.
+    """
+    if sparsity is None:
+        sparsity = 0.2 if pattern in STRUCTURES else 0.5
+    settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
+    settings["recovery.tokens"] = _parse_tokens(recover) if recover else 0
+    params = check_settings(settings)
+    source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
+    name = Path(source).name
+    key = digest({"model": params.model, "text": params.calibration.text.filled})[:8]
+    root = _cache_folder() / f"{name}-{key}"
+    if target is None:
+        amount = None if ":" in pattern else f"{sparsity:g}"
+        kind = None if pattern == UNSTRUCTURED else pattern.replace(":", "-")
+        target = Path("-".join(filter(None, [name, recipe, kind, amount, recover])))
+    target = check_target(Study(root), target)
+    return PruneRequest(settings=settings, params=params, root=root, target=target, recipe=recipe, evaluate=evaluate)
+
+
+def check_settings(settings: Settings) -> Params:
+    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
+    try:
+        return new_params(nested(settings))[0]
+    except UserError as error:
+        raise UserError(*map(_with_option, error.problems)) from None
+
+
+def _with_option(problem: str) -> str:
+    """Return a problem of a setting with the option in place of the setting."""
+    setting, _, rest = problem.removeprefix(f"{FILE}: ").partition(": ")
+    return f"{OPTIONS.get(setting, setting)}: {rest}"
+
+
+def _parse_tokens(text: str) -> int:
+    """Return a number of tokens. UserError for another text than 500000, 500k or 1M."""
+    digits = re.fullmatch(r"([0-9]+)([kM]?)", text)
+    if digits is None:
+        raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
+    return int(digits[1]) * TOKEN_UNITS[digits[2]]
+
+
+def _cache_folder() -> Path:
+    """Return the folder of the studies. UserError if it is not writable."""
+    try:
+        return check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
