@@ -206,25 +206,24 @@ def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     return wd.calibrate(model, tmp_path_factory.mktemp("made") / "study", tokenizer=tokenizer, **settings)
 
 
-def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(calibrated_study: wd.Study):
-    assert calibrated_study.path.joinpath("dvc.lock").is_file()
-    norm = calibrated_study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm
+def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.Study):
+    assert study.path.joinpath("dvc.lock").is_file()
+    norm = study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm
     assert norm.shape == (32,)
-    keep = wd.mask(calibrated_study, recipe="wanda", sparsity=0.5)
+    keep = wd.mask(study, recipe="wanda", sparsity=0.5)
     assert {float(one.float().mean()) for one in keep.values()} == {0.5}
-    pruned = wd.prune(calibrated_study).state_dict()
-    dense = AutoModelForCausalLM.from_pretrained(calibrated_study.path / "model").state_dict()
+    pruned = wd.prune(study).state_dict()
+    dense = AutoModelForCausalLM.from_pretrained(study.path / "model").state_dict()
     for name, weight in dense.items():
         mask = keep[linear] if (linear := name.removesuffix(".weight")) in keep else torch.tensor(True)
         assert torch.equal(pruned[name], weight * mask), name
-    measured = wd.perplexity(calibrated_study, "dense"), wd.perplexity(calibrated_study)
+    measured = wd.perplexity(study, "dense"), wd.perplexity(study)
     files = [
-        json.loads((calibrated_study.path / f"metrics/{one}/perplexity/embedded.json").read_text())
-        for one in ("dense", "pruned")
+        json.loads((study.path / f"metrics/{one}/perplexity/embedded.json").read_text()) for one in ("dense", "pruned")
     ]
     assert list(measured) == [one["perplexity"] for one in files]
     assert measured[0] != measured[1]
-    workspace = calibrated_study.results()[0]
+    workspace = study.results()[0]
     assert (workspace["sparsity"], workspace["pruned.perplexity.embedded"]) == (0.5, measured[1])
 
 
@@ -237,34 +236,34 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(calibrated
         ({"model": Path("/")}, "model: found /, expected a valid string"),
     ],
 )
-def test_a_wrong_setting_is_named_and_changes_nothing(calibrated_study: wd.Study, settings: dict[str, Any], says: str):
-    before = (calibrated_study.path / "params.yaml").read_bytes()
+def test_a_wrong_setting_is_named_and_changes_nothing(study: wd.Study, settings: dict[str, Any], says: str):
+    before = (study.path / "params.yaml").read_bytes()
     with pytest.raises(wd.UserError, match=says):
-        wd.mask(calibrated_study, **settings)
-    assert (calibrated_study.path / "params.yaml").read_bytes() == before
+        wd.mask(study, **settings)
+    assert (study.path / "params.yaml").read_bytes() == before
 
 
-def test_a_failed_stage_is_an_error_with_its_message(calibrated_study: wd.Study):
+def test_a_failed_stage_is_an_error_with_its_message(study: wd.Study):
     with pytest.raises(wd.UserError, match="2:3"):
-        wd.mask(calibrated_study, pattern="2:3")
-    wd.mask(calibrated_study, pattern="unstructured")
+        wd.mask(study, pattern="2:3")
+    wd.mask(study, pattern="unstructured")
 
 
-def test_wrong_arguments_are_errors(calibrated_study: wd.Study, tmp_path: Path):
+def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
     with pytest.raises(wd.UserError, match="tokenizer: missing"):
-        wd.calibrate(AutoModelForCausalLM.from_pretrained(calibrated_study.path / "model"), tmp_path / "new")
+        wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
     with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
         wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
     assert not [*tmp_path.iterdir()]  # no study is left behind
-    before = (calibrated_study.path / "params.yaml").read_bytes()
+    before = (study.path / "params.yaml").read_bytes()
     for words, says in ((["recovered"], "recovery.tokens: found 0"), (["both"], "model: found both")):
         with pytest.raises(wd.UserError, match=says):
-            wd.perplexity(calibrated_study, *words, sparsity=0.7)
+            wd.perplexity(study, *words, sparsity=0.7)
     with pytest.raises(wd.UserError, match="text: found nope, expected embedded"):
-        wd.perplexity(calibrated_study, text="nope", sparsity=0.7)
-    assert (calibrated_study.path / "params.yaml").read_bytes() == before
+        wd.perplexity(study, text="nope", sparsity=0.7)
+    assert (study.path / "params.yaml").read_bytes() == before
 
 
 def test_all_names_are_there_and_no_others():

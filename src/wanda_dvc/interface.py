@@ -6,19 +6,23 @@ weights and figures are the pipeline's. Keyword arguments are the settings of `p
 `calibration={"windows": 128}`.
 """
 
+import contextlib
+import operator
+import os
+import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.listing import list_states, results
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study import folder
+from wanda_dvc.study.artifact import block_count, locked
 from wanda_dvc.study.files import load_json, write_text
-from wanda_dvc.study.scaffold import PARAMS, change_settings, changed, init
+from wanda_dvc.study.scaffold import change_settings, changed, init, new_params
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -38,7 +42,7 @@ class Study:
         path: The study's directory.
 
     Raises:
-        UserError: `params.yaml` is missing in the directory and its parents.
+        UserError: `params.yaml` is missing in the directory and its parents, or the directory is no path.
 
     Example:
         >>> results = pandas.DataFrame(wd.Study("study").results())
@@ -46,7 +50,7 @@ class Study:
     """
 
     def __init__(self, directory: str | Path = ".") -> None:
-        self.path = folder.Study.find(Path(directory)).root
+        self.path = folder.Study.find(_as_path("directory", directory)).root
 
     def __repr__(self) -> str:
         return f"Study({str(self.path)!r})"
@@ -62,6 +66,8 @@ class Study:
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
+        from wanda_dvc.results.listing import list_states, results  # imports NumPy, and masks need none
+
         return results(list_states(folder.Study(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
@@ -69,20 +75,30 @@ class Study:
 
         `inputs[NAME].norm` is ‖X_j‖₂, float32 [in], over all calibration tokens; `readers` lists the linears that read
         each input.
+
+        Raises:
+            UserError: The study is not calibrated, or has no block of this number, counted from 0.
         """
         from wanda_dvc.study.tensors import read_stats
 
-        return read_stats(folder.Study(self.path).stats, block)
+        stats = folder.Study(self.path).stats
+        count = block_count(stats, "calibrate")
+        try:
+            number = operator.index(block)
+        except TypeError:
+            number = -1
+        if count and not 0 <= number < count:
+            raise UserError(f"block: found {block!r}, expected 0 to {count - 1}")
+        return read_stats(stats, number)
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
-        """Return the masks by linear, in the shape of the stored weight; True stays. Each is unpacked at access."""
-        from wanda_dvc.study.artifact import block_count
+        """Return the masks by linear, in the shape of the stored weight; True is kept. Each is unpacked at access."""
         from wanda_dvc.study.tensors import Masks, read_masks
 
-        masks, found = folder.Study(self.path).masks, Masks()
-        for block in range(block_count(masks, "mask")):
-            found |= read_masks(masks, block)
-        return found
+        artifact, masks = folder.Study(self.path).masks, Masks()
+        for block in range(block_count(artifact, "mask")):
+            masks |= read_masks(artifact, block)
+        return masks
 
 
 def calibrate(
@@ -106,52 +122,56 @@ def calibrate(
         The study. Its statistics serve every sparsity and pattern, and each recipe that reads no other statistics.
 
     Raises:
-        UserError: A wrong argument or setting, an unsupported model, or activations that are not finite.
+        UserError: A wrong argument or setting, an unsupported model, or activations that are not finite. If no model
+            could be fetched, the directory is as before.
 
     Example:
         >>> study = wd.calibrate("HuggingFaceTB/SmolLM2-135M-Instruct", "study")
         >>> study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    temporary = None if directory else tempfile.TemporaryDirectory(prefix="wanda-dvc-")
-    place = Path(directory or temporary.name).absolute()  # type: ignore[union-attr] # one of the two is given
-    changed(PARAMS.read_text(encoding="utf-8"), settings)  # a wrong setting makes no study
-    model = str(model.expanduser().absolute()) if isinstance(model, Path) else model
-    in_memory: list[Any] = [] if isinstance(model, str) else [model, tokenizer]
+    new_params(settings)  # a wrong setting or argument makes no study
+    in_memory = not isinstance(model, str | os.PathLike)
     if in_memory:
-        from transformers import PreTrainedModel
-
-        if not isinstance(model, PreTrainedModel):
-            raise UserError(
-                f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of "
-                "transformers; merge an adapter of PEFT first"
-            )
-        if tokenizer is None:
-            raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
-    init(folder=place, model=model if isinstance(model, str) else None)
+        _check_in_memory(model, tokenizer)
+    elif tokenizer is not None:
+        raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
+    temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
+    place = Path(temporary.name) if temporary else _as_path("directory", directory).absolute()
+    was_there, was_empty = place.exists(), not any(place.glob("*"))
+    source = str(model.expanduser().absolute()) if isinstance(model, Path) else model
+    init(folder=place, model=None if in_memory else str(source))
     study = Study(place)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
-    for part in in_memory:
-        part.save_pretrained(place / "model")
-    if in_memory:
-        (place / "model/.gitignore").write_text("*\n", encoding="utf-8")
-        settings = {"model": str(place / "model")} | settings
-    change_settings(study.path / "params.yaml", settings)
-    reproduce(study.path, "calibrate")
+    with _alone(study):
+        if in_memory:
+            saved = place / "model"
+            for savable in (model, tokenizer):
+                savable.save_pretrained(saved)  # type: ignore[union-attr] # as checked
+            (saved / ".gitignore").write_text("*\n", encoding="utf-8")
+            settings = {"model": str(saved)} | settings
+        change_settings(study.path / "params.yaml", settings)
+        try:
+            reproduce(study.path, "calibrate")
+        except UserError:
+            if was_empty:
+                _discard_without_model(place, stays=was_there)
+            raise
     return study
 
 
 def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
-    """Change settings of a study and choose the weights that stay; return the masks, as `Study.masks`.
+    """Change settings of a study and choose the weights to keep; return the masks, as `Study.masks`.
 
     Example:
-        >>> keep = wd.mask(study, recipe="wanda", pattern="2:4")
-        >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
+        >>> masks = wd.mask(study, recipe="wanda", pattern="2:4")
+        >>> masks["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
-    change_settings(study.path / "params.yaml", settings)
-    reproduce(study.path, "mask")
-    return study.masks()
+    with _alone(study):
+        change_settings(study.path / "params.yaml", settings)
+        reproduce(study.path, "mask")
+        return study.masks()
 
 
 def prune(study: Study, **settings: Any) -> "PreTrainedModel":
@@ -162,12 +182,13 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     Example:
         >>> model = wd.prune(study, recipe="admm", sparsity=0.6)
     """
-    from transformers import AutoModelForCausalLM
+    with _alone(study):
+        change_settings(study.path / "params.yaml", settings)
+        from transformers import AutoModelForCausalLM  # its import takes seconds
 
-    change_settings(study.path / "params.yaml", settings)
-    reproduce(study.path, "apply")
-    pruned = folder.Study(study.path).model("pruned")
-    return AutoModelForCausalLM.from_pretrained(pruned, dtype="auto", trust_remote_code=False)
+        reproduce(study.path, "apply")
+        pruned = folder.Study(study.path).model("pruned")
+        return AutoModelForCausalLM.from_pretrained(pruned, dtype="auto", trust_remote_code=False)
 
 
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
@@ -186,13 +207,68 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
         (15.6137, 88.5321)
     """
-    file = study.path / "params.yaml"
-    params, content = changed(file.read_text(encoding="utf-8"), settings)
-    text = text or next(iter(params.perplexity.texts))
-    next(STAGES["perplexity"].runs(params.perplexity.texts, model, text))  # UserError before a setting changes
-    if not STAGES["perplexity"].variants[model].wanted(params):
-        raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
-    write_text(file, content)
-    reproduce(study.path, "perplexity", model, text)
-    found = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
-    return found if isinstance(found, float) else float("inf")
+    with _alone(study):
+        file = study.path / "params.yaml"
+        params, content = changed(file.read_text(encoding="utf-8"), settings)
+        text = text or next(iter(params.perplexity.texts))
+        stage = STAGES["perplexity"]
+        ((_, variant, _),) = stage.runs(params.perplexity.texts, model, text)  # UserError before a setting changes
+        if not stage.variants[variant].wanted(params):
+            raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
+        write_text(file, content)
+        reproduce(study.path, "perplexity", model, text)
+        value = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
+        return value if isinstance(value, float) else float("inf")
+
+
+# --- checks ---
+
+
+@contextlib.contextmanager
+def _alone(study: Study) -> Iterator[None]:
+    """Let one function at a time change and read a study; others wait. UserError for another object than a study."""
+    if not isinstance(study, Study):
+        raise UserError(f"study: found {study!r:.80}, expected a wanda_dvc.Study; Study(DIRECTORY) opens one")
+    lock = folder.Study(study.path).work_root / "interface"
+    with locked(lock, f"waiting for another function on {study.path} …"):
+        yield
+
+
+def _as_path(name: str, value: object) -> Path:
+    """Return an argument as a path. UserError if it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}: found {value!r:.80}, expected a path")
+    return Path(value)
+
+
+def _check_in_memory(model: object, tokenizer: object) -> None:
+    """Raise UserError unless a model and its tokenizer are those of transformers."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of "
+            "transformers; merge an adapter of PEFT first"
+        )
+    if tokenizer is None:
+        raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"tokenizer: got {type(tokenizer).__name__}, expected a tokenizer of transformers; load one")
+
+
+def _discard_without_model(place: Path, *, stays: bool) -> None:
+    """Empty the directory of a new study without a model, so that the corrected call can use it; remove it or not.
+
+    Fetched parts of a model stay, for a resumed download. A part of an earlier git repository stays, too.
+    """
+    study = folder.Study(place)
+    fetched = [path for path in study.work_root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    if study.model("dense").exists() or fetched or not (place / ".git").exists():
+        return
+    for path in place.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not stays:
+        place.rmdir()

@@ -1,0 +1,99 @@
+"""The Python interface refuses wrong arguments before anything changes. What it computes: test_experiments.py."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
+from typing import Any
+
+import pytest
+import torch
+from conftest import Patch
+from test_shape import SLOW_TO_IMPORT
+from transformers import AutoModelForCausalLM
+
+import wanda_dvc as wd
+from wanda_dvc import interface
+
+
+def refused(call: Any, *arguments: Any, says: str, **settings: Any) -> None:
+    with pytest.raises(wd.UserError, match=says):
+        call(*arguments, **settings)
+
+
+def test_an_argument_of_a_wrong_type_is_named_and_makes_no_study(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    refused(wd.calibrate, str(tiny), 7, says="directory: found 7, expected a path")
+    refused(wd.calibrate, 7, "new", says="model: got int, expected a path, a Hub id or a causal language model")
+    refused(wd.calibrate, torch.nn.Linear(2, 2), "new", says="model: got Linear")
+    refused(wd.calibrate, str(tiny), "new", tokenizer="m", says="tokenizer: found one for a model on disk")
+    refused(wd.calibrate, "m/none", "new", says="m/none not found; name a directory of this machine, or write m/none@")
+    refused(wd.calibrate, str(tiny), "new", sparsity=2, says="sparsity: found 2, expected")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    refused(wd.calibrate, model, "new", says="tokenizer: missing; pass the tokenizer")
+    refused(wd.calibrate, model, "new", tokenizer=str(tiny), says="tokenizer: got str, expected a tokenizer")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    refused(wd.Study, 3, says="directory: found 3, expected a path")
+    for change in (wd.mask, wd.prune, wd.perplexity):
+        refused(change, "study", says="study: found 'study', expected a wanda_dvc.Study; Study")
+
+
+def test_a_study_whose_model_is_not_found_is_not_left_behind(tmp_path: Path, monkeypatch: Patch):
+    """A started download is: the next call could resume it."""
+    fetched = Path(".dvc/tmp/wanda-dvc/work/part")
+
+    def reproduce(root: Path, *_: str) -> None:
+        if root.name == "started":
+            (root / fetched).parent.mkdir(parents=True)
+            (root / fetched).touch()
+        raise wd.UserError("no such model")
+
+    monkeypatch.setattr(interface, "reproduce", reproduce)
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "started"):
+        refused(wd.calibrate, "org/none", tmp_path / name, says="no such model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "started"]
+    assert not any((tmp_path / "empty").iterdir())
+    assert (tmp_path / "started" / fetched).exists()
+
+
+def test_a_block_that_a_study_does_not_have_is_refused_with_the_range(calibrated: Path):
+    study = wd.Study(calibrated)
+    for block in (2, -1, "0", 0.0, None):
+        refused(study.statistics, block, says=f"block: found {block!r}, expected 0 to 1")
+    assert study.statistics(torch.tensor(1)).inputs  # type: ignore[arg-type] # as a number of NumPy
+
+
+def test_functions_on_one_study_run_one_after_the_other(calibrated: Path, tmp_path: Path, monkeypatch: Patch):
+    study = wd.Study(shutil.copytree(calibrated, tmp_path / "study", symlinks=True))
+    barrier, together = Barrier(2), list[bool]()
+
+    def reproduce(*_: object) -> None:
+        with contextlib.suppress(BrokenBarrierError):
+            barrier.wait(timeout=0.2)
+            together.append(True)
+
+    monkeypatch.setattr(interface, "reproduce", reproduce)
+    monkeypatch.setattr(wd.Study, "masks", lambda _: {})
+    threads = [Thread(target=wd.mask, args=(study,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together
+
+
+def test_a_wrong_setting_is_refused_before_libraries_are_imported():
+    """Their import takes seconds."""
+    code = (
+        "import sys, wanda_dvc as wd\n"
+        "try: wd.calibrate('org/name', 'new', sparsity=2)\n"
+        "except wd.UserError as error: print(error, file=sys.stderr)\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "params.yaml: sparsity: found 2, expected less than 1\n"
+    assert not SLOW_TO_IMPORT & set(done.stdout.split())
