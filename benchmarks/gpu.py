@@ -97,7 +97,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
         runner = ModelRunner(decoder, Path(tempfile.mkdtemp(dir=self.work)))
-        for step in runner.walk(windows):
+        for step in runner.forward(windows):
             self.wait()
             began = time.perf_counter()
             found = step.record(gram=gram)

@@ -357,7 +357,7 @@ def walk(decoder: Any, rows: Any, work: Path, **words: Any) -> Any:
     """The steps of a walk in this process."""
     from wanda_dvc.engine.forward import ModelRunner
 
-    return ModelRunner(decoder, work).walk(rows, **words)
+    return ModelRunner(decoder, work).forward(rows, **words)
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
@@ -365,7 +365,7 @@ def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
     from wanda_dvc.engine.forward import ModelRunner
 
     run = ModelRunner(decoder, work)
-    assert not list(run.walk(rows))
+    assert not list(run.forward(rows))
     return list(run.head(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
 
 

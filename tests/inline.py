@@ -1,47 +1,46 @@
-"""A cluster without Ray: units of work run in this process, on pickled copies of what they are given."""
+"""A cluster without Ray: tasks run in this process, on pickled copies of what they are given."""
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import torch
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.executor import Executor
 
 CPU = torch.device("cpu")
 
 
 @dataclass
-class Inline(Executor):
-    """Maps as a cluster does. `ran` has the name and the input of each unit of work."""
+class Inline:
+    """Maps as a cluster does. `ran` has the name and the input of each task."""
 
     ran: list[tuple[str, Any]] = field(default_factory=list)
-    models: dict[str, Decoder] = field(default_factory=dict)
+    models: dict[Decoder, Decoder] = field(default_factory=dict)  # the worker's, by the driver's
 
     workers = 1
 
     def map(self, function: Callable[..., Any], inputs: Iterable[Any], what: str = "task") -> Iterator[Any]:
-        _opened[id(self)] = self
         sent = pickle.dumps(function)
-        for number, one in enumerate(inputs):
-            self.ran.append((f"{what} {number}", one))
-            found = pickle.loads(sent)(CPU, pickle.loads(pickle.dumps(one)))
-            yield pickle.loads(pickle.dumps(list(found) if isinstance(found, Iterator) else found))
+        for number, value in enumerate(inputs):
+            self.ran.append((f"{what} {number}", value))
+            result = pickle.loads(sent)(CPU, copied(value))
+            yield copied(list(result) if isinstance(result, Iterator) else result)
 
-    def opener(self, decoder: Decoder) -> Callable[[torch.device], Decoder]:
-        return partial(opened, id(self), uuid4().hex, decoder.checkpoint.folder, decoder.dtype)
+    def map_model(
+        self, decoder: Decoder, function: Callable[..., Any], job: Any, inputs: Iterable[Any], what: str
+    ) -> Iterator[Any]:
+        if decoder not in self.models:
+            self.models[decoder] = Decoder(decoder.checkpoint.folder, dtype=decoder.dtype, device=CPU)
+        model = self.models[decoder]
+        sent = pickle.dumps((function, job))
+        for number, value in enumerate(inputs):
+            self.ran.append((f"{what} {number}", value))
+            called, its_job = pickle.loads(sent)
+            result = called(model, its_job, copied(value))
+            yield copied(list(result) if isinstance(result, Iterator) else result)
 
 
-_opened: dict[int, Inline] = {}
-
-
-def opened(cluster: int, opening: str, folder: Any, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The worker's own model, and not the driver's."""
-    models = _opened[cluster].models
-    if opening not in models:
-        models[opening] = Decoder(folder, dtype=dtype, device=device)
-    return models[opening]
+def copied(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from wanda_dvc.engine import attention, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import sequences as calls
-from wanda_dvc.engine.attention import attend, laid_out, visible
+from wanda_dvc.engine.attention import attend, attending_within, visible
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.questions import Request, loglikelihoods, one_per_sequence, pack
@@ -70,7 +71,7 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
     q, k, v = heads(len(places))
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    with laid_out(PackedQuestions(positions, question, choice)):
+    with attending_within(PackedQuestions(positions, question, choice)):
         mask = visible(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
         ours, _ = attend(MODULE, q, k, v, mask)
     torch.testing.assert_close(ours, oracle(q, k, v, torch.tensor(sees)), rtol=1e-5, atol=1e-5)
@@ -184,6 +185,19 @@ def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_
     assert not decoder.packs_questions
 
 
+def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny: Path, monkeypatch: Patch):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(decoder, "run", mock.Mock(side_effect=error))
+        with pytest.raises(type(error), match="memory"):
+            bool(decoder.packs_questions)
+    monkeypatch.setattr(decoder, "run", mock.Mock(side_effect=RuntimeError("shapes differ")))
+    assert not decoder.packs_questions
+
+
 @pytest.mark.parametrize("row", [30, 2048])
 @pytest.mark.parametrize("together", [True, False])
 def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch, row: int, together: bool):
@@ -206,7 +220,7 @@ def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch:
     monkeypatch.setattr(questions, "ROW", 60)
     rows, places = questions.pack([Request((1,), (i, 5, 6, 7)) for i in range(100)], tokens=60)
     assert (
-        max(place.stop - place.start for row in rows if row.questions for place in row.questions.places) <= 1 + 60 + 3
+        max(place.stop - place.start for row in rows if row.questions for place in row.questions.slices) <= 1 + 60 + 3
     )
     assert [rows[row].tokens[at].tolist() for row, at in places] == [[1, i, 5, 6] for i in range(100)]
 
@@ -228,7 +242,7 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
     monkeypatch.setitem(calls.ARGUMENTS_BYTES, "cpu", 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
 
-    def record(row: calls.TokenSequence) -> list[decoding.Call]:
+    def record(row: calls.TokenSequence) -> list[decoding.Arguments]:
         recorded.append(len(row.tokens))
         table = torch.zeros(len(row.tokens), dtype=torch.uint8)
         return [((table,), {"shared": (table, table[:5])}), ((), {"mask": None})]
@@ -237,10 +251,10 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
     for _ in range(2):
         for length in (60, 30, 20, 20, 40, 10):
             decoder.block_arguments(calls.TokenSequence(torch.zeros(length, dtype=torch.long)))
-    for _ in range(2):  # each layout has its own
+    for _ in range(2):  # packed questions have their own, as those of the same content
         decoder.block_arguments(
             calls.TokenSequence(
                 torch.zeros(10, dtype=torch.long), PackedQuestions(*torch.zeros(3, 10, dtype=torch.long))
             )
         )
-    assert recorded == [60, 30, 20, 40, 10, 20, 40, 10, 10]
+    assert recorded == [60, 30, 20, 40, 10, 20, 40, 10]

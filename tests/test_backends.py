@@ -59,7 +59,7 @@ def ran(folder: Path, family: str, settings: Settings, backend: str, *, asks: bo
         if backend == "gpu":
             stack.enter_context(simulated_gpu())
         if backend == "tasks":
-            stack.enter_context(mock.patch.object(inputs, "executor", return_value=cluster))
+            stack.enter_context(mock.patch.object(inputs, "cluster", return_value=cluster))
         run_blocks(study, asks=asks)
     return study, cluster
 
@@ -125,7 +125,7 @@ def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(calibra
     stage.mask(study=made)
     expected = tree(made.masks)
     shutil.rmtree(made.masks)
-    monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
+    monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)
     with killed("write_masks"), pytest.raises(KeyboardInterrupt):
         stage.mask(study=made)
     cluster.ran.clear()
@@ -142,14 +142,14 @@ def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(
     made, cluster = calibrated_study(), Inline()
     expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(made.root / "stats")
-    in_tasks = mock.patch.object(inputs, "executor", return_value=Inline())
+    in_tasks = mock.patch.object(inputs, "cluster", return_value=Inline())
     with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
         stats.calibrate(study=made, statistics="norms")
     if not here:
-        monkeypatch.setattr(inputs, "executor", lambda *_, **__: cluster)
+        monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)
     stats.calibrate(study=made, statistics="norms")
     assert bool(cluster.ran) != here
-    assert not [name for name, _ in cluster.ran if name.startswith("block 0, shard")]
+    assert not [name for name, _ in cluster.ran if name.startswith("block 0, chunk")]
     calibrate(study=made)
     assert tree(made.root / "stats") == expected
 

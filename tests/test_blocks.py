@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu
@@ -15,7 +16,7 @@ from test_selection import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import activations, attention, sequences, structure
+from wanda_dvc.engine import accelerator, activations, attention, sequences, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import InputRecorder
@@ -63,10 +64,10 @@ def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     rows = [TokenSequence(tokens[0]), TokenSequence(tokens[1, :17]), TokenSequence(tokens[2, :40])]
     for step in walk(decoder, rows, tmp_path / "together"):
-        step.advance()
+        step.run()
     for number, (row, hidden) in enumerate(zip(rows, outputs(decoder, rows, tmp_path / "together"), strict=True)):
         for step in walk(decoder, [row], tmp_path / str(number)):
-            step.advance()
+            step.run()
         assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 
@@ -106,10 +107,10 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(
     for step in steps:
         if step.index == finished:
             (tmp_path / "killed/own").mkdir(parents=True, exist_ok=True)
-            for name in ("-0000", "-0001-a.part"):  # in the middle of its block
+            for name in ("-0000.npy", "-0001.npy-a.part"):  # in the middle of its block
                 (tmp_path / f"killed/own/{finished + 1:04d}{name}").write_bytes(b"torn")
             break
-        step.advance()
+        step.run()
     del steps
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     rest = record(decoder, tokens, tmp_path / "killed")
@@ -132,7 +133,7 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
         dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     generator = torch.Generator().manual_seed(3)
     for step in walk(decoder, tokens, tmp_path / "replaced", with_dense=True):
-        step.advance()
+        step.run()
         down = f"model.layers.{step.index}.mlp.down_proj"
         if step.index == 1:
             new = torch.randn(32, 48, generator=generator)
@@ -144,8 +145,8 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
             model.get_submodule(down).weight.data *= keep
             step.change({down: keep}, {})
             assert torch.equal(decoder.linears(step.index)[down].weight, model.get_submodule(down).weight)
-    beside = [x for shard in range(len(tokens)) for x in step.block.dense.read(4, shard)]  # no change reaches them
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(beside, dense, strict=True))
+    unchanged = [x for chunk in range(len(tokens)) for x in step.block.dense_store.read(4, chunk)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(unchanged, dense, strict=True))
     with torch.no_grad():
         changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
@@ -173,10 +174,10 @@ def test_a_structure_that_is_not_understood_says_so():
 
 @given(st.integers(0, 20_000))
 def test_shards_hold_every_row_once_and_in_order(number: int):
-    cut = sequences.shards(number)
+    cut = sequences.chunk_places(number)
     assert [row for shard in cut for row in shard] == list(range(number))
-    assert len(cut) >= min(number, sequences.FEWEST)
-    assert all(1 <= len(shard) <= sequences.LONGEST for shard in cut)
+    assert len(cut) >= min(number, sequences.PREFERRED_CHUNKS)
+    assert all(1 <= len(shard) <= sequences.LARGEST_CHUNK for shard in cut)
     assert len({len(shard) for shard in cut[:-1]}) <= 1
     assert all(len(after) <= len(before) for before, after in pairwise(cut))
 
@@ -184,7 +185,7 @@ def test_shards_hold_every_row_once_and_in_order(number: int):
 def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     tokens, found = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0)), []
     for fewest in (16, 1):  # shards of two rows, and one of all
-        monkeypatch.setattr(sequences, "FEWEST", fewest)
+        monkeypatch.setattr(sequences, "PREFERRED_CHUNKS", fewest)
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
         step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
         found.append(step.record(gram=True))
@@ -235,6 +236,25 @@ def test_an_input_is_one_memory_in_one_state(tiny: Path):
     torch.testing.assert_close(stats[v].sum_squares, 4 * stats[q].sum_squares)
     recorder.see_block(torch.zeros(1, 3, 4), torch.ones(1, 3, 4))
     assert recorder.sums.influence.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(("largest", "accepted"), [(2**30, [2**30, -1]), (2**25, [2**25, -1]), (2**24, [])])
+def test_glibc_gets_the_largest_threshold_that_it_accepts(largest: int, accepted: list[int], monkeypatch: Patch):
+    """Older versions refuse 1 GB; a trim threshold alone would then map each tensor above 128 KiB anew."""
+    values = list[int]()
+
+    def mallopt(_: int, value: int) -> int:
+        if value > largest:
+            return 0
+        values.append(value)
+        return 1
+
+    library = SimpleNamespace(mallopt=mallopt, malloc_trim=lambda _: 1)
+    monkeypatch.setattr(accelerator.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(accelerator.sys, "platform", "linux")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    accelerator.keep_freed_memory()
+    assert values == accepted
 
 
 @given(matrices(), st.data())

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,12 +17,14 @@ from cases.models import tensors
 from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
+from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.statistics import InputStats
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, run_task, task_device, versions  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Expected, connect, run_task, task_device, versions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -71,14 +74,19 @@ def set_nodes(nodes: Any, number: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
-    """So the driver holds a bounded number of results and inputs, however many there are."""
+@pytest.mark.parametrize(("features", "ahead"), [(0, AHEAD), (24, 1)])
+def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int, features: int, ahead: int):
+    """So the driver and Ray's object store hold a bounded number of results, of all sizes."""
     monkeypatch.setattr(Cluster, "__init__", lambda self: None)
     monkeypatch.setattr(Cluster, "workers", workers)
     monkeypatch.setattr(ray, "put", lambda x: x)
     monkeypatch.setattr(ray, "get", lambda x: x)
+    # Half of it holds a result of 24 features for each worker.
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 2.0 * 16 * (24 + 1) * workers})
     cluster, taken = Cluster(), 0  # type: ignore[call-arg] # see above
-    cluster._expected, cluster._task = ({}, [], 1, "cpu"), mock.Mock(remote=lambda _, function, one: function(CPU, one))
+    cluster._largest_result = 0
+    cluster._expected = Expected({}, [], 1, "cpu")
+    cluster._task = mock.Mock(remote=lambda _, function, value: function(CPU, value))
 
     def inputs() -> Iterator[int]:
         nonlocal taken
@@ -86,9 +94,13 @@ def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
             taken += 1
             yield taken
 
-    for number, found in enumerate(cluster.map(lambda _, x: 2 * x, inputs()), start=1):
-        assert found == 2 * number
-        assert taken <= number + AHEAD * workers
+    def double(_: torch.device, value: int) -> InputSums:
+        return InputSums(stats={"up": replace(InputStats.empty(features), count=2 * value)})
+
+    for number, result in enumerate(cluster.map(double, inputs()), start=1):
+        assert result.stats["up"].count == 2 * number
+        first = number == 1  # before the size of a result is known
+        assert taken <= number + (AHEAD if first else ahead) * workers
 
 
 @pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
@@ -128,7 +140,7 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make,
 def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
     monkeypatch.setattr(ray, "get_runtime_context", mock.MagicMock())
     with pytest.raises(UserError, match="worker on .*: torch .*, expected the driver's 0: results depend on it"):
-        run_task((versions() | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
+        run_task(Expected(versions() | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -154,8 +166,8 @@ def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
 def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
     set_nodes(nodes, 1)
     cluster = Cluster("auto", device="cpu")
-    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 0: its worker crashed, also in 3 retries \("):
-        list(cluster.map(lambda *_: os._exit(1), [None], "block 0, shard"))
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, chunk 0: its worker crashed, also in 3 retries \("):
+        list(cluster.map(lambda *_: os._exit(1), [None], "block 0, chunk"))
 
 
 @slow
@@ -169,8 +181,8 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any
     for name in (*MADE, calibrated_study.answers):
         shutil.rmtree(calibrated_study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
-    names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, solver "]
-    names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
+    names = ["block 2, chunk 1", "backward pass, block 2, chunk 1", "block 1, chunk 1", "block 1, solver "]
+    names += ["output head, chunk 1", "output head, chunk 1", "block 2, chunk 1"]
     real = Cluster._get
 
     def get(self: Cluster, result: Any, name: str) -> Any:

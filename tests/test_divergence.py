@@ -33,7 +33,7 @@ def through(folder: Path) -> tuple[Decoder, torch.Tensor]:
     """A model, and its last hidden states of a window."""
     decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), TOKENS[None]
     for step in walk(decoder, row, folder / "work"):
-        step.advance()
+        step.run()
     return decoder, outputs(decoder, row, folder / "work")[0][None]
 
 

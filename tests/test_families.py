@@ -183,7 +183,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     tokens = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
     recorded = []
     for step in walk(decoder, tokens, tmp_path / "work"):
-        step.advance()
+        step.run()
         assert [i for i, block in enumerate(decoder.blocks) if not next(block.parameters()).is_meta] == [step.index]
         for name, linear in decoder.linears(step.index).items():
             address = linear.stored.address
@@ -355,7 +355,7 @@ def test_one_linear_is_replaced_and_no_other(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder, stored = Decoder(folder, dtype=torch.float32, device=torch.device("cpu")), Checkpoint(folder)
     for step in walk(decoder, torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
-        step.advance()
+        step.run()
         name, linear = next(iter(decoder.linears(step.index).items()))
         step.change({}, {name: torch.full(linear.weight.shape, 0.25)})
         for other, linear in decoder.linears(step.index).items():

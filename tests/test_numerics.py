@@ -52,7 +52,7 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens[None], labels=tokens[None])
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     for step in walk(decoder, [TokenSequence(tokens)], tmp_path / "work"):
-        step.advance()
+        step.run()
     (hidden,) = outputs(decoder, [TokenSequence(tokens)], tmp_path / "work")
     EngineLM(folder, ModelRunner(decoder, tmp_path / "work"), progress=iter)  # lm-eval ties heads too
     with torch.no_grad():

@@ -81,8 +81,8 @@ def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Pa
     windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
     run = ModelRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
     assert run.decoder._ours_for_windows
-    for step in run.walk(windows):
-        step.advance()
+    for step in run.forward(windows):
+        step.run()
     found = [loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     expected = [model(window[None], labels=window[None]).loss.item() for window in windows]

@@ -39,6 +39,13 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch's CPU allocator or a GPU had no memory left, or the system refused a thread."""
+    phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "can't start new thread")
+    of_torch = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    return isinstance(error, MemoryError) or of_torch
+
+
 def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
     """Return the lines of an error that the user can fix: a setting, file, disk, memory, library; of others none."""
     if isinstance(error, UserError):
@@ -59,10 +66,7 @@ def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return fo
     if number in NO_PLACE:
         expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
         return (f"{where}: {said}, expected {expected}; change it or name another, and {again}",)
-    # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
-    phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "can't start new thread")
-    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
-    if isinstance(error, MemoryError) or of_torch or number in NO_MEMORY:
+    if is_out_of_memory(error) or number in NO_MEMORY:
         return (
             f"memory: {said or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, use shorter "
             f"windows, or {'runtime.device=cpu' if 'CUDA' in said else 'fewer threads (OMP_NUM_THREADS)'}",

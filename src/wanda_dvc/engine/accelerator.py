@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST = 2**30  # bytes of a tensor whose memory is kept for the next ones
+# Bytes of a tensor whose memory is kept for the next ones. Older versions of glibc accept at most 32 MiB.
+MMAP_THRESHOLDS = (2**30, 2**25)
 
 
 def gpus() -> list[str]:
@@ -99,9 +100,13 @@ def keep_freed_memory() -> None:
     The system clears returned memory before reuse, which takes a fifth of a small model's time, and of a training's.
     Other allocators, and a threshold set in the environment, do not change.
     """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL(None)
-            library.malloc_trim(0)  # of what is free already
-            library.mallopt(M_MMAP_THRESHOLD, LARGEST)
-            library.mallopt(M_TRIM_THRESHOLD, -1)  # none is returned, however much is free
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)  # of what is free already
+        for threshold in MMAP_THRESHOLDS:
+            if library.mallopt(M_MMAP_THRESHOLD, threshold):
+                library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free
+                return
+        # A trim threshold alone would fix the other threshold at 128 KiB, and larger tensors would be mapped anew.

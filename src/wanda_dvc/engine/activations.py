@@ -1,13 +1,13 @@
-"""The activations before each block, on disk or on the GPU, and the progress of a forward pass."""
+"""The activations before each block, on disk or on the GPU, and the progress of a pass through the blocks."""
 
 import contextlib
 import json
+import os
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -15,124 +15,134 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# --- hidden states, and the progress of a walk ---
-
-SAVED_EVERY = 60  # seconds, if a GPU holds all rows
+SAVED_EVERY = 60  # seconds, if a GPU holds all sequences
 PROGRESS = "progress.json"
-CHECKSUM = 4  # bytes, at the end of a file
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Return a name of the time since this machine's last start; empty if the system gives none (macOS)."""
+    return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else ""
 
 
 @dataclass
 class ActivationStore:
-    """The hidden states of all rows at the boundaries of blocks: boundary b is before block b, and after block b − 1.
+    """The activations of all sequences before block b, for the last few b; after the last block, b is their number.
 
-    A shard has a file for each of the last `kept` boundaries. Reads go through a memory map, so hidden states cost page
-    cache instead of memory. Files are not flushed, so after a power cut their content is undefined; a checksum at the
-    end of each file detects the damage.
+    Each chunk has a .npy file for each such b: the tokens of its sequences by the model's width, bfloat16 as int16.
+    Reads go through a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive
+    a killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
 
-    If the device has room for all rows, they also stay there; of two boundaries, files are then written once a minute
-    and at the end: on a GPU, writing hidden states to disk takes longer than computing a block.
+    If the device has room for all sequences, they also stay there. Of two b, files are then written once a minute and
+    at the end: on a GPU, writing activations to disk takes longer than computing a block.
     """
 
     folder: Path
-    lengths: Sequence[Sequence[int]]  # of the rows of each shard
+    lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    kept: int
+    stored: int  # the number of the last b whose activations stay
     device: torch.device
-    memory_budget: int  # device memory for them in bytes
-    _staying: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+    memory_budget: int  # device memory for activations, in bytes
+    _in_memory: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tokens = sum(map(sum, self.lengths))
-        self.on_device = 0 < self.kept * tokens * self.width * self.dtype.itemsize <= self.memory_budget
-        self.written_later = self.on_device and self.kept == 2  # with its files
+        self.on_device = 0 < self.stored * tokens * self.width * self.dtype.itemsize <= self.memory_budget
+        self.written_later = self.on_device and self.stored == 2
 
-    def read(self, boundary: int, shard: int) -> list[Float[Tensor, "_ width"]]:
-        """Return the hidden states of a shard's rows: on the device, or views of a file."""
-        if (boundary, shard) in self._staying:
-            return self._staying[boundary, shard]
-        lengths, path = self.lengths[shard], str(self._path(boundary, shard))
-        mapped = torch.from_file(path, shared=True, size=sum(lengths) * self.width, dtype=self.dtype)
-        return list(mapped.view(sum(lengths), self.width).split(list(lengths)))
+    def read(self, block: int, chunk: int) -> list[Float[Tensor, "_ width"]]:
+        """Return the activations of a chunk's sequences before a block: on the device, or views of a file."""
+        if (block, chunk) in self._in_memory:
+            return self._in_memory[block, chunk]
+        content = np.load(self._path(block, chunk), mmap_mode="c")  # writable, as torch demands, but not the file
+        return list(torch.from_numpy(content).view(self.dtype).split(list(self.lengths[chunk])))
 
-    def write(self, boundary: int, shard: int, rows: Iterable[Float[Tensor, "_ width"]]) -> None:
-        """Keep the hidden states of a shard's rows. OSError if the disk is full."""
-        self._staying.pop((boundary - self.kept, shard), None)
+    def write(self, block: int, chunk: int, sequences: Iterable[Float[Tensor, "_ width"]]) -> None:
+        """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
+        self._in_memory.pop((block - self.stored, chunk), None)
         if self.on_device:
-            rows = self._staying[boundary, shard] = [row.to(self.device, self.dtype) for row in rows]
+            sequences = self._in_memory[block, chunk] = [x.to(self.device, self.dtype) for x in sequences]
         if not self.written_later:
-            self._save(boundary, shard, rows)
+            self._save(block, chunk, sequences)
 
-    def finish(self, boundary: int) -> None:
-        """Write the files of a boundary that wait."""
-        for shard in range(len(self.lengths)) if self.written_later else ():
-            self._save(boundary, shard, self.read(boundary, shard))
+    def finish(self, block: int) -> None:
+        """Write the files that are not written yet."""
+        if self.written_later:
+            for chunk in range(len(self.lengths)):
+                self._save(block, chunk, self.read(block, chunk))
 
-    def drop(self, boundary: int) -> None:
-        """Remove the files that the next block does not need after a boundary, and those of interrupted writes."""
+    def drop(self, block: int) -> None:
+        """Remove the files that are not needed after a block's activations are stored, and interrupted writes."""
         for path in self.folder.glob("*"):
-            if path.suffix == ".part" or int(path.name.partition("-")[0]) < boundary - self.kept + 2:
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) < block - self.stored + 2:
                 path.unlink(missing_ok=True)
 
-    def is_complete(self, boundary: int) -> bool:
-        """Whether all files up to a boundary are there and unchanged."""
-        boundaries = range(max(0, boundary - self.kept + 2), boundary + 1)
-        return all(self._is_complete(each, shard) for each in boundaries for shard in range(len(self.lengths)))
+    def is_complete(self, block: int) -> bool:
+        """Whether there are files for these sequences, of all stored blocks up to a block."""
+        for stored in range(max(0, block - self.stored + 2), block + 1):
+            for chunk, lengths in enumerate(self.lengths):
+                try:
+                    content = np.load(self._path(stored, chunk), mmap_mode="r")
+                except (OSError, ValueError):  # missing or cut
+                    return False
+                if content.shape != (sum(lengths), self.width):
+                    return False
+        return True
 
-    def _is_complete(self, boundary: int, shard: int) -> bool:
-        try:
-            content: Any = np.memmap(self._path(boundary, shard), np.uint8, "r")
-        except (OSError, ValueError):  # missing, or empty
-            return False
-        size = sum(self.lengths[shard]) * self.width * self.dtype.itemsize
-        checksum = zlib.crc32(content[:size]).to_bytes(CHECKSUM, "little")
-        return len(content) == size + CHECKSUM and checksum == content[size:].tobytes()
-
-    def _save(self, boundary: int, shard: int, rows: Iterable[Tensor]) -> None:
-        """Write a shard's file. Another process may write the same bytes at the same time."""
-        path, checksum = self._path(boundary, shard), 0
+    def _save(self, block: int, chunk: int, sequences: Iterable[Tensor]) -> None:
+        """Write a chunk's file. Another process may write the same bytes at the same time."""
+        path = self._path(block, chunk)
         part = path.with_name(f"{path.name}-{uuid4().hex}.part")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            for row in rows:
-                content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
-                checksum = zlib.crc32(content, checksum)
-                file.write(content)
-            file.write(checksum.to_bytes(CHECKSUM, "little"))
+        as_numpy = torch.int16 if self.dtype is torch.bfloat16 else self.dtype
+        header = {
+            "descr": torch.empty(0, dtype=as_numpy).numpy().dtype.str,
+            "fortran_order": False,
+            "shape": (sum(self.lengths[chunk]), self.width),
+        }
+        with part.open("wb") as file:  # a mapped write to a full disk would kill the process
+            np.lib.format.write_array_header_1_0(file, header)
+            for x in sequences:
+                file.write(x.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+            if not boot_id():  # a power cut is not noticed: flush
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
 
-    def _path(self, boundary: int, shard: int) -> Path:
-        return self.folder / f"{boundary:04d}-{shard:04d}"
+    def _path(self, block: int, chunk: int) -> Path:
+        return self.folder / f"{block:04d}-{chunk:04d}.npy"
 
 
 class PassProgress:
-    """The finished boundary of a walk's hidden states, in a file; −1 before the embeddings."""
+    """The number of finished blocks of a pass, kept in a file; −1 before the first activations are stored."""
 
-    def __init__(self, folder: Path, streams: Sequence[ActivationStore], last: int) -> None:
-        """Read an interrupted run's progress, if it ended at `last` or before and its hidden states are unchanged."""
-        self.folder, self.streams, self.finished, self._saved = folder, streams, -1, time.monotonic()
-        self.not_finite: str | None = None  # the first block with non-finite states
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found = json.loads((folder / PROGRESS).read_bytes())
-            if 0 <= found["finished"] <= last and all(states.is_complete(found["finished"]) for states in streams):
-                self.finished, self.not_finite = found["finished"], found["not_finite"]
+    def __init__(self, folder: Path, stores: Sequence[ActivationStore], last: int) -> None:
+        """Read an interrupted run's progress, if it finished at most `last` blocks and its activations are there."""
+        self.folder, self.stores = folder, stores
+        self.finished = -1
+        self.not_finite: str | None = None  # the first block with activations that are not finite
+        self._saved = time.monotonic()
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
+            content = json.loads((folder / PROGRESS).read_bytes())
+            is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= last
+            if is_usable and all(store.is_complete(content["finished"]) for store in stores):
+                self.finished, self.not_finite = content["finished"], content["not_finite"]
 
     def finish(self, *, last: bool = False) -> None:
-        """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""
+        """Finish the next block, whose outputs are stored; keep the progress once all files are there."""
         self.finished += 1
-        if (
-            any(states.written_later for states in self.streams)
-            and not last
-            and time.monotonic() - self._saved < SAVED_EVERY
-        ):
+        written_later = any(store.written_later for store in self.stores)
+        if written_later and not last and time.monotonic() - self._saved < SAVED_EVERY:
             return
-        for states in self.streams:
-            states.finish(self.finished)
+        for store in self.stores:
+            store.finish(self.finished)
         self._saved = time.monotonic()
+        content = {"finished": self.finished, "boot": boot_id(), "not_finite": self.not_finite}
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / "progress.part"
-        part.write_text(json.dumps({"finished": self.finished, "not_finite": self.not_finite}), encoding="utf-8")
+        part.write_text(json.dumps(content), encoding="utf-8")
         part.replace(self.folder / PROGRESS)
-        for states in self.streams:
-            states.drop(self.finished)
+        for store in self.stores:
+            store.drop(self.finished)

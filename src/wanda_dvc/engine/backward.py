@@ -1,8 +1,7 @@
 """Runs sequences backward through all blocks, for the statistics `fisher`."""
 
-import itertools
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,62 +10,83 @@ from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import FisherSums, GradientRecorder
 from wanda_dvc.engine.forward import ModelRunner, Sequences
-from wanda_dvc.engine.sequences import Chunk, TokenSequence
+from wanda_dvc.engine.sequences import Chunk
 from wanda_dvc.engine.sums import check_finite
 
-# --- the backward pass ---
+
+@dataclass(frozen=True)
+class BackwardRun:
+    """A block to run backward, and the stores of activations and of gradients by them.
+
+    `activations` has those before all blocks. `gradients` counts from the end: 0 is after the last block.
+    """
+
+    index: int
+    activations: ActivationStore
+    gradients: ActivationStore
 
 
-def backward(runner: ModelRunner, rows: Sequences, *, kept: int = 0) -> Iterator[tuple[int, FisherSums]]:
-    """Yield each block, the last one first, with its `Gradients` over all tokens.
+def backward(runner: ModelRunner, sequences: Sequences, *, finished: int = 0) -> Iterator[tuple[int, FisherSums]]:
+    """Yield each block, the last one first, with its `FisherSums` over all tokens.
 
-    ℓ = −Σ log p(token) over the row, with the text's own tokens. The sums are, for each row of the weight, the trace of
-    its empirical Fisher information, with the tokens taken as independent; K-FAC factors the same matrices (Martens and
-    Grosse 2015, arXiv 1503.05671).
+    ℓ = −Σ log p(token) over the sequence, with the text's own tokens. The sums are, for each row of the weight, the
+    trace of its empirical Fisher information, with the tokens taken as independent; K-FAC factors the same matrices
+    (Martens and Grosse 2015, arXiv 1503.05671).
 
     Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
-    of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
-    copies for one row in it. Disk: the hidden states of all rows, once a block. UserError if a gradient is not finite.
+    of the last `finished` blocks; if more are finished, the backward half starts again. Memory: one block, and
+    autograd's copies for one sequence in it. Disk: the activations of all sequences before every block. UserError if a
+    gradient is not finite.
     """
-    decoder, blocks = runner.decoder, len(runner.decoder.blocks)
-    for step in runner.walk(rows, boundaries=blocks + 2):
-        step.advance()
-    before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
-    back, turning = PassProgress(runner.work / "back", [gradients], kept), partial(turn, before, gradients)
-    for number in runner.unfinished(back, turning, "output head back, shard", " of the backward pass"):
-        index = blocks - 1 - number
-        backing = partial(run_back, index, before, gradients)
-        total = runner.sum(backing, FisherSums(), runner.shards, f"backward pass, block {index}, shard")
-        check_finite(total.sums, f"{decoder.checkpoint}: block {index}, output", "gradients")
-        yield index, total
+    blocks = len(runner.decoder.blocks)
+    for step in runner.forward(sequences, stored=blocks + 2):
+        step.run()
+    gradients = runner.new_store("gradients", dtype=torch.float32, stored=2, budget_parts=2)
+    progress = PassProgress(runner.work / "back", [gradients], finished)
+    if progress.finished < 0:
+        run = BackwardRun(blocks, runner.store, gradients)
+        for _ in runner.map(run_loss, run, runner.chunks, "output head back, chunk"):
+            pass
+        progress.finish()
+    for number in runner.unfinished(progress, " of the backward pass"):
+        run = BackwardRun(blocks - 1 - number, runner.store, gradients)
+        total = FisherSums()
+        for sums in runner.map(run_backward, run, runner.chunks, f"backward pass, block {run.index}, chunk"):
+            total.merge(sums)
+            del sums  # before the next chunk's are there
+        where = f"{runner.decoder.checkpoint}: block {run.index}, output"
+        check_finite(total.sums, where, "gradients")
+        yield run.index, total
 
 
 @torch.no_grad()
-def turn(before: ActivationStore, gradients: ActivationStore, model: Decoder, shard: Chunk) -> None:
-    """Write the gradients of each row's loss by its hidden states after the last block."""
-    pairs = zip(before.read(len(model.blocks), shard.number), shard.rows, strict=True)
-    gradients.write(0, shard.number, (model.loss_gradient(x[None], row.tokens)[0] for x, row in pairs))
+def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
+    """Write the gradients of each sequence's loss by its activations after the last block."""
+
+    def gradients() -> Iterator[Tensor]:
+        after = run.activations.read(len(model.blocks), chunk.number)
+        for sequence, states in zip(chunk.sequences, after, strict=True):
+            yield model.loss_gradient(states[None], sequence.tokens)[0]
+
+    run.gradients.write(0, chunk.number, gradients())
 
 
 @torch.no_grad()
-def run_back(
-    index: int, before: ActivationStore, gradients: ActivationStore, model: Decoder, shard: Chunk
-) -> FisherSums:
-    """Write the gradients of each row's loss by its hidden states before a block, from those after the block.
+def run_backward(model: Decoder, run: BackwardRun, chunk: Chunk) -> FisherSums:
+    """Write the gradients of each sequence's loss by its activations before a block, from those after the block."""
+    model.load(run.index, run.index - 1)
+    blocks_done = len(model.blocks) - 1 - run.index
 
-    `before` has all boundaries; boundaries of `gradients` count from the last one.
-    """
-    done = len(model.blocks) - 1 - index
-    model.load(index, index - 1)
-    states, after = before.read(index, shard.number), gradients.read(done, shard.number)
+    def gradients() -> Iterator[Tensor]:
+        before = run.activations.read(run.index, chunk.number)
+        after = run.gradients.read(blocks_done, chunk.number)
+        for sequence, states, gradient in zip(chunk.sequences, before, after, strict=True):
+            hidden = states[None].to(model.device, copy=True).requires_grad_()
+            with torch.enable_grad():
+                out = model.run(run.index, hidden, sequence)
+            yield torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
 
-    def back(before: Tensor, gradient: Tensor, row: TokenSequence) -> Tensor:
-        hidden = before[None].to(model.device, copy=True).requires_grad_()
-        with torch.enable_grad():
-            out = model.run(index, hidden, row)
-        return torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
-
-    recorder = GradientRecorder(model.linears(index))
+    recorder = GradientRecorder(model.linears(run.index))
     with recorder.recording():
-        gradients.write(done + 1, shard.number, itertools.starmap(back, zip(states, after, shard.rows, strict=True)))
+        run.gradients.write(blocks_done + 1, chunk.number, gradients())
     return recorder.result()

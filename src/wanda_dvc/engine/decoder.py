@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,24 +22,23 @@ from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
 from wanda_dvc.engine.sequences import ARGUMENTS_BYTES, PackedQuestions, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
-from wanda_dvc.errors import UserError, reason
+from wanda_dvc.errors import UserError, is_out_of_memory, reason
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-States = Float[Tensor, "1 length width"]  # hidden states of a row
+States = Float[Tensor, "1 length width"]  # hidden states of a sequence
 Logits = Float[Tensor, "chunk vocabulary"]
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one block, without the hidden states
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one block, without the hidden states
+
+
+class BlockCall(NamedTuple):
+    """The hidden states and the other arguments that the model gives a block."""
+
+    hidden: States
+    arguments: Arguments
 
 
 class _Stop(Exception):
     """Ends the model's own forward pass once the blocks' calls are recorded."""
-
-
-def _held(value: Any) -> Iterator[int]:
-    """Yield the contents of a container, by identity, to detect blocks that change a container."""
-    if isinstance(value, (Mapping, MutableSequence)):  # transformers has mappings that are not dicts
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield id(part)
-            yield from _held(part)
 
 
 class Decoder:
@@ -54,14 +53,16 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.weights = BlockLoader(self.model, self.checkpoint, device=device)
         self.linears, self.blocks = self.weights.linears, self.weights.blocks
-        self._arguments: dict[
-            int | PackedQuestions, tuple[list[Call], int]
-        ] = {}  # of all blocks, with their bytes, by row
+        # Of all blocks, with their bytes, by a sequence's length, or by the content of its packed questions.
+        self._arguments: dict[int | str, tuple[list[Arguments], int]] = {}
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
+        self._extra_outputs = self._find_extra_outputs()
         faster = dtype is torch.float32 and device.type == "cpu" and kernels.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
         accelerator.keep_freed_memory()  # now, so that the trial's does not stay
+
+    # --- what the model is ---
 
     @property
     def one_of_each_kind(self) -> list[int]:
@@ -81,130 +82,143 @@ class Decoder:
         """The number of tokens with a logit."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def check_tokens(self, rows: Sequence[TokenSequence]) -> None:
+    def check_tokens(self, sequences: Sequence[TokenSequence]) -> None:
         """Raise UserError where a token has no embedding."""
         embeddings = self.model.get_input_embeddings().weight.shape[0]
-        largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
+        largest = max((int(x.tokens.max()) for x in sequences if len(x.tokens)), default=0)
         if largest >= embeddings:
             raise UserError(
                 f"{self.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
                 f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
             )
 
-    def embed(self, row: TokenSequence) -> States:
-        """Return the hidden states before the first block."""
-        return self._record(row, until=0)[0][0]
-
-    def block_arguments(self, row: TokenSequence) -> list[Call]:
-        """Return the arguments of every block for a row. They depend on its length or layout, not on its tokens."""
-        key = row.questions or len(row.tokens)
-        if key not in self._arguments:
-            # A walk has the same rows in the same order for each block: the first ones stay, with the current row.
-            if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
-                self._arguments.popitem()
-            block_arguments = self._record_arguments(row)
-            storages = [
-                value.untyped_storage() for value in tree_flatten(block_arguments)[0] if isinstance(value, Tensor)
-            ]
-            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
-            self._arguments[key] = block_arguments, sum(sizes.values())
-        return self._arguments[key][0]
-
-    def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
-        """Load a block, as `Weights.hold`. The first block runs once before any block is loaded."""
-        self._extra_outputs  # noqa: B018 - computed here
-        self.weights.load(index, then, change)
-
-    def unload(self) -> None:
-        """Free the memory of the block that is held, and of the recorded calls."""
-        self.weights.unload()
-        self._arguments.clear()
-
     def memory_budget(self) -> int:
-        """Return the GPU memory for hidden states in bytes: half of the memory left free by the blocks; 0 on a CPU."""
+        """Return the GPU memory for activations in bytes: half of the memory left free by the blocks; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
-    def run(self, index: int, hidden: States, row: TokenSequence) -> States:
-        """Run a row through a block, which must be held."""
-        args, words = self.block_arguments(row)[index]
-        held, version = [*_held([*args, words])], hidden._version
-        with self._attending(row):
-            out = self.blocks[index](hidden, *args, **words)
-        after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-        if [*_held([*args, words])] != held:
+    # --- one block ---
+
+    def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
+        """Load a block, as `BlockLoader.load`."""
+        self.weights.load(index, then, change)
+
+    def unload(self) -> None:
+        """Free the memory of the loaded block, and of the recorded arguments."""
+        self.weights.unload()
+        self._arguments.clear()
+
+    def embed(self, sequence: TokenSequence) -> States:
+        """Return the hidden states before the first block."""
+        return self._record(sequence, until=0)[0].hidden
+
+    def run(self, index: int, hidden: States, sequence: TokenSequence) -> States:
+        """Run a sequence through a block, which must be loaded."""
+        args, kwargs = self.block_arguments(sequence)[index]
+        contents, version = list(contents_of([*args, kwargs])), hidden._version
+        with self._attending(sequence):
+            output = self.blocks[index](hidden, *args, **kwargs)
+        after = hidden_states_of(output)
+        if list(contents_of([*args, kwargs])) != contents:
             raise unsupported(self.checkpoint, f"block {index} passes more than hidden states on, in a container")
-        if hidden._version != version:  # on a CPU it is a view of the file that a second run reads
+        if hidden._version != version:  # a second run reads it too
             raise unsupported(self.checkpoint, f"block {index} changes its input in place")
         if after.dtype is not hidden.dtype:
-            found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
+            returned, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
             raise UserError(
-                f"{self.checkpoint}: block {index} returns hidden states in {found}, expected {expected}, the model's; "
-                f"set dtype={found}"
+                f"{self.checkpoint}: block {index} returns hidden states in {returned}, expected {expected}, "
+                f"the model's; set dtype={returned}"
             )
         return after
 
-    @torch.no_grad()
-    def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
-        """Yield the logits after the last block, by chunks of positions, through the model's own norm and head."""
-        for positions in self._chunks(hidden.shape[1]):
-            yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
+    def block_arguments(self, sequence: TokenSequence) -> list[Arguments]:
+        """Return the arguments of every block. They depend on a sequence's length or questions, not on its tokens."""
+        key = len(sequence.tokens) if sequence.questions is None else sequence.questions.key
+        if key not in self._arguments:
+            # A pass has the same sequences in the same order for each block: the first stay, with the current one.
+            if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
+                self._arguments.popitem()
+            arguments = self._record_arguments(sequence)
+            self._arguments[key] = arguments, bytes_of(arguments)
+        return self._arguments[key][0]
 
-    def loss_gradient(self, hidden: States, tokens: Int[Tensor, " length"]) -> States:
-        """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
-        tokens = tokens.to(self.device)
-        targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
-        for positions in self._chunks(len(targets)):
-            given = hidden[:, positions].to(self.device).detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self._logits(given, tokens[positions])
-                loss = nn.functional.cross_entropy(logits.float(), targets[positions], reduction="sum")
-            gradient[:, positions] = torch.autograd.grad(loss, given)[0].float()
-        return gradient
+    def _record_arguments(self, sequence: TokenSequence) -> list[Arguments]:
+        """Return the arguments of all blocks. UserError if those of a text depend on its tokens.
 
-    def _chunks(self, length: int) -> Iterator[slice]:
-        chunk = max(1, LOGITS_AT_A_TIME // self.vocabulary)
-        return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
-
-    def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
-        result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-        called = list[int]()
-
-        def pass_on(index: int, *_args: Any, **_words: Any) -> Any:
-            called.append(index)
-            return result
-
-        with self._instead_of_blocks(pass_on):
-            logits = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
-        if called != [*range(len(self.blocks))]:
-            raise unsupported(self.checkpoint, f"it calls {len(called)} blocks and has {len(self.blocks)}")
-        return logits
-
-    @cached_property
-    def packs_questions(self) -> bool:
-        """Whether questions in one row give the same results as one by one; tried with two short questions.
-
-        Results differ if positions are distances from the row's start (ALiBi), if a block mixes neighbours without
-        attention, or if the model's attention cannot be replaced.
+        Those of packed questions are not compared: `packs_questions` compares results.
         """
-        if "longrope" in str(getattr(self.model.config.get_text_config(), "rope_parameters", "")):
-            return False  # a row's last position chooses the angles of all
-        tokens = torch.arange(24) % 7
-        layout = PackedQuestions(
-            positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
-            question=torch.tensor([0] * 13 + [1] * 11),
-            choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
-        )
-        parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        found = self._tried(
-            [*(TokenSequence(tokens[part]) for part in parts), TokenSequence(tokens, layout)], ours=False, few=4
-        )
-        if found is None:
-            return False
-        *locked, together = found
-        return self._close(torch.cat(locked), torch.cat([together[part] for part in parts]))
+        last = len(self.blocks) - 1
+        if sequence.questions is not None:
+            return [call.arguments for call in self._record(sequence, until=last)]
+        zeros, ones = TokenSequence(torch.zeros_like(sequence.tokens)), TokenSequence(torch.ones_like(sequence.tokens))
+        arguments = [call.arguments for call in self._record(zeros, until=last)]
+        if not are_equal(arguments, [call.arguments for call in self._record(ones, until=last)]):
+            raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
+        return arguments
+
+    @torch.no_grad()
+    def _record(self, sequence: TokenSequence, until: int) -> list[BlockCall]:
+        """Return the calls of the blocks up to `until` in the model's own forward pass; blocks return their input."""
+        calls: list[BlockCall] = []
+
+        def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if calls and hidden_states is not calls[-1].hidden and not torch.equal(hidden_states, calls[-1].hidden):
+                where = f"between block {index - 1} and block {index}"
+                raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
+            self._check_input(index, hidden_states, len(sequence.tokens))
+            calls.append(BlockCall(hidden_states, (args, kwargs)))
+            if index == until:
+                raise _Stop
+            return self._as_output(hidden_states)
+
+        inputs: dict[str, Any] = {}
+        if sequence.questions is not None:
+            inputs["position_ids"] = sequence.questions.positions[None].to(self.device)
+            # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
+            inputs["attention_mask"] = torch.ones_like(sequence.tokens)[None].to(self.device)
+        try:
+            with self._attending(sequence), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+                self.model(input_ids=sequence.tokens[None].to(self.device), use_cache=False, **inputs)
+        except ValueError as error:
+            what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
+            raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
+        if len(calls) != until + 1:
+            what = f"{len(calls)} of its {len(self.blocks)} blocks, expected each once and in order"
+            raise unsupported(self.checkpoint, f"the model's forward pass called {what}")
+        return calls
+
+    def _check_input(self, index: int, hidden: Tensor, length: int) -> None:
+        """Raise UserError if the model gives a block hidden states of another shape."""
+        expected = (1, length, self.model.config.get_text_config().hidden_size)
+        if hidden.shape != expected:
+            what = f"gives block {index} hidden states of {[*hidden.shape]}, expected {[*expected]}"
+            raise unsupported(self.checkpoint, f"the model {what}")
+
+    @torch.no_grad()
+    def _find_extra_outputs(self) -> tuple[None, ...] | None:
+        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone.
+
+        UserError if a block's result for a token depends on the token after it.
+        """
+        call = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)[0]
+        args, kwargs = call.arguments
+        with_another_end = torch.cat([call.hidden[:, :1], 1 - call.hidden[:, 1:]], dim=1)
+        self.weights.load(0, -1)
+        output = self.blocks[0](call.hidden, *args, **kwargs)
+        first = hidden_states_of(output)[0, 0].float()
+        first_again = hidden_states_of(self.blocks[0](with_another_end, *args, **kwargs))[0, 0].float()
+        self.weights.unload()
+        if torch.dist(first, first_again) > 0.02 * first.norm():  # far above rounding
+            raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
+        if not isinstance(output, (tuple, list)):
+            return None
+        return tuple(itertools.takewhile(lambda value: value is None, output[1:]))
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form of a block's output."""
+        return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
@@ -218,128 +232,174 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _attending(self, row: TokenSequence) -> Iterator[None]:
-        """Select the attention for the row: the model's own, or ours."""
-        ours = row.questions is not None or self._ours_for_windows
-        wanted = attention.NAME if ours else self._stock_attention
-        if self.model.config._attn_implementation != wanted:
-            self.model.set_attn_implementation(wanted)
-        with attention.laid_out(row.questions):
+    def _attending(self, sequence: TokenSequence) -> Iterator[None]:
+        """Select the attention for the sequence: the model's own, or ours."""
+        ours = sequence.questions is not None or self._ours_for_windows
+        name = attention.NAME if ours else self._stock_attention
+        if self.model.config._attn_implementation != name:
+            self.model.set_attn_implementation(name)
+        with attention.attending_within(sequence.questions):
             yield
 
+    # --- after the last block ---
+
     @torch.no_grad()
-    def _record(self, row: TokenSequence, until: int) -> list[tuple[Tensor, Call]]:
-        """Return the hidden states and the call of each block up to `until`, with blocks that return their input."""
-        recorded: list[tuple[Tensor, Call]] = []
-        extra = self._extra_outputs if until > 0 else None  # computed before blocks are replaced
+    def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
+        """Yield the logits after the last block, by chunks of positions, through the model's own norm and head."""
+        for positions in self._positions_at_a_time(hidden.shape[1]):
+            yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 
-        def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            before = recorded[-1][0] if recorded else hidden_states
-            if hidden_states is not before and not torch.equal(hidden_states, before):
-                where = f"between block {index - 1} and block {index}"
-                raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
-            expected = (1, len(row.tokens), self.model.config.get_text_config().hidden_size)
-            if hidden_states.shape != expected:
-                found = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
-                raise unsupported(self.checkpoint, f"the model {found}")
-            recorded.append((hidden_states, (args, kwargs)))
-            if index == until:
-                raise _Stop
-            return hidden_states if extra is None else (hidden_states, *extra)
+    def loss_gradient(self, hidden: States, tokens: Int[Tensor, " length"]) -> States:
+        """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
+        tokens = tokens.to(self.device)
+        targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
+        for positions in self._positions_at_a_time(len(targets)):
+            states = hidden[:, positions].to(self.device).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(states, tokens[positions])
+                loss = nn.functional.cross_entropy(logits.float(), targets[positions], reduction="sum")
+            gradient[:, positions] = torch.autograd.grad(loss, states)[0].float()
+        return gradient
 
-        words: dict[str, Any] = {}
-        if row.questions is not None:
-            words["position_ids"] = row.questions.positions[None].to(self.device)
-            # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
-            words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
-        try:
-            with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
-                self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
-        except ValueError as error:
-            what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
-            raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
-        if len(recorded) != until + 1:
-            found = f"{len(recorded)} of its {len(self.blocks)} blocks, expected each once and in order"
-            raise unsupported(self.checkpoint, f"the model's forward pass called {found}")
-        return recorded
+    def _positions_at_a_time(self, length: int) -> Iterator[slice]:
+        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        for start in range(0, length, size):
+            yield slice(start, min(start + size, length))
 
-    def _record_arguments(self, row: TokenSequence) -> list[Call]:
-        """Return all blocks' calls, checked not to depend on tokens; of layouts `holds_layouts` compares results."""
+    def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
+        called = list[int]()
 
-        def record(row: TokenSequence) -> list[Call]:
-            return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
+        def return_hidden(index: int, *_args: Any, **_kwargs: Any) -> Any:
+            called.append(index)
+            return self._as_output(hidden)
 
-        if row.questions is not None:
-            return record(row)
-        block_arguments, again = (record(TokenSequence(torch.full_like(row.tokens, token))) for token in (0, 1))
-        (values, shape), (others, other_shape) = map(tree_flatten, (block_arguments, again))
-        equal = (torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(values, others, strict=True))
-        if shape != other_shape or list(map(type, values)) != list(map(type, others)) or not all(equal):
-            raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
-        return block_arguments
+        with self._instead_of_blocks(return_hidden):
+            logits = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
+        if called != list(range(len(self.blocks))):
+            raise unsupported(self.checkpoint, f"it calls {len(called)} blocks and has {len(self.blocks)}")
+        return logits
+
+    # --- trials of our attention ---
 
     @cached_property
-    def _extra_outputs(self) -> tuple[None, ...] | None:
-        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone.
+    def packs_questions(self) -> bool:
+        """Whether packed questions give the same results as one by one; tried with two short questions.
 
-        UserError if a block's result for a token depends on the token after it.
+        Results differ if positions are distances from the sequence's start (ALiBi), if a block mixes neighbours without
+        attention, or if the model's attention cannot be replaced.
         """
-        hidden, (args, words) = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        changed = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
-        self.weights.load(0, -1)
-        out, other = (self.blocks[0](x, *args, **words) for x in (hidden, changed))
-        self.weights.unload()
-        first, again = ((x[0] if isinstance(x, (tuple, list)) else x)[0, 0].float() for x in (out, other))
-        if torch.dist(first, again) > 0.02 * first.norm():  # far above rounding
-            raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
-        if not isinstance(out, (tuple, list)):
-            return None
-        return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
+        if "longrope" in str(getattr(self.model.config.get_text_config(), "rope_parameters", "")):
+            return False  # a sequence's last position chooses the angles of all
+        tokens = torch.arange(24) % 7
+        questions = PackedQuestions(
+            positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
+            question=torch.tensor([0] * 13 + [1] * 11),
+            choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
+        )
+        # The places of each context with one of its choices.
+        texts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
+        sequences = [TokenSequence(tokens[places]) for places in texts]
+        results = self._try([*sequences, TokenSequence(tokens, questions)], ours=False, window=4)
+        if results is None:
+            return False
+        packed = results.pop()
+        return are_close(torch.cat(results), torch.cat([packed[places] for places in texts]))
 
     def _attends_alike(self) -> bool:
         """Whether our attention and the model's own give the same results in each kind of block.
 
-        The row is longer than a tile of our attention, and than the windows of the model's masks.
+        The text is longer than a tile of our attention, and than the windows of the model's masks.
         """
         length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
-        row = TokenSequence(torch.arange(length) % 7)
-        stock, ours = (self._tried([row], ours=ours, few=length // 3) for ours in (False, True))
-        return stock is not None and ours is not None and self._close(stock[0], ours[0])
+        text = TokenSequence(torch.arange(length) % 7)
+        stock, ours = (self._try([text], ours=ours, window=length // 3) for ours in (False, True))
+        return stock is not None and ours is not None and are_close(stock[0], ours[0])
 
-    @torch.no_grad()
-    def _tried(self, rows: list[TokenSequence], *, ours: bool, few: int) -> list[Float[Tensor, "_ width"]] | None:
-        """Run some rows through a block of each kind, one after another, in float32; return None if that fails.
+    def _try(self, sequences: list[TokenSequence], *, ours: bool, window: int) -> list[Float[Tensor, "_ width"]] | None:
+        """Return the results of some sequences with our attention for texts, or the model's own; None if that fails.
 
-        Windows go through our attention, or through the model's own. Masks with a sliding window, or with chunks, show
-        `few` tokens at most. Over all blocks of a real model, the rounding of bfloat16 adds up to as much as wrong
-        attention changes.
+        Sliding windows and chunks of the model's masks have `window` tokens at most.
         """
-        config, before = self.model.config.get_text_config(), self._ours_for_windows
-        found = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-        sizes = {name: size for name, size in found.items() if size is not None}
-        self._ours_for_windows = ours
+        before, self._ours_for_windows = self._ours_for_windows, ours
         self._arguments.clear()
         try:
-            for name, size in sizes.items():
-                setattr(config, name, min(size, few))
-            for row in rows:
-                self.block_arguments(row)
-            hidden = [self.embed(row).float() for row in rows]
-            for index in self.one_of_each_kind:
-                self.load(index, -1)
-                for name, parameter in [*self.blocks[index].named_parameters()]:
-                    set_parameter(self.blocks[index], name, parameter.float())
-                hidden = [self.run(index, x, row) for x, row in zip(hidden, rows, strict=True)]
-            return [x[0] for x in hidden]
-        except (TypeError, ValueError, RuntimeError, UserError):  # attention of its own, incompatible with ours
-            return None
+            with self._short_windows(window):
+                return self._run_one_of_each_kind(sequences)
+        except (TypeError, ValueError, RuntimeError, UserError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # the model's attention differs from ours
         finally:
-            for name, size in sizes.items():
-                setattr(config, name, size)
             self._ours_for_windows = before
             self.unload()
 
-    def _close(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two results for hidden states agree up to rounding; both are in float32."""
-        norm = torch.linalg.vector_norm
-        return bool(norm(other - one) <= 1e-3 * norm(one))
+    @torch.no_grad()
+    def _run_one_of_each_kind(self, sequences: list[TokenSequence]) -> list[Float[Tensor, "_ width"]]:
+        """Run sequences through a block of each kind, one after another, in float32.
+
+        Over all blocks of a real model, the rounding of bfloat16 adds up to as much as wrong attention changes.
+        """
+        hidden = [self.embed(sequence).float() for sequence in sequences]
+        for index in self.one_of_each_kind:
+            self.load(index, -1)
+            for name, parameter in list(self.blocks[index].named_parameters()):
+                set_parameter(self.blocks[index], name, parameter.float())
+            hidden = [self.run(index, x, sequence) for x, sequence in zip(hidden, sequences, strict=True)]
+        return [x[0] for x in hidden]
+
+    @contextlib.contextmanager
+    def _short_windows(self, most: int) -> Iterator[None]:
+        """Limit the sliding windows and chunks of the model's masks to `most` tokens."""
+        config = self.model.config.get_text_config()
+        sizes: dict[str, int] = {}
+        for name in ("sliding_window", "attention_chunk_size"):
+            size = getattr(config, name, None)
+            if size is not None:
+                sizes[name] = size
+        try:
+            for name, size in sizes.items():
+                setattr(config, name, min(size, most))
+            yield
+        finally:
+            for name, size in sizes.items():
+                setattr(config, name, size)
+
+
+def contents_of(value: Any) -> Iterator[int]:
+    """Yield the contents of a container, by identity, to detect blocks that change a container."""
+    if isinstance(value, Mapping):  # transformers has mappings that are not dicts
+        value = list(value.values())
+    if isinstance(value, MutableSequence):
+        for content in value:
+            yield id(content)
+            yield from contents_of(content)
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """Return the hidden states of a block's output."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def bytes_of(arguments: list[Arguments]) -> int:
+    """Return the bytes of the tensors in arguments. Shared memory counts once."""
+    storages = [value.untyped_storage() for value in tree_flatten(arguments)[0] if isinstance(value, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def are_equal(first: list[Arguments], second: list[Arguments]) -> bool:
+    """Whether two lists of arguments have the same structure, types and values."""
+    (values, structure), (other_values, other_structure) = tree_flatten(first), tree_flatten(second)
+    if structure != other_structure:
+        return False
+    for value, other_value in zip(values, other_values, strict=True):
+        if type(value) is not type(other_value):
+            return False
+        if not (torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value):
+            return False
+    return True
+
+
+def are_close(first: Tensor, second: Tensor) -> bool:
+    """Whether two results in float32 agree up to rounding."""
+    norm = torch.linalg.vector_norm
+    return bool(norm(second - first) <= 1e-3 * norm(first))

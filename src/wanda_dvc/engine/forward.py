@@ -1,212 +1,241 @@
-"""Runs many rows through all blocks, one block at a time.
+"""Runs many sequences through all blocks, one block at a time.
 
-The unit of work is one block on one shard of rows: a function that reads the shard's hidden states from a file, writes
-the next ones to another, and returns sums. It is called in this process, or runs as a task of a Ray cluster whose nodes
-see the same files (`engine.rows.Executor`). Neither the model nor the data has to fit in memory, and an interrupted run
-resumes at the last finished block. For the gradients tier, the rows then run backward through all blocks.
+The unit of work is `run_block(model, block, chunk)`: it reads the activations of a chunk of sequences before a block
+from a file, writes those after the block to another, and returns sums. A loop calls it in this process, or Ray runs it
+as tasks of a cluster whose nodes see the same files (`engine.cluster`). Neither the model nor the data has to fit in
+memory, and an interrupted run resumes after the last finished block.
 """
 
-import contextlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
-from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.executor import Executor, R, T
-from wanda_dvc.engine.fisher import FisherSums
+from wanda_dvc.engine.decoder import Decoder, States
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, shards
+from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, cut_into_chunks
 from wanda_dvc.engine.sums import BlockRecord, InputSums, check_finite
 from wanda_dvc.errors import FIX, UserError, notice
 
+if TYPE_CHECKING:
+    from wanda_dvc.engine.cluster import Cluster
+
 Sequences = Sequence[TokenSequence] | Int[Tensor, "samples length"]
-Opened = Callable[[torch.device], Decoder]  # the model on a device
-M = TypeVar("M", InputSums, FisherSums)
-# Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
-Head = Callable[[Decoder, Sequence[TokenSequence], Hidden, T], Iterator[R]]
+Job = TypeVar("Job")
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+# Arguments, of one chunk: the model, sequences, their activations after the last block, and an input of the function.
+Head = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
 
-# --- units of work ---
-
-
-def with_model(opened: Opened, function: Callable[[Decoder, T], R], device: torch.device, given: T) -> R:
-    """Apply a function of the model to an input."""
-    return function(opened(device), given)
+# --- units of work: functions of the model, a job that all chunks share, and a chunk ---
 
 
 @dataclass(frozen=True)
 class BlockRun:
-    """A block to run, and the files of hidden states before and after it."""
+    """A block to run, and the stores of the activations before and after it."""
 
     index: int
-    own: ActivationStore
-    dense: ActivationStore | None = None  # of the dense model, if its rows run too, for products with their inputs
+    store: ActivationStore
+    dense_store: ActivationStore | None = None  # of the dense model, if the sequences run through it too
     change: WeightChange | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
-    writes: bool = True  # the hidden states after the block
+    writes: bool = True  # the activations after the block
 
 
 @torch.no_grad()
-def embed(streams: Sequence[ActivationStore], model: Decoder, shard: Chunk) -> None:
-    """Write a shard's hidden states before the first block."""
-    for states in streams:
-        states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
+def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> None:
+    """Write a chunk's activations before the first block to each store."""
+    for store in stores:
+        store.write(0, chunk.number, (model.embed(sequence)[0] for sequence in chunk.sequences))
 
 
 @torch.no_grad()
-def run_block(block: BlockRun, model: Decoder, shard: Chunk) -> InputSums:
-    """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
-    index, finite = block.index, list[Tensor]()
-    model.load(index, index + 1, block.change)
-    before, dense = block.own.read(index, shard.number), list[Tensor]()
+def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
+    """Run a chunk through a block, and write its activations after the block.
 
-    def passing(states: Sequence[Tensor], recorder: InputRecorder | None = None) -> Iterator[Tensor]:
-        """Yield the states of each row after the block. A recorder sees the dense row's inputs of linears first."""
-        for number, row in enumerate(shard.rows):
-            if recorder and dense:
-                with recorder.dense(len(row.tokens)):
-                    model.run(index, dense[number][None].to(model.device), row)
-            given = states[number][None].to(model.device)
-            after = model.run(index, given, row)
-            finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass
-            yield after[0]
-            if recorder:
-                recorder.see_block(given, after)
-                recorder.end_window()
-
-    if block.dense is not None:
-        dense = block.dense.read(index, shard.number)
-        block.dense.write(index + 1, shard.number, passing(dense))
-    recorder = InputRecorder(linears=model.linears(index), gram=block.gram) if block.records else None
-    with recorder.recording() if recorder else contextlib.nullcontext():
+    With a dense store the chunk also runs through the dense model's block, from and to that store. Returns sums over
+    the inputs of the block's linears if the block records, else only whether all activations are finite.
+    """
+    model.load(block.index, block.index + 1, block.change)
+    before = block.store.read(block.index, chunk.number)
+    dense_before: Hidden = []
+    finite: list[Tensor] = []
+    if block.dense_store is not None:
+        dense_before = block.dense_store.read(block.index, chunk.number)
+        dense_after = run_sequences(model, block.index, chunk, dense_before, finite)
+        block.dense_store.write(block.index + 1, chunk.number, dense_after)
+    if not block.records:
+        after = run_sequences(model, block.index, chunk, before, finite)
+        block.store.write(block.index + 1, chunk.number, after)
+        return InputSums(is_finite=all_true(finite))
+    recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram)
+    with recorder.recording():
+        after = record_sequences(model, block.index, chunk, before, dense_before, recorder, finite)
         if block.writes:
-            block.own.write(index + 1, shard.number, passing(before, recorder))
+            block.store.write(block.index + 1, chunk.number, after)
         else:
-            deque(passing(before, recorder), maxlen=0)
-    is_finite = all(torch.stack(finite).tolist())  # the host waits for a GPU here, once for all rows
-    if recorder is None:
-        return InputSums(is_finite=is_finite)
-    if not is_finite:
-        raise UserError(f"{model.checkpoint}: block {index}: activations that are not finite; {FIX}")
-    squares = {name: x.sum_squares for name, x in recorder.sums.stats.items()}  # their activations may be finite
-    check_finite(squares, f"block {index}, input", "sums of squares")
+            for _ in after:  # only for the statistics
+                pass
+    if not all_true(finite):
+        raise UserError(f"{model.checkpoint}: block {block.index}: activations that are not finite; {FIX}")
+    squares = {name: stats.sum_squares for name, stats in recorder.sums.stats.items()}  # activations may be finite
+    check_finite(squares, f"block {block.index}, input", "sums of squares")
     return recorder.sums
 
 
-def run_head(states: ActivationStore, function: Head[T, R], model: Decoder, shard: tuple[Chunk, T]) -> Iterator[R]:
-    """Apply a function to a shard's hidden states after the last block."""
-    (number, rows), given = shard
-    return function(model, rows, states.read(len(model.blocks), number), given)
+def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden, finite: list[Tensor]) -> Iterator[Tensor]:
+    """Yield each sequence's activations after a block; add to `finite` whether they are finite."""
+    for sequence, states in zip(chunk.sequences, before, strict=True):
+        after = model.run(index, states[None].to(model.device), sequence)
+        finite.append(are_finite(after))
+        yield after[0]
 
 
-# --- the walk ---
+def record_sequences(
+    model: Decoder,
+    index: int,
+    chunk: Chunk,
+    before: Hidden,
+    dense_before: Hidden,
+    recorder: InputRecorder,
+    finite: list[Tensor],
+) -> Iterator[Tensor]:
+    """Yield as `run_sequences`, and record inputs of linears. A sequence's dense activations, if any, run first."""
+    for number, sequence in enumerate(chunk.sequences):
+        if dense_before:
+            with recorder.dense(len(sequence.tokens)):
+                model.run(index, dense_before[number][None].to(model.device), sequence)
+        states = before[number][None].to(model.device)
+        after = model.run(index, states, sequence)
+        finite.append(are_finite(after))
+        recorder.see_block(states, after)
+        recorder.end_window()
+        yield after[0]
+
+
+def are_finite(states: States) -> Tensor:
+    """Return whether all values are finite, on their device, in one pass over them."""
+    return torch.stack(states.aminmax()).isfinite().all()
+
+
+def all_true(flags: list[Tensor]) -> bool:
+    """Whether all flags are true. The host waits for a GPU here, once for all sequences of a chunk."""
+    return all(torch.stack(flags).tolist())
+
+
+def run_head(
+    model: Decoder, job: tuple[ActivationStore, Head[Input, Result]], chunk_and_input: tuple[Chunk, Input]
+) -> Iterator[Result]:
+    """Apply a function to a chunk's activations after the last block."""
+    store, function = job
+    chunk, value = chunk_and_input
+    return function(model, chunk.sequences, store.read(len(model.blocks), chunk.number), value)
+
+
+# --- the forward pass ---
 
 
 @dataclass
 class ModelRunner:
-    """Runs the rows of one walk through a model, and other functions between its steps."""
+    """Runs the sequences of one forward pass through a model, and other functions of the model between blocks."""
 
-    decoder: Decoder  # in this process: the model's structure, and its weights outside blocks
-    work: Path  # for the hidden states
-    executor: Executor | None = None  # None: this process
-    rows: list[TokenSequence] = field(init=False)
-    own: ActivationStore = field(init=False)  # of these rows
+    decoder: Decoder  # in this process; with a cluster for the model's structure
+    work: Path  # folder of the activations
+    cluster: "Cluster | None" = None  # None: this process
+    chunks: list[Chunk] = field(init=False)
+    store: ActivationStore = field(init=False)
     progress: PassProgress = field(init=False)
 
-    def __post_init__(self) -> None:
-        executor = self.executor or Executor(self.decoder.device)
-        self.on_device, self.opened = executor.map, executor.opener(self.decoder)
-
-    def map(self, function: Callable[[Decoder, T], R], inputs: Iterable[T], what: str) -> Iterator[R]:
-        """Yield the result of a function of the model for each input, in order (`Executor.map`)."""
-        return self.on_device(partial(with_model, self.opened, function), inputs, what)
-
-    @property
-    def shards(self) -> list[Chunk]:
-        """The rows, cut into shards."""
-        return [Chunk(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
-
-    def states(
-        self, name: str, *, dtype: torch.dtype | None = None, boundaries: int = 2, share: int
-    ) -> ActivationStore:
-        """Return the files of the rows' hidden states, by default in the dtype of the walk.
-
-        They are those of the last boundaries, and may take a share, 1 / `share`, of the room on a GPU.
-        """
-        decoder, lengths = self.decoder, [[len(row.tokens) for row in shard.rows] for shard in self.shards]
-        width, budget = decoder.model.config.get_text_config().hidden_size, decoder.memory_budget() // share
-        dtype = dtype or decoder.dtype
-        return ActivationStore(
-            self.work / name, lengths, width, dtype, kept=boundaries, device=decoder.device, memory_budget=budget
-        )
-
-    def walk(
-        self, rows: Sequences, *, kept: int | None = None, with_dense: bool = False, boundaries: int = 2
-    ) -> Iterator["BlockStep"]:
-        """Yield a step for each block, whose methods run the rows through the block.
-
-        The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept`
-        blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
-        also runs through the dense model, without changes of blocks. The files of all but one of the last
-        `boundaries` stay.
-        """
-        self.rows, blocks = (
-            [row if isinstance(row, TokenSequence) else TokenSequence(row) for row in rows],
-            len(self.decoder.blocks),
-        )
-        share = 1 + (with_dense or boundaries > 2)
-        names = ["own", "dense"] if with_dense else ["own"]
-        streams = [self.states(name, boundaries=boundaries, share=share) for name in names]
-        self.own = streams[0]
-        if kept == blocks:
+    def map(
+        self, function: Callable[[Decoder, Job, Input], Result], job: Job, inputs: Iterable[Input], what: str
+    ) -> Iterator[Result]:
+        """Yield function(model, job, input) for each input, in order; a cluster's messages name inputs by `what`."""
+        if self.cluster is not None:
+            yield from self.cluster.map_model(self.decoder, function, job, inputs, what)
             return
-        self.decoder.check_tokens(self.rows)
-        self.progress = PassProgress(self.work, streams, blocks if kept is None else kept)
-        for index in self.unfinished(self.progress, partial(embed, streams), "embeddings, shard"):
-            yield BlockStep(self, BlockRun(index, self.own, streams[1] if with_dense else None))
+        for value in inputs:
+            yield function(self.decoder, job, value)
 
-    def unfinished(self, progress: PassProgress, first: Callable[..., None], what: str, way: str = "") -> Iterator[int]:
-        """Yield the boundary before each unfinished block, then finish it; `first` writes a shard's boundary 0."""
+    def forward(
+        self, sequences: Sequences, *, finished: int | None = None, with_dense: bool = False, stored: int = 2
+    ) -> Iterator["BlockStep"]:
+        """Yield a step for each block, whose methods run all sequences through the block.
+
+        The pass resumes after the last finished block in `work`. The caller has the results of `finished` blocks from
+        an interrupted run; if more blocks are finished, the pass starts again. With `with_dense` each sequence also
+        runs through the dense model, without changes of blocks. The activations before the last `stored` blocks stay.
+        """
+        sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
+        blocks = len(self.decoder.blocks)
+        self.chunks = cut_into_chunks(sequences)
+        budget_parts = 2 if with_dense or stored > 2 else 1
+        self.store = self.new_store("own", stored=stored, budget_parts=budget_parts)
+        stores, dense_store = [self.store], None
+        if with_dense:
+            dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts)
+            stores.append(dense_store)
+        if finished == blocks:
+            return
+        self.decoder.check_tokens(sequences)
+        self.progress = PassProgress(self.work, stores, blocks if finished is None else finished)
+        if self.progress.finished < 0:
+            for _ in self.map(embed, stores, self.chunks, "embeddings, chunk"):
+                pass
+            self.progress.finish()
+        for index in self.unfinished(self.progress):
+            yield BlockStep(self, BlockRun(index, self.store, dense_store))
+
+    def new_store(
+        self, name: str, *, dtype: torch.dtype | None = None, stored: int, budget_parts: int
+    ) -> ActivationStore:
+        """Return a store of the sequences' activations, by default in the model's dtype.
+
+        It may take one of `budget_parts` equal parts of the memory budget for activations on a GPU.
+        """
+        lengths = [[len(sequence.tokens) for sequence in chunk.sequences] for chunk in self.chunks]
+        return ActivationStore(
+            self.work / name,
+            lengths,
+            self.decoder.model.config.get_text_config().hidden_size,
+            dtype or self.decoder.dtype,
+            stored=stored,
+            device=self.decoder.device,
+            memory_budget=self.decoder.memory_budget() // budget_parts,
+        )
+
+    def unfinished(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
+        """Yield the number of each unfinished block of a pass, and then finish the block."""
         blocks = len(self.decoder.blocks)
         if progress.finished > 0:
-            notice(f"resuming after {progress.finished} of {blocks} blocks{way}")
+            notice(f"resuming after {progress.finished} of {blocks} blocks{direction}")
         try:
-            if progress.finished < 0:
-                deque(self.map(first, self.shards, what), maxlen=0)
-                progress.finish()
             for number in range(progress.finished, blocks):
                 yield number
                 progress.finish(last=number == blocks - 1)
         finally:
             self.decoder.unload()
 
-    def sum(self, function: Callable[[Decoder, Chunk], M], total: M, over: Iterable[Chunk], what: str) -> M:
-        """Add the sums of some shards, which a function returns, to `total`, in the shards' order; return it."""
-        for sums in self.map(function, over, what):
-            total.merge(sums)
-            del sums  # before the next shard's are there
-        return total
+    def head(self, function: Head[Input, Result], inputs: Callable[[range], Input]) -> Iterator[Result]:
+        """Yield what a function yields for each chunk, in order: of its activations after the last block, and an input.
 
-    def head(self, function: Head[T, R], inputs: Callable[[range], T]) -> Iterator[R]:
-        """Apply a function to each shard's last hidden states, in order, and to what `inputs` returns for its rows."""
-        given = zip(self.shards, map(inputs, shards(len(self.rows))), strict=True)
-        for found in self.map(partial(run_head, self.own, function), given, "output head, shard"):
-            yield from found
+        `inputs` returns the input for the places of a chunk's sequences.
+        """
+        chunks_and_inputs = ((chunk, inputs(chunk.places)) for chunk in self.chunks)
+        for results in self.map(run_head, (self.store, function), chunks_and_inputs, "output head, chunk"):
+            yield from results
 
 
 @dataclass
 class BlockStep:
-    """One block of a walk of all rows. Every row must run through it before the next step; the last run counts."""
+    """One block of a forward pass. All sequences must run through it before the next step; the last run counts."""
 
     runner: ModelRunner
     block: BlockRun
@@ -216,27 +245,29 @@ class BlockStep:
         """The block's number."""
         return self.block.index
 
-    def advance(self) -> None:
-        """Run every row through the block."""
+    def run(self) -> None:
+        """Run all sequences through the block."""
         self._run(self.block)
 
     def record(self, *, gram: bool = False, changes: bool = False) -> BlockRecord:
-        """Run every row through the block; return the statistics of its linears' inputs.
+        """Run all sequences through the block; return the statistics of its linears' inputs.
 
-        `gram` adds Gram matrices, and dense rows add products with their inputs. With `changes` the own rows' next
-        hidden states are not written: `change` follows.
+        `gram` adds Gram matrices, and dense sequences add products with their inputs. With `changes` the activations
+        after the block are not written: `change` follows.
         """
-        block = replace(self.block, records=True, gram=gram, writes=not changes)
-        return self._run(block).of(self.runner.decoder.linears(self.index))
+        sums = self._run(replace(self.block, records=True, gram=gram, writes=not changes))
+        return sums.of(self.runner.decoder.linears(self.index))
 
-    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Run every own row through the block once more, with masked weights and the given new weights."""
-        self._run(replace(self.block, dense=None, change=WeightChange(keeps, weights)))
+    def change(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Run all sequences through the block once more, with masked weights and the given new weights."""
+        self._run(replace(self.block, dense_store=None, change=WeightChange(masks, weights)))
 
     def _run(self, block: BlockRun) -> InputSums:
-        """Run every shard through the block. Return the sums of all shards, merged in their order."""
-        run = self.runner
-        total = run.sum(partial(run_block, block), InputSums(), run.shards, f"block {self.index}, shard")
+        """Run all chunks through the block. Return their sums, merged in the chunks' order."""
+        runner, total = self.runner, InputSums()
+        for sums in runner.map(run_block, block, runner.chunks, f"block {self.index}, chunk"):
+            total.merge(sums)
+            del sums  # before the next chunk's are there
         if not total.is_finite:
-            run.progress.not_finite = run.progress.not_finite or f"block {self.index}"
+            runner.progress.not_finite = runner.progress.not_finite or f"block {self.index}"
         return total

@@ -91,8 +91,8 @@ def loglikelihoods(
     if not all(request.context for request in requests):
         raise UserError(f"tasks.names: {task}: a choice has no token, or more than the model's {length}; remove it")
     rows, places = pack(requests, tokens=ROW) if runner.decoder.packs_questions else one_per_sequence(requests)
-    for step in progress(runner.walk(rows)):
-        step.advance()
+    for step in progress(runner.forward(rows)):
+        step.run()
     of_row: list[list[Prediction]] = [[] for _ in rows]
     for index, ((row, tokens), request) in enumerate(zip(places, requests, strict=True)):
         for token, target in zip(tokens, request.continuation, strict=True):

@@ -1,11 +1,11 @@
-"""The repair for neighbouring blocks that go: the last linear before them takes over a part of what they add.
+"""The repair for neighbouring blocks that are removed: the last linear before them takes over a part of what they add.
 
 ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new weight W + D can do more, as it has
 more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
 """
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,70 +24,100 @@ from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
 from wanda_dvc.pruning.solvers import GramFactors
 
-HELD_OUT = 4  # the dampings are tried on every so many-th shard
+VALIDATION_CHUNKS = 4  # the dampings are tried on every fourth chunk
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+class RemovedBlocks(NamedTuple):
+    """The block before the removed ones, the first block after them, and the activations before all blocks to it."""
+
+    block: int
+    end: int
+    store: ActivationStore
 
 
 def repair(
     runner: ModelRunner, linear: str, weight: Tensor, *, block: int, end: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` go.
+    """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` are removed.
 
-    A walk up to `end` has kept the hidden states. The damping is the one with the least error of these on held-out
-    rows; all rows give the weight. The second result has the damping, and the error over that without a repair.
-    UserError if no damping lowers the error, which a norm after the linear may prevent.
+    A forward pass up to `end` has stored the activations. The damping is the one with the least error on the validation
+    chunks; all chunks give the weight. The second result has the damping, and the error divided by the error without a
+    repair. UserError if no damping lowers the error, which a norm after the linear may prevent.
     """
-    across = runner.decoder.linears(block)[linear].transposed
-    if weight.shape[int(across)] != runner.own.width:  # JetMoE: all else is experts
+    transposed = runner.decoder.linears(block)[linear].transposed
+    if weight.shape[1 if transposed else 0] != runner.store.width:  # JetMoE: all else is experts
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
-    held = runner.shards[::HELD_OUT]
-    fitted = [shard for number, shard in enumerate(runner.shards) if number % HELD_OUT] or held
-    recording = partial(run_before, runner.own, block, end, linear)
-    some, others = (runner.sum(recording, InputSums(), shards, "repair, shard") for shards in (fitted, held))
+    removed = RemovedBlocks(block, end, runner.store)
+    validation = runner.chunks[::VALIDATION_CHUNKS]
+    fitting = [chunk for number, chunk in enumerate(runner.chunks) if number % VALIDATION_CHUNKS] or validation
+    sums = sum_products(runner, removed, linear, fitting)
+    validation_sums = sum_products(runner, removed, linear, validation)
 
-    def changed(sums: InputSums, damping: float) -> Tensor:
-        root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).matrix
-        found = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)  # D = RᵀX (G + λI)⁻¹
-        return (weight.float() + oriented(found, across).to(weight.device)).to(weight.dtype).contiguous()
-
-    changes = [WeightChange({}, {}), *(WeightChange({}, {linear: changed(some, damping)}) for damping in DAMPINGS)]
-    trying = partial(run_changed, runner.own, block, end, changes)
-    before, *errors = torch.stack([*runner.map(trying, held, "repair, shard")]).sum(dim=0).sqrt().tolist()
-    least, damping = min(zip(errors, DAMPINGS, strict=True))
-    if not least < before:
+    weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
+    changes = [WeightChange({}, {}), *(WeightChange({}, {linear: changed}) for changed in weights)]
+    squares = list(runner.map(run_changed, (removed, changes), validation, "repair, chunk"))
+    unrepaired, *errors = torch.stack(squares).sum(dim=0).sqrt().tolist()
+    error, damping = min(zip(errors, DAMPINGS, strict=True))
+    if not error < unrepaired:
         raise UserError(
             f"reconstruction: {linear} cannot take over the outputs of blocks {block + 1} to {end - 1}: the error on "
-            f"held-out windows is {least:.4g}, expected less than {before:.4g}, the error without a change; set "
+            f"held-out windows is {error:.4g}, expected less than {unrepaired:.4g}, the error without a change; set "
             "recipe=wanda"
         )
-    some.merge(others)
-    return changed(some, damping), {"damping": damping, "held_out": least / before}
+    sums.merge(validation_sums)
+    repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
+    return repaired, {"damping": damping, "held_out": error / unrepaired}
+
+
+def sum_products(runner: ModelRunner, removed: RemovedBlocks, linear: str, chunks: Sequence[Chunk]) -> InputSums:
+    """Return the sums of `run_before` over some chunks."""
+    total = InputSums()
+    for sums in runner.map(run_before, (removed, linear), chunks, "repair, chunk"):
+        total.merge(sums)
+        del sums  # before the next chunk's are there
+    return total
+
+
+def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
+    """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
+    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).matrix
+    difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
+    return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 
 
 @torch.no_grad()
-def run_before(states: ActivationStore, index: int, end: int, linear: str, model: Decoder, shard: Chunk) -> InputSums:
-    """Return a shard's XᵀX and RᵀX: X is the input of a block's linear, R what the blocks after it add until `end`."""
-    model.load(index, -1)
-    recorder = InputRecorder(linears={linear: model.linears(index)[linear]}, gram=True)
-    boundaries = (states.read(boundary, shard.number) for boundary in (index, index + 1, end))
+def run_before(model: Decoder, job: tuple[RemovedBlocks, str], chunk: Chunk) -> InputSums:
+    """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the removed blocks add to the hidden states."""
+    removed, linear = job
+    model.load(removed.block, -1)
+    recorder = InputRecorder(linears={linear: model.linears(removed.block)[linear]}, gram=True)
+    before = removed.store.read(removed.block, chunk.number)
+    after = removed.store.read(removed.block + 1, chunk.number)
+    wanted = removed.store.read(removed.end, chunk.number)
     with recorder.recording():
-        for row, before, after, wanted in zip(shard.rows, *boundaries, strict=True):
-            recorder.cross(linear, wanted.to(model.device).float() - after.to(model.device).float())
-            model.run(index, before[None].to(model.device), row)
+        for number, sequence in enumerate(chunk.sequences):
+            added = wanted[number].to(model.device).float() - after[number].to(model.device).float()
+            recorder.cross(linear, added)
+            model.run(removed.block, before[number][None].to(model.device), sequence)
             recorder.end_window()
     return recorder.sums
 
 
 @torch.no_grad()
 def run_changed(
-    states: ActivationStore, index: int, end: int, changes: Iterable[WeightChange], model: Decoder, shard: Chunk
+    model: Decoder, job: tuple[RemovedBlocks, Sequence[WeightChange]], chunk: Chunk
 ) -> Float[Tensor, " changes"]:
-    """Return for each change of a block Σ ‖y − h‖² over a shard: y is the block's output, h the state at `end`."""
+    """Return for each change of a block Σ ‖y − h‖² over a chunk: y is the block's output, h the state at `end`."""
+    removed, changes = job
+    before = removed.store.read(removed.block, chunk.number)
+    wanted = removed.store.read(removed.end, chunk.number)
     errors = []
-    boundaries = [states.read(boundary, shard.number) for boundary in (index, end)]
     for change in changes:
-        model.load(index, -1, change)
-        rows = zip(shard.rows, *boundaries, strict=True)
-        made = ((model.run(index, x[None].to(model.device), row)[0].cpu(), wanted) for row, x, wanted in rows)
-        errors.append(sum(vector_norm(y.float() - wanted.cpu().float()).item() ** 2 for y, wanted in made))
+        model.load(removed.block, -1, change)
+        error = 0.0
+        for number, sequence in enumerate(chunk.sequences):
+            output = model.run(removed.block, before[number][None].to(model.device), sequence)[0].cpu()
+            error += vector_norm(output.float() - wanted[number].cpu().float()).item() ** 2
+        errors.append(error)
     return torch.tensor(errors, dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""Rows, the model's input: the tokens of one text, or of several questions one after another; and their hidden states.
+"""Token sequences, the model's input: one text, or several questions one after another; and chunks of sequences.
 
-The cut into shards depends only on the number of rows, and sums are merged in the shards' order. So sums are
-byte-identical for any assignment of shards to processes, and for any order of completion.
+The cut into chunks depends only on the number of sequences, and sums are merged in the chunks' order. So sums are
+byte-identical for any assignment of chunks to processes, and for any order of completion.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,17 +16,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several rows
-FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
-# Bytes of kept arguments of blocks by kind of device, without those of the current row; a row takes 1 to 2 MB. Other
-# rows' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU
-# core, and about as long as the block itself takes on a GPU (estimated).
+Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several sequences
+PREFERRED_CHUNKS, LARGEST_CHUNK = 16, 100  # number of chunks; sequences of a chunk
+# Bytes of kept arguments of blocks by kind of device, without those of the current sequence, which take 1 to 2 MB.
+# Other sequences' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on
+# one CPU core, and about as long as the block itself takes on a GPU (estimated).
 ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 
 
 @dataclass(frozen=True, eq=False)
 class PackedQuestions:
-    """The question, the choice and the position of every token in a row that holds several questions.
+    """The question, the choice and the position of every token in a sequence that holds several questions.
 
     A token attends to the tokens before it in its question's context and in its own choice.
     """
@@ -35,21 +36,27 @@ class PackedQuestions:
     choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
 
     @cached_property
-    def places(self) -> list[slice]:
+    def key(self) -> str:
+        """Return a digest of the content. Each Ray task has its own copy, so identity is no key."""
+        content = torch.stack([self.positions, self.question, self.choice]).numpy()
+        return hashlib.sha256(content.tobytes()).hexdigest()
+
+    @cached_property
+    def slices(self) -> list[slice]:
         """Return the tokens of each question."""
         _, counts = torch.unique_consecutive(self.question, return_counts=True)
         return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
 
-    def hidden(self, sees: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
+    def masked_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
         """Return the masked pairs of tokens: [tokens, tokens] of each question, flat, one after another.
 
-        `sees` is the mask by position of the kind of block (causal, sliding, chunked).
+        `visible` is the mask by position of the kind of block (causal, sliding, chunked).
         """
-        pairs, visible = [], sees.numpy()  # numpy indexes five times as fast as torch
-        for place in self.places:
-            choice, at = self.choice[place].numpy(), self.positions[place].numpy()
+        pairs, visible_by_position = [], visible.numpy()  # numpy indexes five times as fast as torch
+        for tokens in self.slices:
+            choice, positions = self.choice[tokens].numpy(), self.positions[tokens].numpy()
             related = (choice == 0) | (choice == choice[:, None])
-            pairs.append(~(visible[at][:, at] & related).ravel())
+            pairs.append(~(visible_by_position[positions][:, positions] & related).ravel())
         return torch.from_numpy(np.concatenate(pairs))
 
 
@@ -61,14 +68,24 @@ class TokenSequence:
     questions: PackedQuestions | None = None  # None: one text
 
 
-def shards(rows: int) -> list[range]:
-    """Return the shards of so many rows: 128 rows make 16 of 8, ten thousand 100 of 100. The last may be shorter."""
-    size = min(max(rows // FEWEST, 1), LONGEST)
-    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
 class Chunk(NamedTuple):
-    """Some neighbouring rows."""
+    """Some neighbouring sequences."""
 
     number: int
-    rows: list[TokenSequence]
+    places: range  # among all sequences
+    sequences: Sequence[TokenSequence]
+
+
+def chunk_places(count: int) -> list[range]:
+    """Return the sequences of each chunk, by place: 128 make 16 chunks of 8, ten thousand 100 of 100.
+
+    The last chunk may be shorter.
+    """
+    size = min(max(count // PREFERRED_CHUNKS, 1), LARGEST_CHUNK)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
+    """Return the sequences, cut into chunks."""
+    places = chunk_places(len(sequences))
+    return [Chunk(number, each, sequences[each.start : each.stop]) for number, each in enumerate(places)]

@@ -102,7 +102,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
         )
     kept = min(artifact.finished_blocks(work.out) for work in works)
     unreached = {}
-    steps = run.walk(windows, kept=kept)
+    steps = run.forward(windows, finished=kept)
     for step in progress(steps, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached[step.index] = measured.unreached()
@@ -123,7 +123,7 @@ def _backward(study: Study, work: Work) -> None:
     run = runner(study, "dense", work)
     blocks = len(run.decoder.blocks)
     kept = artifact.finished_blocks(work.out, reversed(range(blocks)))
-    passed = backward(run, calibration_windows(study)[:WINDOWS_BACK], kept=kept)
+    passed = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=kept)
     for block, gradients in progress(
         passed, total=blocks, what="calibrate, blocks back", at=lambda item: blocks - 1 - item[0]
     ):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from wanda_dvc.engine.executor import Executor
+    from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.forward import ModelRunner
 
 
@@ -162,7 +162,10 @@ def windows_of_documents(study: Study, part: str, **words: int) -> "Int[Tensor, 
 
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":
-    """Return a runner of rows through a model, here or on the cluster; this process then keeps the model on the CPU."""
+    """Return a runner of sequences through a model, here or on the cluster of params.yaml.
+
+    With a cluster, this process keeps its own model on the CPU.
+    """
     import torch
 
     from wanda_dvc.engine.attention import has_units
@@ -177,18 +180,16 @@ def runner(study: Study, model: str, work: Work) -> "ModelRunner":
             "dtype=float32 (last digits differ), or use another machine"
         )
     decoder = Decoder(study.model(model), dtype=getattr(torch, dtype), device=device)
-    return ModelRunner(decoder, work.path.absolute(), executor(study, [study.model(model), study.work_root]))
+    return ModelRunner(decoder, work.path.absolute(), cluster(study, [study.model(model), study.work_root]))
 
 
-def executor(study: Study, folders: Sequence[Path], *, here: bool = False) -> "Executor":
-    """Return what maps functions that read some folders: this process, or the cluster of params.yaml unless `here`."""
+def cluster(study: Study, folders: Sequence[Path]) -> "Cluster | None":
+    """Return the Ray cluster of params.yaml, whose nodes see some folders; None if the setting names no cluster."""
     runtime = study.params.runtime
-    if here or runtime.ray is None:
-        from wanda_dvc.engine.executor import Executor
-
-        return Executor(own_device(runtime))
+    if runtime.ray is None:
+        return None
     from wanda_dvc.engine.cluster import Cluster
 
-    cluster = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
-    notice(f"runtime.ray: workers: {cluster.workers}")
-    return cluster
+    connected = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
+    notice(f"runtime.ray: workers: {connected.workers}")
+    return connected

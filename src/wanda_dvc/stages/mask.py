@@ -29,6 +29,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
 if TYPE_CHECKING:
+    from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.forward import BlockStep, ModelRunner
     from wanda_dvc.engine.removal import Removal
 
@@ -218,6 +219,15 @@ def together(parts: Iterable[BlockResult]) -> BlockResult:
     return BlockResult(block, *(reduce(operator.or_, column) for column in columns))
 
 
+def run_tasks(
+    solving: Solving, tasks: Iterable[MaskTask], what: str, *, cluster: "Cluster | None", device: torch.device
+) -> Iterator[BlockResult]:
+    """Return the result of each task, in order: from a cluster, or computed here on a device."""
+    if cluster is not None:
+        return cluster.map(solving, tasks, what)
+    return (solving(device, task) for task in tasks)
+
+
 # --- the blocks ---
 
 
@@ -230,8 +240,9 @@ def from_statistics(
     """
     plan = study.plan
     every = [parts_of(plan, n, tensors.read_stats(study.stats, n), sparsities[n], study.gram) for n in blocks]
-    run = inputs.executor(study, [study.model("dense"), study.gram], here=not plan.solves_by_input)
-    made = run.map(solving, itertools.chain.from_iterable(every), "solver")
+    cluster = inputs.cluster(study, [study.model("dense"), study.gram]) if plan.solves_by_input else None
+    device = devices.own_device(study.params.runtime)
+    made = run_tasks(solving, itertools.chain.from_iterable(every), "solver", cluster=cluster, device=device)
     for own in every:
         yield together(itertools.islice(made, len(own))), None
 
@@ -247,13 +258,14 @@ def walked(
     run, windows = _calibrated(study, stats, work)
     folder = work.path / "recorded"
     folder.mkdir(exist_ok=True)
-    for step in run.walk(windows, kept=finished, with_dense=plan.corrects):
+    for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
         recorded = step.record(gram=plan.solves_by_input, changes=True)
         if plan.solves_by_input:
             tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
         own = parts_of(plan, step.index, recorded.stats, sparsities[step.index], folder)
         del recorded  # the next matrices need its memory
-        made = together(run.on_device(solving, own, f"block {step.index}, solver"))
+        what = f"block {step.index}, solver"
+        made = together(run_tasks(solving, own, what, cluster=run.cluster, device=run.decoder.device))
         artifact.block_file(folder, step.index).unlink(missing_ok=True)
         yield made, step
 
@@ -282,9 +294,9 @@ def repaired(
     # In the order of their calls. Of an expert's outputs only some tokens have a part.
     *_, last = (name for name in measured.by_linear if linears[name].stored.expert is None)
     end = gone[-1] + 1
-    walk = itertools.takewhile(lambda step: step.index < end, run.walk(windows, boundaries=end - block + 2))
+    walk = itertools.takewhile(lambda step: step.index < end, run.forward(windows, stored=end - block + 2))
     what = "mask, blocks run for the repair"
     for step in process.progress(walk, total=end, what=what, at=lambda step: step.index):
-        step.advance()
+        step.run()
     weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end)
     return {block: ({last: weight}, {last: diagnostics})}

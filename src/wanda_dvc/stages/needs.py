@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wanda_dvc.engine.checkpoint import WIDTH, dtype_of
-from wanda_dvc.engine.sequences import shards
+from wanda_dvc.engine.sequences import chunk_places
 from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
@@ -171,7 +171,7 @@ def _perplexity(on: SizesOfStudy) -> Requirements:
     counts = [size // BYTES_A_TOKEN] if size else []
     counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
     tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
-    shard = len(next(iter(shards(tokens // wanted.length)), ())) * wanted.length
+    shard = len(next(iter(chunk_places(tokens // wanted.length)), ())) * wanted.length
     slices = min(divergence.AT_A_TIME["cuda" if on.device == "cuda" else "cpu"], wanted.length * model.vocabulary)
     memory = held.activations + held.logits + TEXT_IN_MEMORY * size
     memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices

@@ -38,8 +38,8 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
     with study.work(protocol) as work:
         run = runner(study, model, work)
         what, blocks = f"{run_name}, blocks", len(run.decoder.blocks)
-        for step in progress(run.walk(rows), total=blocks, what=what, at=lambda step: step.index):
-            step.advance()
+        for step in progress(run.forward(rows), total=blocks, what=what, at=lambda step: step.index):
+            step.run()
         losses, divergences = list[float](), list[divergence.Divergence]()  # losses: means of windows, in nats a token
         heads = run.head(divergence.measure_windows, references)
         for place, (loss, one) in enumerate(progress(heads, total=len(rows), what=f"{run_name}, output head, windows")):
