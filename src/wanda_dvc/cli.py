@@ -100,9 +100,9 @@ def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
     @contextlib.contextmanager
     def as_process(run_name: str) -> Iterator[None]:
         _prepare(run_name, network=stage.network)
-        from wanda_dvc.stages.process import AGAIN, KEPT, stoppable, timed
+        from wanda_dvc.stages.process import KEPT, NOTHING_KEPT, stoppable, timed
 
-        with stoppable(run_name, AGAIN if stage.name == "apply" else KEPT), timed(study, run_name):
+        with stoppable(run_name, NOTHING_KEPT if stage.name == "apply" else KEPT), timed(study, run_name):
             yield
 
     run_stage(stage.name, study=study, variant=variant, text=text, context=as_process)
@@ -271,9 +271,9 @@ def export(
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.commands.target import check_new_file, check_target
-    from wanda_dvc.stages.process import AGAIN, stoppable
+    from wanda_dvc.stages.process import NOTHING_KEPT, stoppable
 
-    with stoppable("export", AGAIN):
+    with stoppable("export", NOTHING_KEPT):
         study = _find_study()
         target = check_target(study, directory)
         if imatrix:
