@@ -26,6 +26,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.recover import training_windows
+from wanda_dvc.study.artifact import write_provenance
 from wanda_dvc.study.files import load_json
 
 COMMIT, OLDER = "c" * 40, "0" * 40
@@ -412,7 +413,7 @@ def test_a_document_that_cannot_be_long_enough_is_drawn_and_not_tokenized():
 @pytest.mark.parametrize("texts", [[], ["short", "b" * 64]])
 def test_where_no_document_is_long_enough_it_ends(tiny: Path, texts: list[str]):
     tokenizer = load_tokenizer(tiny)
-    message = f"none of its {len(texts)} documents has more than 64 tokens \\(calibration.length\\)"
+    message = f"calibration.text: none of its {len(texts)} documents has more than 64 tokens, a window's length"
     with pytest.raises(UserError, match=message):
         draw_from_documents(texts, lambda text: tokenize(text, tokenizer), samples=1, length=64, seed=0)
 
@@ -463,8 +464,25 @@ def test_all_tokens_make_a_shorter_last_window_that_has_a_token_to_predict(token
     assert torch.cat(windows).tolist() == list(range(sum(lengths)))
 
 
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("setting", ["calibration", "recovery"])
+def test_a_text_that_is_too_short_is_named_by_its_setting(study: Make, setting: str, documents: bool):
+    kwargs = {"recovery__tokens": 640, "recovery__text": {"source": "ptb"}} if setting == "recovery" else {}
+    made = fetch(study(**kwargs), "model", "calibration")
+    folder = made.data(setting)
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("short")
+    if documents:
+        write_provenance(folder, {"made_by": f"download {setting}", "column": "text"})
+        with gzip.open(folder / "documents.json.gz", "wt") as file:
+            file.write('{"text": "short"}\n')
+    windows_of = training_windows if setting == "recovery" else calibration_windows
+    with pytest.raises(UserError, match=rf"^{setting}\.text: .*take .*text"):
+        windows_of(made)
+
+
 def test_too_short_a_text_says_how_short():
-    with pytest.raises(UserError, match=r"10 tokens, expected more than 10 \(calibration.length\)"):
+    with pytest.raises(UserError, match="calibration.text: 10 tokens, expected more than 10, a window's length"):
         draw(torch.arange(10), samples=1, length=10, seed=0)
     with pytest.raises(UserError, match="perplexity.texts.a: 25 tokens, expected 3 windows of 10 or more"):
         cut(torch.arange(25), length=10, windows=3, name="perplexity.texts.a")

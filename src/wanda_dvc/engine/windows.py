@@ -27,12 +27,17 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "samples length"]:
-    """Draw windows at random places, as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`."""
+def draw(
+    tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int, setting: str = "calibration.text"
+) -> Int[Tensor, "samples length"]:
+    """Draw windows at random places, as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`.
+
+    UserError, with the `setting` that names the text, if it has too few tokens.
+    """
     if len(tokens) <= length:
         raise UserError(
-            f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "
-            "take a longer text or shorter windows"
+            f"{setting}: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer text, or "
+            "lower calibration.length"
         )
     rng = random.Random(seed)
     starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
@@ -40,13 +45,19 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 
 
 def draw_from_documents(
-    documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int
+    documents: Sequence[str],
+    tokens_of: Callable[[str], Tensor],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    setting: str = "calibration.text",
 ) -> Int[Tensor, "windows length"]:
     """Draw windows within documents, as the Wanda authors do from C4: documents until one is long enough, and a start.
 
     The draws are identical, but two faults are fixed. A document is tokenized only if it can be long enough: each
     token covers at least one byte, except tokens that the tokenizer adds to an empty text and one more before a first
-    word. And the search ends if no document is long enough.
+    word. And the search ends if no document is long enough: UserError, with the `setting` that names the text.
     """
     extra = len(tokens_of("")) + 1
     excluded: set[int] = set()  # too short
@@ -54,8 +65,8 @@ def draw_from_documents(
     while len(windows) < samples:
         if len(excluded) == len(documents):
             raise UserError(
-                f"calibration text: none of its {len(documents)} documents has more than {length} tokens "
-                "(calibration.length); take shorter windows or another text"
+                f"{setting}: none of its {len(documents)} documents has more than {length} tokens, a window's length; "
+                "take another text, or lower calibration.length"
             )
         index = rng.randint(0, len(documents) - 1)
         if index in excluded:

@@ -137,25 +137,31 @@ def calibration_windows(study: Study) -> "Int[Tensor, 'windows length']":
     from wanda_dvc.engine.windows import draw, load_tokenizer, tokenize
 
     settings = study.stage_input("calibrate/norms")
-    words = {"samples": settings["windows"], "length": settings["length"], "seed": settings["seed"]}
-    drawn = windows_of_documents(study, "calibration", **words)
+    samples, length, seed = settings["windows"], settings["length"], settings["seed"]
+    drawn = windows_of_documents(study, "calibration", samples=samples, length=length, seed=seed)
     if drawn is not None:
         return drawn
-    return draw(tokenize(study.text("calibration"), load_tokenizer(study.model("dense"))), **words)
+    tokens = tokenize(study.text("calibration"), load_tokenizer(study.model("dense")))
+    return draw(tokens, samples=samples, length=length, seed=seed)
 
 
-def windows_of_documents(study: Study, part: str, **words: int) -> "Int[Tensor, 'windows length'] | None":
-    """Draw windows from a text of separate documents; None of another text."""
+def windows_of_documents(
+    study: Study, source: str, *, samples: int, length: int, seed: int
+) -> "Int[Tensor, 'windows length'] | None":
+    """Draw windows from a text of separate documents, of `calibration` or `recovery`; None of another text."""
     from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 
-    folder, model = study.data(part), study.model("dense")
+    folder = study.data(source)
     if not is_there(folder / DOCUMENTS):
         return None
-    column = read_provenance(folder, f"download {part}")["column"]
+    column = read_provenance(folder, f"download {source}")["column"]
+    tokens_of = partial(tokenize, tokenizer=load_tokenizer(study.model("dense")))
     study.work_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=study.work_root) as scratch:  # the system's own folder may be in memory
         documents = Documents(folder / DOCUMENTS, column, scratch)
-        return draw_from_documents(documents, partial(tokenize, tokenizer=load_tokenizer(model)), **words)
+        return draw_from_documents(
+            documents, tokens_of, samples=samples, length=length, seed=seed, setting=f"{source}.text"
+        )
 
 
 # --- what runs a model ---

@@ -123,7 +123,7 @@ def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
     if drawn is not None:
         return drawn
     tokens = tokenize(study.text(source), load_tokenizer(study.model("dense")))
-    windows = torch.stack(cut(tokens, length=length, windows=None, name="recovery.text"))
+    windows = torch.stack(cut(tokens, length=length, windows=None, name=f"{source}.text"))
     order = random.Random(0).sample(range(len(windows)), len(windows))
     if source == "calibration":
         calibrated = torch.zeros(len(tokens), dtype=torch.bool)
