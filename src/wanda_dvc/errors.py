@@ -7,9 +7,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+# Numbers of errors of the operating system: a full disk, a place that cannot be read or written, too little memory.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+# In messages of Python, torch's CPU allocator and GPUs; the system refuses threads for want of memory.
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|can't start new thread")
+RUN_AGAIN = "run the command again: the earlier output and finished work are kept"
 FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 # Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray"}
@@ -41,39 +45,75 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch's CPU allocator or a GPU had no memory left, or the system refused a thread."""
-    phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "can't start new thread")
-    of_torch = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
-    return isinstance(error, MemoryError) or of_torch
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+    )
 
 
-def explain(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
+def explain(error: Exception) -> tuple[str, ...]:
     """Return the lines of an error that the user can fix: a setting, file, disk, memory, library; of others none."""
     if isinstance(error, UserError):
         return error.problems
+    system_error = _system_error(error)
+    if system_error is not None:
+        problem = _explain_system_error(system_error)
+    elif isinstance(error, ModuleNotFoundError):
+        problem = _explain_missing(error.name or "")
+    else:
+        problem = _explain_text(error)
+    return (problem,) if problem else ()
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Return the error of the operating system behind an error, if there is one."""
     if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
-        found = re.search(r"\[Errno (\d+)\] [^']*'(?:[^']*' -> ')?([^']*)'", str(error.args[0]))
-        return explain(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and hf_xet
-        return explain(OSError(int(found[1]), os.strerror(int(found[1]))))
-    number = error.errno if isinstance(error, OSError) else None
-    where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else "disk"
-    said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
-    again = "run the command again: the earlier output and finished work are kept"
-    if number in NO_ROOM or "inline_container.cc" in said:  # of `torch.save`, without the reason
-        return (f"{where}: disk full ({said}); free some space and {again}",)
-    if isinstance(error, OSError) and number == errno.EXDEV:  # a container's image has the earlier artifact
-        return (f"{error.filename}: cannot be moved ({said}); remove it and run the command again",)
-    if number in NO_PLACE:
-        expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
-        return (f"{where}: {said}, expected {expected}; change it or name another, and {again}",)
-    if is_out_of_memory(error) or number in NO_MEMORY:
-        return (
-            f"memory: {said or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, use shorter "
-            f"windows, or {'runtime.device=cpu' if 'CUDA' in said else 'fewer threads (OMP_NUM_THREADS)'}",
-        )
-    if "no kernel image" in said:
-        return (f"runtime.device: {said:.80}; expected a GPU that this torch supports; set runtime.device=cpu",)
-    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if name in EXTRAS:
-        return (f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`",)
-    return ()
+        match = re.search(r"\[Errno (\d+)\] [^']*'(?:[^']*' -> ')?([^']*)'", str(error.args[0]))
+        return OSError(int(match[1]), os.strerror(int(match[1])), match[2]) if match else None
+    match = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors and hf_xet
+    if match:
+        return OSError(int(match[1]), os.strerror(int(match[1])))
+    return error if isinstance(error, OSError) else None
+
+
+def _explain_system_error(error: OSError) -> str | None:
+    place = f"{error.filename2 or error.filename or 'disk'}"
+    text = " ".join(str(error.strerror).split())
+    if error.errno in NO_ROOM:
+        return _disk_full(place, text)
+    if error.errno == errno.EXDEV:  # a container's image has the earlier artifact
+        return f"{error.filename}: cannot be moved ({text}); remove it and run the command again"
+    if error.errno in NO_PLACE:
+        expected = "a shorter name" if error.errno == errno.ENAMETOOLONG else "permission to read and write"
+        return f"{place}: {text}, expected {expected}; change it or name another, and {RUN_AGAIN}"
+    return _out_of_memory(text) if error.errno in NO_MEMORY else None
+
+
+def _explain_missing(module: str) -> str | None:
+    library = module.partition(".")[0]
+    if library not in EXTRAS:
+        return None
+    return f"{library}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[library]}]'`"
+
+
+def _explain_text(error: Exception) -> str | None:
+    """Explain an error of a library by its text."""
+    text = " ".join(str(error).split())
+    if "inline_container.cc" in text:  # of `torch.save`, without the reason
+        return _disk_full("disk", text)
+    if is_out_of_memory(error):
+        return _out_of_memory(text or "out of memory")
+    if "no kernel image" in text:
+        return f"runtime.device: {text:.80}; expected a GPU that this torch supports; set runtime.device=cpu"
+    return None
+
+
+def _disk_full(place: str, text: str) -> str:
+    return f"{place}: disk full ({text}); free some space and {RUN_AGAIN}"
+
+
+def _out_of_memory(text: str) -> str:
+    remedy = "runtime.device=cpu" if "CUDA" in text else "fewer threads (OMP_NUM_THREADS)"
+    return (
+        f"memory: {text}; `wanda-dvc doctor` estimates the need; free some, or use {remedy}; in `calibrate` "
+        "and `perplexity` also shorter windows"
+    )
