@@ -18,7 +18,7 @@ import huggingface_hub
 import offline
 import pytest
 import torch
-from conftest import ROOT, Make, Patch, fetch, save_tiny_model, shared
+from conftest import ROOT, Capture, Make, Patch, fetch, save_tiny_model, shared
 from safetensors.torch import load_file
 
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
@@ -449,6 +449,19 @@ def test_draw_is_the_authors_draw_and_leaves_the_global_generator_alone():
     before = random.getstate()
     assert draw(tokens, samples=50, length=10, seed=7)[:, 0].tolist() == expected
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize(("samples", "is_reported"), [(1, False), (60, True)])
+def test_windows_of_nearly_the_same_tokens_are_reported(samples: int, is_reported: bool, capsys: Capture):
+    documents = ["a" * 12, "b" * 14, "c" * 9]
+    drawn: dict[str, Any] = {"samples": samples, "length": 10, "seed": 7}
+    draw(torch.arange(13), **drawn)
+    draw_from_documents(documents, lambda text: torch.tensor([*text.encode()]), **drawn, setting="recovery.text")
+    reports = [
+        "calibration.text: 60 windows of 10 tokens have only 12 distinct tokens of the text; take a longer text",
+        "recovery.text: 60 windows of 10 tokens have only 24 distinct tokens of the text; take a longer text",
+    ]
+    assert capsys.readouterr().err.splitlines() == (reports if is_reported else [])
 
 
 def test_cut_takes_whole_windows_in_order():

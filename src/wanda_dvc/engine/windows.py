@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.errors import UserError, reason
+from wanda_dvc.errors import UserError, notice, reason
+
+FAR = 2**40  # tokens: more than a document has
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -41,6 +43,7 @@ def draw(
         )
     rng = random.Random(seed)
     starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
+    _report_repeats(torch.tensor(starts), length, setting)
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
@@ -59,25 +62,41 @@ def draw_from_documents(
     token covers at least one byte, except tokens that the tokenizer adds to an empty text and one more before a first
     word. And the search ends if no document is long enough: UserError, with the `setting` that names the text.
     """
-    extra = len(tokens_of("")) + 1
-    excluded: set[int] = set()  # too short
-    rng, windows = random.Random(seed), list[Tensor]()
+    extra_tokens = len(tokens_of("")) + 1
+    too_short: set[int] = set()
+    rng = random.Random(seed)
+    windows: list[Tensor] = []
+    starts: list[int] = []  # of windows, as if the documents followed each other at large distances
     while len(windows) < samples:
-        if len(excluded) == len(documents):
+        if len(too_short) == len(documents):
             raise UserError(
                 f"{setting}: none of its {len(documents)} documents has more than {length} tokens, a window's length; "
                 "take another text, or lower calibration.length"
             )
         index = rng.randint(0, len(documents) - 1)
-        if index in excluded:
+        if index in too_short:
             continue
         document = documents[index]
-        if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
-            start = rng.randint(0, len(tokens) - length - 1)
-            windows.append(tokens[start : start + length])
-        else:
-            excluded.add(index)
+        is_long = len(document.encode("utf-8")) + extra_tokens > length
+        tokens = tokens_of(document) if is_long else None
+        if tokens is None or len(tokens) <= length:
+            too_short.add(index)
+            continue
+        start = rng.randint(0, len(tokens) - length - 1)
+        starts.append(index * FAR + start)
+        windows.append(tokens[start : start + length])
+    _report_repeats(torch.tensor(starts), length, setting)
     return torch.stack(windows)
+
+
+def _report_repeats(starts: Int[Tensor, " windows"], length: int, setting: str) -> None:
+    """Say so if fewer than half of the drawn tokens are distinct. Starts are positions of windows' first tokens."""
+    distinct = (starts[:, None] + torch.arange(length)).unique().numel()
+    if 2 * distinct < len(starts) * length:
+        notice(
+            f"{setting}: {len(starts)} windows of {length} tokens have only {distinct:,} distinct tokens of the text; "
+            "take a longer text"
+        )
 
 
 def cut(
@@ -86,16 +105,19 @@ def cut(
     """Cut a text into consecutive windows without overlap: `windows` of them, or every complete one, and drop the rest.
 
     With `windows` "all" the tokens after the last complete window are a shorter one, if they are at least two: the
-    first predicts nothing. UserError, with the name of the text, if it has too few tokens.
+    first predicts nothing. UserError, with the `name` of the text, if it has too few tokens.
     """
-    complete, wanted = len(tokens) // length, windows if isinstance(windows, int) else None
-    found = list(tokens[: (wanted or complete) * length].split(length)) if complete >= (wanted or 1) else []
+    complete = len(tokens) // length
+    wanted = windows if isinstance(windows, int) else None
+    pieces: list[Tensor] = []
+    if complete >= (wanted or 1):
+        pieces += tokens[: (wanted or complete) * length].split(length)
     rest = tokens[complete * length :]
     if windows == "all" and len(rest) >= 2:
-        found.append(rest)
-    if not found:
-        asked = "2 tokens" if windows == "all" else f"{wanted or 1} windows of {length}"
+        pieces.append(rest)
+    if not pieces:
+        expected = "2 tokens" if windows == "all" else f"{wanted or 1} windows of {length}"
         raise UserError(
-            f"{name}: {len(tokens)} tokens, expected {asked} or more; take a longer text, fewer or shorter windows"
+            f"{name}: {len(tokens)} tokens, expected {expected} or more; take a longer text, fewer or shorter windows"
         )
-    return found
+    return pieces

@@ -335,7 +335,7 @@ def run(
     module = stage.replace("-", "_")
     for run_name, variant_name, text_name in row.runs(study.params.perplexity.texts, variant, text):
         if not row.variants[variant_name].wanted(study.params):
-            if variant:
+            if variant == variant_name:
                 notice(f"{run_name}: not needed with these settings; it writes placeholders")
             _write_placeholders(study, row.variants[variant_name], text_name)
             continue

@@ -98,7 +98,8 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     count = steps * RECOVERY_BATCH
     windows = _windows_of_text(study, settings, count + VALIDATION_WINDOWS)
     if len(windows) <= VALIDATION_WINDOWS:
-        raise UserError(f"recovery.text: {len(windows)} windows of {length} tokens, expected more; take a longer text")
+        name = "recovery.text" if settings["text"] else "calibration.text"
+        raise UserError(f"{name}: {len(windows)} windows of {length} tokens, expected more; take a longer text")
     validation, windows = {"text": windows[:VALIDATION_WINDOWS]}, windows[VALIDATION_WINDOWS:]
     if settings["embedded"]:
         notice("recover: validation has no other source: the text is the embedded one; recovery.text names another")
@@ -126,11 +127,9 @@ def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
     windows = torch.stack(cut(tokens, length=length, windows=None, name=f"{source}.text"))
     order = random.Random(0).sample(range(len(windows)), len(windows))
     if source == "calibration":
-        calibrated = torch.zeros(len(tokens), dtype=torch.bool)
         positions = torch.arange(len(tokens))
-        calibrated[draw(positions, samples=settings["windows"], length=settings["calibrated"], seed=seed).flatten()] = (
-            True
-        )
-        is_seen = calibrated[: windows.numel()].view_as(windows).any(-1).tolist()
+        calibrated = draw(positions, samples=settings["windows"], length=settings["calibrated"], seed=seed)
+        is_calibrated = torch.isin(positions, calibrated)
+        is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()
         order.sort(key=lambda window: is_seen[window])
     return windows[order]
