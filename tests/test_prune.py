@@ -352,6 +352,9 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     (calibrated_study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
     measured = {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")}
     assert measured
+    size = (tiny / "model.safetensors").stat().st_size  # of no other file; links have one inode
+    files = [path.stat() for folder in (calibrated_study, Path("a")) for path in folder.rglob("*") if path.is_file()]
+    assert len({status.st_ino for status in files if status.st_size == size}) == 2  # the dense model and the target
     masks = (calibrated_study / "dvc.lock").read_text()
     here.run(*wanda, *words, "b", "--sparsity", "0.7")
     assert {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")} == measured

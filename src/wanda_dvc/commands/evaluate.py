@@ -1,7 +1,7 @@
 """`wanda-dvc evaluate`: other files of a study's model against its dense model: directories of safetensors, GGUF files.
 
-Each model takes the place of models/pruned in a study that links this study's texts, tasks and dense results, and the
-stages `perplexity` and `zero-shot` measure it there.
+Each model gets a study of its own, with links to this study's texts, tasks and dense results, in which it is the pruned
+model: models/pruned. The stages `perplexity` and `zero-shot` measure it there, as they measure any pruned model.
 """
 
 from collections.abc import Sequence
@@ -28,95 +28,119 @@ from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.protocol import TOKENIZER
 from wanda_dvc.study.scaffold import PROMPTS
 
-LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")
+# What the stages read of this study.
+LINKED = (
+    "plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense", "params.yaml", PROMPTS
+)  # fmt: skip
 
 
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:
     """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
 
-    UserError if a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
+    UserError if a path is missing, named twice or no model, or if its architecture, vocabulary or tokenizer is not the
+    dense model's.
     """
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
-    params = study.params
-    if not params.perplexity.texts.keys() <= set(dense.texts) or set(dense.tasks) != set(params.tasks.names):
+    _check_dense_results(study, dense)
+    _check_paths(study, paths)
+    with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
+        work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
+        models = {DENSE: dense}
+        for number, path in enumerate(paths):
+            name = str(path.absolute() if str(path) == DENSE else path)
+            models[name] = _measure(study, path, Study(work.path / str(number)))
+        compared = records(models, base=DENSE)  # read before the work folder is removed
+        paragraphs = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: study.params}, models)]
+        work.discard()
+    if not as_json:
+        return "\n\n".join(paragraphs)
+    return json_text([{"model": name, "metrics": models[name].metrics, **compared[name]} for name in models])
+
+
+def _check_dense_results(study: Study, dense: Results) -> None:
+    """Raise UserError unless the dense model is measured on every text and task of the settings."""
+    texts, tasks = study.params.perplexity.texts, study.params.tasks.names
+    if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError(
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
         )
+
+
+def _check_paths(study: Study, paths: Sequence[Path]) -> None:
+    """Raise UserError, before any model runs, for a path that is missing, named twice, or another model's."""
+    real_paths = [path.resolve() for path in paths]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
+        if real_paths.count(path.resolve()) > 1:
+            raise UserError(f"{path}: named twice, expected each model once; leave one out")
         if (path / "config.json").is_file():
-            _check_alike(study, path, path)  # before any model runs
-    with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
-        work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
-        models = {DENSE: dense}
-        for place, path in enumerate(paths):
-            name = str(path.absolute() if str(path) == DENSE else path)
-            models[name] = _measured(study, path, Study(work.path / str(place)))
-        found = records(models, base=DENSE)  # read before the work folder goes
-        parts = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: params}, models)]
-        work.discard()
-    if as_json:
-        return json_text([{"model": name, "metrics": one.metrics, **found[name]} for name, one in models.items()])
-    return "\n\n".join(parts)
+            _check_alike(study, path, path)
 
 
-def _measured(study: Study, path: Path, own_study: Study) -> Results:
-    """Run the stages on a model in a new study. Messages name the user's path."""
-    own_study.link_to(study, *LINKED, "params.yaml", PROMPTS)
+def _measure(study: Study, path: Path, measured: Study) -> Results:
+    """Measure a model as the pruned model of another study, which is new. Messages name the user's path."""
+    measured.link_to(study, *LINKED)
+    folder = measured.model("pruned")
     try:
-        _place(study, path, own_study.model("pruned"))
+        _write_variant(study, path, folder)
         for text in study.params.perplexity.texts:
-            perplexity(study=own_study, model="pruned", text=text)
-        zero_shot(study=own_study, model="pruned")
+            perplexity(study=measured, model="pruned", text=text)
+        zero_shot(study=measured, model="pruned")
     except UserError as error:
-        place = str(own_study.model("pruned"))
-        raise UserError(*(problem.replace(place, str(path)) for problem in error.problems)) from None
-    return Results.of(own_study, "pruned")
+        raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
+    return Results.of(measured, "pruned")
 
 
 def _check_alike(study: Study, folder: Path, path: Path) -> None:
     """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
-    own, dense = (read_config(place) for place in (folder, study.model(DENSE)))
+    config = read_config(folder).get_text_config()
+    dense_config = read_config(study.model(DENSE)).get_text_config()
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
-        mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
-        if mine != theirs:
-            raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
+        value, expected = getattr(config, key, None), getattr(dense_config, key, None)
+        if value != expected:
+            raise UserError(f"{path}: {what} {value}, expected {expected} as in the dense model; name a variant of it")
 
 
-def _place(study: Study, path: Path, folder: Path) -> None:
-    """Put a model into a study as its pruned one.
-
-    Its tokenizer has to be the dense model's, by the token ids of the study's texts. The dense model's own files then
-    replace it, and the names of tokens that end a text.
-    """
+def _write_variant(study: Study, path: Path, folder: Path) -> None:
+    """Write a variant of the dense model into a folder: its weights, and the dense model's tokenizer and dtype."""
     dense = study.model(DENSE)
     sha256 = read_model(path, folder)
     _check_alike(study, folder, path)
-    changes = dict[str, object]()
-    if path.suffix == GGUF:  # transformers reads few settings of such a file: the others are the dense model's
-        sizes = {name for row in STRUCTURES.values() for name in (*row.fields, *row.scaled)} | {"tie_word_embeddings"}
-        settings = read_config(dense).get_text_config().to_dict().items()
-        changes = {name: value for name, value in settings if name not in sizes and not isinstance(value, list)}
+    changes = _settings_missing_in_gguf(dense) if path.suffix == GGUF else {}
     changes["dtype"] = model_dtype(study)  # in which the dense model ran
     write_json(folder / "config.json", load_json(folder / "config.json") | changes)
-    own, its = load_tokenizer(folder), load_tokenizer(dense)
-    texts = {f"the text {text}": study.text(f"perplexity/{text}") for text in study.params.perplexity.texts}
-    for task in study.params.tasks.names:
-        texts[f"the task {task}"] = read_text(study.data("tasks") / task / ITEMS, "run `wanda-dvc download tasks`")
-    for what, text in texts.items():
-        if own(text, verbose=False)["input_ids"] != its(text, verbose=False)["input_ids"]:
-            raise UserError(
-                f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
-                "models' predictions cannot be compared; name a model with the dense model's tokenizer"
-            )
-    for pattern in (*TOKENIZER, "generation_config.json"):
+    _check_tokenizer(study, folder, path)
+    for pattern in (*TOKENIZER, "generation_config.json"):  # its own may name other tokens that end a text
         for file in folder.glob(pattern):
             file.unlink()
         for file in dense.glob(pattern):
             (folder / file.name).symlink_to(file.resolve())
-    found = read_provenance(dense, "download model")
-    compared = {"source": found["source"], "sha256": found["sha256"]}
+    provenance = read_provenance(dense, "download model")
+    compared = {"source": provenance["source"], "sha256": provenance["sha256"]}
     write_provenance(folder, describe("evaluate", model=compared, sha256=sha256))
+
+
+def _settings_missing_in_gguf(dense: Path) -> dict[str, object]:
+    """Return the dense model's settings but sizes: transformers reads few settings of a GGUF file."""
+    sizes = {"tie_word_embeddings"}
+    for structure in STRUCTURES.values():
+        sizes.update(structure.fields, structure.scaled)
+    settings = read_config(dense).get_text_config().to_dict()
+    return {name: value for name, value in settings.items() if name not in sizes and not isinstance(value, list)}
+
+
+def _check_tokenizer(study: Study, folder: Path, path: Path) -> None:
+    """Raise UserError if a tokenizer gives other token ids than the dense model's for a text or a task of the study."""
+    texts = {f"the text {name}": study.text(f"perplexity/{name}") for name in study.params.perplexity.texts}
+    for task in study.params.tasks.names:
+        texts[f"the task {task}"] = read_text(study.data("tasks") / task / ITEMS, "run `wanda-dvc download tasks`")
+    tokenizer, dense_tokenizer = load_tokenizer(folder), load_tokenizer(study.model(DENSE))
+    for what, text in texts.items():
+        if tokenizer(text, verbose=False)["input_ids"] != dense_tokenizer(text, verbose=False)["input_ids"]:
+            raise UserError(
+                f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
+                "models' predictions cannot be compared; name a model with the dense model's tokenizer"
+            )
