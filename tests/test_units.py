@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.finders import block_lists, confirmed
-from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
+from wanda_dvc.engine.removal import Removal, UnitTensor
+from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_slices
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
@@ -131,8 +132,7 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
     keep[5] = False  # a row of another removed unit
     solved = least_squares(weight, keep, GramFactors(gram), damping=damping)
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
-    kept = damped[kept][:, kept]
-    wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(kept)
+    wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     rows = torch.arange(12) != 5
     torch.testing.assert_close(solved.weight[rows][:, kept].double(), wanted[rows], rtol=1e-3, atol=1e-3)
     assert not solved.weight[~keep].any()
@@ -156,7 +156,7 @@ def drawn(removal: Removal) -> Removal:
     """Random units stay in each set, the same number in each group; the first blocks: others may depend on them."""
     generator = torch.Generator().manual_seed(2)
     kept = {}
-    for name, units in removal.sets.items():
+    for name, units in removal.unit_sets.items():
         orders = [torch.randperm(units.total // units.groups, generator=generator) for _ in range(units.groups)]
         orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
         kept[name] = torch.cat([order < units.stay // units.groups for order in orders])
@@ -165,7 +165,7 @@ def drawn(removal: Removal) -> Removal:
 
 def write(smaller: SmallerCheckpoint, folder: Path) -> Path:
     """A smaller model, as `apply` writes it."""
-    assert sorted(write_model(smaller, folder)) == sorted(name for name in smaller.new.values() if name)
+    assert sorted(write_model(smaller, folder)) == sorted(name for name in smaller.new_names.values() if name)
     return folder
 
 
@@ -174,20 +174,20 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
     """The model with zeros in all weights of the units, as masks have them; biases stay."""
     checkpoint = Checkpoint(folder)
     keeps = {}
-    for cut in removal.cuts:
-        weight = checkpoint.read(cut.address)
-        if weight.dim() == 2 and not cut.address.tensor.endswith("bias"):
-            keeps[cut.address.linear] = torch.ones_like(weight, dtype=torch.bool)
-    for linear, cut in removal.consumers.items():
-        along = expand(removal.kept[cut.units], cut.layout)
-        keeps[linear] &= along if cut.dim == 1 else along[:, None]
-    keeps = replace(removal, kept={}).expand(keeps)  # from the masks of the readers alone
-    assert all(torch.equal(found, removal.kept[name]) for name, found in removal.kept_in(keeps).items())
+    for dimension in removal.dimensions:
+        weight = checkpoint.read(dimension.address)
+        if weight.dim() == 2 and not dimension.address.tensor.endswith("bias"):
+            keeps[dimension.address.linear] = torch.ones_like(weight, dtype=torch.bool)
+    for linear, dimension in removal.consumers.items():
+        along = expand(removal.kept[dimension.unit_set], dimension.layout)
+        keeps[linear] &= along if dimension.dim == 1 else along[:, None]
+    keeps = replace(removal, kept={}).expand_masks(keeps)  # from the masks of the readers alone
+    assert all(torch.equal(found, removal.kept[name]) for name, found in removal.kept_units(keeps).items())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    parts = stored_slices(model, checkpoint)
+    slices = stored_slices(model, checkpoint)
     where, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for name, stored in stored_linears(block, f"{where}.{index}.", parts.__getitem__).items():
+        for name, stored in stored_linears(block, f"{where}.{index}.", slices.__getitem__).items():
             if name in keeps:
                 stored.weight.data.mul_(keeps[name])
     yield model
@@ -231,7 +231,7 @@ def place(name: str) -> tuple[int, bool]:
 def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
     """The model whose routers never choose some experts."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    total = next(iter(removal.sets.values())).total
+    total = next(iter(removal.unit_sets.values())).total
 
     def stay_of(name: str) -> torch.Tensor:
         return next(stay for mixture, stay in removal.kept.items() if place(mixture) == place(name))
@@ -249,7 +249,7 @@ def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
             buffer.masked_fill_(~stay_of(name), -torch.inf)
     with NeverChosen([*routers.values()], [stay_of(name) for name in routers]) as mode:
         yield model
-    assert mode.used == len(removal.sets)
+    assert mode.used == len(removal.unit_sets)
 
 
 ORACLES = {"neurons": masked, "heads": masked, "blocks": skipping, "experts": not_choosing}
@@ -260,7 +260,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     folder = save(family, tmp_path / "model", **(EXPERTS[family] if pattern == "experts" else {}))
     checkpoint, found = Checkpoint(folder), removal_of(folder, pattern)
     grouped = (pattern, family) == ("experts", "deepseek_v3")
-    assert {units.groups for units in found.sets.values()} <= {2 if grouped else 1}
+    assert {units.groups for units in found.unit_sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
     left = Checkpoint(write(SmallerCheckpoint(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
@@ -301,12 +301,12 @@ def test_a_share_without_a_configuration_is_refused_before_any_work(tmp_path: Pa
     folder = save("llama", tmp_path / "model", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
     with pytest.raises(UserError, match="does not support: transformers builds no model with .*num_attention_heads=6"):
         removal_of(folder, "heads", "0.25")
-    assert removal_of(folder, "heads", "0.75").changes["num_attention_heads"] == 2
+    assert removal_of(folder, "heads", "0.75").config_changes["num_attention_heads"] == 2
 
 
 def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
     folder = save("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=3)
-    assert removal_of(folder, "experts", "0.6").changes == {"num_local_experts": 3}
+    assert removal_of(folder, "experts", "0.6").config_changes == {"num_local_experts": 3}
     with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 experts that stay"):
         removal_of(folder, "experts", "0.75")
 
@@ -337,11 +337,12 @@ def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
     checkpoint = Checkpoint(save("llama", tmp_path / "model"))
     removal = removal_of(checkpoint.folder, "blocks").with_kept({"model.layers": torch.tensor([True, False, True])})
     tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
-    names = removal.names([*checkpoint.where, *tower])
+    names = removal.renumbered([*checkpoint.where, *tower])
     assert [names[name] for name in tower] == tower
     assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
-    more = replace(removal, numbered={"model.layers.3.eh_proj": ("model.layers", 3, "model.layers.", ".eh_proj")})
-    assert more.names(more.numbered) == {"model.layers.2.eh_proj": "model.layers.3.eh_proj"}  # it predicts more tokens
+    predictor = UnitTensor("model.layers", 3, "model.layers.", ".eh_proj")  # it predicts more tokens
+    more = replace(removal, unit_tensors={"model.layers.3.eh_proj": predictor})
+    assert more.renumbered(more.unit_tensors) == {"model.layers.2.eh_proj": "model.layers.3.eh_proj"}
 
 
 def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):

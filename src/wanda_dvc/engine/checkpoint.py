@@ -4,12 +4,12 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from wanda_dvc.reading import COPY, Entry, is_there, name_of, read_header, read_
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
+FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number, by the dtypes in which a model may run
@@ -71,8 +71,8 @@ class Checkpoint:
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
         if not is_there(self.folder / INDEX):
             if not is_there(self.folder / SINGLE):
-                found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
-                raise UserError(f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save it as safetensors")
+                files = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
+                raise UserError(f"{self.folder}: found {files}, expected {SINGLE} or {INDEX}; save it as safetensors")
             return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
         where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
         for name, path in where.items():
@@ -87,18 +87,18 @@ class Checkpoint:
 
     @property
     def shards(self) -> list[Path]:
-        """The files, sorted."""
+        """The files with tensors, sorted."""
         return sorted(set(self.where.values()))
 
     def read(self, address: Address) -> Tensor:
-        """The tensor, or the expert's part of it, in the dtype that it is stored in."""
+        """Return a tensor, or one expert's matrix in it, in its stored dtype."""
         tensor: Tensor = self._opened(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
 
     def find(self, linear: str) -> Address:
         """Return the address of a linear's weight."""
-        if (name := f"{linear}.weight") in self.where:
-            return Address(name)
+        if f"{linear}.weight" in self.where:
+            return Address(f"{linear}.weight")
         owner, _, leaf = linear.rpartition(".")
         owner, _, expert = owner.rpartition(".")
         for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
@@ -118,36 +118,39 @@ class EditedCheckpoint(Checkpoint):
         super().__init__(source.folder)
         self.source, self._read = source, read
         self._replaced = {address.tensor: address.expert is not None for address in replaced}
-        self.old = {name: name for name in source.where}  # by name in the view: the stored tensor
-        self.changes: dict[str, Any] = {}  # new values in the text part of config.json
+        self.source_names = {name: name for name in source.where}  # the source's tensor, by name in the view
+        self.config_changes: dict[str, Any] = {}  # new values in the text part of config.json
 
     @cached_property
     def where(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        return {name: self.source.where[old] for name, old in self.old.items()}
+        """The source's file of each tensor."""
+        return {name: self.source.where[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and length of each tensor; places in files are the source's."""
-        return {name: self.source.entries[old] for name, old in self.old.items()}
+        return {name: self.source.entries[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
-    def new(self) -> dict[str, str | None]:
-        """The stored tensors that differ in the view, with their names in it; None: those that it leaves out."""
-        return dict.fromkeys(self.source.where.keys() - self.old.values()) | {
-            old: name
-            for name, old in self.old.items()
-            if old in self._replaced or name != old or self.entries[name].shape != self.source.entries[old].shape
-        }
+    def new_names(self) -> dict[str, str | None]:
+        """The source's tensors that differ in the view, with their names in it; None for a tensor it leaves out."""
+        left_out = self.source.where.keys() - self.source_names.values()
+        names: dict[str, str | None] = dict.fromkeys(left_out)
+        for name, source_name in self.source_names.items():
+            has_shape = self.entries[name].shape == self.source.entries[source_name].shape
+            if source_name in self._replaced or name != source_name or not has_shape:
+                names[source_name] = name
+        return names
 
     def read(self, address: Address) -> Tensor:
-        """Return the tensor, or the expert's part of it."""
+        """Return a tensor, or one expert's matrix in it."""
         return self._read(address)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor, or the parts of its experts in order, if those are replaced."""
-        for expert in range(self.entries[name].shape[0]) if self._replaced.get(self.old[name]) else [None]:
-            yield self.read(Address(name, expert))
+    def addresses(self, name: str) -> list[Address]:
+        """Return the addresses to read a tensor by: its own, or those of its experts in order, if they are replaced."""
+        if not self._replaced.get(self.source_names[name]):
+            return [Address(name)]
+        return [Address(name, expert) for expert in range(self.entries[name].shape[0])]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -156,7 +159,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{path}: weight_map: found {name_of(shards)}, expected a file for each tensor; {COPY}")
     for name, shard in shards.items():
-        if not isinstance(shard, str) or not PLAIN.fullmatch(shard):
+        if not isinstance(shard, str) or not FILE_NAME.fullmatch(shard):
             raise UserError(
                 f"{path}: weight_map: {name}: found {shard!r:.200}, expected the name of a file in this folder; {COPY}"
             )
@@ -186,14 +189,27 @@ def text_key(config: Any) -> str | None:
     return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
 
 
+def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a configuration with other values in some fields of its text part."""
+    content, key = config.to_dict(), text_key(config)
+    text = content[key] if key else content
+    text.update(fields)
+    return type(config).from_dict(content)
+
+
 def dtype_of(model: Path, wanted: str) -> str:
     """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the checkpoint's own."""
     if wanted != "auto":
         return wanted
-    stored = read_object(model / "config.json")
-    parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
-    found = (str(part.get(name)).removeprefix("torch.") for part in parts for name in ("dtype", "torch_dtype"))
-    return next((dtype for dtype in found if dtype in WIDTH), "float32")
+    config = read_object(model / "config.json")
+    for content in (config, config.get("text_config")):
+        if not isinstance(content, dict):
+            continue
+        for key in ("dtype", "torch_dtype"):
+            dtype = str(content.get(key)).removeprefix("torch.")
+            if dtype in WIDTH:
+                return dtype
+    return "float32"
 
 
 def positions_of(config: Any) -> int | None:
@@ -215,75 +231,87 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
     Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
     bounded by the two largest pieces. UserError if a piece has another shape or dtype than expected.
     """
-    source, folder = view.source, view.source.folder
-    touched = [shard for shard in source.shards if view.new.keys() & source.header(shard).keys()]
-    rewritten = [folder / "config.json", folder / INDEX] if view.changes else []
-    skipped = {*touched, *(folder / name for name in without), *rewritten}
+    folder = view.source.folder
+    shards = [shard for shard in view.source.shards if view.new_names.keys() & view.source.header(shard).keys()]
+    not_copied = {*shards, *(folder / name for name in without)}
+    if view.config_changes:
+        not_copied |= {folder / "config.json", folder / INDEX}
 
     def ignored(inside: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.startswith(".") or Path(inside, name) in skipped]
+        return [name for name in names if name.startswith(".") or Path(inside, name) in not_copied]
 
     shutil.copytree(folder, target, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    for shard in touched:
+    for shard in shards:
         yield from _write_shard(view, shard, target / shard.relative_to(folder))
-    if not view.changes:
-        return
-    if (folder / INDEX).is_file():
-        where = {name: path.name for name, path in sorted(view.where.items())}
-        total = sum(entry.length for entry in view.entries.values())
-        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    content, config = read_object(folder / "config.json"), source.config
-    key, names = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
+    if view.config_changes:
+        if (folder / INDEX).is_file():
+            _write_index(view, target / INDEX)
+        _write_config(view, target / "config.json")
+
+
+def _write_index(view: EditedCheckpoint, path: Path) -> None:
+    shards = {name: shard.name for name, shard in sorted(view.where.items())}
+    total = sum(entry.length for entry in view.entries.values())
+    _write_json(path, {"metadata": {"total_size": total}, "weight_map": shards})
+
+
+def _write_config(view: EditedCheckpoint, path: Path) -> None:
+    """Write config.json with new values, under the file's names: `num_experts` may be `num_local_experts` there."""
+    content, config = read_object(view.source.folder / "config.json"), view.source.config
+    key, aliases = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
     text = content[key] if key else content
-    for field, value in view.changes.items():  # under the file's name, such as `num_experts` for `num_local_experts`
-        name = names.get(field, field)
-        known = {field, name, *(other for other, meant in names.items() if meant == name)}
-        text.update(dict.fromkeys(known & text.keys() or {field}, value))
-    _write_json(target / "config.json", content)
+    for field, value in view.config_changes.items():
+        name = aliases.get(field, field)
+        names = {field, name, *(alias for alias, meant in aliases.items() if meant == name)}
+        for stored in names & text.keys() or {field}:
+            text[stored] = value
+    _write_json(path, content)
+
+
+class Piece(NamedTuple):
+    """The next bytes of a shard: of unchanged tensors, then of a new tensor, or of one of its experts."""
+
+    buffers: list[memoryview]
+    completes: str | None  # the new tensor that ends here
 
 
 def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[str]:
-    """Write one shard; yield each new tensor's name."""
-    stored, new = view.source.header(shard), view.new
-    names = sorted(stored, key=lambda name: stored[name].begin)
-    if view.changes:
-        # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect. An index may
-        # omit some tensors.
-        names = [name for name in names if name in view.source.entries and new.get(name, name) is not None]
-        names.sort(key=lambda name: -stored[name].length / max(1, math.prod(stored[name].shape)))
-    pieces = _made_ahead(piece for name in map(new.get, names) if name for piece in view.pieces(name))
-    original = np.memmap(shard, np.uint8, "r")
+    """Write one shard; yield each new tensor's name.
+
+    safetensors' own writer does not serve: it needs all tensors of a shard in memory, and sorts them by dtype and name.
+    """
+    tensors = _in_order(view, shard)
     with path.open("wb") as file:
-        if view.changes:
-            file.write(_header(view, [new.get(name) or name for name in names]))
-        else:
-            file.write(original[: min(entry.begin for entry in stored.values())].data)
-        for old in names:
-            name = new.get(old)
-            if name is None:
-                begin = stored[old].begin
-                file.write(original[begin : begin + stored[old].length].data)
-                continue
-            entry = view.entries[name]
-            left = entry.length
-            while left > 0:
-                piece = next(pieces)
-                if list(piece.shape) not in (entry.shape, entry.shape[1:]) or STORED.get(piece.dtype) != entry.dtype:
-                    raise UserError(
-                        f"{name}: its new weight is {list(piece.shape)} in {piece.dtype}, expected {entry.shape} in "
-                        f"{entry.dtype}, as {shard} stores it"
-                    )
-                file.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                left -= piece.nbytes
-                del piece  # before the next one arrives
-            yield name
+        file.write(_header(view, shard, tensors))
+        for piece in _read_ahead(_pieces(view, shard, tensors)):
+            file.writelines(piece.buffers)
+            if piece.completes:
+                yield piece.completes
+            del piece  # before the next one arrives
 
 
-def _header(view: EditedCheckpoint, names: list[str]) -> bytes:
-    """Return the beginning of a safetensors file, up to the first tensor."""
+def _in_order(view: EditedCheckpoint, shard: Path) -> list[str]:
+    """Return the source's tensors of a shard in the order to write them."""
+    stored = view.source.header(shard)
+    tensors = sorted(stored, key=lambda tensor: stored[tensor].begin)
+    if not view.config_changes:
+        return tensors
+    # An index may omit some tensors.
+    tensors = [x for x in tensors if x in view.source.entries and view.new_names.get(x, x) is not None]
+    # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
+    return sorted(tensors, key=lambda tensor: -stored[tensor].length / max(1, math.prod(stored[tensor].shape)))
+
+
+def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
+    """Return the beginning of a shard, up to the first tensor: the source's if no name or shape changes."""
+    if not view.config_changes:
+        begin = min(entry.begin for entry in view.source.header(shard).values())
+        with shard.open("rb") as file:
+            return file.read(begin)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in names:
+    for tensor in tensors:
+        name = view.new_names.get(tensor) or tensor
         entry = view.entries[name]
         begin, end = end, end + entry.length
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
@@ -292,12 +320,46 @@ def _header(view: EditedCheckpoint, names: list[str]) -> bytes:
     return len(content).to_bytes(8, "little") + content
 
 
-def _made_ahead(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator[Piece]:
+    """Yield the pieces of a shard after its header."""
+    original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
+    copied: list[memoryview] = []  # since the last new tensor
+    for tensor in tensors:
+        name = view.new_names.get(tensor)
+        if name is None:
+            begin = stored[tensor].begin
+            copied.append(original[begin : begin + stored[tensor].length].data)
+            continue
+        *addresses, last = view.addresses(name)
+        for address in addresses:
+            yield Piece([*copied, _read_checked(view, address, shard)], None)
+            copied = []
+        yield Piece([*copied, _read_checked(view, last, shard)], name)
+        copied = []
+    yield Piece(copied, None)
+
+
+def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memoryview:
+    """Return the bytes of a new weight. UserError if it has another shape or dtype than stored."""
+    weight, entry = view.read(address), view.entries[address.tensor]
+    shape = entry.shape if address.expert is None else entry.shape[1:]
+    if list(weight.shape) != shape or STORED.get(weight.dtype) != entry.dtype:
+        raise UserError(
+            f"{address.tensor}: its new weight is {list(weight.shape)} in {weight.dtype}, expected {shape} in "
+            f"{entry.dtype}, as {shard} stores it"
+        )
+    return weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
     """Yield the pieces; a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as maker:
-        made = maker.submit(next, pieces, None)
-        while (piece := made.result()) is not None:
-            made = maker.submit(next, pieces, None)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(next, pieces, None)
+        while True:
+            piece = future.result()
+            if piece is None:
+                return
+            future = executor.submit(next, pieces, None)
             yield piece
             del piece  # before the next one arrives
 

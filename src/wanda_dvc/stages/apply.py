@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
+from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.reconstruction import finite, prune_linear, reconstruct
@@ -147,12 +148,10 @@ def prune(study: Study, target: Path) -> tuple[dict[str, LinearMeasures], Json]:
     checkpoint = parts.checkpoint
     view, removal = EditedCheckpoint(checkpoint, parts.read, parts.addresses), removal_of(checkpoint, parts.plan)
     if removal:
-        from wanda_dvc.engine.removal import SmallerCheckpoint  # imports transformers, which takes seconds
-
-        kept = removal.kept_in(parts.keeps)
+        kept = removal.kept_units(parts.keeps)
         view = SmallerCheckpoint(checkpoint, removal.with_kept(kept), parts.read, parts.addresses)
     written = write_model(view, target, without=(PROVENANCE, CARD))
-    list(progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"))
+    list(progress(written, total=sum(name is not None for name in view.new_names.values()), what="apply, tensors"))
     for linear in parts.blocks.keys() - parts.zeros.keys():  # of complete experts or blocks that went
         parts.read(checkpoint.find(linear))
     zeros = {linear: parts.zeros[linear] for linear in parts.blocks}

@@ -53,7 +53,7 @@ def mask(*, study: Study) -> None:
             every = (tensors.read_stats(study.stats, block) for block in blocks)
             dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
             stays = choose_masks.choose_units(
-                removal.sets, read, every, method=plan.method, together=plan.repairs, dtype=dtype, device=device
+                removal.unit_sets, read, every, method=plan.method, together=plan.repairs, dtype=dtype, device=device
             )
             removal = confirmed(checkpoint, removal.with_kept(stays))
     fisher_folder = study.fisher.absolute()
@@ -64,7 +64,9 @@ def mask(*, study: Study) -> None:
         read, rated, len(blocks), allocation=plan.allocation, sparsity=plan.sparsity, group=plan.group
     )
     made_from = _describe(plan, stats, tiers, sparsities, removal)
-    units = {linear: removal.sets[cut.units] for linear, cut in removal.consumers.items()} if removal else {}
+    units = {}
+    if removal:
+        units = {linear: removal.unit_sets[dimension.unit_set] for linear, dimension in removal.consumers.items()}
     solving = partial(solve, plan, checkpoint, units, fisher_folder)
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
@@ -82,7 +84,7 @@ def mask(*, study: Study) -> None:
         for made, step in process.progress(solved, total=len(blocks), what=what, at=lambda one: one[0].block):
             keep, (changed, diagnostics) = made.keeps, repairs.get(made.block, (made.weights, made.diagnostics))
             if removal:  # of removed units, all weights go
-                keep = tensors.pack_masks(removal.expand(keep))
+                keep = tensors.pack_masks(removal.expand_masks(keep))
                 changed = {name: reconstruction.masked(weight, keep[name]) for name, weight in changed.items()}
             if weights in stored:
                 tensors.write_weights(weights, made.block, changed, diagnostics)
@@ -113,7 +115,7 @@ def _describe(
         **tiers,
     )
     if removal:
-        described["config"] = removal.changes
+        described["config"] = removal.config_changes
     if plan.allocation.name != "uniform":
         described["sparsities"] = [
             {name: float(x) for name, x in sparsity.items()} if isinstance(sparsity, Mapping) else float(sparsity)

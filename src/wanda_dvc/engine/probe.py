@@ -1,0 +1,119 @@
+"""Compares a smaller model with the full model that computes without the removed units."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.overrides import TorchFunctionMode
+
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder, States
+from wanda_dvc.engine.load import WeightChange
+from wanda_dvc.engine.removal import Removal, dimension_mask
+from wanda_dvc.engine.sequences import TokenSequence
+from wanda_dvc.engine.smaller import SmallerCheckpoint
+from wanda_dvc.errors import UserError
+
+TOKENS = 32
+PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
+
+
+class MaskedRun(NamedTuple):
+    """A block's run in the full model. Without a removed block, the states before it are those after it."""
+
+    block: int  # its number in the smaller model
+    before: States
+    dense: States  # after the block with all units
+    masked: States  # after the block without the removed units
+
+
+@torch.no_grad()
+def probe(source: Checkpoint, removal: Removal) -> str:
+    """Return how a smaller model differs from the full model without the removed units; "" if the two agree.
+
+    Random tokens run through blocks of both in float32: one block of each kind, or all if blocks are removed. One of
+    the models is in memory at a time.
+    """
+    try:
+        sequence, runs = _run_full(source, removal)
+        gc.collect()
+        small = _in_float32(SmallerCheckpoint(source, removal))
+        for run in runs:
+            small.load(run.block, -1)
+            difference = vector_norm(small.run(run.block, run.before, sequence) - run.masked).item()
+            effect = vector_norm(run.masked - run.dense).item()
+            size = vector_norm(run.dense).item()
+            if not difference <= removal.tolerance * max(effect, 1e-4 * size):
+                return f"its block {run.block} computes something else without them ({difference:.2g})"
+    except (UserError, RuntimeError, ValueError, IndexError) as error:
+        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def _in_float32(checkpoint: Checkpoint) -> Decoder:
+    return Decoder(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _run_full(source: Checkpoint, removal: Removal) -> tuple[TokenSequence, list[MaskedRun]]:
+    full = _in_float32(source)
+    vocabulary = full.model.get_input_embeddings().weight.shape[0]
+    sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
+    removes_blocks = full.weights.blocks_name in removal.unit_sets
+    run = _run_kept_blocks if removes_blocks else _run_each_kind
+    return sequence, list(run(full, removal, sequence))
+
+
+def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
+    """Run the kept blocks one after another."""
+    hidden = full.embed(sequence)
+    kept = removal.kept[full.weights.blocks_name].nonzero()[:, 0].tolist()
+    for number, index in enumerate(kept):
+        full.load(index, -1)
+        after = full.run(index, hidden, sequence)
+        yield MaskedRun(number, hidden, hidden, after)
+        hidden = after
+
+
+def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
+    """Run a block of each kind on the embeddings: consumers read zeros, and routers never choose removed experts."""
+    hidden = full.embed(sequence)
+    for index in full.one_of_each_kind:
+        full.load(index, -1)
+        dense = full.run(index, hidden, sequence)
+        consumers = full.linears(index).keys() & removal.consumers.keys()
+        masks = {linear: dimension_mask(removal.consumers[linear], removal.kept) for linear in consumers}
+        full.load(index, -1, WeightChange(masks, {}))
+        with MaskedRouters(full.model, removal):
+            masked = full.run(index, hidden, sequence)
+        yield MaskedRun(index, hidden, dense, masked)
+
+
+class MaskedRouters(TorchFunctionMode):
+    """Sets the logits of removed experts to −∞ in a loaded model, and the numbers that routers add to their scores.
+
+    A router computes logits and chooses experts in one call, so no hook of a module sees the logits before the choice.
+    """
+
+    def __init__(self, model: nn.Module, removal: Removal) -> None:
+        super().__init__()
+        self._removed: dict[int, Tensor] = {}  # the removed experts, by the address of a router's tensor
+        state = model.state_dict(keep_vars=True)
+        for name, unit_set in removal.routers.items():
+            if not state[name].is_meta:  # of a block that is not loaded
+                self._removed[state[name].data_ptr()] = ~removal.kept[unit_set]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor):
+            return result
+        for operand in args[:2]:
+            removed = self._removed.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
+            if removed is None or result.shape[-1:] != removed.shape:
+                continue
+            is_vector = operand.dim() == 1 or min(operand.shape) == 1
+            if is_vector or function.__name__ in PRODUCTS:
+                return result.masked_fill(removed, -torch.inf)
+        return result

@@ -1,0 +1,80 @@
+"""A view of a checkpoint without the units that a pattern removes."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, with_fields
+from wanda_dvc.engine.removal import Removal, UnitDimension
+from wanda_dvc.pruning.units import expand
+from wanda_dvc.reading import Entry
+
+
+class SmallerCheckpoint(EditedCheckpoint):
+    """A view of a checkpoint without removed units: smaller tensors, and a configuration to match."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        removal: Removal,
+        read: Callable[[Address], Tensor] | None = None,
+        replaced: Collection[Address] = (),
+    ) -> None:
+        super().__init__(source, read or source.read, replaced)
+        self.removal = removal
+        self.config_changes = removal.config_changes
+        self.source_names = removal.renumbered(source.where)
+        experts = {dimension.address for dimension in removal.dimensions if dimension.address.expert is not None}
+        # The number of experts of the tensors that hold several, whose matrices have dimensions with units.
+        self._experts = Counter(address.tensor for address in experts)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype, shape and length of each tensor; places in files are the source's."""
+        entries = {}
+        for name, source_name in self.source_names.items():
+            entry, shape = self.source.entries[source_name], list(self.source.entries[source_name].shape)
+            address, first = Address(source_name), 0
+            if self._experts[source_name]:  # the dimension of experts is before those of each matrix
+                address, first = Address(source_name, 0), 1
+            for dimension in self.removal.dimensions_of.get(address.linear, ()):
+                stay = self.removal.unit_sets[dimension.unit_set].stay
+                shape[first + dimension.dim] = sum(dimension.layout) * stay
+            length = entry.length * math.prod(shape) // max(1, math.prod(entry.shape))
+            entries[name] = entry._replace(shape=shape, length=length)
+        return entries
+
+    @property
+    def config(self) -> Any:
+        """The configuration with the new numbers of units."""
+        return with_fields(self.source.config, self.config_changes)
+
+    def read(self, address: Address) -> Tensor:
+        """Return the tensor, or one expert's matrix in it, without removed units."""
+        name, dimensions_of = self.source_names[address.tensor], self.removal.dimensions_of
+        of_tensor = dimensions_of.get(Address(name).linear, [])
+        if address.expert is not None:
+            expert = address.expert
+            if of_tensor:  # some experts of the tensor are removed
+                expert = int(self._kept(of_tensor[0])[expert])
+            matrix = Address(name, expert)
+            return self._select(self._read(matrix), dimensions_of.get(matrix.linear, []))
+        if self._experts[name]:
+            experts = range(self._experts[name])
+            return torch.stack([self.read(Address(address.tensor, expert)) for expert in experts])
+        return self._select(self._read(Address(name)), of_tensor)
+
+    def _select(self, tensor: Tensor, dimensions: Iterable[UnitDimension]) -> Tensor:
+        for dimension in dimensions:
+            tensor = tensor.index_select(dimension.dim, self._kept(dimension).to(tensor.device))
+        return tensor
+
+    def _kept(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
+        """Return the kept indices of a dimension."""
+        return expand(self.removal.kept[dimension.unit_set], dimension.layout).nonzero()[:, 0]
