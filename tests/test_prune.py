@@ -20,13 +20,12 @@ from repository import Repository
 from test_shape import SLOW_TO_IMPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc.cli import _say
 from wanda_dvc.commands import prune as module
 from wanda_dvc.commands.prune import prune_model
 from wanda_dvc.commands.request import _parse_tokens, check_request
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
-from wanda_dvc.results.markup import number, table
+from wanda_dvc.results.markup import number
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
@@ -371,22 +370,3 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
     assert "> wanda-dvc calibrate" not in again
     assert "> wanda-dvc mask" not in again
     assert (own / "models/pruned/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
-
-
-def test_a_terminal_gets_drawn_tables_and_a_pipe_plain_ones(monkeypatch: Patch, capsys: Capture):
-    text = "Title [b]\n\n| a   | b     |\n|-----|-------|\n| 1   | [2] x |\n\nNote"
-    _say(text)
-    assert capsys.readouterr().out == f"{text}\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _say(text)
-    drawn = capsys.readouterr().out
-    assert "|" not in drawn
-    assert all(part in drawn for part in ("Title [b]", "[2] x", "Note"))
-    names = ["a|b", "_c_", "<d>", "[e](f)", "`g`", "~~h~~", "*i*", "&amp;"]
-    _say(table(["name", "of", "x"], [[name, "text", "12.5"] for name in names]))
-    drawn = capsys.readouterr().out
-    assert all(name in drawn for name in names)
-    assert drawn.count("12.5") == len(names)
-    monkeypatch.setenv("COLUMNS", "20")
-    _say("| experiment | change |\n|---|---|\n| soled-tape | sparsity=0.7 |")
-    assert "| soled-tape | sparsity=0.7 |" in capsys.readouterr().out  # no name is cut

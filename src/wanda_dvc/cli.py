@@ -2,9 +2,7 @@
 
 import contextlib
 import gc
-import inspect
 import io
-import itertools
 import os
 import re
 import sys
@@ -16,7 +14,7 @@ import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, notice
-from wanda_dvc.stages import STAGES, Stage
+from wanda_dvc.stages import STAGES, Stage, check_stage_inputs
 from wanda_dvc.stages import run as run_stage
 
 if TYPE_CHECKING:
@@ -42,8 +40,8 @@ Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  #
 REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace.")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"wanda-dvc {__version__}")
         raise typer.Exit
 
@@ -58,27 +56,9 @@ def main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Find the project and set what all commands share."""
+    """Set what all commands share: the folder and the debug mode."""
     os.chdir(directory)
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
-
-
-def _say(text: str) -> None:
-    """Print a text. In a terminal its tables are drawn to the terminal's width."""
-    if not sys.stdout.isatty():
-        typer.echo(text)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console(highlight=False)
-    for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
-        part = "\n".join(lines)
-        drawing = Markdown(re.sub(r"[`*<>\[\]#&~_]|\\(?!\|)", r"\\\g<0>", part))  # names and texts are no Markdown
-        drawn = console.render(drawing) if is_table else ()
-        cut = sum(piece.text.count("…") for piece in drawn) > part.count("…")  # a name or a number
-        fits = is_table and not cut
-        console.print(drawing if fits else part, markup=False, soft_wrap=not fits)
 
 
 def _find_study() -> "Study":
@@ -122,21 +102,22 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 
 def _command(stage: Stage) -> Callable[..., None]:
-    """Return the command of a stage: its part and text where it has some, and the version that dvc.yaml asks for."""
+    """Return the command of a stage, with an argument for its variant and one for a text where it has some."""
     variants = " or ".join(stage.variants)
     variant = Annotated[str, typer.Argument(metavar=stage.argument.upper(), help=f"{variants}; by default all.")]
 
-    def command(variant: variant = "", text: TextArgument = "", version: Version = None) -> None:
+    def run_all(version: Version = None) -> None:
+        _run(stage, version, "", "")
+
+    def run_variant(variant: variant = "", version: Version = None) -> None:
+        _run(stage, version, variant, "")
+
+    def run_text(variant: variant = "", text: TextArgument = "", version: Version = None) -> None:
         _run(stage, version, variant, text)
 
-    has = {
-        "variant": bool(stage.argument),
-        "text": any(row.by_text for row in stage.variants.values()),
-        "version": True,
-    }
-    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if has[name]]
-    vars(command)["__signature__"] = inspect.Signature(own)
-    return command
+    if any(row.by_text for row in stage.variants.values()):
+        return run_text
+    return run_variant if stage.argument else run_all
 
 
 @app.command(rich_help_panel=PRUNE_PANEL)
@@ -179,7 +160,7 @@ def prune(
         )  # fmt: skip
         from wanda_dvc.commands.prune import prune_model  # imports torch, which takes seconds
 
-        _say(prune_model(request))
+        typer.echo(prune_model(request))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -189,9 +170,9 @@ def show(
     text: Annotated[bool, typer.Option("--text", help="Show the models' continuations, not their results.")] = False,
 ) -> None:
     """Show the last results of each model, or several experiments side by side, with paired tests."""
-    from wanda_dvc.results.show import show as table
+    from wanda_dvc.results.show import show as show_results
 
-    _say(table(study=_find_study(), names=names or [], as_json=as_json, text=text))
+    typer.echo(show_results(study=_find_study(), names=names or [], as_json=as_json, text=text))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
@@ -199,18 +180,18 @@ def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, and the measures of the pruned models."""
     from wanda_dvc.results.listing import experiments
 
-    _say(experiments(study=_find_study(), as_json=as_json))
+    typer.echo(experiments(study=_find_study(), as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(
-    layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
+    block: Annotated[int | None, typer.Option("--layer", "--block", help="Only this block, counted from 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
-    from wanda_dvc.results.stats import stats as table
+    from wanda_dvc.results.stats import stats as show_statistics
 
-    _say(table(study=_find_study(), layer=layer, as_json=as_json))
+    typer.echo(show_statistics(study=_find_study(), layer=block, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -221,9 +202,9 @@ def report(
     ] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
-    from wanda_dvc.results.report import report as write
+    from wanda_dvc.results.report import report as write_report
 
-    typer.echo(write(study=_find_study(), output=output, revs=rev))
+    typer.echo(write_report(study=_find_study(), output=output, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -233,13 +214,13 @@ def evaluate(
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
     study = _find_study()
-    study.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
+    check_stage_inputs(study)
     _prepare("evaluate")
-    from wanda_dvc.commands.evaluate import evaluate as measure
+    from wanda_dvc.commands.evaluate import evaluate as measure  # imports torch, which takes seconds
     from wanda_dvc.stages.process import stoppable
 
     with stoppable("evaluate"):
-        _say(measure(study=study, paths=paths, as_json=as_json))
+        typer.echo(measure(study=study, paths=paths, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -258,9 +239,11 @@ def init(
     ] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
-    from wanda_dvc.study.scaffold import init as make
+    from wanda_dvc.study.scaffold import init as make_study
 
-    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, study=study))
+    typer.echo(
+        make_study(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, study=study)
+    )
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -278,19 +261,19 @@ def export(
         target = check_target(study, directory)
         if imatrix:
             check_new_file(study, imatrix, target)
-        from wanda_dvc.commands.export import export as write  # imports torch, which takes seconds
+        from wanda_dvc.commands.export import export as write_model  # imports torch, which takes seconds
 
-        typer.echo(write(study=study, experiment=rev, target=directory, imatrix=imatrix))
+        typer.echo(write_model(study=study, experiment=rev, target=directory, imatrix=imatrix))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor(as_json: AsJson = False) -> None:
     """Check machine, libraries and settings; exit 2 if something needed is missing."""
-    from wanda_dvc.commands.doctor import doctor as look
+    from wanda_dvc.commands.doctor import doctor as check
 
-    table, well = look(start=Path.cwd(), as_json=as_json)
-    _say(table)
-    if not well:
+    table, passed = check(start=Path.cwd(), as_json=as_json)
+    typer.echo(table)
+    if not passed:
         raise typer.Exit(2)
 
 
@@ -311,8 +294,8 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks. `--help` has the exit codes."""
-    # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
-    # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
+    # Torch and transformers make a million objects that stay. The garbage collector would visit them again and again
+    # during the imports, and Python would free each at the end: two of the six seconds of a stage that does nothing.
     gc.set_threshold(100_000)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have UTF-8

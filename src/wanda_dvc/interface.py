@@ -235,7 +235,7 @@ def _alone(study: Study) -> Iterator[None]:
 
 
 def _as_path(name: str, value: object) -> Path:
-    """Return an argument as a path. UserError if it is none."""
+    """Return an argument as a path. UserError for another type."""
     if not isinstance(value, str | os.PathLike):
         raise UserError(f"{name}: found {value!r:.80}, expected a path")
     return Path(value)

@@ -61,7 +61,7 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
         work.discard()  # the links of a killed export
         exported = _collect(study, revision, work.path / "study", with_norms=imatrix is not None)
         _check_current(exported, what)
-        metrics = _write_model(exported, work.out, what)
+        metrics = _write_exported(exported, work.out, what)
         digests = {
             "dense": digest(read_provenance(exported.study.model("dense"), "download model")),
             "pruned": digest(describe_pruned(exported.study)),
@@ -82,7 +82,7 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
 
 
 def move_model(experiment: Experiment, target: Path) -> None:
-    """Move the pruned model that a study's stages have just written to a new directory, and add its card.
+    """Move the pruned model that a study's stages have just written to a new directory, and add its model card.
 
     The study then has no second copy: `apply` writes it again where a stage reads it. A recovered model is copied,
     because DVC has it. After an error, such as a full disk, the target is missing and the study has its model.
@@ -148,7 +148,7 @@ def _check_current(experiment: Experiment, what: str) -> None:
         raise UserError(f"{what}: {problems[0].removesuffix('.')}")
 
 
-def _write_model(experiment: Experiment, out: Path, what: str) -> Json:
+def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
     """Write an experiment's pruned model, or copy the recovered one. Return the metrics of its sparsity."""
     study = experiment.study
     provenance = describe_pruned(study)
@@ -194,7 +194,7 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
         take("models/dense", f"its dense model ({expected['source']}) is")
 
 
-# --- the card ---
+# --- the model card ---
 
 
 def sections(experiment: Experiment) -> dict[str, str]:
@@ -217,7 +217,7 @@ def sections(experiment: Experiment) -> dict[str, str]:
 
 
 def _training_sentence(experiment: Experiment) -> str:
-    """Return the card's sentence on the training of a recovered model."""
+    """Return the model card's sentence on the training of a recovered model."""
     params = experiment.params
     provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
     training = f"on {provenance.get('tokens', params.recovery.tokens):,} tokens towards the dense model"

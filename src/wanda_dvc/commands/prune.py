@@ -59,9 +59,9 @@ def prune_model(request: PruneRequest) -> str:
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=True)
         experiment = workspace(Study(request.root))
-        summary = _summary(experiment, request, began)  # of files that move now
+        summary = _paragraphs(experiment, request, began)  # of files that move now
         move_model(experiment, request.target)
-        return "\n\n".join([*summary, _kept(study, experiment)])
+        return "\n\n".join([*summary, _what_stays(study, experiment)])
 
 
 def _sizes_for_model(study: Study, params: Params) -> Settings:
@@ -106,12 +106,12 @@ def _lacking(study: Study) -> list[str]:
 # --- what it prints ---
 
 
-def _summary(experiment: Experiment, request: PruneRequest, began: float) -> list[str]:
+def _paragraphs(experiment: Experiment, request: PruneRequest, began: float) -> list[str]:
     """Return the paragraphs on the results of a request whose stages have run, and on what to do next."""
     models = experiment.models
     paragraphs = [
         title(experiment, named=False),
-        table(["", *models], _rows(experiment, request, began)),
+        table(["", *models], _table_rows(experiment, request, began)),
         "Seconds: of the stages that ran now.",
     ]
     if request.evaluate:  # else earlier results may be of another model
@@ -123,7 +123,7 @@ def _summary(experiment: Experiment, request: PruneRequest, began: float) -> lis
     return paragraphs
 
 
-def _rows(experiment: Experiment, request: PruneRequest, began: float) -> list[list[str]]:
+def _table_rows(experiment: Experiment, request: PruneRequest, began: float) -> list[list[str]]:
     """Return the rows of the table: measures, size and time, with a column for each model."""
     models, study = experiment.models, experiment.study
     measures = headings(list(models.values())) if request.evaluate else {}
@@ -177,7 +177,7 @@ def _next_options(params: Params, recipe: str | None) -> list[str]:
     return [*options, "--sparsity", str(high if params.sparsity < high else low)]
 
 
-def _kept(study: Study, experiment: Experiment) -> str:
+def _what_stays(study: Study, experiment: Experiment) -> str:
     """Return a sentence on what stays in the study, after the model has moved to its target."""
     recovered = ", the recovered model" if "recovered" in experiment.models else ""
     return (
