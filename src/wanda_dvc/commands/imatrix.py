@@ -1,9 +1,10 @@
-"""llama.cpp's importance matrix of a pruned model: the norm tier, by the names of a GGUF file."""
+"""llama.cpp's importance matrix of a pruned model: the statistics `norms`, by the names of a GGUF file."""
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.artifact import block_count, digest, read_provenance
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -20,67 +22,103 @@ OTHER_NAMES = {  # of architectures; not granitemoehybrid: without experts, the 
     "hunyuan_v1_moe": "hunyuan-moe", "iquestcoder": "llama", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2",
     "phi": "phi2",
 }  # fmt: skip
-FUSED = ("gate_up_proj", "gate_proj", "up_proj")  # the first is one tensor of a checkpoint, and often two in GGUF
+FUSED, GATE_AND_UP = "gate_up_proj", ("gate_proj", "up_proj")  # one tensor of a checkpoint, often two in GGUF
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
+
+
+class InputSquares(NamedTuple):
+    """The statistics of a linear's kept inputs."""
+
+    squares: np.ndarray[Any, Any]  # Σx², [in]
+    tokens: int
 
 
 def importance(study: Study, target: Path) -> str:
     """Write the importance matrix of a study's pruned model; return a line about it.
 
-    It has Σx² and the number of tokens for each input of each weight, of the dense model on the calibration text,
-    without inputs that went. Experts are merged, as [experts, in]. Format: llama.cpp #9400.
+    For each weight it has Σx² of each kept input, and the number of tokens, of the dense model on the calibration text.
+    The experts of a block are rows of one tensor, [experts, in]. Format: llama.cpp #9400. UserError if the masks are of
+    another calibration, or llama.cpp has no name for the type of the model.
     """
+    masks, stats = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
+    if masks["stats"] != digest(stats):
+        raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
+    is_smaller, blocks = Plan.read(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
+    arch, names_of = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
+    weights: defaultdict[str, list[InputSquares]] = defaultdict(list)  # by name in GGUF: of each expert, or one
+    unnamed = set()
+    for linear, inputs in _kept_inputs(study, blocks, is_smaller=is_smaller):
+        names = names_of(linear)
+        for name in names:
+            weights[f"{name}.weight"].append(inputs)
+        if not names:
+            unnamed.add(linear)
+    _write_gguf(target, arch, stats, weights)
+    without = f", without {shortened(sorted(unnamed))}" if unnamed else ""
+    return f"the importance matrix of {len(weights)} weights{without}, for `llama-quantize --imatrix`"
+
+
+def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tuple[str, InputSquares]]:
+    """Yield each linear of the pruned model, by its name there, and the statistics of its inputs."""
+    pruned_block = 0
+    for block in range(blocks):
+        stats, masks = read_stats(study.stats, block), read_masks(study.masks, block)
+        inputs_of = stats.by_linear
+        is_removed = is_smaller
+        for linear, mask in masks.items():
+            squares, tokens = inputs_of[linear].sum_squares, inputs_of[linear].count
+            if is_smaller:
+                if not mask.any():  # of a removed expert or block
+                    continue
+                squares = squares[mask.any(dim=1 if linear in stats.transposed else 0)]
+            is_removed = False
+            name = re.sub(r"\.\d+\.", f".{pruned_block}.", linear, count=1)
+            yield name, InputSquares(squares.numpy(), tokens)
+        if not is_removed:
+            pruned_block += 1
+
+
+def _write_gguf(target: Path, arch: str, stats: Json, weights: Mapping[str, list[InputSquares]]) -> None:
     from gguf import GGUFWriter
 
-    masks, measured = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
-    if masks["stats"] != digest(measured):
-        raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
-    smaller, blocks, block = bool(Plan.read(masks["params"]).structure), block_count(study.stats, "calibrate"), 0
-    arch, named = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
-    found, left_out = defaultdict(list), set[str]()
-    for before in range(blocks):
-        stats, keeps = read_stats(study.stats, before), read_masks(study.masks, before)
-        read = stats.by_linear
-        for linear, keep in keeps.items():
-            if smaller and not keep.any():  # of an expert or a block that went
-                continue
-            inputs = keep.any(dim=1 if linear in stats.transposed else 0) | (not smaller)
-            name = re.sub(r"\.\d+\.", f".{block}.", linear, count=1)
-            if not (names := named(name)):
-                left_out.add(name)
-            for one in names:
-                found[f"{one}.weight"].append((read[linear].sum_squares[inputs].numpy(), read[linear].count))
-        block += not smaller or any(keep.any() for keep in keeps.values())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(target, arch)
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [measured["text"]["source"]])
-    writer.add_uint32("imatrix.chunk_count", measured["params"]["windows"])
-    writer.add_uint32("imatrix.chunk_size", measured["params"]["length"])
-    for name, rows in sorted(found.items()):
-        writer.add_tensor(f"{name}.in_sum2", np.stack([sums for sums, _ in rows]).astype(np.float32))
-        writer.add_tensor(f"{name}.counts", np.array([[count] for _, count in rows], np.float32))
+    writer.add_array("imatrix.datasets", [stats["text"]["source"]])
+    writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
+    writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
+    for name, experts in sorted(weights.items()):
+        writer.add_tensor(f"{name}.in_sum2", np.stack([inputs.squares for inputs in experts]).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.array([[inputs.tokens] for inputs in experts], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    without = f", without {shortened(sorted(left_out))}" if left_out else ""
-    return f"the importance matrix of {len(found)} weights{without}, for `llama-quantize --imatrix`"
 
 
-def names_in_gguf(kind: str, blocks: int) -> tuple[str, Callable[[str], set[str]]]:
-    """Return llama.cpp's name of a model type, and a function from a linear's name to those of its tensors in GGUF."""
+def names_in_gguf(model_type: str, blocks: int) -> tuple[str, Callable[[str], set[str]]]:
+    """Return llama.cpp's name of a model type, and a function from a linear's name to those of its tensors in GGUF.
+
+    The function returns no name for a linear that GGUF does not have, or has in another order. UserError if llama.cpp
+    has no name for the model type.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = kind.removesuffix("_text")
-    spelled = {OTHER_NAMES.get(kind, kind), kind.replace("_", ""), kind.replace("_", "-")}
-    if not (known := [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spelled]):
-        raise UserError(f"--imatrix: found {kind}, expected a model with a known name in llama.cpp; leave it out")
-    table = get_tensor_name_map(known[0], blocks)
+    model_type = model_type.removesuffix("_text")
+    spellings = {OTHER_NAMES.get(model_type, model_type), model_type.replace("_", ""), model_type.replace("_", "-")}
+    archs = [arch for arch, name in MODEL_ARCH_NAMES.items() if name in spellings]
+    if not archs:
+        raise UserError(f"--imatrix: found {model_type}, expected a model with a known name in llama.cpp; leave it out")
+    table = get_tensor_name_map(archs[0], blocks)
 
-    def names(linear: str) -> set[str]:
+    def names_of(linear: str) -> set[str]:
         name = re.sub(r"experts\.\d+\.", "experts.", linear).replace("language_model.", "")
-        every = [table.get_name(name) or table.get_name(name.replace(FUSED[0], part)) for part in FUSED[1:]]
-        return set() if REORDERED in name or None in every else set(filter(None, every))
+        names = set()
+        for projection in GATE_AND_UP:
+            in_gguf = table.get_name(name) or table.get_name(name.replace(FUSED, projection))
+            if in_gguf is None or REORDERED in name:
+                return set()
+            names.add(in_gguf)
+        return names
 
-    return MODEL_ARCH_NAMES[known[0]], names
+    return MODEL_ARCH_NAMES[archs[0]], names_of
