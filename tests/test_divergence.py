@@ -20,7 +20,7 @@ from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.intervals import perplexity as perplexity_interval
+from wanda_dvc.results.intervals import perplexity_interval
 from wanda_dvc.results.show import show
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import Capture, Factory, Patch, save_tiny_model
 from repository import Repository
-from scmrepo.exceptions import SCMError
 from test_docs import blocks
 from test_report import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,14 +71,13 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
 
 
 @pytest.mark.timeout(120)
-def test_a_blob_that_is_gone_is_an_error_and_no_wait_for_ever(tmp_path: Path):
-    """As in the temporary checkout of a queued experiment that ends while DVC reads it."""
+def test_a_blob_that_is_gone_is_missing_and_no_wait_for_ever(tmp_path: Path):
     repository = Repository.new(tmp_path / "study", tmp_path)
     repository.commit()
     blob = repository.run("git", "rev-parse", "HEAD:params.yaml").strip()
     (repository.root / ".git/objects" / blob[:2] / blob[2:]).unlink()
-    with dvc.repository(repository.root) as repo, pytest.raises(SCMError):
-        dvc.text_at(repository.root, repo, "HEAD", "params.yaml")
+    assert dvc.text_at(repository.root, "HEAD", "params.yaml") is None
+    assert dvc.Revision.open(repository.root, "HEAD").take("params.yaml", tmp_path / "new") == ["params.yaml"]
 
 
 def test_a_workspaces_figure_is_the_one_that_dvc_lock_names(repository: Repository):
@@ -190,13 +188,27 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured" in said
     found = json.loads(show(study=Study(repository.root), names=["middling"], as_json=True))
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
-    for name in ("nothing", ""):
-        with pytest.raises(UserError, match=f"{name}: no experiment, commit, branch or tag of that name"):
+    for name, error in (
+        ("nothing", "nothing: no experiment, commit, branch or tag of that name"),
+        ("", "NAME: empty, "),
+    ):
+        with pytest.raises(UserError, match=error):
             show(study=Study(repository.root), names=[name])
 
 
+def test_a_damaged_lock_is_named_and_no_row_of_the_list(repository: Repository):
+    path = repository.root / "dvc.lock"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before + "<<<<<<< HEAD\n", encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match=r"^dvc.lock: not valid YAML: line \d+.*resolve the conflict"):
+            experiments(study=Study(repository.root))
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
+def calibrated_study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     source = {"source": texts["calibration__text__source"], "split": None}

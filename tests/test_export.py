@@ -22,10 +22,10 @@ from wanda_dvc.results.card import card as card_of
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import read_model
-from wanda_dvc.stages.runs import Lock
 from wanda_dvc.study.artifact import MODEL_COMMANDS, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
+from wanda_dvc.study.lock import Lock
 from wanda_dvc.study.tensors import read_stats
 
 
@@ -109,7 +109,7 @@ def test_masks_of_other_settings_are_not_exported(pruned: Study):
         "mask": {"deps": [{"path": "stats/norms", "md5": "old"}], "outs": [{"path": "masks", "md5": "same"}]},
         "apply": {"deps": [{"path": "masks/provenance.json", "md5": "same"}]},
     }
-    assert Lock(stages).stale() == ["mask", "apply"]
+    assert Lock(stages).stale({}) == ["mask", "apply"]
     write_json(pruned.root / "dvc.lock", {"stages": stages})
     with pytest.raises(UserError, match=r"the workspace: dvc.lock: the inputs of mask changed after the run"):
         exported(pruned)

@@ -10,11 +10,12 @@ from conftest import Capture, Make, committed, read_preset, write_params, write_
 from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, flatten, nested, read_params, settings
+from wanda_dvc.results.current import current_results, stale_stages
 from wanda_dvc.stages import STAGES, run, stage_inputs
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.stages.runs import Lock, md5
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
+from wanda_dvc.study.lock import Lock, md5
 from wanda_dvc.study.scaffold import preset_names
 
 
@@ -77,14 +78,20 @@ def runs(study: Study) -> Lock:
 
 
 def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(study: Make):
-    ran = runs(study(sparsity=0.5))
-    assert ran.stale() == []
-    assert ran.stale(dict(flatten(study(sparsity=0.5).params.model_dump(mode="json")))) == []
+    lock = runs(study(sparsity=0.5))
+    settings = dict(flatten(study(sparsity=0.5).params.model_dump(mode="json")))
     other = dict(flatten(study(sparsity=0.7).params.model_dump(mode="json")))
-    assert ran.stale(other) == ["mask", "apply"]
-    assert Lock(ran.stages | {"plan": stage("plan", **nested(other))}).stale() == ["mask", "apply"]  # `mask` has failed
-    anew = ran.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
-    assert Lock(ran.stages | {"calibrate-norms": anew}).stale() == ["mask", "apply"]
+    assert stale_stages(lock, settings) == stale_stages(lock, nested(settings)) == []
+    failed = Lock(lock.stages | {"plan": stage("plan", **nested(other))})  # `mask` has failed
+    assert stale_stages(lock, other) == stale_stages(failed, failed.settings) == ["mask", "apply"]
+    anew = lock.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
+    assert Lock(lock.stages | {"calibrate-norms": anew}).stale({}) == ["mask", "apply"]
+    inside = stage("metrics/dense/zero_shot.json", "masks/provenance.json")  # no digest of the file is known
+    assert Lock(lock.stages | {"zero-shot": inside, "calibrate-norms": anew}).stale({}) == [
+        "mask",
+        "apply",
+        "zero-shot",
+    ]
 
 
 @pytest.mark.parametrize("other", RECIPES)
@@ -93,26 +100,32 @@ def test_the_settings_are_those_that_ran(study: Make, other: str):
     ran = runs(before)
     edited = study(sparsity=0.5, calibration__seed=5, calibration__statistics="fisher")
     assert ran.params(edited.params) == before.params
-    unmet = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "auto"}
-    assert ran.unmet(edited.params).items() >= unmet.items()
-    assert ran.unmet(before.params) == {}
+    changes = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "auto"}
+    assert ran.not_run(edited.params).items() >= changes.items()
+    assert ran.not_run(before.params) == {}
 
 
-def test_files_of_another_run_are_named(study: Make):
-    calibrated_study = study()
-    paths = [calibrated_study.metrics("pruned", name) for name in ("sparsity", "zero_shot", "perplexity/embedded")]
-    names = [path.relative_to(calibrated_study.root).as_posix() for path in paths]
-    for path in paths:
+def test_results_that_are_not_of_the_lock_are_left_out_with_the_stage_to_run(study: Make):
+    made = study()
+    paths = {name: made.metrics("pruned", name) for name in ("sparsity", "zero_shot", "perplexity/embedded")}
+    names = {name: path.relative_to(made.root).as_posix() for name, path in paths.items()}
+    for path in paths.values():
         write_json(path, {"a": 1})
-    own = md5(paths[0].read_bytes())
-    stages: dict[str, Any] = {"apply": stage("models/pruned"), "zero-shot": stage(names[1], "models/pruned")}
-    stages["apply"]["outs"].append({"path": names[0], "md5": own})
+    own = md5(paths["sparsity"].read_bytes())
+    stages: dict[str, Any] = {"apply": stage("models/pruned"), "zero-shot": stage(names["zero_shot"], "models/pruned")}
+    stages["apply"]["outs"].append({"path": names["sparsity"], "md5": own})
     stages["zero-shot"]["outs"][0]["md5"] = own
-    stages["perplexity"] = stage(names[2])
-    assert Lock(stages).others(calibrated_study.root) == {names[2]}
-    stages["zero-shot"]["deps"][0]["md5"] = "older"
-    assert Lock(stages).others(calibrated_study.root) == {names[1], names[2]}
-    assert Lock({}).others(calibrated_study.root) == set()
+    stages["perplexity-pruned@embedded"] = stage(names["perplexity/embedded"])
+    changes = {"another file": {}, "another input": {"zero-shot": ["zero-shot"]}}
+    for change, left_out in changes.items():
+        if change == "another input":
+            stages["zero-shot"]["deps"][0]["md5"] = "older"
+        results, notes = current_results(made, Lock(stages))
+        assert results["pruned"].metrics.keys() == {"sparsity"} | ({"zero_shot"} if not left_out else set())
+        rerun = ", ".join([*left_out, "perplexity-pruned@embedded"])
+        (note,) = notes
+        assert note.startswith(f"Left out, because inputs or files have changed since the run: {rerun}; run")
+    assert current_results(made, Lock({}))[0]["pruned"].metrics.keys() == set(paths)  # stages ran without DVC
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])

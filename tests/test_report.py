@@ -1,7 +1,6 @@
 """The report: what it may compare, what it shows of outside names, its pictures. A repository: test_experiments.py."""
 
 import html
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,22 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Patch, read_preset, write_settings
-from markdown_it import MarkdownIt
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
+from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.pages import Content, curves, write
-from wanda_dvc.results.report import against_sparsity, differing, group, page
+from wanda_dvc.results.report import differences, group, page, report
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 
-GOLDEN = Path(__file__).parent / "corpus/report.md"
+GOLDEN = Path(__file__).parent / "corpus/report.txt"
 
 
 def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: int, **words: Any) -> Study:
@@ -41,10 +39,15 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         read = protocol | {"windows": 4, "length": 64, "rest": "dropped", "tokens_sha256": text}
         read |= {"text": {"source": "embedded", "sha256": "0" * 64}}
         losses = [mean * x if finite else "diverged" for x in (0.95, 1.0, 1.0, 1.05)]
-        write_json(study.details(model, f"perplexity/{on}"), {"protocol": read, "losses": losses})
+        details: dict[str, Any] = {"protocol": read, "losses": losses}
         value = float(f"{math.exp(mean):.6g}") if finite else "diverged"
-        apart = divergence_of(mean - 2.0) if model == "pruned" else {}
-        write_json(study.metrics(model, f"perplexity/{on}"), {"perplexity": value} | apart)
+        metrics: dict[str, Any] = {"perplexity": value}
+        if model == "pruned":
+            metrics |= divergence_of(mean - 2.0)
+            factors = (0.9, 1.0, 1.0, 1.1) if finite else ()
+            details |= {"divergences": [(mean - 2.0) * x for x in factors], "agreements": [0.5 * x for x in factors]}
+        write_json(study.details(model, f"perplexity/{on}"), details)
+        write_json(study.metrics(model, f"perplexity/{on}"), metrics)
         items = [{"item": i, "acc": float(i < count)} for i in range(40)]
         asked = {"libraries": protocol["libraries"] | {"lm_eval": "0.4"}, "task": {"sha256": "0"}}
         answered = {"protocol": protocol | asked, "items": items}
@@ -64,18 +67,21 @@ def divergence_of(mean: float) -> dict[str, Any]:
     names = ("divergence", "top1_agreement", "rms_probability_change")
     if not math.isfinite(mean):
         return dict.fromkeys(names, "diverged")
-    kl = {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean, "median": mean / 2, "p99": 2 * mean, "largest": 3 * mean}
-    return dict(zip(names, (kl, {"mean": 0.5, "low": 0.45, "high": 0.55}, 0.125), strict=True))
+    divergence = {"mean": mean, "median": mean / 2, "p99": 2 * mean, "largest": 3 * mean}
+    return dict(zip(names, (divergence, {"mean": 0.5}, 0.125), strict=True))
 
 
-def markdown_of(parts: Content) -> str:
-    """The Markdown of a page, with the titles of its pictures."""
-    return "\n\n".join(part if isinstance(part, str) else f"![{part[0]}]()" for part in parts)
+def text_of(source: str) -> str:
+    """The text of a page: a row of a table is a line of cells, a picture its title."""
+    body = re.sub(r'<img alt="([^"]*)"[^>]*>', r"[\1]", source.partition("<body>")[2])
+    body = re.sub(r"</t[hd]>\s*<t[hd]>|</?t[hd]>", " | ", body)
+    lines = [" ".join(line.split()) for line in re.sub(r"<[^>]*>", "", body).splitlines()]
+    return html.unescape("\n".join(line for line in lines if line))
 
 
 def said_of(*experiments: Experiment, notes: Sequence[tuple[str, str]] = ()) -> str:
-    """The report of experiments as Markdown, with single spaces."""
-    return re.sub(r" {2,}", " ", markdown_of(page(list(experiments), list(notes))))
+    """The text of the report of experiments."""
+    return text_of(page("study", list(experiments), list(notes)))
 
 
 @pytest.fixture
@@ -104,7 +110,7 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
         params = check_params(nested(changed))
         filled = params.perplexity.texts["wikitext2"].filled
         settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
-        found = [(source, row) for source in published.sources() for row in source.rows if measure in row]
+        found = [(source, row) for source in published.published_tables() for row in source.rows if measure in row]
         return {row[measure] for source, row in found if source.has_protocol(settings, measure, row)}
 
     assert matches() == {5.114, 6.415}
@@ -126,8 +132,8 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):
     rows = [{"method": "dense", "perplexity": 7.0}, {"method": "wanda", "perplexity": 10.0, "piqa": 80.0}]
     source = published.PublishedTable("Paper", ["/models/tiny"], {}, {}, rows, {})
-    monkeypatch.setattr(published, "sources", lambda: [source])
-    assert published.comparisons({"wanda 50 %": made()}) == [
+    monkeypatch.setattr(published, "published_tables", lambda: [source])
+    assert published.published_rows({"wanda 50 %": made()}) == [
         ["dense", "Paper", "perplexity", "7.0", "7.389", "1.056"],
         ["wanda 50 %", "Paper", "piqa", "80.0", "50", "0.625"],
         ["wanda 50 %", "Paper", "perplexity", "10.0", "12.18", "1.218"],
@@ -137,7 +143,7 @@ def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], mo
 def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
     """Another calibration text, and a text of another name in the settings."""
     one, other = made(), made(calibration__text__source="wikitext2", calibration__text__split="train")
-    models = {"e0": one.made, "e1": other.made}
+    models = {"e0": one.final, "e1": other.final}
     first, second, *_ = notes({"e0": one.params, "e1": other.params}, models, base="e0")
     assert re.fullmatch(r"e0: Perplexity on embedded: 4 windows .* has the same source.*", first)
     assert re.fullmatch(r"e1: Perplexity on embedded: 4 windows .* has another source.", second)
@@ -150,7 +156,7 @@ def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     said = said_of(made(), made("magnitude-rows", loss=3.5, right=4, text="1"))
     assert "measured in 2 ways" in said
     assert "sparsity 0.5, pattern 2:4" in title(made(sparsity=0.7, pattern="2:4"), named=True)
-    assert "## tiny (differs in tokens\\_sha256)" in said or "## tiny (differs in tokens_sha256)" in said
+    assert "\ntiny (differs in tokens_sha256)\n" in said
     assert "against magnitude-rows" not in said
     assert "| wanda 50 % against dense | 1.649 ×" in said
     assert "| magnitude-rows 50 % against dense | 4.482 ×" in said
@@ -162,10 +168,10 @@ def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[
     for results in unknown.results.values():
         for name in ("perplexity/embedded", "zero_shot"):
             results.details(name).clear()
-    other.made.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
+    other.final.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
     assert [[*section.experiments.values()] for section in group([unknown, one, other])] == [[unknown, one], [other]]
-    assert differing(one, made(dtype="bfloat16")) == ["dtype"]
-    assert differing(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
+    assert differences(one, made(dtype="bfloat16")) == ["dtype"]
+    assert differences(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
 
 
 def test_sections_that_the_first_experiment_matches_say_how_they_differ(made: Callable[..., Experiment]):
@@ -182,7 +188,7 @@ def test_sections_that_the_first_experiment_matches_say_how_they_differ(made: Ca
 def test_the_picture_has_room_for_the_names_of_many_experiments():
     """Matplotlib warns of axes without any height."""
     series = {f"{number} {'calibration.text.source=wikitext2 ' * 3}": [(0.5, Estimate(2.0))] for number in range(24)}
-    curves(series, "perplexity", level=1.0, log=True).savefig(io.BytesIO())
+    svg(chart(series, "perplexity", level=1.0, log=True))
 
 
 def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
@@ -190,15 +196,15 @@ def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
     (section,) = group([more, less])
     for heading, scale in (("mean acc, %", "linear"), ("perplexity", "log")):
         measure, on = section.columns[heading]
-        drawn: list[Any] = list(against_sparsity(section, heading, measure, on))
-        (ax,) = drawn[0][1].axes
-        line, _, (bars,) = ax.containers[0]
-        models = (section.models["dense"], less.made, more.made)
+        (ax,) = section.chart(measure, on).axes
+        container: Any = ax.containers[0]
+        line, _, (bars,) = container
+        models = (section.models["dense"], less.final, more.final)
         read: list[Any] = [measure.read(one, on) for one in models]
-        x = np.array([[sparsity, *one[:3]] for sparsity, one in zip((7, 50), read[1:], strict=True)])
+        x = np.array([[100 * sparsity, *one[:3]] for sparsity, one in zip((0.07, 0.5), read[1:], strict=True)])
         np.testing.assert_allclose(line.get_xydata(), x[:, :2])
         np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], x[:, 2:])
-        assert ax.lines[0].get_ydata()[0] == read[0].value
+        assert ax.lines[-1].get_ydata()[0] == read[0].value  # type: ignore[index]
         assert ax.get_yscale() == scale
 
 
@@ -207,7 +213,7 @@ def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(mad
     said = said_of(one, other)
     assert said.count("| wanda 50 % against dense | 1.649 ×") == 1
     assert said.count("| magnitude-rows 50 % against dense | ") == 1
-    assert made(on="removed").made.texts == []
+    assert made(on="removed").final.texts == []
 
 
 HOSTILE = "<script>alert(1)</script>|`code`|``|&lt;[x](y)|*a*|__b__|$c$|0.12345|\\"
@@ -223,7 +229,7 @@ def test_no_local_path_is_published(made: Callable[..., Experiment]):
     assert "/home" not in said
     assert "me/" not in said
     assert "recovery.text.source=long.txt" in said_of(other, one)
-    for shown in ("## small", "source=same.txt", "x.json: damaged", "model=other"):
+    for shown in ("\nsmall\n", "source=same.txt", "x.json: damaged", "model=other"):
         assert shown in said
 
 
@@ -233,39 +239,35 @@ def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path:
     experiments = [made(model=f"/m/{plain}", perplexity__texts__embedded__source=f"/t/{plain}.txt") for _ in range(2)]
     for number, one in enumerate(experiments):
         one.name = f"{number}{HOSTILE}"
-    unfinished = [(HOSTILE, f"queued (sparsity={HOSTILE})")]
-    content, output = page(experiments, [*unfinished, (HOSTILE, "no results")]), tmp_path / "report.html"
-    write(output, HOSTILE, content)
-    tokens = MarkdownIt("commonmark").enable("table").parse("\n\n".join(x for x in content if isinstance(x, str)))
-    flat = [inner for token in tokens for inner in [token, *(token.children or [])]]
-    assert not [token.content for token in flat if token.type in ("html_inline", "html_block", "em_open", "link_open")]
-    shown = ["".join(inner.content for inner in token.children or []) for token in tokens if token.type == "inline"]
+    unfinished = [(HOSTILE, f"queued (sparsity={HOSTILE})"), (HOSTILE, "no results")]
+    source = page(HOSTILE, experiments, unfinished)
+    assert "<script" not in source
+    assert f"<title>{html.escape(HOSTILE)}</title>" in source.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
     for expected in (f"wanda 50 % [1{HOSTILE}]", f"{HOSTILE}: no results"):
-        assert expected in shown
-    page_text = output.read_text(encoding="utf-8")
-    assert "<script" not in page_text
-    assert f"<title>{html.escape(HOSTILE)}</title>" in page_text
-    assert html.escape(f"wanda 50 % [1{HOSTILE}]") in page_text
+        assert expected in text_of(source)
 
 
-def test_another_programs_page_stays(tmp_path: Path):
+def test_another_programs_page_stays(made: Callable[..., Experiment], tmp_path: Path, monkeypatch: Patch):
+    experiments, study = [made()], Study(tmp_path / "e0")
+    monkeypatch.setattr("wanda_dvc.results.report.collect", lambda **_: (experiments, []))
     output = tmp_path / "report.html"
-    write(output, "study", ["first"])
-    write(output, "study", ["second"])
+    report(study=study, output=output)
     before = output.read_bytes()
+    report(study=study, output=output)
+    assert output.read_bytes() == before  # equal results, equal bytes
     output.write_text("mine")
     with pytest.raises(UserError, match="report.html: `wanda-dvc report` did not write it; move it"):
-        write(output, "study", [])
+        report(study=study, output=output)
     assert output.read_text() == "mine"
     output.unlink()
     (tmp_path / "another").write_bytes(before)
     output.symlink_to(tmp_path / "another")
     with pytest.raises(UserError, match="report.html: `wanda-dvc report` did not write it"):
-        write(output, "study", [])
+        report(study=study, output=output)
 
 
-def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: Path):
-    """Two methods at two sparsities, one of them diverged; the HTML page says the same and stands on its own."""
+def test_the_page_is_the_golden_one(made: Callable[..., Experiment]):
+    """Two methods at two sparsities, one of them diverged; the page stands on its own."""
     experiments = [
         made("wanda", 0.5, 2.5, 20, layer_error=0.05),
         made("magnitude-rows", 0.5, 3.5, 4, layer_error=0.09),
@@ -273,18 +275,9 @@ def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: P
         made("wanda", 0.7, 3.0, 23),
     ]
     experiments[0].also.append("main")
-    unfinished = [("waiting", "queued (sparsity=0.3)")]
-    parts = page(experiments, [*unfinished, ("lost", "no results")])
-    output = tmp_path / "report.html"
-    write(output, "Pruning study: study", parts)
-    markdown = markdown_of(parts) + "\n"
-    found = re.sub(r"wanda-dvc \d[^ ]*\.", "wanda-dvc VERSION.", markdown)
-    assert found == GOLDEN.read_text(encoding="utf-8")
-    text = output.read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(?!data:image/svg)', text)
-    assert "<script" not in text
-    assert markdown.count("![") == text.count("<img") == 2
-    words = re.compile(r"\w[\w,.]*\w|\w")
-    plain = re.sub(r"!\[.*?\]\(.*?\)", "", markdown).replace("\\", "")
-    body = html.unescape(re.sub(r"<[^>]*>", " ", text.partition("<body>")[2]))
-    assert set(words.findall(plain + "Pruning study: Written by wanda-dvc report.")) == set(words.findall(body))
+    source = page("Pruning study: study", experiments, [("waiting", "queued (sparsity=0.3)"), ("lost", "no results")])
+    text = re.sub(r"wanda-dvc \d[^ ]*\.", "wanda-dvc VERSION.", text_of(source)) + "\n"
+    assert text == GOLDEN.read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:image/svg)', source)
+    assert "<script" not in source
+    assert source.count("<img") == 2

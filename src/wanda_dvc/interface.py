@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanda_dvc.commands.reproduce import reproduce
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study import folder
 from wanda_dvc.study.artifact import block_count, locked
 from wanda_dvc.study.files import load_json, write_text

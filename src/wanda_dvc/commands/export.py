@@ -18,12 +18,12 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.card import card
 from wanda_dvc.results.compare import DENSE, side_by_side
-from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
+from wanda_dvc.results.current import other_settings, stale_stages
+from wanda_dvc.results.experiments import Experiment, at, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
-from wanda_dvc.results.show import continuations, notes
+from wanda_dvc.results.show import continuations_table, notes
 from wanda_dvc.stages.apply import describe_pruned, prune
-from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study.artifact import (
     MODEL_COMMANDS,
     PROVENANCE,
@@ -36,6 +36,7 @@ from wanda_dvc.study.artifact import (
 from wanda_dvc.study.dvc import Revision, copy_file
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
+from wanda_dvc.study.lock import LOCK, Lock
 from wanda_dvc.study.protocol import differing
 
 MODEL_CARD = "README.md"
@@ -68,8 +69,8 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
             "recovered": digest(load_json(work.out / PROVENANCE)),
         }
         for model, results in exported.results.items():
-            results.keep_of(digests[model])
-        exported.made.metrics["sparsity"] = metrics
+            results.leave_out_others(digests[model])
+        exported.final.metrics["sparsity"] = metrics
         (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
         lines = [f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"]
         if imatrix:
@@ -89,7 +90,7 @@ def move_model(experiment: Experiment, target: Path) -> None:
     """
     study, recovers = experiment.study, experiment.params.recovery.tokens > 0
     model = study.model("recovered" if recovers else "pruned")
-    content = card(study, experiment.made.metrics["sparsity"], sections(experiment))
+    content = card(study, experiment.final.metrics["sparsity"], sections(experiment))
     check_target(study, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not recovers:
@@ -137,13 +138,14 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
 
 def _check_current(experiment: Experiment, what: str) -> None:
     """Raise UserError if the masks or the recovered model are not those of the experiment's settings."""
-    stale = [name for name in Lock.read(experiment.study.root).stale() if name.startswith(("calibrate", "mask"))]
+    lock = Lock.read(experiment.study.root)
+    stale = [name for name in stale_stages(lock, lock.settings) if name.startswith(("calibrate", "mask"))]
     if "mask" in stale:  # no settings describe these masks
         raise UserError(
             f"{what}: dvc.lock: the inputs of {', '.join(stale)} changed after the run, expected masks of the current "
             "model and statistics; run `dvc repro`"
         )
-    problems = made_with_others(experiment)
+    problems = other_settings(experiment.study)
     if problems:
         raise UserError(f"{what}: {problems[0].removesuffix('.')}")
 
@@ -157,7 +159,7 @@ def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
         write_provenance(out, provenance)
         return metrics
     recovered = study.model("recovered")
-    metrics = experiment.made.metrics.get("sparsity", {})
+    metrics = experiment.final.metrics.get("sparsity", {})
     if read_provenance(recovered, MODEL_COMMANDS["recovered"])["pruned"] != digest(provenance) or not metrics:
         raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
     shutil.copytree(recovered, out, copy_function=copy_file, dirs_exist_ok=True)
@@ -205,10 +207,10 @@ def sections(experiment: Experiment) -> dict[str, str]:
         sentences.append(_training_sentence(experiment))
     results = table(*side_by_side(models, base=DENSE))
     by_title = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(sentence)}" for sentence in sentences)}
-    protocol = experiment.made.details("continuations").get("protocol")
+    protocol = experiment.final.details("continuations").get("protocol")
     dense_protocol = experiment.results[DENSE].details("continuations").get("protocol")
     if protocol and dense_protocol and not differing(protocol, dense_protocol):
-        texts = continuations(models, inline)
+        texts = continuations_table(models, inline)
         if texts:
             by_title["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]

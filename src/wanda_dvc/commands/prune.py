@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
 from wanda_dvc.commands.export import move_model
+from wanda_dvc.commands.reproduce import reproduce
 from wanda_dvc.commands.request import FALLBACK, PruneRequest, check_settings
 from wanda_dvc.commands.target import check_target
 from wanda_dvc.engine.checkpoint import positions_of, read_config
@@ -25,7 +26,6 @@ from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
-from wanda_dvc.stages.runs import reproduce
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study

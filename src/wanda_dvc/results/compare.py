@@ -1,6 +1,6 @@
-"""Compares the results of models: who may be compared, and the paired tests of those that may.
+"""Compare the results of models: which values may be compared, and their paired tests.
 
-One function on protocols, `study.provenance.differing`, says whether values may be compared: the same windows or items,
+One function on protocols, `study.protocol.differing`, says whether values may be compared: the same windows or items,
 dtype, prompts, and versions of the libraries that computed them.
 """
 
@@ -13,77 +13,88 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
-MISSING = "missing details"  # a reason: whether the protocols differ is not known
+MISSING = "missing details"  # in place of a key: whether the protocols differ is not known
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
-def _both(first: Results, second: Results) -> list[Column]:
+def _tested(results: Results, base: Results) -> list[Column]:
     """Return the measures with a paired test that both models have, on each text or task."""
-    tested = [measure for measure in MEASURES if measure.test]
-    return [(one, on) for one in tested for on in one.where(first) if on in one.where(second)]
+    columns = []
+    for measure in MEASURES:
+        if measure.test:
+            columns += [(measure, on) for on in measure.where(results) if on in measure.where(base)]
+    return columns
 
 
-def reason(measure: Measure, first: Results, second: Results, on: str) -> str | None:
+def why_not_comparable(measure: Measure, results: Results, base: Results, on: str) -> str | None:
     """Return why two models' values may not be compared: the first key that differs; None if they may."""
-    protocols, others = measure.protocols(first, on), measure.protocols(second, on)
-    if protocols.keys() != others.keys():
+    protocols, base_protocols = measure.protocols(results, on), measure.protocols(base, on)
+    if protocols.keys() != base_protocols.keys():
         return "tasks"
     for name, protocol in protocols.items():
-        other = others[name]
-        if protocol is None or other is None:
+        base_protocol = base_protocols[name]
+        if protocol is None or base_protocol is None:
             return MISSING
-        if key := differing(protocol, other):
+        key = differing(protocol, base_protocol)
+        if key:
             return key
     return None
 
 
 def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
-    """Return the paired tests of each pair's first model against its second, with p-values adjusted for all tests."""
-    found: list[Tests] = []
-    for first, second in pairs:
-        tests: Tests = {}
-        for measure, on in _both(first, second):
-            alike = not reason(measure, first, second, on)
-            if measure.test and alike and (test := measure.test.run(first, second, on)):
-                tests[measure.name, on] = test
-        found.append(tests)
-    known = [(tests, key) for tests in found for key, test in tests.items() if not math.isnan(test.p)]
+    """Return the paired tests of each pair's model against its base, with p-values adjusted for all tests."""
+    all_tests = [_tests(results, base) for results, base in pairs]
+    known = [(tests, key) for tests in all_tests for key, test in tests.items() if not math.isnan(test.p)]
     for (tests, key), p in zip(known, holm([tests[key].p for tests, key in known]), strict=True):
         tests[key] = tests[key]._replace(p=p)
-    return found
+    return all_tests
 
 
-def apart(first: Results, second: Results) -> dict[str, str]:
+def _tests(results: Results, base: Results) -> Tests:
+    tests: Tests = {}
+    for measure, on in _tested(results, base):
+        if measure.test is None or why_not_comparable(measure, results, base, on):
+            continue
+        test = measure.test.run(results, base, on)
+        if test:
+            tests[measure.name, on] = test
+    return tests
+
+
+def not_comparable(results: Results, base: Results) -> dict[str, str]:
     """Return the values of two models that may not be compared: the measure, and the key that differs."""
-    locked = len(first.texts) == 1
-    reasons = {one.heading(on, locked=locked): reason(one, first, second, on) for one, on in _both(first, second)}
-    return {name: key for name, key in reasons.items() if key}
+    one_text = len(results.texts) == 1
+    keys = {}
+    for measure, on in _tested(results, base):
+        key = why_not_comparable(measure, results, base, on)
+        if key:
+            keys[measure.heading(on, one_text=one_text)] = key
+    return keys
 
 
-def against(models: Mapping[str, Results], base: str) -> dict[str, Tests]:
+def tests_against(models: Mapping[str, Results], base: str) -> dict[str, Tests]:
     """Return the paired tests of each model but the dense one against `base`."""
-    others = [name for name in models if name not in (base, DENSE)]
-    return dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
+    names = [name for name in models if name not in (base, DENSE)]
+    return dict(zip(names, compare([(models[name], models[base]) for name in names]), strict=True))
 
 
 def records(models: Mapping[str, Results], *, base: str) -> Json:
     """Return by model its measures, and its paired tests against `base`."""
-    tests = against(models, base)
-    return {
-        name: {
-            "results": figures(one),
-            "tests": [{"measure": key, "on": on, **test.record} for (key, on), test in tests.get(name, {}).items()],
-        }
-        for name, one in models.items()
-    }
+    tests_of = tests_against(models, base)
+    content: Json = {}
+    for name, results in models.items():
+        tests = tests_of.get(name, {}).items()
+        listed = [{"measure": measure, "on": on, **test.record} for (measure, on), test in tests]
+        content[name] = {"results": figures(results), "tests": listed}
+    return content
 
 
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:
     """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
-    locked = len({text for one in models for text in one.texts}) <= 1
+    one_text = len({text for results in models for text in results.texts}) <= 1
     shown = [measure for measure in MEASURES if measure.brief or not brief]
-    return {measure.heading(on, locked=locked): (measure, on) for measure in shown for on in measure.where(*models)}
+    return {measure.heading(on, one_text=one_text): (measure, on) for measure in shown for on in measure.where(*models)}
 
 
 def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = True) -> list[str]:
@@ -96,11 +107,12 @@ def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str]
 
     A last column for each model but `base` and the dense one has its paired tests against `base`, if there are any.
     """
-    tests = {name: found for name, found in against(models, base).items() if found}
+    tests_of = {name: tests for name, tests in tests_against(models, base).items() if tests}
     rows = []
     for heading, (measure, on) in headings(list(models.values()), brief=False).items():
-        values = [measure.text(measure.read(one, on)) for one in models.values()]
-        known = measure.read(models[base], on) is not None  # the dense model has no divergence from itself
-        tested = (measure.test_text(one.get((measure.name, on))) if known else "" for one in tests.values())
-        rows.append([heading, *values, *tested])
-    return ["", *models, *(f"{name} against {base}" for name in tests)], rows
+        values = [measure.text(measure.read(results, on)) for results in models.values()]
+        tests = [measure.test_text(tests.get((measure.name, on))) for tests in tests_of.values()]
+        if measure.read(models[base], on) is None:  # the dense model has no divergence from itself
+            tests = [""] * len(tests)
+        rows.append([heading, *values, *tests])
+    return ["", *models, *(f"{name} against {base}" for name in tests_of)], rows

@@ -6,7 +6,6 @@ perplexity is somewhat too narrow. A paired ratio is less affected, because both
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ from wanda_dvc.reading import DIVERGED
 
 LEVEL = 0.95
 ALPHA = 0.05  # p-values below it are beyond noise
-NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 class Estimate(NamedTuple):
@@ -36,45 +34,50 @@ class Estimate(NamedTuple):
         return self._replace(low=max(self.low, low), high=min(self.high, high))
 
 
-def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+def perplexity_interval(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
     """Return exp(mean loss over windows, weighted by their predictions), with a t interval on the mean.
 
     `losses` are windows' means in nats. None if one is not finite, for fewer than two, or if all are equal and not 0.
     """
-    found = ratio(losses, [0.0] * len(losses), predictions)
-    return found and found.within(1, math.inf)
+    interval = ratio(losses, [0.0] * len(losses), predictions)
+    return interval and interval.within(1, math.inf)
 
 
-def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """Return the first model's perplexity over the second's on the same windows. None as for `perplexity`."""
-    if (found := mean_difference(losses, others, predictions)) is None:
+def ratio(losses: Sequence[float], base_losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return a model's perplexity over a base's on the same windows. None as for `perplexity_interval`."""
+    difference = mean_difference(losses, base_losses, predictions)
+    if difference is None:
         return None
-    value, low, high = (math.inf if x >= 709 else math.exp(x) for x in found[:3])  # the largest float is exp(709.8)
-    return Estimate(value, low, high, found.p)
+    return Estimate(_exp(difference.value), _exp(difference.low), _exp(difference.high), difference.p)
 
 
-def mean_difference(values: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """Return the first model's mean minus the second's on the same windows: t interval and test of paired means.
+def _exp(x: float) -> float:
+    return math.inf if x >= 709 else math.exp(x)  # the largest float is exp(709.8)
 
-    `values` and `others` are windows' means over their predictions. None as for `perplexity`.
+
+def mean_difference(values: Sequence[float], base: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
+    """Return a model's mean minus a base's on the same windows: t interval and test of paired means.
+
+    `values` and `base` are windows' means over their predictions, which weight them: scipy's tests have no weights.
+    Equal weights give Student's test for pairs. None as for `perplexity_interval`.
     """
-    differences, share = np.subtract(values, others), np.divide(predictions, sum(predictions))
+    differences, weights = np.subtract(values, base), np.divide(predictions, sum(predictions))
     if len(differences) < 2 or not np.isfinite(differences).all():
         return None
-    mean = float(share @ differences)
-    variance = float(share**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
+    mean = float(weights @ differences)
+    variance = float(weights**2 @ (differences - mean) ** 2) * len(differences) / (len(differences) - 1)
     if variance <= (1e-9 * mean) ** 2:  # apart from rounding, all are equal
         return None if mean else Estimate(mean, p=1.0)
     return _student(mean, math.sqrt(variance), len(differences) - 1)
 
 
-def accuracy(right: Sequence[bool]) -> Estimate:
+def accuracy_interval(right: Sequence[bool]) -> Estimate:
     """Return the fraction of correct answers, with Wilson's interval (Wilson 1927)."""
-    count, share = len(right), sum(right) / len(right)
-    spread = NORMAL**2 / count
-    middle = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return Estimate(share, (middle - half) / (1 + spread), (middle + half) / (1 + spread)).within(0, 1)
+    from scipy.stats import binomtest
+
+    count = sum(right)
+    interval = binomtest(count, len(right)).proportion_ci(LEVEL, method="wilson")
+    return Estimate(count / len(right), float(interval.low), float(interval.high)).within(0, 1)
 
 
 def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | None:
@@ -89,23 +92,21 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | No
     if any(len(task) < 2 for task in tasks):
         return None
     value = float(np.mean([np.mean(task) for task in tasks]))
-    parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
-    if not (variance := float(sum(parts))):
+    variances = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
+    variance = sum(variances)
+    if not variance:
         return Estimate(value, p=1.0) if value == 0 else None
-    freedom: float = variance**2 / sum(part**2 / (len(task) - 1) for part, task in zip(parts, tasks, strict=True))
-    return _student(value, math.sqrt(variance), freedom).within(least, 1)
+    terms = [of_task**2 / (len(task) - 1) for of_task, task in zip(variances, tasks, strict=True)]
+    return _student(value, math.sqrt(variance), variance**2 / sum(terms)).within(least, 1)
 
 
-def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> float:
-    """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins.
+def mcnemar(right: Sequence[bool], base: Sequence[bool]) -> float:
+    """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins."""
+    from scipy.stats import binomtest
 
-    It is two-sided: twice the probability of at least as uneven outcomes.
-    """
-    from scipy.special import bdtr
-
-    first = sum(a and not b for a, b in zip(right, others, strict=True))
-    second = sum(b and not a for a, b in zip(right, others, strict=True))
-    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
+    pairs = list(zip(right, base, strict=True))
+    first, second = pairs.count((True, False)), pairs.count((False, True))
+    return float(binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -119,7 +120,8 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _student(value: float, error: float, freedom: float) -> Estimate:
-    from scipy.special import stdtr, stdtrit
+    """Return Student's t interval of a value with a standard error, and the p-value of 0."""
+    from scipy.stats import t
 
-    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
-    return Estimate(value, value - half, value + half, float(2 * stdtr(freedom, -abs(value) / error)))
+    low, high = t.interval(LEVEL, freedom, value, error)
+    return Estimate(value, float(low), float(high), float(2 * t.sf(abs(value) / error, freedom)))

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
+from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.runs import LOCK, Lock
 from wanda_dvc.study import dvc
-from wanda_dvc.study.files import Json, finite, json_text
+from wanda_dvc.study.files import Json, json_number, json_text
 from wanda_dvc.study.folder import Study
+from wanda_dvc.study.lock import LOCK, Lock
 
 WORKSPACE = "workspace"
 MEASURED_BY = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")  # settings of measurements
@@ -42,111 +43,151 @@ class State(NamedTuple):
     results: Mapping[str, Results] = {}  # by model, without details
 
     @property
-    def made(self) -> Results:
-        """The results of the model that the settings make: recovered, or pruned."""
-        return self.results["recovered" if self.settings.get("recovery.tokens") else "pruned"]
+    def final(self) -> Results:
+        """The results of the model that the settings lead to: recovered, or pruned."""
+        model = "recovered" if self.settings.get("recovery.tokens") else "pruned"
+        return self.results.get(model) or Results({})
 
 
 def list_states(study: Study) -> list[State]:
     """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
 
-    UserError without a repository, or if DVC cannot list it.
+    UserError without a repository, or if DVC cannot list it, or for a damaged dvc.lock.
     """
-    found: list[State] = []
-    with dvc.repository(study.root) as repo:
-        below, listed = dvc.below(study.root, repo.root_dir), dvc.states(study.root, repo)
-
-        def add(name: str, kind: str, state: Any, base: Any, running: str = SUCCESS) -> None:
-            settings, before = _settings(state, below), _settings(base, below)
-            changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
-            known = state.data and running == SUCCESS  # else they are the base commit's
-            own, others = _measured(study, repo, state.rev, settings, state.data.metrics if known else {}, below)
-            found.append(State(name, state.rev, kind, running, settings, changes, others, own))
-
-        for place, state in enumerate(listed):
-            if state.rev == WORKSPACE:  # DVC lists it before its base commit
-                add(WORKSPACE, WORKSPACE, state, listed[min(place + 1, len(listed) - 1)])
-                continue
-            if state.name or state.experiments:  # results of a branch's older commits are not current
-                add(state.name or state.rev[:7], "branch" if state.name else "commit", state, state)
-            for experiment in state.experiments or []:
-                last = experiment.revs[0]
-                running = (experiment.executor.state if experiment.executor else None) or SUCCESS
-                if running == SUCCESS and last.data is None:
-                    running = f"unreadable: {last.error.msg}"
-                add(experiment.name or last.name or last.rev[:7], "experiment", last, state, running)
-    done = {one.rev for one in found if one.state == SUCCESS}
-    return [one for one in found if one.state == SUCCESS or one.rev not in done]
+    lock = Lock.read(study.root)
+    revisions = dvc.list_revisions(study.root)
+    around, _ = dvc.repository_roots(study.root)
+    prefix = dvc.prefix_of(study.root, around)  # of the study's files in DVC's records
+    states: list[State] = []
+    for place, record in enumerate(revisions):
+        if record["rev"] == WORKSPACE:  # DVC lists it before its base commit
+            base = revisions[min(place + 1, len(revisions) - 1)]
+            states.append(_state(study, prefix, WORKSPACE, WORKSPACE, record, base, lock=lock))
+            continue
+        name, commit = record.get("name"), record["rev"]
+        if name or record.get("experiments"):  # results of a branch's older commits are not current
+            kind = "branch" if name else "commit"
+            states.append(_state(study, prefix, name or commit[:7], kind, record, record))
+        for experiment in record.get("experiments") or []:
+            last = experiment["revs"][0]
+            name = experiment.get("name") or last.get("name") or last["rev"][:7]
+            running = (experiment.get("executor") or {}).get("state") or SUCCESS
+            states.append(_state(study, prefix, name, "experiment", last, record, running=running))
+    finished = {state.rev for state in states if state.state == SUCCESS}
+    return [state for state in states if state.state == SUCCESS or state.rev not in finished]
 
 
-def _settings(state: Any, below: str) -> dict[str, Any]:
-    """Return the settings of a study in a folder of the repository, such as `studies/a/`, or in its root."""
-    files = state.data.params if state.data else {}
-    return dict(flatten(files.get(f"{below}params.yaml", {}).get("data") or {}))
-
-
-def _measured(
-    study: Study, repo: Any, rev: str, settings: Json, files: Mapping[str, Any], below: str
-) -> tuple[dict[str, Results], bool]:
-    """Return by model the results in files of metrics that have these settings, and whether other results are there."""
-    every = {path.removeprefix(below): one.get("data") or {} for path, one in files.items() if path.startswith(below)}
-    outs = set[str]()
-    if every:
-        runs, here = Lock({}), rev == WORKSPACE
-        with contextlib.suppress(UserError, FileNotFoundError):  # a commit may have a lock with conflicts, or none
-            runs = Lock.read(study.root) if here else Lock.parse(dvc.text_at(study.root, repo, rev, LOCK))
-        outs = set(runs.outs(runs.stages.keys() - runs.stale(settings)))
-        if here:  # a stage run by hand, or `git checkout`, leaves other files there
-            outs -= runs.others(study.root)
-    own = {path: content for path, content in every.items() if path in outs}
-    found = {model: Results({}) for model in MODELS}
-    for path, content in own.items():
+def _state(
+    study: Study,
+    prefix: str,
+    name: str,
+    kind: str,
+    record: Json,
+    base: Json,
+    *,
+    running: str = SUCCESS,
+    lock: Lock | None = None,
+) -> State:
+    """Return a state from DVC's records of it and of its base commit; `lock` is the workspace's dvc.lock."""
+    if running == SUCCESS and not record.get("data"):
+        running = f"unreadable: {(record.get('error') or {}).get('msg')}"
+    settings, before = _settings(record, prefix), _settings(base, prefix)
+    changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
+    state = State(name, record["rev"], kind, running, settings, changes)
+    if running != SUCCESS:
+        return state  # DVC has its base commit's results
+    files = _files(record, "metrics", prefix)
+    if not files:
+        return state
+    current = _current(study, lock or _lock_at(study, record["rev"]), settings, is_workspace=lock is not None)
+    results = {model: Results({}) for model in MODELS}
+    for path, content in files.items():
         model, _, name = path.removeprefix("metrics/").partition("/")
-        if content and model in found:
-            found[model].metrics[name.removesuffix(".json")] = content
-    return found, len(own) < len(every)
+        if content and path in current and model in results:
+            results[model].metrics[name.removesuffix(".json")] = content
+    return state._replace(stale=not files.keys() <= current, results=results)
+
+
+def _files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
+    """Return the content of a study's files of `metrics` or `params` in a record, by path below the study."""
+    files = (record.get("data") or {}).get(kind, {})
+    return {
+        path.removeprefix(prefix): file.get("data") or {} for path, file in files.items() if path.startswith(prefix)
+    }
+
+
+def _settings(record: Json, prefix: str) -> dict[str, Any]:
+    return dict(flatten(_files(record, "params", prefix).get("params.yaml", {})))
+
+
+def _lock_at(study: Study, rev: str) -> Lock:
+    """Return the lock in a commit; an empty one if it is missing, or has conflicts."""
+    with contextlib.suppress(UserError):
+        return Lock.parse(dvc.text_at(study.root, rev, LOCK) or "")
+    return Lock({})
+
+
+def _current(study: Study, lock: Lock, settings: Mapping[str, Any], *, is_workspace: bool) -> set[str]:
+    """Return the files of results that are current with these settings, by path."""
+    stale = stale_stages(lock, settings)
+    current = {path for path, stage in lock.writers.items() if stage not in stale}
+    return current - changed_files(lock, study.root) if is_workspace else current
 
 
 def experiments(*, study: Study, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     states = list_states(study)
     if as_json:
-        records = [{key: finite(x) if isinstance(x, float) else x for key, x in one.items()} for one in results(states)]
-        return json_text(records)
-    columns = headings([one.made for one in states])
+        return json_text([{key: _json_value(value) for key, value in record.items()} for record in results(states)])
+    columns = headings([state.final for state in states])
     rows = []
-    for one in states:
-        change = one_line(", ".join(f"{key}={value}" for key, value in one.changes.items()))
-        state = one_line(one.state) if one.kind == "experiment" else one.kind
-        rows.append([one.name, state, change, *cells(one.made, columns, interval=False)])
-    found = table(["experiment", "state", "change", *columns], rows)
+    for state in states:
+        change = one_line(", ".join(f"{key}={value}" for key, value in state.changes.items()))
+        progress = one_line(state.state) if state.kind == "experiment" else state.kind
+        rows.append([state.name, progress, change, *cells(state.final, columns, interval=False)])
+    text = table(["experiment", "state", "change", *columns], rows)
+    different = _different_measurements(states)
+    if different:
+        text += f"\n\nNot all comparable: {shortened(different)} differ. "
+        text += "`wanda-dvc show NAME NAME` tests only equal ones."
+    stale = [state.name for state in states if state.stale]
+    if stale:
+        text += f"\n\nSome stages have not run on the current settings: {shortened(stale, 10)}."
+    return text
+
+
+def _json_value(value: Any) -> Any:
+    return json_number(value) if isinstance(value, float) else value
+
+
+def _different_measurements(states: Sequence[State]) -> list[str]:
+    """Return the settings of measurements that differ between states with results."""
     values: dict[str, set[str]] = {}
-    for one in (one for one in states if one.made.metrics):
-        every = one.settings
+    for state in states:
+        if not state.final.metrics:
+            continue
+        settings = state.settings
         with contextlib.suppress(UserError):  # of another version; else with defaults
-            every = resolved(check_params(nested(every)))
-        for key in (key for key in every if key.startswith(MEASURED_BY)):
-            values.setdefault(key, set()).add(repr(every[key]))
-    if different := [key for key, own in values.items() if len(own) > 1]:
-        found += f"\n\nNot all comparable: {shortened(different, 3)} differ. `wanda-dvc show NAME NAME` tests only equal ones."
-    if stale := [one.name for one in states if one.stale]:
-        found += f"\n\nSome stages have not run on the current settings: {shortened(stale, 10)}."
-    return found
+            settings = resolved(check_params(nested(settings)))
+        for key, value in settings.items():
+            if key.startswith(MEASURED_BY):
+                values.setdefault(key, set()).add(repr(value))
+    return [key for key, different in values.items() if len(different) > 1]
 
 
 def results(states: Sequence[State]) -> list[dict[str, Any]]:
     """Return every state as a flat record with equal keys; None for values of other states."""
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for state in states:
         commit = None if state.rev == WORKSPACE else state.rev
         record = {"experiment": state.name, "commit": commit, "state": state.state, **state.settings}
-        for model, one in state.results.items():
+        for model, measured in state.results.items():
             for measure in MEASURES:
                 diverged = math.inf if measure.name.startswith(("perplexity", "divergence")) else math.nan
-                for on in measure.where(one):
-                    value = measure.read(one, on)
-                    name = ".".join(word for word in (model, measure.name, on) if word)
+                for on in measure.where(measured):
+                    value = measure.read(measured, on)
+                    name = ".".join(part for part in (model, measure.name, on) if part)
                     record[name] = value.value if isinstance(value, Estimate) else diverged
-        found.append(record)
-    keys = dict.fromkeys(key for record in found for key in record)
-    return [dict.fromkeys(keys) | record for record in found]
+        records.append(record)
+    keys = dict.fromkeys(key for record in records for key in record)
+    return [dict.fromkeys(keys) | record for record in records]

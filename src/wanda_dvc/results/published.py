@@ -1,6 +1,6 @@
 """Published rows, and the comparison of experiments with published rows of the same protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,11 +15,10 @@ from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import DASH
-from wanda_dvc.results.measures import Value, accuracy, perplexity
+from wanda_dvc.results.measures import Value, read_accuracy, read_perplexity
 
-OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
-PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # default of a pruned row
-HEADERS = ["", "source", "measure", "published", "here", "here / published"]
+OF_STATISTICS = ("calibration.", "propagation")  # settings that do not count for methods without statistics
+UNLESS_NAMED = {"reconstruction": "none", "allocation": "uniform"}  # of a pruned row
 
 
 @dataclass(frozen=True)
@@ -40,49 +39,63 @@ class PublishedTable:
         pruning settings do not count.
         """
         wanted = self.perplexity if measure == "perplexity" else self.zero_shot
-        name = settings["model"].partition("@")[0]
-        known = [Path(model).name for model in self.models]
-        if wanted is None or not (name in self.models or (Path(name).is_absolute() and Path(name).name in known)):
+        model = settings["model"].partition("@")[0]
+        folders = [Path(name).name for name in self.models]
+        is_model = model in self.models or (Path(model).is_absolute() and Path(model).name in folders)
+        if wanted is None or not is_model:
             return False
         if row["method"] != DENSE:
-            own = {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
-            pruning = PLAIN | self.pruning | own
+            pruning = UNLESS_NAMED | self.pruning
+            pruning |= {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
             if methods()[row["method"]].needs == "weights":
-                pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
+                pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_STATISTICS)}
             wanted = wanted | pruning
         return all(settings[key] in (value if isinstance(value, list) else [value]) for key, value in wanted.items())
 
 
 @cache
-def sources() -> list[PublishedTable]:
+def published_tables() -> list[PublishedTable]:
     """Return all published rows."""
     text = (files("wanda_dvc.results") / "published.yaml").read_text(encoding="utf-8")
     return [PublishedTable(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
-def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
-    """Return a row below `HEADERS` for each published figure of an experiment's protocol, next to its own figure."""
-    found: dict[tuple[str, ...], None] = {}  # several experiments have one dense model
-    for source in sources():
-        for row in source.rows:
-            for name, one in experiments.items():
-                untrained = f"{name}, before the training" if one.params.recovery.tokens else name
-                model, named = (DENSE, DENSE) if row["method"] == DENSE else ("pruned", untrained)
-                results = one.results[model]
-                measured = [(task, accuracy(results, task), Settings()) for task in results.tasks]
-                for text in results.texts:
-                    filled = one.params.perplexity.texts[text].filled
-                    own = {f"perplexity.text.{key}": value for key, value in filled.items()}
-                    measured.append(("perplexity", perplexity(results, text), own))
-                for measure, value, settings in measured:
-                    if measure in row and source.has_protocol(one.settings | settings, measure, row):
-                        found[named, source.source, measure, *_figures(measure, row[measure], value)] = None
-    return [list(cells) for cells in found]
+def _all_rows() -> list[tuple[PublishedTable, dict[str, Any]]]:
+    return [(table, row) for table in published_tables() for row in table.rows]
 
 
-def _figures(measure: str, published: float | str, own: Value) -> tuple[str, str, str]:
+def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
+    """Return for each published figure of an experiment's protocol: model, source, measure, theirs, ours, ratio."""
+    rows: list[list[str]] = []
+    for table, published in _all_rows():
+        for name, experiment in experiments.items():
+            model, title = "pruned", name
+            if published["method"] == DENSE:
+                model = title = DENSE
+            elif experiment.params.recovery.tokens:
+                title = f"{name}, before the training"
+            for measure, value, settings in _measured(experiment, model):
+                if measure in published and table.has_protocol(settings, measure, published):
+                    row = [title, table.source, measure, *_figures(measure, published[measure], value)]
+                    if row not in rows:  # several experiments have one dense model
+                        rows.append(row)
+    return rows
+
+
+def _measured(experiment: Experiment, model: str) -> Iterator[tuple[str, Value, Settings]]:
+    """Yield the task or `perplexity`, its value, and the settings, of all results of a model."""
+    results = experiment.results[model]
+    for task in results.tasks:
+        yield task, read_accuracy(results, task), experiment.settings
+    for text in results.texts:
+        filled = experiment.params.perplexity.texts[text].filled
+        of_text = {f"perplexity.text.{key}": value for key, value in filled.items()}
+        yield "perplexity", read_perplexity(results, text), experiment.settings | of_text
+
+
+def _figures(measure: str, published: float | str, value: Value) -> tuple[str, str, str]:
     """Format a published figure, ours and their ratio; accuracies in percent."""
-    if not isinstance(own, Estimate):
-        return f"{published}", own or DASH, DASH
-    value = own.value if measure == "perplexity" else 100 * own.value
-    return f"{published}", f"{value:.4g}", DASH if isinstance(published, str) else f"{value / published:.3f}"
+    if not isinstance(value, Estimate):
+        return f"{published}", value or DASH, DASH
+    ours = value.value if measure == "perplexity" else 100 * value.value
+    return f"{published}", f"{ours:.4g}", DASH if isinstance(published, str) else f"{ours / published:.3f}"

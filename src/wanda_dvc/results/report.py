@@ -1,131 +1,242 @@
-"""`wanda-dvc report`: the experiments of a repository as one page of tables and pictures.
+"""`wanda-dvc report`: the experiments of a repository as one page of tables and charts, by the template report.html.
 
-Experiments whose results may not be compared are in sections of their own. Each chapter is a function of a section.
+Experiments whose results may not be compared are in sections of their own.
 """
 
 import json
 import math
+import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
-from wanda_dvc.results import published
-from wanda_dvc.results.compare import DENSE, MISSING, Column, Tests, apart, cells, compare, headings
+from wanda_dvc.results.chart import chart, svg
+from wanda_dvc.results.compare import DENSE, MISSING, Column, cells, compare, headings, not_comparable
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import MEASURED_BY
-from wanda_dvc.results.markup import DASH, inline, table
-from wanda_dvc.results.measures import LOG, MODEL, TEXT, Measure, Results
-from wanda_dvc.results.pages import Content, curves, write
+from wanda_dvc.results.markup import DASH, one_line
+from wanda_dvc.results.measures import LOG, PER_MODEL, PER_TEXT, Measure, Results
+from wanda_dvc.results.published import published_rows
 from wanda_dvc.results.show import notes, recipe
 from wanda_dvc.stages import check_outside
+from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.folder import Study
 
+SIGN = "Written by wanda-dvc report"  # in each page
 # The settings of pruning in a row's name; they also determine the required statistics.
 OF_PRUNING = (*CHOICES, "sparsity", "pattern", "calibration.statistics")
-# The captions of the tables, by what a measure is measured on; `OF_TASKS` of a task, and of all.
-CAPTIONS = {TEXT: "On {}; intervals over windows (t).", MODEL: "The pruned weights."}
-OF_TASKS = "Accuracies over items, in percent; the mean counts tasks equally."
+PAIRED = (
+    "On the same windows and items: ratio of perplexities, differences of the other measures. p-values are adjusted "
+    "for the {} tests of this section; intervals are not. Windows of one text count as independent, so intervals of "
+    "single perplexities are slightly too narrow. A test covers these items, this text and one calibration; another "
+    "seed is another experiment."
+)
 FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
 
 
 def report(*, study: Study, output: Path, revs: list[str] | None = None) -> str:
-    """Write `output`, a self-contained HTML page; return a message with its path."""
+    """Write `output`, a self-contained HTML page; return a message with its path.
+
+    UserError without any results, or if another program's file is in its place.
+    """
     output = check_outside(study, output.parent) / output.name  # before minutes of reading
+    is_file = output.is_file() and not output.is_symlink()
+    if os.path.lexists(output) and not (is_file and SIGN in output.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"{output}: `wanda-dvc report` did not write it; move it, or choose another --output")
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        found, excluded = collect(study=study, revs=revs or [], work=Path(work))
-        if not found:
-            waiting = "".join(f"\n{name}: {text}" for name, text in excluded)
+        experiments, excluded = collect(study=study, revs=revs or [], work=Path(work))
+        if not experiments:
+            waiting = "".join(f"\n{name}: {reason}" for name, reason in excluded)
             raise UserError(f"{study.root}: no experiment with results{waiting or '; run `dvc repro`'}")
-        write(output, f"Pruning study: {study.root.name}", page(found, excluded))
-    return f"{output}: {len(found)} experiment{'s' * (len(found) != 1)}, {len(excluded)} excluded"
+        write_text(output, page(f"Pruning study: {study.root.name}", experiments, excluded))
+    return f"{output}: {_count(experiments, excluded)}"
 
 
-def page(experiments: list[Experiment], excluded: Excluded) -> Content:
-    """Return the report below its title: every chapter for each section, then the excluded experiments."""
-    sections = group(experiments)
-    count = f"{len(experiments)} experiment{'s' * (len(experiments) != 1)}, {len(excluded)} excluded"
-    parts: Content = [f"{count}; wanda-dvc {__version__}. Intervals in parentheses are at 95 %."]
-    if len(sections) > 1:
-        parts.append(
-            f"The results were measured in {len(sections)} ways. Each has a section of its own; numbers of different "
-            "sections may not be compared."
-        )
-    for section in sections:
-        parts.append(f"## {inline(section.title)}")
-        for heading, chapter in CHAPTERS.items():
-            content = chapter(section)
-            parts += [f"### {heading}", *content] if content else []
-    notes = [(one.name, note) for one in experiments for note in one.notes]
-    said = "\n".join(f"- {inline(name)}: {private(text)}" for name, text in (*excluded, *notes))
-    return [*parts, "## Excluded", said or "Nothing: all experiments have finished, and all results are here."]
+def page(title: str, experiments: Sequence[Experiment], excluded: Excluded) -> str:
+    """Return the page in HTML, byte-identical for equal results."""
+    source = (files("wanda_dvc.results") / "report.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True).from_string(source)
+    reasons = [*excluded, *((experiment.name, note) for experiment in experiments for note in experiment.notes)]
+    return template.render(
+        title=title,
+        count=_count(experiments, excluded),
+        version=__version__,
+        sections=group(experiments),
+        excluded=[f"{name}: {private(reason)}" for name, reason in reasons],
+        sign=SIGN,
+    )
+
+
+def _count(experiments: Sequence[Experiment], excluded: Excluded) -> str:
+    return f"{len(experiments)} experiment{'' if len(experiments) == 1 else 's'}, {len(excluded)} excluded"
+
+
+# --- sections ---
+
+
+@dataclass
+class Table:
+    """A table of a section, with charts of its measures."""
+
+    heading: str  # of the tables from here on; "" continues those above
+    caption: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    charts: list[tuple[str, str]] = field(default_factory=list)  # their titles, and SVG in base64
 
 
 @dataclass(eq=False)
-class Section:
-    """Experiments that may be compared, by their name on the page, and the dense model that they share."""
+class ComparableExperiments:
+    """A section of the page: experiments that may be compared, by name, and the dense model that they share."""
 
     title: str  # the model, and how this section differs from the first one
     experiments: dict[str, Experiment]
 
     @cached_property
     def models(self) -> dict[str, Results]:
-        """The dense model, each text measured by any of the experiments, and the pruned ones, by name."""
-        dense = Results({})
-        for one in self.experiments.values():
-            dense.adopt(one.results[DENSE])
-        pruned = {name: one.made for name, one in self.experiments.items()}
-        return {DENSE: dense} | pruned if dense.metrics else pruned
+        """The dense model, with each text that any of the experiments has, and the pruned models, by name."""
+        metrics, details = Json(), Json()
+        for experiment in self.experiments.values():
+            dense = experiment.results[DENSE]
+            for name in dense.metrics.keys() - metrics.keys():
+                metrics[name], details[name] = dense.metrics[name], dense.details(name)
+        pruned = {name: experiment.final for name, experiment in self.experiments.items()}
+        return {DENSE: Results(dict(sorted(metrics.items())), None, details)} | pruned if metrics else pruned
 
     @cached_property
     def columns(self) -> dict[str, Column]:
         """The measures that any model has, on each of its texts or tasks, by heading."""
         return headings(list(self.models.values()), brief=False)
 
-    @cached_property
-    def tests(self) -> dict[tuple[str, str], Tests]:
-        """The paired tests of each experiment against the dense model, and of recipes against each other."""
+    def protocol(self) -> list[str]:
+        """The texts, tasks, calibration and libraries of all results."""
+        params = {name: experiment.params for name, experiment in self.experiments.items()}
+        sentences = [private(note) for note in notes(params, self.models)]
+        experiments = list(self.experiments.values())
+        if not any(key.startswith("calibration.") for key in varying(experiments)):
+            calibration = [
+                f"{key.removeprefix('calibration.')}={short(value)}"
+                for key, value in experiments[0].settings.items()
+                if key.startswith("calibration.")
+            ]
+            sentences.append(f"Calibration: {', '.join(calibration)}.")
+        libraries: dict[str, str] = {}
+        for results in self.models.values():
+            for name in results.metrics:
+                details = results.details(name)
+                for part in details.get("tasks", {"": details}).values():
+                    libraries |= part.get("protocol", {}).get("libraries", {})
+        if libraries:
+            sentences.append(f"Libraries: {', '.join(f'{name} {version}' for name, version in libraries.items())}.")
+        return [one_line(sentence) for sentence in sentences]
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the results on each text, on the tasks and of the weights, the tests, published figures and origins."""
+        captions: dict[str, dict[str, Column]] = {}
+        for heading, (measure, on) in self.columns.items():
+            caption = "Accuracies over items, in percent; the mean counts tasks equally."
+            if measure.per == PER_TEXT:
+                caption = f"On {on}; intervals over windows (t)."
+            if measure.per == PER_MODEL:
+                caption = "The pruned weights."
+            captions.setdefault(caption, {})[heading] = measure, on
+        for place, (caption, columns) in enumerate(captions.items()):
+            rows = [[name, *cells(results, columns)] for name, results in self.models.items()]
+            rows = [row for row in rows if set(row[1:]) != {DASH}]
+            charts = [
+                (f"{heading} against sparsity", svg(self.chart(measure, on)))
+                for heading, (measure, on) in columns.items()
+                if measure.drawn and self.series(measure, on)
+            ]
+            yield Table("" if place else "Results", caption, ["", *columns], rows, charts)
+        yield from self.tests()
+        rows = published_rows(self.experiments)
+        if rows:
+            headers = ["", "source", "measure", "published", "here", "here / published"]
+            yield Table("Published figures", "Of the same protocol; accuracies in percent.", headers, rows)
+        rows = []
+        for name, experiment in self.experiments.items():
+            commit = experiment.commit[:10] if experiment.commit else "not committed"
+            rows.append([name, ", ".join([experiment.name, *experiment.also]), commit])
+        yield Table("Experiments", "The experiment and commit of each row.", ["", "experiment", "commit"], rows)
+
+    def tests(self) -> Iterator[Table]:
+        """Yield the paired tests: of each experiment against the dense model, and of recipes against each other."""
         pairs = [(name, DENSE) for name in self.experiments if DENSE in self.models]
-        for (other, another), (name, one) in combinations(self.experiments.items(), 2):
-            differing = {key for key, value in one.settings.items() if another.settings.get(key) != value}
-            if differing and differing <= set(CHOICES):
-                pairs.append((name, other))
-        found = compare([(self.models[one], self.models[other]) for one, other in pairs])
-        return dict(zip(pairs, found, strict=True))
+        for (base, first), (name, second) in combinations(self.experiments.items(), 2):
+            different = {key for key, value in second.settings.items() if first.settings.get(key) != value}
+            if different and different <= set(CHOICES):
+                pairs.append((name, base))
+        results = compare([(self.models[name], self.models[base]) for name, base in pairs])
+        tested = {key for tests in results for key in tests}
+        columns = {key: column for key, column in self.columns.items() if (column[0].name, column[1]) in tested}
+        if not columns:
+            return
+        rows = []
+        for (name, base), tests in zip(pairs, results, strict=True):
+            values = [measure.test_text(tests.get((measure.name, on))) for measure, on in columns.values()]
+            rows.append([f"{name} against {base}", *values])
+        yield Table("Paired comparisons", PAIRED.format(sum(map(len, results))), ["", *columns], rows)
+
+    def chart(self, measure: Measure, on: str) -> Figure:
+        """Return the chart of a measure against sparsity."""
+        dense = measure.read(self.models[DENSE], on) if DENSE in self.models else None
+        level = dense.value if isinstance(dense, Estimate) else math.nan
+        return chart(self.series(measure, on), measure.title, level=level, log=measure.drawn == LOG)
+
+    def series(self, measure: Measure, on: str) -> dict[str, list[tuple[float, Estimate]]]:
+        """Return the points of each curve of a chart: sparsity and value, NaN for a model that diverged."""
+        experiments = sorted(self.experiments.values(), key=lambda experiment: experiment.settings["sparsity"])
+        curves: dict[str, list[tuple[float, Estimate]]] = {}
+        for experiment in experiments:
+            value = measure.read(experiment.final, on)
+            if value is not None:
+                point = value if isinstance(value, Estimate) else Estimate(math.nan)
+                curves.setdefault(curve(experiment, experiments), []).append((experiment.settings["sparsity"], point))
+        return curves
 
 
-def group(experiments: Sequence[Experiment]) -> list[Section]:
+def group(experiments: Sequence[Experiment]) -> list[ComparableExperiments]:
     """Return the experiments in sections of comparable results; a protocol that is not known matches all."""
     groups: list[list[Experiment]] = []
-    for one in experiments:
-        if matching := [found for found in groups if not any(differing(one, other) for other in found)]:
-            matching[0].append(one)
+    for experiment in experiments:
+        for members in groups:
+            if not any(differences(experiment, member) for member in members):
+                members.append(experiment)
+                break
         else:
-            groups.append([one])
+            groups.append([experiment])
     sections = []
-    for found in groups:
-        title = shown(found[0].params.model)
-        keys = dict.fromkeys(key for one in groups[0] for key in differing(one, found[0]))
-        title += f" (differs in {', '.join(keys)})" if keys else ""
-        sections.append(Section(title, names(found)))
+    for members in groups:
+        keys = dict.fromkeys(key for first in groups[0] for key in differences(first, members[0]))
+        title = short(members[0].params.model) + (f" (differs in {', '.join(keys)})" if keys else "")
+        sections.append(ComparableExperiments(title, names(members)))
     return sections
 
 
-def differing(one: Experiment, other: Experiment) -> list[str]:
+def differences(experiment: Experiment, base: Experiment) -> list[str]:
     """Return what keeps the results of two experiments from being compared; [] if nothing does."""
-    reasons = [*apart(one.results[DENSE], other.results[DENSE]).values(), *apart(one.made, other.made).values()]
+    reasons = [
+        *not_comparable(experiment.results[DENSE], base.results[DENSE]).values(),
+        *not_comparable(experiment.final, base.final).values(),
+    ]
     compared = MEASURED_BY if MISSING in reasons else ("model", "dtype")  # protocols say the rest, if they are here
-    both = [key for key in one.settings if key in other.settings and key.startswith(compared)]
-    found = [key for key in both if one.settings[key] != other.settings[key]] + reasons
-    return [key for key in dict.fromkeys(found) if key != MISSING]
+    keys = [key for key in experiment.settings if key in base.settings and key.startswith(compared)]
+    keys = [key for key in keys if experiment.settings[key] != base.settings[key]]
+    return [key for key in dict.fromkeys([*keys, *reasons]) if key != MISSING]
 
 
 # --- names ---
@@ -133,20 +244,25 @@ def differing(one: Experiment, other: Experiment) -> list[str]:
 
 def names(experiments: Sequence[Experiment]) -> dict[str, Experiment]:
     """Return the experiments by a name: recipe, pattern, sparsity, and the settings in which they differ."""
-    found: dict[str, Experiment] = {}
-    for one in sorted(experiments, key=lambda one: (recipe(one.params), one.params.pattern, one.settings["sparsity"])):
-        name = curve(one, experiments) + ("" if ":" in one.params.pattern else f" {100 * one.settings['sparsity']:g} %")
-        if name in found:
-            name += f" [{one.name}]"
-        found[name if name not in found else f"{name} [{one.commit}]"] = one
-    return found
+    named: dict[str, Experiment] = {}
+    order = sorted(experiments, key=lambda x: (recipe(x.params), x.params.pattern, x.settings["sparsity"]))
+    for experiment in order:
+        name = curve(experiment, experiments)
+        if ":" not in experiment.params.pattern:
+            name += f" {100 * experiment.settings['sparsity']:g} %"
+        if name in named:
+            name += f" [{experiment.name}]"
+        named[name if name not in named else f"{name} [{experiment.commit}]"] = experiment
+    return named
 
 
-def curve(one: Experiment, experiments: Sequence[Experiment]) -> str:
+def curve(experiment: Experiment, experiments: Sequence[Experiment]) -> str:
     """Return the name without the sparsity."""
-    pattern = "" if one.params.pattern == UNSTRUCTURED else f" {one.params.pattern}"
-    others = [f"{key}={shown(one.settings[key])}" for key in varying(experiments)]
-    return recipe(one.params) + pattern + (f" ({', '.join(others)})" if others else "")
+    name, pattern = recipe(experiment.params), experiment.params.pattern
+    if pattern != UNSTRUCTURED:
+        name += f" {pattern}"
+    settings = ", ".join(f"{key}={short(experiment.settings[key])}" for key in varying(experiments))
+    return f"{name} ({settings})" if settings else name
 
 
 def varying(experiments: Sequence[Experiment]) -> list[str]:
@@ -154,13 +270,16 @@ def varying(experiments: Sequence[Experiment]) -> list[str]:
 
     A training is among them even if all experiments have it.
     """
-    every = [one.settings for one in experiments]
-    keys = [key for key in every[0] if not key.startswith(MEASURED_BY) and key not in OF_PRUNING]
-    trained = "recovery.tokens" if every[0].get("recovery.tokens") else ""
-    return [key for key in keys if key == trained or len({repr(one.get(key)) for one in every}) > 1]
+    keys = []
+    for key, first in experiments[0].settings.items():
+        values = {repr(experiment.settings.get(key)) for experiment in experiments}
+        is_training = key == "recovery.tokens" and bool(first)
+        if (len(values) > 1 or is_training) and not key.startswith(MEASURED_BY) and key not in OF_PRUNING:
+            keys.append(key)
+    return keys
 
 
-def shown(value: Any) -> str:
+def short(value: Any) -> str:
     """Return a setting as text; of a local path the last part: pages are shared."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
@@ -171,94 +290,4 @@ def shown(value: Any) -> str:
 
 def private(text: str) -> str:
     """Return a sentence without the folders of absolute paths."""
-    return inline(FOLDERS.sub("", text))
-
-
-# --- chapters ---
-
-
-def protocol(section: Section) -> Content:
-    """The texts, tasks, calibration and libraries of all results."""
-    experiments = list(section.experiments.values())
-    params = {name: one.params for name, one in section.experiments.items()}
-    said = [private(note) for note in notes(params, section.models)]
-    if not any(key.startswith("calibration.") for key in varying(experiments)):
-        settings = {key[12:]: shown(value) for key, value in experiments[0].settings.items() if "calibration." in key}
-        said.append(f"Calibration: {inline(', '.join(f'{key}={value}' for key, value in settings.items()))}.")
-    details = [model.details(name) for model in section.models.values() for name in model.metrics]
-    every = [one.get("protocol", {}) for found in details for one in found.get("tasks", {"": found}).values()]
-    if libraries := {name: version for found in every for name, version in found.get("libraries", {}).items()}:
-        said.append(f"Libraries: {inline(', '.join(f'{name} {version}' for name, version in libraries.items()))}.")
-    return ["\n".join(f"- {item}" for item in said)]
-
-
-def measured(section: Section) -> Content:
-    """The tables of all measures, on each text, on the tasks and of the weights, each with its pictures."""
-    groups: dict[str, dict[str, Column]] = {}
-    for heading, (measure, on) in section.columns.items():
-        groups.setdefault(CAPTIONS.get(measure.per, OF_TASKS).format(inline(on)), {})[heading] = measure, on
-    parts: Content = []
-    for caption, columns in groups.items():
-        rows = [[inline(name), *cells(results, columns)] for name, results in section.models.items()]
-        rows = [row for row in rows if set(row[1:]) != {DASH}]
-        parts += [caption, table(["", *map(inline, columns)], rows)]
-        for heading, (measure, on) in columns.items():
-            parts += against_sparsity(section, heading, measure, on) if measure.drawn else []
-    return parts
-
-
-def against_sparsity(section: Section, heading: str, measure: Measure, on: str) -> Content:
-    """The picture of a measure against sparsity; nothing without values."""
-    experiments, series = list(section.experiments.values()), dict[str, list[tuple[float, Estimate]]]()
-    for one in sorted(experiments, key=lambda one: one.settings["sparsity"]):
-        if (value := measure.read(one.made, on)) is not None:
-            known = value if isinstance(value, Estimate) else Estimate(math.nan)
-            series.setdefault(curve(one, experiments), []).append((one.settings["sparsity"], known))
-    if not series:
-        return []
-    dense = measure.read(section.models[DENSE], on) if DENSE in section.models else None
-    level = dense.value if isinstance(dense, Estimate) else math.nan
-    figure = curves(series, measure.title, level=level, log=measure.drawn == LOG)
-    return [(f"{heading} against sparsity", figure), "Bars are 95 % intervals; the line is the dense model."]
-
-
-def paired(section: Section) -> Content:
-    """The paired tests of all comparisons, adjusted for their number."""
-    tested = {key for tests in section.tests.values() for key in tests}
-    columns = {heading: one for heading, one in section.columns.items() if (one[0].name, one[1]) in tested}
-    if not columns:
-        return []
-    rows = []
-    for (one, other), tests in section.tests.items():
-        own = (measure.test_text(tests.get((measure.name, on))) for measure, on in columns.values())
-        rows.append([f"{inline(one)} against {inline(other)}", *own])
-    count = sum(map(len, section.tests.values()))
-    caption = (
-        "On the same windows and items: ratio of perplexities, differences of the other measures. p-values are "
-        f"adjusted for the {count} tests of this section; intervals are not. Windows of one text count as "
-        "independent, so intervals of single perplexities are slightly too narrow. A test covers these items, this "
-        "text and one calibration; another seed is another experiment."
-    )
-    return [caption, table(["", *map(inline, columns)], rows)]
-
-
-def of_published(section: Section) -> Content:
-    """Published figures of the same protocol next to ours; nothing without any."""
-    rows = [list(map(inline, cells)) for cells in published.comparisons(section.experiments)]
-    caption = "Published figures of the same protocol; accuracies in percent."
-    return [caption, table(published.HEADERS, rows)] if rows else []
-
-
-def origins(section: Section) -> Content:
-    """The experiment and commit of each row."""
-    rows = [
-        [inline(name), inline(", ".join([one.name, *one.also])), one.commit[:10] if one.commit else "not committed"]
-        for name, one in section.experiments.items()
-    ]
-    return [table(["", "experiment", "commit"], rows)]
-
-
-CHAPTERS: dict[str, Callable[[Section], Content]] = {
-    "Protocol": protocol, "Results": measured, "Paired comparisons": paired, "Published figures": of_published,
-    "Experiments": origins,
-}  # fmt: skip
+    return one_line(FOLDERS.sub("", text))

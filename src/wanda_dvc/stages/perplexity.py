@@ -14,7 +14,7 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import describe, digest, finish, read_provenance
-from wanda_dvc.study.files import Json, finite, write_csv, write_json
+from wanda_dvc.study.files import Json, json_number, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import differing, identity
 from wanda_dvc.study.tensors import read_window, write_window
@@ -51,11 +51,11 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         where = run.progress.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
-        details: Json = {"protocol": protocol, "losses": [finite(x) for x in losses]}
+        details: Json = {"protocol": protocol, "losses": [json_number(x) for x in losses]}
         metrics: Json = {"perplexity": divergence.from_losses(losses, predictions)}
         if divergences:
             metrics |= divergence.summarize(divergences)
-            details["divergences"] = [finite(math.fsum(one.kl) / len(one.kl)) for one in divergences]
+            details["divergences"] = [json_number(math.fsum(one.kl) / len(one.kl)) for one in divergences]
             details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
         write_json(study.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(study.metrics(model, f"perplexity/{text}"), metrics)
@@ -68,7 +68,10 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
             work.discard()
         if model == "pruned":
             known = (read_window(reference, window)["true_log_p"] for window in range(len(rows)))
-            both = {"dense": [finite(-log_p.double().mean().item()) for log_p in known], "pruned": details["losses"]}
+            both = {
+                "dense": [json_number(-log_p.double().mean().item()) for log_p in known],
+                "pruned": details["losses"],
+            }
             _plot(study, f"perplexity/{text}", predictions, both)
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
             _plot(study, f"divergence/{text}", predictions, columns)

@@ -1,19 +1,23 @@
 """All uses of DVC: its command, and its Python interface, most of it private. No other module imports DVC."""
 
-import contextlib
 import io
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.study.files import Json
+
+LONGEST = 600  # seconds of `dvc exp show`
 
 # Lines of `dvc repro` that say nothing of a stage; the last is about the locks of a run that was killed.
 DVCS_OWN = (
@@ -22,60 +26,75 @@ DVCS_OWN = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def repository(root: Path) -> Iterator[Any]:
-    """Open the study's DVC repository. UserError without one, or without git."""
-    import pygit2
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import NoSCM, SCMError
-
-    # pygit2's own reader waits for ever if a blob is missing, as when the checkout of a queued experiment goes.
-    vars(pygit2)["BlobIO"] = lambda blob, **_: io.BytesIO(blob.data)
-    try:
-        repo = Repo(str(root))
-    except NotDvcRepoError:
-        raise UserError(f"{root}: no DVC repository; `show`, and `export` without --rev, need none") from None
-    except SCMError:  # stages run by hand leave .dvc/
-        repo = None
-    if repo is None or isinstance(repo.scm, NoSCM):
+def repository_roots(root: Path) -> tuple[Path, Path]:
+    """Return the root of a study's DVC repository, and of its git repository. UserError without one of them."""
+    around = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), None)
+    if around is None:
+        raise UserError(f"{root}: no DVC repository; `show`, and `export` without --rev, need none")
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top.returncode:  # stages run by hand leave .dvc/
         raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {quote(str(root))}` makes one")
-    with repo:
-        yield repo
+    return around, Path(top.stdout.strip())
 
 
-def below(root: Path, repository: str) -> str:
+def prefix_of(root: Path, repository: Path) -> str:
     """Return the study's folder in a repository, such as `studies/a/`; "" for its root."""
-    folder = root.resolve().relative_to(Path(repository).resolve()).as_posix()
+    folder = root.resolve().relative_to(repository.resolve()).as_posix()
     return "" if folder == "." else f"{folder}/"
 
 
-def states(root: Path, repo: Any) -> list[Any]:
+def list_revisions(root: Path) -> list[Json]:
     """Return the workspace, HEAD, branches, tags and commits with experiments, each with its experiments.
 
-    Other commits are left out: reading every commit takes minutes in a large repository. UserError if DVC cannot.
+    The records are those of `dvc exp show --json`. Other commits are left out: reading every commit takes minutes in a
+    large repository. UserError if DVC cannot list them.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo.experiments.utils import exp_refs
-
-    if repo.scm.no_commits:
+    repository_roots(root)
+    if _git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise UserError(f"{root}: git has no commit; `git add .`, then `git commit -m Begin`")
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-branches", "--all-tags"]
+    for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
+        command += ["--rev", commit]
     try:
-        celery = repo.experiments.celery_queue
-        waiting = [*celery.iter_queued(), *celery.iter_active(), *(done.entry for done in celery.iter_failed())]
-        waiting += repo.experiments.tempdir_queue.iter_active()
-        bases = {ref.baseline_sha for ref in exp_refs(repo.scm)} | {entry.baseline_rev for entry in waiting}
-        return repo.experiments.show(revs=["HEAD", *sorted(bases)], all_branches=True, all_tags=True)
-    except (DvcException, OSError) as error:  # OSError: of files of an experiment that never started
+        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True, timeout=LONGEST)
+    except subprocess.CalledProcessError as error:
         raise UserError(
-            f"{root}: DVC can't list its experiments ({error}); look at `dvc exp show`. One that was killed may still "
-            "count as running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+            f"{root}: DVC can't list its experiments ({_last_line(error.stderr)}); look at `dvc exp show`. One that "
+            "was killed may still count as running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
         ) from None
+    except subprocess.TimeoutExpired:  # DVC waits for ever for a blob of a queued experiment that ends meanwhile
+        raise UserError(f"{root}: `dvc exp show` has not ended within {LONGEST} s; run the command again") from None
+    records: list[Json] = json.loads(shown.stdout)
+    return records
 
 
-def text_at(root: Path, repo: Any, rev: str, name: str) -> str:
-    """Return the text of a study's file in a commit. FileNotFoundError if the commit lacks it."""
-    return repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
+def _commits_with_experiments(root: Path) -> set[str]:
+    """Return the commits on which experiments were run or queued.
+
+    Private to DVC are the names of its references and messages in git: `dvc exp list` and `dvc queue status` lack the
+    commits of queued and failed experiments.
+    """
+    names = _git(root, "for-each-ref", "--format=%(refname)", "refs/exps").stdout
+    commits = {first + rest for first, rest in re.findall(r"^refs/exps/(\w{2})/(\w{38})/", names, flags=re.M)}
+    for queue in ("refs/exps/celery/stash", "refs/exps/celery/failed"):
+        messages = _git(root, "log", "--walk-reflogs", "--format=%gs", queue, "--").stdout
+        commits.update(re.findall(r"dvc-exp:\w+:(\w{40})", messages))
+    return commits
+
+
+def text_at(root: Path, rev: str, name: str) -> str | None:
+    """Return the text of a study's file in a commit; None if the commit lacks it."""
+    file = _git(root, "show", f"{rev}:./{name}")
+    return None if file.returncode else file.stdout
+
+
+def _git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines() or ["no message"]
+    return lines[-1].removeprefix("ERROR: ")
 
 
 @dataclass(frozen=True)
@@ -89,15 +108,21 @@ class Revision:
     @classmethod
     def open(cls, root: Path, name: str) -> "Revision":
         """Open a revision. UserError for an unknown name, or without a repository."""
+        import pygit2
         from dvc.api import DVCFileSystem
         from dvc.scm import SCMError
 
-        with repository(root) as repo:
-            around, prefix = repo.root_dir, below(root, repo.scm.root_dir)
+        # Private: pygit2's own reader waits for ever if git lacks a blob.
+        vars(pygit2)["BlobIO"] = lambda blob, **_: io.BytesIO(blob.data)
+        around, git_root = repository_roots(root)
+        if not name.strip():
+            raise UserError(
+                "NAME: empty, expected an experiment, commit, branch or tag; leave it out for the workspace"
+            )
         try:
-            files = DVCFileSystem(around, rev=name or " ", subrepos=True)  # at git's root; "" would be the workspace
+            files = DVCFileSystem(str(around), rev=name, subrepos=True)  # its paths begin at git's root
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
-            return cls(commit, files, prefix)
+            return cls(commit, files, prefix_of(root, git_root))
         except SCMError as error:
             raise UserError(
                 f"{name}: no experiment, commit, branch or tag of that name, or several ({error}); `dvc exp list "
@@ -115,11 +140,11 @@ class Revision:
 
         lost = (OSError, DvcException, DataIndexDirError, SCMError)
         try:
-            found = self.files.find(self.prefix + part) or [self.prefix + part]
+            paths = self.files.find(self.prefix + part) or [self.prefix + part]
         except lost:
             return [part]
         missing = []
-        for path in found:
+        for path in paths:
             within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
             if ".." in within.parts:  # a list of files not written by DVC
                 missing.append(within.as_posix())
@@ -146,7 +171,7 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
     fails; without `shown` with its messages.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    said: list[str] = []  # by the current stage
+    messages: list[str] = []  # of the current stage
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE, stderr=None if shown else subprocess.STDOUT, encoding="utf-8", errors="replace",
@@ -154,14 +179,16 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
         assert process.stdout
         for line in map(str.rstrip, process.stdout):
             if line.startswith("> "):
-                said.clear()
+                messages.clear()
             elif line and not line.startswith(DVCS_OWN):
-                said.append(line)
+                messages.append(line)
                 notice(line)
     if process.returncode:
-        own = [line for line in said if not line.startswith("ERROR:")]
-        failed = f"{root}: `dvc repro {' '.join(stages)}` failed{'; the messages above give the reason' * shown}"
-        raise UserError(*((not shown and (own or said)) or [failed]))
+        failed = f"{root}: `dvc repro {' '.join(stages)}` failed"
+        if shown:
+            raise UserError(f"{failed}; the messages above give the reason")
+        of_stage = [line for line in messages if not line.startswith("ERROR:")]  # the others are DVC's
+        raise UserError(*(of_stage or messages or [failed]))
 
 
 def checkout(root: Path) -> None:

@@ -22,7 +22,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json_text(content) + "\n")
 
 
-def finite(number: float) -> float | str:
+def json_number(number: float) -> float | str:
     """Return a number, or `diverged` for one that JSON does not have."""
     return number if math.isfinite(number) else DIVERGED
 
