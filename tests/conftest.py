@@ -40,7 +40,7 @@ from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
 from wanda_dvc.params import check_params, flatten, nested  # noqa: E402
-from wanda_dvc.sources import EMBEDDED  # noqa: E402
+from wanda_dvc.sources import EMBEDDED_FOLDER  # noqa: E402
 from wanda_dvc.stages import run  # noqa: E402
 from wanda_dvc.study.folder import Study  # noqa: E402
 
@@ -198,7 +198,7 @@ def texts(tmp_path_factory: Factory) -> dict[str, str]:
     def make(folder: Path) -> None:
         folder.mkdir()
         for name, split in zip(names, ("train", "test"), strict=True):
-            lines = (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (EMBEDDED_FOLDER / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
             text = "\n".join(json.loads(line)["text"] for line in lines)
             (folder / f"{name}.txt").write_text(text[:6000], encoding="utf-8")
 

@@ -12,7 +12,7 @@ from conftest import Factory, save_tiny_model, tree
 from repository import Repository, ran
 
 from wanda_dvc.results.markup import number
-from wanda_dvc.sources import EMBEDDED
+from wanda_dvc.sources import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.pipeline
 
@@ -31,7 +31,7 @@ def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", **wide)
     joined = tmp_path_factory.mktemp("text") / "lines.jsonl"  # a text of many lines, which a setting joins
-    lines = (EMBEDDED / "text/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (EMBEDDED_FOLDER / "text/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     joined.write_text("".join(lines[:20]), encoding="utf-8")
     settings = texts | {"calibration__text__source": str(joined), "tasks__names": []}
     repository = Repository.new(tmp_path_factory.mktemp("start") / "study", model, settings=settings)

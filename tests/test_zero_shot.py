@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
-from wanda_dvc.sources import EMBEDDED
+from wanda_dvc.sources import EMBEDDED_FOLDER
 from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
@@ -108,10 +108,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("task", TASKS)
 def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
     place, columns, gold, answers = TASKS[task]
-    items = rows(EMBEDDED / "tasks" / f"{place}.jsonl")
+    items = rows(EMBEDDED_FOLDER / "tasks" / f"{place}.jsonl")
     assert len(items) >= 40
     assert all(set(item) == columns for item in items)
-    asked = load_task(DEFINITIONS[task], place.rpartition("/")[2], EMBEDDED / "tasks" / f"{place}.jsonl")
+    asked = load_task(DEFINITIONS[task], place.rpartition("/")[2], EMBEDDED_FOLDER / "tasks" / f"{place}.jsonl")
     docs = list(asked.eval_docs)
     assert len(docs) == len(items)
     assert all(0 <= asked.doc_to_target(doc) < len(asked.doc_to_choice(doc)) for doc in docs)
@@ -131,7 +131,7 @@ def passages(text: str) -> set[str]:
 
 def test_the_two_texts_share_no_passage():
     """Perplexity is never measured on a passage of the calibration text, though many topics are excerpts of others."""
-    texts = [rows(EMBEDDED / "text" / f"{split}.jsonl") for split in ("train", "test")]
+    texts = [rows(EMBEDDED_FOLDER / "text" / f"{split}.jsonl") for split in ("train", "test")]
     train, test = (set().union(*(passages(row["text"]) for row in text)) for text in texts)
     assert min(len(train), len(test)) > 1000
     assert not train & test

@@ -21,8 +21,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
 
-MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
-MOST_TRAINED = 10**9  # tokens of a recovery; their windows are drawn before it and take 8 bytes a token
+MAX_WINDOWS = MAX_LENGTH = 2**20  # far above any real study
+MAX_TRAINED_TOKENS = 10**9  # tokens of a recovery; their windows are drawn before it and take 8 bytes a token
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 FILE = "params.yaml"
 TEXT_SUFFIXES = (".txt", ".jsonl")  # of files
@@ -33,9 +33,9 @@ Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.te
 
 
 def _refused(*expected: str) -> PydanticCustomError:
-    *others, last = expected
-    words = f"{', '.join(others)} or {last}" if others else last
-    return PydanticCustomError("refused", "{words}", {"words": words})
+    *first, last = expected
+    alternatives = f"{', '.join(first)} or {last}" if first else last
+    return PydanticCustomError("refused", "{alternatives}", {"alternatives": alternatives})
 
 
 def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) -> AfterValidator:
@@ -50,14 +50,14 @@ def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) ->
     return AfterValidator(check)
 
 
-def _pattern(pattern: str) -> str:
+def _check_pattern(pattern: str) -> str:
     n_of_m = catalog.parse_pattern(pattern) if re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", pattern) else None
     if pattern not in {UNSTRUCTURED, *catalog.STRUCTURES} and not (n_of_m and n_of_m[0] < n_of_m[1]):
         raise _refused(UNSTRUCTURED, "n:m with n < m", *catalog.STRUCTURES)
     return pattern
 
 
-def _windows(count: object) -> object:
+def _check_windows(count: object) -> object:
     if count not in (None, "all") and (type(count) is not int or count < 1):
         raise ValueError(count)
     return count
@@ -102,15 +102,16 @@ class Text(_Section):
     @property
     def chosen(self) -> ChosenText:
         """The text with its source's own values in place of nulls."""
-        on_hub, own = catalog.HUB_TEXT.fullmatch(self.source), self.column or "text"
-        other = catalog.NamedText(on_hub["dataset"] if on_hub else None, on_hub["config"] if on_hub else None, own)
-        named = catalog.TEXTS.get(self.source, other)
+        hub_id = catalog.HUB_TEXT.fullmatch(self.source)
+        on_hub = hub_id.groupdict() if hub_id else {}
+        unnamed = catalog.NamedText(on_hub.get("dataset"), on_hub.get("config"), self.column or "text")
+        named = catalog.TEXTS.get(self.source, unnamed)
         split, join = ("train", " ") if self.calibrates else (named.splits[-1], named.join)
         return ChosenText(
             source=self.source,
             dataset=named.dataset,
             config=named.config,
-            revision=on_hub["revision"] if on_hub else None,
+            revision=on_hub.get("revision"),
             split=None if Path(self.source).is_absolute() else self.split or split,
             column=named.column,
             join=join if self.join is None else self.join,
@@ -149,8 +150,8 @@ class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
     text: CalibrationText
-    windows: int = Field(32, ge=1, le=MOST, description="number of windows, drawn at random")
-    length: int = Field(512, ge=2, le=MOST, description="tokens a window")
+    windows: int = Field(32, ge=1, le=MAX_WINDOWS, description="number of windows, drawn at random")
+    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
     statistics: Literal["auto", "norms", "gram", "fisher"] = Field(
         "auto",
@@ -165,8 +166,8 @@ class Perplexity(_Section):
     texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$", max_length=64)], Text] = Field(
         min_length=1, description="the texts by name: a letter, then letters, digits, - and _"
     )
-    length: int = Field(512, ge=2, le=MOST, description="tokens a window; windows follow one another")
-    windows: Annotated[int | Literal["all"] | None, PlainValidator(_windows)] = Field(
+    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens a window; windows follow one another")
+    windows: Annotated[int | Literal["all"] | None, PlainValidator(_check_windows)] = Field(
         None, description="number of windows, 1 or more; null: every complete window; `all`: every token"
     )
 
@@ -194,7 +195,10 @@ class Recovery(_Section):
     """The training of the pruned model towards the dense model."""
 
     tokens: int = Field(
-        0, ge=0, le=MOST_TRAINED, description="tokens to train the pruned model on, towards the dense model; 0: none"
+        0,
+        ge=0,
+        le=MAX_TRAINED_TOKENS,
+        description="tokens to train the pruned model on, towards the dense model; 0: none",
     )
     text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
@@ -231,7 +235,7 @@ class Params(_Section):
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
     sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units to remove; n:m has its own")
-    pattern: Annotated[str, AfterValidator(_pattern)] = Field(
+    pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
         UNSTRUCTURED,
         description="`unstructured`: zeros anywhere in a group; `n:m`, such as `2:4`: n of every m neighbours stay; "
         "or units to remove: `neurons`, `heads`, `experts`, `blocks`",
@@ -265,9 +269,12 @@ class Params(_Section):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The tiers of statistics to measure: up to what the plan reads, and at least `calibration.statistics`."""
-        every, wanted = catalog.STATISTICS, (self.plan.needs, self.calibration.statistics)
-        return every[: max(number for number, tier in enumerate(every, start=1) if tier in wanted)]
+        """The statistics to measure: those that the plan reads, and at least `calibration.statistics`."""
+        order = catalog.STATISTICS  # each includes those before it
+        last = order.index(self.plan.needs)
+        if self.calibration.statistics != "auto":
+            last = max(last, order.index(self.calibration.statistics))
+        return order[: last + 1]
 
     @property
     def items(self) -> int | None:
@@ -276,34 +283,37 @@ class Params(_Section):
 
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
-        one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
-        same = (one.dataset or one.source) == (other.dataset or other.source)
-        lost = "the same source: on text from other sources, a solver gains less"
-        return f"The calibration text has {lost if same else 'another source'}"
+        calibrated, measured = self.calibration.text.chosen, self.perplexity.texts[name].chosen
+        if (calibrated.dataset or calibrated.source) != (measured.dataset or measured.source):
+            return "The calibration text has another source"
+        return "The calibration text has the same source: on text from other sources, a solver gains less"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
-        if problems := [f"{FILE}: {problem}" for problem in (*self.plan.conflicts(), *self._conflicts())]:
-            raise UserError(*problems)
+        problems = [*self.plan.conflicts(), *self._conflicts()]
+        if problems:
+            raise UserError(*(f"{FILE}: {problem}" for problem in problems))
         return self
 
     def _conflicts(self) -> Iterator[str]:
         """Yield problems of individually valid settings that conflict or have no effect."""
-        for text in self.perplexity.texts.values():
-            found = ", ".join(word for word in (text.source, text.chosen.split) if word)
-            for setting, own in (("calibration", self.calibration.text), ("recovery", self.recovery.text)):
-                if own and _place(own.chosen) == _place(text.chosen):
-                    problem = f"found the text that perplexity is measured on ({found}), expected another"
-                    yield f"{setting}.text: {problem}; change its source or split"
-        if twice := sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1}):
-            yield f"tasks.names: found {', '.join(twice)} twice, expected each task once"
+        trained_on = {"calibration": self.calibration.text, "recovery": self.recovery.text}
+        for measured in self.perplexity.texts.values():
+            for setting, text in trained_on.items():
+                if text and _location(text.chosen) == _location(measured.chosen):
+                    split = f", {measured.chosen.split}" if measured.chosen.split else ""
+                    problem = f"found the text that perplexity is measured on ({measured.source}{split})"
+                    yield f"{setting}.text: {problem}, expected another; change its source or split"
+        repeated = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
+        if repeated:
+            yield f"tasks.names: found {', '.join(repeated)} twice, expected each task once"
         device, ray = self.runtime.device, self.runtime.ray
         if ray is not None and device not in ("auto", "cpu", "cuda"):
             expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
             yield f"runtime.device: found {device} with runtime.ray {ray}, expected {expected}"
 
 
-def _place(text: ChosenText) -> tuple[str | None, ...]:
+def _location(text: ChosenText) -> tuple[str | None, ...]:
     """Return the data set and split of a text, whatever its revision; of a file its path without links."""
     if text.dataset:
         return text.dataset, text.config, text.split
@@ -324,8 +334,8 @@ def parse_yaml(text: str, where: str, todo: str, parser: YAML | None = None) -> 
     try:
         return (parser or YAML(typ="safe", pure=True)).load(text)
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
-        at, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-        problem = f"line {mark.line + 1}: {at}" if at and mark else type(error).__name__
+        what, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+        problem = f"line {mark.line + 1}: {what}" if what and mark else type(error).__name__
         raise UserError(f"{where}: not valid YAML: {problem}; {todo}") from None
 
 
@@ -345,8 +355,9 @@ def _problem(problem: Any) -> str:
         section, _, name = setting.rpartition(".")  # `calibration.windows` as one key
         return f"{where}: found a dotted name, expected {name} in the section {section}; write it there"
     if kind in ("extra_forbidden", "invalid_key"):
-        close = difflib.get_close_matches(setting, [*dict(settings()), *Params.model_fields, "perplexity.texts"], n=1)
-        return f"{where}: no such setting; {f'did you mean {close[0]}?' if close else 'remove it'}"
+        names = [*dict(settings()), *Params.model_fields, "perplexity.texts"]
+        similar = difflib.get_close_matches(setting, names, n=1)
+        return f"{where}: no such setting; {f'did you mean {similar[0]}?' if similar else 'remove it'}"
     if kind == "missing":
         return f"{where}: missing"
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
@@ -354,19 +365,22 @@ def _problem(problem: Any) -> str:
         expected = "settings, a name and a value each"
     elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
         expected = _meaning(problem["loc"])
-    found = problem["input"]
-    if isinstance(found, str | bool | None):  # as YAML writes it, with the code of a character that is not to be seen
-        found = json.dumps(found, ensure_ascii=not str(found).isprintable())
-    return f"{where}: found {found!s:.200}, expected {expected}"
+    value = problem["input"]
+    if isinstance(value, str | bool | None):  # as YAML writes it, with the code of a character that is not visible
+        value = json.dumps(value, ensure_ascii=not str(value).isprintable())
+    return f"{where}: found {value!s:.200}, expected {expected}"
 
 
-def _meaning(place: tuple[int | str, ...]) -> str:
-    """Return the description of a setting."""
-    model: Any = Params
+def _meaning(path: tuple[int | str, ...]) -> str:
+    """Return the description of a setting, by its sections and its name."""
+    section: Any = Params
     meaning = ""
-    for word in place:
-        field = getattr(model, "model_fields", {}).get(word)
-        model, meaning = (field.annotation, field.description) if field else (Text, meaning)  # below `texts`: its name
+    for key in path:
+        field = getattr(section, "model_fields", {}).get(key)
+        if field is None:  # below `texts`: the name of a text
+            section = Text
+        else:
+            section, meaning = field.annotation, field.description
     return meaning.replace("`", "")
 
 
@@ -399,8 +413,8 @@ def nested(settings: Mapping[str, Any]) -> Settings:
     for name, value in settings.items():
         *sections, leaf = name.split(".")
         section = content
-        for word in sections:
-            section = section.setdefault(word, {})
+        for key in sections:
+            section = section.setdefault(key, {})
         section[leaf] = value
     return content
 
@@ -409,19 +423,20 @@ def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.described
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
-    content["calibration"]["text"], own = params.calibration.text.filled, params.recovery.text
-    content["recovery"]["text"] = own.filled if own else dict.fromkeys(Text.model_fields)
+    recovery = params.recovery.text
+    content["calibration"]["text"] = params.calibration.text.filled
+    content["recovery"]["text"] = recovery.filled if recovery else dict.fromkeys(Text.model_fields)
     content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
     return dict(flatten(content))
 
 
-def sources(params: Params) -> dict[str, tuple[str, str]]:
-    """Return by part of `download`, and by text as `perplexity/NAME`, the setting with its source, and the source."""
-    texts = params.perplexity.texts.items()
+def download_sources(params: Params) -> dict[str, tuple[str, str]]:
+    """Return by variant of `download`, and by text as `perplexity/NAME`, the setting of its source, and the source."""
+    texts, recovery = params.perplexity.texts.items(), params.recovery.text
     return {
         "model": ("model", params.model),
         "calibration": ("calibration.text.source", params.calibration.text.source),
         **{f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source) for name, text in texts},
-        "recovery": ("recovery.text.source", own.source if (own := params.recovery.text) else "none"),
+        "recovery": ("recovery.text.source", recovery.source if recovery else "none"),
         "tasks": ("tasks.source", params.tasks.source),
     }

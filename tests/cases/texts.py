@@ -47,7 +47,7 @@ def gz(content: bytes) -> bytes:
 PACKED = gz(GOOD * 20)
 DAMAGED: dict[str, Any] = {
     "jsonl: no JSON": (GOOD + b"{", f"{LINES}: line 2", "found no JSON", "expected"),
-    "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found text", "expected"),
+    "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found a number in column", "expected"),
     "jsonl: another column": (b'{"body": "a"}', "line 1", "found body", "expected text in column `text`"),
     "jsonl: no column": (b"{}", "line 1", "found nothing", "expected text in column `text`"),
     "jsonl: a blank line": (GOOD + b"\n" + GOOD, f"{LINES}: line 2", "found no JSON", "expected"),

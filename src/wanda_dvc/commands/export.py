@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.commands.target import check_new_file, check_target
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, flatten, nested, sources
+from wanda_dvc.params import Params, download_sources, flatten, nested
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.card import card
@@ -232,7 +232,7 @@ def _training_sentence(experiment: Experiment) -> str:
 def settings_of(params: Params) -> str:
     """Return a params.yaml with the given settings. Paths are local, so only their last part is kept."""
     settings = dict(flatten(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)))
-    for setting, source in sources(params).values():
+    for setting, source in download_sources(params).values():
         if Path(source).is_absolute():
             settings[setting] = f"/path/to/{Path(source).name}"
     text, yaml = io.StringIO(), YAML(typ="safe", pure=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from wanda_dvc.study.files import Json
 
-EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
+EMBEDDED_FOLDER = Path(str(files("wanda_dvc"))) / "embedded"
 
 
 class Source(NamedTuple):

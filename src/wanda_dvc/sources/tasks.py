@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
-from wanda_dvc.sources import EMBEDDED, Source
+from wanda_dvc.sources import EMBEDDED_FOLDER, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.artifact import describe, file_digest, write_provenance
 from wanda_dvc.study.files import Json
@@ -58,7 +58,7 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
     if source == "embedded":  # the samples are laid out like a mirror
-        mirror = str(EMBEDDED / "tasks")
+        mirror = str(EMBEDDED_FOLDER / "tasks")
         if not Path(mirror, *place).is_file():
             raise UserError(f"{where}: no embedded questions; remove this task, or set tasks.source=benchmark")
     origin = in_mirror(mirror, *place) or resolve("dataset", dataset, given.get("revision"), where)

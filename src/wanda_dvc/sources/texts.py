@@ -10,7 +10,7 @@ from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, name_of, read_lines, read_text
-from wanda_dvc.sources import EMBEDDED, Source
+from wanda_dvc.sources import EMBEDDED_FOLDER, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.artifact import describe, file_digest, write_provenance
 from wanda_dvc.study.files import Documents, Json
@@ -69,7 +69,7 @@ def _place(setting: str, wanted: ChosenText, mirror: str | None, shard: str | No
         title = f"{'/'.join(name for name in (wanted.dataset, wanted.config) if name)}, {wanted.split}"
         return mirrored or resolve("dataset", wanted.dataset, revision, where), title
     if named:
-        return EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
+        return EMBEDDED_FOLDER / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
     path = Path(wanted.source)
     check_file(path, f"correct {setting}.source")
     return path, path.name

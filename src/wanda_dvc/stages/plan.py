@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import sources
+from wanda_dvc.params import download_sources
 from wanda_dvc.stages import WRITTEN, stage_inputs
 from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import write_json
@@ -18,7 +18,7 @@ from wanda_dvc.study.folder import Study
 def plan(*, study: Study) -> None:
     """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method."""
     params, texts = study.params, study.source("perplexity")
-    parts = sources(params)
+    parts = download_sources(params)
     for part, (setting, source) in parts.items():
         _link_source(study, part, setting, source)
     for place in texts.iterdir():
