@@ -1,6 +1,5 @@
 """Our attention against its definition, and questions packed into rows: every continuation as likely as one by one."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from wanda_dvc.engine import attention, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import sequences as calls
-from wanda_dvc.engine.attention import attend, attending_within, visible
+from wanda_dvc.engine.attention import attend, attending_within, mask_pairs
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.questions import Request, loglikelihoods, one_per_sequence, pack
@@ -43,24 +42,17 @@ def oracle(q, k, v, sees, scale=8**-0.5, softcap=None):
     return (torch.where(sees, scores, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-def test_a_token_sees_the_tokens_before_it_or_a_few_of_them(monkeypatch: Patch):
-    behind = torch.arange(37)[:, None] - torch.arange(37)
-    few = visible(1, 37, 37, sliding_window_causal_mask_function(4), "cpu", local_size=4)
-    kinds = [(None, 37, 0.3, None), (few, 4, None, 2.0)]
-    for queries, keys, (mask, back, scale, softcap) in itertools.product([5, 16, 256], [1, 2, 6], kinds):
-        monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
-        q, k, v = heads(37, keys=keys)
-        ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
-        expected = oracle(q, k, v, (behind >= 0) & (behind < back), scale or 8**-0.5, softcap)
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
 @settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3)), min_size=1, max_size=3),
     st.sampled_from([None, 2, 5]),
+    st.sampled_from([1, 2, 6]),
+    st.sampled_from([None, 0.3]),
+    st.sampled_from([None, 2.0]),
 )
-def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, list[int]]], window: int | None):
+def test_a_token_sees_its_context_and_its_own_choice(
+    questions: list[tuple[int, list[int]]], window: int | None, keys: int, scale: float | None, softcap: float | None
+):
     places = [
         (question, choice, position)
         for question, (context, choices) in enumerate(questions)
@@ -69,23 +61,18 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     ]
     question, choice, positions = (torch.tensor(column) for column in zip(*places, strict=True))
     sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
-    q, k, v = heads(len(places))
+    q, k, v = heads(len(places), keys=keys)
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     with attending_within(PackedQuestions(positions, question, choice)):
-        mask = visible(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
-        ours, _ = attend(MODULE, q, k, v, mask)
-    torch.testing.assert_close(ours, oracle(q, k, v, torch.tensor(sees)), rtol=1e-5, atol=1e-5)
-
-
-def late(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
-    """Wrong above the first tile of queries."""
-    out, _ = attend(module, *given, **words)
-    return torch.cat([out[:, :128], out[:, 128:].flip(2)], dim=1), None
+        mask = mask_pairs(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
+        ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
+    expected = oracle(q, k, v, torch.tensor(sees), scale or 8**-0.5, softcap)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def blind(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _: Tensor, **words: Any) -> tuple[Tensor, None]:
     """Ignores the sliding window."""
-    return attend(module, q, k, v, None, **words)
+    return attend(module, q, k, v, mask_pairs(1, 1, 1, causal_mask_function, q.device), **words)
 
 
 def larger(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
@@ -100,39 +87,34 @@ def second(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, 
     return out * (module.layer_idx != 1), None
 
 
-@pytest.mark.parametrize("wrong", [late, blind, second, larger])
+@pytest.mark.parametrize("wrong", [blind, second, larger])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_that_is_wrong_on_long_rows_or_a_little_is_found(
-    tmp_path: Path, monkeypatch: Patch, wrong: Any, dtype: torch.dtype
-):
-    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
+def test_attention_that_is_wrong_a_little_is_found(tmp_path: Path, monkeypatch: Patch, wrong: Any, dtype: torch.dtype):
     folder = save("gemma2", tmp_path / "model", sliding_window=200, max_position_embeddings=512)
     decoder = Decoder(folder, dtype=dtype, device=torch.device("cpu"))
-    assert decoder._ours_for_windows
+    assert decoder.packs_questions
     assert decoder.model.config.sliding_window == 200
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, wrong)
-    assert not Decoder(folder, dtype=dtype, device=torch.device("cpu"))._ours_for_windows
+    assert not Decoder(folder, dtype=dtype, device=torch.device("cpu")).packs_questions
 
 
-def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path, monkeypatch: Patch):
+def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path):
     """With sinks near nothing, no result on a short row would show that ours has none."""
-    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
     folder = save("gpt_oss", tmp_path / "model")
     sinks: list[Tensor] = []
     tensors(lambda x: sinks.extend(weight.fill_(-30) for name, weight in x.items() if name.endswith("sinks")))(folder)
     assert len(sinks) == 3
-    assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
+    assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu")).packs_questions
     q = torch.zeros(1, 2, 4, 8)
     more: dict[str, Any] = {"s_aux": torch.zeros(2), "position_bias": torch.zeros(2, 4, 4)}
     with pytest.raises(ValueError, match="attention with s_aux, position_bias$"):
-        attention.attend(torch.nn.Module(), q, q, q, None, **more, position_ids=torch.zeros(1, 4))
+        attention.attend(torch.nn.Module(), q, q, q, torch.zeros(0), **more, position_ids=torch.zeros(1, 4))
 
 
 def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, monkeypatch: Patch):
     folder = save("llama", tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
-    decoder._ours_for_windows = True
     assert not decoder.packs_questions
 
 

@@ -16,7 +16,7 @@ from test_selection import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import accelerator, activations, attention, sequences, structure
+from wanda_dvc.engine import accelerator, activations, sequences, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import InputRecorder
@@ -44,11 +44,7 @@ def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[BlockReco
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, monkeypatch: Patch, dtype: torch.dtype):
-    """One chunk of logits, since in several the head's sums run in another order.
-
-    The model's own attention is used: ours, which a CPU with bfloat16 units takes, rounds differently.
-    """
-    monkeypatch.setattr(attention, "is_faster", lambda *_: False)
+    """One chunk of logits, since in several the head's sums run in another order."""
     checkpoint = save_tiny_model(tmp_path / "model", **VARIANTS[variant])
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU), windows()

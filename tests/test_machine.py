@@ -118,7 +118,7 @@ def test_a_gpu_multiplies_exactly_and_memory_that_torch_keeps_is_free(monkeypatc
         assert backends.cudnn.conv.fp32_precision != "tf32"
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
-    assert accelerator.free_memory("cuda") == 140
+    assert accelerator.free_device_memory("cuda") == 140
 
 
 def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: Patch):

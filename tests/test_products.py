@@ -77,10 +77,8 @@ def test_other_dtypes_are_left_to_torch():
 
 
 def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Path):
-    """Attention is ours then, and so is its memory."""
     windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
     run = ModelRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
-    assert run.decoder._ours_for_windows
     for step in run.forward(windows):
         step.run()
     found = [loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]

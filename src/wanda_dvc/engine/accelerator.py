@@ -35,12 +35,20 @@ def has_bfloat16(kind: str) -> bool:
     return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of the dtype natively; emulation is many times slower."""
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in checks:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, checks[dtype])())
+
+
 def full_name(device: torch.device | str) -> str:
     """Return the name of a CUDA device's model."""
     return torch.cuda.get_device_name(device)
 
 
-def free_memory(device: torch.device | str) -> int:
+def free_device_memory(device: torch.device | str) -> int:
     """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device.
 
     Memory that torch keeps for this process's next tensors is free.

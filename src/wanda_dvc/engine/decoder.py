@@ -5,7 +5,6 @@ The model's own forward pass supplies the arguments of each block. There is no f
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
-from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
 from wanda_dvc.engine.sequences import ARGUMENTS_BYTES, PackedQuestions, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
@@ -56,11 +55,10 @@ class Decoder:
         # Of all blocks, with their bytes, by a sequence's length, or by the content of its packed questions.
         self._arguments: dict[int | str, tuple[list[Arguments], int]] = {}
         self._stock_attention = self.model.config._attn_implementation
-        self._ours_for_windows = False
         self._extra_outputs = self._find_extra_outputs()
-        faster = dtype is torch.float32 and device.type == "cpu" and kernels.install(self.model)
-        self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
-        accelerator.keep_freed_memory()  # now, so that the trial's does not stay
+        if dtype is torch.float32 and device.type == "cpu":
+            kernels.install(self.model)
+        accelerator.keep_freed_memory()
 
     # --- what the model is ---
 
@@ -97,7 +95,7 @@ class Decoder:
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
-        return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
+        return max(0, accelerator.free_device_memory(self.device) - 2 * max(blocks)) // 2
 
     # --- one block ---
 
@@ -118,7 +116,7 @@ class Decoder:
         """Run a sequence through a block, which must be loaded."""
         args, kwargs = self.block_arguments(sequence)[index]
         contents, version = list(contents_of([*args, kwargs])), hidden._version
-        with self._attending(sequence):
+        with self._attending(sequence.questions):
             output = self.blocks[index](hidden, *args, **kwargs)
         after = hidden_states_of(output)
         if list(contents_of([*args, kwargs])) != contents:
@@ -179,7 +177,7 @@ class Decoder:
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             inputs["attention_mask"] = torch.ones_like(sequence.tokens)[None].to(self.device)
         try:
-            with self._attending(sequence), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+            with self._attending(sequence.questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=sequence.tokens[None].to(self.device), use_cache=False, **inputs)
         except ValueError as error:
             what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
@@ -232,13 +230,12 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _attending(self, sequence: TokenSequence) -> Iterator[None]:
-        """Select the attention for the sequence: the model's own, or ours."""
-        ours = sequence.questions is not None or self._ours_for_windows
-        name = attention.NAME if ours else self._stock_attention
+    def _attending(self, questions: PackedQuestions | None) -> Iterator[None]:
+        """Select the attention: ours for packed questions, else the model's own."""
+        name = self._stock_attention if questions is None else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
-        with attention.attending_within(sequence.questions):
+        with attention.attending_within(questions):
             yield
 
     # --- after the last block ---
@@ -273,13 +270,13 @@ class Decoder:
             called.append(index)
             return self._as_output(hidden)
 
-        with self._instead_of_blocks(return_hidden):
+        with self._attending(None), self._instead_of_blocks(return_hidden):
             logits = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
         if called != list(range(len(self.blocks))):
             raise unsupported(self.checkpoint, f"it calls {len(called)} blocks and has {len(self.blocks)}")
         return logits
 
-    # --- trials of our attention ---
+    # --- the trial of packed questions ---
 
     @cached_property
     def packs_questions(self) -> bool:
@@ -299,28 +296,17 @@ class Decoder:
         # The places of each context with one of its choices.
         texts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
         sequences = [TokenSequence(tokens[places]) for places in texts]
-        results = self._try([*sequences, TokenSequence(tokens, questions)], ours=False, window=4)
+        results = self._try([*sequences, TokenSequence(tokens, questions)], window=4)
         if results is None:
             return False
         packed = results.pop()
         return are_close(torch.cat(results), torch.cat([packed[places] for places in texts]))
 
-    def _attends_alike(self) -> bool:
-        """Whether our attention and the model's own give the same results in each kind of block.
-
-        The text is longer than a tile of our attention, and than the windows of the model's masks.
-        """
-        length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
-        text = TokenSequence(torch.arange(length) % 7)
-        stock, ours = (self._try([text], ours=ours, window=length // 3) for ours in (False, True))
-        return stock is not None and ours is not None and are_close(stock[0], ours[0])
-
-    def _try(self, sequences: list[TokenSequence], *, ours: bool, window: int) -> list[Float[Tensor, "_ width"]] | None:
-        """Return the results of some sequences with our attention for texts, or the model's own; None if that fails.
+    def _try(self, sequences: list[TokenSequence], *, window: int) -> list[Float[Tensor, "_ width"]] | None:
+        """Return the results of some sequences; None if the model does not run with our attention.
 
         Sliding windows and chunks of the model's masks have `window` tokens at most.
         """
-        before, self._ours_for_windows = self._ours_for_windows, ours
         self._arguments.clear()
         try:
             with self._short_windows(window):
@@ -330,7 +316,6 @@ class Decoder:
                 raise
             return None  # the model's attention differs from ours
         finally:
-            self._ours_for_windows = before
             self.unload()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The weights of a model: reads them from its checkpoint, converts them, and holds a block's weights while loaded."""
+"""Loads a model's weights: all outside blocks, and of one block at a time."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,61 +12,66 @@ from torch import Tensor, nn
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_slices, unsupported
-from wanda_dvc.kernels import empty
 
 
 @dataclass(frozen=True)
 class WeightChange:
     """Masks and new weights of one block, by linear. Two changes are equal if one is a copy of the other."""
 
-    keeps: Mapping[str, Tensor] = field(compare=False)
+    masks: Mapping[str, Tensor] = field(compare=False)  # True is kept
     weights: Mapping[str, Tensor] = field(compare=False)  # oriented as stored
     name: str = field(default_factory=lambda: uuid4().hex)
 
 
 class BlockLoader:
-    """Loads weights into an empty model. A block has weights while it is held, and is empty otherwise.
+    """Loads weights into an empty model. A block has weights while it is loaded, and is empty otherwise.
 
-    While a block is held, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
+    While a block is loaded, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, *, device: torch.device) -> None:
         """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
-        self.parts = stored_slices(model, checkpoint)  # by parameter
+        self.slices = stored_slices(model, checkpoint)  # by parameter
         self._empty = [
             {f"{self.blocks_name}.{index}.{name}": parameter for name, parameter in block.named_parameters()}
             for index, block in enumerate(self.blocks)
         ]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}  # the next block, if it is read
-        self._held: tuple[int, int, WeightChange | None] | None = None
-        # A tied head is the embeddings' parameter, stored once or twice. If both are stored and differ, they are
-        # separate, for any configuration, as in transformers.
+        self._read_ahead: dict[int, Future[dict[str, Tensor]]] = {}  # at most the next block
+        self._loaded: tuple[int, int, WeightChange | None] | None = None  # the arguments of `load`
+        self._load_outside_blocks()
+
+    def _load_outside_blocks(self) -> None:
+        """Load the parameters and buffers outside blocks.
+
+        A tied head is the embeddings' parameter, stored once or twice. If both are stored and differ, they are
+        separate, for any configuration, as in transformers.
+        """
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
-        names: dict[int, list[str]] = {}
+        aliases_of: dict[int, list[str]] = {}  # the names of each parameter
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if id(parameter) not in inside:
-                names.setdefault(id(parameter), []).append(name)
-        for aliases in names.values():
-            stored = [name for name in aliases if name in self.parts]
-            found = self._read(dict.fromkeys(stored, self.model.get_parameter(stored[0])))
-            first = nn.Parameter(found[stored[0]], requires_grad=False)
+                aliases_of.setdefault(id(parameter), []).append(name)
+        for aliases in aliases_of.values():
+            stored = [name for name in aliases if name in self.slices]
+            tensors = self._read(dict.fromkeys(stored, self.model.get_parameter(stored[0])))
+            first = nn.Parameter(tensors[stored[0]], requires_grad=False)
             for alias in aliases:
-                own = found.get(alias, first)
-                set_parameter(self.model, alias, first if torch.equal(own, first) else own)
+                tensor = tensors.get(alias, first)
+                set_parameter(self.model, alias, first if torch.equal(tensor, first) else tensor)
         for name, buffer in self.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            if name in self.parts:  # few: the bias by which some routers balance their experts
-                buffer = self.checkpoint.read(self.parts[name][0].address).to(buffer.dtype)
-            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+            module, _, leaf = name.rpartition(".")
+            if name in self.slices:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self.slices[name][0].address).to(buffer.dtype)
+            self.model.get_submodule(module)._buffers[leaf] = buffer.to(self.device)
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        linears, weights = stored_linears(block, prefix, self.parts.__getitem__), find_linears(block)
+        linears, weights = stored_linears(block, prefix, self.slices.__getitem__), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
@@ -76,71 +81,73 @@ class BlockLoader:
         return linears
 
     def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
-        """Load a block, with a change of its weights, until another block or change is held, or `release`.
+        """Load a block, with a change of its weights, until another block or change is loaded, or `unload`.
 
-        `then` is the block that follows; −1: none. The change applies to a copy of its parameters: the checkpoint stays
-        as it is.
+        `then` is the block that follows; −1: there is no such block. The change applies to a copy of the parameters:
+        the checkpoint stays as it is.
         """
-        if self._held == (index, then, change):
+        if self._loaded == (index, then, change):
             return
-        if self._held != (index, then, None):
+        if self._loaded != (index, then, None):
             self.unload()
             for name, tensor in self._take(index, then).items():
                 set_parameter(self.model, name, tensor)
-        self._held = index, then, change
+        self._loaded = index, then, change
         if change is not None:
             self._apply(index, change)
 
     def unload(self) -> None:
-        """Empty the block that is held, if any."""
-        if self._held is not None:
-            for name, parameter in self._empty[self._held[0]].items():
+        """Empty the loaded block, if any."""
+        if self._loaded is not None:
+            for name, parameter in self._empty[self._loaded[0]].items():
                 set_parameter(self.model, name, parameter)
-        self._held = None
+        self._loaded = None
 
     @torch.no_grad()
     def _apply(self, index: int, change: WeightChange) -> None:
         """Zero the weights outside the masks; then set the new weights."""
-        every = self.linears(index)
-        for module, leaf in {(every[name].module, every[name].leaf) for name in (*change.keeps, *change.weights)}:
+        linears = self.linears(index)
+        changed = [linears[name] for name in (*change.masks, *change.weights)]
+        for module, leaf in {(linear.module, linear.leaf) for linear in changed}:
             set_parameter(module, leaf, module.get_parameter(leaf).clone())
-        for name, keep in change.keeps.items():
+        for name, mask in change.masks.items():
             if name not in change.weights:
-                every[name].weight.mul_(keep.to(self.device))
+                linears[name].weight.mul_(mask.to(self.device))
         for name, weight in change.weights.items():
-            every[name].weight.copy_(weight)
+            linears[name].weight.copy_(weight)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """Return a block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
+        """Return a block's tensors from the checkpoint. On a GPU the loaded block does not wait for the copy."""
         with self._copies.running():
             return self._read(self._empty[index])
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
         """Return a block's tensors; a thread then reads the following block."""
-        ahead = self._ahead.pop(index, None)
-        for other in self._ahead.keys() - {then}:
-            del self._ahead[other]  # frees its memory before the next read
+        ahead = self._read_ahead.pop(index, None)
+        for unneeded in self._read_ahead.keys() - {then}:
+            del self._read_ahead[unneeded]  # frees its memory before the next read
         tensors = ahead.result() if ahead else self.read_block(index)
         self._copies.finish(tensors.values())
-        if 0 <= then < len(self.blocks) and then not in self._ahead:
-            self._ahead[then] = self._reader.submit(self.read_block, then)
+        if 0 <= then < len(self.blocks) and then not in self._read_ahead:
+            self._read_ahead[then] = self._reader.submit(self.read_block, then)
         return tensors
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return tensors for parameters by full name, in the parameter's dtype, on the device.
 
-        On a CPU, a tensor stored as one piece in this dtype is a view of the file. All others are copies.
+        On a CPU, a tensor stored as one slice in this dtype is a view of the file. All others are copies.
         """
-        found = {}
+        tensors = {}
         for name, parameter in parameters.items():
-            parts = self.parts[name]
-            weight = self.checkpoint.read(parts[0].address)
-            if not parts[0].is_complete or (weight.device, weight.dtype) != (self.device, parameter.dtype):
-                weight = empty(parameter.shape, parameter.dtype, self.device)
-                for part in parts:
-                    self._copies.copy(self.checkpoint.read(part.address), part.of(weight))
-            found[name] = weight
-        return found
+            slices = self.slices[name]
+            tensor = self.checkpoint.read(slices[0].address)
+            is_usable = slices[0].is_complete and tensor.device == self.device and tensor.dtype is parameter.dtype
+            if not is_usable:
+                tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+                for stored in slices:
+                    self._copies.copy(self.checkpoint.read(stored.address), stored.of(tensor))
+            tensors[name] = tensor
+        return tensors
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -11,7 +11,6 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -52,12 +51,12 @@ class PackedQuestions:
 
         `visible` is the mask by position of the kind of block (causal, sliding, chunked).
         """
-        pairs, visible_by_position = [], visible.numpy()  # numpy indexes five times as fast as torch
+        pairs = []
         for tokens in self.slices:
-            choice, positions = self.choice[tokens].numpy(), self.positions[tokens].numpy()
+            choice, positions = self.choice[tokens], self.positions[tokens]
             related = (choice == 0) | (choice == choice[:, None])
-            pairs.append(~(visible_by_position[positions][:, positions] & related).ravel())
-        return torch.from_numpy(np.concatenate(pairs))
+            pairs.append(~(visible[positions][:, positions] & related).flatten())
+        return torch.cat(pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,6 @@ class Walk:
         self.grams = 16 * model.squares + 12 * PANEL * model.widest
         self.crosses = 16 * model.squares + 12 * model.widest**2  # cross products: without a panel, but a product
         self.dense = length * model.features * width  # the dense model's inputs, which wait for cross products
-        # Before windows or several questions in a row, a block of each kind is tried, with a copy in float32.
+        # Before packed questions, a block of each kind is tried, with a copy in float32.
         self.tried = 4 * model.block if width < 4 else 0
         self.block_arguments = ARGUMENTS_BYTES[device]  # recorded arguments of the blocks, of rows of several questions

@@ -31,7 +31,7 @@ def free_memory(device: str) -> int:
         from wanda_dvc.engine import accelerator
 
         with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
-            return accelerator.free_memory(device)
+            return accelerator.free_device_memory(device)
     return machine.free_memory()
 
 

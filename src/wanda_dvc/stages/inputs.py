@@ -174,13 +174,13 @@ def runner(study: Study, model: str, work: Work) -> "ModelRunner":
     """
     import torch
 
-    from wanda_dvc.engine.attention import has_units
+    from wanda_dvc.engine.accelerator import multiplies_natively
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.forward import ModelRunner
 
     runtime, dtype = study.params.runtime, model_dtype(study, model)
     device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
-    if device.type == "cpu" and runtime.ray is None and not has_units(getattr(torch, dtype)):
+    if device.type == "cpu" and runtime.ray is None and not multiplies_natively(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
             "dtype=float32 (last digits differ), or use another machine"

@@ -186,7 +186,8 @@ def _zero_shot(on: SizesOfStudy) -> Requirements:
     held = on.walk(ROW)
     # At most: a file of items also has what no model reads.
     tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
-    return _walked(held, held.activations + held.logits + held.block_arguments, disk=2 * on.states(tokens))
+    memory = max(held.activations + held.logits + held.block_arguments, held.tried)
+    return _walked(held, memory, disk=2 * on.states(tokens))
 
 
 NEEDS: dict[str, Callable[[SizesOfStudy], Requirements]] = {
@@ -231,8 +232,7 @@ def gigabytes(size: int) -> str:
 
 def _walked(held: Walk, memory: int, *, disk: int) -> Requirements:
     """Return the needs of a walk: its weights and other memory, and disk."""
-    memory = FIXED + held.weights + max(memory, held.tried)
-    return Requirements(memory=memory, mapped=held.weights if held.mapped else 0, disk=disk)
+    return Requirements(memory=FIXED + held.weights + memory, mapped=held.weights if held.mapped else 0, disk=disk)
 
 
 def _solving(model: Sizes, *, uses_fisher: bool = False) -> int:
