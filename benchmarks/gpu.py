@@ -38,8 +38,9 @@ from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.engine.sums import BlockRecord
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import choose_block
-from wanda_dvc.pruning.reconstruction import factors_of_linears, prune_linear, reconstruct
+from wanda_dvc.pruning.reconstruction import prune_linear, reconstruct
 from wanda_dvc.pruning.selection import pack_bits
+from wanda_dvc.pruning.solvers import GramFactors
 
 LLAMA_7B, SMOLLM2 = (
     json.loads((CONFIGS / f"{name}.json").read_text()) | {"num_hidden_layers": blocks, "tie_word_embeddings": False}
@@ -175,19 +176,21 @@ def masks(
 
 
 def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str) -> float:
-    recorded, how, errors = run.recorded[0], RECONSTRUCTIONS[reconstruction], []
-    keeps = masks(weights, recorded, "wanda", "unstructured", CPU)
+    recorded, row, errors = run.recorded[0], RECONSTRUCTIONS[reconstruction], []
+    masks_of_block = masks(weights, recorded, "wanda", "unstructured", CPU)
     for device in (CPU, bench.device):
-        found = []
-        for name, prepared in factors_of_linears(recorded.stats.consumers, _on(device, recorded.grams)):
-            if prepared is None:
-                continue
-            weight, keep, across = weights(name), keeps[name], name in recorded.stats.transposed
-            gradients = Gram.empty(len(keep))
-            gradients.add(torch.randn(64, len(keep), generator=torch.Generator().manual_seed(0)))
-            solved = reconstruct(weight, keep, prepared, reconstruction=how, gradients=gradients, transposed=across)
-            found.append(prune_linear(weight, keep, prepared, solved.weight, transposed=across).error or 0.0)
-        errors.append(found)
+        errors_of_device = []
+        for source, gram in _on(device, recorded.grams).items():
+            factors = GramFactors(gram.matrix(), source)
+            for name in recorded.stats.consumers[source]:
+                weight, mask, transposed = weights(name), masks_of_block[name], name in recorded.stats.transposed
+                gradients = Gram.empty(len(mask))
+                gradients.add(torch.randn(64, len(mask), generator=torch.Generator().manual_seed(0)))
+                new = reconstruct(
+                    weight, mask, factors, reconstruction=row, gradients=gradients, transposed=transposed
+                ).weight
+                errors_of_device.append(prune_linear(weight, mask, factors, new, transposed=transposed).error or 0.0)
+        errors.append(errors_of_device)
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
 
 

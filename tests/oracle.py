@@ -39,7 +39,7 @@ def keep_n_of_m(score, n, m):
     return keep
 
 
-def keep_by_score_share(score, sparsity):
+def keep_by_score_fraction(score, sparsity):
     """The appendix's variant: of every row's lowest scores as many go as hold at most α of its sum."""
 
     def removed(alpha):

@@ -19,7 +19,7 @@ from test_families import save
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.apply import prune
+from wanda_dvc.stages.apply import write_pruned
 from wanda_dvc.study.artifact import finish
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
@@ -101,7 +101,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     finish(calibrated_study.masks, made)
     calibrated_study.model("dense").parent.mkdir()
     calibrated_study.model("dense").symlink_to(source)
-    found = {name: entry[:3] for name, entry in prune(calibrated_study, tmp_path / "pruned")[0].items()}
+    found = {name: entry[:3] for name, entry in write_pruned(calibrated_study, tmp_path / "pruned")[0].items()}
 
     expected, written = tree(overwritten(source, tmp_path / "expected", keeps)), tree(tmp_path / "pruned")
     for name in ("README.md", "provenance.json"):

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.masks import choose
-from wanda_dvc.pruning.selection import keep_by_score_share, pack_bits, removed, select, unpack_bits
+from wanda_dvc.pruning.masks import choose_by_score
+from wanda_dvc.pruning.selection import count_removed, keep_by_score_fraction, pack_bits, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, unit_index, unit_scores
 
@@ -86,17 +86,17 @@ def test_n_of_m_equals_the_loops(n_of_m, data):
 def test_the_variant_equals_the_loops(weight, sparsity):
     score = oracle.scores(weight.tolist())
     try:
-        keep = keep_by_score_share(scores.magnitude(weight), float(sparsity))
+        keep = keep_by_score_fraction(scores.magnitude(weight), float(sparsity))
     except UserError:  # at the largest share too little goes
-        largest = oracle.keep_by_score_share(score, 1)
+        largest = oracle.keep_by_score_fraction(score, 1)
         assert sum(row.count(False) for row in largest) < float(sparsity) * weight.numel()
         return
-    assert keep.tolist() == oracle.keep_by_score_share(score, float(sparsity))
+    assert keep.tolist() == oracle.keep_by_score_fraction(score, float(sparsity))
 
 
 def test_the_variant_says_what_it_cannot_reach():
     with pytest.raises(UserError, match=r"got 0.95 of some linear with method wanda-variant, expected at most 0.800"):
-        keep_by_score_share(torch.ones(2, 100), 0.95)
+        keep_by_score_fraction(torch.ones(2, 100), 0.95)
 
 
 @pytest.mark.parametrize("layout", [(3,), (1, 1), (8, 2), (64,)])
@@ -104,12 +104,12 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...
     """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
-    expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0)), keep_by_score_share(score, 0.5)
+    expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0)), keep_by_score_fraction(score, 0.5)
     with simulated_gpu(), Noted() as noted:
         there = score.to("cuda")
-        found = unit_scores(there, units).cpu(), keep_by_score_share(there, 0.5).cpu()
+        found = unit_scores(there, units).cpu(), keep_by_score_fraction(there, 0.5).cpu()
     for one, other, host in zip(
-        found, expected, (unit_scores(score, units), keep_by_score_share(score, 0.5)), strict=True
+        found, expected, (unit_scores(score, units), keep_by_score_fraction(score, 0.5)), strict=True
     ):
         assert torch.equal(one, other)
         assert torch.equal(host, other)
@@ -170,7 +170,7 @@ def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
     ("size", "sparsity", "expected"), [(100, 0.29, 29), (1536, 0.3, 460), (576, 0.5, 288), (10, 0.0, 0), (3, 0.999, 2)]
 )
 def test_the_number_removed_is_that_of_the_decimal(size, sparsity, expected):
-    assert removed(size, Fraction(str(sparsity))) == expected
+    assert count_removed(size, Fraction(str(sparsity))) == expected
 
 
 @pytest.mark.parametrize("group", ["row", "linear"])
@@ -182,9 +182,9 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
-    direct = choose(weight, x, **words)
+    direct = choose_by_score(weight, x, **words)
     monkeypatch.setattr("wanda_dvc.pruning.masks.WEIGHTS_AT_A_TIME", 50)
-    assert torch.equal(choose(weight, x, **words), direct)
+    assert torch.equal(choose_by_score(weight, x, **words), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12
 

@@ -14,7 +14,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import reconstruct
-from wanda_dvc.pruning.selection import removed, select
+from wanda_dvc.pruning.selection import count_removed, select
 from wanda_dvc.pruning.solvers import (
     GramFactors,
     admm,
@@ -62,9 +62,9 @@ def every_method(weight, prepared, sparsity, pattern, group):
     """All that solves, ADMM's mask with other weights included."""
     words = {"sparsity": sparsity, "pattern": pattern, "group": group}
     solved = {name: solve(weight, prepared, **words) for name, solve in METHODS.items()}
-    solved["least squares"] = least_squares(weight, solved["sparsegpt"].keep, prepared)
-    solved["on admm's mask"] = least_squares(weight, solved["admm"].keep, prepared)
-    solved["fisher"] = fisher_least_squares(weight, solved["admm"].keep, prepared, of_gradients(len(weight)), steps=15)
+    solved["least squares"] = least_squares(weight, solved["sparsegpt"].mask, prepared)
+    solved["on admm's mask"] = least_squares(weight, solved["admm"].mask, prepared)
+    solved["fisher"] = fisher_least_squares(weight, solved["admm"].mask, prepared, of_gradients(len(weight)), steps=15)
     return solved
 
 
@@ -73,25 +73,25 @@ def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(p
     weight, gram = problem()
     sparsity, prepared = Fraction(sparsity), GramFactors(gram)
     found = every_method(weight, prepared, sparsity, pattern, group)
-    swept = solvers.sparsegpt_update(weight, found["sparsegpt"].keep, prepared)  # on its own mask: the same weights
+    swept = solvers.sparsegpt_update(weight, found["sparsegpt"].mask, prepared)  # on its own mask: the same weights
     torch.testing.assert_close(swept.weight, found["sparsegpt"].weight)
     for name, solved in found.items():
-        assert torch.equal(solved.weight != 0, solved.keep), name  # no zero revived, no weight lost
+        assert torch.equal(solved.weight != 0, solved.mask), name  # no zero revived, no weight lost
         if pattern != "unstructured":
             n, m = map(int, pattern.split(":"))
-            assert (solved.keep.unflatten(1, (-1, m)).sum(-1) == n).all(), name
+            assert (solved.mask.unflatten(1, (-1, m)).sum(-1) == n).all(), name
         elif group == "row":
-            assert ((~solved.keep).sum(1) == removed(120, sparsity)).all(), name
+            assert ((~solved.mask).sum(1) == count_removed(120, sparsity)).all(), name
         else:
-            assert (~solved.keep).sum() == removed(12 * 120, sparsity), name
-        without = row_errors(weight, weight * solved.keep, gram)
+            assert (~solved.mask).sum() == count_removed(12 * 120, sparsity), name
+        without = row_errors(weight, weight * solved.mask, gram)
         errors = row_errors(weight, solved.weight, gram)
         if name == "fisher":  # rows make up for one another, so a row's own error may rise
             errors, without = errors.sum(), without.sum()
         assert (errors <= without * (1 + 1e-6)).all(), name
-        changed = (solved.weight != weight * solved.keep).any(1)  # the update was applied
+        changed = (solved.weight != weight * solved.mask).any(1)  # the update was applied
         assert solved.unchanged == (~changed).sum() <= 1, name
-        error, by_mask = layer_errors(weight, [solved.weight, weight * solved.keep], gram)
+        error, by_mask = layer_errors(weight, [solved.weight, weight * solved.mask], gram)
         assert error < 0.9 * by_mask, name
         assert (solved.dead, solved.raised) == (0, False), name
 
@@ -132,7 +132,7 @@ def test_fisher_least_squares_solves_the_normal_equations(damping, output_dampin
     expected = np.zeros(120)
     expected[mask] = np.linalg.solve(both[np.ix_(mask, mask)], both[mask] @ w)
     plain = least_squares(weight, keep, GramFactors(gram), damping=damping).weight
-    assert solved.part == 1
+    assert solved.step_size == 1
     np.testing.assert_allclose(solved.weight.numpy().ravel(), expected, rtol=0, atol=2e-3)
     off = [w - x.double().numpy().ravel() for x in (plain, solved.weight)]
     assert off[1] @ both @ off[1] < 0.99 * (off[0] @ both @ off[0])
@@ -184,17 +184,17 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
     for given, steps in ((of_gradients(12), 0), (None, 15)):
         stays = fisher_least_squares(weight, keep, prepared, given, steps=steps)
         assert torch.equal(stays.weight, plain.weight)
-        assert stays.diagnostics == plain.diagnostics | {"part": 0}
+        assert stays.diagnostics == plain.diagnostics | {"step_size": 0}
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(2))
     x[:, 0] = x[:, 1:].sum(1)  # whatever row 0 gets wrong, the others can make up for, and they have large errors then
     solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300, output_damping=1e-6)
-    assert 0 < (solved.part or 0) < 1
+    assert 0 < (solved.step_size or 0) < 1
     error, by_mask = layer_errors(weight, [solved.weight, weight * keep], gram)
     assert error == pytest.approx(by_mask, rel=1e-5)
     s = Gram(of_gradients(12).double(), 48)
     for steps in (15, 30):
         solved = fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps)
-        assert solved.part == 1
+        assert solved.step_size == 1
         how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)
         assert torch.equal(reconstruct(weight, keep, prepared, reconstruction=how, gradients=s).weight, solved.weight)
 
@@ -209,7 +209,7 @@ def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
     assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
     best = least_squares(weight, keep, prepared, steps=100, damping=0).weight
     settled = torch.empty_like(best)
-    assert solvers.keep_better_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
+    assert solvers.write_better_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
     assert torch.equal(settled, best)
 
 
@@ -247,7 +247,7 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
     keep, expected = paper_sparsegpt(weight, gram, sparsity, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
     solved = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", block=16)
-    assert np.array_equal(solved.keep.numpy(), keep)
+    assert np.array_equal(solved.mask.numpy(), keep)
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
     assert solved.unchanged == 0
@@ -276,7 +276,7 @@ def test_admm_is_the_papers_algorithm():
     sparsities = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)] + [None] * 5
     keep, expected = paper_admm(weight, gram, sparsities)
     solved = admm(weight, GramFactors(gram), sparsity=HALF)
-    assert np.array_equal(solved.keep.numpy(), keep)
+    assert np.array_equal(solved.mask.numpy(), keep)
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -298,7 +298,7 @@ def test_admm_is_near_the_best_of_all_masks():
         weight, gram = problem(out=1, features=8, seed=seed)
         prepared = GramFactors(gram)
         solved = admm(weight, prepared, sparsity=HALF)
-        polished = least_squares(weight, solved.keep, prepared, steps=30, damping=0)
+        polished = least_squares(weight, solved.mask, prepared, steps=30, damping=0)
         ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
     assert min(ratios) > 0.999
     assert sorted(ratios)[4] < 1.001
@@ -310,7 +310,7 @@ def test_admm_is_near_the_best_of_all_masks():
 def test_scaling_all_inputs_changes_nothing(name, factor):
     weight, gram = problem()
     one, other = (METHODS[name](weight, GramFactors(g), sparsity=HALF) for g in (gram, gram * factor))
-    assert torch.equal(one.keep, other.keep)
+    assert torch.equal(one.mask, other.mask)
     torch.testing.assert_close(one.weight, other.weight)
 
 
@@ -326,11 +326,11 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     monkeypatch.setattr(solvers, "ROWS_AT_A_TIME", 1)
     sliced = solve(weight, prepared, sparsity=HALF, pattern=pattern, group=group)
     for other, expected in ((mixed, order), (sliced, torch.arange(12))):
-        assert torch.equal(other.keep, complete.keep[expected])
+        assert torch.equal(other.mask, complete.mask[expected])
         torch.testing.assert_close(other.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
-    few = least_squares(weight, complete.keep, prepared)
+    few = least_squares(weight, complete.mask, prepared)
     monkeypatch.undo()
-    torch.testing.assert_close(few.weight, least_squares(weight, complete.keep, prepared).weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(few.weight, least_squares(weight, complete.mask, prepared).weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
@@ -339,9 +339,9 @@ def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group,
     solved = sparsegpt(
         weight, GramFactors(3 * torch.eye(120)), sparsity=Fraction(sparsity), pattern=pattern, group=group
     )
-    assert torch.equal(solved.keep, select(weight.abs(), sparsity=Fraction(sparsity), pattern=pattern, group=group))
-    assert torch.equal(solved.weight, weight * solved.keep)
-    assert torch.equal(least_squares(weight, solved.keep, GramFactors(torch.eye(120))).weight, weight * solved.keep)
+    assert torch.equal(solved.mask, select(weight.abs(), sparsity=Fraction(sparsity), pattern=pattern, group=group))
+    assert torch.equal(solved.weight, weight * solved.mask)
+    assert torch.equal(least_squares(weight, solved.mask, GramFactors(torch.eye(120))).weight, weight * solved.mask)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -351,17 +351,17 @@ def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
     gram[dead] = gram[:, dead] = 0
     solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF)
     assert solved.dead == 3
-    assert not solved.keep[:, dead].any()
+    assert not solved.mask[:, dead].any()
     few = METHODS[name](weight, GramFactors(gram), sparsity=Fraction(1, 120))
-    assert torch.equal(few.weight[:, dead], (weight * few.keep)[:, dead])
-    assert few.keep[:, dead].sum() == 2 * 12
-    assert torch.equal(few.weight != 0, few.keep)
+    assert torch.equal(few.weight[:, dead], (weight * few.mask)[:, dead])
+    assert few.mask[:, dead].sum() == 2 * 12
+    assert torch.equal(few.weight != 0, few.mask)
     assert few.weight.isfinite().all()
-    kept = least_squares(weight, few.keep, GramFactors(gram), damping=0)
-    assert torch.equal(kept.weight[:, dead], (weight * few.keep)[:, dead])
+    kept = least_squares(weight, few.mask, GramFactors(gram), damping=0)
+    assert torch.equal(kept.weight[:, dead], (weight * few.mask)[:, dead])
     every = METHODS[name](weight, GramFactors(torch.zeros(120, 120)), sparsity=HALF)  # an input of zeros
     assert every.dead == 120
-    assert torch.equal(every.weight, weight * every.keep)
+    assert torch.equal(every.weight, weight * every.mask)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "least squares"])
@@ -377,7 +377,7 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
     assert solved.raised
     assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
     if name == "least squares":  # what is told is what was used
-        again = least_squares(weight, solved.keep, GramFactors(gram), damping=solved.damping)
+        again = least_squares(weight, solved.mask, GramFactors(gram), damping=solved.damping)
         assert not again.raised
         assert torch.equal(again.weight, solved.weight)
     assert solved.weight.isfinite().all()
@@ -402,8 +402,8 @@ def test_fewer_tokens_than_features_solve_without_raising():
 
 def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
-    with pytest.raises(UserError, match="Gram matrix: it cannot be factored"):
-        GramFactors(gram).inverse_root(0.01)
+    with pytest.raises(UserError, match="input of a.linear: it cannot be factored"):
+        GramFactors(gram, "input of a.linear").inverse_root(0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -441,7 +441,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()
-    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, block=16).keep
+    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, block=16).mask
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
@@ -452,8 +452,8 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
     gram[dead] = gram[:, dead] = 0
     solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF, pattern="2:4")
     assert solved.unchanged == 0
-    assert torch.equal(solved.weight[:, dead], (weight * solved.keep)[:, dead])
-    assert (solved.keep[:, dead].sum(1) == 2).all()
+    assert torch.equal(solved.weight[:, dead], (weight * solved.mask)[:, dead])
+    assert (solved.mask[:, dead].sum(1) == 2).all()
 
 
 def test_the_corrected_target_leaves_the_weights_of_dead_features():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import named
-from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
+from conftest import Capture, Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
 from test_families import ALL, MIXTURES, save
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -28,7 +28,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import GramFactors
-from wanda_dvc.pruning.units import Units, expand, greedy_obs, least_squares, stay_of
+from wanda_dvc.pruning.units import Units, count_kept, expand, greedy_obs, least_squares_of_units
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
@@ -83,7 +83,7 @@ def test_every_mixture_is_here():
     ],
 )
 def test_the_width_is_the_nearest_multiple(width: int, sparsity: str, stay: int):
-    assert stay_of(width, Fraction(sparsity), STRUCTURES["neurons"].multiple) == stay
+    assert count_kept(width, Fraction(sparsity), STRUCTURES["neurons"].multiple) == stay
 
 
 def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_the_units_that_go_are_those_that_least_squares_misses_least():
         damping = (0.01 * x.double().square().sum() / 64).sqrt() * torch.eye(64)
         tokens, stay = torch.cat([x.double(), damping]), torch.ones(units.total, dtype=torch.bool)
         target = tokens @ weight.double().T
-        while (left := int(stay.sum()) - units.stay) > 0:
+        while (left := int(stay.sum()) - units.kept) > 0:
             missed = torch.full((units.total,), torch.inf).double()
             for unit in stay.nonzero()[:, 0]:
                 others = tokens[:, expand(stay & (torch.arange(units.total) != unit), layout)]
@@ -130,7 +130,7 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
     kept = torch.arange(24) % 3 > 0
     keep = kept.expand(12, 24).clone()
     keep[5] = False  # a row of another removed unit
-    solved = least_squares(weight, keep, GramFactors(gram), damping=damping)
+    solved = least_squares_of_units(weight, keep, GramFactors(gram), damping=damping)
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
     wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     rows = torch.arange(12) != 5
@@ -159,7 +159,7 @@ def drawn(removal: Removal) -> Removal:
     for name, units in removal.unit_sets.items():
         orders = [torch.randperm(units.total // units.groups, generator=generator) for _ in range(units.groups)]
         orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
-        kept[name] = torch.cat([order < units.stay // units.groups for order in orders])
+        kept[name] = torch.cat([order < units.kept // units.groups for order in orders])
     return removal.with_kept(kept)
 
 
@@ -307,7 +307,7 @@ def test_a_share_without_a_configuration_is_refused_before_any_work(tmp_path: Pa
 def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
     folder = save("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=3)
     assert removal_of(folder, "experts", "0.6").config_changes == {"num_local_experts": 3}
-    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 experts that stay"):
+    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 kept experts"):
         removal_of(folder, "experts", "0.75")
 
 
@@ -475,8 +475,32 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     assert small.generate(windows[:1, :8], max_new_tokens=3).shape[1] > 8
 
 
-def test_a_share_that_rounds_to_all_neurons_changes_nothing(calibrated_study: Make):
-    made = mask_and_apply(calibrated_study(pattern="neurons", sparsity=0.001))
-    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    assert all(torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.where)
-    assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "message"),
+    [
+        ("neurons", 0.001, "got 0.001, which removes none of the neurons of each MLP; set sparsity=0.0209 or more"),
+        ("heads", 0.2, "got 0.2, which removes none of the groups of attention heads .*; set sparsity=0.5 or more"),
+        ("blocks", 0.2, "got 0.2, which removes none of the blocks; set sparsity=0.5 or more"),
+        (
+            "unstructured",
+            1e-9,
+            "got 1e-09, which removes no weight: at most 48 weights .*; set sparsity=0.0209 or more",
+        ),
+    ],
+)
+def test_a_sparsity_that_removes_nothing_is_refused(
+    pattern: str, sparsity: float, message: str, calibrated_study: Make
+):
+    with pytest.raises(UserError, match=f"sparsity: {message}"):
+        mask(study=calibrated_study(pattern=pattern, sparsity=sparsity))
+    least = float(message.rpartition("=")[2].split()[0])
+    made = mask_and_apply(calibrated_study(pattern=pattern, sparsity=least))
+    assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] > 0
+
+
+def test_a_rounded_sparsity_is_reported(calibrated_study: Make, capsys: Capture):
+    made = mask_and_apply(calibrated_study(sparsity=0.999999))
+    actual = load_json(made.metrics("pruned", "sparsity"))["sparsity"]
+    assert f"mask: sparsity: rounded: {actual:.4g} instead of 0.999999" in capsys.readouterr().err
+    mask(study=calibrated_study(sparsity=0.5))
+    assert "rounded" not in capsys.readouterr().err

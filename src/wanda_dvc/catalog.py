@@ -42,14 +42,15 @@ class Method(Choice):
     """A pruning method: the score of weights, and the selection by score."""
 
     paper: str  # a link in Markdown
-    # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays.
-    # Of a solver: (weight [out, in], Prepared, share, pattern, group) → Solved.
+    # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
+    # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → SolverResult.
+    # "": the package of a stored method is not installed; a call raises UserError.
     function: str
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix. A method
     # that needs the Gram matrix is a solver: it chooses the mask itself, because it changes weights meanwhile.
     needs: Literal["weights", "norms", "gram"]
     # groups: every group (a row, a linear, m neighbours) loses the same number of lowest scores.
-    # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
+    # rows: each row loses the same fraction of its total score, so rows lose different numbers of weights.
     # experts, blocks: the function scores complete ones: (TokenSum or BlockStats) → score; with that pattern alone.
     competition: Literal["groups", "rows", "experts", "blocks"] = "groups"
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
@@ -62,10 +63,13 @@ class Method(Choice):
         spec = importlib.util.find_spec(self.function.partition(":")[0]) if self.package else None
         return (spec and spec.origin) or "none"
 
-    def __call__(self, *args: Any, **words: Any) -> Any:
-        """Call the function. UserError, with the method's name, for an error in a package's function."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function. UserError, with the method's name, for an error in a package's function, or without it."""
+        if not self.function:
+            installed = ", ".join(methods())
+            raise UserError(f"method: found {self.name}, expected one of {installed}; install the package that has it")
         try:
-            return resolve_name(self.function)(*args, **words)
+            return resolve_name(self.function)(*args, **kwargs)
         except Exception as error:  # any
             if not self.package or isinstance(error, UserError):
                 raise
@@ -83,7 +87,7 @@ _METHODS = _by_name(
            function="wanda_dvc.pruning.scores:magnitude", scores_by_row=True),
     Method("wanda", "|W| · ‖X‖₂", paper="[Sun et al. 2024](https://arxiv.org/abs/2306.11695)", needs="norms",
            function="wanda_dvc.pruning.scores:wanda", scores_by_row=True),
-    Method("wanda-variant", "|W| · ‖X‖₂, and each row loses the same share of its total score", needs="norms",
+    Method("wanda-variant", "|W| · ‖X‖₂, and each row loses the same fraction of its total score", needs="norms",
            paper="[Sun et al. 2024, appendix](https://arxiv.org/abs/2306.11695)",
            function="wanda_dvc.pruning.scores:wanda", competition="rows", scores_by_row=True),
     Method("ria", "(|W| over its row's sum + |W| over its column's sum) · ‖X‖₂^½", needs="norms",
@@ -108,20 +112,25 @@ def methods() -> dict[str, Method]:
 
     UserError for an entry point without a `Method`, or a method with an existing name.
     """
-    found = dict(_METHODS)
+    rows = dict(_METHODS)
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist else "a package"
         where = f"entry point {entry.name} of {package} ({ENTRY_POINTS}): {entry.value}"
         try:
             method = replace(entry.load(), package=package)
-            method.file  # noqa: B018 - its module may be missing
-            problem = f"has the taken name {method.name}, expected another" if method.name in found else ""
+            importlib.util.find_spec(method.function.partition(":")[0])  # raises if its package is missing
+            problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"
         if problem:
             raise UserError(f"{where} {problem}; fix or uninstall that package")
-        found[method.name] = method
-    return found
+        rows[method.name] = method
+    return rows
+
+
+def missing_method(name: str) -> Method:
+    """Return the row of a stored method whose package is not installed. Its call raises UserError."""
+    return Method(name, "a method of a package that is not installed", paper="", function="", needs="norms")
 
 
 # --- structures ---
@@ -132,14 +141,14 @@ class Structure(Choice):
     """A kind of units that a pattern removes, so that a smaller dense model remains; `about` names the units."""
 
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
-    # Of a width that stays, at most: llama.cpp's K-quants need rows of 256 weights.
+    # Of a kept width, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
-    # Other fields of config.json that stay in proportion to the number of units. A unit is then several inputs of its
-    # reader, and the field has the number of units.
+    # More fields of config.json, in proportion to the number of units. A unit is then several inputs of its consumer,
+    # and the field has the number of units.
     scaled: tuple[str, ...] = ()
-    find: str = "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, share) → Removal
-    # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
-    # values, and statistics are the dense model's.
+    find: str = "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, sparsity) → Removal
+    # The score of units in place of the method of a recipe that calibrates; kept weights then keep their values, and
+    # statistics are the dense model's.
     method: str = ""
 
 
@@ -161,7 +170,7 @@ STRUCTURES = _by_name(
 
 # --- groups, allocations and reconstructions ---
 
-# The weights that compete with one another, for unstructured patterns. `outputs` reads the gradients tier.
+# The weights that compete with one another, for unstructured patterns. `outputs` reads stats/fisher.
 GROUPS = {
     "row": "one output's weights",
     "linear": "the linear's weights",
@@ -173,12 +182,12 @@ GROUPS = {
 class Allocation(Choice):
     """A rule for the sparsity of each block or linear, given the model's sparsity."""
 
-    # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
+    # `module:function`: (sparsity, sizes of the blocks, ratings, strength) → the blocks' sparsities; "": all equal
     function: str = ""
-    rating: str = ""  # `module:function`: (weights, BlockStats) → the ratings of a block's parts
-    # Whether the rating needs the gradients tier, and the parts are linears instead of blocks: a rating per linear.
+    rating: str = ""  # `module:function`: (weights, BlockStats) → a list with the block's rating
+    # Whether the rating needs stats/fisher. Linears then take the place of blocks: a rating and a sparsity of each.
     uses_fisher: bool = False
-    strength: float | None = None  # how far shares differ, as the function defines it; None: they do not
+    strength: float | None = None  # how far sparsities differ, as the function defines it; None: they are equal
 
 
 ALLOCATIONS = _by_name(
@@ -200,30 +209,33 @@ ALLOCATIONS = _by_name(
 class Reconstruction(Choice):
     """A rule for the values of kept weights."""
 
-    # `module:function`: (weight [out, in], keep, Prepared[, gradients, steps]) → Solved; None: kept weights do not
-    # change. `gradients` is the Gram matrix of its output's gradients.
+    # `module:function`: (weight [out, in], mask, GramFactors[, gradients][, steps]) → SolverResult; None: kept weights
+    # do not change.
     function: str | None = None
-    uses_fisher: bool = False  # whether it receives `gradients` and `steps`
-    steps: int = 15  # of conjugate gradients; n:m has its own (`Plan.solver`)
+    uses_fisher: bool = False  # whether it receives `gradients`, the Gram matrix of its output's gradients
+    steps: int = 0  # of conjugate gradients; 0: another solver
+    steps_n_of_m: int = 0  # likewise with patterns n:m, if they have their own
 
 
 RECONSTRUCTIONS = _by_name(
     Reconstruction("none", "unchanged"),
     # Meng et al. 2024, ALPS, arXiv 2406.07831
-    Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares",
+    Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares", steps=10,
                    about="least squares by conjugate gradients: the output of each linear closest to the dense output"),
-    # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
+    # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244. It starts from the weights of `least-squares`. With
+    # n:m it converges more slowly: dev/decisions/0028-fisher-least-squares.md.
     Reconstruction("output-weighted", function="wanda_dvc.pruning.solvers:fisher_least_squares", uses_fisher=True,
+                   steps=15, steps_n_of_m=30,
                    about="least squares, weighted by gradients of the loss; rows compensate for each other"),
     # Frantar and Alistarh 2023, arXiv 2301.00774
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
                    about="input by input: the weights to the right compensate for each removed weight"),
 )  # fmt: skip
-# Where complete inputs go, one solution is the best for all outputs, so all solvers become this one.
+# Where complete inputs are removed, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
     "least-squares",
     "least squares: the output of each linear that reads removed units closest to the dense output",
-    function="wanda_dvc.pruning.units:least_squares",
+    function="wanda_dvc.pruning.units:least_squares_of_units",
 )
 REPAIR = Reconstruction(
     "least-squares",
@@ -302,6 +314,6 @@ TEXTS = {
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours stay. None for a pattern without neighbours."""
+    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours are kept. None for a pattern without neighbours."""
     n, colon, m = pattern.partition(":")
     return (int(n), int(m)) if colon else None

@@ -39,25 +39,28 @@ class Plan:
     def of(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
         """Return the plan of a recipe and separately set choices.
 
-        A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
-        gradients: group `outputs` stays. Experts and blocks have scores of their own. The weights that stay do not
+        A separately set choice replaces the recipe's. A pattern excludes some choices of a recipe: it has its own
+        groups and a uniform allocation. Units do not compete by row or linear, but outputs may count by their
+        gradients: group `outputs` is kept. Experts and blocks have scores of their own; then kept weights do not
         change, except by the repair for blocks.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
-        chosen: dict[str, Any] = {name: getattr(row, name) for name in CHOICES}
-        if pattern != UNSTRUCTURED:
+        requested = {name: given[name] or getattr(row, name) for name in CHOICES}
+        chosen: dict[str, Any] = dict(requested)
+        if pattern != UNSTRUCTURED and given["allocation"] is None:
             chosen["allocation"] = "uniform"
         if structure and structure.method:
-            repairs = pattern == "blocks" and catalog.RECONSTRUCTIONS[row.reconstruction].function
-            chosen |= {"reconstruction": "least-squares" if repairs else "none", "propagation": "dense"}
-            if catalog.methods()[row.method].needs != "weights":
+            if given["method"] is None and catalog.methods()[row.method].needs != "weights":
                 chosen["method"] = structure.method
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        weighs = structure and not structure.method and chosen["group"] == "outputs"
-        if pattern != UNSTRUCTURED and not weighs:
+            if given["reconstruction"] is None:
+                repairs = pattern == "blocks" and catalog.RECONSTRUCTIONS[row.reconstruction].function
+                chosen["reconstruction"] = "least-squares" if repairs else "none"
+            if given["propagation"] is None:
+                chosen["propagation"] = "dense"
+        outputs_count = structure and not structure.method and requested["group"] == "outputs"
+        if pattern != UNSTRUCTURED and not outputs_count:
             chosen["group"] = "row"
-        wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
-        left_out = tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])
+        left_out = tuple(f"{name} {requested[name]}" for name in CHOICES if requested[name] != chosen[name])
         return replace(cls.read(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
 
     @classmethod
@@ -68,7 +71,7 @@ class Plan:
         # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.
         sparsity = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(described["sparsity"]))
         return cls(
-            method=catalog.methods().get(name) or replace(catalog.methods()["wanda"], name=name),
+            method=catalog.methods().get(name) or catalog.missing_method(name),
             group=described["group"],
             allocation=catalog.ALLOCATIONS[described["allocation"]],
             reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
@@ -90,8 +93,10 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
-        described |= {"correction": CORRECTION} if self.corrects else {}
-        described |= {"steps": self.solver.steps} if self.solver.uses_fisher else {}
+        if self.corrects:
+            described["correction"] = CORRECTION
+        if self.solver.uses_fisher:
+            described["steps"] = self.solver.steps
         if self.structure and self.structure.multiple > 1:
             described["multiple"] = self.structure.multiple
         return described
@@ -105,11 +110,13 @@ class Plan:
 
     @property
     def solver(self) -> Reconstruction:
-        """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
+        """The solver of kept weights. For removed inputs, least squares has one solution for all outputs."""
+        row = self.reconstruction
         if self.structure and self.solves:
             return catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
-        # With n:m, solvers converge more slowly: dev/decisions/0028-fisher-least-squares.md.
-        return self.reconstruction if self.pattern == UNSTRUCTURED else replace(self.reconstruction, steps=30)
+        if self.pattern != UNSTRUCTURED and row.steps_n_of_m:
+            return replace(row, steps=row.steps_n_of_m)
+        return row
 
     @property
     def solves(self) -> bool:
@@ -118,7 +125,7 @@ class Plan:
 
     @property
     def repairs(self) -> bool:
-        """Whether blocks that go are neighbours, and the linear before them takes over a part of what they add."""
+        """Whether removed blocks are neighbours, and the linear before them takes over a part of what they add."""
         return self.pattern == "blocks" and self.solves
 
     @property
@@ -151,33 +158,35 @@ class Plan:
     @property
     def weights_come_from(self) -> str | None:
         """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
-        return None if not self.solves else "weights" if self.propagates or self.repairs else "gram"
+        if not self.solves:
+            return None
+        return "weights" if self.propagates or self.repairs else "gram"
 
     @property
     def needs(self) -> str:
-        """The highest tier of statistics that stages read: norms, gram or fisher."""
+        """The statistics that stages read: norms, gram or fisher; each includes those before it."""
         if self.masks_read_fisher or self.solver.uses_fisher:
             return "fisher"
-        solves_here = self.method.needs == "gram" and not self.propagates
-        return "gram" if solves_here or self.weights_come_from == "gram" else "norms"
+        mask_reads_gram = self.method.needs == "gram" and not self.propagates
+        return "gram" if mask_reads_gram or self.weights_come_from == "gram" else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
         method, pattern, structure = self.method, self.pattern, self.structure
-        own = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
+        is_scored = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
             yield f"{of_method} and group {self.group}, expected unstructured and row: each row loses its own number"
         if method.competition in catalog.STRUCTURES and method.competition != pattern:
             yield f"{of_method}, expected pattern {method.competition}"
-        if own and method.needs == "gram":
+        if is_scored and method.needs == "gram":
             yield f"{of_method}, expected a method that scores {pattern}"
-        for excluded, choice, found, expected in (
+        for excluded, choice, name, expected in (
             (pattern != UNSTRUCTURED, "allocation", self.allocation.name, "uniform"),
-            (own, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
-            (own, "propagation", self.propagation, "dense"),
+            (is_scored, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
+            (is_scored, "propagation", self.propagation, "dense"),
         ):
-            if excluded and found != expected:
-                yield f"{choice}: found {found} with pattern {pattern}, expected {expected}"
+            if excluded and name != expected:
+                yield f"{choice}: found {name} with pattern {pattern}, expected {expected}"
         if self.propagation == "corrected" and not self.solves:
             yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"

@@ -23,7 +23,7 @@ from wanda_dvc.results.experiments import Experiment, at, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations_table, notes
-from wanda_dvc.stages.apply import describe_pruned, prune
+from wanda_dvc.stages.apply import describe_pruned, write_pruned
 from wanda_dvc.study.artifact import (
     MODEL_COMMANDS,
     PROVENANCE,
@@ -155,7 +155,7 @@ def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
     study = experiment.study
     provenance = describe_pruned(study)
     if not study.params.recovery.tokens:
-        _, metrics = prune(study, out)
+        _, metrics = write_pruned(study, out)
         write_provenance(out, provenance)
         return metrics
     recovered = study.model("recovered")

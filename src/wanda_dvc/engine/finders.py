@@ -20,7 +20,7 @@ from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, KeptUnits, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import Linear, StoredSlice, build_empty, find_blocks, stored_linears, stored_slices
 from wanda_dvc.errors import UserError, reason
-from wanda_dvc.pruning.units import Units, stay_of
+from wanda_dvc.pruning.units import Units, count_kept
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 # Of config.json, in every family with experts so far.
@@ -103,8 +103,8 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
         if name in unit_sets:
             raise refused(structure, source, f"several linears of {name} read them")
         total = value if structure.scaled else size
-        stay = total * stay_of(value, sparsity, structure.multiple) // value
-        unit_sets[name] = Units(total, stay, (size // total,))
+        kept = total * count_kept(value, sparsity, structure.multiple) // value
+        unit_sets[name] = Units(total, kept, (size // total,))
         config_fields[field] = ConfigField(value, (*config_fields[field].unit_sets, name))
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:
@@ -252,10 +252,10 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     if not config_fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
     members = [[*names] for names in linears]
-    stay = stay_of(total, sparsity, structure.multiple)
+    kept = count_kept(total, sparsity, structure.multiple)
     return Removal(
         structure=structure,
-        unit_sets={blocks_name: Units(total, stay, members=members)},
+        unit_sets={blocks_name: Units(total, kept, members=members)},
         config_fields=config_fields,
         config_lists=block_lists(text, total),
         unit_tensors=_block_tensors(source, blocks_name, linears),
@@ -325,10 +325,10 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     groups = content.get(EXPERT_GROUPS)
     if type(groups) is not int or not 1 < groups < total or total % groups:
         groups = 1
-    stay = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
+    kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
     per_token = content.get(CHOSEN_EXPERTS)
-    if type(per_token) is int and stay < per_token:
-        problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {stay} experts that stay"
+    if type(per_token) is int and kept < per_token:
+        problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {kept} kept experts"
         raise UserError(f"sparsity: {problem}; set a lower sparsity")
     tensors = _mixture_tensors(source, structure, full, slices, field, total)
     dimensions, unit_tensors = [], {}
@@ -344,7 +344,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     members = _members(full, slices, tensors, total)
     return Removal(
         structure=structure,
-        unit_sets={name: Units(total, stay, members=linears, groups=groups) for name, linears in members.items()},
+        unit_sets={name: Units(total, kept, members=linears, groups=groups) for name, linears in members.items()},
         config_fields={field: ConfigField(total, tuple(members))},
         dimensions=tuple(dimensions),
         unit_tensors=unit_tensors,

@@ -67,7 +67,7 @@ class Removal:
 
     def with_kept(self, kept: KeptUnits) -> "Removal":
         """Return the removal that keeps these units."""
-        unit_sets = {name: units._replace(stay=int(kept[name].sum())) for name, units in self.unit_sets.items()}
+        unit_sets = {name: units._replace(kept=int(kept[name].sum())) for name, units in self.unit_sets.items()}
         return replace(self, unit_sets=unit_sets, kept=kept)
 
     # --- config.json ---
@@ -80,7 +80,7 @@ class Removal:
             values[name] = config_field.value
             if config_field.unit_sets:
                 units = self.unit_sets[config_field.unit_sets[0]]
-                values[name] = config_field.value * units.stay // units.total
+                values[name] = config_field.value * units.kept // units.total
         for kept in self.kept.values():
             for name, entries in self.config_lists.items():
                 values[name] = [entry for entry, is_kept in zip(entries, kept.tolist(), strict=True) if is_kept]
@@ -89,7 +89,7 @@ class Removal:
     @property
     def sparsity(self) -> float:
         """The fraction of the units that is removed."""
-        kept = sum(units.stay for units in self.unit_sets.values())
+        kept = sum(units.kept for units in self.unit_sets.values())
         return 1 - kept / sum(units.total for units in self.unit_sets.values())
 
     def about(self, sparsity: Fraction) -> str:

@@ -44,8 +44,8 @@ class SmallerCheckpoint(EditedCheckpoint):
             if self._experts[source_name]:  # the dimension of experts is before those of each matrix
                 address, first = Address(source_name, 0), 1
             for dimension in self.removal.dimensions_of.get(address.linear, ()):
-                stay = self.removal.unit_sets[dimension.unit_set].stay
-                shape[first + dimension.dim] = sum(dimension.layout) * stay
+                kept = self.removal.unit_sets[dimension.unit_set].kept
+                shape[first + dimension.dim] = sum(dimension.layout) * kept
             length = entry.length * math.prod(shape) // max(1, math.prod(entry.shape))
             entries[name] = entry._replace(shape=shape, length=length)
         return entries

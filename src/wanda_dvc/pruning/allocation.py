@@ -1,6 +1,6 @@
 """Allocation: the sparsity of each block or linear, with the requested sparsity as the mean.
 
-Shares are exact fractions in [0, 1]. `settle` makes up for the counts of groups, which are rounded down.
+Sparsities are exact fractions in [0, 1]. `round_to_total` corrects the counts of groups, which are rounded down.
 """
 
 import bisect
@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pkgutil import resolve_name
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,17 +16,24 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
-from wanda_dvc.pruning.masks import Sparsity
+from wanda_dvc.pruning.masks import BlockSparsity
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.scores import wanda
-from wanda_dvc.pruning.selection import removed
+from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
-DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
-OUTLIER = 5  # OWL's M for LLaMA
+DIGITS = 10**6  # sparsities are rounded to this fraction before they are shifted
+MEANS_OF_AN_OUTLIER = 5  # OWL's M for LLaMA: an outlier's score is above this multiple of the mean
 STEPS = 40  # of a bisection
 BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
-MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear without weights has no output
+LARGEST_SPARSITY = 0.97  # of a linear in the sensitivity allocation: a linear without weights has no output
+
+
+class Groups(NamedTuple):
+    """The competing groups of a linear's weights, all of one size."""
+
+    number: int
+    size: int
 
 
 def allocate(
@@ -36,39 +44,52 @@ def allocate(
     allocation: Allocation,
     sparsity: Fraction,
     group: str,
-) -> Sequence[Sparsity]:
-    """Return the share of weights to prune, of each block or of each linear.
+) -> Sequence[BlockSparsity]:
+    """Return the sparsity of each block, or of the linears of each block.
 
-    `blocks` yields the statistics of the `count` blocks, with the gradients tier where the allocation needs it. Without
-    a strength all shares are equal, and `blocks` is not read.
+    `blocks` yields the statistics of the `count` blocks, with the sums of stats/fisher where the allocation needs them.
+    Without a strength all sparsities are equal, and `blocks` is not read.
     """
     if allocation.strength is None:
         return [sparsity] * count
     rate, divide = resolve_name(allocation.rating), resolve_name(allocation.function)
-    linears: list[dict[str, tuple[int, int]]] = []  # of each block: the number and size of their competing groups
-    ratings: list[object] = []
-    for measured in blocks:
-        own: dict[str, tuple[int, int]] = {}
-        for name, x in measured.by_linear.items():
-            number, features = weights(name).numel(), len(x.sum)
-            own[name] = (number // features, features) if group == "row" else (1, number)
-        linears.append(own)
-        ratings += rate(weights, measured)
-    groups = [list(own.values()) for own in linears]  # of each part
-    if allocation.uses_fisher:
-        groups = [[one] for block in groups for one in block]
-    sizes = [sum(number * size for number, size in part) for part in groups]
+    names: list[list[str]] = []  # the linears of each block
+    groups: list[list[Groups]] = []  # of each block, or of each linear
+    ratings: list[object] = []  # likewise
+    for block in blocks:
+        groups_of_linears = groups_of_block(weights, block, group)
+        names.append(list(groups_of_linears))
+        if allocation.uses_fisher:
+            groups += [[linear] for linear in groups_of_linears.values()]
+        else:
+            groups.append(list(groups_of_linears.values()))
+        ratings += rate(weights, block)
+    sizes = [sum(linear.number * linear.size for linear in linears) for linears in groups]
     sparsities = round_to_total(divide(sparsity, sizes, ratings, allocation.strength), sparsity, groups)
     if not allocation.uses_fisher:
         return sparsities
     of_linears = iter(sparsities)
-    return [{name: next(of_linears) for name in own} for own in linears]
+    return [{name: next(of_linears) for name in linears} for linears in names]
+
+
+def groups_of_block(weights: ReadWeight, block: BlockStats, group: str) -> dict[str, Groups]:
+    """Return the competing groups of each linear of a block, for unstructured patterns: its rows, or the linear."""
+    groups = {}
+    for linear, x in block.by_linear.items():
+        features = len(x.sum)
+        rows = weights(linear).numel() // features
+        groups[linear] = Groups(rows, features) if group == "row" else Groups(1, rows * features)
+    return groups
 
 
 def outlier_rating(weights: ReadWeight, block: BlockStats) -> list[float]:
-    """Return the percentage of outliers among a block's Wanda scores, for OWL: the block is one part."""
-    every = block.by_linear.items()
-    return [outlier_ratio(lambda: (scores for name, x in every for scores in _wanda_scores(weights, block, name, x)))]
+    """Return the percentage of outliers among a block's Wanda scores, for OWL, which allocates by block."""
+
+    def scores() -> Iterator[Float[Tensor, "rows in"]]:
+        for linear, x in block.by_linear.items():
+            yield from _wanda_scores(weights, block, linear, x)
+
+    return [outlier_ratio(scores)]
 
 
 def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | None]:
@@ -76,18 +97,19 @@ def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | 
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
     """
-
-    def rate(name: str, x: InputStats) -> Tensor | None:
-        if name not in block.fisher:
-            return None
+    histograms: list[Tensor | None] = []
+    for linear, x in block.by_linear.items():
+        if linear not in block.fisher:
+            histograms.append(None)
+            continue
         total = x.norm.double().square().sum()
-        roots, counts = (block.fisher[name] / total).sqrt().float(), []
-        for scores in _wanda_scores(weights, block, name, x):
-            root, roots = roots[: len(scores)], roots[len(scores) :]
-            counts.append(count_scores(scores * root[:, None]))
-        return torch.stack(counts).sum(dim=0, dtype=torch.int32)
-
-    return [rate(name, x) for name, x in block.by_linear.items()]
+        row_factors, begin, counts = (block.fisher[linear] / total).sqrt().float(), 0, []
+        for scores in _wanda_scores(weights, block, linear, x):
+            end = begin + len(scores)
+            counts.append(count_scores(scores * row_factors[begin:end, None]))
+            begin = end
+        histograms.append(torch.stack(counts).sum(dim=0, dtype=torch.int32))
+    return histograms
 
 
 def _wanda_scores(
@@ -100,44 +122,47 @@ def _wanda_scores(
 
 
 def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
-    """Return OWL's shares: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
+    """Return OWL's sparsities: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
 
     The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
     """
-    most = max(outliers)
-    scale = 2 * spread / (most - min(outliers)) if most > min(outliers) else 0.0
-    return shift([Fraction(round((most - ratio) * scale * DIGITS), DIGITS) for ratio in outliers], sparsity, sizes)
+    largest, smallest = max(outliers), min(outliers)
+    scale = 2 * spread / (largest - smallest) if largest > smallest else 0.0
+    sparsities = [Fraction(round((largest - ratio) * scale * DIGITS), DIGITS) for ratio in outliers]
+    return shift(sparsities, sparsity, sizes)
 
 
 def sensitivity(
     sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float
 ) -> list[Fraction]:
-    """Return each linear's share when the lowest scores of all linears together are pruned.
+    """Return each linear's sparsity when the lowest scores of all linears together are pruned.
 
-    `counts` are each linear's `count_scores`. A share differs from the sparsity by at most `spread`. It is at most 0.97
-    or the sparsity. A linear without counts has the sparsity. Scores are assumed to be evenly spread within a bin.
+    `counts` are each linear's `count_scores`. A linear's sparsity differs from the model's by at most `spread`, and is
+    at most 0.97 or the model's. A linear without counts has the model's. Scores are assumed to be evenly spread within
+    a bin.
     """
-    known = [number for number, bins in enumerate(counts) if bins is not None]
-    wanted = float(sparsity)
+    counted = [number for number, bins in enumerate(counts) if bins is not None]
     raw = [sparsity] * len(sizes)
-    if known and 0 < sparsity < 1:
-        bins = torch.stack([x for x in counts if x is not None])
-        bins = bins[:, bins.any(dim=0)]
-        up_to = bins.cumsum(dim=1, dtype=torch.int64)
-        size = torch.tensor([sizes[number] for number in known], dtype=torch.float64)
-        least, most = max(wanted - spread, 0.0), max(min(wanted + spread, MOST), wanted)
+    if not counted or not 0 < sparsity < 1:
+        return shift(raw, sparsity, sizes)
+    requested = float(sparsity)
+    bins = torch.stack([x for x in counts if x is not None])
+    bins = bins[:, bins.any(dim=0)]
+    up_to = bins.cumsum(dim=1, dtype=torch.int64)
+    size = torch.tensor([sizes[number] for number in counted], dtype=torch.float64)
+    smallest, largest = max(requested - spread, 0.0), max(min(requested + spread, LARGEST_SPARSITY), requested)
 
-        def pruned_fractions(threshold: float) -> Float[Tensor, " linears"]:
-            place = int(threshold)
-            below = up_to[:, place] - bins[:, place] * (1 - (threshold - place))
-            return (below / size).clamp(least, most)
+    def pruned_fractions(threshold: float) -> Float[Tensor, " linears"]:
+        bin_number = int(threshold)
+        below = up_to[:, bin_number] - bins[:, bin_number] * (1 - (threshold - bin_number))
+        return (below / size).clamp(smallest, largest)
 
-        low, high = 0.0, bins.shape[1] - 1e-6
-        for _ in range(STEPS + STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if pruned_fractions(middle) @ size < wanted * size.sum() else (low, middle)
-        for number, fraction in zip(known, pruned_fractions(high).tolist(), strict=True):
-            raw[number] = Fraction(round(fraction * DIGITS), DIGITS)
+    low, high = 0.0, bins.shape[1] - 1e-6
+    for _ in range(2 * STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pruned_fractions(middle) @ size < requested * size.sum() else (low, middle)
+    for number, fraction in zip(counted, pruned_fractions(high).tolist(), strict=True):
+        raw[number] = Fraction(round(fraction * DIGITS), DIGITS)
     return shift(raw, sparsity, sizes)
 
 
@@ -147,14 +172,22 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
     return torch.bincount(bits, minlength=1 << (31 - BIN)).int()
 
 
-def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: float = OUTLIER) -> float:
-    """Return the percentage of a block's scores that are above `times` their mean: OWL's D.
+def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], multiple: float = MEANS_OF_AN_OUTLIER) -> float:
+    """Return the percentage of a block's scores that are above a multiple of their mean: OWL's D.
 
-    `scores` yields the scores in parts, twice. Only one part is in memory at a time.
+    `scores` yields the scores in slices, and is called twice. Only one slice is in memory at a time.
     """
-    counts, sums = zip(*((score.numel(), score.sum(dtype=torch.float64).item()) for score in scores()), strict=True)
-    mean = sum(sums) / sum(counts)
-    return 100 * sum((score > times * mean).sum().item() for score in scores()) / sum(counts)
+    count, sums = 0, []
+    for score in scores():
+        count += score.numel()
+        sums.append(score.sum(dtype=torch.float64).item())
+        del score  # before the next slice is there
+    mean = sum(sums) / count
+    outliers = 0
+    for score in scores():
+        outliers += int((score > multiple * mean).sum())
+        del score  # before the next slice is there
+    return 100 * outliers / count
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
@@ -166,7 +199,7 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
     def mean(constant: Fraction) -> Fraction:
         return Fraction(sum(map(operator.mul, sparsities(constant), sizes)), sum(sizes))
 
-    # The mean rises with the constant, and is linear between two constants at which no part reaches 0 or 1.
+    # The mean rises with the constant, and is linear between two constants at which no value reaches 0 or 1.
     constants = sorted({end - value for value in raw for end in (0, 1)})
     above = bisect.bisect_left(constants, sparsity, key=mean)
     if mean(constants[above]) == sparsity:
@@ -176,23 +209,25 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
 
 
 def round_to_total(
-    sparsities: Sequence[Fraction], sparsity: Fraction, groups: Sequence[list[tuple[int, int]]]
+    sparsities: Sequence[Fraction], sparsity: Fraction, groups: Sequence[Sequence[Groups]]
 ) -> list[Fraction]:
-    """Return shares plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
+    """Return sparsities plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
-    `groups` has (number, size) of the competing groups of each part, such as a linear's rows. Counts are rounded down,
-    so each group loses up to one weight too few. For rows of 576 at 50 % the sparsity would be 0.4993.
+    `groups` has, for each of the sparsities, the competing groups of its linears. Counts are rounded down, so each
+    group loses up to one weight too few. For rows of 576 at 50 % the sparsity would be 0.4993.
     """
-    total = sum(number * size for part in groups for number, size in part)
+    total = sum(linear.number * linear.size for linears in groups for linear in linears)
 
-    def off(constant: Fraction) -> Fraction:
-        raised = (min(value + constant, Fraction(1)) for value in sparsities)
-        pairs = zip(raised, groups, strict=True)
-        return sum(number * removed(size, value) for value, part in pairs for number, size in part) - sparsity * total
+    def surplus(constant: Fraction) -> Fraction:
+        removed = 0
+        for value, linears in zip(sparsities, groups, strict=True):
+            raised = min(value + constant, Fraction(1))
+            removed += sum(linear.number * count_removed(linear.size, raised) for linear in linears)
+        return removed - sparsity * total
 
-    low, high = Fraction(0), Fraction(1, min(size for part in groups for _, size in part))
+    low, high = Fraction(0), Fraction(1, min(linear.size for linears in groups for linear in linears))
     for _ in range(STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if off(middle) < 0 else (low, middle)
-    constant = min((low, high), key=lambda one: abs(off(one)))
+        low, high = (middle, high) if surplus(middle) < 0 else (low, middle)
+    constant = min((low, high), key=lambda bound: abs(surplus(bound)))
     return [min(value + constant, Fraction(1)) for value in sparsities]

@@ -1,4 +1,4 @@
-"""The Gram tier: XᵀX of a linear's input, and the layer error computed from it."""
+"""Gram matrices: XᵀX of a linear's input, and the layer error computed from it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WEIGHTS_AT_A_TIME = 2**20
 
 @dataclass
 class Gram:
-    """XᵀX over all tokens of one distinct input. Sums of several shards merge.
+    """XᵀX over all tokens of one distinct input. Sums of several chunks merge.
 
     `add` multiplies one window in float32 and sums windows in float64. It computes the upper triangle alone, in panels
     of 128 rows. Memory in bytes: 8 · in² for the sum, and while a window is added 12 · 128 · in, or 4 · tokens · in
@@ -46,10 +46,10 @@ class Gram:
             self.upper[start : start + PANEL, start:] += in_sums(panel, self.upper)
         self.count += len(x)
 
-    def merge(self, other: "Gram") -> None:
-        """Add the sums of other tokens of the same input."""
-        self.upper += other.upper.to(self.upper)
-        self.count += other.count
+    def merge(self, gram: "Gram") -> None:
+        """Add the sums of more tokens of the same input."""
+        self.upper += gram.upper.to(self.upper)
+        self.count += gram.count
 
     def matrix(self) -> Square:
         """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
@@ -63,8 +63,8 @@ class Gram:
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
         scale = torch.ones_like(self.upper[0]) if norm is None else norm
-        for row, part, scaled in _rows(self.upper, packed, scale):
-            part[:] = row / scaled / scaled[0]
+        for row, packed_row, row_scale in _rows_of_triangle(self.upper, packed, scale):
+            packed_row[:] = row / row_scale / row_scale[0]
         return packed
 
     @classmethod
@@ -75,8 +75,8 @@ class Gram:
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
         upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
         scale = torch.ones(features, device=packed.device) if norm is None else norm
-        for row, part, scaled in _rows(upper, packed.float(), scale):
-            row[:] = part * scaled * scaled[0]
+        for row, packed_row, row_scale in _rows_of_triangle(upper, packed.float(), scale):
+            row[:] = packed_row * row_scale * row_scale[0]
         return cls(upper, count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
@@ -98,12 +98,14 @@ def layer_errors(
     exact = gram.to(torch.float64, copy=True)
     if dead is not None:
         exact.diagonal()[dead] = 0
-    rows = max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
+    rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
     errors, output = [0.0] * len(pruned), 0.0
-    for w, *others in zip(*(x.split(rows) for x in (dense, *pruned)), strict=True):
-        w = w.double()
+    for begin in range(0, len(dense), rows_at_a_time):
+        rows = slice(begin, begin + rows_at_a_time)
+        w = dense[rows].double()
         output += _energy(w, exact)
-        errors = [error + _energy(w - v.double(), exact) for error, v in zip(errors, others, strict=True)]
+        for number, weight in enumerate(pruned):
+            errors[number] += _energy(w - weight[rows].double(), exact)
     # A linear of zeros has no relative error. Rounding gives negative ones.
     return [max(error, 0.0) / output if error and output else float(error > 0) for error in errors]
 
@@ -112,14 +114,15 @@ def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -
     return (weight @ gram).mul_(weight).sum().item()
 
 
-def _rows(matrix: Tensor, packed: Tensor, features: Tensor) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield the parts of each row from the diagonal on: the matrix's, the packed triangle's, and of a vector.
+def _rows_of_triangle(matrix: Any, packed: Any, scale: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield for each row, from the diagonal on, views of the matrix, of the packed triangle, and of a vector [in].
 
     On a CPU they are numpy's, whose slices take a tenth of the time.
     """
-    arrays = (matrix, packed, features)
-    whole, flat, vector = [x.numpy() for x in arrays] if matrix.device.type == "cpu" else arrays
-    end = 0
-    for first in range(len(whole)):
-        begin, end = end, end + len(whole) - first
-        yield whole[first, first:], flat[begin:end], vector[first:]
+    if matrix.device.type == "cpu":
+        matrix, packed, scale = matrix.numpy(), packed.numpy(), scale.numpy()
+    features, begin = len(matrix), 0
+    for row in range(features):
+        end = begin + features - row
+        yield matrix[row, row:], packed[begin:end], scale[row:]
+        begin = end

@@ -1,4 +1,4 @@
-"""The masks of a block's linears, and the choice of units, from weights and statistics."""
+"""The masks of linears, and the choice of units, from weights and statistics."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,71 +13,18 @@ from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import empty
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
-from wanda_dvc.pruning.reconstruction import ReadWeight, factors_of_linears, oriented
-from wanda_dvc.pruning.selection import keep_by_score_share, keep_highest, select
+from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
+from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.pruning.units import Units, expand, greedy_obs, neighbours, unit_scores
+from wanda_dvc.pruning.units import Units, expand, greedy_obs, keep_around_neighbours, unit_scores
 
-Sparsity = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
+# The sparsity of all linears of a block, or of each.
+BlockSparsity = Fraction | Mapping[str, Fraction]
 HOST = torch.device("cpu")
 
 
-# --- masks ---
-
-
-def choose(
-    weight: Float[Tensor, "out in"],
-    given: InputStats | GramFactors,
-    *,
-    method: Method,
-    sparsity: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    units: Units | None = None,
-    row_weights: Float[Tensor, " out"] | None = None,
-    name: str = "weight",
-) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear: by the scores of its weights, on their device, or by a solver, on its matrix's.
-
-    `given` are the statistics of the linear's input, or for a solver its Gram matrix. `share` of the weights go, at
-    places that `pattern` and `group` allow; with `units`, the inputs of some units go. `worth` multiplies the scores
-    of each row. Messages use `name`. Where rows do not compete, the host scores a slice of rows at a time: memory does
-    not grow with the linear. UserError where a score is not finite, or the share is out of reach.
-    """
-    if isinstance(given, GramFactors):
-        weight = weight.to(given.gram.device)
-        if row_weights is not None:  # a row's problem is the same at every scale
-            weight = weight.float() * row_weights.to(weight.device)[:, None]
-        if units:
-            return expand(greedy_obs(weight, given, units), units.layout).expand(weight.shape)
-        among = "row" if group == "row" else "linear"  # solvers ignore the row weights
-        return method(weight, given, sparsity=sparsity, pattern=pattern, group=among).keep
-    by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
-    x = given.to(weight.device)
-    rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
-    keep = empty(weight.shape, torch.bool, weight.device)
-    for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
-        scored = method(rows.contiguous(), x)
-        if scored.shape != rows.shape:
-            found = f"{method.function} returned {list(scored.shape)}"
-            raise UserError(f"method {method.name}: {found}, expected the weight's {list(rows.shape)}; correct it")
-        scored = scored.float() if scored.dtype in (torch.bfloat16, torch.float16) else scored  # numpy has no bfloat16
-        if row_weights is not None:  # needed only where rows compete
-            scored = scored * row_weights.to(scored)[:, None]
-        if not scored.amax().isfinite():
-            raise UserError(
-                f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
-                "dtype=float32 or bfloat16"
-            )
-        if units:
-            stays = keep_highest(unit_scores(scored, units)[None], units.stay)[0]
-            into.copy_(expand(stays, units.layout).expand(scored.shape))
-        elif method.competition == "rows":
-            into.copy_(keep_by_score_share(scored, float(sparsity)))
-        else:
-            into.copy_(select(scored, sparsity=sparsity, pattern=pattern, group=group))
-    return keep
+# --- masks of a block ---
 
 
 def choose_block(
@@ -85,55 +32,88 @@ def choose_block(
     block: BlockStats,
     *,
     method: Method,
-    sparsity: Sparsity,
+    sparsity: BlockSparsity,
     pattern: str = "unstructured",
     group: str = "row",
     units: Mapping[str, Units] = {},
-    grams: Mapping[str, Gram] | None = None,
     device: torch.device = HOST,
 ) -> dict[str, Tensor]:
-    """Return the `keep` masks of one block's linears, oriented as their weights are stored.
+    """Return the masks of one block's linears by their scores, oriented as their weights are stored.
 
-    `units` has those that go, by the linear that reads them; such a pattern keeps all weights of other linears. `grams`
-    has the Gram matrix of each distinct input where the method needs it. Masks from scores are computed on
-    `device`: one at a time on a GPU, in parallel on the host, with torch's number of threads. A solver uses all of a
-    device for one linear, and runs on the device of the Gram matrix.
+    Masks are computed on `device`: one at a time on a GPU, in parallel on the host, with torch's number of threads.
+    The arguments are those of `choose_linear`.
     """
-    n_of_m = parse_pattern(pattern)
 
-    def keep(name: str, given: InputStats | GramFactors | None) -> Tensor:
-        """Return a linear's mask, from the statistics of its input, or for a solver from its Gram matrix."""
-        weight, across = weights(name), name in block.transposed
-        if keeps_all(name, pattern, units):
-            return torch.ones(weight.shape, dtype=torch.bool)
-        weight = oriented(weight.to(device), across)
-        if n_of_m and weight.shape[1] % n_of_m[1]:
-            found = f"{name} has {weight.shape[1]} inputs, expected a multiple of {n_of_m[1]}"
-            raise UserError(f"pattern: got {pattern}, but {found}; choose another m")
-        kept = choose(
-            weight,
-            given or GramFactors(Gram.empty(weight.shape[1]).matrix()),  # an expert without tokens
-            method=method,
-            sparsity=sparsity[name] if isinstance(sparsity, Mapping) else sparsity,
-            pattern=pattern,
-            group=group,
-            units=units.get(name),
-            row_weights=row_weights_of(block.fisher[name]) if group == "outputs" and name in block.fisher else None,
-            name=name,
+    def choose(linear: str, x: InputStats) -> Tensor:
+        weight = weights(linear).to(device)
+        return choose_linear(
+            linear, weight, x, block, method=method, sparsity=sparsity, pattern=pattern, group=group, units=units
         )
-        return oriented(kept, across).contiguous()
 
-    if method.needs == "gram":
-        return {name: keep(name, prepared) for name, prepared in factors_of_linears(block.consumers, grams or {})}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {name: pool.submit(keep, name, x) for name, x in block.by_linear.items()}
-        return {name: job.result() for name, job in jobs.items()}
+        jobs = {linear: pool.submit(choose, linear, x) for linear, x in block.by_linear.items()}
+        return {linear: job.result() for linear, job in jobs.items()}
 
 
-def keeps_all(name: str, pattern: str, units: Mapping[str, Units]) -> bool:
+def choose_linear(
+    linear: str,
+    weight: Tensor,
+    statistics: InputStats | GramFactors | None,
+    block: BlockStats,
+    *,
+    method: Method,
+    sparsity: BlockSparsity,
+    pattern: str = "unstructured",
+    group: str = "row",
+    units: Mapping[str, Units] = {},
+) -> Tensor:
+    """Return the mask of one linear, oriented as its weight is stored; True is kept.
+
+    The method reads `statistics` of the linear's input: its norms, or for a solver its factored Gram matrix; None for a
+    solver's input without tokens. The fraction `sparsity` is removed, as `pattern` and `group` say. `units` has the
+    units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears. UserError if
+    the pattern does not fit the linear, or a score is not finite.
+    """
+    if keeps_all(linear, pattern, units):
+        return torch.ones(weight.shape, dtype=torch.bool)
+    transposed = linear in block.transposed
+    weight = oriented(weight, transposed)
+    inputs, n_of_m = weight.shape[1], parse_pattern(pattern)
+    if n_of_m and inputs % n_of_m[1]:
+        mismatch = f"{linear} has {inputs} inputs, expected a multiple of {n_of_m[1]}"
+        raise UserError(f"pattern: got {pattern}, but {mismatch}; choose another m")
+    if statistics is None:  # an expert without tokens
+        statistics = GramFactors(Gram.empty(inputs).matrix(), linear)
+    row_weights = None
+    if group == "outputs" and linear in block.fisher:
+        row_weights = row_weights_of(block.fisher[linear])
+    if linear in units:
+        mask = choose_inputs(weight, statistics, units[linear], method=method, row_weights=row_weights, name=linear)
+        return oriented(mask, transposed).contiguous()
+    if isinstance(sparsity, Mapping):
+        sparsity = sparsity[linear]
+    if isinstance(statistics, GramFactors):
+        mask = choose_by_solver(
+            weight, statistics, method=method, sparsity=sparsity, pattern=pattern, group=group, row_weights=row_weights
+        )
+    else:
+        mask = choose_by_score(
+            weight,
+            statistics,
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            group=group,
+            row_weights=row_weights,
+            name=linear,
+        )
+    return oriented(mask, transposed).contiguous()
+
+
+def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
     """Whether the pattern removes units, and none that this linear reads."""
-    return pattern in STRUCTURES and name not in units
+    return pattern in STRUCTURES and linear not in units
 
 
 def row_weights_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -142,23 +122,132 @@ def row_weights_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     return (row_weights / row_weights.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
+# --- the mask of one linear ---
+
+
+def choose_by_score(
+    weight: Float[Tensor, "out in"],
+    x: InputStats,
+    *,
+    method: Method,
+    sparsity: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    row_weights: Float[Tensor, " out"] | None = None,
+    name: str = "weight",
+) -> Bool[Tensor, "out in"]:
+    """Return the mask of the highest scores, on the weight's device.
+
+    `row_weights` multiply the scores of each row. Where rows do not compete, the host scores a slice of rows at a time:
+    memory does not grow with the linear. UserError, with `name`, if a score is not finite, or the sparsity is out of
+    reach.
+    """
+    rows_at_a_time = len(weight)
+    if method.selects_by_row(pattern, group) and row_weights is None and weight.device.type == "cpu":
+        rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+    mask = empty(weight.shape, torch.bool, weight.device)
+    for rows, mask_rows in zip(weight.split(rows_at_a_time), mask.split(rows_at_a_time), strict=True):
+        score = scores_of(rows.contiguous(), x.to(weight.device), method=method, row_weights=row_weights, name=name)
+        if method.competition == "rows":
+            mask_rows.copy_(keep_by_score_fraction(score, float(sparsity)))
+        else:
+            mask_rows.copy_(select(score, sparsity=sparsity, pattern=pattern, group=group))
+    return mask
+
+
+def scores_of(
+    weight: Float[Tensor, "out in"],
+    x: InputStats,
+    *,
+    method: Method,
+    row_weights: Float[Tensor, " out"] | None,
+    name: str,
+) -> Float[Tensor, "out in"]:
+    """Return a method's scores, times the row weights. UserError if they are not finite, or of another shape."""
+    score = method(weight, x)
+    if score.shape != weight.shape:
+        raise UserError(
+            f"method {method.name}: {method.function} returned {list(score.shape)}, expected the weight's "
+            f"{list(weight.shape)}; correct it"
+        )
+    if score.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16
+        score = score.float()
+    if row_weights is not None:
+        score = score * row_weights.to(score)[:, None]
+    if not score.amax().isfinite():
+        raise UserError(
+            f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
+            "dtype=float32 or bfloat16"
+        )
+    return score
+
+
+def choose_by_solver(
+    weight: Float[Tensor, "out in"],
+    factors: GramFactors,
+    *,
+    method: Method,
+    sparsity: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    row_weights: Float[Tensor, " out"] | None = None,
+) -> Bool[Tensor, "out in"]:
+    """Return the mask that a solver chooses, on the Gram matrix's device.
+
+    Solvers know the groups `row` and `linear`. `row_weights` multiply the rows: a row's problem is the same at every
+    scale, but weights of other rows compete with it.
+    """
+    weight = _weighted(weight, factors, row_weights)
+    mask: Tensor = method(
+        weight, factors, sparsity=sparsity, pattern=pattern, group="row" if group == "row" else "linear"
+    ).mask
+    return mask
+
+
+def choose_inputs(
+    weight: Float[Tensor, "out in"],
+    statistics: InputStats | GramFactors,
+    units: Units,
+    *,
+    method: Method,
+    row_weights: Float[Tensor, " out"] | None = None,
+    name: str = "weight",
+) -> Bool[Tensor, "out in"]:
+    """Return the mask without the inputs of removed units: those of lowest scores, or of least cost for a solver."""
+    if isinstance(statistics, GramFactors):
+        kept = greedy_obs(_weighted(weight, statistics, row_weights), statistics, units)
+    else:
+        score = scores_of(
+            weight.contiguous(), statistics.to(weight.device), method=method, row_weights=row_weights, name=name
+        )
+        kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
+    return expand(kept, units.layout).expand(weight.shape)
+
+
+def _weighted(weight: Tensor, factors: GramFactors, row_weights: Tensor | None) -> Tensor:
+    weight = weight.to(factors.gram.device)
+    return weight if row_weights is None else weight.float() * row_weights.to(weight.device)[:, None]
+
+
+# --- units that are complete linears ---
+
+
 def choose_units(
     sets: Mapping[str, Units],
     weights: ReadWeight,
     blocks: Iterable[BlockStats],
     *,
     method: Method,
-    together: bool = False,
+    neighbours: bool = False,
     dtype: torch.dtype = torch.float64,
     device: torch.device = HOST,
 ) -> dict[str, Bool[Tensor, " units"]]:
-    """Return the units of each set that stay: those with the highest scores; of ties the first goes.
+    """Return the mask of each set's units by their scores: the highest are kept; of ties the first is removed.
 
-    With `together` the units that go are neighbours, and not the first.
+    With `neighbours` the removed units are neighbours, and not the first.
 
-    The units are complete linears: blocks or experts. Without a score of units, a unit's is the sum of its weights'
-    scores. `dtype` is that of the scores and the sums. `weights` reads a linear's stored weight. UserError if a score
-    is not finite, or the outputs of experts were not recorded.
+    The units are complete linears: blocks or experts. `dtype` is that of the scores and the sums. `weights` reads a
+    linear's stored weight. UserError if a score is not finite, or the outputs of experts were not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for block in blocks:
@@ -167,36 +256,52 @@ def choose_units(
             for linears in units.members:
                 if linears[0] not in inputs:  # of another block
                     continue
-                if method.competition == "blocks":
-                    found = method(block)
-                elif method.competition == "experts":
-                    found = method(_outputs(block, linears, inputs, method))
-                else:
-                    found = 0.0
-                    for linear in linears:
-                        weight = oriented(weights(linear).to(device), linear in block.transposed)
-                        found += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
-                if not math.isfinite(found):
+                score = _unit_score(linears, weights, block, inputs, method=method, dtype=dtype, device=device)
+                if not math.isfinite(score):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
                         "dtype=float32"
                     )
-                scores[name].append(found)
-    stays = {}
+                scores[name].append(score)
+    masks = {}
     for name, units in sets.items():
-        parts = torch.tensor(scores[name], dtype=dtype).chunk(units.groups)
-        count = units.stay // units.groups
-        kept = (neighbours(x, count) if together else keep_highest(x[None], count)[0] for x in parts)
-        stays[name] = torch.cat([*kept])
-    return stays
+        kept = units.kept // units.groups
+        masks_of_groups = []
+        for group in torch.tensor(scores[name], dtype=dtype).chunk(units.groups):
+            mask = keep_around_neighbours(group, kept) if neighbours else keep_highest(group[None], kept)[0]
+            masks_of_groups.append(mask)
+        masks[name] = torch.cat(masks_of_groups)
+    return masks
+
+
+def _unit_score(
+    linears: Sequence[str],
+    weights: ReadWeight,
+    block: BlockStats,
+    inputs: Mapping[str, InputStats],
+    *,
+    method: Method,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Return the score of one unit. A method without a score of units sums the scores of the unit's weights."""
+    if method.competition == "blocks":
+        return float(method(block))
+    if method.competition == "experts":
+        return float(method(_outputs(block, linears, inputs, method)))
+    total = 0.0
+    for linear in linears:
+        weight = oriented(weights(linear).to(device), linear in block.transposed)
+        total += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
+    return total
 
 
 def _outputs(block: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method) -> TokenSum:
     """Return the sums over the outputs of one expert. UserError if they do not cover all of its tokens."""
-    tokens = max(inputs[name].count for name in linears)
-    found = [block.outputs[name] for name in linears if name in block.outputs]
-    outputs = found[0] if found else TokenSum(torch.zeros((), dtype=torch.float64), 0)
-    if outputs.count != tokens or len(found) > 1:
+    tokens = max(inputs[linear].count for linear in linears)
+    recorded = [block.outputs[linear] for linear in linears if linear in block.outputs]
+    outputs = recorded[0] if recorded else TokenSum(torch.zeros((), dtype=torch.float64), 0)
+    if outputs.count != tokens or len(recorded) > 1:
         raise UserError(
             f"method: {method.name}: {linears[0]}: calibration recorded {outputs.count} gates for {tokens} tokens of "
             "this expert, expected as many; set method=wanda"

@@ -1,6 +1,6 @@
 """New values of kept weights, and the pruned weight of a linear with its layer errors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -12,38 +12,37 @@ from wanda_dvc.catalog import Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.solvers import GramFactors, SolverResult, corrected_target
-from wanda_dvc.pruning.statistics import BlockStats
 
 ReadWeight = Callable[[str], Tensor]  # reads a linear's weight, as stored
+
+
+def oriented(weight: Tensor, transposed: bool) -> Tensor:
+    """Convert a weight between its stored orientation and [out, in]."""
+    return weight.T if transposed else weight
 
 
 # --- new values of kept weights ---
 
 
-def target_block(
-    weights: ReadWeight, block: BlockStats, *, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor], strength: float
-) -> dict[str, Tensor]:
-    """Return the target weights of a block's linears: with them, pruned inputs give the dense outputs.
+def target_weight(
+    weight: Tensor, factors: GramFactors | None, cross: Tensor | None, *, strength: float, transposed: bool = False
+) -> Tensor:
+    """Return the target weight of a linear, float32, as stored: with it, pruned inputs give the dense outputs.
 
-    float32, as stored. `crosses` holds X_denseᵀX of the distinct inputs; linears without it keep their weights.
+    `cross` is X_denseᵀX of its input; without it or tokens, the target is the weight.
     """
-    aimed = {}
-    sources = {name: source for source, names in block.consumers.items() for name in names}
-    for name, prepared in factors_of_linears(block.consumers, grams):
-        source, weight = sources[name], weights(name).float()
-        if prepared is not None and source in crosses:
-            across = name in block.transposed
-            there = oriented(weight, across).to(prepared.gram.device)
-            target = corrected_target(there, prepared, crosses[source].float(), strength=strength)
-            weight = oriented(target, across).to(weight)
-        aimed[name] = weight.contiguous()
-    return aimed
+    weight = weight.float()
+    if factors is not None and cross is not None:
+        oriented_weight = oriented(weight, transposed).to(factors.gram.device)
+        target = corrected_target(oriented_weight, factors, cross.float().to(oriented_weight), strength=strength)
+        weight = oriented(target, transposed).to(weight)
+    return weight.contiguous()
 
 
 def reconstruct(
     weight: Tensor,
-    keep: Tensor,
-    prepared: GramFactors,
+    mask: Tensor,
+    factors: GramFactors,
     *,
     reconstruction: Reconstruction,
     gradients: Gram | None = None,
@@ -53,20 +52,27 @@ def reconstruct(
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
     """
-    solve, device = resolve_name(reconstruction.function or ""), prepared.gram.device
-    there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    words: dict[str, Any] = {}
+    assert reconstruction.function is not None
+    solve, device = resolve_name(reconstruction.function), factors.gram.device
+    kwargs: dict[str, Any] = {}
     if reconstruction.uses_fisher:
-        words = {"gradients": gradients and gradients.matrix().to(device), "steps": reconstruction.steps}
-    solved = solve(*there, prepared, **words)
-    return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
+        kwargs["gradients"] = None if gradients is None else gradients.matrix().to(device)
+    if reconstruction.steps:
+        kwargs["steps"] = reconstruction.steps
+    result: SolverResult = solve(
+        oriented(weight, transposed).to(device), oriented(mask, transposed).to(device), factors, **kwargs
+    )
+    return replace(result, mask=mask, weight=oriented(result.weight, transposed).contiguous().to(weight))
 
 
-def finite(linear: str, weight: Tensor) -> Tensor:
-    """Return a linear's new weights, as stored. UserError if their dtype does not hold them."""
+def check_new_weight(linear: str, weight: Tensor) -> Tensor:
+    """Return a linear's new weight, as stored. UserError if its dtype does not hold the values."""
     if not weight.isfinite().all():
         raise UserError(f"{linear}: new weights are not finite in {weight.dtype}; set reconstruction=none")
     return weight
+
+
+# --- the pruned weight ---
 
 
 class Pruned(NamedTuple):
@@ -74,13 +80,13 @@ class Pruned(NamedTuple):
 
     weight: Tensor  # zero off the mask
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration's inputs; None without their Gram matrix
-    masked: float | None  # likewise, without new values
+    masked_error: float | None  # likewise, without new values
 
 
 def prune_linear(
     weight: Tensor,
-    keep: Tensor,
-    prepared: GramFactors | None,
+    mask: Tensor,
+    factors: GramFactors | None,
     values: Tensor | None = None,
     *,
     transposed: bool = False,
@@ -88,44 +94,29 @@ def prune_linear(
 ) -> Pruned:
     """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 
-    `of_inputs`: the mask removes complete inputs. The errors are then of the rows that stay, as nothing reads the
-    others, and of linears that lose inputs or change.
+    `of_inputs`: the mask removes complete inputs. The errors are then those of the kept rows, because nothing reads the
+    removed ones, and of linears that lose inputs or change.
     """
-    plain = masked(weight, keep)
-    new = plain if values is None else masked(values.to(weight.device), keep)
-    if prepared is None:
+    plain = masked(weight, mask)
+    new = plain if values is None else masked(values.to(weight.device), mask)
+    if factors is None:
         return Pruned(new, None, None)
-    dense, *pruned = (oriented(w, transposed).to(prepared.gram.device).float() for w in (weight, plain, new))
+    weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, new)]
     if of_inputs:
-        stays = oriented(keep, transposed)
-        rows = stays.any(dim=1)
-        if not rows.any() or (stays[rows].all() and torch.equal(new, plain)):
+        oriented_mask = oriented(mask, transposed)
+        rows = oriented_mask.any(dim=1)
+        if not rows.any() or (oriented_mask[rows].all() and torch.equal(new, plain)):
             return Pruned(new, None, None)
-        rows = rows.to(dense.device)
-        dense, pruned = dense[rows], [one[rows] for one in pruned]
-    before, error = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(new, error, before)
+        rows = rows.to(factors.gram.device)
+        weights = [w[rows] for w in weights]
+    masked_error, error = layer_errors(weights[0], weights[1:], factors.gram, factors.dead)
+    return Pruned(new, error, masked_error)
 
 
-def masked(weight: Tensor, keep: Tensor) -> Tensor:
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Return weights with +0 off the mask; kept weights are byte-identical, in every dtype."""
     if weight.device.type != "cpu":
-        return weight.masked_fill(~keep.to(weight.device), 0)
+        return weight.masked_fill(~mask.to(weight.device), 0)
     # On one core torch.where takes 18 (float32) to 60 (bfloat16) times as long.
-    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.cpu().numpy()
+    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * mask.cpu().numpy()
     return torch.from_numpy(bits).view(weight.dtype)
-
-
-def factors_of_linears(
-    consumers: Mapping[str, list[str]], grams: Mapping[str, Gram]
-) -> Iterator[tuple[str, GramFactors | None]]:
-    """Yield each linear with its Gram matrix, prepared once per distinct input; None for an input without tokens."""
-    for source, names in consumers.items():
-        prepared = GramFactors(grams[source].matrix()) if source in grams else None
-        for name in names:
-            yield name, prepared
-
-
-def oriented(weight: Tensor, transposed: bool) -> Tensor:
-    """Convert a weight between its stored orientation and [out, in]."""
-    return weight.T if transposed else weight

@@ -1,4 +1,4 @@
-"""Scores: the importance of each weight, of the weight's shape, or of a complete expert or block; higher stays."""
+"""Scores: the importance of each weight, of the weight's shape, or of an expert or block; the highest are kept."""
 
 from jaxtyping import Float
 from torch import Tensor, finfo, float32

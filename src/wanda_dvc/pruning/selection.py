@@ -1,9 +1,10 @@
-"""Selection: compute `keep` from scores, with exact counts in every group; masks of one bit a weight.
+"""Selection: compute masks (True is kept) from scores, with exact counts in every group; masks of one bit a weight.
 
 Ties: the leftmost is pruned first, as in a stable ascending sort.
 """
 
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
 
-LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
-COUNTED = 16  # the largest m for counting ranks; uint8 overflows at 257
+LARGEST_ALPHA = 0.8  # of Wanda's variant: the largest fraction of a row's scores to prune, as in its authors' code
+SPARSITY_TOLERANCE = 0.001  # likewise
+LARGEST_COUNTED_M = 16  # the largest m for counting ranks; uint8 overflows at 257
 
 
-def removed(size: int, sparsity: Fraction) -> int:
-    """Return the number of weights to prune out of `size`: ⌊size · share⌋, exactly.
+def count_removed(size: int, sparsity: Fraction) -> int:
+    """Return the number of weights to prune out of `size`: ⌊size · sparsity⌋, exactly.
 
     In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` removes 28. As a fraction it is 29.
     """
@@ -28,35 +30,38 @@ def removed(size: int, sparsity: Fraction) -> int:
 def select(
     score: Float[Tensor, "out in"], *, sparsity: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> Bool[Tensor, "out in"]:
-    """Return `keep`: every group loses `share` of its weights.
+    """Return the mask: every group loses the fraction `sparsity` of its weights.
 
     Weights compete within a `row` (one output, the Wanda paper's choice) or the complete `linear`. With pattern `n:m`
-    they compete within m neighbours along the input, for any `group`, and n stay.
+    they compete within m neighbours along the input, for any `group`, and n are kept.
     """
-    if n_of_m := parse_pattern(pattern):
+    n_of_m = parse_pattern(pattern)
+    if n_of_m:
         return keep_n_of_m(score, *n_of_m)
-    rows = score if group == "row" else score.reshape(1, -1)
-    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], sparsity)).view(score.shape)
+    groups = score if group == "row" else score.reshape(1, -1)
+    size = groups.shape[1]
+    return keep_highest(groups, size - count_removed(size, sparsity)).view(score.shape)
 
 
-def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, "group size"]:
-    """Keep the `stay` highest scores of each row, exactly, by one partition instead of a sort."""
-    go = score.shape[1] - stay
-    if go == 0:
+def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, "group size"]:
+    """Return the mask of the `kept` highest scores of each row, exactly, by one partition instead of a sort."""
+    pruned = score.shape[1] - kept
+    if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold, keep, kept = (above_by_numpy if score.device.type == "cpu" else above_by_torch)(score, go)
-    # Weights that equal the threshold fill the row up to `stay`, the rightmost first.
-    missing = stay - kept
+    above_threshold = above_by_numpy if score.device.type == "cpu" else above_by_torch
+    threshold, mask, above = above_threshold(score, pruned)
+    # Weights that equal the threshold fill the row up to `kept`, the rightmost first.
+    missing = kept - above
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]
-        place = ties.cumsum(dim=1, dtype=torch.int32)
-        keep[rows] |= ties & (place > place[:, -1:] - missing[rows])
-    return keep
+        rank = ties.cumsum(dim=1, dtype=torch.int32)
+        mask[rows] |= ties & (rank > rank[:, -1:] - missing[rows])
+    return mask
 
 
-def keep_by_score_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """Return `keep` of Wanda's variant: every row loses the same share α of its summed scores.
+def keep_by_score_fraction(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+    """Return the mask of Wanda's variant: every row loses the same fraction α of its summed scores.
 
     Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
     the matrix's fraction removed is within 0.001 of `sparsity`, unless ties prevent it. Sun et al. 2024,
@@ -69,37 +74,43 @@ def keep_by_score_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool
     # On the host: on CUDA the order in which floats are summed is not fixed.
     sums = lowest_first.values.double().cpu().cumsum(dim=1).to(score.device)
 
-    def removed_of(alpha: float) -> Int[Tensor, "out 1"]:
+    def pruned_of(alpha: float) -> Int[Tensor, "out 1"]:
         return (sums <= alpha * sums[:, -1:]).sum(dim=1, keepdim=True)
 
-    low, high = 0.0, LARGEST_SHARE
-    if (most := removed_of(high).sum().item() / score.numel()) < sparsity - SPARSITY_TOLERANCE:
+    low, high = 0.0, LARGEST_ALPHA
+    largest = pruned_of(high).sum().item() / score.numel()
+    if largest < sparsity - SPARSITY_TOLERANCE:
         raise UserError(
-            f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
-            f"{most:.3f}, which is what a share of {LARGEST_SHARE:g} of its scores removes; use method=wanda"
+            f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most {largest:.3f}, "
+            f"which is what a fraction of {LARGEST_ALPHA:g} of its scores removes; use method=wanda"
         )
     for _ in range(50):
         alpha = (low + high) / 2
-        go = removed_of(alpha)
-        off = go.sum().item() / score.numel() - sparsity
-        if abs(off) <= SPARSITY_TOLERANCE:
+        pruned = pruned_of(alpha)
+        error = pruned.sum().item() / score.numel() - sparsity
+        if abs(error) <= SPARSITY_TOLERANCE:
             break
-        low, high = (low, alpha) if off > 0 else (alpha, high)
-    stays = torch.arange(score.shape[1], device=score.device) >= go
-    return torch.empty_like(stays).scatter_(1, lowest_first.indices, stays)
+        low, high = (low, alpha) if error > 0 else (alpha, high)
+    sorted_mask = torch.arange(score.shape[1], device=score.device) >= pruned
+    return torch.empty_like(sorted_mask).scatter_(1, lowest_first.indices, sorted_mask)
 
 
-Above = tuple[Float[Tensor, "group 1"], Bool[Tensor, "group size"], Int[Tensor, "group 1"]]
+class AboveThreshold(NamedTuple):
+    """The k-th lowest score of each row, the mask of the higher scores, and their number."""
+
+    threshold: Float[Tensor, "group 1"]
+    mask: Bool[Tensor, "group size"]
+    number: Int[Tensor, "group 1"]
 
 
-def above_by_torch(score: Float[Tensor, "group size"], k: int) -> Above:
+def above_by_torch(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
     """Return each row's k-th lowest score, the mask of higher scores, and their number."""
     threshold = torch.kthvalue(score, k, dim=1, keepdim=True).values
-    keep = score > threshold
-    return threshold, keep, keep.sum(dim=1, keepdim=True, dtype=torch.int32)
+    mask = score > threshold
+    return AboveThreshold(threshold, mask, mask.sum(dim=1, keepdim=True, dtype=torch.int32))
 
 
-def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> Above:
+def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
     """Return the result of `above_by_torch`, on a CPU, by numpy's vectorized partition.
 
     It is 5 times as fast as kthvalue and 18 times as fast as a sort. Non-negative floats sort like their bit patterns,
@@ -109,14 +120,14 @@ def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> Above:
     bits = numbers.view(f"int{8 * numbers.itemsize}")
     ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
     threshold = ordered[:, k - 1 : k].view(numbers.dtype)
-    keep = numbers > threshold
-    kept = keep.sum(axis=1, keepdims=True, dtype=np.int32)
-    return torch.from_numpy(threshold), torch.from_numpy(keep), torch.from_numpy(kept)
+    mask = numbers > threshold
+    number = mask.sum(axis=1, keepdims=True, dtype=np.int32)
+    return AboveThreshold(torch.from_numpy(threshold), torch.from_numpy(mask), torch.from_numpy(number))
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
-    """Keep the n highest of every m neighbours along the input."""
-    if m > COUNTED:
+    """Return the mask of the n highest of every m neighbours along the input."""
+    if m > LARGEST_COUNTED_M:
         return keep_highest(score.reshape(-1, m), n).view(score.shape)
     # For small m, counting the higher-ranked neighbours of each weight is faster than a partition.
     neighbours = score.unflatten(1, (-1, m)).movedim(-1, 0).contiguous()  # [m, out, in / m]
@@ -129,9 +140,9 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
     return (above < n).movedim(0, -1).flatten(1)
 
 
-def pack_bits(keep: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows bytes"]:
+def pack_bits(mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows bytes"]:
     """Return one bit a weight, uint8 [rows, ⌈columns / 8⌉], the first column in the highest bit."""
-    return torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1))
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
 
 
 def unpack_bits(bits: UInt8[Tensor, "rows bytes"], columns: int) -> Bool[Tensor, "rows columns"]:

@@ -21,20 +21,21 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wanda_dvc.catalog import parse_pattern
+from wanda_dvc.catalog import RECONSTRUCTIONS, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import add_product, multiply
 from wanda_dvc.pruning.gram import PANEL, Square, Weight
-from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
+from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
-Keep = Bool[Tensor, "out in"]  # True stays
+Mask = Bool[Tensor, "out in"]  # True is kept
 Product = Callable[[Weight], Weight]
 Sum = Callable[[Weight], Tensor]  # the sum over each independent problem
-Solve = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
+SolveRows = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
-MOST_DAMPING = 1e6
-PENALTY, ITERATIONS, GROWING = 1.0, 20, 15  # of ADMM; the mask grows in the first iterations
+LARGEST_DAMPING = 1e6
+# Of ADMM: the penalty ρ, the iterations, and the first iterations, in which the number of pruned weights grows.
+PENALTY, ITERATIONS, GROWING = 1.0, 20, 15
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ class Factorization:
 class GramFactors:
     """A Gram matrix with its factors, each computed once for all linears that read the input.
 
-    A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it stays
+    A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it is
     uncorrelated with them. Its weights are pruned first; kept ones do not change.
+
+    A factor raises UserError if no damping makes it possible.
     """
 
-    def __init__(self, gram: Square) -> None:
-        """Prepare XᵀX, symmetric and finite."""
+    def __init__(self, gram: Square, name: str = "Gram matrix") -> None:
+        """Prepare XᵀX, symmetric and finite. Errors name it by `name`."""
+        self.name = name
         self.gram = gram.float().clone()
         self.dead = self.gram.diagonal() <= 0
         live = self.gram.diagonal()[~self.dead]
@@ -63,34 +67,34 @@ class GramFactors:
         self.gram[self.dead] = 0
         self.gram[:, self.dead] = 0
         self.gram.diagonal()[self.dead] = self.mean
-        self.preconditioned = cache(partial(_preconditioned, self.gram, self.mean))
-        self.inverse_root = cache(partial(_inverse_root, self.gram, self.mean))
-        self.inverse = cache(partial(_inverse, self.gram))
+        self.preconditioned = cache(partial(_preconditioned, self.gram, self.mean, name))
+        self.inverse_root = cache(partial(_inverse_root, self.gram, self.mean, name))
+        self.inverse = cache(partial(_inverse, self.gram, name))
 
 
-def _preconditioned(gram: Square, mean: float, damping: float) -> Factorization:
+def _preconditioned(gram: Square, mean: float, name: str, damping: float) -> Factorization:
     """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
-    _, used = _cholesky(gram, damping, mean)
+    _, used = _cholesky(gram, damping, mean, name)
     scale = (gram.diagonal() + used * mean).rsqrt()
     matrix = gram * scale[:, None] * scale
     matrix.diagonal().fill_(1)
     return Factorization(matrix, scale, used, used > damping)
 
 
-def _inverse_root(gram: Square, mean: float, damping: float) -> Factorization:
+def _inverse_root(gram: Square, mean: float, name: str, damping: float) -> Factorization:
     """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
     # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
-    lower, used = _cholesky(gram.flip(0, 1), damping, mean)
+    lower, used = _cholesky(gram.flip(0, 1), damping, mean, name)
     root = _inverse_of_lower(lower).flip(0, 1)
     return Factorization(root, root.diagonal().clone(), used, used > damping)
 
 
-def _inverse(gram: Square, damping: float, penalty: float) -> Factorization:
+def _inverse(gram: Square, name: str, damping: float, penalty: float) -> Factorization:
     """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
     scale = gram.diagonal().sqrt()
     matrix = gram / scale[:, None] / scale
     matrix.diagonal().add_(penalty)
-    inverse, used = factor_inverse(matrix, damping, 1.0)
+    inverse, used = factor_inverse(matrix, damping, 1.0, name)
     return Factorization(inverse, scale, used, used > damping)
 
 
@@ -98,43 +102,54 @@ def _inverse(gram: Square, damping: float, penalty: float) -> Factorization:
 class SolverResult:
     """A linear's mask and weights, and solver diagnostics."""
 
-    keep: Keep
+    mask: Mask
     weight: Weight  # zero off the mask
     unchanged: int  # rows that keep their start, because the solver's error is not lower
     dead: int  # features that no token excites
     damping: float  # that was used
     raised: bool  # whether G needed more than the requested damping to be positive definite
-    part: float | None = None  # step from least squares to Fisher least squares, 0 to 1; None: another solver
+    step_size: float | None = None  # from least squares to Fisher least squares, 0 to 1; None: another solver
 
     @property
     def diagnostics(self) -> dict[str, float]:
         """The diagnostics that apply to the solver; no tensors."""
-        return {name: x for name, x in vars(self).items() if name not in ("keep", "weight") and x is not None}
+        return {name: x for name, x in vars(self).items() if name not in ("mask", "weight") and x is not None}
 
 
 def least_squares(
-    weight: Weight, keep: Keep, prepared: GramFactors, *, steps: int = 10, damping: float = 0.01
+    weight: Weight,
+    mask: Mask,
+    factors: GramFactors,
+    *,
+    steps: int = RECONSTRUCTIONS["least-squares"].steps,
+    damping: float = 0.01,
 ) -> SolverResult:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
     Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
     """
-    factor = prepared.preconditioned(damping)
-    solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    factor = factors.preconditioned(damping)
+    new, unchanged = torch.empty(weight.shape, device=weight.device), 0
     for rows in _slices(weight):
-        w, mask = weight[rows].float(), keep[rows]
-        first = w * mask
-        scaled = w / factor.scale, mask, first / factor.scale
-        v = _conjugate_gradients(*scaled, lambda x: multiply(x, factor.matrix), _by_row, steps)
-        unchanged += keep_better_rows(w, first, v.mul_(factor.scale), prepared, solved[rows])
-    return SolverResult(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+        w, mask_rows = weight[rows].float(), mask[rows]
+        start = w * mask_rows
+        v = _conjugate_gradients(
+            w / factor.scale,
+            mask_rows,
+            start / factor.scale,
+            product=lambda x: multiply(x, factor.matrix),
+            total=_by_row,
+            steps=steps,
+        )
+        unchanged += write_better_rows(w, start, v.mul_(factor.scale), factors, new[rows])
+    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), factor.damping, factor.raised)
 
 
 def fisher_least_squares(
     weight: Weight,
-    keep: Keep,
-    prepared: GramFactors,
+    mask: Mask,
+    factors: GramFactors,
     gradients: Float[Tensor, "out out"] | None,
     *,
     steps: int,
@@ -152,102 +167,109 @@ def fisher_least_squares(
     change. Peak memory in bytes, in addition to the module's figures: 8 · out² for S, and 40 for each weight of the
     linear, which has no slices.
     """
-    plain = least_squares(weight, keep, prepared, damping=damping)
+    plain = least_squares(weight, mask, factors, damping=damping)
     if gradients is None:
-        return replace(plain, part=0.0)
-    factor = prepared.preconditioned(damping)
+        return replace(plain, step_size=0.0)
+    factor = factors.preconditioned(damping)
     root = gradients.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]  # a row without gradients counts as 1
     coupled = gradients * root * root.T
     coupled.diagonal().fill_(1 + output_damping)
     scale = root * factor.scale
     start = plain.weight / scale
 
-    def across(x: Tensor) -> Tensor:
+    def product(x: Tensor) -> Tensor:
         return multiply(coupled, multiply(x, factor.matrix))
 
-    alive = keep & ~prepared.dead  # weights of a dead feature compensate for nothing
-    v = _conjugate_gradients(weight.float() / scale, alive, start, across, _of_all, steps)
-    change = torch.where(prepared.dead, 0, v.sub_(start).mul_(scale))
-    part = _part_of_the_way(weight.float(), weight * keep, plain.weight, change, prepared)
-    if not part:  # nor where sums overflow
-        return replace(plain, part=0.0)
-    found = plain.weight + part * change
-    unchanged = int((found == weight * keep).all(dim=1).sum())
-    return replace(plain, weight=found, unchanged=unchanged, part=part)
+    solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
+    v = _conjugate_gradients(weight.float() / scale, solvable, start, product=product, total=_of_all, steps=steps)
+    change = torch.where(factors.dead, 0, v.sub_(start).mul_(scale))
+    step_size = _largest_step(weight.float(), weight * mask, plain.weight, change, factors)
+    if not step_size:
+        return replace(plain, step_size=0.0)
+    new = plain.weight + step_size * change
+    unchanged = int((new == weight * mask).all(dim=1).sum())
+    return replace(plain, weight=new, unchanged=unchanged, step_size=step_size)
 
 
-def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weight, prepared: GramFactors) -> float:
-    """Return the largest step, up to 1, from `start` along a change; tr(ΔGΔᵀ) does not exceed `masked`'s."""
-    toward = multiply(change, prepared.gram)
-    square, along = _of_all(toward * change).item(), _of_all(toward * (dense - start)).item()
-    room = max(0.0, -_gain(dense, masked, start, prepared).double().sum().item())
-    return min(1.0, (along + math.sqrt(along**2 + square * room)) / square) if square > 0 else 0.0
+def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, factors: GramFactors) -> float:
+    """Return the largest step, up to 1, from `start` along a change; tr(ΔGΔᵀ) does not exceed `masked`'s.
+
+    A step s changes the error by s² · square − 2s · along, with square = tr(CGCᵀ), along = tr(CG(W−start)ᵀ).
+    """
+    product = multiply(change, factors.gram)
+    square, along = _of_all(product * change).item(), _of_all(product * (dense - start)).item()
+    if not square > 0:  # nor where sums overflow
+        return 0.0
+    margin = max(0.0, -_gain(dense, masked, start, factors).double().sum().item())
+    return min(1.0, (along + math.sqrt(along**2 + square * margin)) / square)
 
 
 def sparsegpt(
     weight: Weight,
-    prepared: GramFactors,
+    factors: GramFactors,
     *,
     sparsity: Fraction = Fraction(0),
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.01,
     block: int = 128,
-    given: Keep | None = None,
+    fixed: Mask | None = None,
 ) -> SolverResult:
     """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
     In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
-    right compensate for the error. Weights compete within the block's part of a row, or in all rows of the block where
+    right compensate for the error. Weights compete within the block's columns of a row, or in all rows of the block if
     `group` is `linear`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
     neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m. A
-    `given` mask is used as it is.
+    `fixed` mask is used as it is.
 
     Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
     """
-    factor = prepared.inverse_root(damping)
+    factor = factors.inverse_root(damping)
     n_of_m = parse_pattern(pattern)
-    block = max(1, block // n_of_m[1]) * n_of_m[1] if n_of_m else block
+    if n_of_m:
+        block = max(1, block // n_of_m[1]) * n_of_m[1]
 
-    def solve(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def solve_rows(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         w = w.T.contiguous()  # [in, out]: an input's weights lie together
-        keep = torch.empty_like(w, dtype=torch.bool) if given is None else given[rows].T.contiguous()
+        mask = torch.empty_like(w, dtype=torch.bool) if fixed is None else fixed[rows].T.contiguous()
         for begin in range(0, len(w), block):
             end = min(begin + block, len(w))
-            some, diagonal = w[begin:end], factor.scale[begin:end, None]
-            if given is None and not n_of_m:
-                score = (some / diagonal).square_().T.contiguous()
-                keep[begin:end] = _keep_in_block(score, begin, end, sparsity, group).T
-            errors = torch.empty_like(some)
+            block_w, block_mask, diagonal = w[begin:end], mask[begin:end], factor.scale[begin:end, None]
+            if fixed is None and not n_of_m:
+                score = (block_w / diagonal).square_().T.contiguous()
+                block_mask.copy_(_block_mask(score, begin, end, sparsity, group).T)
+            errors = torch.empty_like(block_w)
             for j in range(end - begin):
                 if n_of_m and j % n_of_m[1] == 0:
-                    near = slice(j, j + n_of_m[1])
-                    score = (some[near] / diagonal[near]).square_().T.contiguous()
-                    keep[begin:end][near] = keep_n_of_m(score, *n_of_m).T
-                torch.div(some[j].masked_fill(keep[begin + j], 0), diagonal[j], out=errors[j])
-                some[j:].addr_(factor.matrix[begin + j, begin + j : end], errors[j], alpha=-1)
+                    neighbours = slice(j, j + n_of_m[1])
+                    score = (block_w[neighbours] / diagonal[neighbours]).square_().T.contiguous()
+                    block_mask[neighbours] = keep_n_of_m(score, *n_of_m).T
+                torch.div(block_w[j].masked_fill(block_mask[j], 0), diagonal[j], out=errors[j])
+                block_w[j:].addr_(factor.matrix[begin + j, begin + j : end], errors[j], alpha=-1)
             w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
-        return keep.T, w.T
+        return mask.T, w.T
 
-    return _choose(weight, prepared, factor, solve, together=not n_of_m and group != "row")
-
-
-def sparsegpt_update(weight: Weight, keep: Keep, prepared: GramFactors) -> SolverResult:
-    """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
-    return sparsegpt(weight, prepared, given=keep)
+    return _solve_slices(weight, factors, factor, solve_rows, rows_compete=not n_of_m and group != "row")
 
 
-def _keep_in_block(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Keep:
-    """Keep the highest scores of a block; with the blocks before it, ⌊size · share⌋ of each group are pruned."""
-    rows = score if group == "row" else score.reshape(1, -1)
-    each = rows.shape[1] // (end - begin)  # weights of a group at one input
-    go = removed(each * end, sparsity) - removed(each * begin, sparsity)
-    return keep_highest(rows, rows.shape[1] - go).view(score.shape)
+def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
+    """Return the weights of SparseGPT's sweep on a fixed mask; on SparseGPT's own mask, SparseGPT's weights."""
+    return sparsegpt(weight, factors, fixed=mask)
+
+
+def _block_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Mask:
+    """Keep the highest scores of a block; with the blocks before it, ⌊size · sparsity⌋ of each group are pruned."""
+    groups = score if group == "row" else score.reshape(1, -1)
+    size = groups.shape[1]
+    per_input = size // (end - begin)  # weights of a group at one input
+    pruned = count_removed(per_input * end, sparsity) - count_removed(per_input * begin, sparsity)
+    return keep_highest(groups, size - pruned).view(score.shape)
 
 
 def admm(
     weight: Weight,
-    prepared: GramFactors,
+    factors: GramFactors,
     *,
     sparsity: Fraction,
     pattern: str = "unstructured",
@@ -259,62 +281,63 @@ def admm(
     Inputs are scaled so that G's diagonal is 1, and damped. With K = (G+ρI)⁻¹, ρ the penalty: Z = (W+U) on the mask,
     U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For the first 15 iterations the mask keeps the
     highest |W+U| at sparsity s − s(1 − (t+1)/15)³, then it is fixed. The result is Z. With n:m the n highest of m
-    neighbours always stay; the iteration's sparsity determines how many others are pruned.
+    neighbours are always kept; the iteration's sparsity determines how many of the rest are pruned.
     """
-    factor = prepared.inverse(damping, PENALTY)
-    if n_of_m := parse_pattern(pattern):
+    factor = factors.inverse(damping, PENALTY)
+    n_of_m = parse_pattern(pattern)
+    if n_of_m:
         sparsity, group = 1 - Fraction(*n_of_m), "row"
 
-    def solve(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        dense, keep = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
-        total, towards = dense.clone(), torch.empty_like(dense)  # W + U, and Z − U − W₀
-        off, sign = torch.zeros_like(dense), torch.ones_like(dense)
+    def solve_rows(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+        dense, mask = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
+        total, step = dense.clone(), torch.empty_like(dense)  # W + U, and Z − U − W₀
+        pruned, sign = torch.zeros_like(dense), torch.ones_like(dense)  # 1 where pruned; −1 where pruned, else 1
         for iteration in range(ITERATIONS):
             if iteration < GROWING:
-                part = 1 - (1 - Fraction(iteration + 1, GROWING)) ** 3
+                growth = 1 - (1 - Fraction(iteration + 1, GROWING)) ** 3
                 score = total.abs()
                 if n_of_m:
                     score.masked_fill_(keep_n_of_m(score, *n_of_m), torch.inf)
-                keep = select(score, sparsity=part * sparsity, group=group)
+                mask = select(score, sparsity=growth * sparsity, group=group)
                 # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
-                off.copy_(~keep)
-                torch.sub(1, off, alpha=2, out=sign)
+                pruned.copy_(~mask)
+                torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
-            torch.mul(total, sign, out=towards).sub_(dense)
-            add_product(total.mul_(off).add_(dense), towards, factor.matrix, alpha=PENALTY)
-        return keep, total.div_(factor.scale)
+            torch.mul(total, sign, out=step).sub_(dense)
+            add_product(total.mul_(pruned).add_(dense), step, factor.matrix, alpha=PENALTY)
+        return mask, total.div_(factor.scale)
 
-    return _choose(weight, prepared, factor, solve, together=group != "row")
+    return _solve_slices(weight, factors, factor, solve_rows, rows_compete=group != "row")
 
 
 def corrected_target(
-    weight: Weight, prepared: GramFactors, cross: Square, *, strength: float = 1.0, damping: float = 0.01
+    weight: Weight, factors: GramFactors, cross: Square, *, strength: float = 1.0, damping: float = 0.01
 ) -> Weight:
     """Return target weights for a solver: with them, pruned inputs give the dense outputs.
 
     W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the pruned inputs, C = X_denseᵀ X_pruned over the same tokens, α the
     strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0
     this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their value.
-    The damping in effect is reported by `prepared.inverse_root(damping)`.
+    The damping in effect is reported by `factors.inverse_root(damping)`.
     """
-    factor = prepared.inverse_root(damping)
-    off = weight.float() @ (cross.float() - prepared.gram).masked_fill_(prepared.dead, 0)
-    return weight + strength * (off @ factor.matrix.T @ factor.matrix)
+    factor = factors.inverse_root(damping)
+    difference = weight.float() @ (cross.float() - factors.gram).masked_fill_(factors.dead, 0)
+    return weight + strength * (difference @ factor.matrix.T @ factor.matrix)
 
 
-def _cholesky(matrix: Square, damping: float, unit: float) -> tuple[Square, float]:
+def _cholesky(matrix: Square, damping: float, unit: float, name: str) -> tuple[Square, float]:
     """Return the lower factor of matrix + damping · unit · I, and the damping, raised until the factor exists.
 
-    UserError where damping a million times the diagonal does not help.
+    UserError, with the matrix's name, where damping a million times the diagonal does not help.
     """
-    while damping <= MOST_DAMPING:
+    while damping <= LARGEST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * unit)
         lower = _lower(damped)
         if lower is not None:
             return lower, damping
         damping = max(RAISE * damping, FIRST_RAISE)
-    raise UserError("Gram matrix: it cannot be factored with any damping; calibrate on more or other text")
+    raise UserError(f"{name}: it cannot be factored with any damping; calibrate on more or other text")
 
 
 def _lower(matrix: Square) -> Square | None:
@@ -336,13 +359,13 @@ def _lower(matrix: Square) -> Square | None:
 def _inverse_of_lower(lower: Square) -> Square:
     inverse = torch.zeros_like(lower)
     for begin, end in _panels(lower):
-        own = lower[begin:end, begin:end]
+        corner = lower[begin:end, begin:end]
         with _one_thread():
-            own = torch.linalg.solve_triangular(own, torch.eye(len(own), device=own.device), upper=False)
-        inverse[begin:end, begin:end] = own
+            corner = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=corner.device), upper=False)
+        inverse[begin:end, begin:end] = corner
         if begin:
             left = multiply(lower[begin:end, :begin], inverse[:begin, :begin])
-            inverse[begin:end, :begin] = multiply(own, left).neg_()
+            inverse[begin:end, :begin] = multiply(corner, left).neg_()
     return inverse
 
 
@@ -362,62 +385,67 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _conjugate_gradients(dense: Weight, keep: Keep, start: Weight, product: Product, total: Sum, steps: int) -> Weight:
+def _conjugate_gradients(
+    dense: Weight, mask: Mask, start: Weight, *, product: Product, total: Sum, steps: int
+) -> Weight:
     """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` is the symmetric A.
 
     `total` sums over each independent problem: `_by_row` over each row, `_of_all` over the linear.
     """
-    mask, v = keep.float(), start.clone()
-    residual = product(dense - v).mul_(mask)
+    kept, v = mask.float(), start.clone()
+    residual = product(dense - v).mul_(kept)
     direction, size = residual.clone(), total(residual.square())
     for _ in range(steps):
         change = product(direction)
         curvature = total(direction * change)
         step = torch.where(curvature > 0, size / curvature, 0)
         v.addcmul_(step, direction)
-        residual.addcmul_(change.mul_(mask), step, value=-1)
+        residual.addcmul_(change.mul_(kept), step, value=-1)
         before, size = size, total(residual.square())
         direction.mul_(torch.where(before > 0, size / before, 0)).add_(residual)
     return v
 
 
-def factor_inverse(matrix: Square, damping: float, unit: float) -> tuple[Square, float]:
+def factor_inverse(matrix: Square, damping: float, unit: float, name: str) -> tuple[Square, float]:
     """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
-    lower, used = _cholesky(matrix, damping, unit)
+    lower, used = _cholesky(matrix, damping, unit, name)
     root = _inverse_of_lower(lower)
     inverse = torch.empty_like(root)
     for begin, end in _panels(root):
-        part = multiply(root[begin:, begin:end].T, root[begin:, begin:])
-        inverse[begin:end, begin:] = part
-        inverse[begin:, begin:end] = part.T
+        panel = multiply(root[begin:, begin:end].T, root[begin:, begin:])
+        inverse[begin:end, begin:] = panel
+        inverse[begin:, begin:end] = panel.T
     return inverse, used
 
 
-def _choose(
-    weight: Weight, prepared: GramFactors, factor: Factorization, solve: Solve, *, together: bool
+def _solve_slices(
+    weight: Weight, factors: GramFactors, factor: Factorization, solve_rows: SolveRows, *, rows_compete: bool
 ) -> SolverResult:
-    """Solve slices of rows, or all rows if `together`: `solve` returns a mask and weights, read on the mask only."""
-    keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
-    for rows in _slices(weight, together):
+    """Return the mask and weights of a linear: `solve_rows` solves all rows if they compete, else slices of them.
+
+    It returns a mask, and weights that are read on the mask only.
+    """
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    new, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    for rows in _slices(weight, rows_compete):
         w = weight[rows].float()
-        keep[rows], v = solve(w.masked_fill(prepared.dead, 0), rows)
-        v = torch.where(prepared.dead, w, v) * keep[rows]
-        unchanged += keep_better_rows(w, w * keep[rows], v, prepared, solved[rows])
-    return SolverResult(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+        mask[rows], v = solve_rows(w.masked_fill(factors.dead, 0), rows)
+        v = torch.where(factors.dead, w, v) * mask[rows]
+        unchanged += write_better_rows(w, w * mask[rows], v, factors, new[rows])
+    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), factor.damping, factor.raised)
 
 
-def keep_better_rows(dense: Weight, start: Weight, found: Weight, prepared: GramFactors, into: Weight) -> int:
-    """Write the solved rows, or `start` where their error is not lower; return the number of rows at `start`."""
-    lower = _gain(dense, start, found, prepared) < 0
-    into.copy_(torch.where(lower, found, start))
+def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, target: Weight) -> int:
+    """Write the new rows to `target`, or `start` where their error is not lower; return the number at `start`."""
+    lower = _gain(dense, start, new, factors) < 0
+    target.copy_(torch.where(lower, new, start))
     return int((~lower).sum())
 
 
-def _gain(dense: Weight, start: Weight, found: Weight, prepared: GramFactors) -> Float[Tensor, "out 1"]:
+def _gain(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
     """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
-    return multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
+    return multiply(start - new, factors.gram).mul_(2 * dense - start - new).sum(dim=1, keepdim=True)
 
 
 def _by_row(x: Weight) -> Float[Tensor, "out 1"]:
@@ -429,7 +457,12 @@ def _of_all(x: Weight) -> Float64[Tensor, ""]:
     return x.sum(dim=1).double().sum()
 
 
-def _slices(weight: Weight, together: bool = False) -> Iterator[slice]:
+def _slices(weight: Weight, rows_compete: bool = False) -> Iterator[slice]:
     rows = len(weight)
-    size = rows if together else ROWS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
+    if rows_compete:
+        size = rows
+    elif weight.device.type == "cpu":
+        size = ROWS_AT_A_TIME
+    else:
+        size = 64 * ROWS_AT_A_TIME
     return (slice(begin, begin + size) for begin in range(0, rows, size))

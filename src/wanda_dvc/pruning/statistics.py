@@ -1,4 +1,4 @@
-"""The norm tier: statistics of each feature of a linear's input (Σx², Σx, count), and of a block's inputs."""
+"""The norms: statistics of each feature of a linear's input (Σx², Σx, count), and of a block's inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
+# Of the median: an outlier feature's norm is larger. Dettmers et al. 2022, arXiv 2208.07339, where 6 marks one.
+MEDIANS_OF_AN_OUTLIER = 6
 
 
 def in_sums(x: Tensor, total: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def in_sums(x: Tensor, total: Tensor) -> Tensor:
 
 @dataclass
 class InputStats:
-    """Sums over all tokens of one distinct input, in float64. Sums of several shards merge.
+    """Sums over all tokens of one distinct input, in float64. Sums of several chunks merge.
 
     `add` sums one window in float32, which is fast and exact enough for a few thousand tokens. Sums across windows need
     float64.
@@ -41,14 +42,14 @@ class InputStats:
         self.sum_squares += in_sums(numbers.square().sum(dim=0), self.sum_squares)
         self.count += len(x)
 
-    def merge(self, other: "InputStats") -> None:
-        """Add the sums of other tokens of the same input."""
-        self.sum_squares += other.sum_squares.to(self.sum_squares)
-        self.sum += other.sum.to(self.sum)
-        self.count += other.count
+    def merge(self, stats: "InputStats") -> None:
+        """Add the sums of more tokens of the same input."""
+        self.sum_squares += stats.sum_squares.to(self.sum_squares)
+        self.sum += stats.sum.to(self.sum)
+        self.count += stats.count
 
     def to(self, device: torch.device | str) -> "InputStats":
-        """Return the same sums on a device."""
+        """Return the sums on a device."""
         return InputStats(self.sum_squares.to(device), self.sum.to(device), self.count)
 
     @property
@@ -63,24 +64,24 @@ class InputStats:
 
 @dataclass
 class TokenSum:
-    """A sum over some tokens, and their number. Sums of several shards merge."""
+    """A sum over some tokens, and their number. Sums of several chunks merge."""
 
     sum: Float64[Tensor, "..."]
     count: int
 
-    def merge(self, other: "TokenSum") -> None:
-        """Add the sums of other tokens."""
-        self.sum += other.sum.to(self.sum)
-        self.count += other.count
+    def merge(self, token_sum: "TokenSum") -> None:
+        """Add the sum over more tokens."""
+        self.sum += token_sum.sum.to(self.sum)
+        self.count += token_sum.count
 
 
 class BlockStats(NamedTuple):
     """The statistics of one block's distinct inputs. A linear is named as the checkpoint stores its weight."""
 
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
-    consumers: dict[str, list[str]]  # the linears that read each
+    consumers: dict[str, list[str]]  # the linears that read each input
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
-    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the gradients tier by linear, if it was measured and read
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, where read
     # Of ‖gate · output‖₂ over the tokens that a router sent to an expert, by its last linear, which the gates multiply.
     outputs: Mapping[str, TokenSum] = {}
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
@@ -91,22 +92,25 @@ class BlockStats(NamedTuple):
         return {linear: self.inputs[name] for name, linears in self.consumers.items() for linear in linears}
 
     def of(self, name: str) -> "BlockStats":
-        """Return the sums of one distinct input alone."""
+        """Return the statistics of one distinct input alone."""
         consumers = self.consumers[name]
         return BlockStats({name: self.inputs[name]}, {name: consumers}, [x for x in self.transposed if x in consumers])
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""
-        unread = [name for name, x in self.inputs.items() if not x.count]
-        return {linear.rpartition(".")[0] for name in unread for linear in self.consumers[name]}
+        experts = set()
+        for name, x in self.inputs.items():
+            if not x.count:
+                experts |= {linear.rpartition(".")[0] for linear in self.consumers[name]}
+        return experts
 
 
 def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:
-    """Return mean, median and largest norm, and the share of outliers: norms above `OUTLIER` times the median."""
+    """Return mean, median and largest norm, and the fraction of outliers: norms above 6 times the median."""
     median = norm.quantile(0.5)
     return {
         "mean": norm.mean().item(),
         "median": median.item(),
         "max": norm.max().item(),
-        "outliers": (norm > OUTLIER * median).float().mean().item(),
+        "outliers": (norm > MEDIANS_OF_AN_OUTLIER * median).float().mean().item(),
     }

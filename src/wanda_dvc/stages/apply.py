@@ -4,42 +4,54 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 """
 
 import math
-import operator
-from functools import lru_cache, reduce
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from wanda_dvc.engine.accelerator import solving_device
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.smaller import SmallerCheckpoint
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.reconstruction import finite, prune_linear, reconstruct
+from wanda_dvc.pruning.reconstruction import check_new_weight, prune_linear, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import statistics_provenance
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.process import progress
-from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance, write_provenance
+from wanda_dvc.study.artifact import (
+    PROVENANCE,
+    block_count,
+    block_file,
+    check_source,
+    digest,
+    load_tensors,
+    read_provenance,
+    write_provenance,
+)
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.tensors import Grams, read_grams, read_masks, read_weights
+from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_weights
 
-CARD = "README.md"
+if TYPE_CHECKING:
+    from wanda_dvc.engine.removal import Removal
+
+DENSE_README = "README.md"  # not copied: it describes the dense model
 
 
-class LinearMeasures(NamedTuple):
+class PrunedLinear(NamedTuple):
     """The measures of one pruned linear."""
 
     block: int
-    zero: int
-    size: int  # weights, zeros included
+    zeros: int
+    weights: int  # zeros included
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked: float | None  # likewise, without a reconstruction
-    solved: Json  # solver diagnostics
+    masked_error: float | None  # likewise, without a reconstruction
+    diagnostics: Json  # solver diagnostics
 
 
 def apply(*, study: Study) -> None:
@@ -48,114 +60,201 @@ def apply(*, study: Study) -> None:
     made_from = describe_pruned(study)
     with study.work(made_from) as work:
         folder = work.new()
-        zeros, metrics = prune(study, folder)
+        linears, metrics = write_pruned(study, folder)
         write_provenance(folder, made_from)
         work.commit(study.model("pruned"))
-    known = {linear: x for linear, x in zeros.items() if x.error is not None}
-    errors = {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in known.items()}
-    sparsities = {linear: round(x.zero / x.size, 6) for linear, x in zeros.items()}
+    with_errors = {name: linear for name, linear in linears.items() if linear.error is not None}
+    sparsities = {name: round(linear.zeros / linear.weights, 6) for name, linear in linears.items()}
+    errors = {
+        name: {"error": linear.error, "masked": linear.masked_error} | linear.diagnostics
+        for name, linear in with_errors.items()
+    }
     write_json(study.metrics("pruned", "sparsity"), metrics)
     write_json(study.details("pruned", "sparsity"), sparsities)
     write_json(study.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": errors})
-    rows: list[list[object]] = [[x.block, linear, x.size, x.zero, x.zero / x.size] for linear, x in zeros.items()]
+    rows: list[list[object]] = []
+    for name, linear in linears.items():
+        rows.append([linear.block, name, linear.weights, linear.zeros, linear.zeros / linear.weights])
     write_csv(study.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], rows)
-    rows = [[x.block, linear, x.error, x.masked] for linear, x in known.items()]
+    rows = [[linear.block, name, linear.error, linear.masked_error] for name, linear in with_errors.items()]
     write_csv(study.plots("layer_error"), ["block", "linear", "error", "masked"], rows)
 
 
 def describe_pruned(study: Study) -> Json:
-    """Return the provenance of a study's pruned model. UserError if its parts do not match."""
-    dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
-    plan = Plan.read(made["params"])
-    check_source("masks", made["model"], dense, "mask")
-    read: dict[str, str] = {}
+    """Return the provenance of a study's pruned model. UserError if its inputs do not match."""
+    dense, masks = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
+    plan = Plan.read(masks["params"])
+    check_source("masks", masks["model"], dense, "mask")
+    digests: dict[str, str] = {}
     if plan.weights_come_from == "weights":
         weights = read_provenance(study.weights, "mask")
-        if weights != made:
+        if weights != masks:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
-        read["weights"] = digest(weights)
+        digests["weights"] = digest(weights)
     solves = plan.weights_come_from == "gram"
-    params = {name: value for name, value in made["calibration"].items() if name != "text"}
-    calibrated = {"model": made["model"], "text": made["calibration"]["text"], "params": params}
+    params = {name: value for name, value in masks["calibration"].items() if name != "text"}
+    calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
     folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
-    for folder in [*folders, study.fisher] if solves and plan.solver.uses_fisher else folders:
-        tier = statistics_provenance(folder, calibrated, "masks/")
-        read |= {folder.name: digest(tier)} if solves else {}
+    if solves and plan.solver.uses_fisher:
+        folders.append(study.fisher)
+    for folder in folders:
+        statistics = statistics_provenance(folder, calibrated, "masks/")
+        if solves:
+            digests[folder.name] = digest(statistics)
     if solves:  # the weights follow from how `apply` solves, and so do their results
-        read["apply"] = str(STAGES["apply"].version)
+        digests["apply"] = str(STAGES["apply"].version)
     # Only the masks' records: with this run's library versions, equal models would have different bytes.
-    described = {name: value for name, value in made.items() if name != "blocks"}
-    return described | {"made_by": "apply", "masks": digest(made), "reconstruction": plan.reconstruction.name} | read
+    described = {name: value for name, value in masks.items() if name != "blocks"}
+    described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
+    return described | digests
 
 
-class PrunedLinears:
-    """The parts of a study's pruned model, read a linear at a time; `zeros` has the measures of those read so far."""
+class BlockFiles(NamedTuple):
+    """The files of one block that `apply` reads."""
+
+    masks: Masks
+    weights: dict[str, Tensor]  # new weights from weights/, by linear
+    diagnostics: Json  # likewise
+    grams: Grams | None  # of inputs, if they were measured
+    inputs: dict[str, str]  # each linear's input, if they were measured
+    gradients: Grams | None  # of gradients by linear, if the solver uses them
+
+
+class DenseToPruned:
+    """Reads the tensors of a study's pruned model; `linears` has the measures of the linears read so far.
+
+    A block's files are opened when its first linear is read; two blocks are in memory at a time.
+    """
 
     def __init__(self, study: Study) -> None:
-        self.plan = plan = Plan.read(read_provenance(study.masks, "mask")["params"])
-        self.checkpoint, device = Checkpoint(study.model("dense")), solving_device(own_device(study.params.runtime))
-        blocks = range(block_count(study.masks, "mask"))
-        masks = [read_masks(study.masks, block) for block in blocks]
-        self.blocks = {linear: block for block, keeps in enumerate(masks) for linear in keeps}
-        self.addresses = {self.checkpoint.find(linear) for linear in self.blocks}
-        self.keeps, self.zeros = reduce(operator.or_, masks), dict[str, LinearMeasures]()
-        self.changed, self.fisher = list[tuple[dict[str, Tensor], Json]](), list[Grams]()
+        self.study = study
+        self.plan = Plan.read(read_provenance(study.masks, "mask")["params"])
+        self.checkpoint = Checkpoint(study.model("dense"))
+        self.device = solving_device(own_device(study.params.runtime))
+        self.block_of = {
+            linear: block
+            for block in range(block_count(study.masks, "mask"))
+            for linear in linears_of_masks(study.masks, block)
+        }
+        self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
+        # A repaired linear differs on purpose.
+        self.measures_errors = not self.plan.repairs and block_count(study.gram, "calibrate") > 0
+        self.linears = dict[str, PrunedLinear]()
+        self.files = lru_cache(maxsize=2)(self._open)
+        self.factors = lru_cache(maxsize=2)(self._prepare)
+
+    def _open(self, block: int) -> BlockFiles:
+        """Open a block's files. UserError if the masks are not those of the block's linears."""
+        study, plan = self.study, self.plan
+        weights, diagnostics, inputs = dict[str, Tensor](), Json(), dict[str, str]()
+        grams = gradients = None
         if plan.weights_come_from == "weights":
-            self.changed = [read_weights(study.weights, block) for block in blocks]
-        elif plan.weights_come_from == "gram" and plan.solver.uses_fisher:
-            self.fisher = [read_grams(study.fisher, block, device) for block in blocks]
-        measured = 0 if plan.repairs else block_count(study.gram, "calibrate")  # a repaired linear differs on purpose
-        self.grams = [read_grams(study.gram, block, device) for block in range(measured)]
-        self._source = {name: read for grams in self.grams for read, names in grams.consumers.items() for name in names}
-        self._prepared = lru_cache(maxsize=2)(lambda block, source: GramFactors(self.grams[block][source].matrix()))
+            weights, diagnostics = read_weights(study.weights, block)
+        if plan.weights_come_from == "gram" and plan.solver.uses_fisher:
+            gradients = read_grams(study.fisher, block, self.device)
+        if self.measures_errors:
+            grams = read_grams(study.gram, block, self.device)
+            for name, linears in grams.consumers.items():
+                inputs |= dict.fromkeys(linears, name)
+        masks = read_masks(study.masks, block)
+        if inputs and inputs.keys() != masks.keys():
+            raise UserError(_other_linears(study.masks, block, masks.keys() - inputs.keys(), inputs.keys()))
+        return BlockFiles(masks, weights, diagnostics, grams, inputs, gradients)
+
+    def _prepare(self, block: int, name: str) -> GramFactors | None:
+        """Return the Gram matrix of an input, with its factors; None if no token reached the input."""
+        grams = self.files(block).grams
+        if grams is None or name not in grams:
+            return None
+        return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}")
 
     def read(self, address: Address) -> Tensor:
         """Return a tensor of the dense model; of a linear, its weights in the pruned model, as stored."""
-        linear, weight = address.linear, self.checkpoint.read(address)
+        stored = self.checkpoint.read(address)
         if address not in self.addresses:
-            return weight
-        block = self.blocks[linear]
-        keep, source = self.keeps[linear], self._source.get(linear)
-        prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
-        dense = weight if prepared is None else weight.to(prepared.gram.device)  # once: it crosses the link to a GPU
-        keep = keep.to(dense.device)
-        transposed = bool(self.grams) and linear in self.grams[block].transposed
-        new, solved = None, Json()
-        if self.changed:
-            weights, diagnostics = self.changed[block]
-            new, solved = weights.get(linear), diagnostics.get(linear, {})
-        elif self.plan.solves and prepared is not None:
-            gradients = self.fisher[block].get(linear) if self.fisher else None
-            found = reconstruct(
-                dense, keep, prepared, reconstruction=self.plan.solver, gradients=gradients, transposed=transposed
+            return stored
+        linear, plan = address.linear, self.plan
+        block = self.block_of[linear]
+        files = self.files(block)
+        factors = self.factors(block, files.inputs[linear]) if files.grams is not None else None
+        dense = stored if factors is None else stored.to(factors.gram.device)  # once: it crosses the link to a GPU
+        mask = files.masks[linear].to(dense.device)
+        transposed = files.grams is not None and linear in files.grams.transposed
+        new, diagnostics = None, Json()
+        if plan.weights_come_from == "weights":
+            new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
+        elif plan.solves and factors is not None:
+            result = reconstruct(
+                dense,
+                mask,
+                factors,
+                reconstruction=plan.solver,
+                gradients=files.gradients.get(linear) if files.gradients is not None else None,
+                transposed=transposed,
             )
-            new, solved = finite(linear, found.weight), found.diagnostics
-        of_inputs = self.plan.structure is not None
-        made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
-        pruned = made.weight.to(weight.device)
-        zero = weight.numel() - int(pruned.count_nonzero())
-        self.zeros[linear] = LinearMeasures(block, zero, weight.numel(), made.error, made.masked, solved)
-        return pruned
+            new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
+        pruned = prune_linear(dense, mask, factors, new, transposed=transposed, of_inputs=plan.structure is not None)
+        weight = pruned.weight.to(stored.device)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        self.linears[linear] = PrunedLinear(
+            block, zeros, weight.numel(), pruned.error, pruned.masked_error, diagnostics
+        )
+        return weight
 
 
-def prune(study: Study, target: Path) -> tuple[dict[str, LinearMeasures], Json]:
+def linears_of_masks(folder: Path, block: int) -> list[str]:
+    """Return the linears of a block's masks, without reading the masks. UserError if they are another block's."""
+    _, header = load_tensors(block_file(folder, block), "mask", of=())
+    linears = list(header["columns"])
+    others = [linear for linear in linears if str(block) not in linear.split(".")]
+    if others:
+        raise UserError(_other_linears(folder, block, others, [f"linears of block {block}"]))
+    return linears
+
+
+def _other_linears(folder: Path, block: int, linears: Iterable[str], expected: Iterable[str]) -> str:
+    """Return the message for masks of another block."""
+    return (
+        f"{block_file(folder, block)}: found {shortened(sorted(linears)) or 'fewer linears'}, expected "
+        f"{shortened(sorted(expected))}; restore the file with `dvc checkout masks`, or run `wanda-dvc mask` again"
+    )
+
+
+def write_pruned(study: Study, target: Path) -> tuple[dict[str, PrunedLinear], Json]:
     """Write a study's pruned checkpoint into an empty folder; return each linear's measures, and metrics.
 
-    `sparsity` is the share of the linears' weights that are zero, or of the units that were removed. Of removed units,
-    `removed_parameters` is the share of the stored weights that went; without units, zeros are stored.
+    `sparsity` is the fraction of the linears' weights that are zero, or of the units that are removed. Of removed
+    units, `removed_parameters` is the fraction of the stored weights that are removed; without units, zeros are stored.
     """
-    parts = PrunedLinears(study)
-    checkpoint = parts.checkpoint
-    view, removal = EditedCheckpoint(checkpoint, parts.read, parts.addresses), removal_of(checkpoint, parts.plan)
+    reader = DenseToPruned(study)
+    checkpoint = reader.checkpoint
+    view, removal = EditedCheckpoint(checkpoint, reader.read, reader.addresses), removal_of(checkpoint, reader.plan)
     if removal:
-        kept = removal.kept_units(parts.keeps)
-        view = SmallerCheckpoint(checkpoint, removal.with_kept(kept), parts.read, parts.addresses)
-    written = write_model(view, target, without=(PROVENANCE, CARD))
-    list(progress(written, total=sum(name is not None for name in view.new_names.values()), what="apply, tensors"))
-    for linear in parts.blocks.keys() - parts.zeros.keys():  # of complete experts or blocks that went
-        parts.read(checkpoint.find(linear))
-    zeros = {linear: parts.zeros[linear] for linear in parts.blocks}
+        view = SmallerCheckpoint(
+            checkpoint, removal.with_kept(_kept_units(study, removal)), reader.read, reader.addresses
+        )
+    written = write_model(view, target, without=(PROVENANCE, DENSE_README))
+    for _ in progress(written, total=sum(name is not None for name in view.new_names.values()), what="apply, tensors"):
+        pass
+    for linear in reader.block_of:
+        if linear not in reader.linears:  # of a removed expert or block
+            reader.read(checkpoint.find(linear))
+    linears = {name: reader.linears[name] for name in reader.block_of}
     if removal is None:
-        return zeros, {"sparsity": round(sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()), 6)}
-    left, every = (sum(math.prod(x.shape) for x in one.entries.values()) for one in (view, checkpoint))
-    return zeros, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(1 - left / every, 6)}
+        zeros = sum(linear.zeros for linear in linears.values())
+        return linears, {"sparsity": round(zeros / sum(linear.weights for linear in linears.values()), 6)}
+    removed = 1 - _parameters(view) / _parameters(checkpoint)
+    return linears, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
+
+
+def _kept_units(study: Study, removal: "Removal") -> dict[str, Tensor]:
+    """Return the kept units of each set, from the masks of all blocks."""
+    kept: dict[str, Tensor] = {}
+    for block in range(block_count(study.masks, "mask")):
+        for name, units in removal.kept_units(read_masks(study.masks, block)).items():
+            kept[name] = kept[name] | units if name in kept else units
+    return kept
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())

@@ -1,10 +1,10 @@
-"""Compute the `keep` masks, and new weights where they change the inputs of later blocks."""
+"""Choose the masks (True is kept), and new weights where they change the inputs of later blocks."""
 
 import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial, reduce
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import ROUND_CEILING, Context
+from fractions import Fraction
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,25 +13,48 @@ from torch import Tensor
 
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.errors import notice
-from wanda_dvc.plan import CORRECTION, Plan
-from wanda_dvc.pruning import masks as choose_masks
-from wanda_dvc.pruning import reconstruction
-from wanda_dvc.pruning.allocation import allocate
-from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.plan import UNSTRUCTURED, Plan
+from wanda_dvc.pruning.allocation import allocate, groups_of_block
+from wanda_dvc.pruning.masks import BlockSparsity, choose_units
+from wanda_dvc.pruning.reconstruction import masked
+from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.statistics import BlockStats
-from wanda_dvc.pruning.units import Units
+from wanda_dvc.pruning.units import least_sparsity, multiple_of
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
+from wanda_dvc.stages.solving import MaskJob, SolverOutput, score_block, solve, solve_from_file, solver_tasks
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import Work, check_source, describe, digest, read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.cluster import Cluster
-    from wanda_dvc.engine.forward import BlockStep, ModelRunner
+    from wanda_dvc.engine.forward import ModelRunner
     from wanda_dvc.engine.removal import Removal
+    from wanda_dvc.engine.sums import BlockRecord
+
+ROUNDED = Fraction(1, 1000)  # a sparsity is reported as rounded if it differs by more
+DIGITS_OF_A_HINT = Context(prec=3, rounding=ROUND_CEILING)
+
+
+class BlockResult(NamedTuple):
+    """The masks of a block's linears, and new weights if they do not follow from the dense model's statistics."""
+
+    block: int
+    masks: tensors.Masks
+    weights: dict[str, Tensor]  # by linear, in their stored dtypes
+    diagnostics: Json  # solver diagnostics of each
+    unreached: set[str]  # experts without tokens
+
+
+class RepairedLinear(NamedTuple):
+    """The linear before the removed blocks, and its new weight."""
+
+    block: int
+    name: str
+    weight: Tensor
+    diagnostics: Json
 
 
 def mask(*, study: Study) -> None:
@@ -42,56 +65,40 @@ def mask(*, study: Study) -> None:
     """
     plan = study.plan
     device = accelerator.solving_device(devices.own_device(study.params.runtime))  # refused before any file is read
-    stats, tiers = inputs.statistics(study)
-    checkpoint, blocks = Checkpoint(study.model("dense")), range(artifact.block_count(study.stats, "calibrate"))
-    read, removal = checkpoint.weight, removal_of(checkpoint, plan)
-    if removal:
-        notice(f"mask: {removal.about(plan.sparsity)}")
-        if not removal.consumers:  # units are complete linears
-            from wanda_dvc.engine.finders import confirmed
-
-            every = (tensors.read_stats(study.stats, block) for block in blocks)
-            dtype = torch.float64 if removal.structure.name == "blocks" else torch.float32
-            stays = choose_masks.choose_units(
-                removal.unit_sets, read, every, method=plan.method, together=plan.repairs, dtype=dtype, device=device
-            )
-            removal = confirmed(checkpoint, removal.with_kept(stays))
-    fisher_folder = study.fisher.absolute()
-    sums = fisher_folder if plan.masks_read_fisher else None
-    every = (tensors.read_stats(study.stats, block, fisher=sums) for block in blocks)
-    rated = process.progress(every, total=len(blocks), what="mask, blocks rated")
-    sparsities = allocate(
-        read, rated, len(blocks), allocation=plan.allocation, sparsity=plan.sparsity, group=plan.group
-    )
-    made_from = _describe(plan, stats, tiers, sparsities, removal)
+    stats, digests = inputs.statistics(study)
+    checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
+    removal = choose_removal(study, checkpoint, blocks, device)
+    sparsities = choose_sparsities(study, checkpoint, blocks)
+    made_from = _describe(plan, stats, digests, sparsities, removal)
     units = {}
     if removal:
         units = {linear: removal.unit_sets[dimension.unit_set] for linear, dimension in removal.consumers.items()}
-    solving = partial(solve, plan, checkpoint, units, fisher_folder)
+    job = MaskJob(plan, checkpoint, units, study.fisher.absolute())
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
-        unreached: dict[int, set[str]] = {}
-        repairs = repaired(study, checkpoint, removal, stats, work) if removal and plan.repairs else {}
-        stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
-        finished = min(map(artifact.finished_blocks, stored))
-        solved: Iterator[tuple[BlockResult, BlockStep | None]] = from_statistics(
-            study, solving, sparsities, blocks[finished:]
-        )
+        stores_weights = plan.weights_come_from == "weights"
+        finished = artifact.finished_blocks(masks)
+        if stores_weights:
+            finished = min(finished, artifact.finished_blocks(weights))
+        repaired = None
+        if removal and plan.repairs:
+            repaired = repair_before_removed_blocks(study, checkpoint, removal, stats, work)
         if plan.propagates:
-            solved = walked(study, solving, sparsities, stats, work, finished)
-        what = "mask, blocks" + " calibrated and pruned" * plan.propagates
-        for made, step in process.progress(solved, total=len(blocks), what=what, at=lambda one: one[0].block):
-            keep, (changed, diagnostics) = made.keeps, repairs.get(made.block, (made.weights, made.diagnostics))
-            if removal:  # of removed units, all weights go
-                keep = tensors.pack_masks(removal.expand_masks(keep))
-                changed = {name: reconstruction.masked(weight, keep[name]) for name, weight in changed.items()}
-            if weights in stored:
-                tensors.write_weights(weights, made.block, changed, diagnostics)
-            tensors.write_masks(masks, made.block, keep)
-            if step:
-                step.change(keep, changed)
-            unreached[made.block] = made.unreached
+            what = "mask, blocks calibrated and pruned"
+            results = on_pruned_blocks(study, job, removal, sparsities, stats, work, finished, device)
+        else:
+            what = "mask, blocks"
+            results = from_statistics(study, job, removal, sparsities, range(finished, blocks), device)
+        unreached = {}
+        for result in process.progress(results, total=blocks, what=what, at=lambda result: result.block):
+            if repaired and result.block == repaired.block:
+                result.weights[repaired.name] = repaired.weight
+                result.diagnostics[repaired.name] = repaired.diagnostics
+            if stores_weights:
+                tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
+            tensors.write_masks(masks, result.block, result.masks)
+            unreached[result.block] = result.unreached
         if plan.propagates or plan.method.needs != "weights":
             inputs.say_unreached("mask", unreached)  # of the blocks of this run
         artifact.finish(masks, made_from)
@@ -100,19 +107,23 @@ def mask(*, study: Study) -> None:
 
 
 def _describe(
-    plan: Plan, stats: Json, tiers: Json, sparsities: Sequence[choose_masks.Sparsity], removal: "Removal | None"
+    plan: Plan, stats: Json, digests: Json, sparsities: Sequence[BlockSparsity], removal: "Removal | None"
 ) -> Json:
     """Return the provenance of masks and weights."""
-    runs = ("transformers",) if plan.propagates or plan.structure else ()
+    libraries = ["torch", "numpy"]
+    if plan.propagates or plan.structure:
+        libraries.append("transformers")
+    if plan.method.package:
+        libraries.append(plan.method.package)
     described = describe(
         "mask",
         version=STAGES["mask"].version,
-        libraries=("torch", "numpy", *runs, *filter(None, [plan.method.package])),
+        libraries=tuple(libraries),
         model=stats["model"],
         stats=digest(stats),
         calibration={"text": stats["text"], **stats["params"]},
         params=plan.described,
-        **tiers,
+        **digests,
     )
     if removal:
         described["config"] = removal.config_changes
@@ -124,152 +135,213 @@ def _describe(
     return described
 
 
-def removal_of(source: Checkpoint, plan: Plan) -> "Removal | None":
+# --- how much is removed ---
+
+
+def removal_of(checkpoint: Checkpoint, plan: Plan) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero."""
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
-    return resolve_name(plan.structure.find)(source, plan.structure, plan.sparsity)
+    return resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity)
 
 
-# --- the unit of work ---
+def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
+    """Return the units that a pattern removes: blocks and experts by name, of inputs the number.
 
-
-class MaskTask(NamedTuple):
-    """The linears that read one distinct input of a block, or, where scores choose masks, all of a block."""
-
-    block: int
-    stats: BlockStats  # of these inputs
-    sparsity: choose_masks.Sparsity
-    grams: Path  # the folder of the Gram matrices, for solvers
-
-
-class BlockResult(NamedTuple):
-    """Masks of some linears of a block, and their new weights if they are solved for here."""
-
-    block: int
-    keeps: tensors.Masks
-    weights: dict[str, Tensor]  # by linear, in their stored dtypes
-    diagnostics: Json  # solver diagnostics of each
-    unreached: set[str]  # experts without tokens
-
-
-Solving = Callable[[torch.device, MaskTask], BlockResult]
-
-
-def solve(
-    plan: Plan,
-    source: Checkpoint,
-    units: Mapping[str, Units],
-    fisher_folder: Path,
-    device: torch.device,
-    part: MaskTask,
-) -> BlockResult:
-    """Return masks, and new weights if later blocks depend on them, of a part's linears.
-
-    `units` are those that go, by the linear that reads them; `gradients` is the folder of that tier.
+    UserError if a sparsity above 0 removes no unit.
     """
-    block, device = part.stats, accelerator.solving_device(device)
-    if plan.masks_read_fisher:
-        block = block._replace(fisher=tensors.read_fisher(fisher_folder, part.block))
-    weights: reconstruction.ReadWeight = source.weight
-    grams: tensors.Grams | None = None
-    if plan.solves_by_input:
-        weights = {name: weights(name).to(device) for name in block.by_linear}.__getitem__  # copied once
-        grams = tensors.read_grams(part.grams, part.block, device, of=block.consumers)
-        if plan.corrects:
-            aimed = reconstruction.target_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION)
-            weights = aimed.__getitem__
-    chosen = choose_masks.choose_block(
-        weights,
-        block,
+    plan = study.plan
+    removal = removal_of(checkpoint, plan)
+    if removal is None:
+        return None
+    if plan.sparsity and not removal.sparsity:
+        raise UserError(_removes_no_unit(removal, plan))
+    notice(f"mask: {removal.about(plan.sparsity)}")
+    if removal.consumers:  # the masks of these linears choose the units
+        return removal
+    from wanda_dvc.engine.finders import confirmed
+
+    kept = choose_units(
+        removal.unit_sets,
+        checkpoint.weight,
+        (tensors.read_stats(study.stats, block) for block in range(blocks)),
         method=plan.method,
-        sparsity=part.sparsity,
-        pattern=plan.pattern,
-        group=plan.group,
-        units=units,
-        grams=grams,
+        neighbours=plan.repairs,
+        dtype=torch.float64 if removal.structure.name == "blocks" else torch.float32,
         device=device,
     )
-    changed, diagnostics = dict[str, Tensor](), Json()
-    if grams is not None and plan.weights_come_from == "weights":
-        back: Mapping[str, Gram] = {}
-        if plan.solver_reads_fisher:
-            back = tensors.read_grams(fisher_folder, part.block, of=block.by_linear)
-        for name, prepared in reconstruction.factors_of_linears(block.consumers, grams):
-            if prepared is not None and (plan.corrects or not choose_masks.keeps_all(name, plan.pattern, units)):
-                weight, keep, across = weights(name), chosen[name], name in block.transposed
-                solved = reconstruction.reconstruct(
-                    weight, keep, prepared, reconstruction=plan.solver, gradients=back.get(name), transposed=across
-                )
-                changed[name] = reconstruction.finite(name, solved.weight.to("cpu", source.weight(name).dtype))
-                diagnostics[name] = solved.diagnostics
-    return BlockResult(part.block, tensors.pack_masks(chosen), changed, diagnostics, block.unreached())
+    return confirmed(checkpoint, removal.with_kept(kept))
 
 
-def parts_of(
-    plan: Plan, block: int, measured: BlockStats, sparsity: choose_masks.Sparsity, grams: Path
-) -> list[MaskTask]:
-    """Return the parts of a block; `grams` is the folder of its Gram matrices."""
-    locked = [measured.of(source) for source in measured.consumers] if plan.solves_by_input else [measured]
-    return [MaskTask(block, own, sparsity, grams.absolute()) for own in locked]
+def _removes_no_unit(removal: "Removal", plan: Plan) -> str:
+    """Return the message for a sparsity that rounds to 0: the least sparsity that removes a unit, if there is one."""
+    structure, groups = removal.structure, max(units.groups for units in removal.unit_sets.values())
+    least: list[Fraction] = []
+    for name, field in removal.config_fields.items():
+        if field.unit_sets and name not in structure.scaled:
+            sparsity = least_sparsity(field.value, max(groups, multiple_of(field.value, structure.multiple)))
+            least += [sparsity] if sparsity else []
+    problem = f"sparsity: got {float(plan.sparsity):g}, which removes none of the {structure.about}"
+    if not least:
+        return f"{problem}: the model needs all; choose another pattern"
+    return f"{problem}; set sparsity={_rounded_up(min(least))} or more"
 
 
-def together(parts: Iterable[BlockResult]) -> BlockResult:
-    """Merge the results of all parts of a block."""
-    (block, *_), *columns = zip(*parts, strict=True)
-    return BlockResult(block, *(reduce(operator.or_, column) for column in columns))
+def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
+    """Return the sparsity of each block, or of its linears; report it where counts of weights round it.
+
+    UserError if a sparsity above 0 removes no weight.
+    """
+    plan = study.plan
+    fisher = study.fisher if plan.masks_read_fisher else None
+    stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
+    sparsities = allocate(
+        checkpoint.weight,
+        process.progress(stats, total=blocks, what="mask, blocks rated"),
+        blocks,
+        allocation=plan.allocation,
+        sparsity=plan.sparsity,
+        group=plan.group,
+    )
+    if plan.pattern != UNSTRUCTURED or plan.method.competition != "groups" or not plan.sparsity:
+        return sparsities
+    removed = total = largest = 0
+    for block, sparsity in enumerate(sparsities):
+        groups = groups_of_block(checkpoint.weight, tensors.read_stats(study.stats, block), plan.group)
+        for linear, (number, size) in groups.items():
+            of_linear = sparsity[linear] if isinstance(sparsity, Mapping) else sparsity
+            removed += number * count_removed(size, of_linear)
+            total += number * size
+            largest = max(largest, size)
+    requested = f"{float(plan.sparsity):g}"
+    if not removed:
+        raise UserError(
+            f"sparsity: got {requested}, which removes no weight: at most {largest} weights compete with one another; "
+            f"set sparsity={_rounded_up(Fraction(1, largest))} or more"
+        )
+    if abs(Fraction(removed, total) - plan.sparsity) > ROUNDED:
+        notice(f"mask: sparsity: rounded: {removed / total:.4g} instead of {requested}, by the sizes of the linears")
+    return sparsities
 
 
-def run_tasks(
-    solving: Solving, tasks: Iterable[MaskTask], what: str, *, cluster: "Cluster | None", device: torch.device
-) -> Iterator[BlockResult]:
-    """Return the result of each task, in order: from a cluster, or computed here on a device."""
-    if cluster is not None:
-        return cluster.map(solving, tasks, what)
-    return (solving(device, task) for task in tasks)
+def _rounded_up(sparsity: Fraction) -> str:
+    return f"{DIGITS_OF_A_HINT.divide(sparsity.numerator, sparsity.denominator):f}"
 
 
 # --- the blocks ---
 
 
 def from_statistics(
-    study: Study, solving: Solving, sparsities: Sequence[choose_masks.Sparsity], blocks: Iterable[int]
-) -> Iterator[tuple[BlockResult, None]]:
-    """Yield each block, from the statistics of the dense model.
+    study: Study,
+    job: MaskJob,
+    removal: "Removal | None",
+    sparsities: Sequence[BlockSparsity],
+    blocks: Iterable[int],
+    device: torch.device,
+) -> Iterator[BlockResult]:
+    """Yield each block's result, from the statistics of the dense model.
 
-    Scores are computed in this process: each weight is read once, and networks are slower than disks.
+    Scores are computed in this process: each weight is read once, and networks are slower than disks. Solver tasks may
+    run on a cluster.
     """
-    plan = study.plan
-    every = [parts_of(plan, n, tensors.read_stats(study.stats, n), sparsities[n], study.gram) for n in blocks]
-    cluster = inputs.cluster(study, [study.model("dense"), study.gram]) if plan.solves_by_input else None
-    device = devices.own_device(study.params.runtime)
-    made = run_tasks(solving, itertools.chain.from_iterable(every), "solver", cluster=cluster, device=device)
-    for own in every:
-        yield together(itertools.islice(made, len(own))), None
+    if not job.plan.solves_by_input:
+        for block in blocks:
+            stats = tensors.read_stats(study.stats, block)
+            masks = score_block(job, block, stats, sparsities[block], device)
+            yield without_units(removal, BlockResult(block, masks, {}, {}, stats.unreached()))
+        return
+    stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
+    tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats, sparsities[block])]
+    solve_task = partial(solve_from_file, job, study.gram.absolute())
+    cluster = inputs.cluster(study, [study.model("dense"), study.gram])
+    outputs: Iterator[SolverOutput]
+    if cluster is None:
+        outputs = (solve_task(device, task) for task in tasks)
+    else:
+        outputs = cluster.map(solve_task, tasks, "solver")
+    for block, stats in stats_of.items():
+        yield without_units(removal, merged(block, stats, itertools.islice(outputs, len(stats.consumers))))
 
 
-def walked(
-    study: Study, solving: Solving, sparsities: Sequence[choose_masks.Sparsity], stats: Json, work: Work, finished: int
-) -> Iterator[tuple[BlockResult, "BlockStep"]]:
-    """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
+def on_pruned_blocks(
+    study: Study,
+    job: MaskJob,
+    removal: "Removal | None",
+    sparsities: Sequence[BlockSparsity],
+    stats: Json,
+    work: Work,
+    finished: int,
+    device: torch.device,
+) -> Iterator[BlockResult]:
+    """Yield the result of each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
-    The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/.
+    This is the paper's procedure. Text, windows and dtype are those of stats/.
     """
-    plan = study.plan
+    plan = job.plan
     run, windows = _calibrated(study, stats, work)
-    folder = work.path / "recorded"
-    folder.mkdir(exist_ok=True)
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
-        recorded = step.record(gram=plan.solves_by_input, changes=True)
+        record = step.record(gram=plan.solves_by_input, changes=True)
         if plan.solves_by_input:
-            tensors.write_grams(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
-        own = parts_of(plan, step.index, recorded.stats, sparsities[step.index], folder)
-        del recorded  # the next matrices need its memory
-        what = f"block {step.index}, solver"
-        made = together(run_tasks(solving, own, what, cluster=run.cluster, device=run.decoder.device))
-        artifact.block_file(folder, step.index).unlink(missing_ok=True)
-        yield made, step
+            outputs = solve_recorded(job, run, step.index, record, sparsities[step.index], work, device)
+            result = merged(step.index, record.stats, outputs)
+        else:
+            masks = score_block(job, step.index, record.stats, sparsities[step.index], device)
+            result = BlockResult(step.index, masks, {}, {}, record.stats.unreached())
+        del record  # before the next block's
+        result = without_units(removal, result)
+        yield result
+        step.change(result.masks, result.weights)
+
+
+def solve_recorded(
+    job: MaskJob,
+    run: "ModelRunner",
+    block: int,
+    record: "BlockRecord",
+    sparsity: BlockSparsity,
+    work: Work,
+    device: torch.device,
+) -> Iterator[SolverOutput]:
+    """Yield the masks and weights of the linears of each input, from Gram matrices that were recorded.
+
+    In this process, matrices stay in memory, and each is removed from the record when it is used. A cluster reads them
+    from a file, as exact: float32.
+    """
+    tasks = solver_tasks(block, record.stats, sparsity)
+    if run.cluster is None:
+        for task in tasks:
+            yield solve(job, task, record.grams.pop(task.name, None), record.crosses.pop(task.name, None), device)
+        return
+    folder = (work.path / "recorded").absolute()
+    folder.mkdir(exist_ok=True)
+    tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
+    record.grams.clear()  # the next matrices need their memory
+    record.crosses.clear()
+    yield from run.cluster.map(partial(solve_from_file, job, folder), tasks, f"block {block}, solver")
+    artifact.block_file(folder, block).unlink(missing_ok=True)
+
+
+def merged(block: int, stats: BlockStats, outputs: Iterable[SolverOutput]) -> BlockResult:
+    """Return a block's result from the outputs of its solver tasks."""
+    result = BlockResult(block, tensors.Masks(), {}, {}, stats.unreached())
+    for output in outputs:
+        result.masks.data |= output.masks
+        result.weights.update(output.weights)
+        result.diagnostics.update(output.diagnostics)
+    return result
+
+
+def without_units(removal: "Removal | None", result: BlockResult) -> BlockResult:
+    """Return a result whose masks remove all weights of the removed units, given the masks of the units' consumers."""
+    if removal is None:
+        return result
+    masks = tensors.pack_masks(removal.expand_masks(result.masks))
+    weights = {linear: masked(weight, masks[linear]) for linear, weight in result.weights.items()}
+    return result._replace(masks=masks, weights=weights)
+
+
+# --- runs of the model ---
 
 
 def _calibrated(study: Study, stats: Json, work: Work) -> "tuple[ModelRunner, Tensor]":
@@ -280,25 +352,24 @@ def _calibrated(study: Study, stats: Json, work: Work) -> "tuple[ModelRunner, Te
     return inputs.runner(study, "dense", work), windows
 
 
-def repaired(
-    study: Study, source: Checkpoint, removal: "Removal", stats: Json, work: Work
-) -> dict[int, tuple[dict[str, Tensor], Json]]:
-    """Return the new weight of the last linear before blocks that go, and diagnostics, by its block."""
+def repair_before_removed_blocks(
+    study: Study, checkpoint: Checkpoint, removal: "Removal", stats: Json, work: Work
+) -> RepairedLinear | None:
+    """Return the new weight of the last linear before the removed blocks; None if no block is removed."""
     from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
 
-    (stay,) = removal.kept.values()
-    if stay.all():
-        return {}
-    gone = (~stay).nonzero()[:, 0].tolist()
-    block = gone[0] - 1
+    (kept,) = removal.kept.values()
+    if kept.all():
+        return None
+    removed = (~kept).nonzero()[:, 0].tolist()
+    block, end = removed[0] - 1, removed[-1] + 1
     run, windows = _calibrated(study, stats, work)
     linears, measured = run.decoder.linears(block), tensors.read_stats(study.stats, block)
-    # In the order of their calls. Of an expert's outputs only some tokens have a part.
+    # In the order of their calls. Of an expert's outputs only some tokens have a contribution.
     *_, last = (name for name in measured.by_linear if linears[name].stored.expert is None)
-    end = gone[-1] + 1
-    walk = itertools.takewhile(lambda step: step.index < end, run.forward(windows, stored=end - block + 2))
+    steps = itertools.takewhile(lambda step: step.index < end, run.forward(windows, stored=end - block + 2))
     what = "mask, blocks run for the repair"
-    for step in process.progress(walk, total=end, what=what, at=lambda step: step.index):
+    for step in process.progress(steps, total=end, what=what, at=lambda step: step.index):
         step.run()
-    weight, diagnostics = repair(run, last, source.weight(last), block=block, end=end)
-    return {block: ({last: weight}, {last: diagnostics})}
+    weight, diagnostics = repair(run, last, checkpoint.weight(last), block=block, end=end)
+    return RepairedLinear(block, last, weight, diagnostics)

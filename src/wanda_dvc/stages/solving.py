@@ -1,0 +1,126 @@
+"""The unit of work of `mask`: masks, and new weights, of the linears of a block that read one distinct input."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.plan import CORRECTION, Plan
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.masks import BlockSparsity, choose_block, choose_linear, keeps_all
+from wanda_dvc.pruning.reconstruction import check_new_weight, reconstruct, target_weight
+from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.pruning.statistics import BlockStats
+from wanda_dvc.pruning.units import Units
+from wanda_dvc.study import tensors
+from wanda_dvc.study.files import Json
+
+
+class MaskJob(NamedTuple):
+    """What all blocks of a run share. Nodes of a cluster read the files at the same paths."""
+
+    plan: Plan
+    checkpoint: Checkpoint  # of the dense model
+    units: Mapping[str, Units]  # to remove, by the linear that reads them
+    fisher: Path  # the folder stats/fisher
+
+
+class SolverTask(NamedTuple):
+    """The linears of a block that read one distinct input."""
+
+    block: int
+    name: str  # of the input
+    stats: BlockStats  # of this input alone
+    sparsity: BlockSparsity
+
+
+class SolverOutput(NamedTuple):
+    """The masks of some linears, and their new weights if later blocks depend on them."""
+
+    masks: dict[str, tuple[Tensor, int]]  # one bit a weight, and the columns: `Masks.data`
+    weights: dict[str, Tensor]  # in their stored dtypes
+    diagnostics: Json  # solver diagnostics of each
+
+
+def solver_tasks(block: int, stats: BlockStats, sparsity: BlockSparsity) -> list[SolverTask]:
+    """Return the tasks of a block, one for each distinct input."""
+    return [SolverTask(block, name, stats.of(name), sparsity) for name in stats.consumers]
+
+
+def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> SolverOutput:
+    """Return `solve` with the Gram matrix of a block's file in a folder."""
+    device = accelerator.solving_device(device)
+    grams = tensors.read_grams(folder, task.block, device, of=[task.name])
+    return solve(job, task, grams.get(task.name), grams.crosses.get(task.name), device)
+
+
+def solve(
+    job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | None, device: torch.device
+) -> SolverOutput:
+    """Return the masks, and new weights if later blocks depend on them, of the linears that read one input.
+
+    `gram` is the input's Gram matrix, None without tokens, and `cross` its X_denseᵀX, if it was recorded.
+    """
+    plan, stats, linears = job.plan, task.stats, task.stats.consumers[task.name]
+    if plan.masks_read_fisher:
+        stats = stats._replace(fisher=tensors.read_fisher(job.fisher, task.block))
+    gradients: Mapping[str, Gram] = {}
+    if plan.solver_reads_fisher:
+        gradients = tensors.read_grams(job.fisher, task.block, of=linears)
+    factors = None
+    if gram is not None:
+        factors = GramFactors(gram.matrix().to(device), f"Gram matrix of the input of {task.name}")
+    masks, weights, diagnostics = dict[str, Tensor](), dict[str, Tensor](), Json()
+    for linear in linears:
+        transposed, stored = linear in stats.transposed, job.checkpoint.weight(linear)
+        weight = stored.to(device)
+        if plan.corrects:
+            weight = target_weight(weight, factors, cross, strength=CORRECTION, transposed=transposed)
+        masks[linear] = choose_linear(
+            linear,
+            weight,
+            factors if plan.method.needs == "gram" else stats.inputs[task.name],
+            stats,
+            method=plan.method,
+            sparsity=task.sparsity,
+            pattern=plan.pattern,
+            group=plan.group,
+            units=job.units,
+        )
+        changes = plan.corrects or not keeps_all(linear, plan.pattern, job.units)
+        if plan.weights_come_from == "weights" and factors is not None and changes:
+            result = reconstruct(
+                weight,
+                masks[linear],
+                factors,
+                reconstruction=plan.solver,
+                gradients=gradients.get(linear),
+                transposed=transposed,
+            )
+            weights[linear] = check_new_weight(linear, result.weight.to("cpu", stored.dtype))
+            diagnostics[linear] = result.diagnostics
+    return SolverOutput(tensors.pack_masks(masks).data, weights, diagnostics)
+
+
+def score_block(
+    job: MaskJob, block: int, stats: BlockStats, sparsity: BlockSparsity, device: torch.device
+) -> tensors.Masks:
+    """Return the masks of a block's linears by their scores."""
+    plan = job.plan
+    if plan.masks_read_fisher:
+        stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
+    masks = choose_block(
+        job.checkpoint.weight,
+        stats,
+        method=plan.method,
+        sparsity=sparsity,
+        pattern=plan.pattern,
+        group=plan.group,
+        units=job.units,
+        device=device,
+    )
+    return tensors.pack_masks(masks)
