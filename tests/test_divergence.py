@@ -18,7 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import Divergence, Reference, from_losses, measure, summarize, sums_by_doubling
+from wanda_dvc.engine.divergence import (
+    Divergence,
+    Predictions,
+    diverge,
+    from_losses,
+    kl_divergence,
+    measure,
+    summarize,
+    sums_by_doubling,
+)
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.intervals import perplexity_interval
 from wanda_dvc.results.show import show
@@ -37,20 +46,12 @@ def through(folder: Path) -> tuple[Decoder, torch.Tensor]:
     return decoder, outputs(decoder, row, folder / "work")[0][None]
 
 
-def referenced(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor = TOKENS) -> tuple[float, Reference]:
-    """The dense model's loss on a window, and its reference."""
-    loss, found = measure(decoder, hidden, tokens)
-    assert isinstance(found, Reference)
-    return loss, found
-
-
 def compared(
-    decoder: Decoder, hidden: torch.Tensor, dense: Reference, tokens: torch.Tensor = TOKENS
+    decoder: Decoder, hidden: torch.Tensor, dense: Predictions, tokens: torch.Tensor = TOKENS
 ) -> tuple[float, Divergence]:
-    """A model's loss on a window, and its divergence from a reference."""
-    loss, found = measure(decoder, hidden, tokens, dense)
-    assert isinstance(found, Divergence)
-    return loss, found
+    """A model's loss on a window, and its divergence from the dense model's predictions."""
+    loss, predictions = measure(decoder, hidden, tokens, dense)
+    return loss, diverge(dense, predictions)
 
 
 def oracle(*folders: Path) -> list[torch.Tensor]:
@@ -68,7 +69,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: Patch):
     monkeypatch.setattr(divergence, "TOP", 260)
-    loss, dense = referenced(*through(models[0]))
+    loss, dense = measure(*through(models[0]), TOKENS)
     other_loss, found = compared(*through(models[1]), dense)
     p, q = oracle(*models)
     targets = TOKENS[1:, None]
@@ -85,7 +86,7 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
     monkeypatch.setattr(divergence, "TOP", 5)
     p, q = oracle(*models)
-    _, dense = referenced(*through(models[0]))
+    _, dense = measure(*through(models[0]), TOKENS)
     top = dense.top.long()
     rest = p.scatter(1, top, -math.inf)
     weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -93,7 +94,7 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     own = (p.gather(1, top), rest.logsumexp(1))
     others = (q.gather(1, top), q.scatter(1, top, -math.inf).logsumexp(1))
     for token in range(260):
-        found = divergence._kl((*own, p[:, token, None]), (*others, q[:, token, None]))
+        found = kl_divergence((*own, p[:, token, None]), (*others, q[:, token, None]))
         total += torch.where(weights[:, token] > 0, weights[:, token] * found, 0.0)
     assert total.tolist() == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9)
 
@@ -102,7 +103,7 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: Patch
     """Systematic: of n draws, a token with probability π within the tail gets nπ, rounded down or up."""
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 1000)
-    _, dense = referenced(*through(models[0]))
+    _, dense = measure(*through(models[0]), TOKENS)
     (p,) = oracle(models[0])
     rest = p.scatter(1, dense.top.long(), -math.inf)
     expected = 1000 * (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -116,7 +117,7 @@ def test_each_position_draws_from_an_offset_of_its_own(models: tuple[Path, Path]
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 2)
     decoder, hidden = through(models[0])
-    _, dense = referenced(decoder, hidden[:, :1].expand_as(hidden).contiguous())
+    _, dense = measure(decoder, hidden[:, :1].expand_as(hidden).contiguous(), TOKENS)
     assert len({tuple(drawn) for drawn in dense.drawn.tolist()}) > 20
 
 
@@ -131,7 +132,7 @@ def test_sums_by_doubling_are_the_cumulative_sums():
 def test_a_model_against_itself_is_zero_to_the_bit(models: tuple[Path, Path], monkeypatch: Patch, top: int, drawn: int):
     monkeypatch.setattr(divergence, "TOP", top)
     monkeypatch.setattr(divergence, "DRAWN", drawn)
-    loss, dense = referenced(*through(models[0]))
+    loss, dense = measure(*through(models[0]), TOKENS)
     assert compared(*through(models[0]), dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
 
 
@@ -149,7 +150,7 @@ def test_no_divergence_is_negative_or_lost():
     tokens, hidden = torch.arange(30), torch.zeros(1, 30, 1)
     for scale in (0.1, 1.0, 30.0, 1000.0):
         logits = scale * torch.randn(30, 400, generator=generator)
-        _, dense = referenced(Logits(logits), hidden, tokens)
+        _, dense = measure(Logits(logits), hidden, tokens)
         for change in (0.0, 1e-7, 1e-3, 1.0, 100.0):
             other = logits + change * torch.randn(30, 400, generator=generator)
             _, found = compared(Logits(other), hidden, dense, tokens)
@@ -167,7 +168,7 @@ def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], mon
     found = []
     for size in (2**20, 260 * 7):
         monkeypatch.setitem(divergence.AT_A_TIME, "cpu", size)
-        _, dense = referenced(*through(models[0]))
+        _, dense = measure(*through(models[0]), TOKENS)
         found.append((dense, compared(*through(models[1]), dense)))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))

@@ -101,7 +101,7 @@ def test_each_tier_of_statistics_adds_its_own(config_only: Make):
 def test_the_dense_model_also_leaves_a_reference_and_all_gpus_are_of_one_kind(config_only: Make):
     made = config_only()
     dense, pruned = (need(made, "perplexity", part).disk for part in ("dense", "pruned"))
-    assert dense - pruned == divergence.BYTES_A_TOKEN * 4 * 64
+    assert dense - pruned == divergence.REFERENCE_BYTES * 4 * 64
     one, other = (need(config_only(runtime__device=device), "perplexity") for device in ("cuda", "cuda:1"))
     assert one == other
 

@@ -1,7 +1,8 @@
 """Measures a model's predictions of the next tokens: its loss, and its divergence from the dense model.
 
-A complete distribution is too large to keep. Of the dense model's, at each position, `Reference` keeps the most
-probable tokens, the mass of all others (the tail), and some tokens drawn from the tail. The rest is the other model's.
+A complete distribution is too large to keep. At each position, `Predictions` has the dense model's most probable
+tokens, the mass of all others (the tail), and some tokens drawn from the tail. Another model is measured at the same
+tokens.
 dev/decisions/0032-divergence.md compares this with kept hidden states and with the most probable tokens alone.
 """
 
@@ -20,25 +21,25 @@ from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
 DRAWN = 64  # tokens drawn from its tail, with replacement
-BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference, at most
+REFERENCE_BYTES = 8 * (TOP + DRAWN) + 3 * 4  # for each predicted token, at most
 # Log-probabilities at a time, by kind of device: few, so that they stay in a core's cache; many, to fill a GPU.
 AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
 TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
 LogP = Float32[Tensor, "positions vocabulary"]
 Targets = Int[Tensor, " positions"]
-Chosen = Int32[Tensor, "positions _"]  # some tokens of each position
+TokenChoice = Int32[Tensor, "positions _"]  # some tokens of each position
 
 
-class Reference(NamedTuple):
-    """The dense model's predictions of one window, a row for each predicted token. Log-probabilities are in nats."""
+class Predictions(NamedTuple):
+    """A model's predictions of one window, at tokens that the dense model chose. Log-probabilities are in nats."""
 
-    top: Int32[Tensor, "predictions top"]  # tokens
-    drawn: Int32[Tensor, "predictions drawn"]  # tokens of the tail; none if the vocabulary has no tail
+    top: Int32[Tensor, "predictions top"]  # the dense model's most probable tokens
+    drawn: Int32[Tensor, "predictions drawn"]  # tokens of its tail; none if the vocabulary has no tail
     top_log_p: Float32[Tensor, "predictions top"]
-    tail_log_p: Float32[Tensor, " predictions"]  # of all other tokens together
+    tail_log_p: Float32[Tensor, " predictions"]  # of all tokens outside the top together
     drawn_log_p: Float32[Tensor, "predictions drawn"]
-    first: Int32[Tensor, " predictions"]  # the most probable token, of equals the lowest id
-    true_log_p: Float32[Tensor, " predictions"]  # of the text's own next token
+    first: Int32[Tensor, " predictions"]  # the model's most probable token, of equals the lowest id
+    true_log_p: Float32[Tensor, " predictions"]  # of the text's next token
 
 
 class Divergence(NamedTuple):
@@ -53,50 +54,73 @@ class Divergence(NamedTuple):
         """Whether all numbers are finite."""
         return all(map(math.isfinite, (*self.kl, self.squared_change)))
 
+    @property
+    def mean(self) -> float:
+        """The mean KL over predictions, in nats."""
+        return math.fsum(self.kl) / len(self.kl)
+
+    @property
+    def agreement(self) -> float:
+        """The fraction of predictions with the same most probable token."""
+        return self.agreed / len(self.kl)
+
 
 # --- one window ---
 
 
 def measure_windows(
-    decoder: Decoder, rows: Sequence[TokenSequence], hidden: Hidden, dense: Sequence[Reference | None]
-) -> Iterator[tuple[float, Reference | Divergence]]:
-    """Yield the results of `measure` for the windows of a shard; `dense` has the reference of each."""
-    for row, states, one in zip(rows, hidden, dense, strict=True):
-        yield measure(decoder, states[None], row.tokens, one)
+    decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, _: object
+) -> Iterator[tuple[float, Predictions]]:
+    """Yield the dense model's mean loss and predictions of each window of a chunk."""
+    for sequence, states in zip(sequences, hidden, strict=True):
+        yield measure(decoder, states[None], sequence.tokens)
+
+
+def compare_windows(
+    decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, references: Sequence[Predictions]
+) -> Iterator[tuple[float, Divergence]]:
+    """Yield a model's mean loss on each window of a chunk, and its divergence from the dense model's predictions."""
+    for sequence, states, dense in zip(sequences, hidden, references, strict=True):
+        loss, predictions = measure(decoder, states[None], sequence.tokens, dense)
+        yield loss, diverge(dense, predictions)
 
 
 def measure(
-    decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Reference | None = None
-) -> tuple[float, Reference | Divergence]:
-    """Return a model's mean loss on a window, and its divergence from a reference, or its own reference.
+    decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Predictions | None = None
+) -> tuple[float, Predictions]:
+    """Return a model's mean loss on a window, in nats, and its predictions at the tokens that the dense model chose.
 
-    `hidden` are the hidden states after the last block. The results are on the host.
+    Without `dense`, the model is the dense one, and chooses. `hidden` are the hidden states after the last block. The
+    results are on the host.
     """
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
     offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
-    losses, parts, place = [], list[tuple[Tensor, ...]](), 0
     tokens = tokens.to(decoder.device)
+    losses: list[Tensor] = []
+    pieces: list[Predictions] = []
+    measured = 0  # positions
     for positions, logits in decoder.logits(hidden, tokens):
         targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
         log_p = logits[: len(targets)].float().log_softmax(-1)
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
-        where = solving_device(log_p.device)
-        size = max(1, AT_A_TIME[where.type] // log_p.shape[1])
-        for some, wanted in zip(log_p.to(where).split(size), targets.to(where).split(size), strict=True):
-            own = slice(place, place + len(some))
+        device = solving_device(log_p.device)
+        size = max(1, AT_A_TIME[device.type] // log_p.shape[1])
+        for piece, piece_targets in zip(log_p.to(device).split(size), targets.to(device).split(size), strict=True):
+            place = slice(measured, measured + len(piece))
             if dense is None:
-                parts.append(_reference(some, wanted, offsets[own].to(where)))
+                top, drawn = choose_tokens(piece, offsets[place].to(device))
             else:
-                parts.append(_seen(some, wanted, dense.top[own].to(where), dense.drawn[own].to(where)))
-            place = own.stop
-        del logits, log_p, some  # before the next chunk's
-    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-    loss = float(sum(torch.stack(losses).tolist())) / place
-    return loss, Reference(*columns) if dense is None else _from_reference(dense, columns)
+                top, drawn = dense.top[place].to(device), dense.drawn[place].to(device)
+            pieces.append(predictions_at(piece, piece_targets, top, drawn))
+            measured = place.stop
+        del logits, log_p, piece  # before the next positions'
+    loss = float(sum(torch.stack(losses).tolist())) / measured
+    columns = {name: torch.cat([getattr(piece, name) for piece in pieces]).cpu() for name in Predictions._fields}
+    return loss, Predictions(**columns)
 
 
-def _reference(log_p: LogP, targets: Targets, offsets: Float64[Tensor, " positions"]) -> tuple[Tensor, ...]:
-    """Return the parts of a reference, as `_seen`, after the choice of its tokens.
+def choose_tokens(log_p: LogP, offsets: Float64[Tensor, " positions"]) -> tuple[TokenChoice, TokenChoice]:
+    """Return each position's most probable tokens, and tokens drawn from its tail.
 
     The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
     """
@@ -105,9 +129,9 @@ def _reference(log_p: LogP, targets: Targets, offsets: Float64[Tensor, " positio
     p = log_p.exp().scatter_(-1, top, 0)
     cumulative = sums_by_doubling(p) if p.is_cuda else p.cumsum(-1, dtype=torch.float64)
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
-    wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1).int()
-    return top.int(), drawn, *_seen(log_p, targets, top.int(), drawn)
+    quantiles = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, quantiles, right=True).clamp_(max=vocabulary - 1)
+    return top.int(), drawn.int()
 
 
 def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:
@@ -119,29 +143,37 @@ def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tens
     return sums
 
 
-def _seen(log_q: LogP, targets: Targets, top: Chosen, drawn: Chosen) -> tuple[Tensor, ...]:
-    """Return log-probabilities of the reference's top, tail and drawn tokens; the first token; the true one's.
+def predictions_at(log_p: LogP, targets: Targets, top: TokenChoice, drawn: TokenChoice) -> Predictions:
+    """Return a model's predictions at chosen tokens. In `log_p` the top's entries become −∞."""
+    first, true = log_p.argmax(-1), log_p.gather(-1, targets[:, None])[:, 0]
+    top_log_p = log_p.gather(-1, top.long())
+    tail_log_p = log_p.scatter_(-1, top.long(), -math.inf).logsumexp(-1)
+    return Predictions(top, drawn, top_log_p, tail_log_p, log_p.gather(-1, drawn.long()), first.int(), true)
 
-    In `log_q` the top's entries become −∞.
-    """
-    first, true = log_q.argmax(-1), log_q.gather(-1, targets[:, None])[:, 0]
-    of_top = log_q.gather(-1, top.long())
-    tail = log_q.scatter_(-1, top.long(), -math.inf).logsumexp(-1)
-    return of_top, tail, log_q.gather(-1, drawn.long()), first.int(), true
+
+def diverge(dense: Predictions, other: Predictions) -> Divergence:
+    """Return the divergence of a model from the dense model, from both models' predictions of one window."""
+    kl = kl_divergence(
+        (dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (other.top_log_p, other.tail_log_p, other.drawn_log_p)
+    )
+    change = dense.true_log_p.double().exp() - other.true_log_p.double().exp()
+    agreed = int((other.first == dense.first).sum())
+    return Divergence([_six_digits(value) for value in kl.tolist()], agreed, float((change**2).sum()))
 
 
 LogProbs = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens
 
 
-def _kl(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predictions"]:
-    """Return an unbiased estimate of KL(p ‖ q) for each prediction. It is never negative, and 0 for equal parts.
+def kl_divergence(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predictions"]:
+    """Return an unbiased estimate of KL(p ‖ q) for each prediction. It is never negative, and 0 for equal models.
 
     By the chain rule, KL is the divergence of top and tail, with the tail as one token, plus p(tail) times the
     divergence within the tail. The first is exact. The second is E[r − 1 − log r] over tokens drawn from p's tail, with
     r = (q / q(tail)) / (p / p(tail)): no term is negative, and E[r − 1] = 0 (Schulman's k3,
     http://joschu.net/blog/kl-approx.html). Without a tail the result is exact.
     """
-    (p_top, p_tail, p_drawn), (q_top, q_tail, q_drawn) = map(_normalized, (dense, other))
+    p_top, p_tail, p_drawn = _normalized(dense)
+    q_top, q_tail, q_drawn = _normalized(other)
     log_p, log_q = torch.cat([p_top, p_tail], -1), torch.cat([q_top, q_tail], -1)
     p = log_p.exp()
     coarse = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_(min=0)  # rounding may give −1e-17
@@ -153,20 +185,11 @@ def _kl(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predictions"]:
     return coarse + torch.where(p[:, -1] == 0, 0.0, p[:, -1] * within)
 
 
-def _normalized(parts: LogProbs) -> LogProbs:
+def _normalized(log_probs: LogProbs) -> LogProbs:
     """Return log-probabilities in float64, the tail's as a column, so that top and tail sum to 1."""
-    top, tail, drawn = (x.double() for x in parts)
+    top, tail, drawn = (x.double() for x in log_probs)
     total = torch.cat([top, tail[:, None]], -1).logsumexp(-1, keepdim=True)
     return top - total, tail[:, None] - total, drawn - total
-
-
-def _from_reference(dense: Reference, seen: list[Tensor]) -> Divergence:
-    """Return the divergence of a model from the dense model, by the tensors that `_seen` returns, for all positions."""
-    top, tail, drawn, first, true = seen
-    kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
-    change = dense.true_log_p.double().exp() - true.double().exp()
-    rounded = [float(f"{value:.6g}") for value in kl.tolist()]
-    return Divergence(rounded, int((first == dense.first).sum()), float((change**2).sum()))
 
 
 # --- all windows ---
@@ -177,12 +200,11 @@ def from_losses(losses: list[float], predictions: list[int]) -> float | str:
 
     `losses` are means per window. If all windows have one length, the result is the papers' exp(mean).
     """
-    equal = len(set(predictions)) == 1  # avoids rounding by equal weights
-    weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
-    mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
+    are_equal = len(set(predictions)) == 1  # weights then are too, and would only round
+    mean = math.fsum(losses) / len(losses) if are_equal else _weighted_mean(losses, predictions)
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED
-    return float(f"{math.exp(mean):.6g}")
+    return _six_digits(math.exp(mean))
 
 
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
@@ -192,24 +214,28 @@ def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
     """
     if not all(window.finite for window in windows):
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
+    predictions = [len(window.kl) for window in windows]
     values = sorted(value for window in windows for value in window.kl)
     count = len(values)
-    divergence = {
-        "mean": _mean([math.fsum(window.kl) / len(window.kl) for window in windows], windows),
-        "median": values[math.ceil(0.5 * count) - 1],
-        "p99": values[math.ceil(0.99 * count) - 1],
-        "largest": values[-1],
-    }
-    agreement = {"mean": _mean([window.agreed / len(window.kl) for window in windows], windows)}
     change = math.sqrt(math.fsum(window.squared_change for window in windows) / count)
     return {
-        "divergence": {name: float(f"{value:.6g}") for name, value in divergence.items()},
-        "top1_agreement": {name: float(f"{value:.6g}") for name, value in agreement.items()},
-        "rms_probability_change": float(f"{change:.6g}"),
+        "divergence": {
+            "mean": _six_digits(_weighted_mean([window.mean for window in windows], predictions)),
+            "median": _six_digits(values[math.ceil(0.5 * count) - 1]),
+            "p99": _six_digits(values[math.ceil(0.99 * count) - 1]),
+            "largest": _six_digits(values[-1]),
+        },
+        "top1_agreement": {"mean": _six_digits(_weighted_mean([window.agreement for window in windows], predictions))},
+        "rms_probability_change": _six_digits(change),
     }
 
 
-def _mean(means: Sequence[float], windows: Sequence[Divergence]) -> float:
+def _weighted_mean(means: Sequence[float], predictions: Sequence[int]) -> float:
     """Return the mean over predictions, from the windows' means."""
-    counts = [len(window.kl) for window in windows]
-    return math.fsum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+    totals = [mean * count for mean, count in zip(means, predictions, strict=True)]
+    return math.fsum(totals) / sum(predictions)
+
+
+def _six_digits(value: float) -> float:
+    """Round to six significant digits."""
+    return float(f"{value:.6g}")

@@ -174,8 +174,8 @@ def _perplexity(on: SizesOfStudy) -> Requirements:
     shard = len(next(iter(chunk_places(tokens // wanted.length)), ())) * wanted.length
     slices = min(divergence.AT_A_TIME["cuda" if on.device == "cuda" else "cpu"], wanted.length * model.vocabulary)
     memory = held.activations + held.logits + TEXT_IN_MEMORY * size
-    memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
-    kept = 0 if on.part in MODELS[1:] else divergence.BYTES_A_TOKEN * tokens
+    memory += divergence.REFERENCE_BYTES * shard + divergence.TEMPORARIES * slices
+    kept = 0 if on.part in MODELS[1:] else divergence.REFERENCE_BYTES * tokens
     return _walked(held, memory, disk=2 * on.states(tokens) + kept)
 
 

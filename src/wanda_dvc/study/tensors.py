@@ -147,7 +147,7 @@ def read_masks(folder: Path, block: int) -> "Masks":
 
 
 def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write the reference of one evaluation window: the tensors of `engine.divergence.Reference`."""
+    """Write the reference of one evaluation window: the tensors of `engine.divergence.Predictions`."""
     save_tensors(folder / f"window_{window:05d}.safetensors", {name: x.contiguous() for name, x in tensors.items()}, {})
 
 
