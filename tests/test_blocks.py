@@ -1,4 +1,4 @@
-"""The engine, against the whole model run by transformers: blocks, shards of rows, and rows that stay on a device."""
+"""The engine against the whole model run by transformers: blocks, chunks of sequences, sequences kept on a device."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[BlockReco
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, monkeypatch: Patch, dtype: torch.dtype):
+def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, dtype: torch.dtype):
     """One chunk of logits, since in several the head's sums run in another order."""
     checkpoint = save_tiny_model(tmp_path / "model", **VARIANTS[variant])
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()

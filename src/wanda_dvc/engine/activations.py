@@ -28,21 +28,21 @@ def boot_id() -> str:
 
 @dataclass
 class ActivationStore:
-    """The activations of all sequences before block b, for the last few b; after the last block, b is their number.
+    """The activations of all sequences before the last few blocks that ran. After block b they are before block b + 1.
 
-    Each chunk has a .npy file for each such b: the tokens of its sequences by the model's width, bfloat16 as int16.
-    Reads go through a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive
-    a killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
+    Each chunk has a .npy file for each such block: the tokens of its sequences by the model's width, bfloat16 as int16.
+    Reads use a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive a
+    killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
 
-    If the device has room for all sequences, they also stay there. Of two b, files are then written once a minute and
-    at the end: on a GPU, writing activations to disk takes longer than computing a block.
+    If the memory budget of a GPU fits all sequences, their activations also stay on the device. With two blocks stored,
+    files are then written once a minute and at the end: writing to disk takes longer than computing a block.
     """
 
     folder: Path
     lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    stored: int  # the number of the last b whose activations stay
+    stored: int  # the number of blocks whose activations stay
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
     _in_memory: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -74,7 +74,7 @@ class ActivationStore:
                 self._save(block, chunk, self.read(block, chunk))
 
     def drop(self, block: int) -> None:
-        """Remove the files that are not needed after a block's activations are stored, and interrupted writes."""
+        """Remove the files that are not needed once a block's activations are stored, and interrupted writes."""
         for path in self.folder.glob("*"):
             if path.suffix == ".part" or int(path.name.partition("-")[0]) < block - self.stored + 2:
                 path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
-from wanda_dvc.engine.decoder import Decoder, States
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, cut_into_chunks
@@ -70,15 +70,15 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     finite: list[Tensor] = []
     if block.dense_store is not None:
         dense_before = block.dense_store.read(block.index, chunk.number)
-        dense_after = run_sequences(model, block.index, chunk, dense_before, finite)
+        dense_after = note_finite(finite, run_sequences(model, block.index, chunk, dense_before))
         block.dense_store.write(block.index + 1, chunk.number, dense_after)
     if not block.records:
-        after = run_sequences(model, block.index, chunk, before, finite)
+        after = note_finite(finite, run_sequences(model, block.index, chunk, before))
         block.store.write(block.index + 1, chunk.number, after)
         return InputSums(is_finite=all_true(finite))
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram)
     with recorder.recording():
-        after = record_sequences(model, block.index, chunk, before, dense_before, recorder, finite)
+        after = note_finite(finite, record_sequences(model, block.index, chunk, before, dense_before, recorder))
         if block.writes:
             block.store.write(block.index + 1, chunk.number, after)
         else:
@@ -91,22 +91,14 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     return recorder.sums
 
 
-def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden, finite: list[Tensor]) -> Iterator[Tensor]:
-    """Yield each sequence's activations after a block; add to `finite` whether they are finite."""
+def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden) -> Iterator[Tensor]:
+    """Yield each sequence's activations after a block."""
     for sequence, states in zip(chunk.sequences, before, strict=True):
-        after = model.run(index, states[None].to(model.device), sequence)
-        finite.append(are_finite(after))
-        yield after[0]
+        yield model.run(index, states[None].to(model.device), sequence)[0]
 
 
 def record_sequences(
-    model: Decoder,
-    index: int,
-    chunk: Chunk,
-    before: Hidden,
-    dense_before: Hidden,
-    recorder: InputRecorder,
-    finite: list[Tensor],
+    model: Decoder, index: int, chunk: Chunk, before: Hidden, dense_before: Hidden, recorder: InputRecorder
 ) -> Iterator[Tensor]:
     """Yield as `run_sequences`, and record inputs of linears. A sequence's dense activations, if any, run first."""
     for number, sequence in enumerate(chunk.sequences):
@@ -115,15 +107,16 @@ def record_sequences(
                 model.run(index, dense_before[number][None].to(model.device), sequence)
         states = before[number][None].to(model.device)
         after = model.run(index, states, sequence)
-        finite.append(are_finite(after))
         recorder.see_block(states, after)
         recorder.end_window()
         yield after[0]
 
 
-def are_finite(states: States) -> Tensor:
-    """Return whether all values are finite, on their device, in one pass over them."""
-    return torch.stack(states.aminmax()).isfinite().all()
+def note_finite(finite: list[Tensor], sequences: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield each sequence's activations; add to `finite` whether all are finite, on their device."""
+    for states in sequences:
+        finite.append(torch.stack(states.aminmax()).isfinite().all())  # in one pass over them
+        yield states
 
 
 def all_true(flags: list[Tensor]) -> bool:
