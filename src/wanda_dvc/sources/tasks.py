@@ -21,7 +21,8 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import ITEMS
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
-AGAIN = "run `wanda-dvc download tasks` again"
+DOWNLOAD_AGAIN = "run `wanda-dvc download tasks` again"
+NOT_FOR_DATASETS = ("revision", "trust_remote_code", "streaming", "split")  # a data set's code never runs
 
 
 class Items(NamedTuple):
@@ -36,10 +37,10 @@ class Items(NamedTuple):
     origin: Path | Repository
 
 
-def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
+def find_tasks(tasks: Tasks, mirror: str | None) -> Source:
     """Find the items of every task."""
-    items = {name: _find_items(name, wanted.source, mirror) for name in wanted.names}
-    return Source({"tasks": wanted.model_dump(mode="json")}, partial(_write, items, wanted.source == "embedded"))
+    items = {name: _find_items(name, tasks.source, mirror) for name in tasks.names}
+    return Source({"tasks": tasks.model_dump(mode="json")}, partial(_write_tasks, items, tasks.source == "embedded"))
 
 
 def _find_items(name: str, source: str, mirror: str | None) -> Items:
@@ -47,22 +48,23 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     path, definition = task_definition(name) or ("", {})
     if definition.get("output_type") != "multiple_choice":
         raise UserError(f"{where} is no multiple-choice task of lm-eval {version('lm_eval')}; see `lm-eval ls tasks`")
-    metrics = [one.get("metric") for one in definition.get("metric_list") or [{"metric": "acc"}]]
+    metrics = [entry.get("metric") for entry in definition.get("metric_list") or [{"metric": "acc"}]]
     if "acc" not in metrics:
         raise UserError(f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove this task")
     role = "test" if definition.get("test_split") else "validation"
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     if not dataset or not split or definition.get("custom_dataset"):
         raise UserError(f"{where}: lm-eval's definition names no data set or split; remove this task")
-    given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
-    options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
-    place = [part for part in (dataset, config, f"{split}.jsonl") if part]
+    arguments = definition.get("dataset_kwargs") or {}
+    options = {name: value for name, value in arguments.items() if name not in NOT_FOR_DATASETS}
+    folders = [dataset, config] if config else [dataset]
     if source == "embedded":  # the samples are laid out like a mirror
         mirror = str(EMBEDDED_FOLDER / "tasks")
-        if not Path(mirror, *place).is_file():
+        if not Path(mirror, *folders, f"{split}.jsonl").is_file():
             raise UserError(f"{where}: no embedded questions; remove this task, or set tasks.source=benchmark")
-    origin = in_mirror(mirror, *place) or resolve("dataset", dataset, given.get("revision"), where)
-    return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
+    mirrored = in_mirror(mirror, *folders, f"{split}.jsonl")
+    origin = mirrored or resolve("dataset", dataset, arguments.get("revision"), where)
+    return Items(path, role, split, config, "/".join(folders), options, origin)
 
 
 def task_definition(name: str) -> tuple[str, Json] | None:
@@ -75,12 +77,15 @@ def task_definition(name: str) -> tuple[str, Json] | None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     root, texts = _task_files()
-    named, index = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)".encode()), dict[str, Entry]()
-    for path in (path for path, text in texts.items() if named.search(text)):
-        with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
-            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
-    found = index.get(name)
-    return (found.yaml_path.relative_to(root).as_posix(), found.cfg) if found and found.yaml_path else None
+    mention, index = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)".encode()), dict[str, Entry]()
+    for path, text in texts.items():
+        if mention.search(text):
+            with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
+                TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
+    entry = index.get(name)
+    if entry is None or not entry.yaml_path:
+        return None
+    return entry.yaml_path.relative_to(root).as_posix(), entry.cfg
 
 
 @cache
@@ -93,32 +98,36 @@ def _task_files() -> tuple[Path, dict[Path, bytes]]:
     return root, {path: path.read_bytes() for path in TaskIndex._iter_yaml_files(root)}
 
 
-def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> None:
+def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Path, _: Path) -> None:
     """Write the items and the provenance of every task into a separate directory."""
-    if not items:  # DVC warns of an empty directory
+    if not items_by_task:  # DVC warns of an empty directory
         (out / "none").touch()
-    for name, one in items.items():
+    for name, items in items_by_task.items():
         target = out / name / ITEMS
         target.parent.mkdir()
-        source, revision = "samples written for wanda-dvc" if samples else one.title, None
-        if isinstance(one.origin, Path):
-            load_task(one.definition, one.role, one.origin, todo="correct that file")
-            shutil.copyfile(one.origin, target)
+        if isinstance(items.origin, Path):
+            revision = None
+            load_task(items.definition, items.role, items.origin, todo="correct that file")
+            shutil.copyfile(items.origin, target)
         else:
-            where, revision = f"{one.origin.where}: {one.title}", one.origin.commit
-            rows = load_rows(one.origin, one.config, one.split, **one.options)
+            revision = items.origin.commit
+            rows = load_rows(items.origin, items.config, items.split, **items.options)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             target.write_text("".join(lines), encoding="utf-8", newline="\n")
-            load_task(one.definition, one.role, target, name=where, todo="remove the task")
-        made: Json = {"task": name, "source": source, "revision": revision, "samples": samples}
-        made |= {"definition": one.definition, "role": one.role, "lm_eval": version("lm_eval")}
-        write_provenance(target.parent, describe("download tasks", **made, sha256=file_digest(target)))
+            where = f"{items.origin.where}: {items.title}"
+            load_task(items.definition, items.role, target, name=where, todo="remove the task")
+        source = "samples written for wanda-dvc" if are_samples else items.title
+        provenance = describe(
+            "download tasks", task=name, source=source, revision=revision, samples=are_samples,
+            definition=items.definition, role=items.role, lm_eval=version("lm_eval"), sha256=file_digest(target),
+        )  # fmt: skip
+        write_provenance(target.parent, provenance)
 
 
 # --- lm-eval's task of a file of items ---
 
 
-def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: str = AGAIN) -> Any:
+def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: str = DOWNLOAD_AGAIN) -> Any:
     """Return lm-eval's task: its own YAML file, with the items as the split in that role alone.
 
     `name` names the items in messages instead of their path, and `todo` says how to correct them. UserError if there
@@ -135,8 +144,10 @@ def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: 
     if not rows:
         raise UserError(f"{name}: no items, expected one a line; {todo}")
     for number, row in enumerate(rows, start=1):
-        if missing := ", ".join(field for field in rows[0] if field not in row):
-            raise UserError(f"{name}: item {number}: no {missing}, expected the fields of the first item; {todo}")
+        missing = [field for field in rows[0] if field not in row]
+        if missing:
+            problem = f"no {', '.join(missing)}, expected the fields of the first item"
+            raise UserError(f"{name}: item {number}: {problem}; {todo}")
     tasks = Path(lm_eval.tasks.__file__).parent
     # Definitions may name Python files, and lm-eval runs them. So only lm-eval's own definitions are read.
     if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
@@ -160,7 +171,8 @@ def _check_label(task: Any, item: Any, where: str, todo: str) -> None:
     """Raise UserError if an item's label, or one of several, is not among its choices."""
     choices = task.doc_to_choice(item)
     # With a context for each choice, such as WinoGrande's, lm-eval has the label in place of the text.
-    found = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)
-    for label in found if isinstance(found, list) else [found]:
-        if not (label in choices if isinstance(label, str) else isinstance(label, int) and 0 <= label < len(choices)):
+    labels = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)
+    for label in labels if isinstance(labels, list) else [labels]:
+        is_choice = label in choices if isinstance(label, str) else isinstance(label, int) and 0 <= label < len(choices)
+        if not is_choice:
             raise UserError(f"{where}: label {label!r:.40}, expected one of {len(choices)} choices; {todo}")

@@ -17,62 +17,82 @@ from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.folder import DOCUMENTS, TEXT
 
 
-def find_text(setting: str, wanted: ChosenText, mirror: str | None) -> Source:
+def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
     """Find the text of a setting, such as `calibration.text`."""
-    where, named = f"params.yaml: {setting}", TEXTS.get(wanted.source)
-    shard = named.shards.get(wanted.split or "") if named else None
-    place, title = _place(setting, wanted, mirror, shard)
-    origin: Json = {"source": title, "revision": place.commit if isinstance(place, Repository) else None}
-    part = setting.partition(".")[0]
-    made_by = f"download {part}"
+    where, named = f"params.yaml: {setting}", TEXTS.get(text.source)
+    shard = named.shards.get(text.split or "") if named else None
+    origin, title = _locate(setting, text, mirror, shard)
+    commit = origin.commit if isinstance(origin, Repository) else None
+    section = setting.partition(".")[0]
+    provenance = describe(f"download {section}", source=title, revision=commit)
 
     def write(out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
-        column, file = wanted.column, place
-        if shard:
-            if isinstance(file, Repository):
-                file.fetch(scratch / "hub", shard)
-                file = scratch / "hub" / shard
-            with tempfile.TemporaryFile(dir=scratch) as lines:
-                documents = Documents(file, column, lines)
-                if part != "perplexity":  # windows are drawn within documents, as the Wanda authors do
-                    if not len(documents) or not documents[0]:  # reading the first checks that it is text
-                        raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
-                    shutil.copyfile(file, out / DOCUMENTS)
-                    made: Json = {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
-                    write_provenance(out, describe(made_by, **origin, **made))
-                    return
-                rows = list(documents)
-        elif isinstance(file, Repository):
-            loaded = load_rows(file, wanted.config, wanted.split or "")
-            rows = _column(((f"{where}.column: {wanted.dataset}", row) for row in loaded), column)
+        if shard is None:
+            content = _write_joined(_read_rows(where, text, origin), text.join, f"{where} ({title})", out)
         else:
-            rows = _column(read_lines(file), column) if file.suffix == ".jsonl" else [read_text(file)]
-        if not (joined := wanted.join.join(rows)).strip():
-            raise UserError(f"{where} ({title}): empty, expected text; name another")
-        (out / TEXT).write_text(joined, encoding="utf-8", newline="")
-        made = {"join": wanted.join, "rows": len(rows), "sha256": file_digest(out / TEXT)}
-        write_provenance(out, describe(made_by, **origin, **made))
+            file = _fetch_shard(origin, shard, scratch)
+            with tempfile.TemporaryFile(dir=scratch) as lines:
+                documents = Documents(file, text.column, lines)
+                if section == "perplexity":
+                    content = _write_joined(list(documents), text.join, f"{where} ({title})", out)
+                else:  # windows are drawn within documents, as the Wanda authors do
+                    content = _write_documents(documents, out)
+        write_provenance(out, provenance | content)
 
-    return Source({"text": asdict(wanted), "commit": origin["revision"]}, write)
+    return Source({"text": asdict(text), "commit": commit}, write)
 
 
-def _place(setting: str, wanted: ChosenText, mirror: str | None, shard: str | None) -> tuple[Path | Repository, str]:
+def _locate(setting: str, text: ChosenText, mirror: str | None, shard: str | None) -> tuple[Path | Repository, str]:
     """Return the file or the repository of a text, and its title in the provenance."""
-    where, named = f"params.yaml: {setting}.source", TEXTS.get(wanted.source)
-    if wanted.dataset:
-        inside = [shard] if shard else [name for name in (wanted.config, f"{wanted.split}.jsonl") if name]
-        mirrored = in_mirror(mirror, wanted.dataset, *inside)
-        if mirrored and wanted.revision:
-            notice(f"{setting}: read from runtime.mirror ({mirrored}); revision {wanted.revision} is ignored")
-        revision = wanted.revision or (named.revision if named else None)
-        title = f"{'/'.join(name for name in (wanted.dataset, wanted.config) if name)}, {wanted.split}"
-        return mirrored or resolve("dataset", wanted.dataset, revision, where), title
+    where, named = f"params.yaml: {setting}.source", TEXTS.get(text.source)
+    if text.dataset:
+        path = [shard] if shard else [name for name in (text.config, f"{text.split}.jsonl") if name]
+        mirrored = in_mirror(mirror, text.dataset, *path)
+        if mirrored and text.revision:
+            notice(f"{setting}: read from runtime.mirror ({mirrored}); revision {text.revision} is ignored")
+        revision = text.revision or (named.revision if named else None)
+        title = f"{'/'.join(name for name in (text.dataset, text.config) if name)}, {text.split}"
+        return mirrored or resolve("dataset", text.dataset, revision, where), title
     if named:
-        return EMBEDDED_FOLDER / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
-    path = Path(wanted.source)
-    check_file(path, f"correct {setting}.source")
-    return path, path.name
+        return EMBEDDED_FOLDER / "text" / f"{text.split}.jsonl", f"embedded, {text.split}"
+    file = Path(text.source)
+    check_file(file, f"correct {setting}.source")
+    return file, file.name
+
+
+def _fetch_shard(origin: Path | Repository, shard: str, scratch: Path) -> Path:
+    """Return the file of a split's documents: in the mirror, or fetched from the Hub."""
+    if isinstance(origin, Path):
+        return origin
+    origin.fetch(scratch / "hub", shard)
+    return scratch / "hub" / shard
+
+
+def _read_rows(where: str, text: ChosenText, origin: Path | Repository) -> list[str]:
+    """Return the texts of all rows; a file without rows is one text."""
+    if isinstance(origin, Repository):
+        rows = load_rows(origin, text.config, text.split or "")
+        return _column(((f"{where}.column: {text.dataset}", row) for row in rows), text.column)
+    return _column(read_lines(origin), text.column) if origin.suffix == ".jsonl" else [read_text(origin)]
+
+
+def _write_joined(rows: list[str], join: str, where: str, out: Path) -> Json:
+    """Write rows as one text; return what its provenance says of them. UserError for an empty text."""
+    joined = join.join(rows)
+    if not joined.strip():
+        raise UserError(f"{where}: empty, expected text; name another")
+    (out / TEXT).write_text(joined, encoding="utf-8", newline="")
+    return {"join": join, "rows": len(rows), "sha256": file_digest(out / TEXT)}
+
+
+def _write_documents(documents: Documents, out: Path) -> Json:
+    """Copy the file of documents; return what its provenance says of them. UserError without documents."""
+    file, column = documents.shard, documents.column
+    if not len(documents) or not documents[0]:  # reading the first checks that it is text
+        raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
+    shutil.copyfile(file, out / DOCUMENTS)
+    return {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
 
 
 def _column(rows: Iterable[tuple[str, Json]], column: str) -> list[str]:
