@@ -436,7 +436,7 @@ def test_show_says_whose_model_is_in_the_workspace(calibrated_study: Make):
 
 def test_stats_are_a_summary_of_the_norms(calibrated_study: Make):
     made = calibrated_study()
-    records = json.loads(stats.stats(study=made, layer=1, as_json=True))
+    records = json.loads(stats.stats(study=made, block=1, as_json=True))
     inputs = read_stats(made.stats, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
     for record, x in zip(records, inputs.values(), strict=True):
@@ -445,9 +445,9 @@ def test_stats_are_a_summary_of_the_norms(calibrated_study: Make):
         assert record["max"] == norm[0][1]
         assert record["median"] == pytest.approx(float(np.median(x.norm)))
         assert record["outliers"] == pytest.approx(sum(v > 6 * record["median"] for _, v in norm) / len(norm))
-    assert len(json.loads(stats.stats(study=made, layer=None, as_json=True))) == 2 * 4
-    with pytest.raises(UserError, match="--layer: got 2, expected 0 to 1: the model has 2 blocks"):
-        stats.stats(study=made, layer=2, as_json=False)
+    assert len(json.loads(stats.stats(study=made, block=None, as_json=True))) == 2 * 4
+    with pytest.raises(UserError, match="--block: got 2, expected 0 to 1: the model has 2 blocks"):
+        stats.stats(study=made, block=2, as_json=False)
 
 
 def test_too_few_tokens_for_solvers_are_reported(calibrated_study: Make, capsys: Capture):

@@ -191,7 +191,7 @@ def stats(
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.results.stats import stats as show_statistics
 
-    typer.echo(show_statistics(study=_find_study(), layer=block, as_json=as_json))
+    typer.echo(show_statistics(study=_find_study(), block=block, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)

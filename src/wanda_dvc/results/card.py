@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from wanda_dvc.catalog import HUB_ID, STRUCTURES, methods
-from wanda_dvc.plan import Plan
+from wanda_dvc.catalog import HUB_ID, STRUCTURES, Structure, methods
+from wanda_dvc.plan import UNSTRUCTURED, Plan
 from wanda_dvc.results.markup import code, inline, table
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
@@ -14,7 +14,7 @@ from wanda_dvc.study.folder import Study
 UNKNOWN_LICENSE = (
     "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."
 )
-CARD = """\
+CARD_TEMPLATE = """\
 ---
 {metadata}
 ---
@@ -48,55 +48,78 @@ tokenizer = AutoTokenizer.from_pretrained(where)
 
 def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) -> str:
     """Return the model card of a pruned model, with the `metrics` of `apply`, and `results`, more sections by title."""
-    sparsity = metrics["sparsity"]
-    masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
+    masks = read_provenance(study.masks, "mask")
+    choices, structure = masks["params"], STRUCTURES.get(masks["params"]["pattern"])
+    solver = Plan.read(choices).solver
     license_name, license_text = _license(study.model("dense"), dense)
-    params, text, calibration = masks["params"], masks["calibration"]["text"], masks["calibration"]
-    pattern, structure = params["pattern"], STRUCTURES.get(params["pattern"])
+    return CARD_TEMPLATE.format(
+        metadata=_metadata(dense, license_name, choices["method"]),
+        source=inline(dense["source"]),
+        what=_what_was_removed(metrics, structure),
+        method=_method(choices["method"], structure),
+        kept=f"Weights that stay: {code(solver.name)}: {solver.about}.",
+        settings=table(["setting", "value"], _settings_rows(dense, masks, metrics["sparsity"], structure)),
+        results="".join(f"\n## {title}\n\n{body}\n" for title, body in (results or {}).items()),
+        limits=_limits(choices["pattern"], structure),
+        license=license_text,
+    )
+
+
+def _metadata(dense: Json, license_name: str | None, method: str) -> str:
+    """Return the metadata of the model card in YAML, as the Hub reads it."""
     metadata = {
         "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
         "license": license_name,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", params["method"], "wanda-dvc"],
+        "tags": ["pruned", method, "wanda-dvc"],
     }
-    settings = {
-        "dense model": code(dense["source"]),
-        "sha256 of its files": f"{dense['sha256'][:12]}…",
-        **{name: code(value) for name, value in params.items()},
-        "measured sparsity": f"{sparsity:.6f} of the {structure.about if structure else 'linear layers of all blocks'}",
-        "calibration": f"{calibration['windows']} windows of {calibration['length']} tokens of "
-        f"{inline(text['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
-        **{f"config.json: {name}": code(value) for name, value in masks.get("config", {}).items()},
-    }
-    what = f"{100 * sparsity:.4g} % of the weights in the linear layers of the blocks are zero"
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value)
+
+
+def _what_was_removed(metrics: Json, structure: Structure | None) -> str:
+    percent = f"{100 * metrics['sparsity']:.4g} %"
+    if structure is None:
+        return f"{percent} of the weights in the linear layers of the blocks are zero"
+    of_model = f"{100 * metrics['removed_parameters']:.4g} % of the model's parameters"
+    return f"{percent} of the {structure.about} were removed, {of_model}"
+
+
+def _method(name: str, structure: Structure | None) -> str:
+    method = methods().get(name)
+    if method is None:  # of a missing package
+        return inline(name)
+    if structure and method.needs == "gram":
+        return "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
+    return f"{code(name)} ({method.paper})"
+
+
+def _settings_rows(dense: Json, masks: Json, sparsity: float, structure: Structure | None) -> list[tuple[str, str]]:
+    """Return the rows of the table of settings."""
+    calibration = masks["calibration"]
+    of = structure.about if structure else "linear layers of all blocks"
+    return [
+        ("dense model", code(dense["source"])),
+        ("sha256 of its files", f"{dense['sha256'][:12]}…"),
+        *((name, code(value)) for name, value in masks["params"].items()),
+        ("measured sparsity", f"{sparsity:.6f} of the {of}"),
+        (
+            "calibration",
+            f"{calibration['windows']} windows of {calibration['length']} tokens of "
+            f"{inline(calibration['text']['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
+        ),
+        *((f"config.json: {name}", code(value)) for name, value in masks.get("config", {}).items()),
+    ]
+
+
+def _limits(pattern: str, structure: Structure | None) -> str:
     if structure:
-        what = f"{100 * sparsity:.4g} % of the {structure.about} were removed, "
-        what += f"{100 * metrics['removed_parameters']:.4g} % of the model's parameters"
-        limits = f"The model is dense, with fewer {structure.about}; it runs like any other model of its family."
-    else:
-        limits = "Zeros are stored like any number: the files are no smaller than the dense model's. " + (
-            "Unstructured sparsity does not speed up GPU inference."
-            if pattern == "unstructured"
-            else f"A speed-up from {pattern} needs hardware and kernels for that pattern, which are not included."
-        )
-    method = methods().get(params["method"])  # None: of a missing package
-    cited = f"{code(params['method'])} ({method.paper})" if method else inline(params["method"])
-    chosen = Plan.read(params).solver
-    if structure and method and method.needs == "gram":
-        cited = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
-    return CARD.format(
-        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
-        source=inline(dense["source"]),
-        what=what,
-        method=cited,
-        kept=f"Weights that stay: {code(chosen.name)}: {chosen.about}.",
-        settings=table(["setting", "value"], list(settings.items())),
-        results="".join(f"\n## {title}\n\n{body}\n" for title, body in (results or {}).items()),
-        limits=limits,
-        license=license_text,
-    )
+        return f"The model is dense, with fewer {structure.about}; it runs like any other model of its family."
+    stored = "Zeros are stored like any number: the files are no smaller than the dense model's."
+    if pattern == UNSTRUCTURED:
+        return f"{stored} Unstructured sparsity does not speed up GPU inference."
+    return f"{stored} A speed-up from {pattern} needs hardware and kernels for that pattern, which are not included."
 
 
 def _license(folder: Path, dense: Json) -> tuple[str | None, str]:

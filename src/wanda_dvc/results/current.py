@@ -1,8 +1,8 @@
 """The rule for stale figures: figures are shown if the digests that they name are those of the artifacts next to them.
 
-Two digests are known. `dvc.lock` has DVC's digest of each file that a stage read and wrote; in git it stands for the
-artifacts of a commit. The details of figures name the digest of the measured model's provenance; the workspace may have
-another model, as after a stage that was run by hand.
+Two digests are known. `dvc.lock` has DVC's digest of each file that a stage read and wrote; a commit has it in place of
+the artifacts. The details of figures name the digest of the measured model's provenance; the workspace may have another
+model, as after a stage that was run by hand.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
-from wanda_dvc.results.current import changed_files, stale_stages
+from wanda_dvc.results.current import stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results
@@ -91,12 +91,12 @@ def _state(
     """Return a state from DVC's records of it and of its base commit; `lock` is the workspace's dvc.lock."""
     if running == SUCCESS and not record.get("data"):
         running = f"unreadable: {(record.get('error') or {}).get('msg')}"
-    settings, before = _settings(record, prefix), _settings(base, prefix)
+    settings, before = _settings_of(record, prefix), _settings_of(base, prefix)
     changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
     state = State(name, record["rev"], kind, running, settings, changes)
     if running != SUCCESS:
         return state  # DVC has its base commit's results
-    files = _files(record, "metrics", prefix)
+    files = _study_files(record, "metrics", prefix)
     if not files:
         return state
     current = _current(study, lock or _lock_at(study, record["rev"]), settings, is_workspace=lock is not None)
@@ -108,7 +108,7 @@ def _state(
     return state._replace(stale=not files.keys() <= current, results=results)
 
 
-def _files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
+def _study_files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
     """Return the content of a study's files of `metrics` or `params` in a record, by path below the study."""
     files = (record.get("data") or {}).get(kind, {})
     return {
@@ -116,8 +116,8 @@ def _files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
     }
 
 
-def _settings(record: Json, prefix: str) -> dict[str, Any]:
-    return dict(flatten(_files(record, "params", prefix).get("params.yaml", {})))
+def _settings_of(record: Json, prefix: str) -> dict[str, Any]:
+    return dict(flatten(_study_files(record, "params", prefix).get("params.yaml", {})))
 
 
 def _lock_at(study: Study, rev: str) -> Lock:

@@ -165,10 +165,10 @@ def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iter
 
 def _of_text(text: str, protocol: Json, settings: Params) -> str:
     rest = "" if protocol["rest"] == "dropped" else f" and one of {protocol['rest']}"
-    source = protocol["text"]
+    source, bos = protocol["text"], BOS.get(protocol.get("bos", ""), "")
     sentence = (
         f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens{rest} of "
-        f"{source['source']} (sha256 {source['sha256'][:12]}…), {protocol['dtype']}{BOS.get(protocol.get('bos', ''), '')}."
+        f"{source['source']} (sha256 {source['sha256'][:12]}…), {protocol['dtype']}{bos}."
     )
     return f"{sentence} {settings.about_text(text)}." if text in settings.perplexity.texts else sentence
 

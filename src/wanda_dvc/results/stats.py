@@ -16,51 +16,66 @@ from wanda_dvc.study.tensors import read_stats
 INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 
 
-def stats(*, study: Study, layer: int | None, as_json: bool) -> str:
+def stats(*, study: Study, block: int | None, as_json: bool) -> str:
     """Return the input norms by distinct input, of one block or all, as a table, or as JSON.
 
-    Each input also lists the layer errors of its readers, if they were measured with these statistics.
+    Each input also lists the layer errors of its consumers, if they were measured with these statistics.
     """
     measured_on = read_provenance(study.stats, "calibrate")["model"]
-    model = load_json(study.model("dense") / PROVENANCE)  # if it exists, the statistics have to be its
-    check_source("stats", measured_on, model or measured_on, "calibrate")
-    blocks = block_count(study.stats, "calibrate")
-    if layer is not None and not 0 <= layer < blocks:
-        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
-    records, errors = [], dict[str, float]()
+    model = load_json(study.model("dense") / PROVENANCE)
+    if model:  # the statistics have to be its
+        check_source("stats", measured_on, model, "calibrate")
+    count = block_count(study.stats, "calibrate")
+    if block is not None and not 0 <= block < count:
+        raise UserError(f"--block: got {block}, expected 0 to {count - 1}: the model has {count} blocks")
+    errors = _layer_errors(study)
+    records = []
+    for index in range(count) if block is None else [block]:
+        statistics = read_stats(study.stats, index)
+        for name, x in statistics.inputs.items():
+            records.append(_record(index, statistics.consumers[name], x, errors))
+    if as_json:
+        return json_text(records)
+    return table([*INPUTS, "layer error"] if errors else INPUTS, [_row(record) for record in records])
+
+
+def _layer_errors(study: Study) -> dict[str, float]:
+    """Return the layer errors by linear, if they are of the study's masks."""
     pruned = load_json(study.details("pruned", "layer_error"))
     with contextlib.suppress(UserError):  # nothing is pruned
         if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
-            errors = {linear: one["error"] for linear, one in pruned["linears"].items()}
-    for block in range(blocks) if layer is None else [layer]:
-        measured = read_stats(study.stats, block)
-        records += [_summary(block, measured.consumers[name], x, errors) for name, x in measured.inputs.items()]
-    if as_json:
-        return json_text(records)
-    rows = []
-    for record in records:
-        linears = ", ".join(map(_last_word, record["linears"]))
-        numbers = ["–"] * 5
-        if record["tokens"]:
-            numbers = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]
-            numbers.append(f"{100 * record['outliers']:.2f} %")
-            numbers.append("  ".join(f"{one['index']}: {one['norm']:.4g}" for one in record["largest"]))
-        found = [", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []
-        rows.append([record["block"], linears, str(record["tokens"]), *numbers, *found])
-    return table([*INPUTS, "layer error"] if errors else INPUTS, rows)
+            return {name: linear["error"] for name, linear in pruned["linears"].items()}
+    return {}
 
 
-def _summary(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
-    top = x.norm.topk(min(5, len(x.norm)))
-    largest = [{"index": int(index), "norm": float(value)} for value, index in zip(*top, strict=True)]
-    known = {**summary(x.norm), "largest": largest}
-    record = {"block": block, "linears": linears, "features": len(x.norm), "tokens": x.count}
-    own = {"layer_error": {name: errors[name] for name in linears if name in errors}} if errors else {}
-    return record | (known if x.count else dict.fromkeys(known)) | own
+def _record(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
+    """Return the record of a distinct input: without a calibration token, as for an unreached expert, its norms are null."""
+    values, indices = x.norm.topk(min(5, len(x.norm)))
+    largest = [{"index": index, "norm": norm} for index, norm in zip(indices.tolist(), values.tolist(), strict=True)]
+    norms: dict[str, Any] = {**summary(x.norm), "largest": largest}
+    if not x.count:
+        norms = dict.fromkeys(norms)
+    record = {"block": block, "linears": linears, "features": len(x.norm), "tokens": x.count, **norms}
+    if errors:
+        record["layer_error"] = {name: errors[name] for name in linears if name in errors}
+    return record
 
 
-def _last_word(linear: str) -> str:
-    """Of a linear's name, and an expert's number with it."""
-    words = linear.split(".")
-    is_expert = words[-2].isdecimal() and sum(word.isdecimal() for word in words) > 1  # the first counts blocks
-    return ".".join(words[-2:] if is_expert else words[-1:])
+def _row(record: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a record, as in `INPUTS`; the layer errors last."""
+    cells = ["–"] * 5
+    if record["tokens"]:
+        cells = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]
+        cells.append(f"{100 * record['outliers']:.2f} %")
+        cells.append("  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]))
+    if "layer_error" in record:
+        cells.append(", ".join(f"{100 * error:.2f} %" for error in record["layer_error"].values()))
+    consumers = ", ".join(map(_short_name, record["linears"]))
+    return [str(record["block"]), consumers, str(record["tokens"]), *cells]
+
+
+def _short_name(linear: str) -> str:
+    """Return the last part of a linear's name, with an expert's number before it."""
+    parts = linear.split(".")
+    is_expert = parts[-2].isdecimal() and sum(part.isdecimal() for part in parts) > 1  # the first counts blocks
+    return ".".join(parts[-2:] if is_expert else parts[-1:])

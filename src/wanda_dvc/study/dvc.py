@@ -31,7 +31,7 @@ def repository_roots(root: Path) -> tuple[Path, Path]:
     around = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), None)
     if around is None:
         raise UserError(f"{root}: no DVC repository; `show`, and `export` without --rev, need none")
-    top = _git(root, "rev-parse", "--show-toplevel")
+    top = git(root, "rev-parse", "--show-toplevel")
     if top.returncode:  # stages run by hand leave .dvc/
         raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {quote(str(root))}` makes one")
     return around, Path(top.stdout.strip())
@@ -50,7 +50,7 @@ def list_revisions(root: Path) -> list[Json]:
     large repository. UserError if DVC cannot list them.
     """
     repository_roots(root)
-    if _git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
+    if git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise UserError(f"{root}: git has no commit; `git add .`, then `git commit -m Begin`")
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-branches", "--all-tags"]
     for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
@@ -74,22 +74,31 @@ def _commits_with_experiments(root: Path) -> set[str]:
     Private to DVC are the names of its references and messages in git: `dvc exp list` and `dvc queue status` lack the
     commits of queued and failed experiments.
     """
-    names = _git(root, "for-each-ref", "--format=%(refname)", "refs/exps").stdout
+    names = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").stdout
     commits = {first + rest for first, rest in re.findall(r"^refs/exps/(\w{2})/(\w{38})/", names, flags=re.M)}
     for queue in ("refs/exps/celery/stash", "refs/exps/celery/failed"):
-        messages = _git(root, "log", "--walk-reflogs", "--format=%gs", queue, "--").stdout
+        messages = git(root, "log", "--walk-reflogs", "--format=%gs", queue, "--").stdout
         commits.update(re.findall(r"dvc-exp:\w+:(\w{40})", messages))
     return commits
 
 
 def text_at(root: Path, rev: str, name: str) -> str | None:
     """Return the text of a study's file in a commit; None if the commit lacks it."""
-    file = _git(root, "show", f"{rev}:./{name}")
+    file = git(root, "show", f"{rev}:./{name}")
     return None if file.returncode else file.stdout
 
 
-def _git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False)
+def git(folder: Path, *arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder, in English, because its answer is read. UserError without git, or by `check` if it fails."""
+    if shutil.which("git") is None:
+        raise UserError("git: not found on PATH; install it, because DVC keeps experiments in git")
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env=os.environ | {"LC_ALL": "C"}, capture_output=True, encoding="utf-8",
+        check=False,
+    )  # fmt: skip
+    if check and done.returncode:
+        raise UserError(f"{folder}: `git {' '.join(arguments)}` failed: {' '.join(done.stderr.split())}")
+    return done
 
 
 def _last_line(text: str) -> str:

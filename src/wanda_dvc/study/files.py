@@ -82,6 +82,7 @@ class Documents(Sequence[str]):
         self.lines.seek(begin)
         where = f"{self.shard}: line {index + 1}"
         row = parse_json(self.lines.read(end - begin), where)
-        if isinstance(row, dict) and isinstance(document := row.get(self.column), str):
+        document = row.get(self.column) if isinstance(row, dict) else None
+        if isinstance(document, str):
             return document
         raise UserError(f"{where}: no text `{self.column}`, expected one in every line; copy it again")

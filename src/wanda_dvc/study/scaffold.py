@@ -7,7 +7,6 @@ import io
 import os
 import shlex
 import shutil
-import subprocess
 from copy import copy
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +19,7 @@ from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import TEXT_SUFFIXES, Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
-from wanda_dvc.study.dvc import checkout, init_repository, link_file
+from wanda_dvc.study.dvc import checkout, git, init_repository, link_file
 from wanda_dvc.study.files import write_text
 
 TEMPLATE = files("wanda_dvc.study") / "template"
@@ -68,7 +67,7 @@ def init(
     around = _repository_around(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if around is None:
-        _git(folder, "init", "--quiet")
+        git(folder, "init", "--quiet", check=True)
     init_repository(folder, inside=around is not None and around != folder.resolve())
     for place, file in FILES.items():
         write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
@@ -79,9 +78,9 @@ def init(
         for place in ("dvc.lock", PROMPTS):
             shutil.copy(study / place, folder)
         checkout(folder)
-    _git(folder, "add", "--all", ".")
+    git(folder, "add", "--all", ".", check=True)
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
-    committed = around is None and not _git(folder, *commit, check=False).returncode  # experiments start from a commit
+    committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
     return _said(folder, params, around, committed)
 
 
@@ -201,7 +200,7 @@ def _repository_around(folder: Path) -> Path | None:
     UserError without git, or if git refuses the repository, such as another user's.
     """
     nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    done = _git(nearest, "rev-parse", "--show-toplevel", check=False)
+    done = git(nearest, "rev-parse", "--show-toplevel")
     if done.returncode == 0:
         return Path(done.stdout.strip()).resolve()
     if (folder / ".git").exists() or "not a git repository" not in done.stderr:
@@ -210,17 +209,6 @@ def _repository_around(folder: Path) -> Path | None:
             "name another directory"
         )
     return None
-
-
-def _git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder, in English, because its answer is read. UserError without git, or by `check` if it fails."""
-    if shutil.which("git") is None:
-        raise UserError("git: not found on PATH; install it, because DVC keeps experiments in git")
-    env = os.environ | {"LC_ALL": "C"}
-    done = subprocess.run(["git", *words], cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
-    if check and done.returncode:
-        raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
-    return done
 
 
 def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
