@@ -49,7 +49,7 @@ def _layer_errors(study: Study) -> dict[str, float]:
 
 
 def _record(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
-    """Return the record of a distinct input: without a calibration token, as for an unreached expert, its norms are null."""
+    """Return the record of a distinct input; its norms are null if no calibration token reached it."""
     values, indices = x.norm.topk(min(5, len(x.norm)))
     largest = [{"index": index, "norm": norm} for index, norm in zip(indices.tolist(), values.tolist(), strict=True)]
     norms: dict[str, Any] = {**summary(x.norm), "largest": largest}
