@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
-from wanda_dvc.results.current import stale_stages
+from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results
