@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Capture, Make, committed, read_preset, write_params, write_settings
 
 from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, flatten, nested, read_params, settings
+from wanda_dvc.plan import Plan
+from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.results.current import current_results, stale_stages
 from wanda_dvc.stages import STAGES, run, stage_inputs
 from wanda_dvc.stages.plan import plan
@@ -17,6 +20,15 @@ from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock, md5
 from wanda_dvc.study.scaffold import preset_names
+
+
+def test_a_method_that_is_not_installed_is_described_and_cannot_be_called(study: Make):
+    """Its masks would be Wanda's, under its name."""
+    described = study().params.plan.described | {"method": "theirs"}
+    stored = Plan.read(described)
+    assert stored.described == described
+    with pytest.raises(UserError, match="method: found theirs, expected one of magnitude, .*; install the package"):
+        stored.method(torch.ones(2, 4), InputStats.empty(4))
 
 
 def test_every_file_of_the_plan_is_read_by_a_stage(study: Make):

@@ -22,14 +22,15 @@ from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.pruning import solvers
 from wanda_dvc.results.card import card
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.artifact import block_count
+from wanda_dvc.study.artifact import block_count, block_file
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.tensors import read_fisher, read_grams, read_masks, read_stats
+from wanda_dvc.study.tensors import pack_masks, read_fisher, read_grams, read_masks, read_stats, write_masks
 
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -277,3 +278,62 @@ def test_new_weights_that_are_not_finite_are_refused(calibrated_study: Make, mon
         apply(study=made)
     with pytest.raises(UserError, match=refused):
         mask(study=calibrated_study(recipe="wanda-refit", propagation="pruned"))
+
+
+def test_apply_opens_a_block_when_it_is_written(calibrated_study: Make, monkeypatch: Patch):
+    """Not all blocks before the first tensor: of a large model that is hundreds of gigabytes."""
+    made = calibrated_study(recipe="wanda-refit")
+    mask(study=made)
+    events: list[object] = []
+    read_tensor = Checkpoint.read
+
+    def opened(folder: Path, block: int, *args: Any) -> Any:
+        events.append(block)
+        return read_grams(folder, block, *args)
+
+    def read(checkpoint: Checkpoint, address: Address) -> Any:
+        events.append(address.tensor)
+        return read_tensor(checkpoint, address)
+
+    monkeypatch.setattr("wanda_dvc.stages.apply.read_grams", opened)
+    monkeypatch.setattr(Checkpoint, "read", read)
+    apply(study=made)
+    assert [event for event in events if isinstance(event, int)] == [0, 1]
+    written = [event for event in events[: events.index(1)] if isinstance(event, str)]
+    assert sum(".layers.0." in tensor for tensor in written) == 7
+
+
+@pytest.mark.parametrize("places", [(0, 0), (1, 0)])
+def test_masks_of_another_block_are_refused(calibrated_study: Make, places: tuple[int, int]):
+    """A slip while copying: the other block would be dense, and nothing would say so."""
+    made = calibrated_study()
+    mask(study=made)
+    contents = [block_file(made.masks, block).read_bytes() for block in range(2)]
+    for block, place in enumerate(places):
+        block_file(made.masks, block).unlink()
+        block_file(made.masks, block).write_bytes(contents[place])
+    block = next(block for block in range(2) if places[block] != block)
+    message = f"block_00{block}.safetensors: found model.layers.{1 - block}.mlp.down_proj, .* expected linears of block"
+    with pytest.raises(UserError, match=f"{message} {block}; restore the file with `dvc checkout masks`, or run"):
+        apply(study=made)
+
+
+def test_a_block_with_masks_of_too_few_linears_is_refused(calibrated_study: Make):
+    made = calibrated_study()
+    mask(study=made)
+    masks = dict(read_masks(made.masks, 1))
+    del masks["model.layers.1.mlp.up_proj"]
+    write_masks(made.masks, 1, pack_masks(masks))
+    with pytest.raises(UserError, match=r"block_001.safetensors: no masks of model.layers.1.mlp.up_proj; restore"):
+        apply(study=made)
+
+
+@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+def test_a_matrix_that_cannot_be_factored_is_named(calibrated_study: Make, monkeypatch: Patch, propagation: str):
+    """By its input, in `apply` as in `mask`."""
+    made = calibrated_study(recipe="wanda-refit", propagation=propagation)
+    if propagation == "dense":
+        mask(study=made)
+    monkeypatch.setattr(solvers, "LARGEST_DAMPING", -1.0)
+    with pytest.raises(UserError, match=r"Gram matrix of the input of model.layers.0.\S+_proj: it cannot be factored"):
+        mask_and_apply(made) if propagation == "pruned" else apply(study=made)

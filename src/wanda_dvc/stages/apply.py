@@ -4,7 +4,6 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 """
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,6 +39,7 @@ from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_w
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
 
+RESTORE_MASKS = "restore the file with `dvc checkout masks`, or run `wanda-dvc mask` again"
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
 
@@ -131,11 +131,9 @@ class DenseToPruned:
         self.plan = Plan.read(read_provenance(study.masks, "mask")["params"])
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = solving_device(own_device(study.params.runtime))
-        self.block_of = {
-            linear: block
-            for block in range(block_count(study.masks, "mask"))
-            for linear in linears_of_masks(study.masks, block)
-        }
+        self.block_of = dict[str, int]()
+        for block in range(block_count(study.masks, "mask")):
+            self.block_of |= dict.fromkeys(linears_of_masks(study.masks, block), block)
         self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         # A repaired linear differs on purpose.
         self.measures_errors = not self.plan.repairs and block_count(study.gram, "calibrate") > 0
@@ -157,8 +155,8 @@ class DenseToPruned:
             for name, linears in grams.consumers.items():
                 inputs |= dict.fromkeys(linears, name)
         masks = read_masks(study.masks, block)
-        if inputs and inputs.keys() != masks.keys():
-            raise UserError(_other_linears(study.masks, block, masks.keys() - inputs.keys(), inputs.keys()))
+        if missing := sorted(inputs.keys() - masks.keys()):
+            raise UserError(f"{block_file(study.masks, block)}: no masks of {shortened(missing)}; {RESTORE_MASKS}")
         return BlockFiles(masks, weights, diagnostics, grams, inputs, gradients)
 
     def _prepare(self, block: int, name: str) -> GramFactors | None:
@@ -206,18 +204,12 @@ def linears_of_masks(folder: Path, block: int) -> list[str]:
     """Return the linears of a block's masks, without reading the masks. UserError if they are another block's."""
     _, header = load_tensors(block_file(folder, block), "mask", of=())
     linears = list(header["columns"])
-    others = [linear for linear in linears if str(block) not in linear.split(".")]
-    if others:
-        raise UserError(_other_linears(folder, block, others, [f"linears of block {block}"]))
+    wrong = sorted(linear for linear in linears if str(block) not in linear.split("."))
+    if wrong:
+        raise UserError(
+            f"{block_file(folder, block)}: found {shortened(wrong)}, expected linears of block {block}; {RESTORE_MASKS}"
+        )
     return linears
-
-
-def _other_linears(folder: Path, block: int, linears: Iterable[str], expected: Iterable[str]) -> str:
-    """Return the message for masks of another block."""
-    return (
-        f"{block_file(folder, block)}: found {shortened(sorted(linears)) or 'fewer linears'}, expected "
-        f"{shortened(sorted(expected))}; restore the file with `dvc checkout masks`, or run `wanda-dvc mask` again"
-    )
 
 
 def write_pruned(study: Study, target: Path) -> tuple[dict[str, PrunedLinear], Json]:
