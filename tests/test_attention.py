@@ -21,7 +21,7 @@ from wanda_dvc.engine import sequences as calls
 from wanda_dvc.engine.attention import attend, attending_within, mask_pairs
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
-from wanda_dvc.engine.questions import Request, loglikelihoods, one_per_sequence, pack
+from wanda_dvc.engine.questions import Prediction, Request, loglikelihoods, one_per_sequence, pack_questions
 from wanda_dvc.engine.sequences import PackedQuestions
 from wanda_dvc.errors import UserError
 
@@ -124,39 +124,49 @@ token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
 requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
 
 
+def places_of(asked: list[Request], predictions: list[list[Prediction]]) -> list[tuple[int, list[int]]]:
+    """The sequence of each request, and the positions there that predict its continuation."""
+    places: list[tuple[int, list[int]]] = []
+    for number, request in enumerate(asked):
+        (sequence,) = [place for place, some in enumerate(predictions) if number in [x.request for x in some]]
+        own = [prediction for prediction in predictions[sequence] if prediction.request == number]
+        assert tuple(prediction.target for prediction in own) == request.continuation
+        places.append((sequence, [prediction.position for prediction in own]))
+    return places
+
+
 @given(requests, st.integers(1, 20))
-def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn: Drawn, tokens: int):
+def test_a_sequence_holds_each_context_once_and_every_prediction_has_its_place(drawn: Drawn, tokens: int):
     asked = [Request(*pair) for pair in drawn]
-    rows, places = pack(asked, tokens=tokens)
-    fed = sum(len(row.tokens) for row in rows)
+    sequences, predictions = pack_questions(asked, tokens=tokens)
+    inputs = sum(len(sequence.tokens) for sequence in sequences)
     contexts = {request.context for request in asked}
-    behind = {(request.context, request.continuation[:-1]) for request in asked}
-    assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
-    for request, (number, tokens_of) in zip(asked, places, strict=True):
-        row = rows[number]
-        assert row.questions is not None
-        context, *rest = tokens_of
-        # What a prediction can look back on is what it would be alone: context, then its own choice.
+    continuations = {(request.context, request.continuation[:-1]) for request in asked}
+    assert inputs == sum(map(len, contexts)) + sum(len(continuation) for _, continuation in continuations)
+    for request, (number, positions) in zip(asked, places_of(asked, predictions), strict=True):
+        sequence = sequences[number]
+        assert sequence.questions is not None
+        context, *rest = positions
+        # What a prediction can look back on is what it would be alone: context, then its continuation.
         seen = [*range(context - len(request.context) + 1, context + 1), *rest]
-        assert tuple(row.tokens[seen].tolist()) == request.context + request.continuation[:-1]
-        assert row.questions.positions[seen].tolist() == list(range(len(seen)))
-        assert len(set(row.questions.question[seen].tolist())) == 1
-        assert set(row.questions.choice[rest].tolist()) <= {int(row.questions.choice[rest[0]])} if rest else True
-    for row in rows:
-        assert row.questions is not None
-        several = len(set(row.questions.question.tolist())) > 1
-        assert len(row.tokens) <= tokens or not several
+        assert tuple(sequence.tokens[seen].tolist()) == request.context + request.continuation[:-1]
+        assert sequence.questions.positions[seen].tolist() == list(range(len(seen)))
+        assert len(set(sequence.questions.question[seen].tolist())) == 1
+        assert len(set(sequence.questions.choice[rest].tolist())) <= 1
+    for sequence in sequences:
+        assert sequence.questions is not None
+        several = len(set(sequence.questions.question.tolist())) > 1
+        assert len(sequence.tokens) <= tokens or not several
 
 
 @given(requests)
-def test_spread_feeds_what_is_equal_once(drawn: Drawn):
+def test_equal_inputs_are_one_sequence(drawn: Drawn):
     asked = [Request(*pair) for pair in drawn]
-    rows, places = one_per_sequence(asked)
-    assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
-    for request, (number, tokens_of) in zip(asked, places, strict=True):
-        assert tuple(rows[number].tokens.tolist()) == request.context + request.continuation[:-1]
-        assert tokens_of[0] == len(request.context) - 1
-        assert len(tokens_of) == len(request.continuation)
+    sequences, predictions = one_per_sequence(asked)
+    assert len(sequences) == len({request.context + request.continuation[:-1] for request in asked})
+    for request, (number, positions) in zip(asked, places_of(asked, predictions), strict=True):
+        assert tuple(sequences[number].tokens.tolist()) == request.context + request.continuation[:-1]
+        assert positions == list(range(len(request.context) - 1, len(sequences[number].tokens)))
 
 
 def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
@@ -183,7 +193,7 @@ def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny
 @pytest.mark.parametrize("row", [30, 2048])
 @pytest.mark.parametrize("together", [True, False])
 def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch, row: int, together: bool):
-    monkeypatch.setattr(questions, "ROW", row)
+    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", row)
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
     monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
@@ -199,17 +209,18 @@ def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch,
 
 def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch: Patch):
     """BLiMP's and XNLI's: all of a task have the context of a BOS token, and attention takes a question's square."""
-    monkeypatch.setattr(questions, "ROW", 60)
-    rows, places = questions.pack([Request((1,), (i, 5, 6, 7)) for i in range(100)], tokens=60)
-    assert (
-        max(place.stop - place.start for row in rows if row.questions for place in row.questions.slices) <= 1 + 60 + 3
-    )
-    assert [rows[row].tokens[at].tolist() for row, at in places] == [[1, i, 5, 6] for i in range(100)]
+    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 60)
+    asked = [Request((1,), (number, 5, 6, 7)) for number in range(100)]
+    sequences, predictions = pack_questions(asked, tokens=60)
+    lengths = [part.stop - part.start for one in sequences if one.questions for part in one.questions.slices]
+    assert max(lengths) <= 1 + 60 + 3
+    inputs = [sequences[number].tokens[positions].tolist() for number, positions in places_of(asked, predictions)]
+    assert inputs == [[1, number, 5, 6] for number in range(100)]
 
 
 @pytest.mark.parametrize("budget", [0, 50_000])
 def test_calls_that_are_recorded_again_change_no_answer(tiny: Path, tmp_path: Path, monkeypatch: Patch, budget: int):
-    monkeypatch.setattr(questions, "ROW", 60)
+    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 60)
     drawn = torch.randint(3, 256, (60, 20), generator=torch.Generator().manual_seed(2)).tolist()  # 15 rows of 60 tokens
     many = [Request(tuple(row[:12]), tuple(row[12 : 14 + choice])) for row in drawn for choice in range(2)]
     cached, bounded = (Decoder(tiny, dtype=torch.float32, device=CPU) for _ in range(2))

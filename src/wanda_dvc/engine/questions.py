@@ -1,10 +1,9 @@
-"""Log-likelihoods of continuations: a context runs once for all its continuations; a row has many questions."""
+"""Log-likelihoods of continuations: a context runs once for all its continuations, many questions in one sequence."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -13,19 +12,18 @@ from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
 from wanda_dvc.errors import UserError
 
-ROW = 2048  # tokens: large multiplications, small activations
+SEQUENCE_TOKENS = 2048  # of questions: large multiplications, small activations
 
 ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
-Prediction = tuple[int, int, int]  # token of a row, request, target
-Place = tuple[int, list[int]]  # of a request: its row, and the positions in the row that predict its continuation
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Request:
     """A request for the log-likelihood of a continuation after a context. Token ids, at least one each."""
 
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
+    context: Tokens
+    continuation: Tokens
 
     def within(self, length: int) -> "Request":
         """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input."""
@@ -33,51 +31,104 @@ class Request:
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
 
-def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[Place]]:
-    """Return rows of complete questions, and the place of every request in the rows.
+@dataclass
+class Question:
+    """A context, and the continuations that requests ask about, without their last tokens, which are no input."""
 
-    A question is the requests of one context: the context, then each continuation without its last token. A row has as
-    many questions as fit into `tokens`. The items of a task without contexts, such as XNLI, share one context. They are
-    several questions of about `ROW` tokens, because attention takes the square of a question.
+    context: Tokens
+    requests: dict[Tokens, list[int]] = field(default_factory=dict)  # by continuation: places of equal requests
+
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return len(self.context) + sum(map(len, self.requests))
+
+
+class Prediction(NamedTuple):
+    """A token to predict."""
+
+    position: int  # in its sequence, of the token before it
+    request: int  # its place among the requests
+    target: int  # the token's id
+
+
+def questions_of(requests: Sequence[Request]) -> list[Question]:
+    """Return the requests by context.
+
+    The items of a task without contexts, such as XNLI, share one context. They are several questions of about
+    `SEQUENCE_TOKENS` tokens, because attention takes the square of a question.
     """
-    questions: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], list[int]]] = {}
-    taken = Counter[tuple[int, ...]]()  # tokens of the choices so far, by context
-    for index, request in enumerate(requests):
-        # The last token of a continuation is predicted, not an input. So choices of one token add nothing to the row.
-        key, part = (request.context, taken[request.context] // ROW), request.continuation[:-1]
-        questions.setdefault(key, {}).setdefault(part, []).append(index)
-        taken[request.context] += len(part)
-    rows: list[TokenSequence] = []
-    places: dict[int, Place] = {}
-    row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
-
-    def end_row() -> None:
-        fed, *layout = map(torch.tensor, zip(*row, strict=True))  # tensors of their own memory
-        rows.append(TokenSequence(fed, PackedQuestions(*layout)))
-        row.clear()
-
-    for number, ((context, _), choices) in enumerate(questions.items()):
-        if row and len(row) + len(context) + sum(map(len, choices)) > tokens:
-            end_row()
-        last = len(row) + len(context) - 1
-        for place, (part, asked) in enumerate([(context, []), *choices.items()]):
-            start, behind = len(row), 0 if place == 0 else len(context)
-            row += [(token, behind + at, number, place) for at, token in enumerate(part)]
-            for index in asked:
-                places[index] = len(rows), [last, *range(start, len(row))]
-    if row:
-        end_row()
-    return rows, [places[index] for index in range(len(requests))]
+    questions: dict[tuple[Tokens, int], Question] = {}
+    inputs = Counter[Tokens]()  # tokens of the continuations so far, by context
+    for place, request in enumerate(requests):
+        continuation = request.continuation[:-1]
+        key = (request.context, inputs[request.context] // SEQUENCE_TOKENS)
+        question = questions.setdefault(key, Question(request.context))
+        question.requests.setdefault(continuation, []).append(place)
+        inputs[request.context] += len(continuation)
+    return list(questions.values())
 
 
-def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], list[Place]]:
-    """Return a row for each distinct sequence, for models without support for several questions in a row."""
-    numbers: dict[tuple[int, ...], int] = {}
-    places: list[Place] = []
-    for request in requests:
-        fed = request.context + request.continuation[:-1]
-        places.append((numbers.setdefault(fed, len(numbers)), list(range(len(request.context) - 1, len(fed)))))
-    return [TokenSequence(torch.tensor(fed)) for fed in numbers], places
+def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
+    """Return sequences of complete questions, as many as fit into `tokens`, and the predictions of each sequence."""
+    groups: list[list[Question]] = []
+    size = 0  # of the last group
+    for question in questions_of(requests):
+        if not groups or size + question.size > tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(question)
+        size += question.size
+    sequences: list[TokenSequence] = []
+    predictions: list[list[Prediction]] = []
+    for group in groups:
+        sequence, predictions_of_sequence = join_questions(group, requests)
+        sequences.append(sequence)
+        predictions.append(predictions_of_sequence)
+    return sequences, predictions
+
+
+def join_questions(
+    questions: Sequence[Question], requests: Sequence[Request]
+) -> tuple[TokenSequence, list[Prediction]]:
+    """Return a sequence of some questions, each its context and then its continuations, and their predictions."""
+    tokens: list[int] = []
+    positions: list[int] = []  # of each token within its question
+    numbers: list[int] = []  # of each token's question
+    choices: list[int] = []  # of each token's continuation; 0: the context
+    predictions: list[Prediction] = []
+    for number, question in enumerate(questions):
+        context = len(question.context)
+        tokens += question.context
+        positions += range(context)
+        numbers += [number] * question.size
+        choices += [0] * context
+        last_of_context = len(tokens) - 1
+        for choice, (continuation, places) in enumerate(question.requests.items(), start=1):
+            inputs = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
+            tokens += continuation
+            positions += range(context, context + len(continuation))
+            choices += [choice] * len(continuation)
+            for place in places:
+                targets = requests[place].continuation
+                predictions += predictions_of(place, inputs, targets)
+    packed = PackedQuestions(torch.tensor(positions), torch.tensor(numbers), torch.tensor(choices))
+    return TokenSequence(torch.tensor(tokens), packed), predictions
+
+
+def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], list[list[Prediction]]]:
+    """Return a sequence for each distinct input, for models that run one question at a time, and its predictions."""
+    predictions: dict[Tokens, list[Prediction]] = {}
+    for place, request in enumerate(requests):
+        tokens = request.context + request.continuation[:-1]
+        inputs = range(len(request.context) - 1, len(tokens))
+        predictions.setdefault(tokens, []).extend(predictions_of(place, inputs, request.continuation))
+    return [TokenSequence(torch.tensor(tokens)) for tokens in predictions], list(predictions.values())
+
+
+def predictions_of(request: int, positions: Iterable[int], targets: Iterable[int]) -> list[Prediction]:
+    """Return the predictions of a request's tokens, each from the position before it."""
+    return [Prediction(position, request, target) for position, target in zip(positions, targets, strict=True)]
 
 
 def loglikelihoods(
@@ -90,40 +141,49 @@ def loglikelihoods(
     requests = [request.within(length) for request in requests]
     if not all(request.context for request in requests):
         raise UserError(f"tasks.names: {task}: a choice has no token, or more than the model's {length}; remove it")
-    rows, places = pack(requests, tokens=ROW) if runner.decoder.packs_questions else one_per_sequence(requests)
-    for step in progress(runner.forward(rows)):
+    if runner.decoder.packs_questions:
+        sequences, predictions = pack_questions(requests, tokens=SEQUENCE_TOKENS)
+    else:
+        sequences, predictions = one_per_sequence(requests)
+    for step in progress(runner.forward(sequences)):
         step.run()
-    of_row: list[list[Prediction]] = [[] for _ in rows]
-    for index, ((row, tokens), request) in enumerate(zip(places, requests, strict=True)):
-        for token, target in zip(tokens, request.continuation, strict=True):
-            of_row[row].append((token, index, target))
 
-    totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    for index, value, likeliest in runner.head(predict, lambda shard: (length, of_row[shard.start : shard.stop])):
-        totals[index] += value
-        greedy[index] &= likeliest
-    return list(zip(totals, greedy, strict=True))
+    def inputs(places: range) -> tuple[int, list[list[Prediction]]]:
+        return length, predictions[places.start : places.stop]
+
+    totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
+    for request, log_p, is_likeliest in runner.head(predict, inputs):
+        totals[request] += log_p
+        is_greedy[request] = is_greedy[request] and is_likeliest
+    return list(zip(totals, is_greedy, strict=True))
 
 
 def predict(
-    decoder: Decoder, _rows: Sequence[TokenSequence], hidden: Hidden, asked: tuple[int, list[list[Prediction]]]
+    decoder: Decoder, _sequences: Sequence[TokenSequence], hidden: Hidden, inputs: tuple[int, list[list[Prediction]]]
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 
-    `asked` holds the model's number of positions and the predictions of each row.
+    `inputs` are the model's number of positions, and the predictions of each sequence.
     """
-    length, of_row = asked
-    predicted = sorted((row, *one) for row, every in enumerate(of_row) for one in every)
-    tokens = [list(group) for _, group in groupby(predicted, key=itemgetter(0, 1))]
-    # A chunk has at most the model's number of positions: some models look positions up even in the head.
-    chunk = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
-    for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk]
-        states = torch.stack([hidden[group[0][0]][group[0][1]].to(decoder.device) for group in part])[None]
-        ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long, device=decoder.device))
-        logprobs = logits.float().log_softmax(dim=-1)
-        likeliest = logprobs.argmax(dim=-1).tolist()
-        found = [(at, index, target) for at, group in enumerate(part) for _, _, index, target in group]
-        values = logprobs[[at for at, _, _ in found], [target for _, _, target in found]].tolist()
-        for (at, index, target), value in zip(found, values, strict=True):
-            yield index, value, likeliest[at] == target
+    length, predictions = inputs
+    by_state: dict[tuple[int, int], list[Prediction]] = {}  # by sequence and position
+    for number, predictions_of_sequence in enumerate(predictions):
+        for prediction in predictions_of_sequence:
+            by_state.setdefault((number, prediction.position), []).append(prediction)
+    places = sorted(by_state)
+    # At most the model's number of positions at a time: some models look positions up even in the head.
+    count = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
+    for start in range(0, len(places), count):
+        selected = places[start : start + count]
+        states = torch.stack([hidden[number][position] for number, position in selected]).to(decoder.device)
+        tokens = torch.zeros(len(selected), dtype=torch.long, device=decoder.device)  # not read: the head takes states
+        ((_, logits),) = decoder.logits(states[None], tokens)
+        log_p = logits.float().log_softmax(dim=-1)
+        likeliest = log_p.argmax(dim=-1).tolist()
+        rows, selected_predictions = list[int](), list[Prediction]()
+        for row, place in enumerate(selected):
+            rows += [row] * len(by_state[place])
+            selected_predictions += by_state[place]
+        values = log_p[rows, [prediction.target for prediction in selected_predictions]].tolist()
+        for row, prediction, value in zip(rows, selected_predictions, values, strict=True):
+            yield prediction.request, value, likeliest[row] == prediction.target

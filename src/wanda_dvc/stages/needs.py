@@ -181,9 +181,9 @@ def _perplexity(on: SizesOfStudy) -> Requirements:
 
 def _zero_shot(on: SizesOfStudy) -> Requirements:
     """Packed rows of questions."""
-    from wanda_dvc.engine.questions import ROW  # imports transformers
+    from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
 
-    held = on.walk(ROW)
+    held = on.walk(SEQUENCE_TOKENS)
     # At most: a file of items also has what no model reads.
     tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
     memory = max(held.activations + held.logits + held.block_arguments, held.tried)
