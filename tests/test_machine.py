@@ -150,7 +150,7 @@ def test_a_whole_study_is_well(calibrated_study: Path):
     assert well, table
     for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk"):
         assert "✓" in row(table, what)
-    assert "needs: unknown before `dvc repro download-model`" in row(table, "memory")
+    assert "unknown: run `dvc repro download-model` first" in row(table, "needs")
     assert "Nothing that is needed is missing." in table
     assert sorted(calibrated_study.iterdir()) == before
 
@@ -201,8 +201,9 @@ def test_it_says_what_each_stage_needs(
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: free)
     table, ok = doctor(start=calibrated_study)
     assert ok
-    assert re.search(r" free; needs about: calibrate 0.1 GB, .*, zero-shot 0.2 GB", row(table, "memory"))
-    assert ("✓" in row(table, "memory")) == well
+    for stage, memory in (("calibrate", "0.1"), ("zero-shot", "0.2")):
+        assert re.search(rf"[✓✗] +\| needs about {memory} GB of memory and .* of disk", row(table, stage))
+        assert ("✓" in row(table, stage)) == well
     needs = json.loads(doctor(start=calibrated_study, as_json=True)[0])["needs"]
     assert needs.keys() == NEEDS.keys() - (set() if tokens else {"recover"})
     for stage, found in needs.items():

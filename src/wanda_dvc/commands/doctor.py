@@ -3,7 +3,6 @@
 What a stage or `dvc` refuses at once, with its own advice, is not checked here.
 """
 
-import contextlib
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,12 +22,12 @@ from wanda_dvc.stages.needs import NEEDS, Requirements, free, gigabytes, need
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
-SHOWN = ("torch", "transformers", "dvc", "lm-eval")
+LIBRARIES_SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. Stages run even if a check without `needed` fails."""
+    """The result of one check, a row of the table. Stages run even if a check without `needed` fails."""
 
     what: str
     good: bool
@@ -39,11 +38,12 @@ class Check:
 
 def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
-    needs: dict[str, Requirements] = {}
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES_SHOWN)
     checks = [  # the versions for a bug report
         Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}"),
-        Check("libraries", True, ", ".join(f"{name} {version(name)}" for name in SHOWN)),
+        Check("libraries", True, libraries),
     ]
+    needs: dict[str, Requirements] = {}
     try:
         study = Study.find(start)
         params = study.params
@@ -51,21 +51,24 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         todo = "correct it, cd into a study, or `wanda-dvc init DIR`"
         checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
     else:
-        with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # no model, or an invalid one
-            wanted = [name for name in NEEDS if any(part.wanted(params) for part in STAGES[name].variants.values())]
-            needs = {stage: need(study, stage) for stage in wanted}
+        needs = _needs(study)
         checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_machine(params), *_room(study, needs)]
+        checks += [*_check_machine(params), *_check_needs(study, needs)]
     missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
-    if as_json:
-        content = {stage: {"memory_bytes": one.memory, "disk_bytes": one.disk} for stage, one in needs.items()}
-        return json_text({"checks": list(map(asdict, checks)), "missing": missing, "needs": content}), not missing
-    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
-    said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
-    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{said}", not missing
+    text = _as_json(checks, missing, needs) if as_json else _as_table(checks, missing)
+    return text, not missing
 
 
-def _machine(params: Params) -> Iterator[Check]:
+def _needs(study: Study) -> dict[str, Requirements]:
+    """Return the needs of each stage that the settings ask for; nothing without a valid model."""
+    stages = [name for name in NEEDS if any(variant.wanted(study.params) for variant in STAGES[name].variants.values())]
+    try:
+        return {stage: need(study, stage) for stage in stages}
+    except (UserError, ValueError, KeyError, OSError):  # no model, or one that `download` refuses
+        return {}
+
+
+def _check_machine(params: Params) -> Iterator[Check]:
     """Show CPU and GPUs, and the device of the stages."""
     yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory('cpu'))} of memory free")
     for gpu in accelerator.gpus():
@@ -77,19 +80,32 @@ def _machine(params: Params) -> Iterator[Check]:
             yield Check("runtime.device", False, str(error), "change it in params.yaml")
 
 
-def _room(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:
-    """Check memory and disk for all stages."""
+def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:
+    """Show the free memory and disk, and check them for each stage."""
+    sizes_free = free(study)
+    for what, size in sizes_free.items():
+        yield Check(what, True, f"{gigabytes(size)} free")
     if not needs:
-        why = "" if is_there(study.model("dense")) else " before `dvc repro download-model`"
-        for what, size in free(study).items():
-            yield Check(what, True, f"{gigabytes(size)} free; needs: unknown{why}")
-        return
-    memory, disk = free(study).values()
-    said = ", ".join(f"{stage} {gigabytes(one.memory)}" for stage, one in needs.items())
-    enough = memory > max(one.memory for one in needs.values())
-    todo = "free some, set `dtype` to the checkpoint's own, or take shorter windows"
-    yield Check("memory", enough, f"{gigabytes(memory)} free; needs about: {said}", todo, needed=False)
-    enough = disk > max(one.disk for one in needs.values())
-    said = ", ".join(f"{stage} {gigabytes(one.disk)}" for stage, one in needs.items())
-    todo = "free some; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`"
-    yield Check("disk", enough, f"{gigabytes(disk)} free; needs about: {said}", todo)
+        reason = "the model is not valid" if is_there(study.model("dense")) else "run `dvc repro download-model` first"
+        yield Check("needs", True, f"unknown: {reason}")
+    for stage, requirements in needs.items():
+        lacks_memory = requirements.memory >= sizes_free["memory"]
+        lacks_disk = requirements.disk >= sizes_free["disk"]
+        todos = []
+        if lacks_memory:
+            todos.append("free memory, set `dtype` to the checkpoint's own, or take shorter windows")
+        if lacks_disk:
+            todos.append("free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`")
+        found = f"needs about {gigabytes(requirements.memory)} of memory and {gigabytes(requirements.disk)} of disk"
+        yield Check(stage, not todos, found, "; ".join(todos), needed=lacks_disk)  # an estimate of memory may be high
+
+
+def _as_json(checks: list[Check], missing: list[str], needs: dict[str, Requirements]) -> str:
+    sizes = {stage: {"memory_bytes": size.memory, "disk_bytes": size.disk} for stage, size in needs.items()}
+    return json_text({"checks": [asdict(check) for check in checks], "missing": missing, "needs": sizes})
+
+
+def _as_table(checks: list[Check], missing: list[str]) -> str:
+    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
+    conclusion = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
+    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{conclusion}"
