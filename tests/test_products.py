@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def forced(monkeypatch: Patch) -> None:
     """On every CPU, and for the smallest matrices."""
     monkeypatch.setattr(products, "is_faster", lambda: True)
-    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
 
 
 def drawn(*shape: int) -> Tensor:

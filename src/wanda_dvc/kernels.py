@@ -1,12 +1,11 @@
 """Matrix products in float32 through oneDNN, for CPUs on which MKL (torch's default) runs at half speed.
 
 MKL has its fastest kernels only for Intel's CPUs. On two cores of an AMD Zen 5 with AVX-512, MKL multiplies matrices of
-a thousand rows at 220 GFLOP/s, oneDNN at 500. On two cores of a Zen 4, `perplexity` is about 5 % faster. torch ships
+a thousand rows at 220 GFLOP/s, oneDNN at 500. On two cores of a Zen 4, a stage is about 5 % faster. torch ships
 oneDNN for other dtypes. Only the last digits differ.
 """
 
 import contextlib
-import mmap
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LEAST = 2**16  # elements of a weight; for smaller weights the call costs more than the product saves
+SMALLEST_WEIGHT = 2**16  # elements of a weight; for smaller weights the call costs more than the product saves
 
 
 @lru_cache(maxsize=1)
@@ -27,9 +26,9 @@ def is_faster() -> bool:
     return False
 
 
-def takes(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is faster for this product."""
-    return is_faster() and _fits(a, b)
+def uses_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether `multiply` computes this product through oneDNN."""
+    return is_faster() and _supports(a, b)
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -41,12 +40,12 @@ def onednn(a: Tensor, b: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b of two matrices through the faster library."""
-    return onednn(a, b) if takes(a, b) else a @ b
+    return onednn(a, b) if uses_onednn(a, b) else a @ b
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
     """Add α · a · b to a matrix, in place."""
-    return total.add_(onednn(a, b), alpha=alpha) if takes(a, b) else total.addmm_(a, b, alpha=alpha)
+    return total.add_(onednn(a, b), alpha=alpha) if uses_onednn(a, b) else total.addmm_(a, b, alpha=alpha)
 
 
 class OneDnnLinear(nn.Linear):
@@ -55,7 +54,7 @@ class OneDnnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
         weight, bias = self.weight, self.bias
-        if not _fits(x, weight):
+        if not _supports(x, weight):
             return nn.functional.linear(x, weight, bias)
         if torch.is_grad_enabled():
             outputs = onednn(x, weight.T)
@@ -68,14 +67,14 @@ def install(model: nn.Module) -> None:
     if not is_faster():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.numel() >= LEAST:
+        if type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT:
             module.__class__ = OneDnnLinear
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def _supports(x: Tensor, weight: Tensor) -> bool:
     if not (x.dtype is weight.dtype is torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
-    return weight.numel() >= LEAST and x.numel() > 0
+    return weight.numel() >= SMALLEST_WEIGHT and x.numel() > 0
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,14 +101,3 @@ class _Differentiable(torch.autograd.Function):
             by_token = gradient.reshape(-1, gradient.shape[-1])
             weight_gradient = _linear(by_token.T, x.reshape(-1, x.shape[-1]).T)
         return x_gradient, weight_gradient
-
-
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialized tensor for a mask or a weight. On a CPU it has its own pages, freed with the tensor.
-
-    On the heap, which keeps freed memory, it would fragment the memory of short-lived tensors.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)

@@ -39,7 +39,7 @@ class Gram:
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
         features = x.float().T
-        if kernels.takes(features, features):  # its row slices multiply faster so
+        if kernels.uses_onednn(features, features):  # its row slices multiply faster so
             features = features.contiguous()
         for start in range(0, x.shape[1], PANEL):
             panel = kernels.multiply(features[start : start + PANEL], features[start:].T)

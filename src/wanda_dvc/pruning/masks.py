@@ -11,7 +11,6 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.kernels import empty
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
@@ -145,7 +144,7 @@ def choose_by_score(
     rows_at_a_time = len(weight)
     if method.selects_by_row(pattern, group) and row_weights is None and weight.device.type == "cpu":
         rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
-    mask = empty(weight.shape, torch.bool, weight.device)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, mask_rows in zip(weight.split(rows_at_a_time), mask.split(rows_at_a_time), strict=True):
         score = scores_of(rows.contiguous(), x.to(weight.device), method=method, row_weights=row_weights, name=name)
         if method.competition == "rows":
