@@ -34,7 +34,7 @@ from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import AT_A_TIME, TEMPORARIES, measure_windows
 from wanda_dvc.engine.forward import ModelRunner
-from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
+from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes
 from wanda_dvc.engine.sums import BlockRecord
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import choose_block
@@ -139,8 +139,8 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     found = _fisher_apart(bench, folder, tokens[:2])
     yield ("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
-        model = Sizes(folder)
-        memory = Walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
+        model = ModelSizes.read(folder)
+        memory = ForwardMemory(model, dtype="float32", length=tokens.shape[1], device="cuda")
         formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
         formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
         formula += TEMPORARIES * min(AT_A_TIME["cuda"], tokens.shape[1] * model.vocabulary)

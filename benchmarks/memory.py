@@ -79,16 +79,16 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
 
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
-    from wanda_dvc.stages.needs import need
+    from wanda_dvc.stages.needs import requirements
     from wanda_dvc.study.folder import Study
 
     study = Study(root)
     torch.set_num_threads(cores())
     __import__(f"wanda_dvc.stages.{stage}")  # so that the sampler counts what the run holds
-    wanted = need(study, stage, part)  # this imports the family's code, as it does before a stage
+    need = requirements(study, stage, part)  # this imports the family's code, as it does before a stage
     with sampled() as samples:
         run(stage, study=study, variant=part)
-    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": wanted.memory - wanted.mapped}
+    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": need.memory - need.mapped}
 
 
 def main() -> None:

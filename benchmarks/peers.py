@@ -25,7 +25,7 @@ from origin import HERE, LIBRARIES, arguments, origin, process, protocol, write_
 from torch import Tensor, nn
 
 from wanda_dvc import kernels as products
-from wanda_dvc.engine.sizes import Sizes
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
@@ -254,9 +254,9 @@ class Peers:
     def floor(self, dtype: str, done: Part, tokens: int, pairs: float) -> float:
         """Return the seconds of the operations that tokens and pairs of positions need, at a measured speed."""
         folder = self.study(dtype) / "models/dense"
-        model = Sizes(folder)
+        model = ModelSizes.read(folder)
         attention = 4 * pairs * model.hidden * model.blocks  # SmolLM2's heads together are as wide as the hidden state
-        return float((2 * tokens * model.count + attention) / 1e9 / done["gflops"])
+        return float((2 * tokens * model.linear_weights + attention) / 1e9 / done["gflops"])
 
 
 def scaled(base: Part, ours: Part) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from origin import HERE, ROOT, Row, arguments, is_old, origin, process, protocol, read_rows, write_row
 
 from wanda_dvc.catalog import STATISTICS
-from wanda_dvc.engine.sizes import Sizes
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import times
 from wanda_dvc.study import folder
@@ -97,7 +97,7 @@ class Comparison:
             self.stage("perplexity", model)
         found = {text: load_json(self.study.metrics(model, f"perplexity/{text}")) for text in TEXTS}
         measured = {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
-        return measured | {"parameters": Sizes(self.study.model(model)).parameters}
+        return measured | {"parameters": ModelSizes.read(self.study.model(model)).parameters}
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""

@@ -19,7 +19,7 @@ from memory import forget, limited, sampled
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.sizes import ALLOCATOR, LIBRARIES
+from wanda_dvc.engine.memory import ALLOCATOR, LIBRARIES
 from wanda_dvc.study.folder import Study
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
@@ -70,7 +70,7 @@ from wanda_dvc.study.folder import Study
 for name, params, stage, part in json.loads(sys.argv[4]):
     if not os.fork():
         pathlib.Path(sys.argv[2], "params.yaml").write_text(params)
-        run("plan", project=Study(pathlib.Path(sys.argv[2])))
+        run("plan", study=Study(pathlib.Path(sys.argv[2])))
         found = memory.measure(pathlib.Path(sys.argv[2]), stage, part)
         pathlib.Path(sys.argv[3], name).write_text(json.dumps(found))
         os._exit(0)

@@ -12,15 +12,17 @@ from cases.grids import named
 from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_apply
 from test_families import save
 
+from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.sizes import Sizes, Walk
+from wanda_dvc.engine.memory import ForwardMemory, ModelSizes
+from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import STAGES, needs
+from wanda_dvc.stages import STAGES, needs, run
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.needs import NEEDS, need
+from wanda_dvc.stages.needs import REQUIREMENTS, requirements
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks
 
@@ -43,9 +45,11 @@ def config_only(study: Make, tiny: Path) -> Make:
 
 def test_sizes_need_no_weights(tmp_path: Path, tiny: Path):
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
-    found, stored = Sizes(tmp_path), Checkpoint(tiny).entries
+    found, stored = ModelSizes.read(tmp_path), Checkpoint(tiny).entries
     assert found.parameters * found.width == sum(entry.length for entry in stored.values())
-    assert found.count * found.width == sum(x.length for name, x in stored.items() if name.endswith("proj.weight"))
+    assert found.linear_weights * found.width == sum(
+        x.length for name, x in stored.items() if name.endswith("proj.weight")
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,10 +61,10 @@ def test_sizes_need_no_weights(tmp_path: Path, tiny: Path):
     ],
 )
 def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
-    found = Sizes(CONFIGS / f"{name}.json")
+    found = ModelSizes.read(CONFIGS / f"{name}.json")
     assert found.parameters == parameters
     assert found.width == (4 if name == "smollm2-135m" else 2)
-    assert found.count == linears
+    assert found.linear_weights == linears
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
@@ -69,29 +73,29 @@ def test_inputs_and_outputs_of_transposed_weights_are_told_apart(family: str, tm
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     linears = [linear for index in range(len(decoder.blocks)) for linear in decoder.linears(index).values()]
     outputs = [linear.weight.shape[1 if linear.transposed else 0] for linear in linears]
-    found = Sizes(folder)
+    found = ModelSizes(decoder.model, folder)
     assert found.all_squares == sum(linear.features**2 for linear in linears)
     assert found.all_output_squares == sum(size**2 for size in outputs)
 
 
 def test_the_memory_of_a_walk_does_not_grow_with_depth():
-    model = Sizes(CONFIGS / "llama-2-7b.json")
+    model = ModelSizes.read(CONFIGS / "llama-2-7b.json")
     for device in ("cpu", "cuda"):
         deeper = copy.copy(model)
         deeper.parameters, deeper.blocks = 2 * model.parameters, 2 * model.blocks
-        found = Walk(model, dtype="float16", length=2048, device=device)
-        assert vars(found) == vars(Walk(deeper, dtype="float16", length=2048, device=device))
+        found = ForwardMemory(model, dtype="float16", length=2048, device=device)
+        assert vars(found) == vars(ForwardMemory(deeper, dtype="float16", length=2048, device=device))
         assert found.mapped == (device == "cpu")
-    assert not Walk(model, dtype="float32", length=2048).mapped
+    assert not ForwardMemory(model, dtype="float32", length=2048).mapped
 
 
 def test_every_stage_that_computes_says_what_it_needs():
-    assert list(NEEDS) == [name for name in STAGES if name not in ("plan", "download")]
+    assert list(REQUIREMENTS) == [name for name in STAGES if name not in ("plan", "download")]
 
 
 def test_each_tier_of_statistics_adds_its_own(config_only: Make):
     tiers = ("norms", "gram", "fisher")
-    once, gram, back = (need(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
+    once, gram, back = (requirements(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
     assert once.disk == 2 * 3 * 64 * 32 * 4  # hidden states
     assert once.memory < gram.memory <= back.memory
@@ -100,18 +104,18 @@ def test_each_tier_of_statistics_adds_its_own(config_only: Make):
 
 def test_the_dense_model_also_leaves_a_reference_and_all_gpus_are_of_one_kind(config_only: Make):
     made = config_only()
-    dense, pruned = (need(made, "perplexity", part).disk for part in ("dense", "pruned"))
+    dense, pruned = (requirements(made, "perplexity", part).disk for part in ("dense", "pruned"))
     assert dense - pruned == divergence.REFERENCE_BYTES * 4 * 64
-    one, other = (need(config_only(runtime__device=device), "perplexity") for device in ("cuda", "cuda:1"))
+    one, other = (requirements(config_only(runtime__device=device), "perplexity") for device in ("cuda", "cuda:1"))
     assert one == other
 
 
 def test_the_disk_is_that_of_what_is_written(calibrated_study: Make):
     made = mask_and_apply(calibrated_study())
     kept = sum(keep.numel() for block in range(2) for keep in read_masks(made.masks, block).values())
-    assert need(made, "mask").disk == kept // 8  # without the files' headers
+    assert requirements(made, "mask").disk == kept // 8  # without the files' headers
     written = sum(path.stat().st_size for path in made.model("pruned").iterdir())
-    assert need(made, "apply").disk == pytest.approx(written, rel=0.1)
+    assert requirements(made, "apply").disk == pytest.approx(written, rel=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"propagation": "corrected"}, {"pattern": "blocks", "sparsity": 0.25}], ids=named)
@@ -127,26 +131,40 @@ def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], stud
     mask(study=made)
     stored = sum(path.stat().st_size for path in made.model("dense").iterdir()) * (made.params.plan.propagates)
     kept = sum(keep.numel() for block in range(4) for keep in read_masks(made.masks, block).values())
-    assert need(made, "mask").disk == max(held) + stored + kept // 8
+    assert requirements(made, "mask").disk == max(held) + stored + kept // 8
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):
     study = config_only()
+    sizes = ModelSizes.read(study.model("dense"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 64 * 32 * 4 * 2))
     monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
-    needs.announce(study, "calibrate")
-    needs_memory = f"{need(study, 'calibrate').memory / 1e9:.1f} GB of memory"
+    needs.announce(study, "calibrate", sizes=sizes)
+    needs_memory = f"{requirements(study, 'calibrate').memory / 1e9:.1f} GB of memory"
     expected = f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"
     assert capsys.readouterr().err == expected
 
 
-def test_without_a_config_or_with_one_that_means_nothing_nothing_is_said(study: Make, capsys: Capture):
+def test_a_broken_formula_is_an_error_and_a_missing_config_is_the_users(study: Make, monkeypatch: Patch):
     made = study()
     with pytest.raises(UserError, match="config.json: missing"):
-        need(made, "calibrate")
-    needs.announce(made, "calibrate")
-    made.model("dense").mkdir(parents=True)
-    for content in ("{", '{"model_type": "abacus"}', "{}"):
-        (made.model("dense") / "config.json").write_text(content)
-        needs.announce(made, "calibrate")
-    assert capsys.readouterr().err == ""
+        requirements(made, "calibrate")
+    assert "run `dvc repro download-model` first" in doctor(start=made.root)[0]
+    fetch(made, "model", "calibration")
+    monkeypatch.setattr(needs, "free", lambda study: study.no_such_attribute)
+    with pytest.raises(AttributeError, match="no_such_attribute"):  # it printed nothing, for ever
+        calibrate(study=made)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "perplexity"])
+def test_a_stage_builds_the_empty_model_once(study: Make, monkeypatch: Patch, stage: str):
+    made, built = fetch(study()), list[object]()
+
+    def counted(config: Any, *args: Any) -> Any:
+        built.append(config)
+        return build_empty(config, *args)
+
+    for module in ("structure", "decoder"):
+        monkeypatch.setattr(f"wanda_dvc.engine.{module}.build_empty", counted)
+    run(stage, study=made, variant="dense" if stage == "perplexity" else "norms")
+    assert len(built) == 1

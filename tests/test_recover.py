@@ -16,12 +16,13 @@ from test_families import ALL, save
 
 from wanda_dvc.commands.export import export, sections
 from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import SizesOfStudy, computes_twice, training
+from wanda_dvc.stages.needs import Run, computes_twice, training
 from wanda_dvc.stages.recover import recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
@@ -243,9 +244,9 @@ def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytes
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
         recover(study=made)
     assert not made.model("recovered").exists()
-    for free, twice in ((training(SizesOfStudy(made)), True), (10**12, False)):
+    for free, twice in ((training(Run(made)), True), (10**12, False)):
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
-        assert computes_twice(made) is twice
+        assert computes_twice(made, ModelSizes.read(made.model("dense"))) is twice
 
 
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):

@@ -60,13 +60,9 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
     if tokenizer:  # past download: planted by whoever writes to a remote, with digests that fit
         made = fetch(study(), "model")
         plant(made.model("dense"), marker, config=config, tokenizer=True)
-    for stage, words in {
-        "calibrate": {},
-        "perplexity": {"variant": "dense"},
-        "zero-shot": {"variant": "dense"},
-    }.items():
+    for stage, variant in (("calibrate", ""), ("perplexity", "dense"), ("zero-shot", "dense")):
         with refused if tokenizer else contextlib.nullcontext():
-            run(stage, study=made, **words)
+            run(stage, study=made, variant=variant)
     assert not marker.exists()
     assert not list(made.model("dense").glob("*.py")) or tokenizer
 

@@ -3,6 +3,7 @@
 What a stage or `dvc` refuses at once, with its own advice, is not checked here.
 """
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.markup import table
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory, own_device
-from wanda_dvc.stages.needs import NEEDS, Requirements, free, gigabytes, need
+from wanda_dvc.stages.needs import REQUIREMENTS, Requirements, free, gigabytes, requirements
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
@@ -61,11 +62,12 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
 
 def _needs(study: Study) -> dict[str, Requirements]:
     """Return the needs of each stage that the settings ask for; nothing without a valid model."""
-    stages = [name for name in NEEDS if any(variant.wanted(study.params) for variant in STAGES[name].variants.values())]
-    try:
-        return {stage: need(study, stage) for stage in stages}
-    except (UserError, ValueError, KeyError, OSError):  # no model, or one that `download` refuses
-        return {}
+    needs = {}
+    with contextlib.suppress(UserError):  # no model, or one that `download` refuses
+        for stage in REQUIREMENTS:
+            if any(variant.wanted(study.params) for variant in STAGES[stage].variants.values()):
+                needs[stage] = requirements(study, stage)
+    return needs
 
 
 def _check_machine(params: Params) -> Iterator[Check]:
@@ -88,15 +90,15 @@ def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check
     if not needs:
         reason = "the model is not valid" if is_there(study.model("dense")) else "run `dvc repro download-model` first"
         yield Check("needs", True, f"unknown: {reason}")
-    for stage, requirements in needs.items():
-        lacks_memory = requirements.memory >= sizes_free["memory"]
-        lacks_disk = requirements.disk >= sizes_free["disk"]
+    for stage, need in needs.items():
+        lacks_memory = need.memory >= sizes_free["memory"]
+        lacks_disk = need.disk >= sizes_free["disk"]
         todos = []
         if lacks_memory:
             todos.append("free memory, set `dtype` to the checkpoint's own, or take shorter windows")
         if lacks_disk:
             todos.append("free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`")
-        found = f"needs about {gigabytes(requirements.memory)} of memory and {gigabytes(requirements.disk)} of disk"
+        found = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
         yield Check(stage, not todos, found, "; ".join(todos), needed=lacks_disk)  # an estimate of memory may be high
 
 

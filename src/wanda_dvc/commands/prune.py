@@ -3,7 +3,6 @@
 A model and a calibration text have one study. Its statistics serve each further recipe, sparsity and pattern.
 """
 
-import contextlib
 import os
 import shlex
 import time
@@ -13,11 +12,11 @@ from pathlib import Path
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
 from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.reproduce import reproduce
-from wanda_dvc.commands.request import FALLBACK, PruneRequest, check_settings
+from wanda_dvc.commands.request import FALLBACK, PruneRequest
 from wanda_dvc.commands.target import check_target
 from wanda_dvc.engine.checkpoint import positions_of, read_config
-from wanda_dvc.engine.sizes import Sizes
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.errors import notice
 from wanda_dvc.params import Params, Settings, nested
 from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.results.compare import cells, headings
@@ -25,7 +24,7 @@ from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
-from wanda_dvc.stages.needs import computes_twice, free, gigabytes, need
+from wanda_dvc.stages.needs import computes_twice, gigabytes, lacking_for_solver
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
@@ -50,11 +49,12 @@ def prune_model(request: PruneRequest) -> str:
         (study.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
         renew(study.root, nested(request.settings))
         reproduce(study.root, "download", "model", shown=True)
-        settings = request.settings | _sizes_for_model(study, request.params)
+        sizes = ModelSizes.read(study.model("dense"))
+        settings = request.settings | _sizes_for_model(study, request.params, sizes)
         if request.params.recovery.tokens:
-            computes_twice(study.with_params(request.params))  # UserError if the memory is too small
+            computes_twice(study.with_params(request.params), sizes)  # UserError if the memory is too small
         if request.recipe is None:
-            settings["recipe"] = _recommended_recipe(study, settings)
+            settings["recipe"] = _recommended_recipe(study, settings["pattern"], sizes)
         renew(study.root, nested(settings))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=True)
@@ -64,12 +64,12 @@ def prune_model(request: PruneRequest) -> str:
         return "\n\n".join([*summary, _what_stays(study, experiment)])
 
 
-def _sizes_for_model(study: Study, params: Params) -> Settings:
+def _sizes_for_model(study: Study, params: Params, sizes: ModelSizes) -> Settings:
     """Return lengths of windows that fit the dense model, and enough calibration windows for its solvers."""
     length = params.calibration.length
     longest = positions_of(read_config(study.model("dense"))) or length
     length = min(longest, length)
-    tokens = TOKENS_A_FEATURE * Sizes(study.model("dense")).widest
+    tokens = TOKENS_A_FEATURE * sizes.widest
     return {
         "calibration.length": length,
         "perplexity.length": min(longest, params.perplexity.length),
@@ -77,30 +77,15 @@ def _sizes_for_model(study: Study, params: Params) -> Settings:
     }
 
 
-def _recommended_recipe(study: Study, settings: Settings) -> str:
-    """Return the recommended recipe of a pattern, or the fallback if memory or disk is too small for it."""
-    recipe = RECOMMENDED.get(settings["pattern"], RECOMMENDED_FOR_ZEROS)
-    lacking = _lacking(study.with_params(check_settings(settings | {"recipe": recipe})))
+def _recommended_recipe(study: Study, pattern: str, sizes: ModelSizes) -> str:
+    """Return the recommended recipe of a pattern, or the fallback if memory or disk is too small for a solver."""
+    recipe = RECOMMENDED.get(pattern, RECOMMENDED_FOR_ZEROS)
+    lacking = lacking_for_solver(study, sizes) if recipe != FALLBACK else []
     if lacking:
         notice(f"recipe: {FALLBACK}; the recommended {recipe} needs {' and '.join(lacking)}")
         return FALLBACK
-    notice(f"recipe: {recipe}, recommended for pattern {settings['pattern']}; `--recipe` sets another")
+    notice(f"recipe: {recipe}, recommended for pattern {pattern}; `--recipe` sets another")
     return recipe
-
-
-def _lacking(study: Study) -> list[str]:
-    """Return what the stages of a study need and this machine does not have free: memory, disk."""
-    lacking: list[str] = []
-    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an unusual model: the stages report it
-        needs = [need(study, stage) for stage in ("calibrate", "mask", "apply")]
-        sizes = {
-            "memory": max(requirements.memory - requirements.mapped for requirements in needs),
-            "disk": sum(requirements.disk for requirements in needs),
-        }
-        for what, size_free in free(study).items():
-            if sizes[what] > size_free:
-                lacking.append(f"{gigabytes(sizes[what])} of {what}, {gigabytes(size_free)} free")
-    return lacking
 
 
 # --- what it prints ---

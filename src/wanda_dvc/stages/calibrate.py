@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
@@ -89,8 +90,8 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     A killed run resumes after the blocks that all works have.
     """
     works = [work for work in (norms, gram) if work is not None]
-    announce(study, "calibrate")
     run = runner(study, "dense", works[0])
+    announce(study, "calibrate", sizes=ModelSizes(run.decoder.model, study.model("dense")))
     windows, blocks = calibration_windows(study), len(run.decoder.blocks)
     linears = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
     tokens, features = windows.numel(), max(linear.features for linear in linears)
@@ -119,8 +120,8 @@ def _backward(study: Study, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
     from wanda_dvc.engine.backward import backward  # imports transformers, which takes seconds
 
-    announce(study, "calibrate")
     run = runner(study, "dense", work)
+    announce(study, "calibrate", sizes=ModelSizes(run.decoder.model, study.model("dense")))
     blocks = len(run.decoder.blocks)
     kept = artifact.finished_blocks(work.out, reversed(range(blocks)))
     passed = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=kept)

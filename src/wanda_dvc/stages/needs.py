@@ -1,36 +1,30 @@
-"""The peak memory and disk of each stage, one formula each, and the line that says so.
+"""The memory and disk that each stage of a study needs, and the line about them. `engine/memory.py` has the formulas.
 
-Memory in bytes, beyond the imports, with W parameters in the largest block, R outside the blocks, M weights in a
-block's linears, l in the largest linear; F features that a block's linears read and write, f the most of one; L tokens
-of a window; w bytes a number:
-
-    calibrate               (2 W + R) w + (L F + l) w + 8 L f; Gram matrices add 16 Σ f² + 12 · 128 f
-    mask                    M + 24 · min(cores · min(l, 2²⁰), M); a solver 41 l + 20 f²
-    apply                   9 l; with Gram matrices 41 l + 20 f²
-    perplexity, zero-shot   (2 W + R) w + (L F + l) w + min(2²⁵, L · vocabulary) (w + 8)
-
-Weights in the checkpoint's dtype are views of mapped files on a CPU: page cache, which the system may reclaim. Each
-stage adds 112 MiB. Hidden states wait on disk: 2 · windows · L · hidden · w. Files that exist already, such as texts,
-make the numbers better.
+Files that exist already, such as texts, make the numbers better.
 """
 
-import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from wanda_dvc.engine.checkpoint import WIDTH, dtype_of
+from wanda_dvc.engine.memory import (
+    FIXED,
+    ForwardMemory,
+    ModelSizes,
+    scoring_memory,
+    solving_memory,
+    training_memory,
+    triangles_size,
+)
 from wanda_dvc.engine.sequences import chunk_places
-from wanda_dvc.engine.sizes import FIXED, Sizes, Walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
-from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
+from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.device import device_name, free_memory
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
-SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 BYTES_A_TOKEN = 4  # of English text, about
 
@@ -44,177 +38,51 @@ class Requirements:
     disk: int  # with its outputs
 
 
-class SizesOfStudy:
-    """What the formulas read of a study: its settings, its model's configuration, the size of its texts.
+class Run:
+    """What the needs of a stage's run follow from: settings, the sizes of the model, dtype, device, texts."""
 
-    Without a part it is for the part of the stage that needs most; without a text of the perplexity, for each.
-    """
+    def __init__(self, study: Study, model: str = "", text: str = "", sizes: ModelSizes | None = None) -> None:
+        """Without one of several models, or texts, for the one that needs most. UserError without a configuration."""
+        self.study, self.params, self.text = study, study.params, text
+        self.model = model if model in MODELS else "dense"  # else another variant, such as `norms`
+        self.keeps_reference = model not in MODELS[1:]
+        folder = study.model(self.model)
+        self.sizes = sizes or ModelSizes.read(folder)
+        self.dtype = dtype_of(folder, study.params.dtype)
+        self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
-    def __init__(self, study: Study, part: str = "", text: str = "") -> None:
-        params, self.model = study.params, study.model(part if part in MODELS else "dense")
-        self.part, self.text = part, text
-        self.params = params.model_copy(update={"dtype": dtype_of(self.model, params.dtype)})
-        self.device = device_name(params.runtime).partition(":")[0]  # its kind
-        names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
-        files = {name: study.data(name) / TEXT for name in names}
-        files |= {f"tasks/{name}": study.data("tasks") / name / ITEMS for name in params.tasks.names}
-        self.files = {name: path.stat().st_size for name, path in files.items() if path.is_file()}  # bytes, fetched
-        self.sizes = Sizes(self.model)
-
-    def walk(self, length: int) -> Walk:
+    def forward(self, length: int) -> ForwardMemory:
         """Return the memory of windows of `length` tokens through all blocks."""
-        return Walk(self.sizes, dtype=self.params.dtype, length=length, device=self.device)
+        return ForwardMemory(self.sizes, dtype=self.dtype, length=length, device=self.device)
 
-    def states(self, tokens: int) -> int:
-        """Return the bytes of the hidden states of some tokens."""
-        return tokens * self.sizes.hidden * WIDTH[self.params.dtype]
+    def activations(self, tokens: int) -> int:
+        """Return the bytes of the activations of some tokens before a block."""
+        return tokens * self.sizes.hidden * WIDTH[self.dtype]
 
-    def stored(self) -> int:
+    def model_size(self) -> int:
         """Return the bytes of the model's directory."""
-        return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
+        return sum(path.stat().st_size for path in self.study.model(self.model).iterdir() if path.is_file())
+
+    def text_size(self, name: str) -> int:
+        """Return the bytes of a text's file, such as `calibration`; 0 if it is not fetched, or has no such file."""
+        path = self.study.data(name) / TEXT
+        return path.stat().st_size if path.is_file() else 0
 
 
-def need(study: Study, stage: str, part: str = "", text: str = "") -> Requirements:
-    """Return the needs of a study's stage. UserError without the configuration of its model."""
-    return NEEDS[stage](SizesOfStudy(study, part, text))
+def requirements(
+    study: Study, stage: str, model: str = "", text: str = "", sizes: ModelSizes | None = None
+) -> Requirements:
+    """Return what a stage of a study needs, as `Run`; with the sizes of its model, if they are known already."""
+    return REQUIREMENTS[stage](Run(study, model, text, sizes))
 
 
-def _calibrate(on: SizesOfStudy) -> Requirements:
-    """All windows through all blocks; with the gradients tier, some of them also backwards."""
-    calibration, model = on.params.calibration, on.sizes
-    length, gram = calibration.length, "gram" in on.params.statistics
-    windows = min(WINDOWS_BACK, calibration.windows) if "fisher" in on.params.statistics else 0
-    held = on.walk(length)
-    memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    disk = 2 * on.states(calibration.windows * length)  # two files that alternate
-    disk += gram * _gram_bytes(model.all_squares)
-    if windows:
-        # Gram matrices of gradients, of all rows so far and of one row.
-        grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
-        memory = max(memory, 3 * held.activations + 2 * held.logits + grams)
-        states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (on.params.dtype, "float32"))
-        disk += _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients
-    return _walked(held, memory, disk=disk)
-
-
-def _mask(on: SizesOfStudy) -> Requirements:
-    """A block's masks and scores, or a solver; with `propagation`, during a walk through the pruned blocks."""
-    plan, model = on.params.plan, on.sizes
-    if plan.solves_by_input:
-        chosen = _solving(model, uses_fisher=plan.solver_reads_fisher)
-    else:
-        on_gpu = on.device == "cuda"
-        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_gpu
-        scores = min(model.linear, WEIGHTS_AT_A_TIME) if by_row else model.linear
-        chosen = model.prunable + SELECTION * min((1 if on_gpu else cores()) * scores, model.prunable)
-    chosen = max(chosen, _probing(on))
-    masks = model.count // 8
-    if not plan.propagates and not plan.repairs:
-        return Requirements(memory=FIXED + chosen, disk=masks)
-    length = on.params.calibration.length
-    held = on.walk(length)
-    window = held.activations + held.norms + plan.corrects * held.dense
-    sums = (plan.solves_by_input or plan.repairs) * held.grams + plan.corrects * held.crosses
-    # A solver reads a packed triangle and, for a correction, a cross product.
-    chosen += (2 * plan.solves_by_input + 4 * plan.corrects) * model.widest**2
-    # A copy of the pruned block's weights, and the new ones as they are stored.
-    weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)
-    memory = window + sums + chosen + weights + TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    boundaries = 2 * (1 + plan.corrects)
-    if plan.repairs:
-        boundaries = min(model.blocks + 1, round(float(plan.sparsity) * model.blocks) + 3)
-    waiting = boundaries * on.states(on.params.calibration.windows * length)
-    made = masks + (plan.propagates and plan.solves) * on.stored()  # a repair stores one linear
-    return _walked(held, memory, disk=waiting + made)
-
-
-def _apply(on: SizesOfStudy) -> Requirements:
-    """A linear, or a solver, while the linear before it is written; and the files of another model."""
-    plan, model = on.params.plan, on.sizes
-    solves = "gram" in on.params.statistics
-    memory = _solving(model, uses_fisher=plan.solver.uses_fisher) if solves else 9 * model.linear
-    return Requirements(memory=FIXED + max(memory, _probing(on)), disk=on.stored())
-
-
-def trained_in(dtype: str, device: str) -> str:
-    """Return the dtype of the products in `recover`, whose weights are in float32: bfloat16 if the processor has it."""
-    from wanda_dvc.engine.accelerator import has_bfloat16
-
-    return "bfloat16" if has_bfloat16(device) else dtype if (device, dtype) == ("cuda", "float16") else "float32"
-
-
-def training(on: SizesOfStudy, *, kept: bool = False) -> int:
-    """Return the memory of `recover`. Activations are one block's, and the inputs of all; or, if `kept`, of all."""
-    model, length = on.sizes, min(RECOVERY_LENGTH, on.params.calibration.length)
-    block = 8 * length * model.features + 12 * length**2 * model.scored
-    blocks = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
-    dense = WIDTH[trained_in(on.params.dtype, on.device)]
-    return FIXED + (16 + dense) * model.parameters + RECOVERY_BATCH * (blocks + 24 * length * model.vocabulary)
-
-
-def computes_twice(study: Study) -> bool:
-    """Whether `recover` has to compute activations twice. UserError if the memory is too small even so."""
-    on = SizesOfStudy(study)
-    least, most, free = training(on), training(on, kept=True), free_memory(device_name(study.params.runtime))
-    if least > free:
-        what = f"{gigabytes(least)} of memory (16 bytes a parameter, the dense model and activations)"
-        raise UserError(f"recovery.tokens: found {gigabytes(free)}, expected {what}; set it to 0, or free some memory")
-    return most > free
-
-
-def _perplexity(on: SizesOfStudy) -> Requirements:
-    """The windows of one text, by default the largest; the dense model's predictions on all of them stay."""
-    from wanda_dvc.engine import divergence  # imports transformers
-
-    wanted, model, held = on.params.perplexity, on.sizes, on.walk(on.params.perplexity.length)
-    size = max(on.files.get(f"perplexity/{text}", 0) for text in ([on.text] if on.text else wanted.texts))
-    counts = [size // BYTES_A_TOKEN] if size else []
-    counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
-    tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
-    shard = len(next(iter(chunk_places(tokens // wanted.length)), ())) * wanted.length
-    slices = min(divergence.AT_A_TIME["cuda" if on.device == "cuda" else "cpu"], wanted.length * model.vocabulary)
-    memory = held.activations + held.logits + TEXT_IN_MEMORY * size
-    memory += divergence.REFERENCE_BYTES * shard + divergence.TEMPORARIES * slices
-    kept = 0 if on.part in MODELS[1:] else divergence.REFERENCE_BYTES * tokens
-    return _walked(held, memory, disk=2 * on.states(tokens) + kept)
-
-
-def _zero_shot(on: SizesOfStudy) -> Requirements:
-    """Packed rows of questions."""
-    from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
-
-    held = on.walk(SEQUENCE_TOKENS)
-    # At most: a file of items also has what no model reads.
-    tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
-    memory = max(held.activations + held.logits + held.block_arguments, held.tried)
-    return _walked(held, memory, disk=2 * on.states(tokens))
-
-
-NEEDS: dict[str, Callable[[SizesOfStudy], Requirements]] = {
-    "calibrate": _calibrate,
-    "mask": _mask,
-    "apply": _apply,
-    "recover": lambda on: Requirements(
-        memory=training(on), disk=36 * on.sizes.parameters + on.stored()
-    ),  # 3 checkpoints
-    "perplexity": _perplexity,
-    "zero-shot": _zero_shot,
-}
-
-
-def continuing(on: SizesOfStudy, tokens: int) -> int:
-    """Return the memory of the complete model that continues a prompt up to a number of tokens, with its cache."""
-    model, held, width = on.sizes, on.walk(tokens), WIDTH[on.params.dtype]
-    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
-    return FIXED + model.parameters * width + held.activations + held.logits + cache
-
-
-def announce(study: Study, stage: str, part: str = "", text: str = "") -> None:
+def announce(study: Study, stage: str, model: str = "", text: str = "", *, sizes: ModelSizes) -> None:
     """Print a stage's needs and what is free to stderr."""
-    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # an invalid model: the stage reports it better
-        wanted = need(study, stage, part, text)
-        needed = f"{gigabytes(wanted.memory)} of memory and {gigabytes(wanted.disk)} of disk"
-        notice(f"{stage} needs about {needed}; free: {' and '.join(map(gigabytes, free(study).values()))}")
+    need = requirements(study, stage, model, text, sizes)
+    free_sizes = " and ".join(gigabytes(size) for size in free(study).values())
+    notice(
+        f"{stage} needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk; free: {free_sizes}"
+    )
 
 
 def free(study: Study) -> dict[str, int]:
@@ -227,29 +95,168 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{max(size / 1e6, 0.1):.1f} MB"
 
 
-# --- terms of the formulas ---
+# --- decisions ---
 
 
-def _walked(held: Walk, memory: int, *, disk: int) -> Requirements:
-    """Return the needs of a walk: its weights and other memory, and disk."""
-    return Requirements(memory=FIXED + held.weights + memory, mapped=held.weights if held.mapped else 0, disk=disk)
+def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
+    """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices.
+
+    Memory: three blocks in float32, and ten matrices of the widest input.
+    """
+    needs = {
+        "memory": FIXED + 3 * 4 * sizes.block + 40 * sizes.widest**2,
+        "disk": triangles_size(sizes.all_squares + sizes.all_output_squares),
+    }
+    lacking = []
+    for kind, size_free in free(study).items():
+        if needs[kind] > size_free:
+            lacking.append(f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size_free)} free")
+    return lacking
 
 
-def _solving(model: Sizes, *, uses_fisher: bool = False) -> int:
-    """Solve for a linear, while the one before is written: 8 float32 copies and 5 matrices [f, f], at most."""
-    linear, square = model.linear, model.widest**2
-    return 9 * linear + 32 * linear + 20 * square + uses_fisher * 20 * (linear + square)
+def trained_in(dtype: str, device: str) -> str:
+    """Return the dtype of the products in `recover`, whose weights are in float32: bfloat16 if the processor has it."""
+    from wanda_dvc.engine.accelerator import has_bfloat16
+
+    if has_bfloat16(device):
+        return "bfloat16"
+    return "float16" if (device, dtype) == ("cuda", "float16") else "float32"
 
 
-def _probing(on: SizesOfStudy) -> int:
-    """The probe of a smaller model: one block in float32, and a copy of the weights that read neurons or heads."""
-    structure = on.params.plan.structure
-    if structure is None:
+def training(run: Run, *, kept: bool = False) -> int:
+    """Return the memory of `recover`, as `training_memory`."""
+    length = min(RECOVERY_LENGTH, run.params.calibration.length)
+    width = WIDTH[trained_in(run.dtype, run.device)]
+    return training_memory(run.sizes, length=length, dense_width=width, kept=kept)
+
+
+def computes_twice(study: Study, sizes: ModelSizes) -> bool:
+    """Whether `recover` has to compute activations twice. UserError if the memory is too small even so."""
+    run = Run(study, sizes=sizes)
+    least, most, size_free = training(run), training(run, kept=True), free(study)["memory"]
+    if least > size_free:
+        raise UserError(
+            f"recovery.tokens: found {gigabytes(size_free)}, expected {gigabytes(least)} of memory (16 bytes a "
+            "parameter, the dense model and activations); set it to 0, or free some memory"
+        )
+    return most > size_free
+
+
+# --- stages ---
+
+
+def _calibrate(run: Run) -> Requirements:
+    """All windows through all blocks; for the statistics `fisher`, some of them also backward."""
+    calibration, statistics = run.params.calibration, run.params.statistics
+    forward = run.forward(calibration.length)
+    memory = forward.activations + forward.norms + TEXT_IN_MEMORY * run.text_size("calibration")
+    disk = 2 * run.activations(calibration.windows * calibration.length)  # before and after a block
+    if "gram" in statistics:
+        memory += forward.grams
+        disk += triangles_size(run.sizes.all_squares)
+    if "fisher" in statistics:
+        memory = max(memory, forward.backward)
+        tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
+        gradients = 2 * tokens * run.sizes.hidden * WIDTH["float32"]
+        disk += triangles_size(run.sizes.all_output_squares)
+        disk += (run.sizes.blocks + 1) * run.activations(tokens) + gradients
+    return _running(forward, memory, disk)
+
+
+def _mask(run: Run) -> Requirements:
+    """A block's masks from scores, or a solver; with `propagation`, while windows run through the pruned blocks."""
+    plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
+    disk = sizes.linear_weights // 8
+    if plan.solves_by_input:
+        memory = solving_memory(sizes, uses_fisher=plan.solver_reads_fisher)
+    else:
+        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and run.device != "cuda"
+        memory = scoring_memory(sizes, by_row=by_row, threads=1 if run.device == "cuda" else cores())
+    memory = max(memory, _trial(run))
+    if not plan.propagates and not plan.repairs:
+        return Requirements(memory=FIXED + memory, disk=disk)
+    forward = run.forward(calibration.length)
+    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * run.text_size("calibration")
+    if plan.solves_by_input or plan.repairs:
+        memory += forward.grams
+    models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
+    memory = models * memory + sizes.block * (WIDTH[run.dtype] + sizes.width)  # a pruned block, and its new weights
+    places = 2 * models  # of activations: before and after a block
+    if plan.repairs:  # and between all removed blocks
+        places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
+    disk += places * run.activations(calibration.windows * calibration.length)
+    if plan.propagates and plan.solves:
+        disk += run.model_size()
+    return _running(forward, memory, disk)
+
+
+def _apply(run: Run) -> Requirements:
+    """A linear, or a solver, while the linear before it is written; and the files of another model."""
+    memory = 9 * run.sizes.linear
+    if "gram" in run.params.statistics:
+        memory = solving_memory(run.sizes, uses_fisher=run.params.plan.solver.uses_fisher)
+    return Requirements(memory=FIXED + max(memory, _trial(run)), disk=run.model_size())
+
+
+def _recover(run: Run) -> Requirements:
+    """A training step of the complete model; three checkpoints of the training, and the files of another model."""
+    return Requirements(memory=training(run), disk=36 * run.sizes.parameters + run.model_size())
+
+
+def _perplexity(run: Run) -> Requirements:
+    """The windows of one text, by default the largest; the dense model's predictions on all of them stay on disk."""
+    from wanda_dvc.engine import divergence  # imports transformers
+
+    settings, forward = run.params.perplexity, run.forward(run.params.perplexity.length)
+    texts = [run.text] if run.text else list(settings.texts)
+    size = max(run.text_size(f"perplexity/{name}") for name in texts)
+    tokens = size // BYTES_A_TOKEN  # 0: of a text that is not fetched yet
+    if isinstance(settings.windows, int):
+        asked = settings.windows * settings.length
+        tokens = min(tokens, asked) if size else asked
+    chunks = chunk_places(tokens // settings.length)
+    in_chunk = len(chunks[0]) * settings.length if chunks else 0
+    slice_size = divergence.AT_A_TIME["cuda" if run.device == "cuda" else "cpu"]
+    memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size
+    memory += divergence.REFERENCE_BYTES * in_chunk
+    memory += divergence.TEMPORARIES * min(slice_size, settings.length * run.sizes.vocabulary)
+    disk = 2 * run.activations(tokens)
+    if run.keeps_reference:
+        disk += divergence.REFERENCE_BYTES * tokens
+    return _running(forward, memory, disk)
+
+
+def _zero_shot(run: Run) -> Requirements:
+    """Packed questions."""
+    from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
+
+    forward, bytes_of_items = run.forward(SEQUENCE_TOKENS), 0
+    for name in run.params.tasks.names:
+        path = run.study.data("tasks") / name / ITEMS
+        bytes_of_items += path.stat().st_size if path.is_file() else 0
+    memory = max(forward.activations + forward.logits + forward.block_arguments, forward.trial)
+    # Tokens, at most: a file of items also has what no model reads.
+    return _running(forward, memory, 2 * run.activations(bytes_of_items // BYTES_A_TOKEN))
+
+
+REQUIREMENTS: dict[str, Callable[[Run], Requirements]] = {
+    "calibrate": _calibrate,
+    "mask": _mask,
+    "apply": _apply,
+    "recover": _recover,
+    "perplexity": _perplexity,
+    "zero-shot": _zero_shot,
+}
+
+
+def _running(forward: ForwardMemory, memory: int, disk: int) -> Requirements:
+    """Return the needs of a stage that runs the model, with the memory and disk next to its weights."""
+    mapped = forward.weights if forward.mapped else 0
+    return Requirements(memory=FIXED + forward.weights + memory, mapped=mapped, disk=disk)
+
+
+def _trial(run: Run) -> int:
+    """Return the memory of the trial of a smaller model: a block in float32, and copies of weights that lose parts."""
+    if run.params.plan.structure is None:
         return 0
-    copies = 0 if structure.method else on.sizes.block // 3  # at most
-    return 4 * (on.sizes.rest + on.sizes.block + copies)
-
-
-def _gram_bytes(squares: int) -> int:
-    """Return the bytes of stored triangles of Gram matrices, at most."""
-    return squares // 2 * WIDTH[GRAM_DTYPE]
+    return 4 * (run.sizes.rest + run.sizes.block + run.sizes.block // 3)

@@ -15,6 +15,7 @@ from wanda_dvc.engine.divergence import (
     summarize,
 )
 from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -33,7 +34,6 @@ from wanda_dvc.study.tensors import read_window, write_window
 def perplexity(*, study: Study, model: str, text: str) -> None:
     """models/{dense,pruned,recovered} + data/perplexity/TEXT, reference → metrics/…/perplexity/TEXT.json."""
     provenance, dtype = check_ready(study, model, study.stage_input("perplexity")["length"], "perplexity.length")
-    announce(study, "perplexity", model, text)
     windows, described = windows_of(study, study.model(model), text)
     identified = identity(STAGES["perplexity"].version, provenance, study.model(model))
     protocol = describe("perplexity", libraries=("torch", "transformers"), **identified, **described, dtype=dtype)
@@ -41,6 +41,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         protocol |= {"reference": digest(_reference_provenance(study, text, protocol))}
     with study.work(protocol) as work:
         run = runner(study, model, work)
+        announce(study, "perplexity", model, text, sizes=ModelSizes(run.decoder.model, study.model(model)))
         run_name = f"perplexity {model} {text}"
         blocks = len(run.decoder.blocks)
         for step in progress(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import EditedCheckpoint, write_model
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import RECOVERY_BATCH
@@ -37,7 +38,8 @@ def recover(*, study: Study) -> None:
     settings = study.stage_input("recover")
     pruned, dtype = check_ready(study, "pruned")
     check_source("models/pruned", pruned["model"], read_provenance(study.model("dense"), "download model"), "apply")
-    device, checkpointing = own_device(study.params.runtime), computes_twice(study)
+    sizes = ModelSizes.read(study.model("dense"))
+    device, checkpointing = own_device(study.params.runtime), computes_twice(study, sizes)
     dtype = trained_in(dtype, device.type)
     windows, validation = training_windows(study)
     provenance = pruned | describe(
@@ -51,7 +53,7 @@ def recover(*, study: Study) -> None:
     )
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
-        announce(study, "recover")
+        announce(study, "recover", sizes=sizes)
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     with unfinished as work:
         steps = len(windows) // RECOVERY_BATCH

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from wanda_dvc.engine.checkpoint import positions_of
+from wanda_dvc.engine.memory import ModelSizes, generating_memory
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory, own_device
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
-from wanda_dvc.stages.needs import SizesOfStudy, announce, continuing
+from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
@@ -32,7 +33,8 @@ CONTINUED = 40  # tokens of a continuation, at most
 def zero_shot(*, study: Study, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
     (measured, dtype), settings = check_ready(study, model), study.stage_input("zero-shot")
-    announce(study, "zero-shot", model)
+    sizes = ModelSizes.read(study.model(model))
+    announce(study, "zero-shot", model, sizes=sizes)
     same = identity(STAGES["zero-shot"].version, measured, study.model(model))
     details, metrics = Json(), Json()
     for task in settings["tasks"]:
@@ -48,7 +50,7 @@ def zero_shot(*, study: Study, model: str) -> None:
             metrics[task] |= changed
     inputs = {"prompts_sha256": digest(read_prompts(study)), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **same, **inputs)
-    written = _kept(study, f"{model}-continuations", protocol, partial(_continue, study, model, protocol))
+    written = _kept(study, f"{model}-continuations", protocol, partial(_continue, study, model, sizes, protocol))
     plotted = [[task, item["item"], item["acc"]] for task, one in details.items() for item in one["items"]]
     write_json(study.details(model, "continuations"), written["details"])
     write_json(study.details(model, "zero_shot"), {"tasks": details})
@@ -163,11 +165,11 @@ def read_prompts(study: Study) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _continue(study: Study, model: str, protocol: Json, _: Work) -> Json:
+def _continue(study: Study, model: str, sizes: ModelSizes, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
     device, prompts = own_device(study.params.runtime), read_prompts(study)
     longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
-    needed = continuing(SizesOfStudy(study, model), longest + CONTINUED)
+    needed = generating_memory(sizes, dtype=protocol["dtype"], tokens=longest + CONTINUED, device=device.type)
     if needed > (free := free_memory(str(device))):
         skipped = (
             f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free; "

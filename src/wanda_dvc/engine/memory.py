@@ -1,0 +1,140 @@
+"""The memory of a model in bytes, beyond the imports: run block by block, pruned, or trained. All formulas are here.
+
+With W parameters in the largest block, R outside the blocks, M weights in a block's linears, l in the largest linear; F
+features that a block's linears read and write, f the most of one; L tokens of a window; w bytes a number:
+
+    run block by block      (2 W + R) w + (L F + l) w, and min(2²⁵, L · vocabulary) (w + 8) for logits
+    sum statistics          8 L f; Gram matrices add 16 Σ f² + 12 · 128 f
+    choose masks            M + 24 · min(cores · min(l, 2²⁰), M); a solver 41 l + 20 f²
+    train                   (16 + w) · parameters, and activations
+
+Each stage adds 112 MiB. On a CPU, weights in the checkpoint's dtype are views of mapped files: page cache, which the
+system may reclaim. Activations wait on disk: 2 · windows · L · hidden · w.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.engine.checkpoint import WIDTH, Address, read_config
+from wanda_dvc.engine.sequences import ARGUMENTS_BYTES
+from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH
+from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
+
+LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
+ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
+FIXED = LIBRARIES + ALLOCATOR  # of every stage
+SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
+
+
+class ModelSizes:
+    """Counts of a model's weights and features. A tied head counts as embeddings; each expert's matrix is a linear."""
+
+    def __init__(self, model: Any, config: Path) -> None:
+        """Count a model of transformers with this config.json, or the one in this directory."""
+        from wanda_dvc.engine.structure import StoredSlice, find_blocks, stored_linears
+
+        blocks = find_blocks(model)[1]
+        shapes: list[list[tuple[int, int]]] = []  # [out, in] of the linears of each block
+        for block in blocks:
+            linears = stored_linears(block, "", lambda name: [StoredSlice(Address(name))])
+            shapes.append([(x.weight.numel() // x.features, x.features) for x in linears.values()])
+        block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        weights = [sum(out * features for out, features in block) for block in shapes]
+        squares = [sum(features**2 for _, features in block) for block in shapes]
+        output_squares = [sum(out**2 for out, _ in block) for block in shapes]
+        text_config = model.config.get_text_config()
+        heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
+
+        self.dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # of the stored weights
+        self.width = WIDTH.get(self.dtype, 8)  # bytes of a stored weight, at most
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
+        self.blocks = len(blocks)
+        self.block = max(block_sizes)  # W: parameters of the largest block
+        self.rest = self.parameters - sum(block_sizes)  # R: of embeddings, norms and head
+        self.linear_weights = sum(weights)  # of all linears
+        self.block_weights = max(weights)  # M: of the linears of the largest block
+        self.linear = max(out * features for block in shapes for out, features in block)  # l: of the largest linear
+        self.features = max(sum(map(sum, block)) for block in shapes)  # F: that a block's linears read and write
+        self.widest = max(max(shape) for block in shapes for shape in block)  # f: that one linear reads or writes
+        self.squares, self.all_squares = max(squares), sum(squares)  # Σ f² of what a block's linears read; of all
+        self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)  # of what they write
+        # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
+        self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
+        self.hidden: int = text_config.hidden_size
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+
+    @classmethod
+    def read(cls, config: Path) -> "ModelSizes":
+        """Count the model of a config.json, or of its directory, without weights. UserError if it is not valid.
+
+        Windowed attention counts as full attention.
+        """
+        from wanda_dvc.engine.structure import build_empty
+
+        return cls(build_empty(read_config(config), str(config)), config)
+
+
+class ForwardMemory:
+    """The memory of a model that runs block by block, by purpose, for sequences of `length` tokens."""
+
+    def __init__(self, model: ModelSizes, *, dtype: str, length: int, device: str = "cpu") -> None:
+        """Count on a kind of device."""
+        from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` needs not
+
+        width = WIDTH[dtype]
+        # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
+        scores = length**2 * model.heads_with_scores * (2 * width + 4)
+        self.weights = (2 * model.block + model.rest) * width  # of the current block, the next one, embeddings and head
+        # Whether the weights are views of the checkpoint: page cache, which the system may reclaim.
+        self.mapped = device == "cpu" and dtype == model.dtype
+        self.activations = (length * model.features + model.linear) * width + scores  # a matrix library packs a linear
+        # A chunk's, as the model gives them, in float32, and their log-softmax.
+        self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8)
+        self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square
+        # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel.
+        self.grams = 16 * model.squares + 12 * PANEL * model.widest
+        # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
+        gradient_grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
+        self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
+        # Before packed questions, a block of each kind is tried, with a copy in float32.
+        self.trial = 4 * model.block if width < 4 else 0
+        self.block_arguments = ARGUMENTS_BYTES[device]  # recorded arguments of the blocks, of packed questions
+
+
+def scoring_memory(model: ModelSizes, *, by_row: bool, threads: int) -> int:
+    """Return the memory of a block's masks from scores, which threads compute in slices of rows, or by linear."""
+    slice_size = min(model.linear, WEIGHTS_AT_A_TIME) if by_row else model.linear
+    return model.block_weights + SELECTION * min(threads * slice_size, model.block_weights)
+
+
+def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
+    """Return the memory to solve for a linear while the linear before it is written.
+
+    8 float32 copies and 5 matrices [f, f], at most; of Fisher information as many again.
+    """
+    linear, square = model.linear, model.widest**2
+    memory = 9 * linear + 32 * linear + 20 * square
+    return memory + 20 * (linear + square) if uses_fisher else memory
+
+
+def training_memory(model: ModelSizes, *, length: int, dense_width: int, kept: bool = False) -> int:
+    """Return the memory of a training step; activations are those of one block and all inputs, or, if `kept`, all.
+
+    Weights, gradients and two moments are in float32; the dense model has `dense_width` bytes a parameter.
+    """
+    block = 8 * length * model.features + 12 * length**2 * model.heads_with_scores
+    activations = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
+    predictions = 24 * length * model.vocabulary
+    return FIXED + (16 + dense_width) * model.parameters + RECOVERY_BATCH * (activations + predictions)
+
+
+def generating_memory(model: ModelSizes, *, dtype: str, tokens: int, device: str) -> int:
+    """Return the memory of the complete model that continues a prompt up to a number of tokens, with its cache."""
+    forward, width = ForwardMemory(model, dtype=dtype, length=tokens, device=device), WIDTH[dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return FIXED + model.parameters * width + forward.activations + forward.logits + cache
+
+
+def triangles_size(squares: int) -> int:
+    """Return the bytes of stored Gram matrices with `squares` elements in all, at most."""
+    return squares // 2 * WIDTH[GRAM_DTYPE]
