@@ -73,7 +73,7 @@ def mask(*, study: Study) -> None:
     units = {}
     if removal:
         units = {linear: removal.unit_sets[dimension.unit_set] for linear, dimension in removal.consumers.items()}
-    job = MaskJob(plan, checkpoint, units, study.fisher.absolute())
+    job = MaskJob(plan, checkpoint, sparsities, units, study.fisher.absolute())
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
@@ -86,10 +86,10 @@ def mask(*, study: Study) -> None:
             repaired = repair_before_removed_blocks(study, checkpoint, removal, stats, work)
         if plan.propagates:
             what = "mask, blocks calibrated and pruned"
-            results = on_pruned_blocks(study, job, removal, sparsities, stats, work, finished, device)
+            results = on_pruned_blocks(study, job, removal, stats, work, finished, device)
         else:
             what = "mask, blocks"
-            results = from_statistics(study, job, removal, sparsities, range(finished, blocks), device)
+            results = from_statistics(study, job, removal, range(finished, blocks), device)
         unreached = {}
         for result in process.progress(results, total=blocks, what=what, at=lambda result: result.block):
             if repaired and result.block == repaired.block:
@@ -233,12 +233,7 @@ def _rounded_up(sparsity: Fraction) -> str:
 
 
 def from_statistics(
-    study: Study,
-    job: MaskJob,
-    removal: "Removal | None",
-    sparsities: Sequence[BlockSparsity],
-    blocks: Iterable[int],
-    device: torch.device,
+    study: Study, job: MaskJob, removal: "Removal | None", blocks: Iterable[int], device: torch.device
 ) -> Iterator[BlockResult]:
     """Yield each block's result, from the statistics of the dense model.
 
@@ -248,11 +243,11 @@ def from_statistics(
     if not job.plan.solves_by_input:
         for block in blocks:
             stats = tensors.read_stats(study.stats, block)
-            masks = score_block(job, block, stats, sparsities[block], device)
+            masks = score_block(job, block, stats, device)
             yield without_units(removal, BlockResult(block, masks, {}, {}, stats.unreached()))
         return
     stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
-    tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats, sparsities[block])]
+    tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats)]
     solve_task = partial(solve_from_file, job, study.gram.absolute())
     cluster = inputs.cluster(study, [study.model("dense"), study.gram])
     outputs: Iterator[SolverOutput]
@@ -265,14 +260,7 @@ def from_statistics(
 
 
 def on_pruned_blocks(
-    study: Study,
-    job: MaskJob,
-    removal: "Removal | None",
-    sparsities: Sequence[BlockSparsity],
-    stats: Json,
-    work: Work,
-    finished: int,
-    device: torch.device,
+    study: Study, job: MaskJob, removal: "Removal | None", stats: Json, work: Work, finished: int, device: torch.device
 ) -> Iterator[BlockResult]:
     """Yield the result of each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
@@ -283,10 +271,10 @@ def on_pruned_blocks(
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
         record = step.record(gram=plan.solves_by_input, changes=True)
         if plan.solves_by_input:
-            outputs = solve_recorded(job, run, step.index, record, sparsities[step.index], work, device)
+            outputs = solve_recorded(job, run, step.index, record, device)
             result = merged(step.index, record.stats, outputs)
         else:
-            masks = score_block(job, step.index, record.stats, sparsities[step.index], device)
+            masks = score_block(job, step.index, record.stats, device)
             result = BlockResult(step.index, masks, {}, {}, record.stats.unreached())
         del record  # before the next block's
         result = without_units(removal, result)
@@ -295,25 +283,19 @@ def on_pruned_blocks(
 
 
 def solve_recorded(
-    job: MaskJob,
-    run: "ModelRunner",
-    block: int,
-    record: "BlockRecord",
-    sparsity: BlockSparsity,
-    work: Work,
-    device: torch.device,
+    job: MaskJob, run: "ModelRunner", block: int, record: "BlockRecord", device: torch.device
 ) -> Iterator[SolverOutput]:
     """Yield the masks and weights of the linears of each input, from Gram matrices that were recorded.
 
     In this process, matrices stay in memory, and each is removed from the record when it is used. A cluster reads them
     from a file, as exact: float32.
     """
-    tasks = solver_tasks(block, record.stats, sparsity)
+    tasks = solver_tasks(block, record.stats)
     if run.cluster is None:
         for task in tasks:
             yield solve(job, task, record.grams.pop(task.name, None), record.crosses.pop(task.name, None), device)
         return
-    folder = (work.path / "recorded").absolute()
+    folder = run.work / "recorded"
     folder.mkdir(exist_ok=True)
     tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
     record.grams.clear()  # the next matrices need their memory

@@ -1,6 +1,6 @@
-"""The unit of work of `mask`: masks, and new weights, of the linears of a block that read one distinct input."""
+"""The units of work of `mask`: `score_block`, and for solvers `solve`, of the linears that read one distinct input."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class MaskJob(NamedTuple):
 
     plan: Plan
     checkpoint: Checkpoint  # of the dense model
+    sparsities: Sequence[BlockSparsity]  # by block
     units: Mapping[str, Units]  # to remove, by the linear that reads them
     fisher: Path  # the folder stats/fisher
 
@@ -35,7 +36,6 @@ class SolverTask(NamedTuple):
     block: int
     name: str  # of the input
     stats: BlockStats  # of this input alone
-    sparsity: BlockSparsity
 
 
 class SolverOutput(NamedTuple):
@@ -46,9 +46,9 @@ class SolverOutput(NamedTuple):
     diagnostics: Json  # solver diagnostics of each
 
 
-def solver_tasks(block: int, stats: BlockStats, sparsity: BlockSparsity) -> list[SolverTask]:
+def solver_tasks(block: int, stats: BlockStats) -> list[SolverTask]:
     """Return the tasks of a block, one for each distinct input."""
-    return [SolverTask(block, name, stats.of(name), sparsity) for name in stats.consumers]
+    return [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
 
 
 def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> SolverOutput:
@@ -86,7 +86,7 @@ def solve(
             factors if plan.method.needs == "gram" else stats.inputs[task.name],
             stats,
             method=plan.method,
-            sparsity=task.sparsity,
+            sparsity=job.sparsities[task.block],
             pattern=plan.pattern,
             group=plan.group,
             units=job.units,
@@ -106,9 +106,7 @@ def solve(
     return SolverOutput(tensors.pack_masks(masks).data, weights, diagnostics)
 
 
-def score_block(
-    job: MaskJob, block: int, stats: BlockStats, sparsity: BlockSparsity, device: torch.device
-) -> tensors.Masks:
+def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> tensors.Masks:
     """Return the masks of a block's linears by their scores."""
     plan = job.plan
     if plan.masks_read_fisher:
@@ -117,7 +115,7 @@ def score_block(
         job.checkpoint.weight,
         stats,
         method=plan.method,
-        sparsity=sparsity,
+        sparsity=job.sparsities[block],
         pattern=plan.pattern,
         group=plan.group,
         units=job.units,
