@@ -1,5 +1,6 @@
 """A local model or text is watched by its content, and a study is shared with a team, on a real DVC repository."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, study):
     assert (tiny / "config.json").is_file()
     with pytest.raises(UserError, match="params.yaml: model: /nowhere not found, expected a directory or a file"):
         plan(study=study(Path("/nowhere"), plan=False))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/model.safetensors").symlink_to("removed")
+    with pytest.raises(UserError, match="model: .*linked/model.safetensors is a link to a missing file; copy the file"):
+        plan(study=study(tmp_path / "linked", plan=False))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(
+        UserError, match="calibration.text.source: .*pipe.txt is no file and no directory, expected one"
+    ):
+        plan(study=study(calibration__text__source=str(tmp_path / "pipe.txt"), plan=False))
 
 
 @pytest.fixture(scope="module")

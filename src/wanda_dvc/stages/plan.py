@@ -52,9 +52,20 @@ def _link_source(study: Study, part: str, setting: str, source: str) -> None:
         return
     if not Path(source).exists():
         raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
+    _check_readable(setting, Path(source))
     inside, root = Path(source).resolve(), study.root.resolve()
     if any(inside.is_relative_to(root / out.partition("/{")[0]) for out in WRITTEN):  # each run would change it
         raise UserError(f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it")
     place.parent.mkdir(parents=True, exist_ok=True)
     remove(place)
     place.symlink_to(source)
+
+
+def _check_readable(setting: str, source: Path) -> None:
+    """Raise UserError for a named pipe or the like, and for a model with dangling links: DVC would not name them."""
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.suffix in (".safetensors", ".json") and path.is_symlink() and not path.exists():
+                raise UserError(f"params.yaml: {setting}: {path} is a link to a missing file; copy the file there")
+    elif not source.is_file():
+        raise UserError(f"params.yaml: {setting}: {source} is no file and no directory, expected one; name another")

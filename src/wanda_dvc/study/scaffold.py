@@ -32,6 +32,14 @@ NEXT = """
   dvc exp run --temp -S sparsity=0.3    # another sparsity
 
 `wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
+# Of a study without git. With `reflink` among the types, DVC keeps a second copy of each output on file systems without
+# reflinks, such as ext4.
+LOCAL_CONFIG = """\
+[core]
+    no_scm = true
+[cache]
+    type = "hardlink,symlink"
+"""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES = {
@@ -89,7 +97,7 @@ def renew(folder: Path, settings: Settings) -> None:
     _, text = new_params(settings)
     for place, file in FILES.items():
         write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
-    write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")  # `init --from` does not copy it
+    write_text(folder / ".dvc/config.local", LOCAL_CONFIG)  # `init --from` does not copy it
 
 
 class _Representer(RoundTripRepresenter):
