@@ -15,7 +15,7 @@ from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.dvc import states
+from wanda_dvc.study.dvc import list_revisions
 from wanda_dvc.study.scaffold import PIPELINE
 
 UP_TO_CALIBRATE = {"plan", "download-model", "download-calibration"} | CALIBRATE
@@ -152,7 +152,7 @@ def test_commits_without_experiments_are_not_read(tmp_path: Path):
             with Repo(str(tmp_path)) as repo:
                 repo.experiments.save(name="an-experiment")
             git(tmp_path, "checkout", "--", ".")
-    with Repo(str(tmp_path)) as repo:
-        found = states(tmp_path, repo)
-    assert {state.rev for state in found} == {"workspace", revs[3], revs[1]}
-    assert [one.name for state in found for one in state.experiments or []] == ["an-experiment"]
+    records = list_revisions(tmp_path)
+    assert {record["rev"] for record in records} == {"workspace", revs[3], revs[1]}
+    experiments = [experiment for record in records for experiment in record["experiments"] or []]
+    assert [experiment["name"] for experiment in experiments] == ["an-experiment"]
