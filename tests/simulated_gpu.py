@@ -35,11 +35,11 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> "OnDevice":
-        made: OnDevice = Tensor._make_wrapper_subclass(
+        tensor: OnDevice = Tensor._make_wrapper_subclass(
             cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype
         )
-        made.host = host
-        return made
+        tensor.host = host
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,8 +52,8 @@ class OnDevice(Tensor):
             raise RuntimeError(f"{name}: expected all tensors on the same device, found {CUDA} and cpu")
         known = {id(x.host): x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)}  # changed in place
         kernel = _histogram if name == "histc" else function
-        made = kernel(*tree_map(_host, args), **tree_map(_host, kwargs))
-        return tree_map(lambda x: known.get(id(x)) if id(x) in known else _on_device(x), made)
+        results = kernel(*tree_map(_host, args), **tree_map(_host, kwargs))
+        return tree_map(lambda x: known.get(id(x)) if id(x) in known else _on_device(x), results)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return _to(self, *args, **kwargs)
@@ -100,8 +100,8 @@ def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor
         here = isinstance(tensor, OnDevice)
         if device is None or here == (device.type == "cuda"):
             return Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
-        made = Tensor.to(_host(tensor), dtype=dtype or tensor.dtype, copy=True)
-        return made if here else OnDevice(made)
+        moved = Tensor.to(_host(tensor), dtype=dtype or tensor.dtype, copy=True)
+        return moved if here else OnDevice(moved)
 
 
 class _Modes(TorchFunctionMode):

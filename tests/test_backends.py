@@ -70,18 +70,18 @@ ALIKE = 1e-4  # float32's 1.2e-7, for sums in another order, times what solvers 
 def check_alike(host: Path, card: Path) -> None:
     """Hold a GPU's results to the CPU's: masks are equal, and numbers up to the order of sums."""
     for path in (path.relative_to(host) for path in host.rglob("*.safetensors")):
-        one, other = load_file(host / path), load_file(card / path)
-        assert one.keys() == other.keys()
-        for name, x in one.items():
+        expected, actual = load_file(host / path), load_file(card / path)
+        assert expected.keys() == actual.keys()
+        for name, x in expected.items():
             if path.parts[0] == "masks":
-                assert torch.equal(other[name], x), name
+                assert torch.equal(actual[name], x), name
             elif x.is_floating_point() and path.parts[0] in ("stats", "models"):
-                torch.testing.assert_close(other[name], x, rtol=ALIKE, atol=ALIKE * float(x.abs().max()))
+                torch.testing.assert_close(actual[name], x, rtol=ALIKE, atol=ALIKE * float(x.abs().max()))
     for path in (path.relative_to(host) for path in (host / "metrics").rglob("*.json")):
-        one, other = (dict(flatten(json.loads((root / path).read_text()))) for root in (host, card))
-        assert one.keys() == other.keys()
-        for name, x in one.items():
-            assert other[name] == (pytest.approx(x, rel=ALIKE, abs=ALIKE) if isinstance(x, float) else x), (path, name)
+        expected, actual = (dict(flatten(json.loads((root / path).read_text()))) for root in (host, card))
+        assert expected.keys() == actual.keys()
+        for name, x in expected.items():
+            assert actual[name] == (pytest.approx(x, rel=ALIKE, abs=ALIKE) if isinstance(x, float) else x), (path, name)
 
 
 # Every choice on one family, and every family with one choice.
@@ -100,11 +100,11 @@ def test_every_backend_gives_what_one_process_gives(
 ):
     asks = settings == {"recipe": "fisher"}
     host, _ = ran(tmp_path / "plain", family, texts | settings, "plain", asks=asks)
-    other, cluster = ran(tmp_path / backend, family, texts | settings, backend, asks=asks)
+    ran_elsewhere, cluster = ran(tmp_path / backend, family, texts | settings, backend, asks=asks)
     if backend == "gpu":
-        check_alike(host.root, other.root)
+        check_alike(host.root, ran_elsewhere.root)
     else:
-        assert tree(other.root, *MADE) == tree(host.root, *MADE)
+        assert tree(ran_elsewhere.root, *MADE) == tree(host.root, *MADE)
         assert cluster.ran
 
 
@@ -121,16 +121,16 @@ def killed(name: str) -> Any:
 
 
 def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(calibrated_study: Make, monkeypatch: Patch):
-    made, cluster = calibrated_study(method="admm"), Inline()
-    stage.mask(study=made)
-    expected = tree(made.masks)
-    shutil.rmtree(made.masks)
+    restarted, cluster = calibrated_study(method="admm"), Inline()
+    stage.mask(study=restarted)
+    expected = tree(restarted.masks)
+    shutil.rmtree(restarted.masks)
     monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)
     with killed("write_masks"), pytest.raises(KeyboardInterrupt):
-        stage.mask(study=made)
+        stage.mask(study=restarted)
     cluster.ran.clear()
-    stage.mask(study=made)
-    assert tree(made.masks) == expected
+    stage.mask(study=restarted)
+    assert tree(restarted.masks) == expected
     assert [name for name, _ in cluster.ran] == [f"solver {number}" for number in range(4)]  # of the second block alone
 
 
@@ -139,19 +139,19 @@ def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(
     calibrated_study: Make, monkeypatch: Patch, here: bool
 ):
     """In this process too: the files are the same."""
-    made, cluster = calibrated_study(), Inline()
-    expected, stats = tree(made.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
-    shutil.rmtree(made.root / "stats")
+    restarted, cluster = calibrated_study(), Inline()
+    expected, stats = tree(restarted.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
+    shutil.rmtree(restarted.root / "stats")
     in_tasks = mock.patch.object(inputs, "cluster", return_value=Inline())
     with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
-        stats.calibrate(study=made, statistics="norms")
+        stats.calibrate(study=restarted, statistics="norms")
     if not here:
         monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)
-    stats.calibrate(study=made, statistics="norms")
+    stats.calibrate(study=restarted, statistics="norms")
     assert bool(cluster.ran) != here
     assert not [name for name, _ in cluster.ran if name.startswith("block 0, chunk")]
-    calibrate(study=made)
-    assert tree(made.root / "stats") == expected
+    calibrate(study=restarted)
+    assert tree(restarted.root / "stats") == expected
 
 
 def test_the_simulated_gpu_refuses_mixed_operations():

@@ -60,9 +60,11 @@ def agents() -> dict[str, int]:
     names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return {"num_gpus": 0} | {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return {"num_gpus": 0} | {
+            name: listener.getsockname()[1] for name, listener in zip(names, sockets, strict=True)
+        }
 
 
 def set_nodes(nodes: Any, number: int) -> None:

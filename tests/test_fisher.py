@@ -54,9 +54,9 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     model, expected, products = stock(folder), dict[str, Tensor](), dict[str, Tensor]()
 
     def add(name: str, norms: Tensor, gradient: Tensor) -> None:
-        one = gradient.double().flatten(0, -2) * norms.flatten(0, -2)
-        expected[name] = expected.get(name, 0) + one.square().sum(dim=0)
-        products[name] = products.get(name, 0) + one.T @ one
+        scaled = gradient.double().flatten(0, -2) * norms.flatten(0, -2)
+        expected[name] = expected.get(name, 0) + scaled.square().sum(dim=0)
+        products[name] = products.get(name, 0) + scaled.T @ scaled
 
     def see(name: str, _: nn.Module, args: tuple[object, ...], out: object) -> None:
         if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor) and args[0].dim() > 1:
@@ -67,17 +67,17 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     for row in tokens:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
-    came = [one for _, one in backward(ModelRunner(decoder, tmp_path / "work"), tokens)]
-    found = {name: sums for one in came for name, sums in one.sums.items()}
-    grams = {name: gram.matrix() for one in came for name, gram in one.grams.items()}
+    blocks = [block for _, block in backward(ModelRunner(decoder, tmp_path / "work"), tokens)]
+    sums_of = {name: sums for block in blocks for name, sums in block.sums.items()}
+    grams = {name: gram.matrix() for block in blocks for name, gram in block.grams.items()}
     for name, gram in grams.items():  # of experts and of parts of a weight too
-        torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
-    assert grams.keys() == found.keys()
-    for name, (own, linear) in parameters(decoder).items():
-        if linear.stored.is_complete and own.endswith(".weight") and linear.stored.expert is None:
-            wanted = expected[own.removesuffix(".weight")]
-            torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
-            product = products[own.removesuffix(".weight")].float()
+        torch.testing.assert_close(gram.diagonal().double(), sums_of[name], rtol=1e-5, atol=0)
+    assert grams.keys() == sums_of.keys()
+    for name, (parameter, linear) in parameters(decoder).items():
+        if linear.stored.is_complete and parameter.endswith(".weight") and linear.stored.expert is None:
+            wanted = expected[parameter.removesuffix(".weight")]
+            torch.testing.assert_close(sums_of[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
+            product = products[parameter.removesuffix(".weight")].float()
             torch.testing.assert_close(grams[name], product, rtol=1e-3, atol=1e-5 * wanted.max().item())
             checked += 1
     assert checked >= len(decoder.blocks)
@@ -93,8 +93,8 @@ def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: P
     gradients, unreached = {name: parameter.grad for name, parameter in model.named_parameters()}, 0
     largest = max(x.max().item() for x in found.values())
     assert all(x.any() for x in found.values())  # what only the last token reaches, which predicts nothing, has none
-    for name, (own, linear) in parameters(decoder).items():
-        gradient = gradients[own]
+    for name, (parameter, linear) in parameters(decoder).items():
+        gradient = gradients[parameter]
         part = torch.zeros(1, 1) if gradient is None else linear.stored.of(gradient)
         squares = part.square().sum(dim=0 if linear.transposed else 1)
         ours = found.get(name, torch.zeros(1)).float()

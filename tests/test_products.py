@@ -58,16 +58,16 @@ def test_a_linear_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], b
     assert type(ours) is products.OneDnnLinear
     assert type(model[1]) is nn.Conv1d
     ours.load_state_dict(stock.state_dict())
-    made = []
+    results = []
     for linear in (stock, ours):
         x = drawn(*shape).requires_grad_()
         out = linear(x)
         (out.square() * (1 + torch.arange(9))).sum().backward()
         with torch.no_grad():
             torch.testing.assert_close(linear(x), out, rtol=1e-5, atol=1e-5)
-        made.append([out, x.grad, *(parameter.grad for parameter in linear.parameters())])
-    for one, other in zip(*made, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        results.append([out, x.grad, *(parameter.grad for parameter in linear.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(expected, actual, rtol=1e-5, atol=1e-5)
 
 
 def test_other_dtypes_are_left_to_torch():
@@ -81,10 +81,10 @@ def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Pa
     run = ModelRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
     for step in run.forward(windows):
         step.run()
-    found = [loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]
+    losses = [loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     expected = [model(window[None], labels=window[None]).loss.item() for window in windows]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
@@ -102,11 +102,11 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
         for m, k, n in ((500, 300, 700), (64, 2000, 100), (100, 64, 3000)):
-            made = []
+            results = []
             for number in (1, 2, 3):
                 torch.set_num_threads(number)
-                made.append(products.multiply(drawn(m, k), drawn(k, n)))
-            assert torch.equal(made[0], made[1])
-            assert torch.equal(made[0], made[2])
+                results.append(products.multiply(drawn(m, k), drawn(k, n)))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(threads)

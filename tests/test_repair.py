@@ -27,16 +27,16 @@ WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibra
 
 
 def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(study: Make):
-    made = prune(fetch(study(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
-    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    scores = [influence(read_stats(made.stats, block)) for block in range(4)]
+    repaired = prune(fetch(study(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
+    dense, pruned = (Checkpoint(repaired.model(model)) for model in ("dense", "pruned"))
+    scores = [influence(read_stats(repaired.stats, block)) for block in range(4)]
     first = min((1, 2), key=lambda block: scores[block] + scores[block + 1])
     kept = [block for block in range(4) if block not in (first, first + 1)]
-    model = AutoModelForCausalLM.from_pretrained(made.model("dense")).double().eval()
+    model = AutoModelForCausalLM.from_pretrained(repaired.model("dense")).double().eval()
     block = model.model.layers[first - 1]
     inputs: list[torch.Tensor] = []
     hook = block.mlp.down_proj.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
-    windows = calibration_windows(made)
+    windows = calibration_windows(repaired)
     final: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _, __, out: final.append(out))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(study: 
 
     errors = {damping: error(fit(~held, damping)) for damping in repair.DAMPINGS}
     best = min(errors, key=errors.__getitem__)
-    weights, diagnostics = read_weights(made.weights, first - 1)
+    weights, diagnostics = read_weights(repaired.weights, first - 1)
     (name,) = weights
     assert name == f"model.layers.{first - 1}.{DOWN}"
     assert diagnostics[name] == {"damping": best, "held_out": pytest.approx(errors[best] / error(0.0), rel=1e-4)}
@@ -75,26 +75,26 @@ END = {"gpt2": "mlp.c_proj", "olmo2": DOWN, "qwen2_moe": "mlp.shared_expert.down
 def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(study: Make, tmp_path: Path, monkeypatch: Patch):
     for family, last in END.items():
         model = save(family, tmp_path / family, num_hidden_layers=3)
-        made = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
-        calibrate(study=made)
-        mask(study=made)
-        ((name, solved),) = read_weights(made.weights, 1)[1].items()
+        repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
+        calibrate(study=repaired)
+        mask(study=repaired)
+        ((name, solved),) = read_weights(repaired.weights, 1)[1].items()
         assert name.endswith(f".1.{last}")
         assert solved["held_out"] < 1
-    remove(made.masks)
-    monkeypatch.setattr(repair, "multiply", lambda one, _: torch.ones_like(one))
+    remove(repaired.masks)
+    monkeypatch.setattr(repair, "multiply", lambda a, _: torch.ones_like(a))
     with pytest.raises(UserError, match="cannot take over the outputs of"):
-        mask(study=made)
+        mask(study=repaired)
     model = save("jetmoe", tmp_path / "jetmoe", kv_channels=16)  # all tokens read only what makes keys and values
-    made = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
-    calibrate(study=made)
+    repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
+    calibrate(study=repaired)
     with pytest.raises(UserError, match="self_attention.kv_proj adds nothing to the hidden states"):
-        mask(study=made)
+        mask(study=repaired)
 
 
 def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch):
     """The hidden states before the kill are then in files, and those after it on the GPU."""
-    made = fetch(study(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
+    repaired = fetch(study(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
     hold = Decoder.load
 
     def killed(decoder: Decoder, index: int, *rest: Any) -> None:
@@ -104,15 +104,15 @@ def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make,
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
     with simulated_gpu():
-        calibrate(study=made)
-        mask(study=made)
-        expected = tree(made.root, "masks", "weights")
-        for folder in (made.masks, made.weights):
+        calibrate(study=repaired)
+        mask(study=repaired)
+        expected = tree(repaired.root, "masks", "weights")
+        for folder in (repaired.masks, repaired.weights):
             remove(folder)
         with mock.patch.object(Decoder, "load", killed), pytest.raises(KeyboardInterrupt):
-            mask(study=made)
-        mask(study=made)
-    assert tree(made.root, "masks", "weights") == expected
+            mask(study=repaired)
+        mask(study=repaired)
+    assert tree(repaired.root, "masks", "weights") == expected
 
 
 def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():
