@@ -425,11 +425,14 @@ def test_show_says_whose_model_is_in_the_workspace(calibrated_study: Make):
     made = mask_and_apply(calibrated_study())
     assert "another experiment" not in show(study=made)
     changed = calibrated_study(sparsity=0.7)
-    assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(study=changed)
+    shown = show(study=changed)
+    assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in shown
+    assert "measured sparsity" not in shown  # nothing says that the figures are of another sparsity than the title's
     mask(study=changed)  # as `dvc exp apply` leaves it: these masks, that model
     shown = show(study=changed)
     assert "models/pruned belongs to another experiment than masks/" in shown
     assert "other settings" not in shown
+    assert "measured sparsity" not in shown
     apply(study=changed)
     assert "another experiment" not in show(study=changed)
 

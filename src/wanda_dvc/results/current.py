@@ -59,8 +59,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
     others = [*other_settings(study), *_other_masks(study)]
     if others and not lock.stages:  # then nothing says with which settings these models were measured
-        for model in ("pruned", "recovered"):
-            results[model].leave_out_others("")
+        results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         expected = model_digest(study, model)
         measured = results[model].leave_out_others(expected) if expected else []
