@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +22,7 @@ from wanda_dvc.sources import EMBEDDED_FOLDER
 from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
+from wanda_dvc.stages.zero_shot import CONTINUED, continue_prompts, flips, zero_shot
 from wanda_dvc.study.artifact import Work, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.folder import Study
@@ -150,15 +149,15 @@ def calibrated_study(study: Make) -> Study:
 def asked(monkeypatch: Patch) -> list[str]:
     """The tasks that the model was asked; a task that is in the list as `not TASK` ends the run."""
     asked: list[str] = []
-    ask = stage._ask
+    run_task = stage.run_task
 
     def spy(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
         if f"not {task}" in asked:
             raise KeyboardInterrupt
         asked.append(task)
-        return ask(study, model, task, protocol, work)
+        return run_task(study, model, task, protocol, work)
 
-    monkeypatch.setattr(stage, "_ask", spy)
+    monkeypatch.setattr(stage, "run_task", spy)
     return asked
 
 
@@ -214,44 +213,49 @@ CHANGED = [{"model": "another"}, {"dense": "another"}, {"dtype": "float64"}, {"l
 CHANGED += [{"libraries": {"torch": "1.0"}}, {"libraries": {"lm_eval": "0.1"}}, {"task": {"sha256": "another"}}]
 
 
-@pytest.fixture
-def answered(study: Make) -> Callable[..., tuple[Study, Json]]:
-    """Makes a study with the dense model's answers, whose protocol has some changes; returns the pruned model's too."""
-
-    def make(samples: bool = False, **changes: Any) -> tuple[Study, Json]:
-        made, words = study(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
-        write_provenance(made.data("tasks") / "piqa", {"made_by": "download tasks", "samples": samples, **words})
-        protocol = {"model": "x", "dense": "x", "task": {"sha256": "x"}, "dtype": "float32", "limit": 5, "examples": 0}
-
-        def details(*answers: int, **changes: Any) -> Json:
-            items = [{"item": i, "answer": one, "acc": float(one == 0)} for i, one in enumerate(answers)]
-            items = [one | {"answer_norm": min(one["answer"], 1), "acc_norm": one["acc"]} for one in items]
-            return {"piqa": {"protocol": protocol | changes, "items": items}}
-
-        write_json(made.details("dense", "zero_shot"), {"tasks": details(0, 0, 0, 1, 1, **changes)})
-        return made, details(0, 1, 1, 0, 2)
-
-    return make
+def answers(*choices: int, **changes: Any) -> Json:
+    """A task's details: the first choice is right; of equal lengths, the last two choices are one for acc_norm."""
+    protocol = {"model": "x", "dense": "x", "task": {"sha256": "x"}, "dtype": "float32", "limit": 5, "examples": 0}
+    items = []
+    for number, choice in enumerate(choices):
+        right = float(choice == 0)
+        items.append({"item": number, "answer": choice, "acc": right, "answer_norm": min(choice, 1), "acc_norm": right})
+    return {"protocol": protocol | changes, "items": items}
 
 
-@pytest.mark.parametrize("samples", [True, False])
-def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Study, Json]]):
-    """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
-    counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
-    counts["piqa"]["flips"]["acc_norm"] = {"lost": 2, "gained": 1, "swapped": 0}
-    assert stage._flips(*answered(samples), "pruned") == ({} if samples else counts)
+BEFORE, AFTER = (0, 0, 0, 1, 1), (0, 1, 1, 0, 2)
+
+
+def test_changed_answers_are_counted_by_direction():
+    counts = {"acc": {"lost": 2, "gained": 1, "swapped": 1}, "acc_norm": {"lost": 2, "gained": 1, "swapped": 0}}
+    assert flips(answers(*BEFORE), answers(*AFTER), "") == {"flips": counts}
+    assert flips(answers(), answers(*AFTER), "") == flips(answers(*BEFORE), answers(), "") == {}  # diverged
 
 
 @pytest.mark.parametrize("change", CHANGED, ids=str)
-def test_answers_to_something_else_are_not_compared(
-    change: Json, answered: Callable[..., tuple[Study, Json]], capsys: Capture
-):
+def test_answers_to_something_else_are_not_compared(change: Json, capsys: Capture):
     """Another dense model, dtype, limit, item or version of a library; every dense model is another than the pruned."""
     (key,) = change
-    found = stage._flips(*answered(**change), "recovered")
-    assert bool(found) is (key == "model")
-    said = f"zero-shot recovered: piqa: not compared with the dense model's answers, which are of another {key}; run"
-    assert (said in capsys.readouterr().err) is (key != "model")
+    assert bool(flips(answers(*BEFORE, **change), answers(*AFTER), "zero-shot recovered: piqa")) is (key == "model")
+    report = f"zero-shot recovered: piqa: not compared with the dense model's answers, which are of another {key}; run"
+    assert (report in capsys.readouterr().err) is (key != "model")
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_changed_answers_are_metrics_of_real_tasks(samples: bool, study: Make, monkeypatch: Patch):
+    """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
+    measured = fetch(study(tasks__names=["piqa"]), "model", "tasks")
+    (measured.root / PROMPTS).write_text("")
+    shutil.copytree(measured.model("dense"), measured.model("pruned"))
+    dense = load_json(measured.model("dense") / "provenance.json")
+    write_provenance(measured.model("pruned"), {"made_by": "apply", "model": dense})
+    items = load_json(measured.data("tasks") / "piqa/provenance.json")
+    write_provenance(measured.data("tasks") / "piqa", items | {"samples": samples})
+    write_json(measured.details("dense", "zero_shot"), {"tasks": {"piqa": answers(*BEFORE)}})
+    results = {"details": answers(*AFTER), "metrics": {"acc": 0.4}}
+    monkeypatch.setattr(stage, "_results_of_task", lambda *_: results)
+    zero_shot(study=measured, model="pruned")
+    assert ("flips" in load_json(measured.metrics("pruned", "zero_shot"))["piqa"]) is not samples
 
 
 def test_the_error_of_a_score_that_is_not_reported_costs_two_draws(tmp_path: Path, tiny: Path, monkeypatch: Patch):
@@ -292,7 +296,7 @@ def text_of(folder: Path, tokens: list[int]) -> str:
 
 
 def written(folder: Path, *prompts: str) -> list[str]:
-    return continuations(folder, prompts, dtype=torch.float32, device=torch.device("cpu"))
+    return continue_prompts(folder, prompts, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_only_the_end_of_a_text_is_taken_from_the_models_settings(tiny: Path, tmp_path: Path):
@@ -308,48 +312,39 @@ def test_a_prompt_that_leaves_no_positions_is_continued_from_its_last_tokens(tin
     assert written(tiny, "b" * 9 + "a" * 472) == written(tiny, "a" * 472)
 
 
-def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(study: Make, monkeypatch: Patch):
-    made = fetch(study(tasks__names=[]), "model")
-    prompts, place = made.root / PROMPTS, made.details("dense", "continuations")
+def test_each_line_of_prompts_is_continued(study: Make):
+    measured = fetch(study(tasks__names=[]), "model")
+    prompts, path = measured.root / PROMPTS, measured.details("dense", "continuations")
     prompts.write_text("To sit\r\n\n  The sea \n")
-    zero_shot(study=made, model="dense")
-    first, content = place.read_bytes(), load_json(place)
-    assert [one["prompt"] for one in content["prompts"]] == ["To sit", "The sea"]
-    assert content["prompts"][0]["text"] == text_of(made.model("dense"), greedy(made.model("dense"), "To sit"))
-    with monkeypatch.context() as kept:
-        kept.setattr("wanda_dvc.stages.zero_shot.continuations", lambda *_, **__: 1 / 0)
-        zero_shot(study=made, model="dense")
-        assert place.read_bytes() == first
+    zero_shot(study=measured, model="dense")
+    content, dense = load_json(path), measured.model("dense")
+    assert [pair["prompt"] for pair in content["prompts"]] == ["To sit", "The sea"]
+    assert content["prompts"][0]["text"] == text_of(dense, greedy(dense, "To sit"))
     prompts.write_text("The sea\n")
-    zero_shot(study=made, model="dense")
-    assert load_json(place)["prompts"] == content["prompts"][1:]
-    shutil.rmtree(made.answers)
-    prompts.write_text("To sit\nThe sea\n")
-    zero_shot(study=made, model="dense")
-    assert place.read_bytes() == first
+    zero_shot(study=measured, model="dense")
+    assert load_json(path)["prompts"] == content["prompts"][1:]
+    prompts.unlink()  # then those of a new study
+    zero_shot(study=measured, model="dense")
+    lines = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
+    assert [pair["prompt"] for pair in load_json(path)["prompts"]] == lines
 
 
-def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(study: Make):
-    expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
-    assert read_prompts(study()) == expected
-    assert len(expected) == 5
+def test_a_model_that_does_not_fit_in_memory_has_no_continuations(study: Make, monkeypatch: Patch, capsys: Capture):
+    measured = fetch(study(tasks__names=[]), "model")
+    monkeypatch.setattr(stage, "free_memory", lambda _: 10**4)
+    zero_shot(study=measured, model="dense")
+    report = (
+        r"zero-shot dense: no continuations of prompts.txt: the model needs 0\.\d MB of memory, and 0.1 MB were free"
+    )
+    assert re.search(report, capsys.readouterr().err)
+    assert load_json(measured.details("dense", "continuations"))["prompts"] == []
+    with pytest.raises(UserError, match="^continuations: missing; .* fit in memory"):
+        show(study=measured, text=True)
 
 
-def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(study: Make, monkeypatch: Patch, capsys: Capture):
-    made = fetch(study(tasks__names=[]), "model")
-    with monkeypatch.context() as small:
-        small.setattr("wanda_dvc.stages.zero_shot.free_memory", lambda _: 10**8)
-        zero_shot(study=made, model="dense")
-    again = "`dvc repro --force --single-item zero-shot-dense` writes them when there is more"
-    skipped = f"the model needs 0.1 GB of memory, and 0.1 GB were free; {again}"
-    assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
-    assert f"zero-shot dense: no continuations: {skipped}" in capsys.readouterr().err
-    assert f"No continuations by the dense model: {skipped}." in show(study=made)
-    with pytest.raises(UserError, match="^continuations: the model needs 0.1 GB"):
-        show(study=made, text=True)
-    zero_shot(study=made, model="dense")
-    assert load_json(made.details("dense", "continuations"))["prompts"]
-    (made.root / PROMPTS).write_text("")
-    monkeypatch.setattr("wanda_dvc.stages.zero_shot.continuations", None)  # nothing opens the model
-    zero_shot(study=made, model="dense")
-    assert load_json(made.details("dense", "continuations"))["prompts"] == []
+def test_without_prompts_no_model_is_loaded(study: Make, monkeypatch: Patch):
+    measured = fetch(study(tasks__names=[]), "model")
+    (measured.root / PROMPTS).write_text("")
+    monkeypatch.setattr(stage, "continue_prompts", None)
+    zero_shot(study=measured, model="dense")
+    assert load_json(measured.details("dense", "continuations"))["prompts"] == []

@@ -1,6 +1,7 @@
 """Runs lm-eval on the engine: lm-eval's definitions of tasks, the engine's log-likelihoods."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -20,13 +21,13 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def __init__(self, folder: Path, runner: ModelRunner, *, progress: ShowProgress) -> None:
         """`folder` holds the tokenizer, `progress` shows the blocks."""
         tokenizer, model = load_tokenizer(folder), runner.decoder.model
-        self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        self.folder, self.runner, self.progress = folder, runner, progress
+        self.has_prefix = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
         # lm-eval asks for a prefix with each text, and uses it for texts without a context.
         prefix = None if self.has_prefix else 0
-        model.tie_weights = lambda *_, **__: None  # lm-eval would replace a head that is stored by itself
-        super().__init__(pretrained=model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
-        del model.tie_weights
-        self.runner, self.progress = runner, progress
+        # All that lm-eval reads of a model. It would tie the heads of a module, also those that are stored separately.
+        described = SimpleNamespace(config=model.config, device=model.device)
+        super().__init__(described, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Answer lm-eval's requests. UserError for an empty context if the tokenizer has no BOS or EOS token."""
@@ -41,5 +42,5 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return loglikelihoods(self.runner, asked, length=self.max_length, progress=self.progress, task=self.task)
+        questions = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return loglikelihoods(self.runner, questions, length=self.max_length, progress=self.progress, task=self.task)

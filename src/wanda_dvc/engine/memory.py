@@ -128,13 +128,6 @@ def training_memory(model: ModelSizes, *, length: int, dense_width: int, kept: b
     return FIXED + (16 + dense_width) * model.parameters + RECOVERY_BATCH * (activations + predictions)
 
 
-def generating_memory(model: ModelSizes, *, dtype: str, tokens: int, device: str) -> int:
-    """Return the memory of the complete model that continues a prompt up to a number of tokens, with its cache."""
-    forward, width = ForwardMemory(model, dtype=dtype, length=tokens, device=device), WIDTH[dtype]
-    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
-    return FIXED + model.parameters * width + forward.activations + forward.logits + cache
-
-
 def triangles_size(squares: int) -> int:
     """Return the bytes of stored Gram matrices with `squares` elements in all, at most."""
     return squares // 2 * WIDTH[GRAM_DTYPE]

@@ -60,13 +60,14 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
 
 
 def _texts(models: dict[str, Results]) -> str:
-    """Return the models' continuations. UserError without any, with the reason."""
+    """Return the models' continuations. UserError without any."""
     texts = continuations_table(models)
     if texts:
         return texts
-    reasons = [results.details("continuations").get("skipped") for results in models.values()]
-    skipped = [f"continuations: {reason}" for reason in reasons if reason]
-    raise UserError(*skipped or ["continuations: missing; `dvc repro` writes them, of each line of prompts.txt"])
+    raise UserError(
+        "continuations: missing; `dvc repro` writes them, of each line of prompts.txt. If a model did not fit in "
+        "memory, run `dvc repro --force --single-item zero-shot-MODEL` where there is more"
+    )
 
 
 def continuations_table(models: dict[str, Results], form: Callable[[object], str] = one_line) -> str:
@@ -139,9 +140,6 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
         details += [results.answers(task) for task in results.tasks]
         for place in dict.fromkeys(content["not_finite"] for content in details if "not_finite" in content):
             yield f"{name}: activations are not finite from here on: {place}."
-        skipped = results.details("continuations").get("skipped")
-        if skipped:
-            yield f"No continuations by the {name} model: {skipped}."
 
 
 def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -10,15 +9,15 @@ from typing import Any
 
 import torch
 
-from wanda_dvc.engine.checkpoint import positions_of
-from wanda_dvc.engine.memory import ModelSizes, generating_memory
+from wanda_dvc.engine.checkpoint import WIDTH, positions_of
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory, own_device
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
-from wanda_dvc.stages.needs import announce
+from wanda_dvc.stages.needs import announce, gigabytes
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
@@ -28,116 +27,128 @@ from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
 CONTINUED = 40  # tokens of a continuation, at most
+MEMORY = 1.2  # of a complete model that continues prompts, relative to its weights
 
 
 def zero_shot(*, study: Study, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
-    (measured, dtype), settings = check_ready(study, model), study.stage_input("zero-shot")
+    provenance, dtype = check_ready(study, model)
     sizes = ModelSizes.read(study.model(model))
     announce(study, "zero-shot", model, sizes=sizes)
-    same = identity(STAGES["zero-shot"].version, measured, study.model(model))
+    settings = study.stage_input("zero-shot")
+    identified = identity(STAGES["zero-shot"].version, provenance, study.model(model))
+    dense: Json = {}  # the dense model's answers by task
+    if model != "dense":
+        dense = load_json(study.details("dense", "zero_shot")).get("tasks", {})
     details, metrics = Json(), Json()
     for task in settings["tasks"]:
         items = read_provenance(study.data("tasks") / task, "download tasks")
-        asked = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
-        inputs = {"task": asked, "examples": 0, "limit": settings["limit"], "dtype": dtype}
-        protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **same, **inputs)
-        found = _kept(study, f"{model}-{task}", protocol, partial(_ask, study, model, task, protocol))
-        details[task], metrics[task] = found["details"], found["metrics"]
+        described = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
+        inputs = {"task": described, "examples": 0, "limit": settings["limit"], "dtype": dtype}
+        protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
+        results = _results_of_task(study, model, task, protocol)
+        details[task], metrics[task] = results["details"], results["metrics"]
         say_not_finite(f"zero-shot {model} {task}", details[task].get("not_finite"))
-    if model != "dense":
-        for task, changed in _flips(study, details, model).items():
-            metrics[task] |= changed
-    inputs = {"prompts_sha256": digest(read_prompts(study)), "tokens": CONTINUED, "dtype": dtype}
-    protocol = describe("continuations", libraries=("torch", "transformers"), **same, **inputs)
-    written = _kept(study, f"{model}-continuations", protocol, partial(_continue, study, model, sizes, protocol))
-    plotted = [[task, item["item"], item["acc"]] for task, one in details.items() for item in one["items"]]
-    write_json(study.details(model, "continuations"), written["details"])
+        if task in dense and not items["samples"]:  # the embedded questions are no benchmark
+            metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
+    write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
     write_json(study.details(model, "zero_shot"), {"tasks": details})
-    write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
+    lines = [[task, item["item"], item["acc"]] for task in details for item in details[task]["items"]]
+    write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], lines)
     # Only numbers to compare: `dvc metrics diff` prints every number in here.
     write_json(study.metrics(model, "zero_shot"), metrics)
 
 
-def _flips(study: Study, details: Json, model: str) -> Json:
-    """Return by task and metric the answers that pruning changed, in each direction.
-
-    Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
-    """
-    dense, found = load_json(study.details("dense", "zero_shot")).get("tasks", {}), Json()
-    for task, one in details.items():
-        before, items = dense.get(task), read_provenance(study.data("tasks") / task, "download tasks")
-        if items["samples"] or not before:
-            continue
-        if key := differing(before["protocol"], one["protocol"]):
-            notice(
-                f"zero-shot {model}: {task}: not compared with the dense model's answers, which are of another {key}; "
-                "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
-            )
-        elif before["items"] and one["items"]:  # none if a model diverged
-            metrics = [metric for metric in METRICS if metric in one["items"][0]]
-            found[task] = {"flips": {metric: count_flips(before["items"], one["items"], metric) for metric in metrics}}
-    return found
+def flips(before: Json, after: Json, run_name: str) -> Json:
+    """Return by metric the dense model's answers to a task that pruning changed, in each direction; {} without any."""
+    key = differing(before["protocol"], after["protocol"])
+    if key:
+        notice(
+            f"{run_name}: not compared with the dense model's answers, which are of another {key}; "
+            "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
+        )
+        return {}
+    if not before["items"] or not after["items"]:  # a model diverged
+        return {}
+    metrics = [metric for metric in METRICS if metric in after["items"][0]]
+    return {"flips": {metric: count_flips(before["items"], after["items"], metric) for metric in metrics}}
 
 
 def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str, int]:
     """Count the changed answers to the same items: right → wrong, wrong → right, and one wrong choice → another."""
     counts = {"lost": 0, "gained": 0, "swapped": 0}
-    for one, other in zip(before, after, strict=True):
-        was_right, is_right = one[metric] > 0.5, other[metric] > 0.5
-        if was_right != is_right:
-            counts["lost" if was_right else "gained"] += 1
-        elif not was_right and one[METRICS[metric]] != other[METRICS[metric]]:
+    for dense, pruned in zip(before, after, strict=True):
+        was_right, is_right = dense[metric] > 0.5, pruned[metric] > 0.5
+        if was_right and not is_right:
+            counts["lost"] += 1
+        elif is_right and not was_right:
+            counts["gained"] += 1
+        elif not was_right and dense[METRICS[metric]] != pruned[METRICS[metric]]:
             counts["swapped"] += 1
     return counts
 
 
-def _kept(study: Study, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
-    """Return the results of an earlier run with this protocol, or new ones: `details`, and `metrics` of a task."""
-    path = study.answers / f"{run}-{digest(protocol)[:32]}.json"
+# --- one task ---
+
+
+def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Json:
+    """Return a task's `details` and `metrics`: an earlier run's with this protocol, or new ones."""
+    path = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
     with study.work(protocol) as work:
-        answered: Json = {}
-        with contextlib.suppress(UserError):  # a damaged file is written again
-            answered = load_json(path)
-        if answered.get("details", {}).get("protocol") != protocol:
-            answered = make(work)
-            if "skipped" not in answered["details"]:  # another time there may be more memory
-                write_json(path, answered)
+        results = _stored_results(path, protocol)
+        if results is None:
+            results = run_task(study, model, task, protocol, work)
+            write_json(path, results)
         work.discard()
-    return answered
+    return results
 
 
-def _ask(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
+def _stored_results(path: Path, protocol: Json) -> Json | None:
+    """Return an earlier run's results; None without a file, or if it is damaged or of another protocol."""
+    try:
+        results = load_json(path)
+    except UserError:
+        return None
+    return results if results.get("details", {}).get("protocol") == protocol else None
+
+
+def run_task(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
     """Run a task's questions through a model; return `details` and `metrics` in their written form."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM
     from wanda_dvc.sources.tasks import load_task
 
-    folder, what = study.data("tasks") / task, f"zero-shot {model} {task}"
+    folder = study.data("tasks") / task
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     run = runner(study, model, work)
-    blocks = partial(progress, total=len(run.decoder.blocks), what=f"{what}, blocks", at=lambda step: step.index)
-    language_model = EngineLM(study.model(model), run, progress=blocks)
+    what, blocks = f"zero-shot {model} {task}, blocks", len(run.decoder.blocks)
+    show_progress = partial(progress, total=blocks, what=what, at=lambda step: step.index)
+    language_model = EngineLM(study.model(model), run, progress=show_progress)
     # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
-    where = run.progress.not_finite
-    result, samples = evaluated["results"][task], evaluated["samples"][task]
-    given = [metric for metric in METRICS if f"{metric},none" in result]
-    if where is None and not all(math.isfinite(value) for one in samples for value, _ in one["filtered_resps"]):
-        where = HEAD
-    if where:  # the answers are meaningless: a comparison with NaN chooses the first
-        details: Json = {"protocol": protocol, "not_finite": where, "items": []}
-        return {"details": details, "metrics": dict.fromkeys(given, DIVERGED)}
-    # lm-eval returns a string instead of the error of a single item.
-    errors = {metric: result[f"{metric}_stderr,none"] for metric in given}
-    details = {
-        "protocol": protocol,
-        "standard_errors": {metric: round(x, 6) for metric, x in errors.items() if isinstance(x, float)},
-        "items": [_answer(sample, definition.doc_to_choice) for sample in samples],
-    }
-    return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
+    scores, samples = evaluated["results"][task], evaluated["samples"][task]
+    reported = [metric for metric in METRICS if f"{metric},none" in scores]
+    not_finite = run.progress.not_finite
+    if not_finite is None and not _are_finite(samples):
+        not_finite = HEAD
+    if not_finite:  # the answers are meaningless: a comparison with NaN chooses the first
+        details: Json = {"protocol": protocol, "not_finite": not_finite, "items": []}
+        return {"details": details, "metrics": dict.fromkeys(reported, DIVERGED)}
+    errors = {}
+    for metric in reported:
+        error = scores[f"{metric}_stderr,none"]
+        if isinstance(error, float):  # lm-eval returns a string instead of the error of a single item
+            errors[metric] = round(error, 6)
+    answers = [_answer(sample, definition.doc_to_choice) for sample in samples]
+    details = {"protocol": protocol, "standard_errors": errors, "items": answers}
+    return {"details": details, "metrics": {metric: round(scores[f"{metric},none"], 6) for metric in reported}}
+
+
+def _are_finite(samples: list[dict[str, Any]]) -> bool:
+    """Whether all log-likelihoods are finite."""
+    return all(math.isfinite(value) for sample in samples for value, _ in sample["filtered_resps"])
 
 
 def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> dict[str, Any]:
@@ -149,56 +160,52 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
     answer = max(range(len(values)), key=values.__getitem__)
     content = {"item": sample["doc_id"], "loglikelihoods": values, "answer": answer}
     if "acc_norm" in sample:
-        pairs = zip(values, choices_of(sample["doc"]), strict=True)
-        each = [value / len(choice) if choice else -math.inf for value, choice in pairs]  # HellaSwag's may be empty
-        content["answer_norm"] = max(range(len(each)), key=each.__getitem__)
+        by_character = []
+        for value, choice in zip(values, choices_of(sample["doc"]), strict=True):
+            by_character.append(value / len(choice) if choice else -math.inf)  # HellaSwag's may be empty
+        content["answer_norm"] = max(range(len(by_character)), key=by_character.__getitem__)
     return content | {"gold": sample["target"]} | {metric: sample[metric] for metric in METRICS if metric in sample}
 
 
 # --- continuations of prompts ---
 
 
-def read_prompts(study: Study) -> list[str]:
-    """Return the prompts of a study's prompts.txt, one a line; without the file, those of a new study."""
+def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json, dtype: str) -> Json:
+    """Return each line of prompts.txt with its continuation; none if the model does not fit in memory."""
     path = study.root / PROMPTS
-    text = read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    lines = (read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")).split("\n")
+    prompts = [line.strip() for line in lines if line.strip()]
+    inputs = {"prompts_sha256": digest(prompts), "tokens": CONTINUED, "dtype": dtype}
+    protocol = describe("continuations", libraries=("torch", "transformers"), **identified, **inputs)
+    device = own_device(study.params.runtime)
+    needed, free = int(MEMORY * sizes.parameters * WIDTH[dtype]), free_memory(str(device))
+    if needed > free:
+        memory = f"the model needs {gigabytes(needed)} of memory, and {gigabytes(free)} were free"
+        notice(f"zero-shot {model}: no continuations of prompts.txt: {memory}")
+        prompts = []
+    texts = continue_prompts(study.model(model), prompts, dtype=getattr(torch, dtype), device=device) if prompts else []
+    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    return {"protocol": protocol, "prompts": pairs}
 
 
-def _continue(study: Study, model: str, sizes: ModelSizes, protocol: Json, _: Work) -> Json:
-    """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
-    device, prompts = own_device(study.params.runtime), read_prompts(study)
-    longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # in tokens, at most
-    needed = generating_memory(sizes, dtype=protocol["dtype"], tokens=longest + CONTINUED, device=device.type)
-    if needed > (free := free_memory(str(device))):
-        skipped = (
-            f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free; "
-            f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
-        )
-        notice(f"zero-shot {model}: no continuations: {skipped}")
-        return {"details": {"protocol": protocol, "skipped": skipped}}
-    dtype = getattr(torch, protocol["dtype"])
-    written = continuations(study.model(model), prompts, dtype=dtype, device=device) if prompts else []
-    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
-    return {"details": {"protocol": protocol, "prompts": pairs}}
+def continue_prompts(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Continue prompts by the likeliest tokens, by transformers' own generation: the complete model is in memory.
 
-
-def continuations(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Continue each prompt by the likeliest token, by transformers' own generation: the complete model is in memory.
-
-    Each prompt runs alone, without padding; of a prompt that leaves no positions, its last tokens. Of
-    the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
+    Of a prompt that leaves no positions, the last tokens count. Of the model's own settings for generation, only the
+    end of a text counts: a penalty for repetitions would hide them.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig  # takes seconds
 
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
-    ends = model.generation_config.eos_token_id
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends, pad_token_id=0)
-    model.generation_config = greedy
-    room, found = max(1, (positions_of(model.config) or sys.maxsize) - CONTINUED), []
+    end = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=end, pad_token_id=0
+    )
+    longest = max(1, (positions_of(model.config) or sys.maxsize) - CONTINUED)  # prompt, in tokens
+    texts = []
     for prompt in prompts:
-        asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-room:]], device=device)
-        written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
-        found.append(tokenizer.decode(written, skip_special_tokens=True))
-    return found
+        tokens = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-longest:]], device=device)
+        output = model.generate(tokens, attention_mask=torch.ones_like(tokens))[0, tokens.shape[1] :]
+        texts.append(tokenizer.decode(output.tolist(), skip_special_tokens=True))
+    return texts
