@@ -37,8 +37,8 @@ def group(folder: Path, monkeypatch: Patch, line: str, files: dict[str, str]) ->
         (folder / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "fs" / name).write_text(content)
     (folder / "own").write_text(f"12:memory:/elsewhere\n{line}\n")
-    monkeypatch.setattr(machine, "GROUPS", folder / "fs")
-    monkeypatch.setattr(machine, "OWN_GROUPS", folder / "own")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", folder / "fs")
+    monkeypatch.setattr(machine, "GROUP_OF_PROCESS", folder / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
 
 
@@ -101,7 +101,7 @@ def test_free_memory_is_what_a_control_group_leaves(
 
 @pytest.mark.usefixtures("unset")
 def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path: Path, monkeypatch: Patch):
-    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "missing")
+    monkeypatch.setattr(machine, "GROUP_OF_PROCESS", tmp_path / "missing")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert machine.cores() == os.cpu_count()
 
@@ -198,7 +198,7 @@ def test_it_says_what_each_stage_needs(
     write_params(calibrated_study, tiny, recovery__tokens=tokens)
     (calibrated_study / "models").mkdir()
     (calibrated_study / "models/dense").symlink_to(tiny)
-    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: free)
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: free)
     table, ok = doctor(start=calibrated_study)
     assert ok
     for stage, memory in (("calibrate", "0.1"), ("zero-shot", "0.2")):

@@ -138,7 +138,7 @@ def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch
     study = config_only()
     sizes = ModelSizes.read(study.model("dense"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 64 * 32 * 4 * 2))
-    monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
+    monkeypatch.setattr(needs, "free_memory_of", lambda device: 1)  # too little memory is said, not refused
     needs.announce(study, "calibrate", sizes=sizes)
     needs_memory = f"{requirements(study, 'calibrate').memory / 1e9:.1f} GB of memory"
     expected = f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB and 0.1 MB\n"

@@ -172,7 +172,7 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch
 def test_the_recipe_is_the_recommended_one_if_it_fits(
     model: Path, monkeypatch: Patch, capsys: Capture, memory: int, disk: int, recipe: str, said: str
 ):
-    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: memory)
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
     assert "seconds" in prune(model=str(model), target=None, evaluate=False)
     assert re.search(said, capsys.readouterr().err)
@@ -183,7 +183,7 @@ def test_the_recipe_is_the_recommended_one_if_it_fits(
 
 
 def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: Patch):
-    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory", lambda _: 10**6)
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: 10**6)
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
         prune(model=str(model), target=None, recover="200k")
     assert not (studies(model)[0] / "stats").exists()

@@ -7,7 +7,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of cgroup v2
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # of version 2
+GROUP_OF_PROCESS = Path("/proc/self/cgroup")  # the file that names its group
 
 
 def cores() -> int:
@@ -26,36 +27,43 @@ def usable_cores() -> int:
 
     Schedulers (Slurm) and containers restrict a process by either. `os.cpu_count` counts all cores of the machine.
     """
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups():
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # `max` is no limit
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-            found = min(found, max(1, math.ceil(int(quota) / int(period))))
-    return found
+            count = min(count, max(1, math.ceil(int(quota) / int(period))))
+    return count
 
 
 def free_memory() -> int:
     """Return the free bytes of memory, at most what this process's control groups leave."""
     import psutil
 
-    limits = [int(psutil.virtual_memory().available)]
+    available = int(psutil.virtual_memory().available)
     for folder in _groups():
         with contextlib.suppress(OSError, ValueError):  # `max` is no limit
-            limits.append(int((folder / "memory.max").read_text(encoding="utf-8")))
-            limits[-1] -= int((folder / "memory.current").read_text(encoding="utf-8"))
-            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            cache = dict(line.split() for line in lines).get("inactive_file", 0)
-            limits[-1] += int(cache)  # the system may take it back
-    return max(0, min(limits))
+            limit = int((folder / "memory.max").read_text(encoding="utf-8"))
+            available = min(available, limit - _used_memory(folder))
+    return max(0, available)
+
+
+def _used_memory(group: Path) -> int:
+    """Return the bytes that a control group uses, without page cache, which the system may reclaim; 0 if unknown."""
+    used = 0
+    with contextlib.suppress(OSError, ValueError):
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        used -= int(dict(line.split() for line in lines).get("inactive_file", 0))
+    return used
 
 
 def _groups() -> Iterator[Path]:
     """Yield the folders of this process's control group, and of its parents."""
     with contextlib.suppress(OSError):
-        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+        for line in GROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines():
             if line.startswith("0::"):
-                group = GROUPS / line.removeprefix("0::").lstrip("/")
-                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(GROUPS))
+                group = CONTROL_GROUPS / line.removeprefix("0::").lstrip("/")
+                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(CONTROL_GROUPS))
 
 
 def processor() -> str:

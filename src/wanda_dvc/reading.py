@@ -25,8 +25,12 @@ def check_file(path: Path, todo: str = COPY) -> None:
     Not all libraries that open the file later distinguish a missing permission from a missing file.
     """
     if not (is_there(path) and path.is_file()):  # `is_file` hides a closed folder from Python 3.14 on
-        found = "not a file" if path.exists() else "a link to a missing file" if path.is_symlink() else "missing"
-        raise UserError(f"{path}: {found}, expected a file; {todo}")
+        state = "missing"
+        if path.exists():
+            state = "not a file"
+        elif path.is_symlink():
+            state = "a link to a missing file"
+        raise UserError(f"{path}: {state}, expected a file; {todo}")
     path.open("rb").close()
 
 

@@ -18,7 +18,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.markup import table
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.device import free_memory, own_device
+from wanda_dvc.stages.device import free_memory_of, own_device
 from wanda_dvc.stages.needs import REQUIREMENTS, Requirements, free, gigabytes, requirements
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
@@ -72,9 +72,9 @@ def _needs(study: Study) -> dict[str, Requirements]:
 
 def _check_machine(params: Params) -> Iterator[Check]:
     """Show CPU and GPUs, and the device of the stages."""
-    yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory('cpu'))} of memory free")
+    yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory_of('cpu'))} of memory free")
     for gpu in accelerator.gpus():
-        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {gigabytes(free_memory(gpu))} free")
+        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {gigabytes(free_memory_of(gpu))} free")
     if params.runtime.ray is None:  # else the workers need it
         try:
             yield Check("runtime.device", True, str(own_device(params.runtime)))

@@ -78,7 +78,7 @@ class Stage:
                     yield self.run_name(name, text_name), name, text_name
 
 
-def _perplexity(model: str) -> Variant:
+def _variant_of_perplexity(model: str) -> Variant:
     # The dense model's run keeps its predictions; the other models are compared with them.
     reads, writes = ((), ("reference/{text}",)) if model == "dense" else (("reference/{text}",), ())
     return Variant(
@@ -92,7 +92,7 @@ def _perplexity(model: str) -> Variant:
     )
 
 
-def _zero_shot(model: str) -> Variant:
+def _variant_of_zero_shot(model: str) -> Variant:
     # The other models' answers are compared with the dense model's.
     reads = "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json"
     return Variant(
@@ -108,14 +108,14 @@ def _zero_shot(model: str) -> Variant:
     )
 
 
-def _download(
+def _variant_of_download(
     source: str, out: str, *, setting: str, by_text: bool = False, wanted: "Callable[[Params], bool]" = Variant.wanted
 ) -> Variant:
     deps = (f"plan/download/{source}.json", f"sources/{source}")
     return Variant(settings=(setting,), deps=deps, outs=(out,), by_text=by_text, wanted=wanted)
 
 
-def _calibrate(statistics: str) -> Variant:
+def _variant_of_calibrate(statistics: str) -> Variant:
     by_recipe = () if statistics == "norms" else ("recipe", "pattern", *CHOICES)
     plotted = ("metrics/plots/norms.csv",) if statistics == "norms" else ()
     return Variant(
@@ -171,15 +171,15 @@ STAGES = {
             about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
             argument="source",
             variants={
-                "model": _download("model", "models/dense", setting="model"),
-                "calibration": _download("calibration", "data/calibration", setting="calibration.text"),
-                "perplexity": _download(
+                "model": _variant_of_download("model", "models/dense", setting="model"),
+                "calibration": _variant_of_download("calibration", "data/calibration", setting="calibration.text"),
+                "perplexity": _variant_of_download(
                     "perplexity/{text}", "data/perplexity/{text}", setting="perplexity.texts.NAME", by_text=True
                 ),
-                "recovery": _download(
+                "recovery": _variant_of_download(
                     "recovery", "data/recovery", setting="recovery.text", wanted=_recovers_on_another_text
                 ),
-                "tasks": _download("tasks", "data/tasks", setting="tasks"),
+                "tasks": _variant_of_download("tasks", "data/tasks", setting="tasks"),
             },
             network=True,
         ),
@@ -188,7 +188,7 @@ STAGES = {
             version=11,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
-            variants={statistics: _calibrate(statistics) for statistics in STATISTICS},
+            variants={statistics: _variant_of_calibrate(statistics) for statistics in STATISTICS},
         ),
         Stage(
             name="mask",
@@ -240,14 +240,14 @@ STAGES = {
             version=6,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             argument="model",
-            variants={model: _perplexity(model) for model in MODELS},
+            variants={model: _variant_of_perplexity(model) for model in MODELS},
         ),
         Stage(
             name="zero-shot",
             version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             argument="model",
-            variants={model: _zero_shot(model) for model in MODELS},
+            variants={model: _variant_of_zero_shot(model) for model in MODELS},
         ),
     )
 }
@@ -330,10 +330,11 @@ def run(
     figure.
     """
     row = STAGES[stage]
+    runs = list(row.runs(study.params.perplexity.texts, variant, text))
     if stage != "plan":
         check_stage_inputs(study)
     module = stage.replace("-", "_")
-    for run_name, variant_name, text_name in row.runs(study.params.perplexity.texts, variant, text):
+    for run_name, variant_name, text_name in runs:
         if not row.variants[variant_name].wanted(study.params):
             if variant == variant_name:
                 notice(f"{run_name}: not needed with these settings; it writes placeholders")

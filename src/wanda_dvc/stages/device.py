@@ -15,18 +15,23 @@ if TYPE_CHECKING:
 
 def device_name(runtime: Runtime) -> str:
     """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
-    name, own = runtime.device, os.environ.get("LOCAL_RANK")  # of `accelerate launch`: a GPU each
+    name = runtime.device
     if name == "auto":
         if "torch" not in sys.modules:
             return "cpu"
         from wanda_dvc.engine import accelerator
 
-        name = "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
-    return f"cuda:{own}" if name.startswith("cuda") and own else name
+        name = "cpu"
+        if accelerator.gpus():
+            name = "cuda"
+        elif accelerator.has_mps():
+            name = "mps"
+    rank = os.environ.get("LOCAL_RANK")  # of `accelerate launch`: each process has a GPU
+    return f"cuda:{rank}" if name.startswith("cuda") and rank else name
 
 
-def free_memory(device: str) -> int:
-    """Return the free bytes of memory; of a GPU's if a stage runs on a GPU."""
+def free_memory_of(device: str) -> int:
+    """Return the free bytes of memory of the machine, or of a GPU, by the name of the device."""
     if device.startswith("cuda"):
         from wanda_dvc.engine import accelerator
 
@@ -51,7 +56,11 @@ def own_device(runtime: Runtime) -> "torch.device":
     if runtime.ray is not None:
         return torch.device(name if gpus else "cpu")
     kind, _, number = name.partition(":")
-    if not {"cpu": True, "cuda": int(number or 0) < gpus, "mps": accelerator.has_mps()}[kind]:
-        found = f"a machine with {gpus} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {name} on {found}, expected one it has; set auto or cpu")
+    problem = None
+    if kind == "cuda" and int(number or 0) >= gpus:
+        problem = f"a machine with {gpus} CUDA devices"
+    elif kind == "mps" and not accelerator.has_mps():
+        problem = "a machine without MPS"
+    if problem:
+        raise UserError(f"params.yaml: runtime.device: got {name} on {problem}, expected one it has; set auto or cpu")
     return torch.device(name)

@@ -10,17 +10,17 @@ from wanda_dvc.study.folder import Study
 
 def download(*, study: Study, source: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks."""
-    named = f"{source}/{text}" if text else source
-    mirror, settings = study.params.runtime.mirror, study.stage_input(f"download/{named}")
+    name = f"{source}/{text}" if text else source
+    mirror, settings = study.params.runtime.mirror, study.stage_input(f"download/{name}")
     if source == "model":
         from wanda_dvc.sources.models import find_model  # imports transformers, which takes seconds
 
-        found = find_model(settings["source"])
+        fetched = find_model(settings["source"])
     elif source == "tasks":
-        found = find_tasks(Tasks(**settings), mirror)
+        fetched = find_tasks(Tasks(**settings), mirror)
     else:
         setting = f"perplexity.texts.{text}" if text else f"{source}.text"
-        found = find_text(setting, ChosenText(**settings), mirror)
-    with study.work(describe(f"download {source}", version=STAGES["download"].version, **found.key)) as work:
-        found.write(work.new(), work.path)
-        work.commit(study.model("dense") if source == "model" else study.data(named))
+        fetched = find_text(setting, ChosenText(**settings), mirror)
+    with study.work(describe(f"download {source}", version=STAGES["download"].version, **fetched.key)) as work:
+        fetched.write(work.new(), work.path)
+        work.commit(study.model("dense") if source == "model" else study.data(name))

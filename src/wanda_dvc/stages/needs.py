@@ -22,7 +22,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.device import device_name, free_memory
+from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
@@ -87,7 +87,7 @@ def announce(study: Study, stage: str, model: str = "", text: str = "", *, sizes
 
 def free(study: Study) -> dict[str, int]:
     """Return the free bytes of memory, the GPU's if stages run there, and of disk."""
-    return {"memory": free_memory(device_name(study.params.runtime)), "disk": shutil.disk_usage(study.root).free}
+    return {"memory": free_memory_of(device_name(study.params.runtime)), "disk": shutil.disk_usage(study.root).free}
 
 
 def gigabytes(size: int) -> str:
@@ -145,7 +145,7 @@ def computes_twice(study: Study, sizes: ModelSizes) -> bool:
 # --- stages ---
 
 
-def _calibrate(run: Run) -> Requirements:
+def _needs_of_calibrate(run: Run) -> Requirements:
     """All windows through all blocks; for the statistics `fisher`, some of them also backward."""
     calibration, statistics = run.params.calibration, run.params.statistics
     forward = run.forward(calibration.length)
@@ -163,7 +163,7 @@ def _calibrate(run: Run) -> Requirements:
     return _running(forward, memory, disk)
 
 
-def _mask(run: Run) -> Requirements:
+def _needs_of_mask(run: Run) -> Requirements:
     """A block's masks from scores, or a solver; with `propagation`, while windows run through the pruned blocks."""
     plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
     disk = sizes.linear_weights // 8
@@ -190,7 +190,7 @@ def _mask(run: Run) -> Requirements:
     return _running(forward, memory, disk)
 
 
-def _apply(run: Run) -> Requirements:
+def _needs_of_apply(run: Run) -> Requirements:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     memory = 9 * run.sizes.linear
     if "gram" in run.params.statistics:
@@ -198,12 +198,12 @@ def _apply(run: Run) -> Requirements:
     return Requirements(memory=FIXED + max(memory, _trial(run)), disk=run.model_size())
 
 
-def _recover(run: Run) -> Requirements:
+def _needs_of_recover(run: Run) -> Requirements:
     """A training step of the complete model; three checkpoints of the training, and the files of another model."""
     return Requirements(memory=training(run), disk=36 * run.sizes.parameters + run.model_size())
 
 
-def _perplexity(run: Run) -> Requirements:
+def _needs_of_perplexity(run: Run) -> Requirements:
     """The windows of one text, by default the largest; the dense model's predictions on all of them stay on disk."""
     from wanda_dvc.engine import divergence  # imports transformers
 
@@ -226,7 +226,7 @@ def _perplexity(run: Run) -> Requirements:
     return _running(forward, memory, disk)
 
 
-def _zero_shot(run: Run) -> Requirements:
+def _needs_of_zero_shot(run: Run) -> Requirements:
     """Packed questions."""
     from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
 
@@ -240,12 +240,12 @@ def _zero_shot(run: Run) -> Requirements:
 
 
 REQUIREMENTS: dict[str, Callable[[Run], Requirements]] = {
-    "calibrate": _calibrate,
-    "mask": _mask,
-    "apply": _apply,
-    "recover": _recover,
-    "perplexity": _perplexity,
-    "zero-shot": _zero_shot,
+    "calibrate": _needs_of_calibrate,
+    "mask": _needs_of_mask,
+    "apply": _needs_of_apply,
+    "recover": _needs_of_recover,
+    "perplexity": _needs_of_perplexity,
+    "zero-shot": _needs_of_zero_shot,
 }
 
 

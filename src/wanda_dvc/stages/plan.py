@@ -1,6 +1,6 @@
-"""Check the settings, link the local sources, and write what each stage has to know of the others: no torch.
+"""Check the settings, link the local sources, and write what each stage is given of the settings: no torch.
 
-`sources/<part>` is a link to the user's directory or file, or a note if the source is not local. DVC follows the link,
+`sources/<name>` is a link to the user's directory or file, or a note if the source is not local. DVC follows the link,
 and hashes a file again only after its inode, time or size has changed.
 """
 
@@ -17,33 +17,35 @@ from wanda_dvc.study.folder import Study
 
 def plan(*, study: Study) -> None:
     """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method."""
-    params, texts = study.params, study.source("perplexity")
-    parts = download_sources(params)
-    for part, (setting, source) in parts.items():
-        _link_source(study, part, setting, source)
-    for place in texts.iterdir():
-        if f"perplexity/{place.name}" not in parts:  # of a removed text
-            remove(place)
+    params = study.params
+    sources = download_sources(params)
+    for name, (setting, source) in sources.items():
+        _link_source(study, name, setting, source)
+    for path in study.source("perplexity").iterdir():
+        if f"perplexity/{path.name}" not in sources:  # of a removed text
+            remove(path)
     plan = params.plan
     pattern, sparsity = plan.pattern, float(plan.sparsity)
     _link_source(study, "method", "method", plan.method.file)
-    if ignored := ", ".join(plan.left_out):
+    ignored = ", ".join(plan.left_out)
+    if ignored:
         notice(f"plan: pattern {pattern} has choices of its own: {ignored} ignored (recipe {params.recipe})")
     if sparsity != params.sparsity:
         notice(f"plan: pattern {pattern} sets the sparsity to {sparsity:g}; sparsity {params.sparsity:g} ignored")
     folder = study.root / "plan"
-    remove(new := folder.with_name("plan.part"))
+    new = folder.with_name("plan.part")
+    remove(new)
     for name, content in stage_inputs(params).items():
         write_json(new / f"{name}.json", content)
     remove(folder)
     new.rename(folder)
 
 
-def _link_source(study: Study, part: str, setting: str, source: str) -> None:
-    """Make `sources/<part>`. UserError if the local source is missing."""
-    place = study.source(part)
+def _link_source(study: Study, name: str, setting: str, source: str) -> None:
+    """Make `sources/<name>`. UserError if the local source is missing."""
+    place = study.source(name)
     if not Path(source).is_absolute():
-        if part != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
+        if name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
             raise UserError(
                 f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
                 f"its absolute path, {study.root / source}"
@@ -53,9 +55,12 @@ def _link_source(study: Study, part: str, setting: str, source: str) -> None:
     if not Path(source).exists():
         raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
     _check_readable(setting, Path(source))
-    inside, root = Path(source).resolve(), study.root.resolve()
-    if any(inside.is_relative_to(root / out.partition("/{")[0]) for out in WRITTEN):  # each run would change it
-        raise UserError(f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it")
+    path, root = Path(source).resolve(), study.root.resolve()
+    for output in WRITTEN:  # each run would change it
+        if path.is_relative_to(root / output.partition("/{")[0]):
+            raise UserError(
+                f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it"
+            )
     place.parent.mkdir(parents=True, exist_ok=True)
     remove(place)
     place.symlink_to(source)

@@ -15,7 +15,7 @@ from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.device import free_memory, own_device
+from wanda_dvc.stages.device import free_memory_of, own_device
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.needs import announce, gigabytes
 from wanda_dvc.stages.process import progress
@@ -178,7 +178,7 @@ def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json,
     inputs = {"prompts_sha256": digest(prompts), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **identified, **inputs)
     device = own_device(study.params.runtime)
-    needed, free = int(MEMORY * sizes.parameters * WIDTH[dtype]), free_memory(str(device))
+    needed, free = int(MEMORY * sizes.parameters * WIDTH[dtype]), free_memory_of(str(device))
     if needed > free:
         memory = f"the model needs {gigabytes(needed)} of memory, and {gigabytes(free)} were free"
         notice(f"zero-shot {model}: no continuations of prompts.txt: {memory}")

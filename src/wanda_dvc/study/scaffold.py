@@ -66,37 +66,46 @@ def init(
     git refuses the repository.
     """
     folder = check_place(folder)
-    found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
-    if found:
-        raise UserError(f"{folder}: holds {shortened(found)}, expected a new or an empty directory; name another")
-    own = nested(source_settings(model, calibration, mirror))
+    names = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
+    if names:
+        raise UserError(f"{folder}: holds {shortened(names)}, expected a new or an empty directory; name another")
+    options = nested(source_settings(model, calibration, mirror))
     text = read_text(study / "params.yaml", "name a study") if study else PARAMS.read_text(encoding="utf-8")
-    params, text = changed(text, preset_changes(preset), own)
+    params, text = changed(text, preset_changes(preset), options)
     around = _repository_around(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if around is None:
         git(folder, "init", "--quiet", check=True)
     init_repository(folder, inside=around is not None and around != folder.resolve())
-    for place, file in FILES.items():
-        write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
-    if study and (study / "dvc.lock").is_file():  # its results; `dvc repro` writes models/pruned again
-        for place, how in ((".dvc/cache", link_file), ("metrics", shutil.copy)):  # cached files never change
-            if (study / place).is_dir():
-                shutil.copytree(study / place, folder / place, copy_function=how, dirs_exist_ok=True)
-        for place in ("dvc.lock", PROMPTS):
-            shutil.copy(study / place, folder)
-        checkout(folder)
+    _write_files(folder, text)
+    if study and (study / "dvc.lock").is_file():
+        _copy_results(study, folder)
     git(folder, "add", "--all", ".", check=True)
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
     committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
-    return _said(folder, params, around, committed)
+    return _next_steps(folder, params, around, committed)
+
+
+def _write_files(folder: Path, params: str) -> None:
+    """Write the files of a study, with the text of its params.yaml."""
+    for name, file in FILES.items():
+        write_text(folder / name, params if name == "params.yaml" else file.read_text(encoding="utf-8"))
+
+
+def _copy_results(study: Path, folder: Path) -> None:
+    """Copy a study's results; cached files never change, so links to them are enough. `dvc repro` writes the rest."""
+    for name, copy_file in ((".dvc/cache", link_file), ("metrics", shutil.copy)):
+        if (study / name).is_dir():
+            shutil.copytree(study / name, folder / name, copy_function=copy_file, dirs_exist_ok=True)
+    for name in ("dvc.lock", PROMPTS):
+        shutil.copy(study / name, folder)
+    checkout(folder)
 
 
 def renew(folder: Path, settings: Settings) -> None:
     """Make a study without git, or renew the files of one, all but its results. UserError if a setting is wrong."""
     _, text = new_params(settings)
-    for place, file in FILES.items():
-        write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
+    _write_files(folder, text)
     write_text(folder / ".dvc/config.local", LOCAL_CONFIG)  # `init --from` does not copy it
 
 
@@ -219,7 +228,7 @@ def _repository_around(folder: Path) -> Path | None:
     return None
 
 
-def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
+def _next_steps(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
     lines = [f"{folder}: a study of {params.model}."]
     if around is not None:
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
