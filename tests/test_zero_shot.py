@@ -331,7 +331,7 @@ def test_each_line_of_prompts_is_continued(study: Make):
 
 def test_a_model_that_does_not_fit_in_memory_has_no_continuations(study: Make, monkeypatch: Patch, capsys: Capture):
     measured = fetch(study(tasks__names=[]), "model")
-    monkeypatch.setattr(stage, "free_memory", lambda _: 10**4)
+    monkeypatch.setattr(stage, "free_memory_of", lambda _: 10**4)
     zero_shot(study=measured, model="dense")
     report = (
         r"zero-shot dense: no continuations of prompts.txt: the model needs 0\.\d MB of memory, and 0.1 MB were free"
