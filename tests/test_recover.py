@@ -195,7 +195,7 @@ def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path
     assert torch.equal(before[name] == 0, after[name] == 0)
     experiment = workspace(made)
     assert list(experiment.models) == ["dense", "pruned", "recovered"]
-    assert experiment.made is experiment.results["recovered"]
+    assert experiment.final is experiment.results["recovered"]
     (row,) = [line for line in show(study=made).splitlines() if line.startswith("| divergence, nats")]
     assert row.count("to") == 2
     said = export(study=made, experiment=None, target=tmp_path / "exported")

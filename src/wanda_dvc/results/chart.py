@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from wanda_dvc.results.intervals import Estimate
 
@@ -44,6 +44,8 @@ def chart(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *,
         ax.set_yscale("log")
         for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers
+    else:  # an accuracy
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_xlabel("sparsity, %")
     ax.set_ylabel(label)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))

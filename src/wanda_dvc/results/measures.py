@@ -173,7 +173,7 @@ def _right_answers(results: Results, task: str) -> list[bool]:
 # --- paired tests of a model against a base, on the same windows or items ---
 
 
-def compare_windows(
+def compare_by_window(
     results: Results, base: Results, text: str, name: str, test: Callable[..., Estimate | None] = mean_difference
 ) -> Estimate | None:
     """The mean minus the base's, or another comparison, paired by window; None without finite values."""
@@ -300,9 +300,9 @@ _divergence = partial(read_number, name="divergence")
 _agreement = partial(read_number, name="top1_agreement")
 _rms_change = partial(read_number, name="rms_probability_change")
 _removed = partial(read_number, name="removed_parameters")
-_ratio_test = Test(partial(compare_windows, name="losses", test=ratio), _factor, " ×")
-_divergence_test = Test(partial(compare_windows, name="divergences"), _nats, " nats")
-_agreement_test = Test(partial(compare_windows, name="agreements"), _points, " points")
+_ratio_test = Test(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
+_divergence_test = Test(partial(compare_by_window, name="divergences"), _nats, " nats")
+_agreement_test = Test(partial(compare_by_window, name="agreements"), _points, " points")
 _accuracy_test = Test(compare_answers, _points, " points")
 _mean_test = Test(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
