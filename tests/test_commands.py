@@ -74,6 +74,7 @@ def test_every_command_is_a_stage_prints_a_table_or_writes_files():
     assert set(commands) == {*STAGES, *TABLES, *WRITE}
     asked = {name for name, command in commands.items() for option in command.params if "--json" in option.opts}
     assert asked == set(TABLES)
+    assert any({"--layer", "--block"} == set(option.opts) for option in commands["stats"].params)
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "evaluate"])  # it has tests/test_evaluate.py
