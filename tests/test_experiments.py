@@ -208,7 +208,7 @@ def test_a_damaged_lock_is_named_and_no_row_of_the_list(repository: Repository):
 
 
 @pytest.fixture(scope="module")
-def calibrated_study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
+def study(tmp_path_factory: Factory, texts: dict[str, str]) -> wd.Study:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     source = {"source": texts["calibration__text__source"], "split": None}
