@@ -68,7 +68,6 @@ def _find_study() -> "Study":
 
 
 def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
-    """Run one stage, or those of its variants and texts that are named; offline except for download."""
     if version not in (None, stage.version):
         raise UserError(
             f"dvc.yaml: {stage.name}: version {version}, expected {stage.version}: the study is of another wanda-dvc; "

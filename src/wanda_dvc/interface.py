@@ -235,14 +235,12 @@ def _alone(study: Study) -> Iterator[None]:
 
 
 def _as_path(name: str, value: object) -> Path:
-    """Return an argument as a path. UserError for another type."""
     if not isinstance(value, str | os.PathLike):
         raise UserError(f"{name}: found {value!r:.80}, expected a path")
     return Path(value)
 
 
 def _check_in_memory(model: object, tokenizer: object) -> None:
-    """Raise UserError unless a model and its tokenizer are those of transformers."""
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if not isinstance(model, PreTrainedModel):

@@ -48,7 +48,6 @@ def free_memory() -> int:
 
 
 def _used_memory(group: Path) -> int:
-    """Return the bytes that a control group uses, without page cache, which the system may reclaim; 0 if unknown."""
     used = 0
     with contextlib.suppress(OSError, ValueError):
         used = int((group / "memory.current").read_text(encoding="utf-8"))

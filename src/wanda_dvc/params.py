@@ -296,7 +296,6 @@ class Params(_Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        """Yield problems of individually valid settings that conflict or have no effect."""
         trained_on = {"calibration": self.calibration.text, "recovery": self.recovery.text}
         for measured in self.perplexity.texts.values():
             for setting, text in trained_on.items():
@@ -314,7 +313,6 @@ class Params(_Section):
 
 
 def _location(text: ChosenText) -> tuple[str | None, ...]:
-    """Return the data set and split of a text, whatever its revision; of a file its path without links."""
     if text.dataset:
         return text.dataset, text.config, text.split
     source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
@@ -348,7 +346,6 @@ def check_params(content: object) -> Params:
 
 
 def _problem(problem: Any) -> str:
-    """Return pydantic's description of a problem as *setting: found, expected*."""
     setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
     if kind in ("extra_forbidden", "invalid_key") and setting in dict(settings()) and len(problem["loc"]) == 1:
@@ -372,7 +369,6 @@ def _problem(problem: Any) -> str:
 
 
 def _meaning(path: tuple[int | str, ...]) -> str:
-    """Return the description of a setting, by its sections and its name."""
     section: Any = Params
     meaning = ""
     for key in path:

@@ -61,7 +61,6 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
 
 
 def _needs(study: Study) -> dict[str, Requirements]:
-    """Return the needs of each stage that the settings ask for; nothing without a valid model."""
     needs = {}
     with contextlib.suppress(UserError):  # no model, or one that `download` refuses
         for stage in REQUIREMENTS:
@@ -71,7 +70,6 @@ def _needs(study: Study) -> dict[str, Requirements]:
 
 
 def _check_machine(params: Params) -> Iterator[Check]:
-    """Show CPU and GPUs, and the device of the stages."""
     yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory_of('cpu'))} of memory free")
     for gpu in accelerator.gpus():
         yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {gigabytes(free_memory_of(gpu))} free")
@@ -83,7 +81,6 @@ def _check_machine(params: Params) -> Iterator[Check]:
 
 
 def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:
-    """Show the free memory and disk, and check them for each stage."""
     sizes_free = free(study)
     for what, size in sizes_free.items():
         yield Check(what, True, f"{gigabytes(size)} free")

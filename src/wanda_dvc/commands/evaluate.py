@@ -59,7 +59,6 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
 
 
 def _check_dense_results(study: Study, dense: Results) -> None:
-    """Raise UserError unless the dense model is measured on every text and task of the settings."""
     texts, tasks = study.params.perplexity.texts, study.params.tasks.names
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError(
@@ -69,7 +68,6 @@ def _check_dense_results(study: Study, dense: Results) -> None:
 
 
 def _check_paths(study: Study, paths: Sequence[Path]) -> None:
-    """Raise UserError, before any model runs, for a path that is missing, named twice, or another model's."""
     real_paths = [path.resolve() for path in paths]
     for path in paths:
         if not path.exists():
@@ -95,7 +93,6 @@ def _measure(study: Study, path: Path, measured: Study) -> Results:
 
 
 def _check_alike(study: Study, folder: Path, path: Path) -> None:
-    """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
     config = read_config(folder).get_text_config()
     dense_config = read_config(study.model(DENSE)).get_text_config()
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
@@ -105,7 +102,6 @@ def _check_alike(study: Study, folder: Path, path: Path) -> None:
 
 
 def _write_variant(study: Study, path: Path, folder: Path) -> None:
-    """Write a variant of the dense model into a folder: its weights, and the dense model's tokenizer and dtype."""
     dense = study.model(DENSE)
     sha256 = read_model(path, folder)
     _check_alike(study, folder, path)

@@ -108,7 +108,6 @@ def move_model(experiment: Experiment, target: Path) -> None:
 
 
 def _renamed(folder: Path, target: Path) -> bool:
-    """Rename a folder; return False, without a change, if the target is on another file system."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -219,7 +218,6 @@ def sections(experiment: Experiment) -> dict[str, str]:
 
 
 def _training_sentence(experiment: Experiment) -> str:
-    """Return the model card's sentence on the training of a recovered model."""
     params = experiment.params
     provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
     training = f"on {provenance.get('tokens', params.recovery.tokens):,} tokens towards the dense model"

@@ -65,7 +65,6 @@ def prune_model(request: PruneRequest) -> str:
 
 
 def _sizes_for_model(study: Study, params: Params, sizes: ModelSizes) -> Settings:
-    """Return lengths of windows that fit the dense model, and enough calibration windows for its solvers."""
     length = params.calibration.length
     longest = positions_of(read_config(study.model("dense"))) or length
     length = min(longest, length)
@@ -92,7 +91,6 @@ def _recommended_recipe(study: Study, pattern: str, sizes: ModelSizes) -> str:
 
 
 def _paragraphs(experiment: Experiment, request: PruneRequest, began: float) -> list[str]:
-    """Return the paragraphs on the results of a request whose stages have run, and on what to do next."""
     models = experiment.models
     paragraphs = [
         title(experiment, named=False),
@@ -109,7 +107,6 @@ def _paragraphs(experiment: Experiment, request: PruneRequest, began: float) -> 
 
 
 def _table_rows(experiment: Experiment, request: PruneRequest, began: float) -> list[list[str]]:
-    """Return the rows of the table: measures, size and time, with a column for each model."""
     models, study = experiment.models, experiment.study
     measures = headings(list(models.values())) if request.evaluate else {}
     values = {name: cells(results, measures) for name, results in models.items()}
@@ -122,7 +119,6 @@ def _table_rows(experiment: Experiment, request: PruneRequest, began: float) -> 
 
 
 def _seconds(study: Study, began: float) -> dict[str, float]:
-    """Return by model the seconds of its stages that ran since then."""
     seconds = defaultdict[str, float](float)
     for run, content in times(study).items():
         if study.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
@@ -146,7 +142,6 @@ def _next_commands(experiment: Experiment, request: PruneRequest) -> str:
 
 
 def _next_options(params: Params, recipe: str | None) -> list[str]:
-    """Return the options of a next command: the same model, text and recipe, and another sparsity or pattern."""
     options = [params.model]
     if params.calibration.text.source != EMBEDDED:
         options += ["--text", params.calibration.text.source]
@@ -172,7 +167,6 @@ def _what_stays(study: Study, experiment: Experiment) -> str:
 
 
 def _bytes_on_disk(folder: Path) -> int:
-    """Return the size of a folder's files on disk; a file with several names counts once."""
     sizes = {}
     for path in folder.rglob("*"):
         status = path.lstat()

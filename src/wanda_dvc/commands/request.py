@@ -76,13 +76,11 @@ def check_settings(settings: Settings) -> Params:
 
 
 def _with_option(problem: str) -> str:
-    """Return a problem of a setting with the option in place of the setting."""
     setting, _, rest = problem.removeprefix(f"{FILE}: ").partition(": ")
     return f"{OPTIONS.get(setting, setting)}: {rest}"
 
 
 def _parse_tokens(text: str) -> int:
-    """Return a number of tokens. UserError for another text than 500000, 500k or 1M."""
     digits = re.fullmatch(r"([0-9]+)([kM]?)", text)
     if digits is None:
         raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")

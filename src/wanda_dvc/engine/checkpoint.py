@@ -256,7 +256,6 @@ def _write_index(view: EditedCheckpoint, path: Path) -> None:
 
 
 def _write_config(view: EditedCheckpoint, path: Path) -> None:
-    """Write config.json with new values, under the file's names: `num_experts` may be `num_local_experts` there."""
     content, config = read_object(view.source.folder / "config.json"), view.source.config
     key, aliases = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
     text = content[key] if key else content
@@ -291,7 +290,6 @@ def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[st
 
 
 def _in_order(view: EditedCheckpoint, shard: Path) -> list[str]:
-    """Return the source's tensors of a shard in the order to write them."""
     stored = view.source.header(shard)
     tensors = sorted(stored, key=lambda tensor: stored[tensor].begin)
     if not view.config_changes:
@@ -303,7 +301,6 @@ def _in_order(view: EditedCheckpoint, shard: Path) -> list[str]:
 
 
 def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
-    """Return the beginning of a shard, up to the first tensor: the source's if no name or shape changes."""
     if not view.config_changes:
         begin = min(entry.begin for entry in view.source.header(shard).values())
         with shard.open("rb") as file:
@@ -321,7 +318,6 @@ def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
 
 
 def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator[Piece]:
-    """Yield the pieces of a shard after its header."""
     original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
     copied: list[memoryview] = []  # since the last new tensor
     for tensor in tensors:

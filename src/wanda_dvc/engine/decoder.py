@@ -188,7 +188,6 @@ class Decoder:
         return calls
 
     def _check_input(self, index: int, hidden: Tensor, length: int) -> None:
-        """Raise UserError if the model gives a block hidden states of another shape."""
         expected = (1, length, self.model.config.get_text_config().hidden_size)
         if hidden.shape != expected:
             what = f"gives block {index} hidden states of {[*hidden.shape]}, expected {[*expected]}"
@@ -215,12 +214,10 @@ class Decoder:
         return tuple(itertools.takewhile(lambda value: value is None, output[1:]))
 
     def _as_output(self, hidden: Tensor) -> Any:
-        """Return hidden states in the form of a block's output."""
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
-        """Replace every block's forward by `replacement(index, *args, **kwargs)`; always restore it."""
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = partial(replacement, index)
@@ -231,7 +228,6 @@ class Decoder:
 
     @contextlib.contextmanager
     def _attending(self, questions: PackedQuestions | None) -> Iterator[None]:
-        """Select the attention: ours for packed questions, else the model's own."""
         name = self._stock_attention if questions is None else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
@@ -334,7 +330,6 @@ class Decoder:
 
     @contextlib.contextmanager
     def _short_windows(self, most: int) -> Iterator[None]:
-        """Limit the sliding windows and chunks of the model's masks to `most` tokens."""
         config = self.model.config.get_text_config()
         sizes: dict[str, int] = {}
         for name in ("sliding_window", "attention_chunk_size"):

@@ -231,11 +231,9 @@ def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
 
 
 def _weighted_mean(means: Sequence[float], predictions: Sequence[int]) -> float:
-    """Return the mean over predictions, from the windows' means."""
     totals = [mean * count for mean, count in zip(means, predictions, strict=True)]
     return math.fsum(totals) / sum(predictions)
 
 
 def _six_digits(value: float) -> float:
-    """Round to six significant digits."""
     return float(f"{value:.6g}")

@@ -73,7 +73,6 @@ class ExpertProducts(TorchFunctionMode):
         return result
 
     def _find(self, weight: Tensor, ends: Tensor | None) -> ExpertProduct | None:
-        """Return the product with a weight if it belongs to experts; `ends` are those of each expert's rows."""
         if weight.dim() == 2 and weight.data_ptr() in self._matrices:
             parameter, expert = self._matrices[weight.data_ptr()]
             return ExpertProduct(parameter, {expert: ALL_ROWS})

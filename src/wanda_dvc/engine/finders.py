@@ -30,7 +30,6 @@ Slices = Mapping[str, list[StoredSlice]]  # by parameter
 
 
 def _linears(model: nn.Module, slices: Slices) -> list[dict[str, Linear]]:
-    """Return the linears of each block by stored name."""
     name, blocks = find_blocks(model)
     return [stored_linears(block, f"{name}.{index}.", slices.__getitem__) for index, block in enumerate(blocks)]
 
@@ -47,7 +46,6 @@ class SizeChange(NamedTuple):
 def _size_changes(
     source: Checkpoint, structure: Structure, full: nn.Module, fields: Mapping[str, Any]
 ) -> list[SizeChange]:
-    """Return the dimensions that change with the values of some fields of the configuration."""
     trial = _build(source, structure, fields).state_dict()
     changes = []
     for name, tensor in full.state_dict(keep_vars=True).items():
@@ -59,7 +57,6 @@ def _size_changes(
 
 
 def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
-    """Build the empty model of the configuration with other values in some fields."""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
         return build_empty(with_fields(source.config, fields), f"{source} with {text}")
@@ -161,7 +158,6 @@ def _trial_of(value: Any) -> int:
 
 
 def _number_of_experts(module: nn.Module) -> int:
-    """Return the number of experts of a module by its parameters [experts, ·, ·]; 0 if it has none."""
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 3:
             return len(parameter)
@@ -393,7 +389,6 @@ def _mixture_tensors(
 
 
 def _members(full: nn.Module, slices: Slices, tensors: MixtureTensors, total: int) -> dict[str, list[list[str]]]:
-    """Return the linears of each expert, by mixture."""
     members: dict[str, list[list[str]]] = {}
     for mixture in sorted(set(tensors.mixtures.values())):
         members[mixture] = [[] for _ in range(total)]

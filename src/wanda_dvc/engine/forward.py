@@ -256,7 +256,6 @@ class BlockStep:
         self._run(replace(self.block, dense_store=None, change=WeightChange(masks, weights)))
 
     def _run(self, block: BlockRun) -> InputSums:
-        """Run all chunks through the block. Return their sums, merged in the chunks' order."""
         runner, total = self.runner, InputSums()
         for sums in runner.map(run_block, block, runner.chunks, f"block {self.index}, chunk"):
             total.merge(sums)

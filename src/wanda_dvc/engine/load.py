@@ -122,7 +122,6 @@ class BlockLoader:
             return self._read(self._empty[index])
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
-        """Return a block's tensors; a thread then reads the following block."""
         ahead = self._read_ahead.pop(index, None)
         for unneeded in self._read_ahead.keys() - {then}:
             del self._read_ahead[unneeded]  # frees its memory before the next read

@@ -67,7 +67,6 @@ def _run_full(source: Checkpoint, removal: Removal) -> tuple[TokenSequence, list
 
 
 def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
-    """Run the kept blocks one after another."""
     hidden = full.embed(sequence)
     kept = removal.kept[full.weights.blocks_name].nonzero()[:, 0].tolist()
     for number, index in enumerate(kept):

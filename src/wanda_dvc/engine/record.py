@@ -51,7 +51,6 @@ class InputRecorder:
         return observing(self.linears, self._see_input, self._add_gated_output)
 
     def _see_input(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
-        """Add an input [..., in] of the linears that are rows of one matrix."""
         x, features = x[tokens], self.linears[names[0]].features
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
@@ -66,7 +65,6 @@ class InputRecorder:
                 self.sums.add_consumer(name, self._seen[key].name)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
-        """Add a distinct input to its statistics."""
         if self._is_dense:
             self._dense[name] = x
             return
@@ -84,7 +82,6 @@ class InputRecorder:
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
-        """Add the norms of an expert's gated outputs in a window."""
         if not self._is_dense:
             total = norms.to(solving_device(norms.device)).double().sum()
             merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})

@@ -120,7 +120,6 @@ class Removal:
 
     @cached_property
     def _unit_of(self) -> dict[str, tuple[str, int]]:
-        """The set and the number of the unit of each linear that belongs to a unit."""
         unit_of = dict[str, tuple[str, int]]()
         for name, units in self.unit_sets.items():
             for unit, linears in enumerate(units.members):

@@ -76,5 +76,4 @@ class SmallerCheckpoint(EditedCheckpoint):
         return tensor
 
     def _kept(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
-        """Return the kept indices of a dimension."""
         return expand(self.removal.kept[dimension.unit_set], dimension.layout).nonzero()[:, 0]

@@ -283,7 +283,6 @@ def _unit_score(
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """Return the score of one unit. A method without a score of units sums the scores of the unit's weights."""
     if method.competition == "blocks":
         return float(method(block))
     if method.competition == "experts":
@@ -296,7 +295,6 @@ def _unit_score(
 
 
 def _outputs(block: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method) -> TokenSum:
-    """Return the sums over the outputs of one expert. UserError if they do not cover all of its tokens."""
     tokens = max(inputs[linear].count for linear in linears)
     recorded = [block.outputs[linear] for linear in linears if linear in block.outputs]
     outputs = recorded[0] if recorded else TokenSum(torch.zeros((), dtype=torch.float64), 0)

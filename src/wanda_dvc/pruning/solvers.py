@@ -370,7 +370,6 @@ def _inverse_of_lower(lower: Square) -> Square:
 
 
 def _panels(matrix: Square) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of each panel; on an accelerator one panel covers all."""
     size = PANEL if matrix.device.type == "cpu" else len(matrix)
     return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
 

@@ -67,7 +67,6 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
 
 
 def _metadata(dense: Json, license_name: str | None, method: str) -> str:
-    """Return the metadata of the model card in YAML, as the Hub reads it."""
     metadata = {
         "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
         "license": license_name,
@@ -96,7 +95,6 @@ def _method(name: str, structure: Structure | None) -> str:
 
 
 def _settings_rows(dense: Json, masks: Json, sparsity: float, structure: Structure | None) -> list[tuple[str, str]]:
-    """Return the rows of the table of settings."""
     calibration = masks["calibration"]
     of = structure.about if structure else "linear layers of all blocks"
     return [

@@ -19,7 +19,6 @@ Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
 def _tested(results: Results, base: Results) -> list[Column]:
-    """Return the measures with a paired test that both models have, on each text or task."""
     columns = []
     for measure in MEASURES:
         if measure.test:

@@ -79,7 +79,6 @@ def model_digest(study: Study, model: str) -> str | None:
 
 
 def _other_masks(study: Study) -> list[str]:
-    """Return a sentence if models/pruned, which DVC does not cache, has other masks than those in masks/."""
     if not is_there(study.model("pruned") / PROVENANCE):
         return []
     pruned = read_provenance(study.model("pruned"), MODEL_COMMANDS["pruned"])

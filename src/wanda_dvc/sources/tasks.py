@@ -99,7 +99,6 @@ def _task_files() -> tuple[Path, dict[Path, bytes]]:
 
 
 def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Path, _: Path) -> None:
-    """Write the items and the provenance of every task into a separate directory."""
     if not items_by_task:  # DVC warns of an empty directory
         (out / "none").touch()
     for name, items in items_by_task.items():
@@ -168,7 +167,6 @@ def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: 
 
 
 def _check_label(task: Any, item: Any, where: str, todo: str) -> None:
-    """Raise UserError if an item's label, or one of several, is not among its choices."""
     choices = task.doc_to_choice(item)
     # With a context for each choice, such as WinoGrande's, lm-eval has the label in place of the text.
     labels = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)

@@ -62,7 +62,6 @@ def _locate(setting: str, text: ChosenText, mirror: str | None, shard: str | Non
 
 
 def _fetch_shard(origin: Path | Repository, shard: str, scratch: Path) -> Path:
-    """Return the file of a split's documents: in the mirror, or fetched from the Hub."""
     if isinstance(origin, Path):
         return origin
     origin.fetch(scratch / "hub", shard)
@@ -96,7 +95,6 @@ def _write_documents(documents: Documents, out: Path) -> Json:
 
 
 def _column(rows: Iterable[tuple[str, Json]], column: str) -> list[str]:
-    """Return one column of some rows, each with its place for messages."""
     texts = []
     for where, row in rows:
         text = row.get(column)

@@ -142,7 +142,6 @@ class DenseToPruned:
         self.factors = lru_cache(maxsize=2)(self._prepare)
 
     def _open(self, block: int) -> BlockFiles:
-        """Open a block's files. UserError if the masks are not those of the block's linears."""
         study, plan = self.study, self.plan
         weights, diagnostics, inputs = dict[str, Tensor](), Json(), dict[str, str]()
         grams = gradients = None

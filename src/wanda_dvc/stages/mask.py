@@ -109,7 +109,6 @@ def mask(*, study: Study) -> None:
 def _describe(
     plan: Plan, stats: Json, digests: Json, sparsities: Sequence[BlockSparsity], removal: "Removal | None"
 ) -> Json:
-    """Return the provenance of masks and weights."""
     libraries = ["torch", "numpy"]
     if plan.propagates or plan.structure:
         libraries.append("transformers")
@@ -327,7 +326,6 @@ def without_units(removal: "Removal | None", result: BlockResult) -> BlockResult
 
 
 def _calibrated(study: Study, stats: Json, work: Work) -> "tuple[ModelRunner, Tensor]":
-    """Return a runner of the dense model and the windows, as for stats/. UserError if the text is another."""
     text = read_provenance(study.data("calibration"), "download calibration")
     check_source("stats", stats["text"], text, "calibrate")
     windows = inputs.calibration_windows(study)

@@ -227,7 +227,6 @@ def _needs_of_perplexity(run: Run) -> Requirements:
 
 
 def _needs_of_zero_shot(run: Run) -> Requirements:
-    """Packed questions."""
     from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
 
     forward, bytes_of_items = run.forward(SEQUENCE_TOKENS), 0

@@ -101,7 +101,6 @@ def _compare_predictions(
 
 
 def _details(protocol: Json, losses: list[float], divergences: list[Divergence] | None, not_finite: str | None) -> Json:
-    """Return the values of each window, with their protocol."""
     details: Json = {"protocol": protocol, "losses": [json_number(loss) for loss in losses]}
     if divergences is not None:
         details["divergences"] = [json_number(divergence.mean) for divergence in divergences]
@@ -112,7 +111,6 @@ def _details(protocol: Json, losses: list[float], divergences: list[Divergence] 
 
 
 def _write_plots(study: Study, text: str, predictions: list[int], details: Json) -> None:
-    """Write the windows' losses of the dense and the pruned model, divergences and agreements."""
     dense = []
     for window in range(len(predictions)):
         log_p = read_window(study.reference(text), window)["true_log_p"]
@@ -124,7 +122,6 @@ def _write_plots(study: Study, text: str, predictions: list[int], details: Json)
 
 
 def _write_plot(path: Path, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
-    """Write the windows' values as CSV; a value that is not finite is empty."""
     lines: list[list[object]] = []
     for window, count in enumerate(predictions):
         values = [column[window] for column in columns.values()]

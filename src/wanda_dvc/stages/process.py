@@ -64,7 +64,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
 
 def _end_children() -> None:
-    """End the processes that this process has started, and theirs."""
     import psutil
 
     children = psutil.Process().children(recursive=True)

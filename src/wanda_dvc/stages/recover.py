@@ -76,7 +76,6 @@ def recover(*, study: Study) -> None:
 
 
 def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:
-    """Write models/recovered: the trained weights, or the pruned ones if the training did not help."""
     best = min(curve, key=lambda evaluation: evaluation["score"])
     folder = work.new()
     if recovered is None:

@@ -92,7 +92,6 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
 
 
 def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Json:
-    """Return a task's `details` and `metrics`: an earlier run's with this protocol, or new ones."""
     path = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
     with study.work(protocol) as work:
         results = _stored_results(path, protocol)
@@ -104,7 +103,6 @@ def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Jso
 
 
 def _stored_results(path: Path, protocol: Json) -> Json | None:
-    """Return an earlier run's results; None without a file, or if it is damaged or of another protocol."""
     try:
         results = load_json(path)
     except UserError:
@@ -147,7 +145,6 @@ def run_task(study: Study, model: str, task: str, protocol: Json, work: Work) ->
 
 
 def _are_finite(samples: list[dict[str, Any]]) -> bool:
-    """Whether all log-likelihoods are finite."""
     return all(math.isfinite(value) for sample in samples for value, _ in sample["filtered_resps"])
 
 

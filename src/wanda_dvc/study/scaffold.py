@@ -87,7 +87,6 @@ def init(
 
 
 def _write_files(folder: Path, params: str) -> None:
-    """Write the files of a study, with the text of its params.yaml."""
     for name, file in FILES.items():
         write_text(folder / name, params if name == "params.yaml" else file.read_text(encoding="utf-8"))
 
@@ -201,7 +200,6 @@ def _absolute_text(text: str) -> str:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a missing source is meant as a path: by its first character, or because its folder exists here."""
     return source.startswith((".", "~", os.sep)) or (
         "@" not in source and "/" in source and Path(source).parent.is_dir()
     )

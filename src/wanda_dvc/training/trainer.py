@@ -215,7 +215,6 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
 
 
 def _check_trainable(student: Any, teacher: Any, tokens: Int[Tensor, "1 length"]) -> None:
-    """Compute the gradients of a few tokens. UserError if the model's class cannot."""
     try:
         dense_logits = teacher(input_ids=tokens).logits
         mean_divergence(dense_logits, student.train()(input_ids=tokens).logits).backward()
@@ -253,14 +252,12 @@ def _arguments(
 def _trained_slices(
     student: Any, checkpoint: Checkpoint
 ) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
-    """Return the stored slices of each parameter, and the dtype in which they are stored."""
     parameters = dict(student.named_parameters(remove_duplicate=False))
     slices = {name: stored for name, stored in stored_slices(student, checkpoint).items() if name in parameters}
     return slices, {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
 
 
 def _with_weights(checkpoint: Checkpoint, student: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
-    """Return the pruned checkpoint with the trained weights, in their stored dtypes."""
     parameters = dict(student.named_parameters(remove_duplicate=False))
     weights: dict[Address, Tensor] = {}
     for name, stored in slices.items():
@@ -278,7 +275,6 @@ def _with_weights(checkpoint: Checkpoint, student: Any, slices: Mapping[str, lis
 
 
 def _windows_per_process() -> int:
-    """Return this process's windows of a step, among the processes of `accelerate launch`."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
             raise UserError(f"accelerate launch: {name} splits gradients, so no mask can act; add --multi_gpu")
