@@ -149,15 +149,15 @@ def calibrated_study(study: Make) -> Study:
 def asked(monkeypatch: Patch) -> list[str]:
     """The tasks that the model was asked; a task that is in the list as `not TASK` ends the run."""
     asked: list[str] = []
-    run_task = stage.run_task
+    answer_task = stage.answer_task
 
     def spy(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
         if f"not {task}" in asked:
             raise KeyboardInterrupt
         asked.append(task)
-        return run_task(study, model, task, protocol, work)
+        return answer_task(study, model, task, protocol, work)
 
-    monkeypatch.setattr(stage, "run_task", spy)
+    monkeypatch.setattr(stage, "answer_task", spy)
     return asked
 
 

@@ -76,7 +76,7 @@ def measure_windows(
         yield measure(decoder, states[None], sequence.tokens)
 
 
-def compare_windows(
+def measure_divergences(
     decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, references: Sequence[Predictions]
 ) -> Iterator[tuple[float, Divergence]]:
     """Yield a model's mean loss on each window of a chunk, and its divergence from the dense model's predictions."""

@@ -9,7 +9,7 @@ from wanda_dvc.engine.divergence import (
     TOP,
     Divergence,
     Predictions,
-    compare_windows,
+    measure_divergences,
     from_losses,
     measure_windows,
     summarize,
@@ -93,7 +93,7 @@ def _compare_predictions(
     def references(places: range) -> list[Predictions]:
         return [Predictions(**read_window(reference, window)) for window in places]
 
-    results = run.head(compare_windows, references)
+    results = run.head(measure_divergences, references)
     for loss, divergence in progress(results, total=windows, what=f"{run_name}, output head, windows"):
         losses.append(loss)
         divergences.append(divergence)

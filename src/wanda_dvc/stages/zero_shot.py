@@ -96,7 +96,7 @@ def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Jso
     with study.work(protocol) as work:
         results = _stored_results(path, protocol)
         if results is None:
-            results = run_task(study, model, task, protocol, work)
+            results = answer_task(study, model, task, protocol, work)
             write_json(path, results)
         work.discard()
     return results
@@ -110,7 +110,7 @@ def _stored_results(path: Path, protocol: Json) -> Json | None:
     return results if results.get("details", {}).get("protocol") == protocol else None
 
 
-def run_task(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
+def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
     """Run a task's questions through a model; return `details` and `metrics` in their written form."""
     from lm_eval.evaluator import evaluate
 
