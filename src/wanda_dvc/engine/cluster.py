@@ -68,7 +68,7 @@ class OpenedModel(NamedTuple):
     opening: str
 
 
-def run_task(
+def run_on_node(
     expected: Expected, function: Callable[[torch.device, TaskInput], TaskResult], value: TaskInput
 ) -> TaskResult | list[Any]:
     """Run a function in this process; an iterator becomes a list. Errors name the node."""
@@ -191,7 +191,7 @@ class Cluster:
         resources: dict[str, Any] = {"num_cpus": self._threads}
         if self._kind == "GPU":
             resources = {"num_gpus": 1, "num_cpus": 0}
-        self._task: Any = ray.remote(run_task).options(max_retries=RETRIES, **resources)
+        self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
         self._opening = uuid4().hex
         self._largest_result = 0  # bytes
 
