@@ -67,6 +67,18 @@ def test_a_block_that_a_study_does_not_have_is_refused_with_the_range(calibrated
     assert study.statistics(torch.tensor(1)).inputs  # type: ignore[arg-type] # as a number of NumPy
 
 
+def test_a_model_or_a_text_that_a_study_does_not_have_is_refused_before_a_setting_changes(
+    calibrated: Path, tmp_path: Path
+):
+    study = wd.Study(shutil.copytree(calibrated, tmp_path / "study", symlinks=True))
+    before = (study.path / "params.yaml").read_bytes()
+    refused(wd.perplexity, study, "", says="model: found , expected dense, pruned, recovered", sparsity=0.7)
+    refused(wd.perplexity, study, "recovered", says="recovery.tokens: found 0", sparsity=0.7)
+    with pytest.raises(wd.UserError, match="text: found x, expected embedded"):
+        wd.perplexity(study, text="x", sparsity=0.7)
+    assert (study.path / "params.yaml").read_bytes() == before
+
+
 def test_functions_on_one_study_run_one_after_the_other(calibrated: Path, tmp_path: Path, monkeypatch: Patch):
     study = wd.Study(shutil.copytree(calibrated, tmp_path / "study", symlinks=True))
     barrier, together = Barrier(2), list[bool]()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.commands.reproduce import reproduce
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import STAGES
+from wanda_dvc.stages import MODELS, STAGES
 from wanda_dvc.study import folder
 from wanda_dvc.study.artifact import block_count, locked
 from wanda_dvc.study.files import load_json, write_text
@@ -211,14 +211,15 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         file = study.path / "params.yaml"
         params, content = changed(file.read_text(encoding="utf-8"), settings)
         text = text or next(iter(params.perplexity.texts))
-        stage = STAGES["perplexity"]
-        ((_, variant, _),) = stage.runs(params.perplexity.texts, model, text)  # UserError before a setting changes
-        if not stage.variants[variant].wanted(params):
+        for name, value, known in (("model", model, MODELS), ("text", text, [*params.perplexity.texts])):
+            if value not in known:
+                raise UserError(f"{name}: found {value}, expected {', '.join(known)}")
+        if not STAGES["perplexity"].variants[model].wanted(params):
             raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
         write_text(file, content)
         reproduce(study.path, "perplexity", model, text)
-        value = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
-        return value if isinstance(value, float) else float("inf")
+        measured = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
+        return measured if isinstance(measured, float) else float("inf")
 
 
 # --- checks ---
