@@ -208,7 +208,9 @@ def report(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def evaluate(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Directories of safetensors, or GGUF files.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", exists=True, help="Directories of safetensors, or GGUF files.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
