@@ -36,7 +36,7 @@ class Question:
     """A context, and the continuations that requests ask about, without their last tokens, which are no input."""
 
     context: Tokens
-    requests: dict[Tokens, list[int]] = field(default_factory=dict)  # by continuation: places of equal requests
+    requests: dict[Tokens, list[int]] = field(default_factory=dict)  # by continuation: the indices of equal requests
 
     @property
     def size(self) -> int:
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
     """A token to predict."""
 
     position: int  # in its sequence, of the token before it
-    request: int  # its place among the requests
+    request: int  # its index
     target: int  # the token's id
 
 
@@ -60,11 +60,11 @@ def questions_of(requests: Sequence[Request]) -> list[Question]:
     """
     questions: dict[tuple[Tokens, int], Question] = {}
     inputs = Counter[Tokens]()  # tokens of the continuations so far, by context
-    for place, request in enumerate(requests):
+    for index, request in enumerate(requests):
         continuation = request.continuation[:-1]
         key = (request.context, inputs[request.context] // SEQUENCE_TOKENS)
         question = questions.setdefault(key, Question(request.context))
-        question.requests.setdefault(continuation, []).append(place)
+        question.requests.setdefault(continuation, []).append(index)
         inputs[request.context] += len(continuation)
     return list(questions.values())
 
@@ -104,14 +104,13 @@ def join_questions(
         numbers += [number] * question.size
         choices += [0] * context
         last_of_context = len(tokens) - 1
-        for choice, (continuation, places) in enumerate(question.requests.items(), start=1):
+        for choice, (continuation, indices) in enumerate(question.requests.items(), start=1):
             inputs = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation
             positions += range(context, context + len(continuation))
             choices += [choice] * len(continuation)
-            for place in places:
-                targets = requests[place].continuation
-                predictions += predictions_of(place, inputs, targets)
+            for index in indices:
+                predictions += predictions_of(index, inputs, requests[index].continuation)
     packed = PackedQuestions(torch.tensor(positions), torch.tensor(numbers), torch.tensor(choices))
     return TokenSequence(torch.tensor(tokens), packed), predictions
 
@@ -119,10 +118,10 @@ def join_questions(
 def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], list[list[Prediction]]]:
     """Return a sequence for each distinct input, for models that run one question at a time, and its predictions."""
     predictions: dict[Tokens, list[Prediction]] = {}
-    for place, request in enumerate(requests):
+    for index, request in enumerate(requests):
         tokens = request.context + request.continuation[:-1]
         inputs = range(len(request.context) - 1, len(tokens))
-        predictions.setdefault(tokens, []).extend(predictions_of(place, inputs, request.continuation))
+        predictions.setdefault(tokens, []).extend(predictions_of(index, inputs, request.continuation))
     return [TokenSequence(torch.tensor(tokens)) for tokens in predictions], list(predictions.values())
 
 
@@ -166,24 +165,23 @@ def predict(
     `inputs` are the model's number of positions, and the predictions of each sequence.
     """
     length, predictions = inputs
-    by_state: dict[tuple[int, int], list[Prediction]] = {}  # by sequence and position
+    by_position: dict[tuple[int, int], list[Prediction]] = {}  # by sequence and position
     for number, predictions_of_sequence in enumerate(predictions):
         for prediction in predictions_of_sequence:
-            by_state.setdefault((number, prediction.position), []).append(prediction)
-    places = sorted(by_state)
+            by_position.setdefault((number, prediction.position), []).append(prediction)
+    positions = sorted(by_position)
     # At most the model's number of positions at a time: some models look positions up even in the head.
     count = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
-    for start in range(0, len(places), count):
-        selected = places[start : start + count]
+    for start in range(0, len(positions), count):
+        selected = positions[start : start + count]
         states = torch.stack([hidden[number][position] for number, position in selected]).to(decoder.device)
         tokens = torch.zeros(len(selected), dtype=torch.long, device=decoder.device)  # not read: the head takes states
         ((_, logits),) = decoder.logits(states[None], tokens)
         log_p = logits.float().log_softmax(dim=-1)
         likeliest = log_p.argmax(dim=-1).tolist()
-        rows, selected_predictions = list[int](), list[Prediction]()
-        for row, place in enumerate(selected):
-            rows += [row] * len(by_state[place])
-            selected_predictions += by_state[place]
-        values = log_p[rows, [prediction.target for prediction in selected_predictions]].tolist()
-        for row, prediction, value in zip(rows, selected_predictions, values, strict=True):
+        predicted: list[tuple[int, Prediction]] = []  # each with its row of the logits
+        for row, position in enumerate(selected):
+            predicted += [(row, prediction) for prediction in by_position[position]]
+        rows, targets = [row for row, _ in predicted], [prediction.target for _, prediction in predicted]
+        for (row, prediction), value in zip(predicted, log_p[rows, targets].tolist(), strict=True):
             yield prediction.request, value, likeliest[row] == prediction.target
