@@ -90,15 +90,14 @@ def _other_masks(study: Study) -> list[str]:
 def other_settings(study: Study) -> list[str]:
     """Return sentences if masks/ or models/recovered have other settings than the study, as after a stage by hand."""
     plan, sentences = stage_inputs(study.params), list[str]()
-    for verb, folder, stage, key in (
-        ("were", study.masks, "mask", "params"),
-        ("was", study.model("recovered"), "recover", "recovery"),
+    for what, folder, stage, key in (
+        ("masks/ were", study.masks, "mask", "params"),
+        ("models/recovered was", study.model("recovered"), "recover", "recovery"),
     ):
         if not (plan[stage] and is_there(folder / PROVENANCE)):
             continue
         ran = read_provenance(folder, stage)[key]
         others = [f"{name}={value}" for name, value in ran.items() if plan[stage].get(name, value) != value]
         if others:
-            where = folder.relative_to(study.root).as_posix()
-            sentences.append(f"{where}/ {verb} made with other settings: {', '.join(others)}; run `dvc repro`.")
+            sentences.append(f"{what} made with other settings: {', '.join(others)}; run `dvc repro`.")
     return sentences
