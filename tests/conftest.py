@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models with a byte tokenizer, and projects around them.
+"""Fixtures: tiny random models with a byte tokenizer, and studies of them.
 
 Torch and transformers are imported where they are used: xdist's own process, which runs no test, does without.
 """
@@ -87,9 +87,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name not in WHOLE and not item.get_closest_marker("full"):
             rows.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
-    for every in rows.values():
-        for item in every:
-            if item is not every[len(every) // 2]:
+    for items_of_test in rows.values():
+        for item in items_of_test:
+            if item is not items_of_test[len(items_of_test) // 2]:
                 item.add_marker(pytest.mark.full)
 
 
@@ -207,7 +207,7 @@ def texts(tmp_path_factory: Factory) -> dict[str, str]:
 
 
 def planned(study: Study) -> Study:
-    """The project after the stage `plan`."""
+    """The study after the stage `plan`."""
     run("plan", study=study)
     return study
 
@@ -221,9 +221,9 @@ def fetch(study: Study, *parts: str) -> Study:
     return study
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *arguments: str) -> str:
     """Run git; what it prints."""
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def tree(folder: Path, *of: str) -> dict[str, bytes]:
@@ -236,11 +236,11 @@ def tree(folder: Path, *of: str) -> dict[str, bytes]:
 MADE = ("stats", "masks", "weights", "reference", "metrics")  # what stages that go through blocks write
 
 
-calibrate = partial(run, "calibrate")  # every tier that something reads
+calibrate = partial(run, "calibrate")  # all statistics that something reads
 
 
 def mask_and_apply(study: Study) -> Study:
-    """The project after these two stages."""
+    """The study after these two stages."""
     for stage in ("mask", "apply"):
         run(stage, study=study)
     return study
@@ -257,7 +257,7 @@ def run_blocks(study: Study, *, asks: bool = True) -> None:
 
 
 def prune(study: Study) -> Study:
-    """The project after its calibration, too."""
+    """The study after its calibration, too."""
     calibrate(study=study)
     return mask_and_apply(study)
 
@@ -278,7 +278,7 @@ def once(factory: Factory, name: str, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
-    """A project with Gram matrices and the gradients tier of a tiny model."""
+    """A study with Gram matrices and Fisher information of a tiny model."""
 
     def make(root: Path) -> None:
         model = save_tiny_model(root.with_name("calibrated-model") / "tiny", num_hidden_layers=2)
@@ -291,7 +291,7 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
-    """A project of which every stage has run."""
+    """A study of which every stage has run."""
     from wanda_dvc.stages.process import timed
 
     def make(root: Path) -> None:
@@ -306,7 +306,7 @@ def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
 
 @pytest.fixture
 def study(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Make:
-    """Makes the project in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
+    """Makes the study in tmp_path; called again, it changes the settings. `plan=False`: they may be wrong."""
 
     def make(model: Path | str = tiny, *, plan: bool = True, **changes: Any) -> Study:
         (write_params if plan else write_settings)(tmp_path, model, **texts | changes)
@@ -353,15 +353,15 @@ def _drop_privilege() -> None:
     assert system.capset(header, capabilities) == 0
 
 
-def walk(decoder: Any, rows: Any, work: Path, **words: Any) -> Any:
-    """The steps of a walk in this process."""
+def walk(decoder: Any, rows: Any, work: Path, **kwargs: Any) -> Any:
+    """The steps of a forward pass in this process."""
     from wanda_dvc.engine.forward import ModelRunner
 
-    return ModelRunner(decoder, work).forward(rows, **words)
+    return ModelRunner(decoder, work).forward(rows, **kwargs)
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
-    """The hidden states after the last block of a finished walk."""
+    """The hidden states after the last block of a finished forward pass."""
     from wanda_dvc.engine.forward import ModelRunner
 
     run = ModelRunner(decoder, work)

@@ -195,7 +195,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "blocks": OWN | {"pattern": "blocks", "recipe": "wanda"},  # experts repair no blocks
 }
 # A stage, its part, its settings, and whether DVC has removed the earlier output.
-# The tiers are one run here: Gram matrices that were measured with the norms wait for their own run.
+# The statistics are one run here: Gram matrices that were measured with the norms wait for their own run.
 EVERY = [
     (stage.name, part, "weights")
     for stage in STAGES.values()

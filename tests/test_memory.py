@@ -83,7 +83,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Lock, limit: float | None
 
     The random model is stored in bfloat16 and run in float32, so that all weights in memory are anonymous.
     """
-    root, found = folder / "project", folder / "found"
+    root, found = folder / "study", folder / "found"
     root.mkdir()
     found.mkdir()
     make_checkpoint(folder / "model", QWEN | shape, shard=1e8)

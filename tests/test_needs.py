@@ -31,7 +31,7 @@ CONFIGS = ROOT / "tests/configs"
 
 @pytest.fixture
 def config_only(study: Make, tiny: Path) -> Make:
-    """A project whose models are config.json and nothing else."""
+    """A study whose models are config.json and nothing else."""
 
     def make(**changes: object) -> Study:
         made = study(**changes)
@@ -93,9 +93,9 @@ def test_every_stage_that_computes_says_what_it_needs():
     assert list(REQUIREMENTS) == [name for name in STAGES if name not in ("plan", "download")]
 
 
-def test_each_tier_of_statistics_adds_its_own(config_only: Make):
-    tiers = ("norms", "gram", "fisher")
-    once, gram, back = (requirements(config_only(calibration__statistics=tier), "calibrate") for tier in tiers)
+def test_each_kind_of_statistics_adds_its_own(config_only: Make):
+    kinds = ("norms", "gram", "fisher")
+    once, gram, back = (requirements(config_only(calibration__statistics=kind), "calibrate") for kind in kinds)
     assert gram.disk == once.disk + 4 * (6 * 32**2 + 48**2)  # half of them, in float16
     assert once.disk == 2 * 3 * 64 * 32 * 4  # hidden states
     assert once.memory < gram.memory <= back.memory

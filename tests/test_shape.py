@@ -175,7 +175,7 @@ QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
 # Of those, what each run may import, in an order in which a process may have imported what the later ones need.
 NOTHING = ("plan", "download calibration", "download perplexity")
 UNASKED = ("download recovery", "recover", "perplexity recovered", "zero-shot recovered")  # without recovery.tokens
-WALKS = (*(f"calibrate {tier}" for tier in STATISTICS), "perplexity dense", "perplexity pruned")
+WALKS = (*(f"calibrate {statistics}" for statistics in STATISTICS), "perplexity dense", "perplexity pruned")
 MAY_IMPORT = {
     **{words: set[str]() for words in (*NOTHING, *UNASKED)},
     "download tasks": QUESTIONS,

@@ -112,7 +112,7 @@ class Revision:
 
     commit: str
     files: Any  # DVC's file system of that state
-    prefix: str  # of the project inside the repository
+    prefix: str  # of the study inside the repository
 
     @classmethod
     def open(cls, root: Path, name: str) -> "Revision":
@@ -139,7 +139,7 @@ class Revision:
             ) from None
 
     def take(self, part: str, target: Path) -> list[str]:
-        """Take one file or folder into `target`, laid out like a project. Return the files that are missing.
+        """Take one file or folder into `target`, laid out like a study. Return the files that are missing.
 
         Cached files become links into the cache, so that no space is taken.
         """
