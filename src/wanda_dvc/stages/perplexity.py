@@ -9,8 +9,8 @@ from wanda_dvc.engine.divergence import (
     TOP,
     Divergence,
     Predictions,
-    measure_divergences,
     from_losses,
+    measure_divergences,
     measure_windows,
     summarize,
 )
