@@ -55,7 +55,8 @@ class Decoder:
         # Of all blocks, with their bytes, by a sequence's length, or by the content of its packed questions.
         self._arguments: dict[int | str, tuple[list[Arguments], int]] = {}
         self._stock_attention = self.model.config._attn_implementation
-        self._extra_outputs = self._find_extra_outputs()
+        self._is_probed = False
+        self._extra_outputs: tuple[None, ...] | None = None  # known once the first block is probed
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
         accelerator.keep_freed_memory()
@@ -100,7 +101,8 @@ class Decoder:
     # --- one block ---
 
     def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
-        """Load a block, as `BlockLoader.load`."""
+        """Load a block, as `BlockLoader.load`. Before any block is loaded, the first one is probed."""
+        self._probe_first_block()
         self.weights.load(index, then, change)
 
     def unload(self) -> None:
@@ -160,6 +162,8 @@ class Decoder:
     def _record(self, sequence: TokenSequence, until: int) -> list[BlockCall]:
         """Return the calls of the blocks up to `until` in the model's own forward pass; blocks return their input."""
         calls: list[BlockCall] = []
+        if until > 0:
+            self._probe_first_block()
 
         def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if calls and hidden_states is not calls[-1].hidden and not torch.equal(hidden_states, calls[-1].hidden):
@@ -194,11 +198,13 @@ class Decoder:
             raise unsupported(self.checkpoint, f"the model {what}")
 
     @torch.no_grad()
-    def _find_extra_outputs(self) -> tuple[None, ...] | None:
-        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone.
+    def _probe_first_block(self) -> None:
+        """Learn the form of a block's output: hidden states alone, or a tuple with Nones after them.
 
         UserError if a block's result for a token depends on the token after it.
         """
+        if self._is_probed:
+            return
         call = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)[0]
         args, kwargs = call.arguments
         with_another_end = torch.cat([call.hidden[:, :1], 1 - call.hidden[:, 1:]], dim=1)
@@ -209,9 +215,9 @@ class Decoder:
         self.weights.unload()
         if torch.dist(first, first_again) > 0.02 * first.norm():  # far above rounding
             raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
-        if not isinstance(output, (tuple, list)):
-            return None
-        return tuple(itertools.takewhile(lambda value: value is None, output[1:]))
+        if isinstance(output, (tuple, list)):
+            self._extra_outputs = tuple(itertools.takewhile(lambda value: value is None, output[1:]))
+        self._is_probed = True
 
     def _as_output(self, hidden: Tensor) -> Any:
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
@@ -261,6 +267,7 @@ class Decoder:
 
     def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
         called = list[int]()
+        self._probe_first_block()
 
         def return_hidden(index: int, *_args: Any, **_kwargs: Any) -> Any:
             called.append(index)
