@@ -96,7 +96,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                 shape = checkpoint.read(Address(address.tensor)).shape
                 keeps.setdefault(address.tensor, np.ones(shape, dtype=bool))[address.expert] = keep.numpy()
     made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
-    made |= {"params": calibrated_study.params.plan.described}
+    made |= {"params": calibrated_study.params.plan.to_dict()}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
     finish(calibrated_study.masks, made)
     calibrated_study.model("dense").parent.mkdir()

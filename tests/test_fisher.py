@@ -20,7 +20,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.masks import row_weights_of
+from wanda_dvc.pruning.masks import row_factors_of
 
 CPU = torch.device("cpu")
 
@@ -174,8 +174,8 @@ def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder],
 
 def test_a_rows_worth_has_no_unit():
     fisher = torch.rand(50, dtype=torch.float64) + 0.1
-    torch.testing.assert_close(row_weights_of(fisher), row_weights_of(1e-30 * fisher))
+    torch.testing.assert_close(row_factors_of(fisher), row_factors_of(1e-30 * fisher))
     torch.testing.assert_close(
-        row_weights_of(fisher) / row_weights_of(fisher)[0], ((fisher / fisher[0]) ** 0.25).float()
+        row_factors_of(fisher) / row_factors_of(fisher)[0], ((fisher / fisher[0]) ** 0.25).float()
     )
-    assert not row_weights_of(torch.zeros(3, dtype=torch.float64)).any()
+    assert not row_factors_of(torch.zeros(3, dtype=torch.float64)).any()

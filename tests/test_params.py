@@ -105,13 +105,13 @@ def asked(recipe: str, pattern: str = "unstructured", **changes: object) -> Para
 def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, pattern: str):
     """By the recipe, written out beside it, and written out beside any other recipe."""
     plan = asked(recipe, pattern).plan
-    choices = {name: plan.described[name] for name in CHOICES}
-    steps = {way: way_plan["steps"] for way in WAYS if "steps" in (way_plan := asked(*way).plan.described)}
+    choices = {name: plan.to_dict()[name] for name in CHOICES}
+    steps = {way: way_plan["steps"] for way in WAYS if "steps" in (way_plan := asked(*way).plan.to_dict())}
     assert steps == {("fisher", "unstructured"): 15, ("fisher", "2:4"): 30}  # no study of another solver runs again
-    assert plan.described["allocation_strength"] == plan.allocation.strength
-    assert asked(recipe, "neurons").plan.described["multiple"] == STRUCTURES["neurons"].multiple
+    assert plan.to_dict()["allocation_strength"] == plan.allocation.strength
+    assert asked(recipe, "neurons").plan.to_dict()["multiple"] == STRUCTURES["neurons"].multiple
     for other in RECIPES:
-        assert asked(other, pattern, **choices).plan.described == plan.described
+        assert asked(other, pattern, **choices).plan.to_dict() == plan.to_dict()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -119,13 +119,13 @@ def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     """The walk records its own; only sums and Gram matrices of gradients are the dense model's."""
     plan = asked(recipe, propagation="pruned").plan
     uses_fisher = plan.group == "outputs" or plan.allocation.uses_fisher or plan.reconstruction.uses_fisher
-    assert plan.needs == ("fisher" if uses_fisher else "norms")
+    assert plan.statistics == ("fisher" if uses_fisher else "norms")
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
 def test_weights_are_corrected_where_the_propagation_says_so(propagation: str):
     plan = asked("wanda-refit", propagation=propagation).plan
-    assert plan.corrects == ("correction" in plan.described) == (propagation == "corrected")
+    assert plan.corrects == ("correction" in plan.to_dict()) == (propagation == "corrected")
 
 
 @given(st.integers(1, 999))
@@ -139,7 +139,7 @@ def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     row = RECIPES[recipe]
     value = {"method": "ria", "group": "linear", "allocation": "owl", "reconstruction": "least-squares",
              "propagation": "pruned"}[choice]  # fmt: skip
-    filled = asked(recipe, **{choice: value}).plan.described
+    filled = asked(recipe, **{choice: value}).plan.to_dict()
     expected = {name: getattr(row, name) for name in CHOICES} | {choice: value}
     assert {name: filled[name] for name in CHOICES} == expected
 
@@ -164,7 +164,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(recipe: str):
-    assert asked(recipe).plan.needs == asked(recipe).statistics[-1] == NEEDS[recipe]
+    assert asked(recipe).plan.statistics == asked(recipe).statistics[-1] == NEEDS[recipe]
     for tier in STATISTICS:
         content = asked(recipe).model_dump()
         content["calibration"]["statistics"] = tier
@@ -177,7 +177,7 @@ def test_a_pattern_sets_the_sparsity(pattern: str, expected: str, sparsity: floa
     params = asked("wanda", pattern, sparsity=sparsity)
     assert params.plan.sparsity == Fraction(expected)
     assert resolved(params)["sparsity"] == float(Fraction(expected))
-    assert Plan.read(params.plan.described) == replace(params.plan, left_out=())
+    assert Plan.from_dict(params.plan.to_dict()) == replace(params.plan, left_out=())
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from wanda_dvc.study.scaffold import preset_names
 
 def test_a_method_that_is_not_installed_is_described_and_cannot_be_called(study: Make):
     """Its masks would be Wanda's, under its name."""
-    described = study().params.plan.described | {"method": "theirs"}
-    stored = Plan.read(described)
-    assert stored.described == described
+    described = study().params.plan.to_dict() | {"method": "theirs"}
+    stored = Plan.from_dict(described)
+    assert stored.to_dict() == described
     with pytest.raises(UserError, match="method: found theirs, expected one of magnitude, .*; install the package"):
         stored.method(torch.ones(2, 4), InputStats.empty(4))
 
@@ -36,7 +36,7 @@ def test_every_file_of_the_plan_is_read_by_a_stage(study: Make):
     files = {f"plan/{name}.json" for name in stage_inputs(made.params)}
     read = {dep for row in STAGES.values() for part in row.variants.values() for dep in part.deps if dep[:5] == "plan/"}
     assert files == {dep.replace("{text}", "embedded") for dep in read}
-    assert made.plan.described == made.params.plan.described
+    assert made.plan.to_dict() == made.params.plan.to_dict()
     written = {path.relative_to(made.root).as_posix() for path in (made.root / "plan").rglob("*.json")}
     assert written == files
 

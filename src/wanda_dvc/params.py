@@ -265,13 +265,13 @@ class Params(_Section):
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""
         given = {name: getattr(self, name) for name in CHOICES}
-        return Plan.of(self.recipe, given, pattern=self.pattern, sparsity=self.sparsity)
+        return Plan.from_recipe(self.recipe, given, pattern=self.pattern, sparsity=self.sparsity)
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """The statistics to measure: those that the plan reads, and at least `calibration.statistics`."""
         order = catalog.STATISTICS  # each includes those before it
-        last = order.index(self.plan.needs)
+        last = order.index(self.plan.statistics)
         if self.calibration.statistics != "auto":
             last = max(last, order.index(self.calibration.statistics))
         return order[: last + 1]
@@ -417,7 +417,7 @@ def nested(settings: Mapping[str, Any]) -> Settings:
 
 def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
-    content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.described
+    content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.to_dict()
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
     recovery = params.recovery.text
     content["calibration"]["text"] = params.calibration.text.filled

@@ -13,8 +13,8 @@ from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `propagation: corrected`: the step from the dense weights to the weights that give the dense outputs. With 1 they
-# overfit the calibration text (dev/decisions/0027-fisher.md).
+# Of `propagation: corrected`: α of `corrected_target`, the step from the dense weights to those that give the dense
+# outputs. With 1 they overfit the calibration text (dev/decisions/0027-fisher.md).
 CORRECTION = 0.5
 RECOVERY_LENGTH, RECOVERY_BATCH = 512, 2  # of `recover`: tokens of a window, at most; windows of a step
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
@@ -32,17 +32,22 @@ class Plan:
     reconstruction: Reconstruction
     propagation: str
     pattern: str
-    sparsity: Fraction  # of the pruned weights
-    left_out: tuple[str, ...] = ()  # choices excluded by the pattern: the recipe's, and any group
+    sparsity: Fraction  # the fraction of weights that is pruned
+    left_out: tuple[str, ...] = ()  # the requested choices that the pattern replaces, as "allocation owl"
 
     @classmethod
-    def of(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
+    def from_recipe(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
         """Return the plan of a recipe and separately set choices.
 
-        A separately set choice replaces the recipe's. A pattern excludes some choices of a recipe: it has its own
-        groups and a uniform allocation. Units do not compete by row or linear, but outputs may count by their
-        gradients: group `outputs` is kept. Experts and blocks have scores of their own; then kept weights do not
-        change, except by the repair for blocks.
+        A separately set choice replaces the recipe's. A pattern replaces, where they are not separately set:
+
+        - n:m: the allocation, by uniform;
+        - neurons and heads: the allocation likewise;
+        - experts and blocks: the allocation likewise, a method that calibrates by the structure's own, the propagation
+          by dense, and the reconstruction by none, or for blocks by the repair (least-squares).
+
+        Each of them replaces any group by row: weights then compete as the pattern says. Neurons and heads keep group
+        `outputs`, which multiplies the scores of each row.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         requested = {name: given[name] or getattr(row, name) for name in CHOICES}
@@ -57,33 +62,33 @@ class Plan:
                 chosen["reconstruction"] = "least-squares" if repairs else "none"
             if given["propagation"] is None:
                 chosen["propagation"] = "dense"
-        outputs_count = structure and not structure.method and requested["group"] == "outputs"
-        if pattern != UNSTRUCTURED and not outputs_count:
+        keeps_group = structure and not structure.method and requested["group"] == "outputs"
+        if pattern != UNSTRUCTURED and not keeps_group:
             chosen["group"] = "row"
         left_out = tuple(f"{name} {requested[name]}" for name in CHOICES if requested[name] != chosen[name])
-        return replace(cls.read(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
+        return replace(cls.from_dict(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
 
     @classmethod
-    def read(cls, described: Mapping[str, Any]) -> "Plan":
-        """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
-        name, pattern = described["method"], described["pattern"]
+    def from_dict(cls, choices: Mapping[str, Any]) -> "Plan":
+        """Return the plan of stored choices, as in a provenance; its method need not be installed."""
+        name = choices["method"]
+        pattern = choices["pattern"]
         n_of_m = catalog.parse_pattern(pattern)
         # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.
-        sparsity = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(described["sparsity"]))
+        sparsity = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(choices["sparsity"]))
         return cls(
             method=catalog.methods().get(name) or catalog.missing_method(name),
-            group=described["group"],
-            allocation=catalog.ALLOCATIONS[described["allocation"]],
-            reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
-            propagation=described["propagation"],
+            group=choices["group"],
+            allocation=catalog.ALLOCATIONS[choices["allocation"]],
+            reconstruction=catalog.RECONSTRUCTIONS[choices["reconstruction"]],
+            propagation=choices["propagation"],
             pattern=pattern,
             sparsity=sparsity,
         )
 
-    @property
-    def described(self) -> dict[str, object]:
-        """The choices by the names of the settings, in the form of provenance; `read` reads them."""
-        described: dict[str, object] = {
+    def to_dict(self) -> dict[str, object]:
+        """Return the choices by the names of the settings, as provenance stores them."""
+        choices: dict[str, object] = {
             "method": self.method.name,
             "sparsity": float(self.sparsity),
             "pattern": self.pattern,
@@ -94,12 +99,12 @@ class Plan:
             "reconstruction": self.reconstruction.name,
         }
         if self.corrects:
-            described["correction"] = CORRECTION
-        if self.solver.uses_fisher:
-            described["steps"] = self.solver.steps
+            choices["correction"] = CORRECTION
+        if self.reconstructor.uses_fisher:
+            choices["steps"] = self.reconstructor.steps
         if self.structure and self.structure.multiple > 1:
-            described["multiple"] = self.structure.multiple
-        return described
+            choices["multiple"] = self.structure.multiple
+        return choices
 
     # --- dependencies of masks ---
 
@@ -109,11 +114,13 @@ class Plan:
         return catalog.STRUCTURES.get(self.pattern)
 
     @property
-    def solver(self) -> Reconstruction:
-        """The solver of kept weights. For removed inputs, least squares has one solution for all outputs."""
+    def reconstructor(self) -> Reconstruction:
+        """The reconstruction that runs, and its description: the chosen one, unless the pattern has its own."""
         row = self.reconstruction
+        if self.repairs:
+            return catalog.REPAIR
         if self.structure and self.solves:
-            return catalog.REPAIR if self.repairs else catalog.SOLVED_UNITS
+            return catalog.SOLVED_UNITS
         if self.pattern != UNSTRUCTURED and row.steps_n_of_m:
             return replace(row, steps=row.steps_n_of_m)
         return row
@@ -146,45 +153,48 @@ class Plan:
         return self.method.needs == "gram" or (self.propagates and self.solves)
 
     @property
-    def masks_read_fisher(self) -> bool:
-        """Whether masks depend on the sums of stats/fisher."""
+    def mask_reads_gradient_squares(self) -> bool:
+        """Whether masks depend on the sums of squared gradients in stats/fisher."""
         return self.group == "outputs" or self.allocation.uses_fisher
 
     @property
-    def solver_reads_fisher(self) -> bool:
-        """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
-        return self.propagates and self.solver.uses_fisher
+    def mask_reads_gradient_grams(self) -> bool:
+        """Whether `mask` reconstructs with the Gram matrices of gradients in stats/fisher."""
+        return self.propagates and self.reconstructor.uses_fisher
 
     @property
-    def weights_come_from(self) -> str | None:
-        """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
-        if not self.solves:
-            return None
-        return "weights" if self.propagates or self.repairs else "gram"
+    def mask_stores_weights(self) -> bool:
+        """Whether `mask` computes the new weights, and stores them in weights/."""
+        return self.solves and (self.propagates or self.repairs)
 
     @property
-    def needs(self) -> str:
+    def apply_solves(self) -> bool:
+        """Whether `apply` computes the new weights, from stats/gram."""
+        return self.solves and not self.mask_stores_weights
+
+    @property
+    def statistics(self) -> str:
         """The statistics that stages read: norms, gram or fisher; each includes those before it."""
-        if self.masks_read_fisher or self.solver.uses_fisher:
+        if self.mask_reads_gradient_squares or self.reconstructor.uses_fisher:
             return "fisher"
         mask_reads_gram = self.method.needs == "gram" and not self.propagates
-        return "gram" if mask_reads_gram or self.weights_come_from == "gram" else "norms"
+        return "gram" if mask_reads_gram or self.apply_solves else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
         method, pattern, structure = self.method, self.pattern, self.structure
-        is_scored = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
+        has_own_scores = structure is not None and bool(structure.method)  # experts and blocks
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
             yield f"{of_method} and group {self.group}, expected unstructured and row: each row loses its own number"
         if method.competition in catalog.STRUCTURES and method.competition != pattern:
             yield f"{of_method}, expected pattern {method.competition}"
-        if is_scored and method.needs == "gram":
+        if has_own_scores and method.needs == "gram":
             yield f"{of_method}, expected a method that scores {pattern}"
         for excluded, choice, name, expected in (
             (pattern != UNSTRUCTURED, "allocation", self.allocation.name, "uniform"),
-            (is_scored, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
-            (is_scored, "propagation", self.propagation, "dense"),
+            (has_own_scores, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
+            (has_own_scores, "propagation", self.propagation, "dense"),
         ):
             if excluded and name != expected:
                 yield f"{choice}: found {name} with pattern {pattern}, expected {expected}"

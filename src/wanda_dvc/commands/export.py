@@ -180,12 +180,12 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     if recovers:
         take("models/recovered", "its recovered model is")
     masks = read_provenance(links.masks, "mask")
-    plan = Plan.read(masks["params"])
+    plan = Plan.from_dict(masks["params"])
     names = ["stats/norms"] if with_norms else []
-    if plan.weights_come_from == "weights":
+    if plan.mask_stores_weights:
         names.append("weights")
-    elif plan.weights_come_from == "gram":
-        names += ["stats/gram", "stats/fisher"] if plan.solver.uses_fisher else ["stats/gram"]
+    elif plan.apply_solves:
+        names += ["stats/gram", "stats/fisher"] if plan.reconstructor.uses_fisher else ["stats/gram"]
     for name in names:
         take(name, f"its {name} is")
     expected, dense = masks["model"], study.model("dense")

@@ -43,7 +43,7 @@ def importance(study: Study, target: Path) -> str:
     masks, stats = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
     if masks["stats"] != digest(stats):
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
-    is_smaller, blocks = Plan.read(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
+    is_smaller, blocks = Plan.from_dict(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
     arch, names_of = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
     weights: defaultdict[str, list[InputSquares]] = defaultdict(list)  # by name in GGUF: of each expert, or one
     unnamed = set()

@@ -17,7 +17,7 @@ from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import InputStats, TokenSum, in_sums
+from wanda_dvc.pruning.statistics import InputStats, TokenSum, cast_like
 
 
 class SeenInput(NamedTuple):
@@ -78,7 +78,7 @@ class InputRecorder:
             sums.grams[name].add(x)
         dense = self._dense.get(name)
         if dense is not None and self.linears[name].stored.expert is None and len(dense) == len(x) == self._tokens:
-            product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
+            product = cast_like(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
@@ -105,7 +105,7 @@ class InputRecorder:
         distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
         window = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
         total = self.sums.influence.to(solving_device(window.device))
-        self.sums.influence = total + in_sums(window, total)
+        self.sums.influence = total + cast_like(window, total)
 
     def end_window(self) -> None:
         """Free the window's inputs."""

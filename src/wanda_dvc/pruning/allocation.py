@@ -57,7 +57,7 @@ def allocate(
     groups: list[list[Groups]] = []  # of each block, or of each linear
     ratings: list[object] = []  # likewise
     for block in blocks:
-        groups_of_linears = groups_of_block(weights, block, group)
+        groups_of_linears = competitions_of_block(weights, block, group)
         names.append(list(groups_of_linears))
         if allocation.uses_fisher:
             groups += [[linear] for linear in groups_of_linears.values()]
@@ -72,7 +72,7 @@ def allocate(
     return [{name: next(of_linears) for name in linears} for linears in names]
 
 
-def groups_of_block(weights: ReadWeight, block: BlockStats, group: str) -> dict[str, Groups]:
+def competitions_of_block(weights: ReadWeight, block: BlockStats, group: str) -> dict[str, Groups]:
     """Return the competing groups of each linear of a block, for unstructured patterns: its rows, or the linear."""
     groups = {}
     for linear, x in block.by_linear.items():

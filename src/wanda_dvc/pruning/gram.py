@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from wanda_dvc import kernels
-from wanda_dvc.pruning.statistics import in_sums
+from wanda_dvc.pruning.statistics import cast_like
 
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
@@ -43,7 +43,7 @@ class Gram:
             features = features.contiguous()
         for start in range(0, x.shape[1], PANEL):
             panel = kernels.multiply(features[start : start + PANEL], features[start:].T)
-            self.upper[start : start + PANEL, start:] += in_sums(panel, self.upper)
+            self.upper[start : start + PANEL, start:] += cast_like(panel, self.upper)
         self.count += len(x)
 
     def merge(self, gram: "Gram") -> None:

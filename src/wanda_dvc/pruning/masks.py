@@ -84,17 +84,17 @@ def choose_linear(
         raise UserError(f"pattern: got {pattern}, but {mismatch}; choose another m")
     if statistics is None:  # an expert without tokens
         statistics = GramFactors(Gram.empty(inputs).matrix(), linear)
-    row_weights = None
+    row_factors = None
     if group == "outputs" and linear in block.fisher:
-        row_weights = row_weights_of(block.fisher[linear])
+        row_factors = row_factors_of(block.fisher[linear])
     if linear in units:
-        mask = choose_inputs(weight, statistics, units[linear], method=method, row_weights=row_weights, name=linear)
+        mask = choose_inputs(weight, statistics, units[linear], method=method, row_factors=row_factors, name=linear)
         return oriented(mask, transposed).contiguous()
     if isinstance(sparsity, Mapping):
         sparsity = sparsity[linear]
     if isinstance(statistics, GramFactors):
         mask = choose_by_solver(
-            weight, statistics, method=method, sparsity=sparsity, pattern=pattern, group=group, row_weights=row_weights
+            weight, statistics, method=method, sparsity=sparsity, pattern=pattern, group=group, row_factors=row_factors
         )
     else:
         mask = choose_by_score(
@@ -104,7 +104,7 @@ def choose_linear(
             sparsity=sparsity,
             pattern=pattern,
             group=group,
-            row_weights=row_weights,
+            row_factors=row_factors,
             name=linear,
         )
     return oriented(mask, transposed).contiguous()
@@ -115,10 +115,10 @@ def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
     return pattern in STRUCTURES and linear not in units
 
 
-def row_weights_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     """Return F^¼ over its mean, float32. The score's formula asks for √F; F^¼ did better."""
-    row_weights = fisher.double() ** 0.25
-    return (row_weights / row_weights.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
+    row_factors = fisher.double() ** 0.25
+    return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 # --- the mask of one linear ---
@@ -132,21 +132,21 @@ def choose_by_score(
     sparsity: Fraction,
     pattern: str = "unstructured",
     group: str = "row",
-    row_weights: Float[Tensor, " out"] | None = None,
+    row_factors: Float[Tensor, " out"] | None = None,
     name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
     """Return the mask of the highest scores, on the weight's device.
 
-    `row_weights` multiply the scores of each row. Where rows do not compete, the host scores a slice of rows at a time:
+    `row_factors` multiply the scores of each row. Where rows do not compete, the host scores a slice of rows at a time:
     memory does not grow with the linear. UserError, with `name`, if a score is not finite, or the sparsity is out of
     reach.
     """
     rows_at_a_time = len(weight)
-    if method.selects_by_row(pattern, group) and row_weights is None and weight.device.type == "cpu":
+    if method.selects_by_row(pattern, group) and row_factors is None and weight.device.type == "cpu":
         rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, mask_rows in zip(weight.split(rows_at_a_time), mask.split(rows_at_a_time), strict=True):
-        score = scores_of(rows.contiguous(), x.to(weight.device), method=method, row_weights=row_weights, name=name)
+        score = scores_of(rows.contiguous(), x.to(weight.device), method=method, row_factors=row_factors, name=name)
         if method.competition == "rows":
             mask_rows.copy_(keep_by_score_fraction(score, float(sparsity)))
         else:
@@ -159,7 +159,7 @@ def scores_of(
     x: InputStats,
     *,
     method: Method,
-    row_weights: Float[Tensor, " out"] | None,
+    row_factors: Float[Tensor, " out"] | None,
     name: str,
 ) -> Float[Tensor, "out in"]:
     """Return a method's scores, times the row weights. UserError if they are not finite, or of another shape."""
@@ -171,8 +171,8 @@ def scores_of(
         )
     if score.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16
         score = score.float()
-    if row_weights is not None:
-        score = score * row_weights.to(score)[:, None]
+    if row_factors is not None:
+        score = score * row_factors.to(score)[:, None]
     if not score.amax().isfinite():
         raise UserError(
             f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
@@ -189,14 +189,14 @@ def choose_by_solver(
     sparsity: Fraction,
     pattern: str = "unstructured",
     group: str = "row",
-    row_weights: Float[Tensor, " out"] | None = None,
+    row_factors: Float[Tensor, " out"] | None = None,
 ) -> Bool[Tensor, "out in"]:
     """Return the mask that a solver chooses, on the Gram matrix's device.
 
-    Solvers know the groups `row` and `linear`. `row_weights` multiply the rows: a row's problem is the same at every
+    Solvers know the groups `row` and `linear`. `row_factors` multiply the rows: a row's problem is the same at every
     scale, but weights of other rows compete with it.
     """
-    weight = _weighted(weight, factors, row_weights)
+    weight = _weighted(weight, factors, row_factors)
     mask: Tensor = method(
         weight, factors, sparsity=sparsity, pattern=pattern, group="row" if group == "row" else "linear"
     ).mask
@@ -209,23 +209,23 @@ def choose_inputs(
     units: Units,
     *,
     method: Method,
-    row_weights: Float[Tensor, " out"] | None = None,
+    row_factors: Float[Tensor, " out"] | None = None,
     name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
     """Return the mask without the inputs of removed units: those of lowest scores, or of least cost for a solver."""
     if isinstance(statistics, GramFactors):
-        kept = greedy_obs(_weighted(weight, statistics, row_weights), statistics, units)
+        kept = greedy_obs(_weighted(weight, statistics, row_factors), statistics, units)
     else:
         score = scores_of(
-            weight.contiguous(), statistics.to(weight.device), method=method, row_weights=row_weights, name=name
+            weight.contiguous(), statistics.to(weight.device), method=method, row_factors=row_factors, name=name
         )
         kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
     return expand(kept, units.layout).expand(weight.shape)
 
 
-def _weighted(weight: Tensor, factors: GramFactors, row_weights: Tensor | None) -> Tensor:
+def _weighted(weight: Tensor, factors: GramFactors, row_factors: Tensor | None) -> Tensor:
     weight = weight.to(factors.gram.device)
-    return weight if row_weights is None else weight.float() * row_weights.to(weight.device)[:, None]
+    return weight if row_factors is None else weight.float() * row_factors.to(weight.device)[:, None]
 
 
 # --- units that are complete linears ---

@@ -90,7 +90,7 @@ def prune_linear(
     values: Tensor | None = None,
     *,
     transposed: bool = False,
-    of_inputs: bool = False,
+    removes_inputs: bool = False,
 ) -> Pruned:
     """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 

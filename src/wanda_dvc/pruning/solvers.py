@@ -200,7 +200,7 @@ def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, 
     square, along = _of_all(product * change).item(), _of_all(product * (dense - start)).item()
     if not square > 0:  # nor where sums overflow
         return 0.0
-    margin = max(0.0, -_gain(dense, masked, start, factors).double().sum().item())
+    margin = max(0.0, -_error_change(dense, masked, start, factors).double().sum().item())
     return min(1.0, (along + math.sqrt(along**2 + square * margin)) / square)
 
 
@@ -436,12 +436,12 @@ def _solve_slices(
 
 def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, target: Weight) -> int:
     """Write the new rows to `target`, or `start` where their error is not lower; return the number at `start`."""
-    lower = _gain(dense, start, new, factors) < 0
+    lower = _error_change(dense, start, new, factors) < 0
     target.copy_(torch.where(lower, new, start))
     return int((~lower).sum())
 
 
-def _gain(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
+def _error_change(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
     """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
     return multiply(start - new, factors.gram).mul_(2 * dense - start - new).sum(dim=1, keepdim=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 MEDIANS_OF_AN_OUTLIER = 6
 
 
-def in_sums(x: Tensor, total: Tensor) -> Tensor:
+def cast_like(x: Tensor, total: Tensor) -> Tensor:
     """Return a window's sums on the device and in the dtype of the total: the device first, as MPS has no float64."""
     return x.to(total.device).to(total.dtype)
 
@@ -38,8 +38,8 @@ class InputStats:
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
         numbers = x.float()
-        self.sum += in_sums(numbers.sum(dim=0), self.sum)
-        self.sum_squares += in_sums(numbers.square().sum(dim=0), self.sum_squares)
+        self.sum += cast_like(numbers.sum(dim=0), self.sum)
+        self.sum_squares += cast_like(numbers.square().sum(dim=0), self.sum_squares)
         self.count += len(x)
 
     def merge(self, stats: "InputStats") -> None:

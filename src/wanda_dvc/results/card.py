@@ -51,7 +51,7 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
     dense = read_provenance(study.model("dense"), "download model")
     masks = read_provenance(study.masks, "mask")
     choices, structure = masks["params"], STRUCTURES.get(masks["params"]["pattern"])
-    solver = Plan.read(choices).solver
+    solver = Plan.from_dict(choices).reconstructor
     license_name, license_text = _license(study.model("dense"), dense)
     return CARD_TEMPLATE.format(
         metadata=_metadata(dense, license_name, choices["method"]),

@@ -277,7 +277,7 @@ def stage_inputs(params: "Params") -> "dict[str, Json]":
         "download/calibration": asdict(calibration.text.chosen),
         "download/recovery": {},
         "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
-        "mask": params.plan.described,
+        "mask": params.plan.to_dict(),
         "recover": {},
         "perplexity": {"length": perplexity.length, "windows": perplexity.windows, "dtype": params.dtype},
         "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype},

@@ -83,19 +83,19 @@ def apply(*, study: Study) -> None:
 def describe_pruned(study: Study) -> Json:
     """Return the provenance of a study's pruned model. UserError if its inputs do not match."""
     dense, masks = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
-    plan = Plan.read(masks["params"])
+    plan = Plan.from_dict(masks["params"])
     check_source("masks", masks["model"], dense, "mask")
     digests: dict[str, str] = {}
-    if plan.weights_come_from == "weights":
+    if plan.mask_stores_weights:
         weights = read_provenance(study.weights, "mask")
         if weights != masks:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         digests["weights"] = digest(weights)
-    solves = plan.weights_come_from == "gram"
+    solves = plan.apply_solves
     params = {name: value for name, value in masks["calibration"].items() if name != "text"}
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
     folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
-    if solves and plan.solver.uses_fisher:
+    if solves and plan.reconstructor.uses_fisher:
         folders.append(study.fisher)
     for folder in folders:
         statistics = statistics_provenance(folder, calibrated, "masks/")
@@ -128,7 +128,7 @@ class DenseToPruned:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.plan = Plan.read(read_provenance(study.masks, "mask")["params"])
+        self.plan = Plan.from_dict(read_provenance(study.masks, "mask")["params"])
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = solving_device(own_device(study.params.runtime))
         self.block_of = dict[str, int]()
@@ -145,9 +145,9 @@ class DenseToPruned:
         study, plan = self.study, self.plan
         weights, diagnostics, inputs = dict[str, Tensor](), Json(), dict[str, str]()
         grams = gradients = None
-        if plan.weights_come_from == "weights":
+        if plan.mask_stores_weights:
             weights, diagnostics = read_weights(study.weights, block)
-        if plan.weights_come_from == "gram" and plan.solver.uses_fisher:
+        if plan.apply_solves and plan.reconstructor.uses_fisher:
             gradients = read_grams(study.fisher, block, self.device)
         if self.measures_errors:
             grams = read_grams(study.gram, block, self.device)
@@ -178,14 +178,14 @@ class DenseToPruned:
         mask = files.masks[linear].to(dense.device)
         transposed = files.grams is not None and linear in files.grams.transposed
         new, diagnostics = None, Json()
-        if plan.weights_come_from == "weights":
+        if plan.mask_stores_weights:
             new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
         elif plan.solves and factors is not None:
             result = reconstruct(
                 dense,
                 mask,
                 factors,
-                reconstruction=plan.solver,
+                reconstruction=plan.reconstructor,
                 gradients=files.gradients.get(linear) if files.gradients is not None else None,
                 transposed=transposed,
             )

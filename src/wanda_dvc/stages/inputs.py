@@ -103,7 +103,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["method"] = file_digest(study.source("method"))
     if plan.method.needs == "gram" and not plan.propagates:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
-    if plan.masks_read_fisher or plan.solver_reads_fisher:
+    if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
     _discard_second_gram(study)
     return norms, digests

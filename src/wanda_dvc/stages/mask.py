@@ -15,7 +15,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import UNSTRUCTURED, Plan
-from wanda_dvc.pruning.allocation import allocate, groups_of_block
+from wanda_dvc.pruning.allocation import allocate, competitions_of_block
 from wanda_dvc.pruning.masks import BlockSparsity, choose_units
 from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
@@ -77,7 +77,7 @@ def mask(*, study: Study) -> None:
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
-        stores_weights = plan.weights_come_from == "weights"
+        stores_weights = plan.mask_stores_weights
         finished = artifact.finished_blocks(masks)
         if stores_weights:
             finished = min(finished, artifact.finished_blocks(weights))
@@ -121,7 +121,7 @@ def _describe(
         model=stats["model"],
         stats=digest(stats),
         calibration={"text": stats["text"], **stats["params"]},
-        params=plan.described,
+        params=plan.to_dict(),
         **digests,
     )
     if removal:
@@ -193,7 +193,7 @@ def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequ
     UserError if a sparsity above 0 removes no weight.
     """
     plan = study.plan
-    fisher = study.fisher if plan.masks_read_fisher else None
+    fisher = study.fisher if plan.mask_reads_gradient_squares else None
     stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
     sparsities = allocate(
         checkpoint.weight,
@@ -207,7 +207,7 @@ def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequ
         return sparsities
     removed = total = largest = 0
     for block, sparsity in enumerate(sparsities):
-        groups = groups_of_block(checkpoint.weight, tensors.read_stats(study.stats, block), plan.group)
+        groups = competitions_of_block(checkpoint.weight, tensors.read_stats(study.stats, block), plan.group)
         for linear, (number, size) in groups.items():
             of_linear = sparsity[linear] if isinstance(sparsity, Mapping) else sparsity
             removed += number * count_removed(size, of_linear)

@@ -168,7 +168,7 @@ def _needs_of_mask(run: Run) -> Requirements:
     plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
     disk = sizes.linear_weights // 8
     if plan.solves_by_input:
-        memory = solving_memory(sizes, uses_fisher=plan.solver_reads_fisher)
+        memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
     else:
         by_row = plan.method.selects_by_row(plan.pattern, plan.group) and run.device != "cuda"
         memory = scoring_memory(sizes, by_row=by_row, threads=1 if run.device == "cuda" else cores())
@@ -194,7 +194,7 @@ def _needs_of_apply(run: Run) -> Requirements:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     memory = 9 * run.sizes.linear
     if "gram" in run.params.statistics:
-        memory = solving_memory(run.sizes, uses_fisher=run.params.plan.solver.uses_fisher)
+        memory = solving_memory(run.sizes, uses_fisher=run.params.plan.reconstructor.uses_fisher)
     return Requirements(memory=FIXED + max(memory, _trial(run)), disk=run.model_size())
 
 

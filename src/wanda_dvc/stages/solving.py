@@ -66,10 +66,10 @@ def solve(
     `gram` is the input's Gram matrix, None without tokens, and `cross` its X_denseᵀX, if it was recorded.
     """
     plan, stats, linears = job.plan, task.stats, task.stats.consumers[task.name]
-    if plan.masks_read_fisher:
+    if plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, task.block))
     gradients: Mapping[str, Gram] = {}
-    if plan.solver_reads_fisher:
+    if plan.mask_reads_gradient_grams:
         gradients = tensors.read_grams(job.fisher, task.block, of=linears)
     factors = None
     if gram is not None:
@@ -92,12 +92,12 @@ def solve(
             units=job.units,
         )
         changes = plan.corrects or not keeps_all(linear, plan.pattern, job.units)
-        if plan.weights_come_from == "weights" and factors is not None and changes:
+        if plan.mask_stores_weights and factors is not None and changes:
             result = reconstruct(
                 weight,
                 masks[linear],
                 factors,
-                reconstruction=plan.solver,
+                reconstruction=plan.reconstructor,
                 gradients=gradients.get(linear),
                 transposed=transposed,
             )
@@ -109,7 +109,7 @@ def solve(
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> tensors.Masks:
     """Return the masks of a block's linears by their scores."""
     plan = job.plan
-    if plan.masks_read_fisher:
+    if plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
     masks = choose_block(
         job.checkpoint.weight,

@@ -47,7 +47,7 @@ class Study:
     @cached_property
     def plan(self) -> Plan:
         """How the model is pruned, as the stage `plan` stored it."""
-        return Plan.read(self.stage_input("mask"))
+        return Plan.from_dict(self.stage_input("mask"))
 
     def with_params(self, params: Params) -> "Study":
         """Return the study with other settings than its `params.yaml`."""
