@@ -106,7 +106,7 @@ class Bench:
             spent.append(time.perf_counter() - began)
             recorded.append(BlockRecord(found.stats, _on(CPU, found.grams), {}))
             del found
-        losses = [loss for loss, _ in runner.head(measure_windows, lambda shard: [None] * len(shard))]
+        losses = [loss for loss, _ in runner.map_outputs(measure_windows, lambda shard: [None] * len(shard))]
         peak = torch.cuda.max_memory_allocated(device) if on_card else 0
         return Run(recorded, losses, sum(spent[1:]) / max(1, len(spent) - 1), peak)  # the first block warms up
 
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the harness")
     words = parser.parse_args(arguments)
     device = torch.device(words.device)
-    accelerator.multiply_exactly()  # as stages do; NVIDIA's containers turn TF32 on
+    accelerator.disable_tf32()  # as stages do; NVIDIA's containers turn TF32 on
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device on this machine; --device cpu --tiny tries the harness")
     with tempfile.TemporaryDirectory() as folder:

@@ -366,7 +366,7 @@ def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
 
     run = ModelRunner(decoder, work)
     assert not list(run.forward(rows))
-    return list(run.head(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
+    return list(run.map_outputs(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import (
     Divergence,
     Predictions,
+    compute_perplexity,
     diverge,
-    from_losses,
     kl_divergence,
     measure,
     summarize,
@@ -186,8 +186,8 @@ def test_the_interval_is_students():
 
 
 def test_a_shorter_window_counts_by_its_predictions():
-    assert from_losses([1.0, 3.0], [3, 1]) == float(f"{math.exp(1.5):.6g}")
-    assert from_losses([1.0, 3.0], [2, 2]) == float(f"{math.exp(2):.6g}")
+    assert compute_perplexity([1.0, 3.0], [3, 1]) == float(f"{math.exp(1.5):.6g}")
+    assert compute_perplexity([1.0, 3.0], [2, 2]) == float(f"{math.exp(2):.6g}")
 
 
 def test_windows_are_summarized_over_their_tokens():

@@ -113,7 +113,7 @@ def test_a_gpu_multiplies_exactly_and_memory_that_torch_keeps_is_free(monkeypatc
         torch.backends.cudnn.allow_tf32 = True
         if new:
             backends.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32"
-        accelerator.multiply_exactly()
+        accelerator.disable_tf32()
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
         assert backends.cudnn.conv.fp32_precision != "tf32"
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import from_losses
+from wanda_dvc.engine.divergence import compute_perplexity
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.errors import UserError
@@ -360,7 +360,7 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(study: Make, tiny: 
 @pytest.mark.parametrize("losses", [[1.0, math.inf], [math.nan], [800.0, 900.0]])
 def test_a_perplexity_that_overflows_has_diverged(losses: list[float]):
     """What `show` says of it: tests/test_numerics.py."""
-    assert from_losses(losses, [63] * len(losses)) == "diverged"
+    assert compute_perplexity(losses, [63] * len(losses)) == "diverged"
 
 
 def name_no_tokens(folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
-from wanda_dvc.engine.finders import block_lists, confirmed
+from wanda_dvc.engine.finders import block_lists, check_probe
 from wanda_dvc.engine.removal import Removal, UnitTensor
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_slices
@@ -179,10 +179,10 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
         if weight.dim() == 2 and not dimension.address.tensor.endswith("bias"):
             keeps[dimension.address.linear] = torch.ones_like(weight, dtype=torch.bool)
     for linear, dimension in removal.consumers.items():
-        along = expand(removal.kept[dimension.unit_set], dimension.layout)
+        along = expand(removal.kept_masks[dimension.unit_set], dimension.layout)
         keeps[linear] &= along if dimension.dim == 1 else along[:, None]
-    keeps = replace(removal, kept={}).expand_masks(keeps)  # from the masks of the readers alone
-    assert all(torch.equal(found, removal.kept[name]) for name, found in removal.kept_units(keeps).items())
+    keeps = replace(removal, kept_masks={}).expand_masks(keeps)  # from the masks of the readers alone
+    assert all(torch.equal(found, removal.kept_masks[name]) for name, found in removal.kept_units(keeps).items())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     slices = stored_slices(model, checkpoint)
     where, blocks = find_blocks(model)
@@ -199,7 +199,7 @@ def skipping(folder: Path, removal: Removal) -> Iterator[Any]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     where, blocks = find_blocks(model)
     parent, _, leaf = where.rpartition(".")
-    kept = [block for block, stay in zip(blocks, removal.kept[where].tolist(), strict=True) if stay]
+    kept = [block for block, stay in zip(blocks, removal.kept_masks[where].tolist(), strict=True) if stay]
     setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(kept))
     model.config.get_text_config().num_hidden_layers = len(kept)
     yield model
@@ -234,7 +234,7 @@ def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
     total = next(iter(removal.unit_sets.values())).total
 
     def stay_of(name: str) -> torch.Tensor:
-        return next(stay for mixture, stay in removal.kept.items() if place(mixture) == place(name))
+        return next(stay for mixture, stay in removal.kept_masks.items() if place(mixture) == place(name))
 
     routers = {
         name: parameter
@@ -262,7 +262,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     grouped = (pattern, family) == ("experts", "deepseek_v3")
     assert {units.groups for units in found.unit_sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
-    left = Checkpoint(write(SmallerCheckpoint(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
+    left = Checkpoint(write(SmallerCheckpoint(checkpoint, check_probe(checkpoint, removal)), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
     tokens = torch.randint(3, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: P
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", by_number)
     folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
     with pytest.raises(UserError, match="computes something else"):
-        confirmed(Checkpoint(folder), drawn(removal_of(folder, "experts")))
+        check_probe(Checkpoint(folder), drawn(removal_of(folder, "experts")))
 
 
 def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):

@@ -14,7 +14,7 @@ from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.reproduce import reproduce
 from wanda_dvc.commands.request import FALLBACK, PruneRequest
 from wanda_dvc.commands.target import check_target
-from wanda_dvc.engine.checkpoint import positions_of, read_config
+from wanda_dvc.engine.checkpoint import max_positions, read_config
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import notice
 from wanda_dvc.params import Params, Settings, nested
@@ -66,7 +66,7 @@ def prune_model(request: PruneRequest) -> str:
 
 def _sizes_for_model(study: Study, params: Params, sizes: ModelSizes) -> Settings:
     length = params.calibration.length
-    longest = positions_of(read_config(study.model("dense"))) or length
+    longest = max_positions(read_config(study.model("dense"))) or length
     length = min(longest, length)
     tokens = TOKENS_A_FEATURE * sizes.widest
     return {

@@ -43,7 +43,7 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, checks[dtype])())
 
 
-def full_name(device: torch.device | str) -> str:
+def gpu_name(device: torch.device | str) -> str:
     """Return the name of a CUDA device's model."""
     return torch.cuda.get_device_name(device)
 
@@ -57,7 +57,7 @@ def free_device_memory(device: torch.device | str) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def multiply_exactly() -> None:
+def disable_tf32() -> None:
     """Turn off TF32, which some containers and notebooks turn on: it keeps 10 bits of each factor."""
     backends: Any = torch.backends  # mypy does not know the newer name
     backends.fp32_precision = "ieee"  # of convolutions too, with the older name below
@@ -65,7 +65,7 @@ def multiply_exactly() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def solving_device(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Return the device for masks, solvers and sums: a CUDA GPU or the host; other devices lack float64."""
     return device if device.type == "cuda" else torch.device("cpu")
 

@@ -122,13 +122,13 @@ class PassProgress:
         """Read an interrupted run's progress, if it finished at most `last` blocks and its activations are there."""
         self.folder, self.stores = folder, stores
         self.finished = -1
-        self.not_finite: str | None = None  # the first block with activations that are not finite
+        self.first_not_finite: str | None = None  # the first block with activations that are not finite
         self._saved = time.monotonic()
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
             content = json.loads((folder / PROGRESS).read_bytes())
             is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= last
             if is_usable and all(store.is_complete(content["finished"]) for store in stores):
-                self.finished, self.not_finite = content["finished"], content["not_finite"]
+                self.finished, self.first_not_finite = content["finished"], content["not_finite"]
 
     def finish(self, *, last: bool = False) -> None:
         """Finish the next block, whose outputs are stored; keep the progress once all files are there."""
@@ -139,7 +139,7 @@ class PassProgress:
         for store in self.stores:
             store.finish(self.finished)
         self._saved = time.monotonic()
-        content = {"finished": self.finished, "boot": boot_id(), "not_finite": self.not_finite}
+        content = {"finished": self.finished, "boot": boot_id(), "not_finite": self.first_not_finite}
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / "progress.part"
         part.write_text(json.dumps(content), encoding="utf-8")

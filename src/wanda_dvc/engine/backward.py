@@ -9,7 +9,7 @@ from torch import Tensor
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import FisherSums, GradientRecorder
-from wanda_dvc.engine.forward import ModelRunner, Sequences
+from wanda_dvc.engine.forward import ModelInput, ModelRunner
 from wanda_dvc.engine.sequences import Chunk
 from wanda_dvc.engine.sums import check_finite
 
@@ -26,7 +26,7 @@ class BackwardRun:
     gradients: ActivationStore
 
 
-def backward(runner: ModelRunner, sequences: Sequences, *, finished: int = 0) -> Iterator[tuple[int, FisherSums]]:
+def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -> Iterator[tuple[int, FisherSums]]:
     """Yield each block, the last one first, with its `FisherSums` over all tokens.
 
     ℓ = −Σ log p(token) over the sequence, with the text's own tokens. The sums are, for each row of the weight, the

@@ -23,8 +23,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 # The supported dtypes of prunable weights, by safetensors' names.
-STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number, by the dtypes in which a model may run
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number, by the dtypes in which a model may run
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def dtype_of(model: Path, wanted: str) -> str:
             continue
         for key in ("dtype", "torch_dtype"):
             dtype = str(content.get(key)).removeprefix("torch.")
-            if dtype in WIDTH:
+            if dtype in ITEMSIZE:
                 return dtype
     return "float32"
 
 
-def positions_of(config: Any) -> int | None:
+def max_positions(config: Any) -> int | None:
     """Return the maximum tokens of a text, if the configuration has a limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) else None
@@ -339,7 +339,7 @@ def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memo
     """Return the bytes of a new weight. UserError if it has another shape or dtype than stored."""
     weight, entry = view.read(address), view.entries[address.tensor]
     shape = entry.shape if address.expert is None else entry.shape[1:]
-    if list(weight.shape) != shape or STORED.get(weight.dtype) != entry.dtype:
+    if list(weight.shape) != shape or SAFETENSORS_NAMES.get(weight.dtype) != entry.dtype:
         raise UserError(
             f"{address.tensor}: its new weight is {list(weight.shape)} in {weight.dtype}, expected {shape} in "
             f"{entry.dtype}, as {shard} stores it"

@@ -60,7 +60,7 @@ class Expected(NamedTuple):
     device: str
 
 
-class OpenedModel(NamedTuple):
+class ModelKey(NamedTuple):
     """A model that workers open. With a new `opening` they read it again: its files may have changed."""
 
     folder: Path
@@ -72,7 +72,7 @@ def run_on_node(
     expected: Expected, function: Callable[[torch.device, TaskInput], TaskResult], value: TaskInput
 ) -> TaskResult | list[Any]:
     """Run a function in this process; an iterator becomes a list. Errors name the node."""
-    send_values_of_tensors()
+    register_tensor_serializer()
     torch.set_num_threads(expected.threads)
     try:
         check_node(expected)
@@ -101,7 +101,7 @@ def check_node(expected: Expected) -> None:
 
 
 def call_with_model(
-    model: OpenedModel,
+    model: ModelKey,
     function: Callable[[Decoder, Any, TaskInput], TaskResult],
     job: Any,
     device: torch.device,
@@ -112,14 +112,14 @@ def call_with_model(
 
 
 @lru_cache(maxsize=1)
-def open_model(model: OpenedModel, device: torch.device) -> Decoder:
+def open_model(model: ModelKey, device: torch.device) -> Decoder:
     """Open a model. The process keeps it, and its current block, for its next task."""
     return Decoder(model.folder, dtype=model.dtype, device=device)
 
 
 def task_device(device: str) -> torch.device:
     """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
-    accelerator.multiply_exactly()
+    accelerator.disable_tf32()
     assigned = [str(number) for number in ray.get_gpu_ids()]
     if device == "cpu" or not assigned:
         return torch.device("cpu")
@@ -127,7 +127,7 @@ def task_device(device: str) -> torch.device:
     return torch.device("cuda", visible.split(",").index(assigned[0]) if visible else int(assigned[0]))
 
 
-def send_values_of_tensors() -> None:
+def register_tensor_serializer() -> None:
     """Make Ray send a tensor as the bytes of its values: torch sends all memory behind a view."""
     register_serializer(Tensor, serializer=pack_tensor, deserializer=unpack_tensor)
 
@@ -179,7 +179,7 @@ class Cluster:
         """`address` is `local`, or the Ray address of a running cluster, whose nodes see the folders."""
         if not ray.is_initialized():
             connect(address)
-        send_values_of_tensors()
+        register_tensor_serializer()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._kind = "GPU" if device != "cpu" and any(node.get("GPU") for node in nodes) else "CPU"
         if device.startswith("cuda") and self._kind != "GPU":
@@ -209,7 +209,7 @@ class Cluster:
         what: str,
     ) -> Iterator[TaskResult]:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
-        model = OpenedModel(decoder.checkpoint.folder, decoder.dtype, self._opening)
+        model = ModelKey(decoder.checkpoint.folder, decoder.dtype, self._opening)
         return self.map(partial(call_with_model, model, function, job), inputs, what)
 
     def map(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32, Float64, Int, Int32
 from torch import Tensor
 
-from wanda_dvc.engine.accelerator import solving_device
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.decoder import Decoder, States
 from wanda_dvc.engine.sequences import Hidden, TokenSequence
 from wanda_dvc.reading import DIVERGED
@@ -103,7 +103,7 @@ def measure(
         targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
         log_p = logits[: len(targets)].float().log_softmax(-1)
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
-        device = solving_device(log_p.device)
+        device = float64_device(log_p.device)
         size = max(1, AT_A_TIME[device.type] // log_p.shape[1])
         for piece, piece_targets in zip(log_p.to(device).split(size), targets.to(device).split(size), strict=True):
             place = slice(measured, measured + len(piece))
@@ -195,7 +195,7 @@ def _normalized(log_probs: LogProbs) -> LogProbs:
 # --- all windows ---
 
 
-def from_losses(losses: list[float], predictions: list[int]) -> float | str:
+def compute_perplexity(losses: list[float], predictions: list[int]) -> float | str:
     """Return exp(total loss / predictions), to six significant digits: later digits vary by machine.
 
     `losses` are means per window. If all windows have one length, the result is the papers' exp(mean).

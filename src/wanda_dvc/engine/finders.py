@@ -237,7 +237,7 @@ def _owner(address: Address) -> str:
 
 
 def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
-    """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `confirmed`."""
+    """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `check_probe`."""
     full = build_empty(source.config, source)
     blocks_name, blocks = find_blocks(full)
     linears, text = _linears(full, stored_slices(full, source)), source.config.get_text_config()
@@ -290,7 +290,7 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
     }
 
 
-def confirmed(source: Checkpoint, removal: Removal) -> Removal:
+def check_probe(source: Checkpoint, removal: Removal) -> Removal:
     """Return a removal of chosen units. UserError if the smaller model computes something else."""
     problem = probe(source, removal)
     if problem:
@@ -313,7 +313,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
     If routers choose from groups of experts, each group keeps the same number. A sparsity that rounds to no expert
-    gives a removal without an effect. The probe needs the chosen experts: see `confirmed`.
+    gives a removal without an effect. The probe needs the chosen experts: see `check_probe`.
     """
     full = build_empty(source.config, source)
     slices, content = stored_slices(full, source), source.config.get_text_config().to_dict()

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from wanda_dvc.engine.accelerator import solving_device
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.record import observing
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import merge_by_name
@@ -62,7 +62,7 @@ class GradientRecorder:
         y.register_hook(on_gradient)
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        device = solving_device(gradient.device)
+        device = float64_device(gradient.device)
         squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
             begin, end = self.linears[name].stored.rows or (0, len(squares))

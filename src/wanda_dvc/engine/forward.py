@@ -26,12 +26,12 @@ from wanda_dvc.errors import FIX, UserError, notice
 if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
 
-Sequences = Sequence[TokenSequence] | Int[Tensor, "samples length"]
+ModelInput = Sequence[TokenSequence] | Int[Tensor, "samples length"]
 Job = TypeVar("Job")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
 # Arguments, of one chunk: the model, sequences, their activations after the last block, and an input of the function.
-Head = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
+OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
 
 # --- units of work: functions of the model, a job that all chunks share, and a chunk ---
@@ -124,8 +124,8 @@ def all_true(flags: list[Tensor]) -> bool:
     return all(torch.stack(flags).tolist())
 
 
-def run_head(
-    model: Decoder, job: tuple[ActivationStore, Head[Input, Result]], chunk_and_input: tuple[Chunk, Input]
+def run_output_function(
+    model: Decoder, job: tuple[ActivationStore, OutputFunction[Input, Result]], chunk_and_input: tuple[Chunk, Input]
 ) -> Iterator[Result]:
     """Apply a function to a chunk's activations after the last block."""
     store, function = job
@@ -158,7 +158,7 @@ class ModelRunner:
             yield function(self.decoder, job, value)
 
     def forward(
-        self, sequences: Sequences, *, finished: int | None = None, with_dense: bool = False, stored: int = 2
+        self, sequences: ModelInput, *, finished: int | None = None, with_dense: bool = False, stored: int = 2
     ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run all sequences through the block.
 
@@ -216,13 +216,15 @@ class ModelRunner:
         finally:
             self.decoder.unload()
 
-    def head(self, function: Head[Input, Result], inputs: Callable[[range], Input]) -> Iterator[Result]:
+    def map_outputs(
+        self, function: OutputFunction[Input, Result], inputs: Callable[[range], Input]
+    ) -> Iterator[Result]:
         """Yield what a function yields for each chunk, in order: of its activations after the last block, and an input.
 
         `inputs` returns the input for the places of a chunk's sequences.
         """
         chunks_and_inputs = ((chunk, inputs(chunk.places)) for chunk in self.chunks)
-        for results in self.map(run_head, (self.store, function), chunks_and_inputs, "output head, chunk"):
+        for results in self.map(run_output_function, (self.store, function), chunks_and_inputs, "output head, chunk"):
             yield from results
 
 
@@ -261,5 +263,5 @@ class BlockStep:
             total.merge(sums)
             del sums  # before the next chunk's are there
         if not total.is_finite:
-            runner.progress.not_finite = runner.progress.not_finite or f"block {self.index}"
+            runner.progress.first_not_finite = runner.progress.first_not_finite or f"block {self.index}"
         return total

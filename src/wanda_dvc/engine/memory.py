@@ -15,7 +15,7 @@ system may reclaim. Activations wait on disk: 2 · windows · L · hidden · w.
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.checkpoint import WIDTH, Address, read_config
+from wanda_dvc.engine.checkpoint import ITEMSIZE, Address, read_config
 from wanda_dvc.engine.sequences import ARGUMENTS_BYTES
 from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
@@ -46,7 +46,7 @@ class ModelSizes:
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
         self.dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # of the stored weights
-        self.width = WIDTH.get(self.dtype, 8)  # bytes of a stored weight, at most
+        self.width = ITEMSIZE.get(self.dtype, 8)  # bytes of a stored weight, at most
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.blocks = len(blocks)
         self.block = max(block_sizes)  # W: parameters of the largest block
@@ -81,7 +81,7 @@ class ForwardMemory:
         """Count on a kind of device."""
         from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` needs not
 
-        width = WIDTH[dtype]
+        width = ITEMSIZE[dtype]
         # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
         scores = length**2 * model.heads_with_scores * (2 * width + 4)
         self.weights = (2 * model.block + model.rest) * width  # of the current block, the next one, embeddings and head
@@ -130,4 +130,4 @@ def training_memory(model: ModelSizes, *, length: int, dense_width: int, kept: b
 
 def triangles_size(squares: int) -> int:
     """Return the bytes of stored Gram matrices with `squares` elements in all, at most."""
-    return squares // 2 * WIDTH[GRAM_DTYPE]
+    return squares // 2 * ITEMSIZE[GRAM_DTYPE]

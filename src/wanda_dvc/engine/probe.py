@@ -68,7 +68,7 @@ def _run_full(source: Checkpoint, removal: Removal) -> tuple[TokenSequence, list
 
 def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
     hidden = full.embed(sequence)
-    kept = removal.kept[full.weights.blocks_name].nonzero()[:, 0].tolist()
+    kept = removal.kept_masks[full.weights.blocks_name].nonzero()[:, 0].tolist()
     for number, index in enumerate(kept):
         full.load(index, -1)
         after = full.run(index, hidden, sequence)
@@ -83,7 +83,7 @@ def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> 
         full.load(index, -1)
         dense = full.run(index, hidden, sequence)
         consumers = full.linears(index).keys() & removal.consumers.keys()
-        masks = {linear: dimension_mask(removal.consumers[linear], removal.kept) for linear in consumers}
+        masks = {linear: dimension_mask(removal.consumers[linear], removal.kept_masks) for linear in consumers}
         full.load(index, -1, WeightChange(masks, {}))
         with MaskedRouters(full.model, removal):
             masked = full.run(index, hidden, sequence)
@@ -102,7 +102,7 @@ class MaskedRouters(TorchFunctionMode):
         state = model.state_dict(keep_vars=True)
         for name, unit_set in removal.routers.items():
             if not state[name].is_meta:  # of a block that is not loaded
-                self._removed[state[name].data_ptr()] = ~removal.kept[unit_set]
+                self._removed[state[name].data_ptr()] = ~removal.kept_masks[unit_set]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -151,7 +151,7 @@ def loglikelihoods(
         return length, predictions[places.start : places.stop]
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
-    for request, log_p, is_likeliest in runner.head(predict, inputs):
+    for request, log_p, is_likeliest in runner.map_outputs(predict, inputs):
         totals[request] += log_p
         is_greedy[request] = is_greedy[request] and is_likeliest
     return list(zip(totals, is_greedy, strict=True))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from wanda_dvc.engine.accelerator import solving_device
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, GatedOutputs, OnGatedOutput, OnProduct
 from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
@@ -68,7 +68,7 @@ class InputRecorder:
         if self._is_dense:
             self._dense[name] = x
             return
-        sums, device = self.sums, solving_device(x.device)
+        sums, device = self.sums, float64_device(x.device)
         if name not in sums.stats:
             sums.stats[name] = InputStats.empty(x.shape[-1], device)
         sums.stats[name].add(x)
@@ -83,7 +83,7 @@ class InputRecorder:
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
         if not self._is_dense:
-            total = norms.to(solving_device(norms.device)).double().sum()
+            total = norms.to(float64_device(norms.device)).double().sum()
             merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})
 
     @contextlib.contextmanager
@@ -104,8 +104,13 @@ class InputRecorder:
         cosine = torch.linalg.vecdot(before, after) / (vector_norm(before, dim=-1) * vector_norm(after, dim=-1))
         distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
         window = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
+<<<<<<< HEAD
         total = self.sums.influence.to(solving_device(window.device))
         self.sums.influence = total + cast_like(window, total)
+=======
+        total = self.sums.influence.to(float64_device(window.device))
+        self.sums.influence = total + in_sums(window, total)
+>>>>>>> d572bd94 (Name the engine's functions and masks by what they are)
 
     def end_window(self) -> None:
         """Free the window's inputs."""

@@ -63,12 +63,12 @@ class Removal:
     unit_tensors: Mapping[str, UnitTensor] = field(default_factory=dict)  # by stored name
     routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
     tolerance: float = 1e-2  # the allowed difference in the probe, relative to the effect of the removed units
-    kept: KeptUnits = field(default_factory=dict)  # once they are chosen
+    kept_masks: KeptUnits = field(default_factory=dict)  # once they are chosen
 
     def with_kept(self, kept: KeptUnits) -> "Removal":
         """Return the removal that keeps these units."""
         unit_sets = {name: units._replace(kept=int(kept[name].sum())) for name, units in self.unit_sets.items()}
-        return replace(self, unit_sets=unit_sets, kept=kept)
+        return replace(self, unit_sets=unit_sets, kept_masks=kept)
 
     # --- config.json ---
 
@@ -81,7 +81,7 @@ class Removal:
             if config_field.unit_sets:
                 units = self.unit_sets[config_field.unit_sets[0]]
                 values[name] = config_field.value * units.kept // units.total
-        for kept in self.kept.values():
+        for kept in self.kept_masks.values():
             for name, entries in self.config_lists.items():
                 values[name] = [entry for entry, is_kept in zip(entries, kept.tolist(), strict=True) if is_kept]
         return values
@@ -92,7 +92,7 @@ class Removal:
         kept = sum(units.kept for units in self.unit_sets.values())
         return 1 - kept / sum(units.total for units in self.unit_sets.values())
 
-    def about(self, sparsity: Fraction) -> str:
+    def describe(self, sparsity: Fraction) -> str:
         """Describe the removal, and the rounding of the requested sparsity."""
         values = self.config_changes
         numbers = [
@@ -146,7 +146,7 @@ class Removal:
     def expand_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return masks, on the host, without all weights of removed units, given the masks of the units' consumers."""
         expanded = {linear: mask.cpu() for linear, mask in masks.items()}
-        kept = self.kept or self.kept_units(expanded)
+        kept = self.kept_masks or self.kept_units(expanded)
         for linear in expanded:
             if linear in self._unit_of:
                 name, unit = self._unit_of[linear]
@@ -165,7 +165,7 @@ class Removal:
                 sources[tensor] = tensor
                 continue
             unit_set, unit, head, tail = self.unit_tensors[tensor]
-            kept = self.kept[unit_set]
+            kept = self.kept_masks[unit_set]
             if unit >= len(kept) or kept[unit]:  # a block after the last one predicts more tokens
                 sources[f"{head}{unit - int((~kept[:unit]).sum())}{tail}"] = tensor
         return sources

@@ -24,7 +24,7 @@ from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
 from wanda_dvc.pruning.solvers import GramFactors
 
-VALIDATION_CHUNKS = 4  # the dampings are tried on every fourth chunk
+VALIDATION_STRIDE = 4  # the dampings are tried on every fourth chunk
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -49,8 +49,8 @@ def repair(
     if weight.shape[1 if transposed else 0] != runner.store.width:  # JetMoE: all else is experts
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     removed = RemovedBlocks(block, end, runner.store)
-    validation = runner.chunks[::VALIDATION_CHUNKS]
-    fitting = [chunk for number, chunk in enumerate(runner.chunks) if number % VALIDATION_CHUNKS] or validation
+    validation = runner.chunks[::VALIDATION_STRIDE]
+    fitting = [chunk for number, chunk in enumerate(runner.chunks) if number % VALIDATION_STRIDE] or validation
     sums = sum_products(runner, removed, linear, fitting)
     validation_sums = sum_products(runner, removed, linear, validation)
 

@@ -76,4 +76,4 @@ class SmallerCheckpoint(EditedCheckpoint):
         return tensor
 
     def _kept(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
-        return expand(self.removal.kept[dimension.unit_set], dimension.layout).nonzero()[:, 0]
+        return expand(self.removal.kept_masks[dimension.unit_set], dimension.layout).nonzero()[:, 0]

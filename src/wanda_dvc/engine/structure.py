@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
+from wanda_dvc.engine.checkpoint import SAFETENSORS_NAMES, Address, Checkpoint
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, reason
 
@@ -239,8 +239,8 @@ def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[s
 def _check_dtypes(checkpoint: Checkpoint, slices: Sequence[StoredSlice]) -> None:
     for tensor in dict.fromkeys(stored.address.tensor for stored in slices):
         dtype = checkpoint.entries[tensor].dtype
-        if dtype not in STORED.values():
-            usual = ", ".join([*STORED.values()][:3])
+        if dtype not in SAFETENSORS_NAMES.values():
+            usual = ", ".join([*SAFETENSORS_NAMES.values()][:3])
             raise UserError(
                 f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
                 "name the model before it was quantized, or convert it"

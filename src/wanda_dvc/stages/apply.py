@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.engine.accelerator import solving_device
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
@@ -130,7 +130,7 @@ class DenseToPruned:
         self.study = study
         self.plan = Plan.from_dict(read_provenance(study.masks, "mask")["params"])
         self.checkpoint = Checkpoint(study.model("dense"))
-        self.device = solving_device(own_device(study.params.runtime))
+        self.device = float64_device(own_device(study.params.runtime))
         self.block_of = dict[str, int]()
         for block in range(block_count(study.masks, "mask")):
             self.block_of |= dict.fromkeys(linears_of_masks(study.masks, block), block)

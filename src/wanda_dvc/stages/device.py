@@ -51,7 +51,7 @@ def own_device(runtime: Runtime) -> "torch.device":
 
     torch.set_num_threads(machine.cores())
     accelerator.keep_freed_memory()
-    accelerator.multiply_exactly()
+    accelerator.disable_tf32()
     name, gpus = device_name(runtime), len(accelerator.gpus())
     if runtime.ray is not None:
         return torch.device(name if gpus else "cpu")

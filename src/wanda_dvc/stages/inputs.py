@@ -48,7 +48,7 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
 
 def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
-    from wanda_dvc.engine.checkpoint import positions_of, read_config
+    from wanda_dvc.engine.checkpoint import max_positions, read_config
 
     own_device(study.params.runtime)
     if study.params.runtime.ray is not None:
@@ -56,7 +56,7 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
     provenance = read_provenance(study.model(model), MODEL_COMMANDS[model])
     for file in study.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
-    positions = positions_of(read_config(study.model(model)))
+    positions = max_positions(read_config(study.model(model)))
     if length and positions is not None and length > positions:
         raise UserError(
             f"{setting}: got {length}, expected at most {positions}, the positions of the model in "

@@ -64,7 +64,7 @@ def mask(*, study: Study) -> None:
     do not follow from the statistics of the dense model.
     """
     plan = study.plan
-    device = accelerator.solving_device(devices.own_device(study.params.runtime))  # refused before any file is read
+    device = accelerator.float64_device(devices.own_device(study.params.runtime))  # refused before any file is read
     stats, digests = inputs.statistics(study)
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
@@ -156,10 +156,10 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         return None
     if plan.sparsity and not removal.sparsity:
         raise UserError(_removes_no_unit(removal, plan))
-    notice(f"mask: {removal.about(plan.sparsity)}")
+    notice(f"mask: {removal.describe(plan.sparsity)}")
     if removal.consumers:  # the masks of these linears choose the units
         return removal
-    from wanda_dvc.engine.finders import confirmed
+    from wanda_dvc.engine.finders import check_probe
 
     kept = choose_units(
         removal.unit_sets,
@@ -170,7 +170,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         dtype=torch.float64 if removal.structure.name == "blocks" else torch.float32,
         device=device,
     )
-    return confirmed(checkpoint, removal.with_kept(kept))
+    return check_probe(checkpoint, removal.with_kept(kept))
 
 
 def _removes_no_unit(removal: "Removal", plan: Plan) -> str:
@@ -338,7 +338,7 @@ def repair_before_removed_blocks(
     """Return the new weight of the last linear before the removed blocks; None if no block is removed."""
     from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
 
-    (kept,) = removal.kept.values()
+    (kept,) = removal.kept_masks.values()
     if kept.all():
         return None
     removed = (~kept).nonzero()[:, 0].tolist()

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wanda_dvc.engine.checkpoint import WIDTH, dtype_of
+from wanda_dvc.engine.checkpoint import ITEMSIZE, dtype_of
 from wanda_dvc.engine.memory import (
     FIXED,
     ForwardMemory,
@@ -57,7 +57,7 @@ class Run:
 
     def activations(self, tokens: int) -> int:
         """Return the bytes of the activations of some tokens before a block."""
-        return tokens * self.sizes.hidden * WIDTH[self.dtype]
+        return tokens * self.sizes.hidden * ITEMSIZE[self.dtype]
 
     def model_size(self) -> int:
         """Return the bytes of the model's directory."""
@@ -126,7 +126,7 @@ def trained_in(dtype: str, device: str) -> str:
 def training(run: Run, *, kept: bool = False) -> int:
     """Return the memory of `recover`, as `training_memory`."""
     length = min(RECOVERY_LENGTH, run.params.calibration.length)
-    width = WIDTH[trained_in(run.dtype, run.device)]
+    width = ITEMSIZE[trained_in(run.dtype, run.device)]
     return training_memory(run.sizes, length=length, dense_width=width, kept=kept)
 
 
@@ -157,7 +157,7 @@ def _needs_of_calibrate(run: Run) -> Requirements:
     if "fisher" in statistics:
         memory = max(memory, forward.backward)
         tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
-        gradients = 2 * tokens * run.sizes.hidden * WIDTH["float32"]
+        gradients = 2 * tokens * run.sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(run.sizes.all_output_squares)
         disk += (run.sizes.blocks + 1) * run.activations(tokens) + gradients
     return _running(forward, memory, disk)
@@ -180,7 +180,7 @@ def _needs_of_mask(run: Run) -> Requirements:
     if plan.solves_by_input or plan.repairs:
         memory += forward.grams
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
-    memory = models * memory + sizes.block * (WIDTH[run.dtype] + sizes.width)  # a pruned block, and its new weights
+    memory = models * memory + sizes.block * (ITEMSIZE[run.dtype] + sizes.width)  # a pruned block, and its new weights
     places = 2 * models  # of activations: before and after a block
     if plan.repairs:  # and between all removed blocks
         places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)

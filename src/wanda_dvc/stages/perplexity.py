@@ -9,7 +9,7 @@ from wanda_dvc.engine.divergence import (
     TOP,
     Divergence,
     Predictions,
-    from_losses,
+    compute_perplexity,
     measure_divergences,
     measure_windows,
     summarize,
@@ -52,11 +52,11 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
             losses, divergences = _write_predictions(run, len(windows), work, run_name), None
         else:
             losses, divergences = _compare_predictions(run, len(windows), study.reference(text), run_name)
-        not_finite = run.progress.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
+        not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, not_finite)
         predictions = [len(window.tokens) - 1 for window in windows]
         details = _details(protocol, losses, divergences, not_finite)
-        metrics: Json = {"perplexity": from_losses(losses, predictions)}
+        metrics: Json = {"perplexity": compute_perplexity(losses, predictions)}
         if divergences is not None:
             metrics |= summarize(divergences)
         write_json(study.details(model, f"perplexity/{text}"), details)
@@ -75,7 +75,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
 def _write_predictions(run: ModelRunner, windows: int, work: Work, run_name: str) -> list[float]:
     """Write the dense model's predictions of each window; return each window's mean loss."""
     losses: list[float] = []
-    results = run.head(measure_windows, lambda _: None)
+    results = run.map_outputs(measure_windows, lambda _: None)
     shown = progress(results, total=windows, what=f"{run_name}, output head, windows")
     for window, (loss, predictions) in enumerate(shown):
         losses.append(loss)
@@ -93,7 +93,7 @@ def _compare_predictions(
     def references(places: range) -> list[Predictions]:
         return [Predictions(**read_window(reference, window)) for window in places]
 
-    results = run.head(measure_divergences, references)
+    results = run.map_outputs(measure_divergences, references)
     for loss, divergence in progress(results, total=windows, what=f"{run_name}, output head, windows"):
         losses.append(loss)
         divergences.append(divergence)

@@ -53,7 +53,7 @@ def solver_tasks(block: int, stats: BlockStats) -> list[SolverTask]:
 
 def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> SolverOutput:
     """Return `solve` with the Gram matrix of a block's file in a folder."""
-    device = accelerator.solving_device(device)
+    device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
     return solve(job, task, grams.get(task.name), grams.crosses.get(task.name), device)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wanda_dvc.engine.checkpoint import WIDTH, positions_of
+from wanda_dvc.engine.checkpoint import ITEMSIZE, max_positions
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
@@ -128,7 +128,7 @@ def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work)
     evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
     scores, samples = evaluated["results"][task], evaluated["samples"][task]
     reported = [metric for metric in METRICS if f"{metric},none" in scores]
-    not_finite = run.progress.not_finite
+    not_finite = run.progress.first_not_finite
     if not_finite is None and not _are_finite(samples):
         not_finite = HEAD
     if not_finite:  # the answers are meaningless: a comparison with NaN chooses the first
@@ -175,7 +175,7 @@ def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json,
     inputs = {"prompts_sha256": digest(prompts), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **identified, **inputs)
     device = own_device(study.params.runtime)
-    needed, free = int(MEMORY * sizes.parameters * WIDTH[dtype]), free_memory_of(str(device))
+    needed, free = int(MEMORY * sizes.parameters * ITEMSIZE[dtype]), free_memory_of(str(device))
     if needed > free:
         memory = f"the model needs {gigabytes(needed)} of memory, and {gigabytes(free)} were free"
         notice(f"zero-shot {model}: no continuations of prompts.txt: {memory}")
@@ -199,7 +199,7 @@ def continue_prompts(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=CONTINUED, eos_token_id=end, pad_token_id=0
     )
-    longest = max(1, (positions_of(model.config) or sys.maxsize) - CONTINUED)  # prompt, in tokens
+    longest = max(1, (max_positions(model.config) or sys.maxsize) - CONTINUED)  # prompt, in tokens
     texts = []
     for prompt in prompts:
         tokens = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-longest:]], device=device)
