@@ -104,13 +104,8 @@ class InputRecorder:
         cosine = torch.linalg.vecdot(before, after) / (vector_norm(before, dim=-1) * vector_norm(after, dim=-1))
         distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
         window = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
-<<<<<<< HEAD
-        total = self.sums.influence.to(solving_device(window.device))
-        self.sums.influence = total + cast_like(window, total)
-=======
         total = self.sums.influence.to(float64_device(window.device))
-        self.sums.influence = total + in_sums(window, total)
->>>>>>> d572bd94 (Name the engine's functions and masks by what they are)
+        self.sums.influence = total + cast_like(window, total)
 
     def end_window(self) -> None:
         """Free the window's inputs."""
