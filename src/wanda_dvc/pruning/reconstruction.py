@@ -94,7 +94,7 @@ def prune_linear(
 ) -> Pruned:
     """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 
-    `of_inputs`: the mask removes complete inputs. The errors are then those of the kept rows, because nothing reads the
+    `removes_inputs`: the mask removes complete inputs. The errors are then those of the kept rows, because nothing reads the
     removed ones, and of linears that lose inputs or change.
     """
     plain = masked(weight, mask)
@@ -102,7 +102,7 @@ def prune_linear(
     if factors is None:
         return Pruned(new, None, None)
     weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, new)]
-    if of_inputs:
+    if removes_inputs:
         oriented_mask = oriented(mask, transposed)
         rows = oriented_mask.any(dim=1)
         if not rows.any() or (oriented_mask[rows].all() and torch.equal(new, plain)):

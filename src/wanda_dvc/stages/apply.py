@@ -190,7 +190,7 @@ class DenseToPruned:
                 transposed=transposed,
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
-        pruned = prune_linear(dense, mask, factors, new, transposed=transposed, of_inputs=plan.structure is not None)
+        pruned = prune_linear(dense, mask, factors, new, transposed=transposed, removes_inputs=plan.structure is not None)
         weight = pruned.weight.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
         self.linears[linear] = PrunedLinear(
