@@ -1,5 +1,6 @@
 """`recover`: zeros stay, a killed run ends with the same weights, two processes are one, and validation."""
 
+import io
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Run, computes_twice, training
-from wanda_dvc.stages.recover import recover, training_windows
+from wanda_dvc.stages.needs import Run, needs_checkpointing, training
+from wanda_dvc.stages.recover import recover, step_display, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
 from wanda_dvc.training import trainer
@@ -50,7 +51,7 @@ def windows(count: int, length: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def train(dense: Path, pruned: Path, work: Path, *, steps: int = 20, **changes: Any) -> Any:
-    validation = {"text": windows(2, seed=1), "other": windows(2, seed=2)}
+    validation = {"text": windows(2, seed=1), "embedded": windows(2, seed=2)}
     kwargs: dict[str, Any] = {
         "windows": windows(2 * steps), "validation": validation, "rate": 0.01, "dtype": torch.float32, "device": CPU,
         "checkpointing": False, "work": work, "on_step": lambda _: None,
@@ -70,8 +71,10 @@ def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_pat
         weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
     assert all(one.grad is None for one in trainers.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["text"] < curve[0]["text"]
-    assert curve[-1]["other"] < curve[0]["other"]
-    assert curve[-1]["score"] == pytest.approx(sum(curve[-1][name] / curve[0][name] / 2 for name in ("text", "other")))
+    assert curve[-1]["embedded"] < curve[0]["embedded"]
+    assert curve[-1]["score"] == pytest.approx(
+        sum(curve[-1][name] / curve[0][name] / 2 for name in ("text", "embedded"))
+    )
     assert trainer.root_mean_square(torch.tensor([0.0, 3.0, 4.0])) == pytest.approx(12.5**0.5)  # of what stays
     before, after = load_file(pruned / "model.safetensors"), written(weights, tmp_path / "made")
     for name, weight in before.items():
@@ -80,7 +83,7 @@ def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_pat
         assert not torch.equal(weight, after[name]), name
 
 
-@pytest.mark.parametrize("missing", [trainer.STATE, trainer.WEIGHTS, "optimizer.pt"])
+@pytest.mark.parametrize("missing", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
 def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, tmp_path: Path):
     dense, pruned = pair(tmp_path)
     whole, curve = train(dense, pruned, tmp_path / "whole")
@@ -89,7 +92,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, 
         train(dense, pruned, work, on_step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
     (last,) = sorted(work.glob("checkpoint-*"))
     for step in (2, 10):  # an older one; and the kill came while the next one was written, or removed
-        state = shutil.copytree(last, work / f"checkpoint-{step}") / trainer.STATE
+        state = shutil.copytree(last, work / f"checkpoint-{step}") / "trainer_state.json"
         state.write_text(state.read_text().replace('"global_step": 8', f'"global_step": {step}'))
     state.with_name(missing).unlink()
     steps: list[int] = []
@@ -150,7 +153,7 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path):
 def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
     dense, pruned = pair(tmp_path, family=family)
     rows = windows(2).repeat(4, 1)  # trained on, and measured
-    held = {"text": rows[:2], "other": rows[:2]}
+    held = {"text": rows[:2], "embedded": rows[:2]}
     weights, curve = train(
         dense, pruned, tmp_path / "work", windows=rows, validation=held, rate=1e-3, checkpointing=True
     )
@@ -168,11 +171,22 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
         with mock.patch.dict(os.environ, {name: value}), pytest.raises(UserError, match=f"accelerate launch: {said}"):
             train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(trainer, "mean_divergence", lambda *_: torch.ones(1))  # without gradients
-    with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set it to 0"):
+    with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set recovery.tokens to 0"):
         train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(trainer, "mean_divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(UserError, match="^memory: CUDA out of memory"):
         train(dense, pruned, tmp_path / "work")
+
+
+def test_the_bar_of_a_resumed_training_starts_at_its_step(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    show_step = step_display(20)
+    for number in range(9, 21):
+        show_step(number)
+    del show_step  # closes the bar
+    assert " 20/20 " in terminal.getvalue().split("\r")[-1]
 
 
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
@@ -187,7 +201,7 @@ def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path
         run("perplexity", study=made, variant=part)
     assert made.plots("perplexity/embedded").read_bytes() == plotted  # the pruned model's
     curve = made.plots("recovery").read_text().splitlines()
-    assert curve[0] == "tokens,text,other"
+    assert curve[0] == "tokens,text,embedded"
     assert float(curve[-1].split(",")[1]) < float(curve[1].split(",")[1])
     assert load_json(made.metrics("recovered", "sparsity")) == {"sparsity": 0.5}
     before, after = (load_file(made.model(name) / "model.safetensors") for name in ("pruned", "recovered"))
@@ -231,7 +245,7 @@ def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make)
         assert not any(tuple(row[place : place + 32].tolist()) in pieces for place in range(33))
     every = [tuple(row.tolist()) for row in (*rows, *held["text"])]
     assert len(set(every)) == len(every) == 16 + 4
-    assert len(held["other"]) == 4
+    assert len(held["embedded"]) == 4
     long = {"calibration__windows": 8, "recovery__tokens": 64 * 300}  # the text is shorter, and repeated
     rows, held = training_windows(study(**long))
     assert len(rows) == 300
@@ -246,7 +260,7 @@ def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytes
     assert not made.model("recovered").exists()
     for free, twice in ((training(Run(made)), True), (10**12, False)):
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
-        assert computes_twice(made, ModelSizes.read(made.model("dense"))) is twice
+        assert needs_checkpointing(made, ModelSizes.read(made.model("dense"))) is twice
 
 
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
@@ -255,12 +269,12 @@ def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pyte
     checkpoint = Checkpoint(made.model("pruned"))
     found = (
         EditedCheckpoint(checkpoint, checkpoint.read, {}),
-        [dict(zip(("tokens", "text", "other", "score"), one, strict=True)) for one in of],
+        [dict(zip(("tokens", "text", "embedded", "score"), one, strict=True)) for one in of],
     )
     monkeypatch.setattr("wanda_dvc.stages.recover.train", lambda *_, **__: found)
     recover(study=made)
     assert read_provenance(made.model("recovered"), "recover")["tokens"] == 512
-    assert "did not help on text;" in capsys.readouterr().err
+    assert "did not help on the training text;" in capsys.readouterr().err
 
 
 def test_a_model_trains_without_dropout(tmp_path: Path):

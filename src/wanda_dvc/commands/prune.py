@@ -24,7 +24,7 @@ from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import times
-from wanda_dvc.stages.needs import computes_twice, gigabytes, lacking_for_solver
+from wanda_dvc.stages.needs import gigabytes, lacking_for_solver, needs_checkpointing
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
@@ -52,7 +52,7 @@ def prune_model(request: PruneRequest) -> str:
         sizes = ModelSizes.read(study.model("dense"))
         settings = request.settings | _sizes_for_model(study, request.params, sizes)
         if request.params.recovery.tokens:
-            computes_twice(study.with_params(request.params), sizes)  # UserError if the memory is too small
+            needs_checkpointing(study.with_params(request.params), sizes)  # UserError if the memory is too small
         if request.recipe is None:
             settings["recipe"] = _recommended_recipe(study, settings["pattern"], sizes)
         renew(study.root, nested(settings))

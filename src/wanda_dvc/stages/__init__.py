@@ -304,7 +304,7 @@ def stage_inputs(params: "Params") -> "dict[str, Json]":
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,
             "windows": calibration.windows,
-            "calibrated": calibration.length,
+            "calibration_length": calibration.length,
             "seed": calibration.seed,
         }
     return inputs

@@ -130,8 +130,8 @@ def training(run: Run, *, kept: bool = False) -> int:
     return training_memory(run.sizes, length=length, dense_width=width, kept=kept)
 
 
-def computes_twice(study: Study, sizes: ModelSizes) -> bool:
-    """Whether `recover` has to compute activations twice. UserError if the memory is too small even so."""
+def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
+    """Whether `recover` needs gradient checkpointing. UserError if the memory is too small even with it."""
     run = Run(study, sizes=sizes)
     least, most, size_free = training(run), training(run, kept=True), free(study)["memory"]
     if least > size_free:

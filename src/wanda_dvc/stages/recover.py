@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,59 +21,69 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, windows_of_documents
-from wanda_dvc.stages.needs import announce, computes_twice, trained_in
+from wanda_dvc.stages.needs import announce, needs_checkpointing, trained_in
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.training.trainer import Curve, Windows, train
 
-VALIDATION_WINDOWS = 4  # of each text
-COLUMNS = ("tokens", "text", "other")  # of the plot
-# A validation text of another kind than the training's. Evaluations have the embedded text's split `test`.
-OTHER_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
+VALIDATION_WINDOWS = 4  # of the training text, and of the embedded text
+TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # of validation, by column of the plot
+# A validation text of another kind than the training's. `perplexity` reads another split of the embedded text, `test`.
+EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
 
 
 def recover(*, study: Study) -> None:
     """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
     settings = study.stage_input("recover")
-    pruned, dtype = check_ready(study, "pruned")
-    check_source("models/pruned", pruned["model"], read_provenance(study.model("dense"), "download model"), "apply")
+    pruned_provenance, dtype_name = check_ready(study, "pruned")
+    dense_provenance = read_provenance(study.model("dense"), "download model")
+    check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
-    device, checkpointing = own_device(study.params.runtime), computes_twice(study, sizes)
-    dtype = trained_in(dtype, device.type)
+    device, checkpointing = own_device(study.params.runtime), needs_checkpointing(study, sizes)
+    dtype_name = trained_in(dtype_name, device.type)
     windows, validation = training_windows(study)
-    provenance = pruned | describe(
+    provenance = pruned_provenance | describe(
         "recover",
         version=STAGES["recover"].version,
         libraries=("torch", "transformers", "accelerate"),
         recovery=settings,
-        pruned=digest(pruned),
+        pruned=digest(pruned_provenance),
         windows_sha256=digest(windows.tolist()),
-        trained_in=dtype,
+        trained_in=dtype_name,
     )
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
         announce(study, "recover", sizes=sizes)
+    # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     with unfinished as work:
-        steps = len(windows) // RECOVERY_BATCH
-        shown = progress(range(steps), total=steps, what="recover, steps") if is_first else iter(())
-
-        def show_step(_: int) -> None:
-            next(shown, None)
-
+        show_step = step_display(len(windows) // RECOVERY_BATCH) if is_first else lambda _: None
         recovered, curve = train(
             study.model("dense"), study.model("pruned"), windows=windows, validation=validation, rate=settings["rate"],
-            device=device, dtype=getattr(torch, dtype), checkpointing=checkpointing, work=work.path / "training",
+            device=device, dtype=getattr(torch, dtype_name), checkpointing=checkpointing, work=work.path / "training",
             on_step=show_step,
         )  # fmt: skip
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
     if is_first:
-        rows = [[evaluation.get(name, "") for name in COLUMNS] for evaluation in curve]
-        write_csv(study.plots("recovery"), COLUMNS, rows)
+        columns = ("tokens", *TEXTS)
+        rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
+        write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
+
+
+def step_display(total: int) -> Callable[[int], None]:
+    """Return a function that shows the number of finished steps; a resumed training starts at its first number."""
+    finished: list[int] = []
+    shown = progress(iter(finished), total=total, what="recover, steps", at=lambda number: number)
+
+    def show_step(number: int) -> None:
+        finished.append(number)
+        next(shown)
+
+    return show_step
 
 
 def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:
@@ -82,11 +93,12 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
         notice("recover: the training did not help on validation windows: models/recovered has the pruned weights")
         shutil.copytree(study.model("pruned"), folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
     else:
-        list(write_model(recovered, folder, without=(PROVENANCE,)))
-        worse = [text for text in ("text", "other") if text in best and best[text] >= curve[0][text]]
-        if worse:
-            notice(f"recover: warning: it did not help on {worse[0]}; metrics/plots/recovery.csv has the curve")
-    tokens = int(best["tokens"] or curve[-1]["tokens"])  # behind the best weights
+        for _ in write_model(recovered, folder, without=(PROVENANCE,)):
+            pass
+        for text, about in TEXTS.items():
+            if text in best and best[text] >= curve[0][text]:
+                notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
+    tokens = int(best["tokens"] or curve[-1]["tokens"])  # of the best weights; all tokens if none was better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
     work.commit(study.model("recovered"))
 
@@ -105,19 +117,20 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     if settings["embedded"]:
         notice("recover: validation has no other source: the text is the embedded one; recovery.text names another")
     else:
-        text = "\n\n".join(row["text"] for _, row in read_lines(OTHER_TEXT))
+        text = "\n\n".join(row["text"] for _, row in read_lines(EMBEDDED_TEXT))
         tokens = tokenize(text, load_tokenizer(study.model("dense")))
-        other = cut(tokens, length=length, windows=VALIDATION_WINDOWS, name="the embedded validation text")
-        validation["other"] = torch.stack(other)
+        embedded = cut(tokens, length=length, windows=VALIDATION_WINDOWS, name="the embedded validation text")
+        validation["embedded"] = torch.stack(embedded)
     if count > len(windows):
         notice(f"recover: the text repeats after {windows.numel():,} tokens; recovery.text names a longer one")
     return windows.repeat(math.ceil(count / len(windows)), 1)[:count], validation
 
 
 def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
-    """Return windows of the training text in random order; windows that the calibration has seen are last.
+    """Return windows of the training text in random order.
 
-    Of separate documents, `count` windows are drawn. Of another text they are all of its windows.
+    A text of separate documents gives `count` windows, at random places. Any other text gives all of its windows; those
+    that share tokens with the calibration are last.
     """
     source = "recovery" if settings["text"] else "calibration"
     length, seed = settings["length"], settings["seed"]
@@ -129,7 +142,8 @@ def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
     order = random.Random(0).sample(range(len(windows)), len(windows))
     if source == "calibration":
         positions = torch.arange(len(tokens))
-        calibrated = draw(positions, samples=settings["windows"], length=settings["calibrated"], seed=seed)
+        # The same draw as the calibration's, of positions instead of tokens.
+        calibrated = draw(positions, samples=settings["windows"], length=settings["calibration_length"], seed=seed)
         is_calibrated = torch.isin(positions, calibrated)
         is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()
         order.sort(key=lambda window: is_seen[window])

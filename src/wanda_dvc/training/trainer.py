@@ -1,6 +1,6 @@
 """Trains a pruned model towards the dense model with transformers' Trainer.
 
-Ours are the loss (the divergence from the dense model), the mask (zeros stay zero) and the validation.
+Ours are the loss (the divergence from the dense model), the mask (pruned weights stay zero) and the validation.
 """
 
 import json
@@ -23,23 +23,22 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import StoredSlice, stored_slices
 from wanda_dvc.errors import UserError, explain, notice, reason
-from wanda_dvc.kernels import install
-from wanda_dvc.plan import RECOVERY_BATCH  # windows a step, of all processes
+from wanda_dvc.kernels import install as install_faster_linears
+from wanda_dvc.plan import RECOVERY_BATCH  # windows per step, over all processes
 
 WARM_UP = 0.05  # of the steps
-EVALUATIONS = 10  # on the validation windows during a training; each is also a checkpoint
-RANDOM_RATES = ("drop", "jitter")  # in the names of settings that make a training random
-STATE, WEIGHTS = "trainer_state.json", "model.safetensors"  # files of a checkpoint
+EVALUATIONS = 10  # per training, at most, on the validation windows; each also writes a checkpoint
 Windows = Int[Tensor, "windows length"]
-Curve = list[dict[str, float]]  # of each evaluation: tokens, the divergence on each text, and the score
+Curve = list[dict[str, float]]  # by evaluation: tokens, the divergence on each text, and the score
 
 
 def mean_divergence(
     dense: Float[Tensor, "*position vocabulary"], pruned: Float[Tensor, "*position vocabulary"]
 ) -> Tensor:
     """Return the mean over positions of KL(dense ‖ pruned) in nats, of logits."""
-    p, q = (logits.float().log_softmax(-1) for logits in (dense, pruned))
-    return kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+    log_p = dense.float().log_softmax(-1)
+    log_q = pruned.float().log_softmax(-1)
+    return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
 
 
 def root_mean_square(parameter: Tensor) -> float:
@@ -68,7 +67,7 @@ class RecoveryTrainer(Trainer):
         self.dense, self.validation, self.stored_dtypes = dense, validation, stored_dtypes
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """Return the divergence on some windows. The dense model runs each time: its predictions would fill a disk."""
+        """Return the divergence on some windows. The dense model runs each time: its logits would fill a disk."""
         with torch.no_grad():
             dense_logits = self.dense(**inputs).logits
         return mean_divergence(dense_logits, model(**inputs).logits)
@@ -93,21 +92,24 @@ class RecoveryTrainer(Trainer):
 
     @property
     def curve(self) -> Curve:
-        """The evaluations, first the one before the training. A score is the mean fraction left of a divergence."""
+        """The evaluations, first the one before the training.
+
+        A score is the mean over texts of the divergence, divided by the one before the training: 1 is no gain.
+        """
         return [entry for entry in self.state.log_history if "score" in entry]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the divergence on the validation windows and log it; return the score."""
         tokens = self.state.global_step * RECOVERY_BATCH * len(self.train_dataset[0]["input_ids"])
-        if self.curve and self.curve[-1]["tokens"] == tokens:  # the trainer evaluates twice after the last step
+        if self.curve and self.curve[-1]["tokens"] == tokens:  # `eval_on_start` repeats the last one after a resume
             return {"eval_score": self.curve[-1]["score"]}
         divergences = self._divergences()
         start = self.curve[0] if self.curve else divergences
         score = fmean(divergences[text] / start[text] if start[text] else math.inf for text in divergences)
         self.log({"tokens": tokens, **divergences, "score": score})
         if self.args.should_save:  # the first process
-            shown = ", ".join(f"{text} {start[text]:.4f} → {divergences[text]:.4f}" for text in divergences)
-            notice(f"recover: {tokens:,} tokens, divergence of validation windows: {shown}")
+            changes = ", ".join(f"{text} {start[text]:.4f} → {divergences[text]:.4f}" for text in divergences)
+            notice(f"recover: {tokens:,} tokens, divergence of validation windows: {changes}")
         return {"eval_score": score}
 
     def _divergences(self) -> dict[str, float]:
@@ -118,14 +120,16 @@ class RecoveryTrainer(Trainer):
             stored = self.stored_dtypes.get(name, parameter.dtype)
             rounded[name] = parameter.detach().to(stored).to(parameter.dtype)
 
-        def run(**inputs: Any) -> Any:
-            return functional_call(model, rounded, (), inputs)
-
         divergences = {}
         with torch.no_grad(), self.autocast_smart_context_manager():
             for text, windows in self.validation.items():
-                inputs = [{"input_ids": window[None].to(self.args.device)} for window in windows]
-                divergences[text] = fmean(self.compute_loss(run, window).item() for window in inputs)
+                losses = []
+                for window in windows:
+                    inputs = {"input_ids": window[None].to(self.args.device)}
+                    dense_logits = self.dense(**inputs).logits
+                    rounded_logits = functional_call(model, rounded, (), inputs).logits
+                    losses.append(mean_divergence(dense_logits, rounded_logits).item())
+                divergences[text] = fmean(losses)
         return divergences
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -133,7 +137,7 @@ class RecoveryTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or "")
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state_dict or dict(self.model.named_parameters()), folder / WEIGHTS)
+            save_file(state_dict or dict(self.model.named_parameters()), folder / "model.safetensors")
 
 
 class _Steps(TrainerCallback):
@@ -153,7 +157,8 @@ def train(
     """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
-    and takes its part of a step's windows.
+    and takes its part of a step's windows. This removes accelerate's choices of precision and compiler from
+    `os.environ`, and names the GPU there.
 
     Args:
         dense: The directory of the dense model.
@@ -179,19 +184,20 @@ def train(
         os.environ.pop(f"ACCELERATE_{choice}", None)
     windows_per_process = _windows_per_process()
     logging.set_verbosity_error()
-    student = load_for_training(pruned, torch.float32, device)
-    teacher = load_for_training(dense, dtype, device).requires_grad_(False)
+    model = load_for_training(pruned, torch.float32, device)
+    dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
-        install(student)
-        install(teacher)
-    _check_trainable(student, teacher, windows[:1, :8].to(device))
-    if checkpointing and student.supports_gradient_checkpointing:
-        renamed = getattr(student, "activation_checkpointing_enable", None)  # its name in later versions
-        (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
-    slices, stored_dtypes = _trained_slices(student, Checkpoint(pruned))
+        for linears in (model, dense_model):
+            install_faster_linears(linears)
+    _check_trainable(model, dense_model, windows[:1, :8].to(device))
+    if checkpointing and model.supports_gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    slices, stored_dtypes = _trained_slices(model, Checkpoint(pruned))
     dataset = [{"input_ids": window} for window in windows]
     trainer = RecoveryTrainer(
-        teacher, validation, stored_dtypes, model=student, train_dataset=dataset, eval_dataset=dataset,
+        dense_model, validation, stored_dtypes, model=model, train_dataset=dataset, eval_dataset=dataset,
         args=_arguments(work, len(windows), windows_per_process, rate=rate, dtype=dtype, device=device),
         callbacks=[_Steps(on_step)],
     )  # fmt: skip
@@ -199,7 +205,7 @@ def train(
     best = trainer.state.best_metric
     if best is None or best >= 1:
         return None, trainer.curve
-    return _with_weights(Checkpoint(pruned), student, slices), trainer.curve
+    return _with_weights(Checkpoint(pruned), model, slices), trainer.curve
 
 
 def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -208,30 +214,32 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
     for section in (config, config.get_text_config()):
         section.use_cache = False
         for name, value in list(vars(section).items()):
-            if isinstance(value, float) and any(rate in name for rate in RANDOM_RATES):
+            if isinstance(value, float) and any(rate in name for rate in ("drop", "jitter")):
                 setattr(section, name, 0.0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
     return model.eval().to(device)
 
 
-def _check_trainable(student: Any, teacher: Any, tokens: Int[Tensor, "1 length"]) -> None:
+def _check_trainable(model: Any, dense_model: Any, tokens: Int[Tensor, "1 length"]) -> None:
     try:
-        dense_logits = teacher(input_ids=tokens).logits
-        mean_divergence(dense_logits, student.train()(input_ids=tokens).logits).backward()
+        dense_logits = dense_model(input_ids=tokens).logits
+        mean_divergence(dense_logits, model.train()(input_ids=tokens).logits).backward()
     except Exception as error:  # a model's class may raise any exception
-        family = student.config.model_type
-        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set it to 0"
+        family = model.config.model_type
+        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
         raise UserError(*(explain(error) or [unknown])) from error
-    student.zero_grad()
+    model.zero_grad()
 
 
 def _arguments(
     work: Path, windows: int, windows_per_process: int, *, rate: float, dtype: torch.dtype, device: torch.device
 ) -> TrainingArguments:
     steps_between_evaluations = math.ceil(windows / RECOVERY_BATCH / EVALUATIONS)
-    # The first step of a warm-up has a rate of 0: an only step would train nothing.
+    # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a rate of 0: a
+    # single step would train nothing.
     warm_up = WARM_UP if windows > RECOVERY_BATCH else 0
-    if device.type == "cuda" and windows_per_process == RECOVERY_BATCH:
+    is_single_process = windows_per_process == RECOVERY_BATCH
+    if device.type == "cuda" and is_single_process:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
@@ -243,26 +251,29 @@ def _arguments(
         ddp_find_unused_parameters=True,  # otherwise it depends on the checkpointing, which may differ between GPUs
         report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process would split each batch over all GPUs
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process splits each batch over all GPUs
     if device.type == "cuda":
         vars(arguments)["_setup_devices"] = device  # a cached property, which takes the first GPU
     return arguments
 
 
-def _trained_slices(
-    student: Any, checkpoint: Checkpoint
-) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
-    parameters = dict(student.named_parameters(remove_duplicate=False))
-    slices = {name: stored for name, stored in stored_slices(student, checkpoint).items() if name in parameters}
-    return slices, {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
+def _trained_slices(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
+    """Return the stored slices of each parameter, and its stored dtype."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    slices, dtypes = {}, {}
+    for name, stored in stored_slices(model, checkpoint).items():
+        if name in parameters:  # not a buffer
+            slices[name] = stored
+            dtypes[name] = checkpoint.read(stored[-1].address).dtype  # a view: no weight is read from disk
+    return slices, dtypes
 
 
-def _with_weights(checkpoint: Checkpoint, student: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
-    parameters = dict(student.named_parameters(remove_duplicate=False))
+def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[Address, Tensor] = {}
     for name, stored in slices.items():
-        for piece in stored:
-            weights[piece.address] = piece.of(parameters[name].detach())
+        for part in stored:
+            weights[part.address] = part.of(parameters[name].detach())
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
@@ -292,10 +303,10 @@ def _last_checkpoint(work: Path) -> str | None:
     complete = {}
     for folder in work.glob("checkpoint-*"):
         try:
-            step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
-            for name in (WEIGHTS, "optimizer.pt", "scheduler.pt"):  # a kill leaves some files of a removed checkpoint
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):  # a kill may have left some
                 (folder / name).stat()
             complete[step] = str(folder.absolute())
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):  # missing or damaged
             shutil.rmtree(folder, ignore_errors=True)
     return complete[max(complete)] if complete else None
