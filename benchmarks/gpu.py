@@ -187,7 +187,7 @@ def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str)
                 gradients = Gram.empty(len(mask))
                 gradients.add(torch.randn(64, len(mask), generator=torch.Generator().manual_seed(0)))
                 new = reconstruct(
-                    weight, mask, factors, reconstruction=row, gradients=gradients, transposed=transposed
+                    weight, mask, factors, reconstruction=row, gradient_gram=gradients, transposed=transposed
                 ).weight
                 errors_of_device.append(prune_linear(weight, mask, factors, new, transposed=transposed).error or 0.0)
         errors.append(errors_of_device)

@@ -196,7 +196,9 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
         solved = fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps)
         assert solved.step_size == 1
         how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)
-        assert torch.equal(reconstruct(weight, keep, prepared, reconstruction=how, gradients=s).weight, solved.weight)
+        assert torch.equal(
+            reconstruct(weight, keep, prepared, reconstruction=how, gradient_gram=s).weight, solved.weight
+        )
 
 
 def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
@@ -246,7 +248,7 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
     weight, gram = problem(out=8, features=64)
     keep, expected = paper_sparsegpt(weight, gram, sparsity, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
-    solved = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", block=16)
+    solved = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", columns=16)
     assert np.array_equal(solved.mask.numpy(), keep)
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
@@ -441,7 +443,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()
-    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, block=16).mask
+    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, columns=16).mask
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
@@ -493,11 +495,11 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
     _, gram = problem(features=features, tokens=2 * features + 10)
     prepared, exact = GramFactors(gram), gram.double().numpy()
     damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
-    root = prepared.inverse_root(0.01).matrix.double().numpy()
+    root = prepared.inverse_root(0.01).root.double().numpy()
     assert not np.tril(root, -1).any()
     np.testing.assert_allclose(root.T @ root @ damped, np.eye(features), atol=1e-3)
     scale = np.sqrt(exact.diagonal())
-    inverse = prepared.inverse(0.01, 1.0).matrix.double().numpy()
+    inverse = prepared.inverse(0.01, 1.0).inverse.double().numpy()
     expected = np.linalg.inv(exact / scale[:, None] / scale + 1.01 * np.eye(features))
     np.testing.assert_allclose(inverse, expected, atol=1e-5)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-6)
@@ -509,4 +511,4 @@ def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int
     gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()
     factor = GramFactors(gram).inverse_root(0.01)
     assert factor.raised
-    assert factor.matrix.isfinite().all()
+    assert factor.root.isfinite().all()

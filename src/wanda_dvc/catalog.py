@@ -209,10 +209,10 @@ ALLOCATIONS = _by_name(
 class Reconstruction(Choice):
     """A rule for the values of kept weights."""
 
-    # `module:function`: (weight [out, in], mask, GramFactors[, gradients][, steps]) → SolverResult; None: kept weights
-    # do not change.
+    # `module:function`: (weight [out, in], mask, GramFactors[, gradient_gram][, steps]) → SolverResult; None: kept
+    # weights do not change.
     function: str | None = None
-    uses_fisher: bool = False  # whether it receives `gradients`, the Gram matrix of its output's gradients
+    uses_fisher: bool = False  # whether it receives `gradient_gram`, the Gram matrix of its output's gradients
     steps: int = 0  # of conjugate gradients; 0: another solver
     steps_n_of_m: int = 0  # likewise with patterns n:m, if they have their own
 

@@ -81,7 +81,7 @@ def sum_products(runner: ModelRunner, removed: RemovedBlocks, linear: str, chunk
 
 def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
     """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
-    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).matrix
+    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).root
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -28,24 +29,38 @@ from wanda_dvc.pruning.gram import PANEL, Square, Weight
 from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
 Mask = Bool[Tensor, "out in"]  # True is kept
-Product = Callable[[Weight], Weight]
-Sum = Callable[[Weight], Tensor]  # the sum over each independent problem
 SolveRows = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 LARGEST_DAMPING = 1e6
-# Of ADMM: the penalty ρ, the iterations, and the first iterations, in which the number of pruned weights grows.
+# Of ADMM: the penalty ρ, the iterations, and how many of them, the first, prune more weights each time.
 PENALTY, ITERATIONS, GROWING = 1.0, 20, 15
 
 
-@dataclass(frozen=True)
-class Factorization:
-    """A factor or inverse of a Gram matrix, and the damping that made it possible."""
+class Preconditioned(NamedTuple):
+    """S(G + λI)S with a diagonal of 1: `matrix`. S is diagonal."""
 
     matrix: Square
-    scale: Float[Tensor, " in"]
-    damping: float  # of the mean of G's diagonal
+    scale: Float[Tensor, " in"]  # S's diagonal
+    damping: float  # that was used, as a fraction of the mean of G's diagonal
     raised: bool  # whether it is above the requested damping
+
+
+class InverseRoot(NamedTuple):
+    """The upper U with UᵀU = (G + λI)⁻¹."""
+
+    root: Square  # U
+    damping: float  # as above
+    raised: bool
+
+
+class ScaledInverse(NamedTuple):
+    """(SGS + (damping + penalty) I)⁻¹; the diagonal S scales G's diagonal to 1."""
+
+    inverse: Square
+    root_diagonal: Float[Tensor, " in"]  # √G_jj, the diagonal of S⁻¹
+    damping: float  # as above
+    raised: bool
 
 
 class GramFactors:
@@ -72,30 +87,26 @@ class GramFactors:
         self.inverse = cache(partial(_inverse, self.gram, name))
 
 
-def _preconditioned(gram: Square, mean: float, name: str, damping: float) -> Factorization:
-    """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
+def _preconditioned(gram: Square, mean: float, name: str, damping: float) -> Preconditioned:
     _, used = _cholesky(gram, damping, mean, name)
     scale = (gram.diagonal() + used * mean).rsqrt()
     matrix = gram * scale[:, None] * scale
     matrix.diagonal().fill_(1)
-    return Factorization(matrix, scale, used, used > damping)
+    return Preconditioned(matrix, scale, used, used > damping)
 
 
-def _inverse_root(gram: Square, mean: float, name: str, damping: float) -> Factorization:
-    """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
+def _inverse_root(gram: Square, mean: float, name: str, damping: float) -> InverseRoot:
     # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
     lower, used = _cholesky(gram.flip(0, 1), damping, mean, name)
-    root = _inverse_of_lower(lower).flip(0, 1)
-    return Factorization(root, root.diagonal().clone(), used, used > damping)
+    return InverseRoot(_inverse_of_lower(lower).flip(0, 1), used, used > damping)
 
 
-def _inverse(gram: Square, name: str, damping: float, penalty: float) -> Factorization:
-    """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
-    scale = gram.diagonal().sqrt()
-    matrix = gram / scale[:, None] / scale
+def _inverse(gram: Square, name: str, damping: float, penalty: float) -> ScaledInverse:
+    root_diagonal = gram.diagonal().sqrt()
+    matrix = gram / root_diagonal[:, None] / root_diagonal
     matrix.diagonal().add_(penalty)
     inverse, used = factor_inverse(matrix, damping, 1.0, name)
-    return Factorization(inverse, scale, used, used > damping)
+    return ScaledInverse(inverse, root_diagonal, used, used > damping)
 
 
 @dataclass(frozen=True)
@@ -130,16 +141,17 @@ def least_squares(
     Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
     """
     factor = factors.preconditioned(damping)
-    new, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    new = torch.empty(weight.shape, device=weight.device)
+    unchanged = 0
     for rows in _slices(weight):
-        w, mask_rows = weight[rows].float(), mask[rows]
-        start = w * mask_rows
+        w = weight[rows].float()
+        start = w * mask[rows]
         v = _conjugate_gradients(
             w / factor.scale,
-            mask_rows,
+            mask[rows],
             start / factor.scale,
             product=lambda x: multiply(x, factor.matrix),
-            total=_by_row,
+            rows_are_coupled=False,
             steps=steps,
         )
         unchanged += write_better_rows(w, start, v.mul_(factor.scale), factors, new[rows])
@@ -150,7 +162,7 @@ def fisher_least_squares(
     weight: Weight,
     mask: Mask,
     factors: GramFactors,
-    gradients: Float[Tensor, "out out"] | None,
+    gradient_gram: Float[Tensor, "out out"] | None,
     *,
     steps: int,
     damping: float = 0.01,
@@ -168,20 +180,23 @@ def fisher_least_squares(
     linear, which has no slices.
     """
     plain = least_squares(weight, mask, factors, damping=damping)
-    if gradients is None:
+    if gradient_gram is None:
         return replace(plain, step_size=0.0)
     factor = factors.preconditioned(damping)
-    root = gradients.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]  # a row without gradients counts as 1
-    coupled = gradients * root * root.T
+    # Scales S to a diagonal of 1; a row without gradients keeps its scale.
+    row_scale = gradient_gram.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]
+    coupled = gradient_gram * row_scale * row_scale.T
     coupled.diagonal().fill_(1 + output_damping)
-    scale = root * factor.scale
+    scale = row_scale * factor.scale
     start = plain.weight / scale
 
     def product(x: Tensor) -> Tensor:
         return multiply(coupled, multiply(x, factor.matrix))
 
     solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
-    v = _conjugate_gradients(weight.float() / scale, solvable, start, product=product, total=_of_all, steps=steps)
+    v = _conjugate_gradients(
+        weight.float() / scale, solvable, start, product=product, rows_are_coupled=True, steps=steps
+    )
     change = torch.where(factors.dead, 0, v.sub_(start).mul_(scale))
     step_size = _largest_step(weight.float(), weight * mask, plain.weight, change, factors)
     if not step_size:
@@ -197,7 +212,8 @@ def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, 
     A step s changes the error by s² · square − 2s · along, with square = tr(CGCᵀ), along = tr(CG(W−start)ᵀ).
     """
     product = multiply(change, factors.gram)
-    square, along = _of_all(product * change).item(), _of_all(product * (dense - start)).item()
+    square = _sum_of_all(product * change).item()
+    along = _sum_of_all(product * (dense - start)).item()
     if not square > 0:  # nor where sums overflow
         return 0.0
     margin = max(0.0, -_error_change(dense, masked, start, factors).double().sum().item())
@@ -212,42 +228,46 @@ def sparsegpt(
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.01,
-    block: int = 128,
+    columns: int = 128,
     fixed: Mask | None = None,
 ) -> SolverResult:
     """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
-    In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
-    right compensate for the error. Weights compete within the block's columns of a row, or in all rows of the block if
-    `group` is `linear`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
-    neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m. A
+    In panels of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
+    right compensate for the error. Weights compete within the panel's columns of a row, or in all rows of the panel if
+    `group` is `linear`, as in the paper; the count up to each panel's end is exact. With n:m they compete within m
+    neighbours, when the sweep reaches the first; a panel is then the largest multiple of m up to 128, at least m. A
     `fixed` mask is used as it is.
 
     Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
     """
     factor = factors.inverse_root(damping)
+    root = factor.root
+    root_diagonal = root.diagonal().clone()[:, None]
     n_of_m = parse_pattern(pattern)
     if n_of_m:
-        block = max(1, block // n_of_m[1]) * n_of_m[1]
+        columns = max(1, columns // n_of_m[1]) * n_of_m[1]
 
     def solve_rows(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         w = w.T.contiguous()  # [in, out]: an input's weights lie together
         mask = torch.empty_like(w, dtype=torch.bool) if fixed is None else fixed[rows].T.contiguous()
-        for begin in range(0, len(w), block):
-            end = min(begin + block, len(w))
-            block_w, block_mask, diagonal = w[begin:end], mask[begin:end], factor.scale[begin:end, None]
+        for begin in range(0, len(w), columns):
+            end = min(begin + columns, len(w))
+            panel = w[begin:end]
+            panel_mask = mask[begin:end]
+            diagonal = root_diagonal[begin:end]
             if fixed is None and not n_of_m:
-                score = (block_w / diagonal).square_().T.contiguous()
-                block_mask.copy_(_block_mask(score, begin, end, sparsity, group).T)
-            errors = torch.empty_like(block_w)
+                score = (panel / diagonal).square_().T.contiguous()
+                panel_mask.copy_(_panel_mask(score, begin, end, sparsity, group).T)
+            errors = torch.empty_like(panel)
             for j in range(end - begin):
                 if n_of_m and j % n_of_m[1] == 0:
                     neighbours = slice(j, j + n_of_m[1])
-                    score = (block_w[neighbours] / diagonal[neighbours]).square_().T.contiguous()
-                    block_mask[neighbours] = keep_n_of_m(score, *n_of_m).T
-                torch.div(block_w[j].masked_fill(block_mask[j], 0), diagonal[j], out=errors[j])
-                block_w[j:].addr_(factor.matrix[begin + j, begin + j : end], errors[j], alpha=-1)
-            w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
+                    score = (panel[neighbours] / diagonal[neighbours]).square_().T.contiguous()
+                    panel_mask[neighbours] = keep_n_of_m(score, *n_of_m).T
+                torch.div(panel[j].masked_fill(panel_mask[j], 0), diagonal[j], out=errors[j])
+                panel[j:].addr_(root[begin + j, begin + j : end], errors[j], alpha=-1)
+            w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
         return mask.T, w.T
 
     return _solve_slices(weight, factors, factor, solve_rows, rows_compete=not n_of_m and group != "row")
@@ -258,8 +278,8 @@ def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> Solver
     return sparsegpt(weight, factors, fixed=mask)
 
 
-def _block_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Mask:
-    """Keep the highest scores of a block; with the blocks before it, ⌊size · sparsity⌋ of each group are pruned."""
+def _panel_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Mask:
+    """Keep the highest scores of a panel; with the panels before it, ⌊size · sparsity⌋ of each group are pruned."""
     groups = score if group == "row" else score.reshape(1, -1)
     size = groups.shape[1]
     per_input = size // (end - begin)  # weights of a group at one input
@@ -289,9 +309,12 @@ def admm(
         sparsity, group = 1 - Fraction(*n_of_m), "row"
 
     def solve_rows(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        dense, mask = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
-        total, step = dense.clone(), torch.empty_like(dense)  # W + U, and Z − U − W₀
-        pruned, sign = torch.zeros_like(dense), torch.ones_like(dense)  # 1 where pruned; −1 where pruned, else 1
+        dense = w * factor.root_diagonal
+        mask = torch.ones_like(w, dtype=torch.bool)
+        total = dense.clone()  # W + U
+        step = torch.empty_like(dense)  # Z − U − W₀
+        pruned = torch.zeros_like(dense)  # 1 where pruned, else 0
+        sign = torch.ones_like(dense)  # −1 where pruned, else 1
         for iteration in range(ITERATIONS):
             if iteration < GROWING:
                 growth = 1 - (1 - Fraction(iteration + 1, GROWING)) ** 3
@@ -304,8 +327,8 @@ def admm(
                 torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=step).sub_(dense)
-            add_product(total.mul_(pruned).add_(dense), step, factor.matrix, alpha=PENALTY)
-        return mask, total.div_(factor.scale)
+            add_product(total.mul_(pruned).add_(dense), step, factor.inverse, alpha=PENALTY)
+        return mask, total.div_(factor.root_diagonal)
 
     return _solve_slices(weight, factors, factor, solve_rows, rows_compete=group != "row")
 
@@ -313,26 +336,27 @@ def admm(
 def corrected_target(
     weight: Weight, factors: GramFactors, cross: Square, *, strength: float = 1.0, damping: float = 0.01
 ) -> Weight:
-    """Return target weights for a solver: with them, pruned inputs give the dense outputs.
+    """Return target weights for a solver: with them, the inputs from the pruned model give the dense outputs.
 
-    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the pruned inputs, C = X_denseᵀ X_pruned over the same tokens, α the
-    strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0
-    this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their value.
+    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens,
+    α the strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For
+    λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their
+    value.
     The damping in effect is reported by `factors.inverse_root(damping)`.
     """
-    factor = factors.inverse_root(damping)
+    root = factors.inverse_root(damping).root
     difference = weight.float() @ (cross.float() - factors.gram).masked_fill_(factors.dead, 0)
-    return weight + strength * (difference @ factor.matrix.T @ factor.matrix)
+    return weight + strength * (difference @ root.T @ root)
 
 
-def _cholesky(matrix: Square, damping: float, unit: float, name: str) -> tuple[Square, float]:
-    """Return the lower factor of matrix + damping · unit · I, and the damping, raised until the factor exists.
+def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[Square, float]:
+    """Return the lower factor of matrix + damping · mean · I, and the damping, raised until the factor exists.
 
     UserError, with the matrix's name, where damping a million times the diagonal does not help.
     """
     while damping <= LARGEST_DAMPING:
         damped = matrix.clone()
-        damped.diagonal().add_(damping * unit)
+        damped.diagonal().add_(damping * mean)
         lower = _lower(damped)
         if lower is not None:
             return lower, damping
@@ -343,7 +367,8 @@ def _cholesky(matrix: Square, damping: float, unit: float, name: str) -> tuple[S
 def _lower(matrix: Square) -> Square | None:
     """Return L with LLᵀ = matrix, which is overwritten; None where it is not positive definite."""
     for begin, end in _panels(matrix):
-        panel, before = matrix[begin:, begin:end], matrix[begin:, :begin]
+        panel = matrix[begin:, begin:end]
+        before = matrix[begin:, :begin]
         if begin:
             panel -= multiply(before, before[: end - begin].T)
         with _one_thread():
@@ -385,29 +410,37 @@ def _one_thread() -> Iterator[None]:
 
 
 def _conjugate_gradients(
-    dense: Weight, mask: Mask, start: Weight, *, product: Product, total: Sum, steps: int
+    dense: Weight, mask: Mask, start: Weight, *, product: Callable[[Weight], Weight], rows_are_coupled: bool, steps: int
 ) -> Weight:
-    """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` is the symmetric A.
+    """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` multiplies by the symmetric A.
 
-    `total` sums over each independent problem: `_by_row` over each row, `_of_all` over the linear.
+    Each row is a problem of its own, with its own step lengths, unless A couples the rows.
     """
-    kept, v = mask.float(), start.clone()
+
+    def inner(a: Weight, b: Weight) -> Tensor:
+        products = a * b
+        return _sum_of_all(products) if rows_are_coupled else products.sum(dim=1, keepdim=True)
+
+    kept = mask.float()
+    v = start.clone()
     residual = product(dense - v).mul_(kept)
-    direction, size = residual.clone(), total(residual.square())
+    direction = residual.clone()
+    residual_square = inner(residual, residual)
     for _ in range(steps):
-        change = product(direction)
-        curvature = total(direction * change)
-        step = torch.where(curvature > 0, size / curvature, 0)
+        image = product(direction)  # A · direction
+        curvature = inner(direction, image)
+        step = torch.where(curvature > 0, residual_square / curvature, 0)
         v.addcmul_(step, direction)
-        residual.addcmul_(change.mul_(kept), step, value=-1)
-        before, size = size, total(residual.square())
-        direction.mul_(torch.where(before > 0, size / before, 0)).add_(residual)
+        residual.addcmul_(image.mul_(kept), step, value=-1)
+        before = residual_square
+        residual_square = inner(residual, residual)
+        direction.mul_(torch.where(before > 0, residual_square / before, 0)).add_(residual)
     return v
 
 
-def factor_inverse(matrix: Square, damping: float, unit: float, name: str) -> tuple[Square, float]:
-    """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
-    lower, used = _cholesky(matrix, damping, unit, name)
+def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tuple[Square, float]:
+    """Return (matrix + damping · mean · I)⁻¹, and the damping, raised until the matrix is positive definite."""
+    lower, used = _cholesky(matrix, damping, mean, name)
     root = _inverse_of_lower(lower)
     inverse = torch.empty_like(root)
     for begin, end in _panels(root):
@@ -418,14 +451,20 @@ def factor_inverse(matrix: Square, damping: float, unit: float, name: str) -> tu
 
 
 def _solve_slices(
-    weight: Weight, factors: GramFactors, factor: Factorization, solve_rows: SolveRows, *, rows_compete: bool
+    weight: Weight,
+    factors: GramFactors,
+    factor: InverseRoot | ScaledInverse,
+    solve_rows: SolveRows,
+    *,
+    rows_compete: bool,
 ) -> SolverResult:
     """Return the mask and weights of a linear: `solve_rows` solves all rows if they compete, else slices of them.
 
     It returns a mask, and weights that are read on the mask only.
     """
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    new, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    new = torch.empty(weight.shape, device=weight.device)
+    unchanged = 0
     for rows in _slices(weight, rows_compete):
         w = weight[rows].float()
         mask[rows], v = solve_rows(w.masked_fill(factors.dead, 0), rows)
@@ -434,11 +473,11 @@ def _solve_slices(
     return SolverResult(mask, new, unchanged, int(factors.dead.sum()), factor.damping, factor.raised)
 
 
-def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, target: Weight) -> int:
-    """Write the new rows to `target`, or `start` where their error is not lower; return the number at `start`."""
-    lower = _error_change(dense, start, new, factors) < 0
-    target.copy_(torch.where(lower, new, start))
-    return int((~lower).sum())
+def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> int:
+    """Write the new rows to `out`, or `start` where their error is not lower; return the number at `start`."""
+    is_lower = _error_change(dense, start, new, factors) < 0
+    out.copy_(torch.where(is_lower, new, start))
+    return int((~is_lower).sum())
 
 
 def _error_change(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
@@ -447,11 +486,7 @@ def _error_change(dense: Weight, start: Weight, new: Weight, factors: GramFactor
     return multiply(start - new, factors.gram).mul_(2 * dense - start - new).sum(dim=1, keepdim=True)
 
 
-def _by_row(x: Weight) -> Float[Tensor, "out 1"]:
-    return x.sum(dim=1, keepdim=True)
-
-
-def _of_all(x: Weight) -> Float64[Tensor, ""]:
+def _sum_of_all(x: Weight) -> Float64[Tensor, ""]:
     """Return the sum, row by row, in an order independent of the number of threads."""
     return x.sum(dim=1).double().sum()
 

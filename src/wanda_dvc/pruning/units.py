@@ -96,7 +96,7 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units, *, damping: f
 
     Memory in bytes: 12 · in² and 8 · out · in.
     """
-    root = factors.inverse_root(damping).matrix
+    root = factors.inverse_root(damping).root
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(factors.dead, 0)
     inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)

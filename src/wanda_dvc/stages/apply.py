@@ -117,7 +117,7 @@ class BlockFiles(NamedTuple):
     diagnostics: Json  # likewise
     grams: Grams | None  # of inputs, if they were measured
     inputs: dict[str, str]  # each linear's input, if they were measured
-    gradients: Grams | None  # of gradients by linear, if the solver uses them
+    gradient_grams: Grams | None  # of gradients by linear, if the solver uses them
 
 
 class DenseToPruned:
@@ -144,11 +144,11 @@ class DenseToPruned:
     def _open(self, block: int) -> BlockFiles:
         study, plan = self.study, self.plan
         weights, diagnostics, inputs = dict[str, Tensor](), Json(), dict[str, str]()
-        grams = gradients = None
+        grams = gradient_grams = None
         if plan.mask_stores_weights:
             weights, diagnostics = read_weights(study.weights, block)
         if plan.apply_solves and plan.reconstructor.uses_fisher:
-            gradients = read_grams(study.fisher, block, self.device)
+            gradient_grams = read_grams(study.fisher, block, self.device)
         if self.measures_errors:
             grams = read_grams(study.gram, block, self.device)
             for name, linears in grams.consumers.items():
@@ -156,7 +156,7 @@ class DenseToPruned:
         masks = read_masks(study.masks, block)
         if missing := sorted(inputs.keys() - masks.keys()):
             raise UserError(f"{block_file(study.masks, block)}: no masks of {shortened(missing)}; {RESTORE_MASKS}")
-        return BlockFiles(masks, weights, diagnostics, grams, inputs, gradients)
+        return BlockFiles(masks, weights, diagnostics, grams, inputs, gradient_grams)
 
     def _prepare(self, block: int, name: str) -> GramFactors | None:
         """Return the Gram matrix of an input, with its factors; None if no token reached the input."""
@@ -186,11 +186,13 @@ class DenseToPruned:
                 mask,
                 factors,
                 reconstruction=plan.reconstructor,
-                gradients=files.gradients.get(linear) if files.gradients is not None else None,
+                gradient_gram=files.gradient_grams.get(linear) if files.gradient_grams is not None else None,
                 transposed=transposed,
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
-        pruned = prune_linear(dense, mask, factors, new, transposed=transposed, removes_inputs=plan.structure is not None)
+        pruned = prune_linear(
+            dense, mask, factors, new, transposed=transposed, removes_inputs=plan.structure is not None
+        )
         weight = pruned.weight.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
         self.linears[linear] = PrunedLinear(

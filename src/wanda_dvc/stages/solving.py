@@ -68,9 +68,9 @@ def solve(
     plan, stats, linears = job.plan, task.stats, task.stats.consumers[task.name]
     if plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, task.block))
-    gradients: Mapping[str, Gram] = {}
+    gradient_grams: Mapping[str, Gram] = {}
     if plan.mask_reads_gradient_grams:
-        gradients = tensors.read_grams(job.fisher, task.block, of=linears)
+        gradient_grams = tensors.read_grams(job.fisher, task.block, of=linears)
     factors = None
     if gram is not None:
         factors = GramFactors(gram.matrix().to(device), f"Gram matrix of the input of {task.name}")
@@ -98,7 +98,7 @@ def solve(
                 masks[linear],
                 factors,
                 reconstruction=plan.reconstructor,
-                gradients=gradients.get(linear),
+                gradient_gram=gradient_grams.get(linear),
                 transposed=transposed,
             )
             weights[linear] = check_new_weight(linear, result.weight.to("cpu", stored.dtype))
