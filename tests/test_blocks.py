@@ -1,5 +1,6 @@
 """The engine against the whole model run by transformers: blocks, chunks of sequences, sequences kept on a device."""
 
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from conftest import Capture, Patch, outputs, save_tiny_model, walk
 from hypothesis import given
 from hypothesis import strategies as st
+from inline import Inline
 from simulated_gpu import simulated_gpu
 from test_selection import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,9 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import accelerator, activations, sequences, structure
 from wanda_dvc.engine import decoder as decoding
+from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import TokenSequence
+from wanda_dvc.engine.sequences import TokenSequence, cut_into_chunks
 from wanda_dvc.engine.sums import BlockRecord, InputSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
@@ -274,3 +278,18 @@ def test_the_check_of_a_card_runs_where_there_is_none(capsys: Capture, monkeypat
     monkeypatch.setattr(gpu, "check", lambda *_: [("masks", 1e-9, 0.0)])
     monkeypatch.setattr(gpu, "times", lambda *_: [])
     assert gpu.main(words) == 1
+
+
+def test_workers_of_a_cluster_pass_activations_on_in_files(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.setattr(Decoder, "memory_budget", lambda _: 2**40)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    for cluster in (None, Inline()):
+        runner = ModelRunner(decoder, tmp_path, cluster)
+        runner.chunks = cut_into_chunks([TokenSequence(torch.arange(8))])
+        assert runner.new_store("own", stored=2, budget_parts=1).on_device == (cluster is None)
+
+
+def test_a_view_of_a_checkpoint_is_never_sent_as_its_source(tiny: Path):
+    source = Checkpoint(tiny)
+    with pytest.raises(TypeError, match="stays in its process"):
+        pickle.dumps(EditedCheckpoint(source, source.read, ()))

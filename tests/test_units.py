@@ -165,7 +165,7 @@ def drawn(removal: Removal) -> Removal:
 
 def write(smaller: SmallerCheckpoint, folder: Path) -> Path:
     """A smaller model, as `apply` writes it."""
-    assert sorted(write_model(smaller, folder)) == sorted(name for name in smaller.new_names.values() if name)
+    assert sorted(write_model(smaller, folder)) == sorted(smaller.changed.values())
     return folder
 
 
@@ -309,6 +309,10 @@ def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
     assert removal_of(folder, "experts", "0.6").config_changes == {"num_local_experts": 3}
     with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 kept experts"):
         removal_of(folder, "experts", "0.75")
+    sizes = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}
+    folder = save("deepseek_v3", tmp_path / "groups", **sizes)
+    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 kept experts that a router"):
+        removal_of(folder, "experts", "0.5")  # 2 of each group
 
 
 def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: Patch):

@@ -22,7 +22,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """Return a name of the time since this machine's last start; empty if the system gives none (macOS)."""
+    """Return an id that changes with each start of this machine; empty if the system has none (macOS)."""
     return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else ""
 
 
@@ -35,7 +35,7 @@ class ActivationStore:
     killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
 
     If the memory budget of a GPU fits all sequences, their activations also stay on the device. With two blocks stored,
-    files are then written once a minute and at the end: writing to disk takes longer than computing a block.
+    files are then written later, once a minute and at the end: writing to disk takes longer than computing a block.
     """
 
     folder: Path
@@ -61,27 +61,34 @@ class ActivationStore:
 
     def write(self, block: int, chunk: int, sequences: Iterable[Float[Tensor, "_ width"]]) -> None:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
-        self._in_memory.pop((block - self.stored, chunk), None)
+        self._in_memory.pop((block - self.stored, chunk), None)  # as `drop`, but before the block is finished
         if self.on_device:
             sequences = self._in_memory[block, chunk] = [x.to(self.device, self.dtype) for x in sequences]
         if not self.written_later:
             self._save(block, chunk, sequences)
 
-    def finish(self, block: int) -> None:
-        """Write the files that are not written yet."""
+    def flush(self, block: int) -> None:
+        """Write the files of the activations before a block that are not written yet."""
         if self.written_later:
             for chunk in range(len(self.lengths)):
                 self._save(block, chunk, self.read(block, chunk))
 
+    def oldest_needed(self, block: int) -> int:
+        """Return the first block whose activations stay once those before `block` are stored for all sequences."""
+        return max(0, block - self.stored + 2)
+
     def drop(self, block: int) -> None:
-        """Remove the files that are not needed once a block's activations are stored, and interrupted writes."""
-        for path in self.folder.glob("*"):
-            if path.suffix == ".part" or int(path.name.partition("-")[0]) < block - self.stored + 2:
+        """Remove the files that are not needed once the activations before a block are stored, and interrupted writes.
+
+        A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
+        """
+        for path in self.folder.glob("????-????.npy*"):
+            if path.suffix == ".part" or int(path.name[:4]) < self.oldest_needed(block):
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:
         """Whether there are files for these sequences, of all stored blocks up to a block."""
-        for stored in range(max(0, block - self.stored + 2), block + 1):
+        for stored in range(self.oldest_needed(block), block + 1):
             for chunk, lengths in enumerate(self.lengths):
                 try:
                     content = np.load(self._path(stored, chunk), mmap_mode="r")
@@ -106,7 +113,7 @@ class ActivationStore:
             np.lib.format.write_array_header_1_0(file, header)
             for x in sequences:
                 file.write(x.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
-            if not boot_id():  # a power cut is not noticed: flush
+            if not boot_id():  # nothing would show a power cut, which loses files that are not on the disk
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
@@ -118,26 +125,26 @@ class ActivationStore:
 class PassProgress:
     """The number of finished blocks of a pass, kept in a file; −1 before the first activations are stored."""
 
-    def __init__(self, folder: Path, stores: Sequence[ActivationStore], last: int) -> None:
-        """Read an interrupted run's progress, if it finished at most `last` blocks and its activations are there."""
+    def __init__(self, folder: Path, stores: Sequence[ActivationStore], most: int) -> None:
+        """Read an interrupted run's progress, if it finished at most `most` blocks and its activations are there."""
         self.folder, self.stores = folder, stores
         self.finished = -1
         self.first_not_finite: str | None = None  # the first block with activations that are not finite
         self._saved = time.monotonic()
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
             content = json.loads((folder / PROGRESS).read_bytes())
-            is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= last
+            is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= most
             if is_usable and all(store.is_complete(content["finished"]) for store in stores):
                 self.finished, self.first_not_finite = content["finished"], content["not_finite"]
 
-    def finish(self, *, last: bool = False) -> None:
-        """Finish the next block, whose outputs are stored; keep the progress once all files are there."""
+    def finish(self, *, is_last: bool = False) -> None:
+        """Count the next block, whose outputs are stored; write the progress if their files are, or are due."""
         self.finished += 1
         written_later = any(store.written_later for store in self.stores)
-        if written_later and not last and time.monotonic() - self._saved < SAVED_EVERY:
+        if written_later and not is_last and time.monotonic() - self._saved < SAVED_EVERY:
             return
         for store in self.stores:
-            store.finish(self.finished)
+            store.flush(self.finished)
         self._saved = time.monotonic()
         content = {"finished": self.finished, "boot": boot_id(), "not_finite": self.first_not_finite}
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -50,10 +50,8 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         progress.finish()
     for number in runner.unfinished(progress, " of the backward pass"):
         run = BackwardRun(blocks - 1 - number, runner.store, gradients)
-        total = FisherSums()
-        for sums in runner.map(run_backward, run, runner.chunks, f"backward pass, block {run.index}, chunk"):
-            total.merge(sums)
-            del sums  # before the next chunk's are there
+        what = f"backward pass, block {run.index}, chunk"
+        total = runner.merge(run_backward, run, runner.chunks, FisherSums(), what)
         where = f"{runner.decoder.checkpoint}: block {run.index}, output"
         check_finite(total.sums, where, "gradients")
         yield run.index, total

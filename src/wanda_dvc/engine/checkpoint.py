@@ -36,7 +36,7 @@ class Address:
 
     @property
     def linear(self) -> str:
-        """The linear's name. An expert's has the expert's number before the last word."""
+        """The name of the linear, or of another tensor, in masks: an expert's number is before the last word."""
         name = self.tensor.removesuffix(".weight")
         if self.expert is None:
             return name
@@ -117,9 +117,13 @@ class EditedCheckpoint(Checkpoint):
     def __init__(self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address]) -> None:
         super().__init__(source.folder)
         self.source, self._read = source, read
+        # By tensor: whether its experts are replaced one by one.
         self._replaced = {address.tensor: address.expert is not None for address in replaced}
         self.source_names = {name: name for name in source.where}  # the source's tensor, by name in the view
         self.config_changes: dict[str, Any] = {}  # new values in the text part of config.json
+
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Path]]:
+        raise TypeError(f"{self}: a view of a checkpoint stays in its process: another one would open the source")
 
     @cached_property
     def where(self) -> dict[str, Path]:
@@ -132,10 +136,14 @@ class EditedCheckpoint(Checkpoint):
         return {name: self.source.entries[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
-    def new_names(self) -> dict[str, str | None]:
-        """The source's tensors that differ in the view, with their names in it; None for a tensor it leaves out."""
-        left_out = self.source.where.keys() - self.source_names.values()
-        names: dict[str, str | None] = dict.fromkeys(left_out)
+    def left_out(self) -> set[str]:
+        """The source's tensors that the view leaves out; none while config.json stays as it is."""
+        return self.source.where.keys() - self.source_names.values()
+
+    @cached_property
+    def changed(self) -> dict[str, str]:
+        """The source's tensors whose values, shape or name differ in the view, with their names in it."""
+        names = {}
         for name, source_name in self.source_names.items():
             has_shape = self.entries[name].shape == self.source.entries[source_name].shape
             if source_name in self._replaced or name != source_name or not has_shape:
@@ -231,8 +239,8 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
     Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
     bounded by the two largest pieces. UserError if a piece has another shape or dtype than expected.
     """
-    folder = view.source.folder
-    shards = [shard for shard in view.source.shards if view.new_names.keys() & view.source.header(shard).keys()]
+    folder, differing = view.source.folder, view.changed.keys() | view.left_out
+    shards = [shard for shard in view.source.shards if differing & view.source.header(shard).keys()]
     not_copied = {*shards, *(folder / name for name in without)}
     if view.config_changes:
         not_copied |= {folder / "config.json", folder / INDEX}
@@ -260,10 +268,10 @@ def _write_config(view: EditedCheckpoint, path: Path) -> None:
     key, aliases = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
     text = content[key] if key else content
     for field, value in view.config_changes.items():
-        name = aliases.get(field, field)
-        names = {field, name, *(alias for alias, meant in aliases.items() if meant == name)}
-        for stored in names & text.keys() or {field}:
-            text[stored] = value
+        name = aliases.get(field, field)  # such as GPT-2's n_layer for num_hidden_layers
+        names = {name, *(alias for alias in aliases if aliases[alias] == name)}
+        for stored_name in names & text.keys() or {field}:
+            text[stored_name] = value
     _write_json(path, content)
 
 
@@ -295,7 +303,7 @@ def _in_order(view: EditedCheckpoint, shard: Path) -> list[str]:
     if not view.config_changes:
         return tensors
     # An index may omit some tensors.
-    tensors = [x for x in tensors if x in view.source.entries and view.new_names.get(x, x) is not None]
+    tensors = [name for name in tensors if name in view.source.entries and name not in view.left_out]
     # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
     return sorted(tensors, key=lambda tensor: -stored[tensor].length / max(1, math.prod(stored[tensor].shape)))
 
@@ -308,7 +316,7 @@ def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        name = view.new_names.get(tensor) or tensor
+        name = view.changed.get(tensor, tensor)
         entry = view.entries[name]
         begin, end = end, end + entry.length
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
@@ -321,7 +329,7 @@ def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator
     original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
     copied: list[memoryview] = []  # since the last new tensor
     for tensor in tensors:
-        name = view.new_names.get(tensor)
+        name = view.changed.get(tensor)
         if name is None:
             begin = stored[tensor].begin
             copied.append(original[begin : begin + stored[tensor].length].data)

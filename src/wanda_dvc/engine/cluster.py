@@ -1,7 +1,7 @@
-"""Runs functions of a device, or of a model, on a Ray cluster whose nodes see the study's files at the same paths.
+"""Runs functions as tasks of a Ray cluster, whose nodes see the study's files at the same paths.
 
-Ray places tasks, and repeats tasks lost with a process or node. Their results are byte-identical to those of one
-process, and arrive in the same order.
+A function gets a device, or a model on a device. Ray places tasks, and repeats tasks lost with a process or node.
+Their results are byte-identical to those of one process, and arrive in the same order.
 """
 
 import os
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.checkpoint import EditedCheckpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.machine import omp_threads, usable_cores
@@ -37,7 +38,7 @@ RETRIES = 3  # of a task after its process or node died
 NODE_LIBRARIES = ("torch", "transformers", "numpy")  # results depend on their versions
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # only `download` may use the internet
-    "RAY_worker_niceness": "0",  # the priority of a stage without Ray; next to such a stage, Ray's 15 would starve
+    "RAY_worker_niceness": "0",  # the priority of a stage without Ray; next to one, tasks with Ray's own 15 would wait
     "RAY_task_oom_retries": str(RETRIES),  # a limit, instead of forever
     # A process keeps its first GPU, but its next task may get another GPU: tasks name their device.
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
@@ -61,11 +62,11 @@ class Expected(NamedTuple):
 
 
 class ModelKey(NamedTuple):
-    """A model that workers open. With a new `opening` they read it again: its files may have changed."""
+    """The model that workers have open. For another cluster object they read it again: its files may have changed."""
 
     folder: Path
     dtype: torch.dtype
-    opening: str
+    cluster_id: str
 
 
 def run_on_node(
@@ -154,7 +155,8 @@ def versions() -> dict[str, str]:
 
 def connect(address: str) -> None:
     """Start Ray on this machine, or connect to a cluster. UserError if the cluster does not answer."""
-    os.environ |= ENVIRONMENT | os.environ
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == LOCAL:
         options |= {"include_dashboard": False, "num_cpus": usable_cores()}
@@ -192,7 +194,7 @@ class Cluster:
         if self._kind == "GPU":
             resources = {"num_gpus": 1, "num_cpus": 0}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
-        self._opening = uuid4().hex
+        self._id = uuid4().hex
         self._largest_result = 0  # bytes
 
     @property
@@ -209,7 +211,9 @@ class Cluster:
         what: str,
     ) -> Iterator[TaskResult]:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
-        model = ModelKey(decoder.checkpoint.folder, decoder.dtype, self._opening)
+        if isinstance(decoder.checkpoint, EditedCheckpoint):
+            raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
+        model = ModelKey(decoder.checkpoint.folder, decoder.dtype, self._id)
         return self.map(partial(call_with_model, model, function, job), inputs, what)
 
     def map(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
-from wanda_dvc.engine.sums import LinearsByMatrix
+from wanda_dvc.engine.sums import LinearsByMatrix, Matrix
 
 ALL_ROWS = slice(None)
 LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
@@ -21,21 +21,6 @@ LAST = "down_proj"  # the parameter of the experts' last linear, by transformers
 OnProduct = Callable[[list[str], Tensor, Tensor, slice], None]
 # (name, norms): an expert's last linear, and ‖gate · output‖₂ of each of its tokens.
 OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]
-
-
-class ExpertParameter(NamedTuple):
-    """A parameter [experts, ·, ·] of a module, with the linears of each expert."""
-
-    module: nn.Module
-    leaf: str
-    linears: dict[int, list[str]]
-
-
-class ExpertProduct(NamedTuple):
-    """The product of tokens [rows, in] and the matrices of some experts: the rows of each expert follow one another."""
-
-    parameter: ExpertParameter
-    rows: dict[int, slice]  # by expert, in the product's input and output
 
 
 class ExpertProducts(TorchFunctionMode):
@@ -49,17 +34,14 @@ class ExpertProducts(TorchFunctionMode):
         self, linears: LinearsByMatrix, on_product: OnProduct, gated_outputs: "GatedOutputs | None" = None
     ) -> None:
         super().__init__()
-        self.on_product, self.gated_outputs = on_product, gated_outputs
-        self._parameters: dict[int, ExpertParameter] = {}  # by address
-        self._matrices: dict[int, tuple[ExpertParameter, int]] = {}  # a parameter and the expert, by address
-        for matrix, names in linears.items():
-            if matrix.expert is None:
-                continue
-            tensor = matrix.module.get_parameter(matrix.leaf)
-            parameter = ExpertParameter(matrix.module, matrix.leaf, {})
-            parameter = self._parameters.setdefault(tensor.data_ptr(), parameter)
-            parameter.linears[matrix.expert] = names
-            self._matrices[tensor[matrix.expert].data_ptr()] = parameter, matrix.expert
+        self.linears, self.on_product, self.gated_outputs = linears, on_product, gated_outputs
+        self._parameters: dict[int, dict[int, Matrix]] = {}  # by a parameter's address: each expert's matrix
+        self._matrices: dict[int, Matrix] = {}  # by a matrix's address
+        for matrix in linears:
+            if matrix.expert is not None:
+                parameter = matrix.module.get_parameter(matrix.leaf)
+                self._parameters.setdefault(parameter.data_ptr(), {})[matrix.expert] = matrix
+                self._matrices[parameter[matrix.expert].data_ptr()] = matrix
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -67,29 +49,29 @@ class ExpertProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            product = self._find(args[1], kwargs.get("offs"))
-            if product is not None:
-                self._report(product, args[0], result)
+            rows = self._rows(args[1], kwargs.get("offs"))
+            for matrix, its_rows in rows.items():
+                self.on_product(self.linears[matrix], args[0], result, its_rows)
+            if rows and self.gated_outputs is not None:
+                self.gated_outputs.add(rows, args[0], result)
         return result
 
-    def _find(self, weight: Tensor, ends: Tensor | None) -> ExpertProduct | None:
-        if weight.dim() == 2 and weight.data_ptr() in self._matrices:
-            parameter, expert = self._matrices[weight.data_ptr()]
-            return ExpertProduct(parameter, {expert: ALL_ROWS})
-        if ends is None or weight.data_ptr() not in self._parameters:
-            return None
-        rows, begin = dict[int, slice](), 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > begin:
-                rows[expert] = slice(begin, end)
-            begin = end
-        return ExpertProduct(self._parameters[weight.data_ptr()], rows) if rows else None
+    def _rows(self, weight: Tensor, ends: Tensor | None) -> dict[Matrix, slice]:
+        """Return the rows of a product's input and output by matrix; {} for a weight that is no expert's.
 
-    def _report(self, product: ExpertProduct, x: Tensor, y: Tensor) -> None:
-        for expert, rows in product.rows.items():
-            self.on_product(product.parameter.linears[expert], x, y, rows)
-        if self.gated_outputs is not None:
-            self.gated_outputs.add(product, x, y)
+        `ends` are `grouped_mm`'s offsets: the rows of each expert end there, and follow those of the expert before it.
+        """
+        if weight.dim() == 2 and weight.data_ptr() in self._matrices:
+            return {self._matrices[weight.data_ptr()]: ALL_ROWS}
+        if ends is None:
+            return {}
+        bounds = [0, *ends.tolist()]
+        rows = {}
+        for expert, matrix in self._parameters.get(weight.data_ptr(), {}).items():
+            begin, end = bounds[expert], bounds[expert + 1]
+            if end > begin:
+                rows[matrix] = slice(begin, end)
+        return rows
 
 
 class RoutedCall(NamedTuple):
@@ -109,8 +91,8 @@ class GatedOutputs:
     reported for a module with another signature or another order.
     """
 
-    def __init__(self, on_gated_output: OnGatedOutput) -> None:
-        self.on_gated_output = on_gated_output
+    def __init__(self, linears: LinearsByMatrix, on_gated_output: OnGatedOutput) -> None:
+        self.linears, self.on_gated_output = linears, on_gated_output
         self._call: RoutedCall | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,15 +103,15 @@ class GatedOutputs:
             if experts.shape == gates.shape and len(experts) == len(hidden) and not experts.is_floating_point():
                 self._call = RoutedCall(module, hidden, experts, gates)
 
-    def add(self, product: ExpertProduct, x: Float[Tensor, "rows in"], y: Float[Tensor, "rows out"]) -> None:
+    def add(self, rows: dict[Matrix, slice], x: Float[Tensor, "rows in"], y: Float[Tensor, "rows out"]) -> None:
         """Check the rows of a first product; report the norms of a last product."""
-        call, parameter = self._call, product.parameter
-        if call is None or parameter.module is not call.module:
+        call, matrix = self._call, next(iter(rows))
+        if call is None or matrix.module is not call.module:
             return
-        pairs = _pairs(call, product)
+        pairs = _pairs(call, rows)
         if len(pairs) != len(x):
             self._call = None
-        elif parameter.leaf != LAST:
+        elif matrix.leaf != LAST:  # a first product: its rows must be the pairs' tokens
             tokens = call.hidden[pairs // call.gates.shape[1]]
             if x.shape != tokens.shape or not torch.equal(x, tokens.to(x.dtype)):
                 self._call = None
@@ -137,21 +119,22 @@ class GatedOutputs:
             outputs = _finished(call.module, y, call.experts.flatten()[pairs])
             gated = outputs * call.gates.flatten()[pairs, None]
             norms = vector_norm(gated.float(), dim=-1)
-            for expert, rows in product.rows.items():
-                self.on_gated_output(parameter.linears[expert][0], norms[rows])
+            for matrix, its_rows in rows.items():
+                self.on_gated_output(self.linears[matrix][0], norms[its_rows])
 
 
-def _pairs(call: RoutedCall, product: ExpertProduct) -> Int[Tensor, " rows"]:
+def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:
     """Return the place in [tokens, k], flattened, of each row of a product."""
-    if ALL_ROWS not in product.rows.values():  # `grouped_mm`: by expert
+    if ALL_ROWS not in rows.values():  # `grouped_mm`: by expert
         return call.experts.flatten().sort().indices
-    (expert,) = product.rows
-    slot, token = torch.where((call.experts == expert).T)  # `eager`: by the expert's place among the token's experts
+    (matrix,) = rows
+    # `eager`: by the expert's place among the token's experts
+    slot, token = torch.where((call.experts == matrix.expert).T)
     return token * call.experts.shape[1] + slot
 
 
 def _finished(module: nn.Module, y: Float[Tensor, "rows out"], experts: Int[Tensor, " rows"]) -> Tensor:
-    """Return the experts' outputs from their last product: the bias and the norm, if the module has them."""
+    """Return the experts' outputs from their last product: with the bias and the norm that some families add."""
     bias = getattr(module, f"{LAST}_bias", None)
     norm = getattr(module, "post_expert_norm", None)
     if bias is not None:

@@ -18,14 +18,22 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, KeptUnits, Removal, UnitDimension, UnitTensor, refused
-from wanda_dvc.engine.structure import Linear, StoredSlice, build_empty, find_blocks, stored_linears, stored_slices
+from wanda_dvc.engine.structure import (
+    Linear,
+    StoredSlice,
+    build_empty,
+    find_blocks,
+    holds_experts,
+    stored_linears,
+    stored_slices,
+)
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 # Of config.json, in every family with experts so far.
 CHOSEN_EXPERTS = "num_experts_per_tok"  # that routers choose for a token
-EXPERT_GROUPS = "n_group"  # that routers choose from
+EXPERT_GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"  # of which routers choose some before they choose experts
 Slices = Mapping[str, list[StoredSlice]]  # by parameter
 
 
@@ -78,50 +86,75 @@ class FieldDimension(NamedTuple):
 
 
 def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
-    """Return the neurons or heads of a model. A sparsity that rounds to no unit gives a removal without an effect."""
+    """Return the neurons or heads of a model. A sparsity that rounds to no unit gives a removal without an effect.
+
+    Neurons: `intermediate_size` of Llama determines the inputs of `mlp.down_proj`, which are the units of a set `mlp`,
+    and the outputs of `mlp.gate_proj` and `mlp.up_proj`, which compute them.
+    Heads: a unit is a key head with its value head and its queries. With 3 key heads for 9 queries `o_proj` reads 3
+    heads of a unit; `q_proj` computes 3, and `k_proj` and `v_proj` one each.
+    """
     full = build_empty(source.config, source)
     slices, text = stored_slices(full, source), source.config.get_text_config()
-    linears = {name: linear for block in _linears(full, slices) for name, linear in block.items()}
     scaled = {name: getattr(text, name) for name in structure.scaled if getattr(text, name, None)}
     fixed = {}
     if scaled:
         heads = next(iter(scaled.values()))
         fixed["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dimensions = _field_dimensions(source, structure, full, slices, scaled | fixed)
-    unit_sets: dict[str, Units] = {}  # by the module around the modules of the tensors; one linear reads each
-    config_fields: dict[str, ConfigField] = {}
-    consumers: dict[str, UnitDimension] = {}
-    for address, dim, size, field, value in dimensions:
-        config_fields.setdefault(field, ConfigField(value, ()))
-        linear = linears.get(address.linear)
-        if linear is None or dim != (0 if linear.transposed else 1):
-            continue  # it computes the units
-        name = _owner(address)
-        if name in unit_sets:
-            raise refused(structure, source, f"several linears of {name} read them")
-        total = value if structure.scaled else size
-        kept = total * count_kept(value, sparsity, structure.multiple) // value
-        unit_sets[name] = Units(total, kept, (size // total,))
-        config_fields[field] = ConfigField(value, (*config_fields[field].unit_sets, name))
-        consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
-    for dimension in dimensions:
-        units = unit_sets.get(_owner(dimension.address))
-        if units is None or dimension.size % units.total or dimension.dim > 1:
-            raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
-    all_sets = next(iter(config_fields.values())).unit_sets
+    dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
+    removal = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
+    all_sets = next(iter(removal.config_fields.values())).unit_sets  # a structure with scaled fields has one other
+    config_fields = dict(removal.config_fields)
     config_fields |= {name: ConfigField(value, all_sets) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, ()) for name, value in fixed.items()}
-    removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
+    removal = replace(removal, config_fields=config_fields)
     _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
     return _with_dimensions(source, removal, dimensions)
 
 
+def _unit_sets(
+    source: Checkpoint,
+    structure: Structure,
+    sparsity: Fraction,
+    blocks: Sequence[Mapping[str, Linear]],
+    dimensions: Sequence[FieldDimension],
+) -> Removal:
+    """Return a removal with the sets of units and their consumers: the linears whose inputs are such a dimension."""
+    linears = {name: linear for block in blocks for name, linear in block.items()}
+    unit_sets: dict[str, Units] = {}  # by the parent of the tensors' modules, such as an MLP; one linear reads each
+    consumers: dict[str, UnitDimension] = {}
+    sets_of: dict[str, tuple[str, ...]] = {dimension.field: () for dimension in dimensions}
+    for address, dim, size, field, value in dimensions:
+        linear = linears.get(address.linear)
+        if linear is None or dim != (0 if linear.transposed else 1):
+            continue  # a bias, or outputs, which are the units, or make them
+        name = _parent_name(address)
+        if name in unit_sets:
+            raise refused(structure, source, f"several linears of {name} read them")
+        total = value if structure.scaled else size  # a width may be a multiple of its field's value
+        kept = total * count_kept(value, sparsity, structure.multiple) // value
+        unit_sets[name] = Units(total, kept, (size // total,))
+        sets_of[field] += (name,)
+        consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
+    for dimension in dimensions:
+        units = unit_sets.get(_parent_name(dimension.address))
+        if units is None or dimension.size % units.total or dimension.dim > 1:
+            raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
+    values = {dimension.field: dimension.value for dimension in dimensions}
+    config_fields = {field: ConfigField(values[field], names) for field, names in sets_of.items()}
+    return Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
+
+
 def _field_dimensions(
-    source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, related: dict[str, int]
+    source: Checkpoint,
+    structure: Structure,
+    full: nn.Module,
+    slices: Slices,
+    scaled: Mapping[str, int],
+    fixed: Mapping[str, int],
 ) -> list[FieldDimension]:
     """Return the dimensions of stored tensors that follow the fields of a structure.
 
-    `related` has the values of the fields that a trial sets too: those in proportion change, the size of a head stays.
+    A trial sets the `scaled` fields in proportion, and the `fixed` ones to their values.
     """
     blocks_name, text = find_blocks(full)[0], source.config.get_text_config()
     dimensions: dict[tuple[Address, int], FieldDimension] = {}  # a field may have two names: the last one counts
@@ -130,12 +163,11 @@ def _field_dimensions(
         if value == 0:
             continue
         trial = _trial_of(value)
-        if not trial:
+        if not trial or (value is None and scaled):  # null has no proportion
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
-        fields = {field: trial} | related
-        for name in structure.scaled:
-            if name in related:
-                fields[name] = related[name] * trial // (value or 1)
+        fields = {field: trial, **fixed}
+        for name, scaled_value in scaled.items():
+            fields[name] = scaled_value * trial // value
         for parameter, dim, size, trial_size in _size_changes(source, structure, full, fields):
             if not parameter.startswith(f"{blocks_name}.") or parameter not in slices:
                 raise refused(structure, source, f"{field} also determines {parameter}")
@@ -159,7 +191,7 @@ def _trial_of(value: Any) -> int:
 
 def _number_of_experts(module: nn.Module) -> int:
     for parameter in module.parameters(recurse=False):
-        if parameter.dim() == 3:
+        if holds_experts(module, parameter):
             return len(parameter)
     return 0
 
@@ -174,13 +206,13 @@ def _stored_dimensions(
     for stored in slices:
         tensor = stored.address.tensor
         shape = source.entries[tensor].shape
-        if experts and stored.expert is not None:  # a tensor for each expert
-            yield Address(tensor, stored.address.expert), dim - 1, shape[dim - 1]
-        elif experts and shape[0] == experts:  # one tensor for all experts
+        if experts and stored.expert is not None:  # [out, in] of one expert
+            yield stored.address, dim - 1, shape[dim - 1]
+        elif experts and shape[0] == experts:  # [experts, out, in]
             for expert in range(experts):
                 yield Address(tensor, expert), dim - 1, shape[dim]
-        else:
-            yield Address(tensor, stored.address.expert), dim, shape[dim]
+        else:  # [out, in] or [out]
+            yield stored.address, dim, shape[dim]
 
 
 def _with_dimensions(source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension]) -> Removal:
@@ -191,7 +223,7 @@ def _with_dimensions(source: Checkpoint, removal: Removal, dimensions: Sequence[
     for in_sections in (True, False):
         unit_dimensions = []
         for dimension in dimensions:
-            name = _owner(dimension.address)
+            name = _parent_name(dimension.address)
             units = removal.unit_sets[name]
             places = dimension.size // units.total
             layout = _sections(places, sum(units.layout)) if in_sections else (places,)
@@ -206,7 +238,8 @@ def _with_dimensions(source: Checkpoint, removal: Removal, dimensions: Sequence[
 def _sections(places: int, inputs: int) -> tuple[int, ...]:
     """Return a unit's places in each section of a tensor that computes `places` of a unit with `inputs` inputs.
 
-    Neurons: as many sections as places, such as gate and up. Heads: queries as many as inputs, then keys and values.
+    Neurons: a section for each place; `gate_up_proj` has 2 for 1 input: (1, 1). Heads: a section of queries, as many as
+    inputs, then keys and values; with 4 queries for a key head `qkv_proj` has 6 places for 4 inputs: (4, 1, 1).
     """
     more = places - inputs
     if more <= 0:
@@ -228,8 +261,8 @@ def _random_half(removal: Removal) -> KeptUnits:
     return kept
 
 
-def _owner(address: Address) -> str:
-    """Return the name of the module around the module of a tensor; an expert's has the expert's number."""
+def _parent_name(address: Address) -> str:
+    """Return the name of the parent of a tensor's module: `mlp` for `mlp.up_proj.weight`, `experts.3` for an expert."""
     return address.linear.removesuffix(".bias").rpartition(".")[0]
 
 
@@ -305,7 +338,7 @@ class MixtureTensors(NamedTuple):
     """The parameters of experts and routers, whose size follows the number of experts."""
 
     dims: dict[str, int]  # by parameter: the dimension of experts
-    mixtures: dict[str, str]  # by parameter: the module around the modules of experts and router
+    mixtures: dict[str, str]  # by parameter: the parent of the modules of experts and router
     routers: dict[str, str]  # of the mixtures: those of the routers' parameters
 
 
@@ -318,13 +351,16 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     full = build_empty(source.config, source)
     slices, content = stored_slices(full, source), source.config.get_text_config().to_dict()
     field, total = _experts_field(source, structure, content)
-    groups = content.get(EXPERT_GROUPS)
+    groups, chosen_groups = content.get(EXPERT_GROUPS), content.get(CHOSEN_GROUPS)
     if type(groups) is not int or not 1 < groups < total or total % groups:
         groups = 1
     kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
+    available = kept  # to a token
+    if groups > 1 and type(chosen_groups) is int:
+        available = min(chosen_groups, groups) * (kept // groups)
     per_token = content.get(CHOSEN_EXPERTS)
-    if type(per_token) is int and kept < per_token:
-        problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {kept} kept experts"
+    if type(per_token) is int and available < per_token:
+        problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {available} kept experts that a router offers"
         raise UserError(f"sparsity: {problem}; set a lower sparsity")
     tensors = _mixture_tensors(source, structure, full, slices, field, total)
     dimensions, unit_tensors = [], {}
@@ -368,12 +404,13 @@ def _mixture_tensors(
     trial, tensors = total // 2, full.state_dict(keep_vars=True)
     dims: dict[str, int] = {}
     for name, dim, size, trial_size in _size_changes(source, structure, full, {field: trial}):
-        is_number = (size, trial_size) == (total, trial) and (dim == 0 or tensors[name].dim() < 3)
-        if not name.startswith(f"{blocks_name}.") or name not in slices or not is_number or name in dims:
+        counts_experts = (size, trial_size) == (total, trial) and (dim == 0 or tensors[name].dim() < 3)
+        if not name.startswith(f"{blocks_name}.") or name not in slices or not counts_experts or name in dims:
             raise refused(structure, source, f"{field} also determines {name}")
         dims[name] = dim
-    # Experts are parameters of three dimensions; a mixture is all below the module around their module.
-    expert_modules = {name.rpartition(".")[0] for name in dims if tensors[name].dim() == 3}
+    # A mixture is all below the parent of a module of experts.
+    modules = {name.rpartition(".")[0]: tensors[name] for name in dims if tensors[name].dim() == 3}
+    expert_modules = {name for name, tensor in modules.items() if holds_experts(full.get_submodule(name), tensor)}
     parents = {name.rpartition(".")[0] for name in expert_modules}
     if not parents:
         raise refused(structure, source, f"{field} determines no tensor of experts")

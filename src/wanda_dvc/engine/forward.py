@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.fisher import FisherSums
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, cut_into_chunks
@@ -30,7 +31,8 @@ ModelInput = Sequence[TokenSequence] | Int[Tensor, "samples length"]
 Job = TypeVar("Job")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
-# Arguments, of one chunk: the model, sequences, their activations after the last block, and an input of the function.
+Total = TypeVar("Total", InputSums, FisherSums)
+# Arguments: the model; a chunk's sequences, their activations after the last block, and their input of the function.
 OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
 
@@ -62,12 +64,12 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     """Run a chunk through a block, and write its activations after the block.
 
     With a dense store the chunk also runs through the dense model's block, from and to that store. Returns sums over
-    the inputs of the block's linears if the block records, else only whether all activations are finite.
+    the inputs of the block's linears with `records`, else only whether all activations are finite.
     """
     model.load(block.index, block.index + 1, block.change)
     before = block.store.read(block.index, chunk.number)
     dense_before: Hidden = []
-    finite: list[Tensor] = []
+    finite: list[Tensor] = []  # a flag for each sequence, on the device: the host waits for a GPU once for all of them
     if block.dense_store is not None:
         dense_before = block.dense_store.read(block.index, chunk.number)
         dense_after = note_finite(finite, run_sequences(model, block.index, chunk, dense_before))
@@ -75,18 +77,19 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     if not block.records:
         after = note_finite(finite, run_sequences(model, block.index, chunk, before))
         block.store.write(block.index + 1, chunk.number, after)
-        return InputSums(is_finite=all_true(finite))
+        return InputSums(is_finite=all(torch.stack(finite).tolist()))
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram)
     with recorder.recording():
         after = note_finite(finite, record_sequences(model, block.index, chunk, before, dense_before, recorder))
         if block.writes:
             block.store.write(block.index + 1, chunk.number, after)
         else:
-            for _ in after:  # only for the statistics
+            for _ in after:  # runs the chunk
                 pass
-    if not all_true(finite):
+    if not all(torch.stack(finite).tolist()):
         raise UserError(f"{model.checkpoint}: block {block.index}: activations that are not finite; {FIX}")
-    squares = {name: stats.sum_squares for name, stats in recorder.sums.stats.items()}  # activations may be finite
+    # The squares of finite activations may still overflow.
+    squares = {name: stats.sum_squares for name, stats in recorder.sums.stats.items()}
     check_finite(squares, f"block {block.index}, input", "sums of squares")
     return recorder.sums
 
@@ -100,7 +103,11 @@ def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden) -> I
 def record_sequences(
     model: Decoder, index: int, chunk: Chunk, before: Hidden, dense_before: Hidden, recorder: InputRecorder
 ) -> Iterator[Tensor]:
-    """Yield as `run_sequences`, and record inputs of linears. A sequence's dense activations, if any, run first."""
+    """Yield as `run_sequences`, and record the inputs of linears.
+
+    A sequence's dense activations, if any, run first. They ran in `run_block` too: here memory holds the dense inputs
+    of one sequence at a time.
+    """
     for number, sequence in enumerate(chunk.sequences):
         if dense_before:
             with recorder.dense(len(sequence.tokens)):
@@ -117,11 +124,6 @@ def note_finite(finite: list[Tensor], sequences: Iterable[Tensor]) -> Iterator[T
     for states in sequences:
         finite.append(torch.stack(states.aminmax()).isfinite().all())  # in one pass over them
         yield states
-
-
-def all_true(flags: list[Tensor]) -> bool:
-    """Whether all flags are true. The host waits for a GPU here, once for all sequences of a chunk."""
-    return all(torch.stack(flags).tolist())
 
 
 def run_output_function(
@@ -157,14 +159,24 @@ class ModelRunner:
         for value in inputs:
             yield function(self.decoder, job, value)
 
+    def merge(
+        self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
+    ) -> Total:
+        """Add the sums run(model, job, chunk) of all chunks to `total`, in order, and return it."""
+        for sums in self.map(run, job, chunks, what):
+            total.merge(sums)
+            del sums  # before the next chunk's are there
+        return total
+
     def forward(
         self, sequences: ModelInput, *, finished: int | None = None, with_dense: bool = False, stored: int = 2
     ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run all sequences through the block.
 
-        The pass resumes after the last finished block in `work`. The caller has the results of `finished` blocks from
-        an interrupted run; if more blocks are finished, the pass starts again. With `with_dense` each sequence also
-        runs through the dense model, without changes of blocks. The activations before the last `stored` blocks stay.
+        The pass resumes after the last finished block in `work`. From an interrupted run the caller has the results of
+        `finished` blocks, and the pass starts again if more blocks are finished; None: the caller needs no results of
+        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The
+        activations before the last `stored` blocks stay.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
@@ -175,7 +187,7 @@ class ModelRunner:
         if with_dense:
             dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts)
             stores.append(dense_store)
-        if finished == blocks:
+        if finished == blocks:  # `map_outputs` and `backward` may still read the stores
             return
         self.decoder.check_tokens(sequences)
         self.progress = PassProgress(self.work, stores, blocks if finished is None else finished)
@@ -191,7 +203,8 @@ class ModelRunner:
     ) -> ActivationStore:
         """Return a store of the sequences' activations, by default in the model's dtype.
 
-        It may take one of `budget_parts` equal parts of the memory budget for activations on a GPU.
+        It may take one of `budget_parts` equal parts of the memory budget for activations on a GPU. The workers of a
+        cluster do not share memory, so they pass activations on in files.
         """
         lengths = [[len(sequence.tokens) for sequence in chunk.sequences] for chunk in self.chunks]
         return ActivationStore(
@@ -201,7 +214,7 @@ class ModelRunner:
             dtype or self.decoder.dtype,
             stored=stored,
             device=self.decoder.device,
-            memory_budget=self.decoder.memory_budget() // budget_parts,
+            memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // budget_parts,
         )
 
     def unfinished(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
@@ -212,16 +225,16 @@ class ModelRunner:
         try:
             for number in range(progress.finished, blocks):
                 yield number
-                progress.finish(last=number == blocks - 1)
+                progress.finish(is_last=number == blocks - 1)
         finally:
             self.decoder.unload()
 
     def map_outputs(
         self, function: OutputFunction[Input, Result], inputs: Callable[[range], Input]
     ) -> Iterator[Result]:
-        """Yield what a function yields for each chunk, in order: of its activations after the last block, and an input.
+        """Yield what a function yields for each chunk, in order, from the activations after the last block.
 
-        `inputs` returns the input for the places of a chunk's sequences.
+        `inputs` returns the function's last argument for a chunk, given the places of its sequences.
         """
         chunks_and_inputs = ((chunk, inputs(chunk.places)) for chunk in self.chunks)
         for results in self.map(run_output_function, (self.store, function), chunks_and_inputs, "output head, chunk"):
@@ -230,7 +243,7 @@ class ModelRunner:
 
 @dataclass
 class BlockStep:
-    """One block of a forward pass. All sequences must run through it before the next step; the last run counts."""
+    """One block of a forward pass. Before the next step, a method must run all sequences; the last run counts."""
 
     runner: ModelRunner
     block: BlockRun
@@ -258,10 +271,8 @@ class BlockStep:
         self._run(replace(self.block, dense_store=None, change=WeightChange(masks, weights)))
 
     def _run(self, block: BlockRun) -> InputSums:
-        runner, total = self.runner, InputSums()
-        for sums in runner.map(run_block, block, runner.chunks, f"block {self.index}, chunk"):
-            total.merge(sums)
-            del sums  # before the next chunk's are there
+        runner = self.runner
+        total = runner.merge(run_block, block, runner.chunks, InputSums(), f"block {self.index}, chunk")
         if not total.is_finite:
             runner.progress.first_not_finite = runner.progress.first_not_finite or f"block {self.index}"
         return total

@@ -22,7 +22,7 @@ PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weig
 
 
 class MaskedRun(NamedTuple):
-    """A block's run in the full model. Without a removed block, the states before it are those after it."""
+    """A block's run in the full model. If blocks are removed, `dense` is `before`: the effect is all that it adds."""
 
     block: int  # its number in the smaller model
     before: States
@@ -38,9 +38,14 @@ def probe(source: Checkpoint, removal: Removal) -> str:
     the models is in memory at a time.
     """
     try:
-        sequence, runs = _run_full(source, removal)
+        full = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+        vocabulary = full.model.get_input_embeddings().weight.shape[0]
+        sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
+        removes_blocks = full.weights.blocks_name in removal.unit_sets
+        runs = list((_run_kept_blocks if removes_blocks else _run_each_kind)(full, removal, sequence))
+        del full
         gc.collect()
-        small = _in_float32(SmallerCheckpoint(source, removal))
+        small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=torch.device("cpu"))
         for run in runs:
             small.load(run.block, -1)
             difference = vector_norm(small.run(run.block, run.before, sequence) - run.masked).item()
@@ -51,19 +56,6 @@ def probe(source: Checkpoint, removal: Removal) -> str:
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
     return ""
-
-
-def _in_float32(checkpoint: Checkpoint) -> Decoder:
-    return Decoder(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def _run_full(source: Checkpoint, removal: Removal) -> tuple[TokenSequence, list[MaskedRun]]:
-    full = _in_float32(source)
-    vocabulary = full.model.get_input_embeddings().weight.shape[0]
-    sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
-    removes_blocks = full.weights.blocks_name in removal.unit_sets
-    run = _run_kept_blocks if removes_blocks else _run_each_kind
-    return sequence, list(run(full, removal, sequence))
 
 
 def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
@@ -112,7 +104,7 @@ class MaskedRouters(TorchFunctionMode):
             removed = self._removed.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
             if removed is None or result.shape[-1:] != removed.shape:
                 continue
-            is_vector = operand.dim() == 1 or min(operand.shape) == 1
-            if is_vector or function.__name__ in PRODUCTS:
+            is_bias = operand.dim() == 1 or min(operand.shape) == 1
+            if is_bias or function.__name__ in PRODUCTS:
                 return result.masked_fill(removed, -torch.inf)
         return result

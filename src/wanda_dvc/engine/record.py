@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,13 +18,6 @@ from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum, cast_like
-
-
-class SeenInput(NamedTuple):
-    """An input of a window: its name, and the tensor, which stays alive so that no other input gets its address."""
-
-    name: str
-    x: Tensor
 
 
 @dataclass(kw_only=True)
@@ -41,10 +34,12 @@ class InputRecorder:
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window, [tokens, in]
-    _tokens: int = 0  # of the dense sequence
+    # [tokens, in]: the dense model's inputs in this window, or the numbers that `cross` multiplies.
+    _dense: dict[str, Tensor] = field(default_factory=dict)
+    _tokens: int = 0  # of those
     _is_dense: bool = False
-    _seen: dict[tuple[Any, ...], SeenInput] = field(default_factory=dict)  # by memory and state
+    # The name of each input of a window, by memory and state. The tensor stays alive: no other gets its address.
+    _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the inputs of the linears in every pass inside."""
@@ -58,11 +53,11 @@ class InputRecorder:
             raise unsupported(names[0], f"given {x.shape[-1]} features, expected {features}")
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._seen:
-            self._seen[key] = SeenInput(names[0], x)
+            self._seen[key] = names[0], x
             self._add(names[0], x.flatten(0, -2))
         if not self._is_dense:  # an expert may get tokens of the dense sequence alone: it then has no statistics
             for name in names:
-                self.sums.add_consumer(name, self._seen[key].name)
+                self.sums.add_consumer(name, self._seen[key][0])
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         if self._is_dense:
@@ -124,7 +119,7 @@ def observing(
     matrices = group_by_matrix(linears)
     modules = {matrix.module: names for matrix, names in matrices.items() if matrix.expert is None}
     mixtures = {matrix.module for matrix in matrices if matrix.expert is not None}
-    gated_outputs = GatedOutputs(on_gated_output) if on_gated_output else None
+    gated_outputs = GatedOutputs(matrices, on_gated_output) if on_gated_output else None
 
     def on_call(names: list[str], _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         on_product(names, args[0], y, ALL_ROWS)

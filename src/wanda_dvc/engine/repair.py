@@ -4,7 +4,7 @@ ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new
 more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,10 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.forward import ModelRunner, run_sequences
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Chunk
+from wanda_dvc.engine.sequences import Chunk, Hidden
 from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import multiply
@@ -29,10 +29,10 @@ DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class RemovedBlocks(NamedTuple):
-    """The block before the removed ones, the first block after them, and the activations before all blocks to it."""
+    """The blocks between two others, and the activations before all blocks up to the second one."""
 
-    block: int
-    end: int
+    block_before: int
+    end: int  # the first block after them
     store: ActivationStore
 
 
@@ -50,12 +50,11 @@ def repair(
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     removed = RemovedBlocks(block, end, runner.store)
     validation = runner.chunks[::VALIDATION_STRIDE]
-    fitting = [chunk for number, chunk in enumerate(runner.chunks) if number % VALIDATION_STRIDE] or validation
-    sums = sum_products(runner, removed, linear, fitting)
-    validation_sums = sum_products(runner, removed, linear, validation)
+    fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
+    sums = runner.merge(run_before, (removed, linear), fitting, InputSums(), "repair, chunk")
 
     weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
-    changes = [WeightChange({}, {}), *(WeightChange({}, {linear: changed}) for changed in weights)]
+    changes = [WeightChange({}, {linear: changed}) for changed in weights]
     squares = list(runner.map(run_changed, (removed, changes), validation, "repair, chunk"))
     unrepaired, *errors = torch.stack(squares).sum(dim=0).sqrt().tolist()
     error, damping = min(zip(errors, DAMPINGS, strict=True))
@@ -65,23 +64,16 @@ def repair(
             f"held-out windows is {error:.4g}, expected less than {unrepaired:.4g}, the error without a change; set "
             "recipe=wanda"
         )
-    sums.merge(validation_sums)
+    if fitting is not validation:
+        validation_sums = runner.merge(run_before, (removed, linear), validation, InputSums(), "repair, chunk")
+        sums.merge(validation_sums)
     repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
     return repaired, {"damping": damping, "held_out": error / unrepaired}
 
 
-def sum_products(runner: ModelRunner, removed: RemovedBlocks, linear: str, chunks: Sequence[Chunk]) -> InputSums:
-    """Return the sums of `run_before` over some chunks."""
-    total = InputSums()
-    for sums in runner.map(run_before, (removed, linear), chunks, "repair, chunk"):
-        total.merge(sums)
-        del sums  # before the next chunk's are there
-    return total
-
-
 def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
     """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
-    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).root
+    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).root  # rootᵀ root = (G + λI)⁻¹
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 
@@ -90,16 +82,16 @@ def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, 
 def run_before(model: Decoder, job: tuple[RemovedBlocks, str], chunk: Chunk) -> InputSums:
     """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the removed blocks add to the hidden states."""
     removed, linear = job
-    model.load(removed.block, -1)
-    recorder = InputRecorder(linears={linear: model.linears(removed.block)[linear]}, gram=True)
-    before = removed.store.read(removed.block, chunk.number)
-    after = removed.store.read(removed.block + 1, chunk.number)
+    model.load(removed.block_before, -1)
+    recorder = InputRecorder(linears={linear: model.linears(removed.block_before)[linear]}, gram=True)
+    before = removed.store.read(removed.block_before, chunk.number)
+    after = removed.store.read(removed.block_before + 1, chunk.number)
     wanted = removed.store.read(removed.end, chunk.number)
     with recorder.recording():
         for number, sequence in enumerate(chunk.sequences):
             added = wanted[number].to(model.device).float() - after[number].to(model.device).float()
             recorder.cross(linear, added)
-            model.run(removed.block, before[number][None].to(model.device), sequence)
+            model.run(removed.block_before, before[number][None].to(model.device), sequence)
             recorder.end_window()
     return recorder.sums
 
@@ -108,16 +100,23 @@ def run_before(model: Decoder, job: tuple[RemovedBlocks, str], chunk: Chunk) -> 
 def run_changed(
     model: Decoder, job: tuple[RemovedBlocks, Sequence[WeightChange]], chunk: Chunk
 ) -> Float[Tensor, " changes"]:
-    """Return for each change of a block Σ ‖y − h‖² over a chunk: y is the block's output, h the state at `end`."""
+    """Return Σ ‖y − h‖² over a chunk: first of the block as it is, then for each change of its weights.
+
+    y is the block's output, h the hidden state before the block at `end`.
+    """
     removed, changes = job
-    before = removed.store.read(removed.block, chunk.number)
+    before = removed.store.read(removed.block_before, chunk.number)
     wanted = removed.store.read(removed.end, chunk.number)
-    errors = []
+    errors = [squared_error(removed.store.read(removed.block_before + 1, chunk.number), wanted)]
     for change in changes:
-        model.load(removed.block, -1, change)
-        error = 0.0
-        for number, sequence in enumerate(chunk.sequences):
-            output = model.run(removed.block, before[number][None].to(model.device), sequence)[0].cpu()
-            error += vector_norm(output.float() - wanted[number].cpu().float()).item() ** 2
-        errors.append(error)
+        model.load(removed.block_before, -1, change)
+        errors.append(squared_error(run_sequences(model, removed.block_before, chunk, before), wanted))
     return torch.tensor(errors, dtype=torch.float64)
+
+
+def squared_error(outputs: Iterable[Tensor], wanted: Hidden) -> float:
+    """Return Σ ‖y − h‖² over some sequences."""
+    error = 0.0
+    for output, states in zip(outputs, wanted, strict=True):
+        error += vector_norm(output.cpu().float() - states.cpu().float()).item() ** 2
+    return error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class StoredSlice:
 
     address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
-    expert: int | None = None
+    expert: int | None = None  # of the parameter; `address.expert` is that of the stored tensor
 
     @property
     def is_complete(self) -> bool:
@@ -45,7 +45,7 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class Linear:
-    """A prunable weight [out, in], as stored: a module's weight, some rows of it, or one expert's matrix."""
+    """A prunable weight, as stored: a module's weight [out, in], some rows of it, or one expert's matrix."""
 
     module: nn.Module
     leaf: str  # the parameter's name in the module
@@ -115,22 +115,22 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     [experts, ·, ·]. The gates of experts do not count as linears, even if they are `Linear` modules.
     """
     weights: dict[str, nn.Module] = {}
-    mixtures: dict[str, int] = {}  # the number of experts, by the module around the module of experts
+    mixtures: dict[str, int] = {}  # the number of experts, by the parent of their module
     for name, module in block.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, (nn.Linear, Conv1D)):
             weights[prefix + "weight"] = module
-        elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
-                    weights[prefix + leaf] = module
-                    mixtures[_parent(name)] = len(parameter)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if holds_experts(module, parameter):
+                weights[prefix + leaf] = module
+                mixtures[_parent(name)] = len(parameter)
     siblings = Counter(_parent(_parent(name)) for name in weights)  # weights by the parent of their module
 
     def is_gate(name: str, module: nn.Module) -> bool:
-        """Whether a linear chooses experts, or weights the shared expert.
+        """Whether a linear chooses experts, such as Mixtral's `gate`, or weights the shared expert.
 
-        It has one output, or one per expert, and is a sibling of the experts, or the only linear in a sibling.
+        It has one output, or one per expert. It is a sibling of the experts, such as Qwen 2's `shared_expert_gate`, or
+        the only linear in a sibling, such as JetMoE's `router.layer`.
         """
         parent = _parent(_parent(name))
         for mixture, experts in mixtures.items():
@@ -140,6 +140,12 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
         return False
 
     return {name: module for name, module in weights.items() if not is_gate(name, module)}
+
+
+def holds_experts(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a module's parameter [experts, ·, ·] has a matrix for each of several experts."""
+    is_convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and not is_convolution
 
 
 def _parent(name: str) -> str:
@@ -176,13 +182,6 @@ def check_model(folder: Path) -> None:
     load_tokenizer(folder)
 
 
-class MatchedTensor(NamedTuple):
-    """A stored tensor, and the pattern of a conversion rule that its name matches."""
-
-    tensor: str
-    pattern: str
-
-
 def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSlice]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
@@ -195,7 +194,8 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
     slices: dict[str, list[StoredSlice]] = {}
-    matched: dict[str, list[MatchedTensor]] = {}  # by parameter: the tensors that a rule converts to it
+    # By parameter: the tensors that a conversion rule joins to it, and the pattern of the rule that each name matches.
+    joined: dict[str, dict[str, str]] = {}
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor in state:  # a rule for other names matches this one: so does transformers
@@ -205,12 +205,13 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
         elif pattern is None:
             slices[name] = [StoredSlice(Address(tensor))]
         else:
-            matched.setdefault(name, []).append(MatchedTensor(tensor, pattern))
-    for name, tensors in matched.items():
-        rule = next(rule for rule in converters if tensors[0].pattern in rule.source_patterns)
+            joined.setdefault(name, {})[tensor] = pattern
+    for name, patterns in joined.items():
+        tensor, pattern = next(iter(patterns.items()))
+        rule = next(rule for rule in converters if pattern in rule.source_patterns)
         if len(rule.target_patterns) > 1:
-            raise unsupported(checkpoint, f"{tensors[0].tensor} holds several parameters, such as {name}")
-        slices[name] = place_slices(name, tensors, rule, model, checkpoint)
+            raise unsupported(checkpoint, f"{tensor} holds several parameters, such as {name}")
+        slices[name] = place_slices(name, patterns, rule, model, checkpoint)
     _check_is_stored(model, checkpoint, slices)
     return slices
 
@@ -271,35 +272,35 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
 
 
 def place_slices(
-    name: str, tensors: list[MatchedTensor], rule: WeightConverter, model: Any, checkpoint: Checkpoint
+    name: str, patterns: Mapping[str, str], rule: WeightConverter, model: Any, checkpoint: Checkpoint
 ) -> list[StoredSlice]:
-    """Return the slices of a parameter that stored tensors fill by a conversion rule.
+    """Return the slices of a parameter that stored tensors, each with its pattern, fill by a conversion rule.
 
-    Converts small tensors of different numbers by the rule, and finds the numbers in the result. UserError if the rule
-    does more than stack rows, expert by expert.
+    Converts small tensors instead, and finds each one's numbers in the result. Of two matrices, for example, these are
+    0 to 5 in [2, 3] and 6 to 11 in [2, 3]; a rule that stacks them gives [4, 3] with the second one in rows 2 and 3.
+    UserError if the rule does more than stack rows, expert by expert.
     """
-    expected = list(model.get_parameter(name).shape)
-    shapes = [checkpoint.entries[each.tensor].shape for each in tensors]
-    small = range(2, 2 + len(shapes[0]))  # a shape of different sizes
-    size = math.prod(small)
-    marks = [(torch.arange(size) + size * number).view(*small) for number in range(len(tensors))]
+    expected, tensors = list(model.get_parameter(name).shape), list(patterns)
+    shapes = [checkpoint.entries[tensor].shape for tensor in tensors]
+    small_shape = range(2, 2 + len(shapes[0]))  # its sizes differ, so that a transposition shows
+    count = math.prod(small_shape)
+    numbered = [(torch.arange(count) + count * index).view(*small_shape) for index in range(len(tensors))]
     rule = deepcopy(rule)
-    for each, mark in zip(tensors, marks, strict=True):
-        rule.add_tensor(name, each.tensor, each.pattern, mark)  # type: ignore[arg-type] # it accepts tensors too
+    for tensor, numbers in zip(tensors, numbered, strict=True):
+        rule.add_tensor(name, tensor, patterns[tensor], numbers)  # type: ignore[arg-type] # it accepts tensors too
     slices = []
     try:
         (parameter,) = rule.convert(name, model=model, config=model.config).values()
-        has_experts = parameter.dim() > len(small)
+        has_experts = parameter.dim() > len(small_shape)
         matrices = list(parameter) if has_experts else [parameter]
         for expert, matrix in enumerate(matrices):
             begin = 0
-            for rows in matrix.split(len(marks[0])):
-                number = int(rows.flatten()[0]) // size
-                if not torch.equal(rows, marks[number]):
+            for rows in matrix.split(len(numbered[0])):
+                index = int(rows.flatten()[0]) // count
+                if not torch.equal(rows, numbered[index]):
                     raise ValueError("their elements change places")
-                end = begin + shapes[number][0]
-                address = Address(tensors[number].tensor)
-                slices.append(StoredSlice(address, (begin, end), expert if has_experts else None))
+                end = begin + shapes[index][0]
+                slices.append(StoredSlice(Address(tensors[index]), (begin, end), expert if has_experts else None))
                 begin = end
         shape = [begin, *shapes[0][1:]]
         if has_experts:
@@ -307,7 +308,5 @@ def place_slices(
         if shape != expected or any(each[1:] != shapes[0][1:] for each in shapes):
             raise ValueError(f"together they are {shape}, expected {expected}")
     except Exception as error:  # a rule may raise any exception
-        raise unsupported(
-            checkpoint, f"{name} joins {len(tensors)} tensors like {tensors[0].tensor}: {error}"
-        ) from error
+        raise unsupported(checkpoint, f"{name} joins {len(tensors)} tensors like {tensors[0]}: {error}") from error
     return slices

@@ -227,7 +227,7 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, PrunedLinear], J
             checkpoint, removal.with_kept(_kept_units(study, removal)), reader.read, reader.addresses
         )
     written = write_model(view, target, without=(PROVENANCE, DENSE_README))
-    for _ in progress(written, total=sum(name is not None for name in view.new_names.values()), what="apply, tensors"):
+    for _ in progress(written, total=len(view.changed), what="apply, tensors"):
         pass
     for linear in reader.block_of:
         if linear not in reader.linears:  # of a removed expert or block
