@@ -46,8 +46,8 @@ def config_only(study: Make, tiny: Path) -> Make:
 def test_sizes_need_no_weights(tmp_path: Path, tiny: Path):
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
     found, stored = ModelSizes.read(tmp_path), Checkpoint(tiny).entries
-    assert found.parameters * found.width == sum(entry.length for entry in stored.values())
-    assert found.linear_weights * found.width == sum(
+    assert found.parameters * found.itemsize == sum(entry.length for entry in stored.values())
+    assert found.linear_weights * found.itemsize == sum(
         x.length for name, x in stored.items() if name.endswith("proj.weight")
     )
 
@@ -63,7 +63,7 @@ def test_sizes_need_no_weights(tmp_path: Path, tiny: Path):
 def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
     found = ModelSizes.read(CONFIGS / f"{name}.json")
     assert found.parameters == parameters
-    assert found.width == (4 if name == "smollm2-135m" else 2)
+    assert found.itemsize == (4 if name == "smollm2-135m" else 2)
     assert found.linear_weights == linears
 
 
@@ -74,7 +74,7 @@ def test_inputs_and_outputs_of_transposed_weights_are_told_apart(family: str, tm
     linears = [linear for index in range(len(decoder.blocks)) for linear in decoder.linears(index).values()]
     outputs = [linear.weight.shape[1 if linear.transposed else 0] for linear in linears]
     found = ModelSizes(decoder.model, folder)
-    assert found.all_squares == sum(linear.features**2 for linear in linears)
+    assert found.all_input_squares == sum(linear.features**2 for linear in linears)
     assert found.all_output_squares == sum(size**2 for size in outputs)
 
 

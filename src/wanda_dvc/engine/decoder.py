@@ -19,11 +19,16 @@ from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
-from wanda_dvc.engine.sequences import ARGUMENTS_BYTES, PackedQuestions, TokenSequence
+from wanda_dvc.engine.sequences import PackedQuestions, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.errors import UserError, is_out_of_memory, reason
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+# Bytes of kept arguments of blocks by kind of device, without those of the current sequence, which take 1 to 2 MB.
+# Other sequences' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on
+# one CPU core, and about as long as the block itself takes on a GPU (estimated).
+ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
+TRIAL_WINDOW = 4  # tokens of sliding windows, at most, in the trial of packed questions
 States = Float[Tensor, "1 length width"]  # hidden states of a sequence
 Logits = Float[Tensor, "chunk vocabulary"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one block, without the hidden states
@@ -137,7 +142,8 @@ class Decoder:
         """Return the arguments of every block. They depend on a sequence's length or questions, not on its tokens."""
         key = len(sequence.tokens) if sequence.questions is None else sequence.questions.key
         if key not in self._arguments:
-            # A pass has the same sequences in the same order for each block: the first stay, with the current one.
+            # A pass has the same sequences in the same order for each block: the first stay, with the current one, and
+            # `popitem` removes the one before it.
             if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
                 self._arguments.popitem()
             arguments = self._record_arguments(sequence)
@@ -169,7 +175,10 @@ class Decoder:
             if calls and hidden_states is not calls[-1].hidden and not torch.equal(hidden_states, calls[-1].hidden):
                 where = f"between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
-            self._check_input(index, hidden_states, len(sequence.tokens))
+            expected = (1, len(sequence.tokens), self.model.config.get_text_config().hidden_size)
+            if hidden_states.shape != expected:
+                what = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
+                raise unsupported(self.checkpoint, f"the model {what}")
             calls.append(BlockCall(hidden_states, (args, kwargs)))
             if index == until:
                 raise _Stop
@@ -190,12 +199,6 @@ class Decoder:
             what = f"{len(calls)} of its {len(self.blocks)} blocks, expected each once and in order"
             raise unsupported(self.checkpoint, f"the model's forward pass called {what}")
         return calls
-
-    def _check_input(self, index: int, hidden: Tensor, length: int) -> None:
-        expected = (1, length, self.model.config.get_text_config().hidden_size)
-        if hidden.shape != expected:
-            what = f"gives block {index} hidden states of {[*hidden.shape]}, expected {[*expected]}"
-            raise unsupported(self.checkpoint, f"the model {what}")
 
     @torch.no_grad()
     def _probe_first_block(self) -> None:
@@ -244,12 +247,15 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
-        """Yield the logits after the last block, by chunks of positions, through the model's own norm and head."""
+        """Yield the logits after the last block, some positions at a time, through the model's own norm and head.
+
+        The model's forward pass starts from `tokens`, but its blocks return `hidden`.
+        """
         for positions in self._positions_at_a_time(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 
     def loss_gradient(self, hidden: States, tokens: Int[Tensor, " length"]) -> States:
-        """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
+        """Return the gradient of the loss, summed over all tokens but the first, with respect to `hidden`."""
         tokens = tokens.to(self.device)
         targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
         for positions in self._positions_at_a_time(len(targets)):
@@ -291,6 +297,7 @@ class Decoder:
         if "longrope" in str(getattr(self.model.config.get_text_config(), "rope_parameters", "")):
             return False  # a sequence's last position chooses the angles of all
         tokens = torch.arange(24) % 7
+        # A context of 8 tokens with choices of 2 and 3, and a context of 7 with two choices of 2.
         questions = PackedQuestions(
             positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
             question=torch.tensor([0] * 13 + [1] * 11),
@@ -299,20 +306,18 @@ class Decoder:
         # The places of each context with one of its choices.
         texts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
         sequences = [TokenSequence(tokens[places]) for places in texts]
-        results = self._try([*sequences, TokenSequence(tokens, questions)], window=4)
+        results = self._try([*sequences, TokenSequence(tokens, questions)])
         if results is None:
             return False
-        packed = results.pop()
-        return are_close(torch.cat(results), torch.cat([packed[places] for places in texts]))
+        packed, alone = results.pop(), torch.cat(results)
+        difference = torch.cat([packed[places] for places in texts]) - alone
+        return bool(difference.norm() <= 1e-3 * alone.norm())  # up to the rounding of float32
 
-    def _try(self, sequences: list[TokenSequence], *, window: int) -> list[Float[Tensor, "_ width"]] | None:
-        """Return the results of some sequences; None if the model does not run with our attention.
-
-        Sliding windows and chunks of the model's masks have `window` tokens at most.
-        """
+    def _try(self, sequences: list[TokenSequence]) -> list[Float[Tensor, "_ width"]] | None:
+        """Return the results of some sequences; None if the model does not run with our attention."""
         self._arguments.clear()
         try:
-            with self._short_windows(window):
+            with self._short_windows():
                 return self._run_one_of_each_kind(sequences)
         except (TypeError, ValueError, RuntimeError, UserError) as error:
             if is_out_of_memory(error):
@@ -336,7 +341,8 @@ class Decoder:
         return [x[0] for x in hidden]
 
     @contextlib.contextmanager
-    def _short_windows(self, most: int) -> Iterator[None]:
+    def _short_windows(self) -> Iterator[None]:
+        """Limit the windows and chunks of the model's masks to `TRIAL_WINDOW`."""
         config = self.model.config.get_text_config()
         sizes: dict[str, int] = {}
         for name in ("sliding_window", "attention_chunk_size"):
@@ -345,7 +351,7 @@ class Decoder:
                 sizes[name] = size
         try:
             for name, size in sizes.items():
-                setattr(config, name, min(size, most))
+                setattr(config, name, min(size, TRIAL_WINDOW))
             yield
         finally:
             for name, size in sizes.items():
@@ -384,9 +390,3 @@ def are_equal(first: list[Arguments], second: list[Arguments]) -> bool:
         if not (torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value):
             return False
     return True
-
-
-def are_close(first: Tensor, second: Tensor) -> bool:
-    """Whether two results in float32 agree up to rounding."""
-    norm = torch.linalg.vector_norm
-    return bool(norm(second - first) <= 1e-3 * norm(first))

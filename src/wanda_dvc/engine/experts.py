@@ -128,6 +128,7 @@ def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:
     if ALL_ROWS not in rows.values():  # `grouped_mm`: by expert
         return call.experts.flatten().sort().indices
     (matrix,) = rows
+    assert matrix.expert is not None
     # `eager`: by the expert's place among the token's experts
     slot, token = torch.where((call.experts == matrix.expert).T)
     return token * call.experts.shape[1] + slot

@@ -1,22 +1,14 @@
 """The memory of a model in bytes, beyond the imports: run block by block, pruned, or trained. All formulas are here.
 
-With W parameters in the largest block, R outside the blocks, M weights in a block's linears, l in the largest linear; F
-features that a block's linears read and write, f the most of one; L tokens of a window; w bytes a number:
-
-    run block by block      (2 W + R) w + (L F + l) w, and min(2²⁵, L · vocabulary) (w + 8) for logits
-    sum statistics          8 L f; Gram matrices add 16 Σ f² + 12 · 128 f
-    choose masks            M + 24 · min(cores · min(l, 2²⁰), M); a solver 41 l + 20 f²
-    train                   (16 + w) · parameters, and activations
-
-Each stage adds 112 MiB. On a CPU, weights in the checkpoint's dtype are views of mapped files: page cache, which the
-system may reclaim. Activations wait on disk: 2 · windows · L · hidden · w.
+Sizes are those of `ModelSizes`. Callers add FIXED once for each stage; only `training_memory` has it already. On a CPU,
+weights in the checkpoint's dtype are views of mapped files: page cache, which the system may reclaim. Activations are
+on disk, before and after a block: 2 · tokens · hidden · itemsize.
 """
 
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.engine.checkpoint import ITEMSIZE, Address, read_config
-from wanda_dvc.engine.sequences import ARGUMENTS_BYTES
 from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH
 from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 
@@ -46,18 +38,19 @@ class ModelSizes:
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
         self.dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # of the stored weights
-        self.width = ITEMSIZE.get(self.dtype, 8)  # bytes of a stored weight, at most
+        self.itemsize = ITEMSIZE.get(self.dtype, 8)  # bytes of a stored weight, at most
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.blocks = len(blocks)
-        self.block = max(block_sizes)  # W: parameters of the largest block
-        self.rest = self.parameters - sum(block_sizes)  # R: of embeddings, norms and head
+        self.block_parameters = max(block_sizes)  # parameters of the largest block
+        self.other_parameters = self.parameters - sum(block_sizes)  # of embeddings, norms and head
         self.linear_weights = sum(weights)  # of all linears
-        self.block_weights = max(weights)  # M: of the linears of the largest block
-        self.linear = max(out * features for block in shapes for out, features in block)  # l: of the largest linear
-        self.features = max(sum(map(sum, block)) for block in shapes)  # F: that a block's linears read and write
-        self.widest = max(max(shape) for block in shapes for shape in block)  # f: that one linear reads or writes
-        self.squares, self.all_squares = max(squares), sum(squares)  # Σ f² of what a block's linears read; of all
-        self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)  # of what they write
+        self.block_weights = max(weights)  # of the linears of the largest block
+        self.largest_linear = max(out * features for block in shapes for out, features in block)  # weights
+        self.features = max(sum(map(sum, block)) for block in shapes)  # that a block's linears read and write
+        self.widest = max(max(shape) for block in shapes for shape in block)  # that one linear reads or writes
+        # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
+        self.input_squares, self.all_input_squares = max(squares), sum(squares)
+        self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)
         # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
         self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
         self.hidden: int = text_config.hidden_size
@@ -79,53 +72,57 @@ class ForwardMemory:
 
     def __init__(self, model: ModelSizes, *, dtype: str, length: int, device: str = "cpu") -> None:
         """Count on a kind of device."""
-        from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` needs not
+        # This imports transformers, which most of `mask` needs not.
+        from wanda_dvc.engine.decoder import ARGUMENTS_BYTES, LOGITS_AT_A_TIME
 
-        width = ITEMSIZE[dtype]
+        itemsize = ITEMSIZE[dtype]
         # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
-        scores = length**2 * model.heads_with_scores * (2 * width + 4)
-        self.weights = (2 * model.block + model.rest) * width  # of the current block, the next one, embeddings and head
+        scores = length**2 * model.heads_with_scores * (2 * itemsize + 4)
+        # Of the current block, the next one, embeddings and head.
+        self.weights = (2 * model.block_parameters + model.other_parameters) * itemsize
         # Whether the weights are views of the checkpoint: page cache, which the system may reclaim.
         self.mapped = device == "cpu" and dtype == model.dtype
-        self.activations = (length * model.features + model.linear) * width + scores  # a matrix library packs a linear
+        # A matrix library packs a linear.
+        self.activations = (length * model.features + model.largest_linear) * itemsize + scores
         # A chunk's, as the model gives them, in float32, and their log-softmax.
-        self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8)
+        self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (itemsize + 8)
         self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square
         # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel.
-        self.grams = 16 * model.squares + 12 * PANEL * model.widest
+        self.grams = 16 * model.input_squares + 12 * PANEL * model.widest
         # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
         gradient_grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
         # Before packed questions, a block of each kind is tried, with a copy in float32.
-        self.trial = 4 * model.block if width < 4 else 0
+        self.trial = 4 * model.block_parameters if itemsize < 4 else 0
         self.block_arguments = ARGUMENTS_BYTES[device]  # recorded arguments of the blocks, of packed questions
 
 
 def scoring_memory(model: ModelSizes, *, by_row: bool, threads: int) -> int:
     """Return the memory of a block's masks from scores, which threads compute in slices of rows, or by linear."""
-    slice_size = min(model.linear, WEIGHTS_AT_A_TIME) if by_row else model.linear
+    slice_size = min(model.largest_linear, WEIGHTS_AT_A_TIME) if by_row else model.largest_linear
     return model.block_weights + SELECTION * min(threads * slice_size, model.block_weights)
 
 
 def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
     """Return the memory to solve for a linear while the linear before it is written.
 
-    8 float32 copies and 5 matrices [f, f], at most; of Fisher information as many again.
+    That one has 9 bytes a weight: its values, new values and mask. The solver has 8 float32 copies of the weight and 5
+    matrices [f, f], at most, of f features; Fisher information adds 5 of each.
     """
-    linear, square = model.linear, model.widest**2
+    linear, square = model.largest_linear, model.widest**2
     memory = 9 * linear + 32 * linear + 20 * square
     return memory + 20 * (linear + square) if uses_fisher else memory
 
 
-def training_memory(model: ModelSizes, *, length: int, dense_width: int, kept: bool = False) -> int:
+def training_memory(model: ModelSizes, *, length: int, dense_itemsize: int, kept: bool = False) -> int:
     """Return the memory of a training step; activations are those of one block and all inputs, or, if `kept`, all.
 
-    Weights, gradients and two moments are in float32; the dense model has `dense_width` bytes a parameter.
+    Weights, gradients and two moments are in float32; the dense model has `dense_itemsize` bytes a parameter.
     """
     block = 8 * length * model.features + 12 * length**2 * model.heads_with_scores
     activations = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
     predictions = 24 * length * model.vocabulary
-    return FIXED + (16 + dense_width) * model.parameters + RECOVERY_BATCH * (activations + predictions)
+    return FIXED + (16 + dense_itemsize) * model.parameters + RECOVERY_BATCH * (activations + predictions)
 
 
 def triangles_size(squares: int) -> int:

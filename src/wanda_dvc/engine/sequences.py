@@ -17,10 +17,6 @@ from torch import Tensor
 
 Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several sequences
 PREFERRED_CHUNKS, LARGEST_CHUNK = 16, 100  # number of chunks; sequences of a chunk
-# Bytes of kept arguments of blocks by kind of device, without those of the current sequence, which take 1 to 2 MB.
-# Other sequences' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on
-# one CPU core, and about as long as the block itself takes on a GPU (estimated).
-ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +45,8 @@ class PackedQuestions:
     def masked_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
         """Return the masked pairs of tokens: [tokens, tokens] of each question, flat, one after another.
 
-        `visible` is the mask by position of the kind of block (causal, sliding, chunked).
+        True is masked, unlike in torch's attention. `visible`, in which True is seen, is the mask by position of the
+        kind of block (causal, sliding, chunked).
         """
         pairs = []
         for tokens in self.slices:

@@ -104,8 +104,8 @@ def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
     Memory: three blocks in float32, and ten matrices of the widest input.
     """
     needs = {
-        "memory": FIXED + 3 * 4 * sizes.block + 40 * sizes.widest**2,
-        "disk": triangles_size(sizes.all_squares + sizes.all_output_squares),
+        "memory": FIXED + 3 * 4 * sizes.block_parameters + 40 * sizes.widest**2,
+        "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares),
     }
     lacking = []
     for kind, size_free in free(study).items():
@@ -127,7 +127,7 @@ def training(run: Run, *, kept: bool = False) -> int:
     """Return the memory of `recover`, as `training_memory`."""
     length = min(RECOVERY_LENGTH, run.params.calibration.length)
     width = ITEMSIZE[trained_in(run.dtype, run.device)]
-    return training_memory(run.sizes, length=length, dense_width=width, kept=kept)
+    return training_memory(run.sizes, length=length, dense_itemsize=width, kept=kept)
 
 
 def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
@@ -153,7 +153,7 @@ def _needs_of_calibrate(run: Run) -> Requirements:
     disk = 2 * run.activations(calibration.windows * calibration.length)  # before and after a block
     if "gram" in statistics:
         memory += forward.grams
-        disk += triangles_size(run.sizes.all_squares)
+        disk += triangles_size(run.sizes.all_input_squares)
     if "fisher" in statistics:
         memory = max(memory, forward.backward)
         tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
@@ -180,7 +180,8 @@ def _needs_of_mask(run: Run) -> Requirements:
     if plan.solves_by_input or plan.repairs:
         memory += forward.grams
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
-    memory = models * memory + sizes.block * (ITEMSIZE[run.dtype] + sizes.width)  # a pruned block, and its new weights
+    itemsizes = ITEMSIZE[run.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
+    memory = models * memory + sizes.block_parameters * itemsizes
     places = 2 * models  # of activations: before and after a block
     if plan.repairs:  # and between all removed blocks
         places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
@@ -192,7 +193,7 @@ def _needs_of_mask(run: Run) -> Requirements:
 
 def _needs_of_apply(run: Run) -> Requirements:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
-    memory = 9 * run.sizes.linear
+    memory = 9 * run.sizes.largest_linear
     if "gram" in run.params.statistics:
         memory = solving_memory(run.sizes, uses_fisher=run.params.plan.reconstructor.uses_fisher)
     return Requirements(memory=FIXED + max(memory, _trial(run)), disk=run.model_size())
@@ -258,4 +259,4 @@ def _trial(run: Run) -> int:
     """Return the memory of the trial of a smaller model: a block in float32, and copies of weights that lose parts."""
     if run.params.plan.structure is None:
         return 0
-    return 4 * (run.sizes.rest + run.sizes.block + run.sizes.block // 3)
+    return 4 * (run.sizes.other_parameters + run.sizes.block_parameters + run.sizes.block_parameters // 3)
