@@ -29,7 +29,7 @@ def has_mps() -> bool:
 
 
 def has_bfloat16(kind: str) -> bool:
-    """Whether a processor has instructions for bfloat16. Torch's own check also says yes of AVX-512 without them."""
+    """Whether a kind of device has instructions for bfloat16; which CPUs torch uses them on: `multiplies_natively`."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -66,7 +66,7 @@ def disable_tf32() -> None:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return the device for masks, solvers and sums: a CUDA GPU or the host; other devices lack float64."""
+    """Return the device for masks, solvers and sums, which need float64: this one if it is CUDA, else the host."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
@@ -82,9 +82,10 @@ class Copies:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def copy(self, tensor: Tensor, into: Tensor) -> Tensor:
-        """Copy a tensor into another, which is returned: from the host to CUDA through pinned memory, without waiting.
+        """Copy a tensor into another, which is returned.
 
-        From other memory a copy has to end before its source is freed.
+        From the host to CUDA it goes through pinned memory, and the call does not wait for the copy; all other copies
+        have ended on return.
         """
         pinned = self._stream is not None and tensor.device.type == "cpu"
         return into.copy_(tensor.pin_memory() if pinned else tensor, non_blocking=pinned)
@@ -117,4 +118,5 @@ def keep_freed_memory() -> None:
             if library.mallopt(M_MMAP_THRESHOLD, threshold):
                 library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free
                 return
-        # A trim threshold alone would fix the other threshold at 128 KiB, and larger tensors would be mapped anew.
+        # Set alone, a trim threshold stops glibc from raising the other one above 128 KiB: it would map each larger
+        # tensor anew.

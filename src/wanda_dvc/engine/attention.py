@@ -73,24 +73,24 @@ def attend(
     refused = [name for name, argument in kwargs.items() if isinstance(argument, Tensor) and name not in IGNORED]
     if refused:
         raise ValueError(f"attention with {', '.join(refused)}")
-    kv_heads, heads = key.shape[1], query.shape[1] // key.shape[1]  # key heads, and the heads that share each
-    # These heads are next to each other, position by position: fewer and larger multiplications, of views.
+    # The queries that share a key head form one matrix, position by position: fewer and larger multiplications.
+    kv_heads, queries = key.shape[1], query.shape[1] // key.shape[1]
     q = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    q = q.unflatten(0, (kv_heads, heads)).transpose(1, 2).contiguous()  # [kv_heads, length, heads, size]
+    q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
-    outputs = q.new_empty(query.shape[2], kv_heads, heads, v.shape[-1])
+    outputs = q.new_empty(query.shape[2], kv_heads, queries, v.shape[-1])
     questions = current_questions().slices
-    sizes = [tokens.stop - tokens.start for tokens in questions]
-    masks = attention_mask.flatten().split([size**2 for size in sizes])
-    for tokens, size, mask in zip(questions, sizes, masks, strict=True):
-        scores = q[:, tokens].flatten(1, 2) @ k[:, tokens].mT  # [kv_heads, size · heads, size]
+    lengths = [tokens.stop - tokens.start for tokens in questions]
+    masks = attention_mask.flatten().split([length**2 for length in lengths])
+    for tokens, length, mask in zip(questions, lengths, masks, strict=True):
+        scores = q[:, tokens].flatten(1, 2) @ k[:, tokens].mT  # [kv_heads, length · queries, length]
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        bias = torch.zeros(size, 1, size, dtype=q.dtype, device=q.device)
-        bias.masked_fill_(mask.view(size, 1, size), -torch.inf)
-        scores.unflatten(1, (size, heads)).add_(bias)
+        bias = torch.zeros(length, 1, length, dtype=q.dtype, device=q.device)
+        bias.masked_fill_(mask.view(length, 1, length), -torch.inf)
+        scores.unflatten(1, (length, queries)).add_(bias)
         weights = torch.softmax(scores, dim=-1)  # sums in float32 for any dtype
-        outputs[tokens] = (weights @ v[:, tokens]).unflatten(1, (size, heads)).transpose(0, 1)
+        outputs[tokens] = (weights @ v[:, tokens]).unflatten(1, (length, queries)).transpose(0, 1)
     return outputs.flatten(1, 2)[None], None
 
 

@@ -16,7 +16,7 @@ from wanda_dvc.engine.sums import check_finite
 
 @dataclass(frozen=True)
 class BackwardRun:
-    """A block to run backward, and the stores of activations and of gradients by them.
+    """A block to run backward, and the stores of activations and of the gradients of ℓ with respect to them.
 
     `activations` has those before all blocks. `gradients` counts from the end: 0 is after the last block.
     """
@@ -59,7 +59,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
 
 @torch.no_grad()
 def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
-    """Write the gradients of each sequence's loss by its activations after the last block."""
+    """Write the gradients of each sequence's loss with respect to its activations after the last block."""
 
     def gradients() -> Iterator[Tensor]:
         after = run.activations.read(len(model.blocks), chunk.number)
@@ -71,7 +71,7 @@ def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
 
 @torch.no_grad()
 def run_backward(model: Decoder, run: BackwardRun, chunk: Chunk) -> FisherSums:
-    """Write the gradients of each sequence's loss by its activations before a block, from those after the block."""
+    """Write the gradients of each sequence's loss before a block, from those after the block."""
     model.load(run.index, run.index - 1)
     blocks_done = len(model.blocks) - 1 - run.index
 

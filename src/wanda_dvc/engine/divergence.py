@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
     top_log_p: Float32[Tensor, "predictions top"]
     tail_log_p: Float32[Tensor, " predictions"]  # of all tokens outside the top together
     drawn_log_p: Float32[Tensor, "predictions drawn"]
-    first: Int32[Tensor, " predictions"]  # the model's most probable token, of equals the lowest id
+    first: Int32[Tensor, " predictions"]  # top-1: the model's most probable token, of equals the lowest id
     true_log_p: Float32[Tensor, " predictions"]  # of the text's next token
 
 

@@ -296,18 +296,18 @@ def _block_tensors(
     source: Checkpoint, blocks_name: str, linears: Sequence[Mapping[str, Linear]]
 ) -> dict[str, UnitTensor]:
     """Return the stored tensors of blocks. Another part of the model may have blocks too, such as a vision tower."""
-    pattern = re.compile(r"(?P<head>.*?\.)(?P<block>\d+)(?P<tail>\..*)")
-    heads = set()
+    pattern = re.compile(r"(?P<prefix>.*?\.)(?P<block>\d+)(?P<suffix>\..*)")
+    prefixes = set()
     for names in linears:
         for name in names:
             match = pattern.fullmatch(name)
             if match:
-                heads.add(match["head"])
+                prefixes.add(match["prefix"])
     tensors = {}
     for name in source.where:
         match = pattern.fullmatch(name)
-        if match and match["head"] in heads:
-            tensors[name] = UnitTensor(blocks_name, int(match["block"]), match["head"], match["tail"])
+        if match and match["prefix"] in prefixes:
+            tensors[name] = UnitTensor(blocks_name, int(match["block"]), match["prefix"], match["suffix"])
     return tensors
 
 
@@ -371,8 +371,8 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
             if stored.expert is None:
                 dimensions.append(UnitDimension(stored.address, dim, mixture, (1,)))
             else:  # the last such number in its name is the expert's
-                head, _, tail = name.rpartition(f".{stored.expert}.")
-                unit_tensors[name] = UnitTensor(mixture, stored.expert, f"{head}.", f".{tail}")
+                prefix, _, suffix = name.rpartition(f".{stored.expert}.")
+                unit_tensors[name] = UnitTensor(mixture, stored.expert, f"{prefix}.", f".{suffix}")
     members = _members(full, slices, tensors, total)
     return Removal(
         structure=structure,

@@ -1,4 +1,4 @@
-"""Records gradients by the outputs of a block's linears."""
+"""Records gradients with respect to the outputs of a block's linears."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ from wanda_dvc.pruning.gram import Gram
 
 @dataclass(kw_only=True)
 class FisherSums:
-    """Sums over some sequences of the gradients by the outputs of a block's linears. Sums of several chunks merge.
+    """Sums over some sequences of the gradients ∂ℓ/∂y of a block's linears. Sums of several chunks merge.
 
-    A token's gradient ∂ℓ/∂y is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient by
-    the weights is (∂ℓ/∂y) xᵀ.
+    A token's gradient is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient of the
+    weights is (∂ℓ/∂y) xᵀ.
 
     Linears without a gradient are missing, such as experts without tokens, or with only last tokens, which predict
     nothing.
@@ -37,7 +37,7 @@ class FisherSums:
 
 
 class GradientRecorder:
-    """Sums of the gradients by the outputs of a block's linears, which grow while passes run backward."""
+    """Sums of the gradients of the outputs of a block's linears, which grow while passes run backward."""
 
     def __init__(self, linears: dict[str, Linear]) -> None:
         self.linears = linears
@@ -46,11 +46,11 @@ class GradientRecorder:
         self._tokens: dict[str, Tensor] = {}  # tokens of the passes with a gradient, on the device
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
-        """Record the gradients by the outputs of the linears in every pass inside."""
+        """Record the gradients of the linears' outputs in every pass inside."""
         return observing(self.linears, self._see_output)
 
     def _see_output(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
-        """Wait for the gradient by an output [..., out] of the linears that are rows of one matrix."""
+        """Wait for the gradient of an output [..., out] of the linears that are rows of one matrix."""
         if not y.requires_grad:
             return
         inputs = x.detach().flatten(0, -2)[tokens].float()
@@ -76,7 +76,10 @@ class GradientRecorder:
             self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
     def result(self) -> FisherSums:
-        """Return the sums of the linears with a gradient, in main memory. The host waits for a GPU once."""
+        """Return the sums of the linears with a gradient. The host waits for a GPU once.
+
+        Sums are in main memory; Gram matrices stay on the device, where those of all chunks are added.
+        """
         counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []
         result = FisherSums()
         for name, count in zip(self._tokens, counts, strict=True):

@@ -20,7 +20,7 @@ class WeightChange:
 
     masks: Mapping[str, Tensor] = field(compare=False)  # True is kept
     weights: Mapping[str, Tensor] = field(compare=False)  # oriented as stored
-    name: str = field(default_factory=lambda: uuid4().hex)
+    id: str = field(default_factory=lambda: uuid4().hex)
 
 
 class BlockLoader:
@@ -45,10 +45,10 @@ class BlockLoader:
         self._load_outside_blocks()
 
     def _load_outside_blocks(self) -> None:
-        """Load the parameters and buffers outside blocks.
+        """Load the parameters outside blocks, and all buffers, which are small.
 
-        A tied head is the embeddings' parameter, stored once or twice. If both are stored and differ, they are
-        separate, for any configuration, as in transformers.
+        A tied head is the embeddings' parameter. One name is stored: both get its tensor. Both are stored and equal:
+        likewise. Both are stored and differ: they are separate, for any configuration, as in transformers.
         """
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         aliases_of: dict[int, list[str]] = {}  # the names of each parameter
@@ -88,7 +88,7 @@ class BlockLoader:
         """
         if self._loaded == (index, then, change):
             return
-        if self._loaded != (index, then, None):
+        if self._loaded != (index, then, None):  # else a block without a change gets one, and is not read again
             self.unload()
             for name, tensor in self._take(index, then).items():
                 set_parameter(self.model, name, tensor)

@@ -90,7 +90,7 @@ class InputRecorder:
         self._seen.clear()
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
-        """Sum the products of these numbers and the next sequence's input of a linear, in `InputSums.crosses`."""
+        """Sum the products of these numbers, of each token, and the next sequence's input of a linear, in `crosses`."""
         self._dense[name], self._tokens = numbers, len(numbers)
 
     def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:

@@ -28,16 +28,16 @@ class UnitDimension(NamedTuple):
     address: Address
     dim: int
     unit_set: str
-    layout: tuple[int, ...]  # as `Units.layout`
+    layout: tuple[int, ...]  # places of a unit in each section of the dimension, as `Units.layout`
 
 
 class UnitTensor(NamedTuple):
-    """A stored tensor of one unit. Its name is the head, the unit's number and the tail."""
+    """A stored tensor of one unit. Its name is the prefix, the unit's number and the suffix."""
 
     unit_set: str
     unit: int
-    head: str
-    tail: str
+    prefix: str
+    suffix: str
 
 
 class ConfigField(NamedTuple):
@@ -81,7 +81,8 @@ class Removal:
             if config_field.unit_sets:
                 units = self.unit_sets[config_field.unit_sets[0]]
                 values[name] = config_field.value * units.kept // units.total
-        for kept in self.kept_masks.values():
+        if self.config_lists and self.kept_masks:
+            (kept,) = self.kept_masks.values()
             for name, entries in self.config_lists.items():
                 values[name] = [entry for entry, is_kept in zip(entries, kept.tolist(), strict=True) if is_kept]
         return values
@@ -164,10 +165,10 @@ class Removal:
             if tensor not in self.unit_tensors:
                 sources[tensor] = tensor
                 continue
-            unit_set, unit, head, tail = self.unit_tensors[tensor]
+            unit_set, unit, prefix, suffix = self.unit_tensors[tensor]
             kept = self.kept_masks[unit_set]
-            if unit >= len(kept) or kept[unit]:  # a block after the last one predicts more tokens
-                sources[f"{head}{unit - int((~kept[:unit]).sum())}{tail}"] = tensor
+            if unit >= len(kept) or kept[unit]:  # blocks after the last one, for multi-token prediction, stay
+                sources[f"{prefix}{unit - int((~kept[:unit]).sum())}{suffix}"] = tensor
         return sources
 
 

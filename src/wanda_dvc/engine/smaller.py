@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
@@ -40,12 +40,12 @@ class SmallerCheckpoint(EditedCheckpoint):
         entries = {}
         for name, source_name in self.source_names.items():
             entry, shape = self.source.entries[source_name], list(self.source.entries[source_name].shape)
-            address, first = Address(source_name), 0
-            if self._experts[source_name]:  # the dimension of experts is before those of each matrix
-                address, first = Address(source_name, 0), 1
+            address, expert_axes = Address(source_name), 0
+            if self._experts[source_name]:  # [experts, out, in]
+                address, expert_axes = Address(source_name, 0), 1
             for dimension in self.removal.dimensions_of.get(address.linear, ()):
                 kept = self.removal.unit_sets[dimension.unit_set].kept
-                shape[first + dimension.dim] = sum(dimension.layout) * kept
+                shape[expert_axes + dimension.dim] = sum(dimension.layout) * kept
             length = entry.length * math.prod(shape) // max(1, math.prod(entry.shape))
             entries[name] = entry._replace(shape=shape, length=length)
         return entries
@@ -57,23 +57,19 @@ class SmallerCheckpoint(EditedCheckpoint):
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or one expert's matrix in it, without removed units."""
-        name, dimensions_of = self.source_names[address.tensor], self.removal.dimensions_of
-        of_tensor = dimensions_of.get(Address(name).linear, [])
-        if address.expert is not None:
-            expert = address.expert
-            if of_tensor:  # some experts of the tensor are removed
-                expert = int(self._kept(of_tensor[0])[expert])
-            matrix = Address(name, expert)
-            return self._select(self._read(matrix), dimensions_of.get(matrix.linear, []))
-        if self._experts[name]:
+        name, expert = self.source_names[address.tensor], address.expert
+        if expert is None and self._experts[name]:  # some units of each expert's matrix are removed
             experts = range(self._experts[name])
             return torch.stack([self.read(Address(address.tensor, expert)) for expert in experts])
-        return self._select(self._read(Address(name)), of_tensor)
-
-    def _select(self, tensor: Tensor, dimensions: Iterable[UnitDimension]) -> Tensor:
-        for dimension in dimensions:
-            tensor = tensor.index_select(dimension.dim, self._kept(dimension).to(tensor.device))
+        dimensions_of = self.removal.dimensions_of
+        of_tensor = dimensions_of.get(Address(name).linear, [])
+        if expert is not None and of_tensor:  # some experts of the tensor are removed
+            expert = int(self._kept_indices(of_tensor[0])[expert])
+        source = Address(name, expert)
+        tensor = self._read(source)
+        for dimension in dimensions_of.get(source.linear, []):
+            tensor = tensor.index_select(dimension.dim, self._kept_indices(dimension).to(tensor.device))
         return tensor
 
-    def _kept(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
+    def _kept_indices(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
         return expand(self.removal.kept_masks[dimension.unit_set], dimension.layout).nonzero()[:, 0]

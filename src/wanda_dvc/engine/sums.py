@@ -17,9 +17,9 @@ S = TypeVar("S", InputStats, Gram, TokenSum)
 
 
 class BlockRecord(NamedTuple):
-    """The statistics of the inputs of a block's linears."""
+    """The statistics of the inputs of a block's linears. Matrices stay on the device that solves with them."""
 
-    stats: BlockStats
+    stats: BlockStats  # in main memory
     grams: dict[str, Gram]  # by distinct input; missing for inputs without tokens
     crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs with dense sequences for all tokens
 
@@ -36,7 +36,7 @@ class InputSums:
     crosses: dict[str, TokenSum] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers R
     input_of: dict[str, str] = field(default_factory=dict)  # the name of each linear's input
     outputs: dict[str, TokenSum] = field(default_factory=dict)  # of routed experts, by the last linear of each
-    # Σ (1 − cosine of the block's input and output), and tokens
+    # Σ (1 − cosine of the block's input and output), and tokens: ShortGPT's block influence (arXiv 2403.03853)
     influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
 
@@ -57,11 +57,8 @@ class InputSums:
         if before != name:
             raise unsupported(linear, f"it reads the input of {before}, and in other windows of {name}")
 
-    def of(self, linears: dict[str, Linear]) -> BlockRecord:
-        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
-
-        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
-        """
+    def _with_inputs_without_tokens(self, linears: dict[str, Linear]) -> tuple[dict[str, InputStats], dict[str, str]]:
+        """Return all inputs' statistics, and the input of each linear, also of experts without tokens."""
         stats, input_of = dict(self.stats), dict(self.input_of)
         seen = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
         for matrix, names in group_by_matrix(linears).items():
@@ -74,6 +71,14 @@ class InputSums:
                 raise unsupported(first, "its experts do not multiply by the stored matrices")
             stats[first] = InputStats.empty(linears[first].features)
             input_of |= dict.fromkeys(names, first)
+        return stats, input_of
+
+    def of(self, linears: dict[str, Linear]) -> BlockRecord:
+        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
+
+        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
+        """
+        stats, input_of = self._with_inputs_without_tokens(linears)
         consumers: dict[str, list[str]] = {}
         for linear in _experts_last(input_of, linears):
             consumers.setdefault(input_of[linear], []).append(linear)
