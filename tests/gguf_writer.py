@@ -19,7 +19,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     _describe(writer, config)
     _add_tokenizer(writer, folder, config.vocab_size)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name in checkpoint.where:
+    for name in checkpoint.file_of:
         values = checkpoint.read(Address(name)).to(torch.float32).numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # In llama.cpp's order: the two halves of each head alternate.

@@ -115,7 +115,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
 def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: Path):
     """So memory is bounded by two weights: what comes before the one before is written by then."""
     source = Checkpoint(save("granitemoe", tmp_path / "dense"))
-    stored = [name for name in source.where if "linear" in name and "layers" in name]
+    stored = [name for name in source.file_of if "linear" in name and "layers" in name]
     addresses = [Address(name, expert) for name in reversed(stored) for expert in (3, 1, 0, 2)]
     sizes, asked = [], []
 
@@ -132,7 +132,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
     assert all(one < other for one, other in pairwise(places))
     assert all(place - size < 2**17 for place, size in zip(places, sizes[1:], strict=False))  # a file object's buffer
     copied = Checkpoint(tmp_path / "copy")
-    for name in source.where:
+    for name in source.file_of:
         assert torch.equal(copied.read(Address(name)), source.read(Address(name)) + (name in stored))
 
 

@@ -278,7 +278,7 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     run(made, *lines, "perplexity dense", "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
     blocks, linears = ALL[family][1:]
     dense, pruned, exported = map(Checkpoint, (source, made.model("pruned"), tmp_path / "exported"))
-    assert dense.where.keys() == pruned.where.keys()
+    assert dense.file_of.keys() == pruned.file_of.keys()
     for name in " ".join(linears).split():
         before, after = (each.weight(f"{blocks}.1.{name}") for each in (dense, pruned))
         transposed = family in ("gpt2", "openai-gpt", "gpt_oss") and "self_attn" not in name  # rows are inputs
@@ -287,7 +287,7 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
         assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
         assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
     inside = {dense.find(f"{blocks}.1.{name}").tensor for name in " ".join(linears).split()}
-    for name in dense.where:
+    for name in dense.file_of:
         assert torch.equal(pruned.read(Address(name)), exported.read(Address(name))), name
         if blocks not in name or (f"{blocks}.1." in name and name not in inside):
             assert torch.equal(dense.read(Address(name)), pruned.read(Address(name))), name

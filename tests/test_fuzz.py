@@ -34,7 +34,7 @@ def documents(path: Path) -> None:
 def checkpoint(path: Path) -> None:
     (path.parent / "config.json").write_text("{}")
     opened = Checkpoint(path.parent)
-    for name in opened.where:
+    for name in opened.file_of:
         assert opened.entries[name].length >= 0
 
 

@@ -87,7 +87,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
             if propagation == "dense":
                 assert measures[name]["error"] <= measures[name]["masked"] * (1 + 1e-5)
     assert all(moved) == any(moved) == (RECONSTRUCTIONS[reconstruction].function is not None)
-    same = {name: torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.where}
+    same = {name: torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.file_of}
     assert all(stays for name, stays in same.items() if "layers" not in name or "norm" in name)
 
 

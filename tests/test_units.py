@@ -272,7 +272,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
     every = build_empty(checkpoint.config, "it").parameters()
     assert sum(x.numel() for x in small.parameters()) < sum(x.numel() for x in every)
-    shared = [name for name in checkpoint.where if "shared" in name and pattern == "experts"]
+    shared = [name for name in checkpoint.file_of if "shared" in name and pattern == "experts"]
     assert all(torch.equal(checkpoint.read(Address(name)), left.read(Address(name))) for name in shared)
 
 
@@ -341,7 +341,7 @@ def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
     checkpoint = Checkpoint(save("llama", tmp_path / "model"))
     removal = removal_of(checkpoint.folder, "blocks").with_kept({"model.layers": torch.tensor([True, False, True])})
     tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
-    names = removal.renumbered([*checkpoint.where, *tower])
+    names = removal.renumbered([*checkpoint.file_of, *tower])
     assert [names[name] for name in tower] == tower
     assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
     predictor = UnitTensor("model.layers", 3, "model.layers.", ".eh_proj")  # it predicts more tokens
@@ -414,7 +414,7 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
     assert read_provenance(made.masks, "mask")["config"] == fields
     plan, changed = made.params.plan, set()
     keeps = {name: keep for block in range(2) for name, keep in read_masks(made.masks, block).items()}
-    for name in dense.where:
+    for name in dense.file_of:
         before, after = (each.read(Address(name)) for each in (dense, pruned))
         if (keep := keeps.get(name.removesuffix(".weight"))) is not None:
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]

@@ -65,7 +65,7 @@ class Checkpoint:
         return read_config(self.folder)
 
     @cached_property
-    def where(self) -> dict[str, Path]:
+    def file_of(self) -> dict[str, Path]:
         """The file of each tensor."""
         if not is_there(self.folder / "config.json"):
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
@@ -74,35 +74,35 @@ class Checkpoint:
                 files = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
                 raise UserError(f"{self.folder}: found {files}, expected {SINGLE} or {INDEX}; save it as safetensors")
             return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
-        where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
-        for name, path in where.items():
+        paths = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
+        for name, path in paths.items():
             if name not in self.header(path):
                 raise UserError(f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {COPY}")
-        return where
+        return paths
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and place in its file of each tensor."""
-        return {name: self.header(path)[name] for name, path in self.where.items()}
+        return {name: self.header(path)[name] for name, path in self.file_of.items()}
 
     @property
     def shards(self) -> list[Path]:
         """The files with tensors, sorted."""
-        return sorted(set(self.where.values()))
+        return sorted(set(self.file_of.values()))
 
     def read(self, address: Address) -> Tensor:
         """Return a tensor, or one expert's matrix in it, in its stored dtype."""
-        tensor: Tensor = self._opened(self.where[address.tensor]).get_tensor(address.tensor)
+        tensor: Tensor = self._opened(self.file_of[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
 
     def find(self, linear: str) -> Address:
         """Return the address of a linear's weight."""
-        if f"{linear}.weight" in self.where:
+        if f"{linear}.weight" in self.file_of:
             return Address(f"{linear}.weight")
         owner, _, leaf = linear.rpartition(".")
         owner, _, expert = owner.rpartition(".")
         for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
-            if expert.isdecimal() and name in self.where:
+            if expert.isdecimal() and name in self.file_of:
                 return Address(name, int(expert))
         raise UserError(f"{self}: no weight of {linear}, a linear of the statistics; run `dvc repro`")
 
@@ -119,16 +119,16 @@ class EditedCheckpoint(Checkpoint):
         self.source, self._read = source, read
         # By tensor: whether its experts are replaced one by one.
         self._replaced = {address.tensor: address.expert is not None for address in replaced}
-        self.source_names = {name: name for name in source.where}  # the source's tensor, by name in the view
+        self.source_names = {name: name for name in source.file_of}  # the source's tensor, by name in the view
         self.config_changes: dict[str, Any] = {}  # new values in the text part of config.json
 
     def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Path]]:
         raise TypeError(f"{self}: a view of a checkpoint stays in its process: another one would open the source")
 
     @cached_property
-    def where(self) -> dict[str, Path]:
+    def file_of(self) -> dict[str, Path]:
         """The source's file of each tensor."""
-        return {name: self.source.where[source_name] for name, source_name in self.source_names.items()}
+        return {name: self.source.file_of[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -138,7 +138,7 @@ class EditedCheckpoint(Checkpoint):
     @cached_property
     def left_out(self) -> set[str]:
         """The source's tensors that the view leaves out; none while config.json stays as it is."""
-        return self.source.where.keys() - self.source_names.values()
+        return self.source.file_of.keys() - self.source_names.values()
 
     @cached_property
     def changed(self) -> dict[str, str]:
@@ -253,14 +253,10 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
         yield from _write_shard(view, shard, target / shard.relative_to(folder))
     if view.config_changes:
         if (folder / INDEX).is_file():
-            _write_index(view, target / INDEX)
+            total = sum(entry.length for entry in view.entries.values())
+            shard_names = {name: shard.name for name, shard in sorted(view.file_of.items())}
+            _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_names})
         _write_config(view, target / "config.json")
-
-
-def _write_index(view: EditedCheckpoint, path: Path) -> None:
-    shards = {name: shard.name for name, shard in sorted(view.where.items())}
-    total = sum(entry.length for entry in view.entries.values())
-    _write_json(path, {"metadata": {"total_size": total}, "weight_map": shards})
 
 
 def _write_config(view: EditedCheckpoint, path: Path) -> None:
@@ -334,12 +330,10 @@ def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator
             begin = stored[tensor].begin
             copied.append(original[begin : begin + stored[tensor].length].data)
             continue
-        *addresses, last = view.addresses(name)
+        addresses = view.addresses(name)
         for address in addresses:
-            yield Piece([*copied, _read_checked(view, address, shard)], None)
+            yield Piece([*copied, _read_checked(view, address, shard)], name if address == addresses[-1] else None)
             copied = []
-        yield Piece([*copied, _read_checked(view, last, shard)], name)
-        copied = []
     yield Piece(copied, None)
 
 

@@ -162,7 +162,9 @@ def _field_dimensions(
         value = getattr(text, field, 0)
         if value == 0:
             continue
-        trial = _trial_of(value)
+        trial = TRIAL
+        if value is not None:
+            trial = value // 2 if isinstance(value, int) else 0
         if not trial or (value is None and scaled):  # null has no proportion
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         fields = {field: trial, **fixed}
@@ -180,13 +182,6 @@ def _field_dimensions(
         fields_sought = ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has no number of them (looked for {fields_sought})")
     return [*dimensions.values()]
-
-
-def _trial_of(value: Any) -> int:
-    """Return the value of a field for a trial; 0 if it is not one number above 1."""
-    if value is None:
-        return TRIAL
-    return value // 2 if isinstance(value, int) else 0
 
 
 def _number_of_experts(module: nn.Module) -> int:
@@ -304,7 +299,7 @@ def _block_tensors(
             if match:
                 prefixes.add(match["prefix"])
     tensors = {}
-    for name in source.where:
+    for name in source.file_of:
         match = pattern.fullmatch(name)
         if match and match["prefix"] in prefixes:
             tensors[name] = UnitTensor(blocks_name, int(match["block"]), match["prefix"], match["suffix"])

@@ -27,7 +27,7 @@ from wanda_dvc.errors import FIX, UserError, notice
 if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
 
-ModelInput = Sequence[TokenSequence] | Int[Tensor, "samples length"]
+ModelInput = Sequence[TokenSequence] | Int[Tensor, "windows length"]
 Job = TypeVar("Job")
 Input = TypeVar("Input")
 Result = TypeVar("Result")

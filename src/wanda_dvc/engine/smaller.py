@@ -29,7 +29,7 @@ class SmallerCheckpoint(EditedCheckpoint):
         super().__init__(source, read or source.read, replaced)
         self.removal = removal
         self.config_changes = removal.config_changes
-        self.source_names = removal.renumbered(source.where)
+        self.source_names = removal.renumbered(source.file_of)
         experts = {dimension.address for dimension in removal.dimensions if dimension.address.expert is not None}
         # The number of experts of the tensors that hold several, whose matrices have dimensions with units.
         self._experts = Counter(address.tensor for address in experts)

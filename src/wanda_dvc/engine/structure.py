@@ -196,7 +196,7 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
     slices: dict[str, list[StoredSlice]] = {}
     # By parameter: the tensors that a conversion rule joins to it, and the pattern of the rule that each name matches.
     joined: dict[str, dict[str, str]] = {}
-    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
+    for tensor in sorted(checkpoint.file_of, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor in state:  # a rule for other names matches this one: so does transformers
             name, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
@@ -233,8 +233,11 @@ def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[s
             raise unsupported(checkpoint, f"blocks share {names[0]}")
         for name in stored:
             _check_dtypes(checkpoint, slices[name])
-            if slices[name][0].is_complete:
-                _check_shape(checkpoint, slices[name][0].address.tensor, [*model.get_parameter(name).shape])
+            tensor, expected = slices[name][0].address.tensor, [*model.get_parameter(name).shape]
+            shape = checkpoint.entries[tensor].shape
+            if slices[name][0].is_complete and shape != expected:
+                what = f"{tensor} is {shape}, expected {expected} by config.json"
+                raise UserError(f"{checkpoint}: {what}; copy both again")
 
 
 def _check_dtypes(checkpoint: Checkpoint, slices: Sequence[StoredSlice]) -> None:
@@ -243,15 +246,9 @@ def _check_dtypes(checkpoint: Checkpoint, slices: Sequence[StoredSlice]) -> None
         if dtype not in SAFETENSORS_NAMES.values():
             usual = ", ".join([*SAFETENSORS_NAMES.values()][:3])
             raise UserError(
-                f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
+                f"{checkpoint.file_of[tensor]}: {tensor} is {dtype}, expected {usual}; "
                 "name the model before it was quantized, or convert it"
             )
-
-
-def _check_shape(checkpoint: Checkpoint, tensor: str, expected: list[int]) -> None:
-    shape = checkpoint.entries[tensor].shape
-    if shape != expected:
-        raise UserError(f"{checkpoint}: {tensor} is {shape}, expected {expected} by config.json; copy both again")
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:

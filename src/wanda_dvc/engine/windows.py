@@ -31,7 +31,7 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
 
 def draw(
     tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int, setting: str = "calibration.text"
-) -> Int[Tensor, "samples length"]:
+) -> Int[Tensor, "windows length"]:
     """Draw windows at random places, as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`.
 
     UserError, with the `setting` that names the text, if it has too few tokens.
@@ -102,10 +102,10 @@ def _report_repeats(starts: Int[Tensor, " windows"], length: int, setting: str) 
 def cut(
     tokens: Int[Tensor, " tokens"], *, length: int, windows: int | str | None, name: str = "the text"
 ) -> list[Int[Tensor, " _"]]:
-    """Cut a text into consecutive windows without overlap: `windows` of them, or every complete one, and drop the rest.
+    """Cut a text into consecutive windows without overlap: `windows` of them, or, for None, every complete one.
 
-    With `windows` "all" the tokens after the last complete window are a shorter one, if they are at least two: the
-    first predicts nothing. UserError, with the `name` of the text, if it has too few tokens.
+    The tokens after the last one are dropped. With `windows` "all" they are a shorter window, if they are at least two:
+    the first predicts nothing. UserError, with the `name` of the text, if it has too few tokens.
     """
     complete = len(tokens) // length
     wanted = windows if isinstance(windows, int) else None
