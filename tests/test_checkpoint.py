@@ -153,5 +153,5 @@ def test_a_new_weight_must_be_stored_as_the_old_one(tiny: Path, tmp_path: Path, 
 def test_a_linears_name_leads_back_to_its_address(name: str, expert: int | None):
     for stored in (f"{name}.weight", *([] if expert is None else [name])):
         address, checkpoint = Address(stored, expert), Checkpoint(Path())
-        checkpoint.__dict__["where"] = {stored: Path()}
+        checkpoint.__dict__["file_of"] = {stored: Path()}
         assert checkpoint.find(address.linear) == address
