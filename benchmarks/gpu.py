@@ -140,7 +140,7 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     yield ("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
         model = ModelSizes.read(folder)
-        memory = ForwardMemory(model, dtype="float32", length=tokens.shape[1], device="cuda")
+        memory = ForwardMemory(model, dtype="float32", length=tokens.shape[1])
         formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
         formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
         formula += TEMPORARIES * min(AT_A_TIME["cuda"], tokens.shape[1] * model.vocabulary)

@@ -58,7 +58,7 @@ def explain(error: Exception) -> tuple[str, ...]:
     if system_error is not None:
         problem = _explain_system_error(system_error)
     elif isinstance(error, ModuleNotFoundError):
-        problem = _explain_missing(error.name or "")
+        problem = _explain_missing((error.name or "").partition(".")[0])
     else:
         problem = _explain_text(error)
     return (problem,) if problem else ()
@@ -88,8 +88,7 @@ def _explain_system_error(error: OSError) -> str | None:
     return _out_of_memory(text) if error.errno in NO_MEMORY else None
 
 
-def _explain_missing(module: str) -> str | None:
-    library = module.partition(".")[0]
+def _explain_missing(library: str) -> str | None:
     if library not in EXTRAS:
         return None
     return f"{library}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[library]}]'`"

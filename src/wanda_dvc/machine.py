@@ -18,8 +18,9 @@ def cores() -> int:
 
 def omp_threads() -> int | None:
     """Return OMP_NUM_THREADS (of a list for nested levels, the first); None if it is not a positive number."""
-    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(given) or None if given.isdecimal() else None
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    threads = int(text) if text.isdecimal() else 0
+    return threads or None
 
 
 def usable_cores() -> int:

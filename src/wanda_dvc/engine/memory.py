@@ -1,8 +1,8 @@
 """The memory of a model in bytes, beyond the imports: run block by block, pruned, or trained. All formulas are here.
 
 Sizes are those of `ModelSizes`. Callers add FIXED once for each stage; only `training_memory` has it already. On a CPU,
-weights in the checkpoint's dtype are views of mapped files: page cache, which the system may reclaim. Activations are
-on disk, before and after a block: 2 · tokens · hidden · itemsize.
+weights in the checkpoint's dtype are views of mapped files: they count here, but the system may reclaim their pages.
+Activations are on disk, before and after a block: 2 · tokens · hidden · itemsize.
 """
 
 from pathlib import Path
@@ -70,18 +70,14 @@ class ModelSizes:
 class ForwardMemory:
     """The memory of a model that runs block by block, by purpose, for sequences of `length` tokens."""
 
-    def __init__(self, model: ModelSizes, *, dtype: str, length: int, device: str = "cpu") -> None:
-        """Count on a kind of device."""
-        # This imports transformers, which most of `mask` needs not.
-        from wanda_dvc.engine.decoder import ARGUMENTS_BYTES, LOGITS_AT_A_TIME
+    def __init__(self, model: ModelSizes, *, dtype: str, length: int) -> None:
+        from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` needs not
 
         itemsize = ITEMSIZE[dtype]
         # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
         scores = length**2 * model.heads_with_scores * (2 * itemsize + 4)
         # Of the current block, the next one, embeddings and head.
         self.weights = (2 * model.block_parameters + model.other_parameters) * itemsize
-        # Whether the weights are views of the checkpoint: page cache, which the system may reclaim.
-        self.mapped = device == "cpu" and dtype == model.dtype
         # A matrix library packs a linear.
         self.activations = (length * model.features + model.largest_linear) * itemsize + scores
         # A chunk's, as the model gives them, in float32, and their log-softmax.
@@ -92,9 +88,6 @@ class ForwardMemory:
         # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
         gradient_grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
-        # Before packed questions, a block of each kind is tried, with a copy in float32.
-        self.trial = 4 * model.block_parameters if itemsize < 4 else 0
-        self.block_arguments = ARGUMENTS_BYTES[device]  # recorded arguments of the blocks, of packed questions
 
 
 def scoring_memory(model: ModelSizes, *, by_row: bool, threads: int) -> int:

@@ -32,7 +32,7 @@ class Variant:
 
     settings: tuple[str, ...] = ()  # the settings that decide its results, by dotted name
     deps: tuple[str, ...] = ()
-    outs: tuple[str, ...] = ()  # cached
+    outs: tuple[str, ...] = ()  # cached by DVC
     uncached: tuple[str, ...] = ()  # not stored: links, and what follows from cached outputs
     metrics: tuple[str, ...] = ()  # committed
     plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
@@ -42,7 +42,7 @@ class Variant:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """What it writes."""
+        """All files and folders that it writes."""
         return (*self.outs, *self.uncached, *self.metrics, *(self.plots or ()))
 
 
@@ -130,10 +130,6 @@ def _recovers(params: "Params") -> bool:
     return params.recovery.tokens > 0
 
 
-def _recovers_on_another_text(params: "Params") -> bool:
-    return _recovers(params) and params.recovery.text is not None
-
-
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
 STATS = tuple(f"stats/{statistics}" for statistics in STATISTICS)
@@ -177,7 +173,10 @@ STAGES = {
                     "perplexity/{text}", "data/perplexity/{text}", setting="perplexity.texts.NAME", by_text=True
                 ),
                 "recovery": _variant_of_download(
-                    "recovery", "data/recovery", setting="recovery.text", wanted=_recovers_on_another_text
+                    "recovery",
+                    "data/recovery",
+                    setting="recovery.text",
+                    wanted=lambda params: _recovers(params) and params.recovery.text is not None,
                 ),
                 "tasks": _variant_of_download("tasks", "data/tasks", setting="tasks"),
             },
@@ -259,9 +258,9 @@ TRACKED = sorted({path.partition("/")[0] for path in WRITTEN} | {".dvc", ".git"}
 def check_outside(study: "Study", path: Path) -> Path:
     """Return the absolute path of a directory to write. UserError if it is inside a folder that DVC or git tracks."""
     path = check_place(path)
-    root, place = study.root.resolve(), path.resolve()
-    if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
-        raise UserError(f"{path}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
+    for name in TRACKED:
+        if path.resolve().is_relative_to(study.root.resolve() / name):
+            raise UserError(f"{path}: inside {name}/, which DVC or git tracks; name another")
     return path
 
 
@@ -310,18 +309,13 @@ def stage_inputs(params: "Params") -> "dict[str, Json]":
     return inputs
 
 
-def no_context(_: str) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a run that is called as a function."""
-    return contextlib.nullcontext()
-
-
 def run(
     stage: str,
     *,
     study: "Study",
     variant: str = "",
     text: str = "",
-    context: "Callable[[str], contextlib.AbstractContextManager[None]]" = no_context,
+    context: "Callable[[str], contextlib.AbstractContextManager[object]]" = contextlib.nullcontext,
 ) -> None:
     """Run one stage on a study; without a variant or a text, where it has some, on all of them.
 
@@ -330,7 +324,7 @@ def run(
     figure.
     """
     row = STAGES[stage]
-    runs = list(row.runs(study.params.perplexity.texts, variant, text))
+    runs = list(row.runs(study.params.perplexity.texts, variant, text))  # an unknown name fails before anything runs
     if stage != "plan":
         check_stage_inputs(study)
     module = stage.replace("-", "_")

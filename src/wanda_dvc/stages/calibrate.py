@@ -26,16 +26,16 @@ def calibrate(*, study: Study, statistics: str) -> None:
     """
     check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
     target = study.root / "stats" / statistics
-    made_from = calibrated_from(study, statistics)
+    made_from, gram_from = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
         work.adopt(made_from, target)
+        lacks_gram = study.stage_input("calibrate/gram") and not is_complete(study.gram, gram_from)
         if not is_there(work.out / PROVENANCE):  # else it was measured with the norms, or by another run
             if statistics == "fisher":
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
-            elif _wants_gram(study):
-                gram_from = calibrated_from(study, "gram")
+            elif lacks_gram:
                 with study.work(gram_from) as gram:
                     _forward(study, norms=work, gram=gram)
                     artifact.finish(gram.out, gram_from)
@@ -69,11 +69,6 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     return made_from
 
 
-def _wants_gram(study: Study) -> bool:
-    """Whether the plan asks for Gram matrices, and stats/gram does not have them yet."""
-    return bool(study.stage_input("calibrate/gram")) and not is_complete(study.gram, calibrated_from(study, "gram"))
-
-
 def _plotted(folder: Path) -> Iterator[list[object]]:
     for block in range(artifact.block_count(folder, "calibrate")):
         stats = tensors.read_stats(folder, block)
@@ -101,9 +96,9 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
             f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
             "calibration.windows"
         )
-    kept = min(artifact.finished_blocks(work.out) for work in works)
+    finished = min(artifact.finished_blocks(work.out) for work in works)
     unreached = {}
-    steps = run.forward(windows, finished=kept)
+    steps = run.forward(windows, finished=finished)
     for step in progress(steps, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached[step.index] = measured.unreached()
@@ -123,11 +118,9 @@ def _backward(study: Study, work: Work) -> None:
     run = runner(study, "dense", work)
     announce(study, "calibrate", sizes=ModelSizes(run.decoder.model, study.model("dense")))
     blocks = len(run.decoder.blocks)
-    kept = artifact.finished_blocks(work.out, reversed(range(blocks)))
-    passed = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=kept)
-    for block, gradients in progress(
-        passed, total=blocks, what="calibrate, blocks back", at=lambda item: blocks - 1 - item[0]
-    ):
+    finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
+    steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)
+    for block, gradients in progress(steps, total=blocks, what="calibrate, backward", at=lambda x: blocks - 1 - x[0]):
         linears = {name: [name] for name in gradients.grams}  # a matrix is one linear's, in its own orientation
         tensors.write_grams(work.out, block, BlockStats({}, linears, [], gradients.sums), gradients.grams)
         gradients.grams.clear()

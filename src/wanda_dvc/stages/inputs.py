@@ -35,15 +35,14 @@ HEAD = "output head"  # a place of activations that are not finite
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
     """Report the number of experts without calibration tokens, if any, by block."""
-    if count := sum(map(len, unreached.values())):
-        blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
+    count = sum(map(len, unreached.values()))
+    if count:
+        blocks = ", ".join(str(block) for block in sorted(unreached) if unreached[block])
+        experts = "1 expert" if count == 1 else f"{count} experts"
         notice(
-            f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
+            f"{stage}: no calibration token reached {experts} (blocks: {blocks}); Wanda judges "
             "their weights by magnitude, and REAP removes them first. More calibration windows reach more experts."
         )
-
-
-# --- inputs ---
 
 
 def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
@@ -79,12 +78,12 @@ def say_not_finite(run: str, where: str | None) -> None:
 
 
 def calibrated_with(study: Study) -> Json:
-    """Return the settings that determine the calibration windows and the run."""
+    """Return the settings that determine the calibration windows and their statistics."""
     return study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
 
 
 def statistics(study: Study) -> tuple[Json, dict[str, str]]:
-    """Return the provenance of stats/norms, and by name the digests of what else masks read: statistics, a function.
+    """Return the provenance of stats/norms, and the digests of what else masks read: `method`, `gram`, `fisher`.
 
     UserError if they are of another model, or of other settings.
     """
@@ -162,9 +161,6 @@ def windows_of_documents(
         return draw_from_documents(
             documents, tokens_of, samples=samples, length=length, seed=seed, setting=f"{source}.text"
         )
-
-
-# --- what runs a model ---
 
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":

@@ -1,6 +1,6 @@
-"""The memory and disk that each stage of a study needs, and the line about them. `engine/memory.py` has the formulas.
+"""The memory and disk that each stage of a study needs: estimates from above. `engine/memory.py` has the formulas.
 
-Files that exist already, such as texts, make the numbers better.
+A text that is not fetched yet counts as empty.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from wanda_dvc.engine.memory import (
     training_memory,
     triangles_size,
 )
-from wanda_dvc.engine.sequences import chunk_places
+from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
@@ -34,7 +34,6 @@ class Requirements:
     """What a stage needs at its peak, in bytes."""
 
     memory: int
-    mapped: int = 0  # of the memory: page cache, which the system may reclaim
     disk: int  # with its outputs
 
 
@@ -42,18 +41,17 @@ class Run:
     """What the needs of a stage's run follow from: settings, the sizes of the model, dtype, device, texts."""
 
     def __init__(self, study: Study, model: str = "", text: str = "", sizes: ModelSizes | None = None) -> None:
-        """Without one of several models, or texts, for the one that needs most. UserError without a configuration."""
+        """Without a model or text: the one that needs most. UserError without a config.json."""
         self.study, self.params, self.text = study, study.params, text
         self.model = model if model in MODELS else "dense"  # else another variant, such as `norms`
-        self.keeps_reference = model not in MODELS[1:]
         folder = study.model(self.model)
         self.sizes = sizes or ModelSizes.read(folder)
         self.dtype = dtype_of(folder, study.params.dtype)
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
     def forward(self, length: int) -> ForwardMemory:
-        """Return the memory of windows of `length` tokens through all blocks."""
-        return ForwardMemory(self.sizes, dtype=self.dtype, length=length, device=self.device)
+        """Return the memory of a forward pass with windows of `length` tokens."""
+        return ForwardMemory(self.sizes, dtype=self.dtype, length=length)
 
     def activations(self, tokens: int) -> int:
         """Return the bytes of the activations of some tokens before a block."""
@@ -63,9 +61,9 @@ class Run:
         """Return the bytes of the model's directory."""
         return sum(path.stat().st_size for path in self.study.model(self.model).iterdir() if path.is_file())
 
-    def text_size(self, name: str) -> int:
-        """Return the bytes of a text's file, such as `calibration`; 0 if it is not fetched, or has no such file."""
-        path = self.study.data(name) / TEXT
+    def data_size(self, name: str, file: str = TEXT) -> int:
+        """Return the bytes of a file in `data/`, by default of a text; 0 if it is not fetched, or has no such file."""
+        path = self.study.data(name) / file
         return path.stat().st_size if path.is_file() else 0
 
 
@@ -124,7 +122,7 @@ def trained_in(dtype: str, device: str) -> str:
 
 
 def training(run: Run, *, kept: bool = False) -> int:
-    """Return the memory of `recover`, as `training_memory`."""
+    """Return the memory of `recover`; `kept` as in `training_memory`."""
     length = min(RECOVERY_LENGTH, run.params.calibration.length)
     width = ITEMSIZE[trained_in(run.dtype, run.device)]
     return training_memory(run.sizes, length=length, dense_itemsize=width, kept=kept)
@@ -146,10 +144,10 @@ def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
 
 
 def _needs_of_calibrate(run: Run) -> Requirements:
-    """All windows through all blocks; for the statistics `fisher`, some of them also backward."""
+    """Estimate a forward pass over all windows; for the statistics `fisher`, a backward pass over some of them too."""
     calibration, statistics = run.params.calibration, run.params.statistics
     forward = run.forward(calibration.length)
-    memory = forward.activations + forward.norms + TEXT_IN_MEMORY * run.text_size("calibration")
+    memory = forward.activations + forward.norms + TEXT_IN_MEMORY * run.data_size("calibration")
     disk = 2 * run.activations(calibration.windows * calibration.length)  # before and after a block
     if "gram" in statistics:
         memory += forward.grams
@@ -157,14 +155,13 @@ def _needs_of_calibrate(run: Run) -> Requirements:
     if "fisher" in statistics:
         memory = max(memory, forward.backward)
         tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
-        gradients = 2 * tokens * run.sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(run.sizes.all_output_squares)
-        disk += (run.sizes.blocks + 1) * run.activations(tokens) + gradients
-    return _running(forward, memory, disk)
+        disk += (run.sizes.blocks + 1) * run.activations(tokens) + 2 * tokens * run.sizes.hidden * ITEMSIZE["float32"]
+    return Requirements(memory=FIXED + forward.weights + memory, disk=disk)
 
 
 def _needs_of_mask(run: Run) -> Requirements:
-    """A block's masks from scores, or a solver; with `propagation`, while windows run through the pruned blocks."""
+    """Estimate scores or a solver for a block; with `propagation`, while windows run through the pruned blocks."""
     plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
     disk = sizes.linear_weights // 8
     if plan.solves_by_input:
@@ -176,7 +173,7 @@ def _needs_of_mask(run: Run) -> Requirements:
     if not plan.propagates and not plan.repairs:
         return Requirements(memory=FIXED + memory, disk=disk)
     forward = run.forward(calibration.length)
-    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * run.text_size("calibration")
+    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * run.data_size("calibration")
     if plan.solves_by_input or plan.repairs:
         memory += forward.grams
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
@@ -188,71 +185,51 @@ def _needs_of_mask(run: Run) -> Requirements:
     disk += places * run.activations(calibration.windows * calibration.length)
     if plan.propagates and plan.solves:
         disk += run.model_size()
-    return _running(forward, memory, disk)
+    return Requirements(memory=FIXED + forward.weights + memory, disk=disk)
 
 
 def _needs_of_apply(run: Run) -> Requirements:
-    """A linear, or a solver, while the linear before it is written; and the files of another model."""
+    """Estimate a linear, or a solver, while the linear before it is written; and the files of another model."""
     memory = 9 * run.sizes.largest_linear
     if "gram" in run.params.statistics:
         memory = solving_memory(run.sizes, uses_fisher=run.params.plan.reconstructor.uses_fisher)
     return Requirements(memory=FIXED + max(memory, _trial(run)), disk=run.model_size())
 
 
-def _needs_of_recover(run: Run) -> Requirements:
-    """A training step of the complete model; three checkpoints of the training, and the files of another model."""
-    return Requirements(memory=training(run), disk=36 * run.sizes.parameters + run.model_size())
-
-
 def _needs_of_perplexity(run: Run) -> Requirements:
-    """The windows of one text, by default the largest; the dense model's predictions on all of them stay on disk."""
+    """Estimate the windows of one text, or of the largest; the dense model's predictions on all of them are stored."""
     from wanda_dvc.engine import divergence  # imports transformers
 
     settings, forward = run.params.perplexity, run.forward(run.params.perplexity.length)
     texts = [run.text] if run.text else list(settings.texts)
-    size = max(run.text_size(f"perplexity/{name}") for name in texts)
-    tokens = size // BYTES_A_TOKEN  # 0: of a text that is not fetched yet
+    size = max(run.data_size(f"perplexity/{name}") for name in texts)
+    tokens = size // BYTES_A_TOKEN
     if isinstance(settings.windows, int):
         asked = settings.windows * settings.length
         tokens = min(tokens, asked) if size else asked
-    chunks = chunk_places(tokens // settings.length)
-    in_chunk = len(chunks[0]) * settings.length if chunks else 0
-    slice_size = divergence.AT_A_TIME["cuda" if run.device == "cuda" else "cpu"]
-    memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size
-    memory += divergence.REFERENCE_BYTES * in_chunk
-    memory += divergence.TEMPORARIES * min(slice_size, settings.length * run.sizes.vocabulary)
+    compared = min(
+        divergence.AT_A_TIME["cuda" if run.device == "cuda" else "cpu"], settings.length * run.sizes.vocabulary
+    )
+    memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size + divergence.TEMPORARIES * compared
+    memory += divergence.REFERENCE_BYTES * max(tokens // PREFERRED_CHUNKS, settings.length)  # of a chunk
     disk = 2 * run.activations(tokens)
-    if run.keeps_reference:
+    if run.model == "dense":  # the other models read them
         disk += divergence.REFERENCE_BYTES * tokens
-    return _running(forward, memory, disk)
+    return Requirements(memory=FIXED + forward.weights + memory, disk=disk)
 
 
 def _needs_of_zero_shot(run: Run) -> Requirements:
-    from wanda_dvc.engine.questions import SEQUENCE_TOKENS  # imports transformers
+    """Estimate packed questions; their tokens at most, because a file of items also has what no model reads."""
+    from wanda_dvc.engine.decoder import ARGUMENTS_BYTES  # imports transformers
+    from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 
-    forward, bytes_of_items = run.forward(SEQUENCE_TOKENS), 0
-    for name in run.params.tasks.names:
-        path = run.study.data("tasks") / name / ITEMS
-        bytes_of_items += path.stat().st_size if path.is_file() else 0
-    memory = max(forward.activations + forward.logits + forward.block_arguments, forward.trial)
-    # Tokens, at most: a file of items also has what no model reads.
-    return _running(forward, memory, 2 * run.activations(bytes_of_items // BYTES_A_TOKEN))
-
-
-REQUIREMENTS: dict[str, Callable[[Run], Requirements]] = {
-    "calibrate": _needs_of_calibrate,
-    "mask": _needs_of_mask,
-    "apply": _needs_of_apply,
-    "recover": _needs_of_recover,
-    "perplexity": _needs_of_perplexity,
-    "zero-shot": _needs_of_zero_shot,
-}
-
-
-def _running(forward: ForwardMemory, memory: int, disk: int) -> Requirements:
-    """Return the needs of a stage that runs the model, with the memory and disk next to its weights."""
-    mapped = forward.weights if forward.mapped else 0
-    return Requirements(memory=FIXED + forward.weights + memory, mapped=mapped, disk=disk)
+    forward = run.forward(SEQUENCE_TOKENS)
+    memory = forward.activations + forward.logits + ARGUMENTS_BYTES[run.device]
+    memory = max(
+        memory, 4 * run.sizes.block_parameters
+    )  # before the questions, a block of each kind is tried in float32
+    size = sum(run.data_size(f"tasks/{name}", ITEMS) for name in run.params.tasks.names)
+    return Requirements(memory=FIXED + forward.weights + memory, disk=2 * run.activations(size // BYTES_A_TOKEN))
 
 
 def _trial(run: Run) -> int:
@@ -260,3 +237,14 @@ def _trial(run: Run) -> int:
     if run.params.plan.structure is None:
         return 0
     return 4 * (run.sizes.other_parameters + run.sizes.block_parameters + run.sizes.block_parameters // 3)
+
+
+REQUIREMENTS: dict[str, Callable[[Run], Requirements]] = {
+    "calibrate": _needs_of_calibrate,
+    "mask": _needs_of_mask,
+    "apply": _needs_of_apply,
+    # Three checkpoints of the training, and the files of another model.
+    "recover": lambda run: Requirements(memory=training(run), disk=36 * run.sizes.parameters + run.model_size()),
+    "perplexity": _needs_of_perplexity,
+    "zero-shot": _needs_of_zero_shot,
+}

@@ -1,7 +1,6 @@
 """Measure a model's perplexity on a text, and its divergence from the dense model, through the engine."""
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.engine.divergence import (
@@ -44,9 +43,8 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         announce(study, "perplexity", model, text, sizes=ModelSizes(run.decoder.model, study.model(model)))
         run_name = f"perplexity {model} {text}"
         blocks = len(run.decoder.blocks)
-        for step in progress(
-            run.forward(windows), total=blocks, what=f"{run_name}, blocks", at=lambda step: step.index
-        ):
+        steps = run.forward(windows)
+        for step in progress(steps, total=blocks, what=f"{run_name}, blocks", at=lambda step: step.index):
             step.run()
         if model == "dense":
             losses, divergences = _write_predictions(run, len(windows), work, run_name), None
@@ -115,18 +113,16 @@ def _write_plots(study: Study, text: str, predictions: list[int], details: Json)
     for window in range(len(predictions)):
         log_p = read_window(study.reference(text), window)["true_log_p"]
         dense.append(json_number(-log_p.double().mean().item()))
-    losses = {"dense": dense, "pruned": details["losses"]}
-    _write_plot(study.plots(f"perplexity/{text}"), predictions, losses)
-    changes = {"divergence": details["divergences"], "agreement": details["agreements"]}
-    _write_plot(study.plots(f"divergence/{text}"), predictions, changes)
-
-
-def _write_plot(path: Path, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
-    lines: list[list[object]] = []
-    for window, count in enumerate(predictions):
-        values = [column[window] for column in columns.values()]
-        lines.append([window, count, *(value if isinstance(value, float) else "" for value in values)])
-    write_csv(path, ["window", "predictions", *columns], lines)
+    plots = {
+        "perplexity": {"dense": dense, "pruned": details["losses"]},
+        "divergence": {"divergence": details["divergences"], "agreement": details["agreements"]},
+    }
+    for plot, columns in plots.items():
+        lines: list[list[object]] = []
+        for window, count in enumerate(predictions):
+            values = [column[window] for column in columns.values()]
+            lines.append([window, count, *(value if isinstance(value, float) else "" for value in values)])
+        write_csv(study.plots(f"{plot}/{text}"), ["window", "predictions", *columns], lines)
 
 
 def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence], Json]:

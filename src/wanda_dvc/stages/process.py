@@ -49,7 +49,13 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
-            _end_children()
+            import psutil
+
+            children = psutil.Process().children(recursive=True)
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
+            psutil.wait_procs(children, timeout=10)
         os.write(2, f"{run}: stopped; {kept}\n".encode())  # `print` may be interrupted here, and fails inside itself
         os._exit(128 + number)
 
@@ -61,16 +67,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _end_children() -> None:
-    import psutil
-
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.terminate()
-    psutil.wait_procs(children, timeout=10)
 
 
 def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:

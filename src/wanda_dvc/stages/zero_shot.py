@@ -1,5 +1,6 @@
 """Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -92,22 +93,17 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
 
 
 def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Json:
+    """Return a task's `details` and `metrics`: stored ones with this protocol, or new ones."""
     path = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
     with study.work(protocol) as work:
-        results = _stored_results(path, protocol)
-        if results is None:
+        results = Json()
+        with contextlib.suppress(UserError):  # a damaged file: the task is answered again
+            results = load_json(path)
+        if results.get("details", {}).get("protocol") != protocol:
             results = answer_task(study, model, task, protocol, work)
             write_json(path, results)
         work.discard()
     return results
-
-
-def _stored_results(path: Path, protocol: Json) -> Json | None:
-    try:
-        results = load_json(path)
-    except UserError:
-        return None
-    return results if results.get("details", {}).get("protocol") == protocol else None
 
 
 def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
@@ -129,8 +125,9 @@ def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work)
     scores, samples = evaluated["results"][task], evaluated["samples"][task]
     reported = [metric for metric in METRICS if f"{metric},none" in scores]
     not_finite = run.progress.first_not_finite
-    if not_finite is None and not _are_finite(samples):
-        not_finite = HEAD
+    for sample in samples:
+        if not_finite is None and not all(math.isfinite(value) for value, _ in sample["filtered_resps"]):
+            not_finite = HEAD
     if not_finite:  # the answers are meaningless: a comparison with NaN chooses the first
         details: Json = {"protocol": protocol, "not_finite": not_finite, "items": []}
         return {"details": details, "metrics": dict.fromkeys(reported, DIVERGED)}
@@ -142,10 +139,6 @@ def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work)
     answers = [_answer(sample, definition.doc_to_choice) for sample in samples]
     details = {"protocol": protocol, "standard_errors": errors, "items": answers}
     return {"details": details, "metrics": {metric: round(scores[f"{metric},none"], 6) for metric in reported}}
-
-
-def _are_finite(samples: list[dict[str, Any]]) -> bool:
-    return all(math.isfinite(value) for sample in samples for value, _ in sample["filtered_resps"])
 
 
 def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> dict[str, Any]:
@@ -161,7 +154,8 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
         for value, choice in zip(values, choices_of(sample["doc"]), strict=True):
             by_character.append(value / len(choice) if choice else -math.inf)  # HellaSwag's may be empty
         content["answer_norm"] = max(range(len(by_character)), key=by_character.__getitem__)
-    return content | {"gold": sample["target"]} | {metric: sample[metric] for metric in METRICS if metric in sample}
+    content["gold"] = sample["target"]
+    return content | {metric: sample[metric] for metric in METRICS if metric in sample}
 
 
 # --- continuations of prompts ---
@@ -174,13 +168,14 @@ def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json,
     prompts = [line.strip() for line in lines if line.strip()]
     inputs = {"prompts_sha256": digest(prompts), "tokens": CONTINUED, "dtype": dtype}
     protocol = describe("continuations", libraries=("torch", "transformers"), **identified, **inputs)
-    device = own_device(study.params.runtime)
+    device, texts = own_device(study.params.runtime), list[str]()
     needed, free = int(MEMORY * sizes.parameters * ITEMSIZE[dtype]), free_memory_of(str(device))
     if needed > free:
         memory = f"the model needs {gigabytes(needed)} of memory, and {gigabytes(free)} were free"
         notice(f"zero-shot {model}: no continuations of prompts.txt: {memory}")
         prompts = []
-    texts = continue_prompts(study.model(model), prompts, dtype=getattr(torch, dtype), device=device) if prompts else []
+    elif prompts:
+        texts = continue_prompts(study.model(model), prompts, dtype=getattr(torch, dtype), device=device)
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     return {"protocol": protocol, "prompts": pairs}
 

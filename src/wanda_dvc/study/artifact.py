@@ -50,12 +50,16 @@ def block_file(folder: Path, block: int) -> Path:
 
 def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
     """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
-    blocks = itertools.count() if order is None else order
-    return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
+    finished = 0
+    for block in itertools.count() if order is None else order:
+        if not is_there(block_file(folder, block)):
+            break
+        finished += 1
+    return finished
 
 
 def block_count(folder: Path, made_by: str) -> int:
-    """Return an artifact's number of blocks; unfinished, of its files. UserError if a block is missing or surplus."""
+    """Return an artifact's number of blocks. UserError if a finished one lacks a block, or has one too many."""
     names = {path.name for path in folder.glob("block_*.safetensors")}
     if is_there(folder / PROVENANCE):
         count = read_provenance(folder, made_by)["blocks"]
@@ -238,12 +242,12 @@ class Work:
         copies it. An artifact in this run's own place counts only if this run has waited for it, because a stage that
         is repeated computes again.
         """
-        committed = load_json(self._note)
+        places = load_json(self._note)
         for target in targets:
-            place = Path(committed.get(target.name, target))
-            is_own = place == target.absolute() and not self.waited
+            place = Path(places.get(target.name, target))
+            is_repeated = place == target.absolute() and not self.waited
             folder = self._output_for(target, targets)
-            if not is_own and not is_there(folder / PROVENANCE) and is_complete(place, made_from):
+            if not is_repeated and not is_there(folder / PROVENANCE) and is_complete(place, made_from):
                 with contextlib.suppress(FileNotFoundError, UserError):  # DVC may replace the files by links now
                     _copy_blocks(place, folder)
 

@@ -17,9 +17,9 @@ from typing import Any
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.study.files import Json
 
-LONGEST = 600  # seconds of `dvc exp show`
+TIMEOUT = 600  # seconds of `dvc exp show`
 
-# Lines of `dvc repro` that say nothing of a stage; the last is about the locks of a run that was killed.
+# Beginnings of lines of `dvc repro` that are not a stage's; the last is about the locks of a run that was killed.
 DVCS_OWN = (
     "Stage ", "Updating lock", "Generating lock", "To track", "To enable", "\tgit add", "\tdvc config", "Use `dvc",
     "WARNING: Process '",
@@ -56,14 +56,16 @@ def list_revisions(root: Path) -> list[Json]:
     for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
         command += ["--rev", commit]
     try:
-        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True, timeout=LONGEST)
+        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True, timeout=TIMEOUT)
     except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no message"]
         raise UserError(
-            f"{root}: DVC can't list its experiments ({_last_line(error.stderr)}); look at `dvc exp show`. One that "
-            "was killed may still count as running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+            f"{root}: DVC can't list its experiments ({lines[-1].removeprefix('ERROR: ')}); look at `dvc exp show`. "
+            "One that was killed may still count as running: `dvc queue status` names it, and `dvc queue kill NAME` "
+            "clears it"
         ) from None
     except subprocess.TimeoutExpired:  # DVC waits for ever for a blob of a queued experiment that ends meanwhile
-        raise UserError(f"{root}: `dvc exp show` has not ended within {LONGEST} s; run the command again") from None
+        raise UserError(f"{root}: `dvc exp show` has not ended within {TIMEOUT} s; run the command again") from None
     records: list[Json] = json.loads(shown.stdout)
     return records
 
@@ -84,8 +86,8 @@ def _commits_with_experiments(root: Path) -> set[str]:
 
 def text_at(root: Path, rev: str, name: str) -> str | None:
     """Return the text of a study's file in a commit; None if the commit lacks it."""
-    file = git(root, "show", f"{rev}:./{name}")
-    return None if file.returncode else file.stdout
+    shown = git(root, "show", f"{rev}:./{name}")
+    return None if shown.returncode else shown.stdout
 
 
 def git(folder: Path, *arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -99,11 +101,6 @@ def git(folder: Path, *arguments: str, check: bool = False) -> subprocess.Comple
     if check and done.returncode:
         raise UserError(f"{folder}: `git {' '.join(arguments)}` failed: {' '.join(done.stderr.split())}")
     return done
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines() or ["no message"]
-    return lines[-1].removeprefix("ERROR: ")
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Revision:
                 "--all-commits` lists the experiments, and `dvc exp show --sha` their commits"
             ) from None
 
-    def take(self, part: str, target: Path) -> list[str]:
+    def take(self, name: str, target: Path) -> list[str]:
         """Take one file or folder into `target`, laid out like a study. Return the files that are missing.
 
         Cached files become links into the cache, so that no space is taken.
@@ -147,11 +144,11 @@ class Revision:
         from dvc_data.index import DataIndexDirError  # the cache lacks a folder's list of files
         from scmrepo.exceptions import SCMError  # git lacks an object
 
-        lost = (OSError, DvcException, DataIndexDirError, SCMError)
+        missing_errors = (OSError, DvcException, DataIndexDirError, SCMError)
         try:
-            paths = self.files.find(self.prefix + part) or [self.prefix + part]
-        except lost:
-            return [part]
+            paths = self.files.find(self.prefix + name) or [self.prefix + name]
+        except missing_errors:
+            return [name]
         missing = []
         for path in paths:
             within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
@@ -167,7 +164,7 @@ class Revision:
                     place.symlink_to(cached)
                 else:
                     self.files.get_file(path, str(place))
-            except lost:
+            except missing_errors:
                 place.unlink(missing_ok=True)
                 missing.append(within.as_posix())
         return missing

@@ -83,12 +83,12 @@ class Lock:
 
     def _is_stale(self, stage: str, current: Mapping[str, str | None], stale: Collection[str]) -> bool:
         for dep in self.stages[stage].get("deps", []):
-            path, read = dep["path"], dep.get("md5")
-            if current.get(path, read) != read:
+            path, digest_when_read = dep["path"], dep.get("md5")
+            if current.get(path, digest_when_read) != digest_when_read:
                 return True
-            folders = (path, *map(str, PurePath(path).parents))
-            if any(self.writers.get(folder) in stale for folder in folders):
-                return True
+            for place in (path, *map(str, PurePath(path).parents)):
+                if self.writers.get(place) in stale:
+                    return True
         return False
 
 

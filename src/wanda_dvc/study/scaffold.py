@@ -134,9 +134,9 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     content = parse_yaml(text, "params.yaml", "correct it, or restore it from git", yaml)
     for change in changes:
         updated(content, _plain(change))
-    params, written = check_params(content), io.StringIO()
-    yaml.dump(content, written)
-    return params, written.getvalue()
+    params, output = check_params(content), io.StringIO()
+    yaml.dump(content, output)
+    return params, output.getvalue()
 
 
 def _plain(value: Any) -> Any:
@@ -215,12 +215,12 @@ def _repository_around(folder: Path) -> Path | None:
     UserError without git, or if git refuses the repository, such as another user's.
     """
     nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    done = git(nearest, "rev-parse", "--show-toplevel")
-    if done.returncode == 0:
-        return Path(done.stdout.strip()).resolve()
-    if (folder / ".git").exists() or "not a git repository" not in done.stderr:
+    top = git(nearest, "rev-parse", "--show-toplevel")
+    if top.returncode == 0:
+        return Path(top.stdout.strip()).resolve()
+    if (folder / ".git").exists() or "not a git repository" not in top.stderr:
         raise UserError(
-            f"{folder}: git does not open the repository here ({' '.join(done.stderr.split())}); follow its advice, or "
+            f"{folder}: git does not open the repository here ({' '.join(top.stderr.split())}); follow its advice, or "
             "name another directory"
         )
     return None
