@@ -15,7 +15,7 @@ import pytest
 from conftest import Factory, save_tiny_model, tree
 from repository import Repository, command_environment
 
-from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.listing import list_text
 from wanda_dvc.results.report import report
 from wanda_dvc.study.folder import Study
 
@@ -72,7 +72,7 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
     study, looks = Study(start.root), 0
     while workers.poll() is None or not looks:
         report(study=study, output=tmp_path / "report.html")
-        experiments(study=study)
+        list_text(study=study)
         looks += 1
         time.sleep(3)
     workers.communicate()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.listing import list_text
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
 from wanda_dvc.study import dvc
@@ -44,7 +44,7 @@ def repository(tmp_path_factory: Factory) -> Repository:
 
 
 def listed(repository: Repository) -> dict[str, dict[str, Any]]:
-    records = json.loads(experiments(study=Study(repository.root), as_json=True))
+    records = json.loads(list_text(study=Study(repository.root), as_json=True))
     return {record["experiment"]: record for record in records}
 
 
@@ -152,10 +152,10 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     shutil.rmtree(root / ".git")
     assert "perplexity" in show(study=Study(root))
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
-        experiments(study=Study(root))
+        list_text(study=Study(root))
     Repository(root, root).run("git", "init", "--quiet")
     with pytest.raises(UserError, match="git has no commit; `git add"):
-        experiments(study=Study(root))
+        list_text(study=Study(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
@@ -169,7 +169,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
         assert {found[key] for key in found if key.startswith("pruned.")} == {None}
         of_dense = [key for key in found if key.startswith("dense.")]
         assert [found[key] for key in of_dense] == [main[key] for key in of_dense]  # of any sparsity
-        said = experiments(study=Study(repository.root))
+        said = list_text(study=Study(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")
     assert "Some stages have not run on the current settings: workspace." in said
@@ -202,7 +202,7 @@ def test_a_damaged_lock_is_named_and_no_row_of_the_list(repository: Repository):
     path.write_text(before + "<<<<<<< HEAD\n", encoding="utf-8")
     try:
         with pytest.raises(UserError, match=r"^dvc.lock: not valid YAML: line \d+.*resolve the conflict"):
-            experiments(study=Study(repository.root))
+            list_text(study=Study(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")
 

@@ -17,6 +17,7 @@ from wanda_dvc.results import intervals, listing
 from wanda_dvc.results.compare import compare, not_comparable, records, side_by_side
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.intervals import Estimate
+from wanda_dvc.results.listing import ListedRevision, flat_records
 from wanda_dvc.results.markup import number
 from wanda_dvc.results.measures import MEASURES, Results, figures
 from wanda_dvc.results.show import notes, show
@@ -350,27 +351,41 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monk
     broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}, "perplexity/embedded": {"divergence": "diverged"}})
     dense = {"dense": diverged, "pruned": Results({})}
     for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "zero_shot.limit"):
-        states = [listing.State(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
-        states += [listing.State(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
-        monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        said = listing.experiments(study=here)
+        states = [ListedRevision(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
+        states += [ListedRevision(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
+        monkeypatch.setattr(listing, "listed_revisions", lambda _, states=states: states)
+        said = listing.list_text(study=here)
         assert (f"Not all comparable: {setting} differ" in said) == ("Not all" in said) == (setting != "sparsity")
-    records = json.loads(listing.experiments(study=here, as_json=True))
+    records = json.loads(listing.list_text(study=here, as_json=True))
     assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
-    (record,) = listing.results([listing.State("a", "a", "branch", results={"pruned": broken})])
+    (record,) = flat_records([ListedRevision("a", "a", "branch", results={"pruned": broken})])
     assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
     assert record["pruned.divergence.embedded"] == math.inf
     flips = {"flips": {"acc": {"lost": 1, "gained": 0, "swapped": 0}}}
     for other, lost in (({}, None), (flips, 2.0)):  # a sum of some tasks would be too low
         part = {"pruned": Results({"zero_shot": {"piqa": {"acc": 0.5} | flips, "rte": {"acc": 0.5} | other}})}
-        assert listing.results([listing.State("a", "a", "branch", results=part)])[0].get("pruned.lost") == lost
+        assert flat_records([ListedRevision("a", "a", "branch", results=part)])[0].get("pruned.lost") == lost
     plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
     for windows in (None, 4):  # None is the default, here left out
         every = [plain, plain | {"perplexity.windows": windows}]
         words: Json = {"results": {"pruned": value}, "stale": windows is None}
-        states = [listing.State("a", "a", "branch", settings=one, **words) for one in every]
-        monkeypatch.setattr(listing, "list_states", lambda _, states=states: states)
-        said = listing.experiments(study=here)
+        states = [ListedRevision("a", "a", "branch", settings=one, **words) for one in every]
+        monkeypatch.setattr(listing, "listed_revisions", lambda _, states=states: states)
+        said = listing.list_text(study=here)
         assert (
             ("perplexity.windows differ" in said) == ("Some stages have not run" not in said) == (windows is not None)
         )
+
+
+def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: pytest.MonkeyPatch):
+    files = {
+        f"metrics/pruned/perplexity/{text}.json": {"data": {"perplexity": 2.0}} for text in ("embedded", "removed")
+    }
+    settings = {"params.yaml": {"data": here.params.model_dump(mode="json")}}
+    record = {"rev": "workspace", "data": {"params": settings, "metrics": files}}
+    monkeypatch.setattr("wanda_dvc.study.dvc.list_revisions", lambda _: [record])
+    monkeypatch.setattr("wanda_dvc.study.dvc.repository_roots", lambda root: (root, root))
+    monkeypatch.setattr(listing, "changed_files", lambda *_: set())
+    monkeypatch.setattr(listing, "_current_files", lambda *_: set(files))
+    (revision,) = listing.listed_revisions(here)
+    assert revision.final.texts == ["embedded"]

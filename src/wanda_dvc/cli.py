@@ -177,9 +177,9 @@ def show(
 @app.command("list", rich_help_panel=RESULT_PANEL)
 def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, and the measures of the pruned models."""
-    from wanda_dvc.results.listing import experiments
+    from wanda_dvc.results.listing import list_text
 
-    typer.echo(experiments(study=_find_study(), as_json=as_json))
+    typer.echo(list_text(study=_find_study(), as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)

@@ -66,9 +66,9 @@ class Study:
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
-        from wanda_dvc.results.listing import list_states, results  # imports NumPy, and masks need none
+        from wanda_dvc.results.listing import flat_records, listed_revisions  # imports NumPy, and masks need none
 
-        return results(list_states(folder.Study(self.path)))
+        return flat_records(listed_revisions(folder.Study(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
         """Return the norm tier of one block, by distinct input.

@@ -1,8 +1,8 @@
-"""The rule for stale figures: figures are shown if the digests that they name are those of the artifacts next to them.
+"""The rule for stale results: results are shown only if the settings and models next to them are those of their run.
 
-Two digests are known. `dvc.lock` has DVC's digest of each file that a stage read and wrote; a commit has it in place of
-the artifacts. The details of figures name the digest of the measured model's provenance; the workspace may have another
-model, as after a stage that was run by hand.
+Two digests decide. `dvc.lock` has DVC's digest of each file that a stage read and wrote: after an edit of
+metrics/pruned/sparsity.json, or a `git checkout` without `dvc checkout`, the file has another. The details of results
+have the digest of the measured model's provenance: after `wanda-dvc apply` by hand, models/pruned has another.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from wanda_dvc.study.lock import Lock, md5
 def stale_stages(lock: Lock, settings: Mapping[str, Any]) -> list[str]:
     """Return the stages of a lock that have not run on the current inputs, and on these settings, by dotted name."""
     plan: dict[str, Json] = {}
-    with contextlib.suppress(UserError):  # settings of another version
+    with contextlib.suppress(UserError):  # of another version: then DVC's digests alone decide
         plan = stage_inputs(check_params(nested(settings)))
     return lock.stale(plan)
 
@@ -42,7 +42,7 @@ def changed_files(lock: Lock, root: Path) -> set[str]:
 def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[str]]:
     """Return a study's current results by model, and sentences on results that are left out.
 
-    The study has the settings of the lock. Without a lock, as of stages that ran without DVC, all files count.
+    The study has the settings of the lock. Without a lock, as after stages by hand, only the provenance decides.
     """
     left_out, notes = set[str](), list[str]()
     if lock.stages:
@@ -57,18 +57,21 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    others = [*other_settings(study), *_other_masks(study)]
-    if others and not lock.stages:  # then nothing says with which settings these models were measured
+    reasons = [*other_settings(study), *_other_masks(study)]
+    if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
+    from_other_pruned = [] if reasons else _other_pruned(study)
+    if from_other_pruned and not lock.stages:
+        results["recovered"] = Results({})
     for model in MODELS:
         expected = model_digest(study, model)
-        measured = results[model].leave_out_others(expected) if expected else []
-        if measured:
+        others = results[model].leave_out_others(expected) if expected else []
+        if others:
             notes.append(
-                f"Left out, because measured on another models/{model} than the one here: {', '.join(measured)}; run "
+                f"Left out, because measured on another models/{model} than the one here: {', '.join(others)}; run "
                 "`dvc repro`."
             )
-    return results, [*notes, *others]
+    return results, [*notes, *reasons, *from_other_pruned]
 
 
 def model_digest(study: Study, model: str) -> str | None:
@@ -87,6 +90,16 @@ def _other_masks(study: Study) -> list[str]:
     return ["models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's."]
 
 
+def _other_pruned(study: Study) -> list[str]:
+    folders = {model: study.model(model) for model in ("pruned", "recovered")}
+    if not all(is_there(folder / PROVENANCE) for folder in folders.values()):
+        return []
+    recovered = read_provenance(folders["recovered"], MODEL_COMMANDS["recovered"])
+    if recovered["pruned"] == digest(read_provenance(folders["pruned"], MODEL_COMMANDS["pruned"])):
+        return []
+    return ["models/recovered was trained from another models/pruned than the one here: run `dvc repro`."]
+
+
 def other_settings(study: Study) -> list[str]:
     """Return sentences if masks/ or models/recovered have other settings than the study, as after a stage by hand."""
     plan, sentences = stage_inputs(study.params), list[str]()
@@ -97,7 +110,7 @@ def other_settings(study: Study) -> list[str]:
         if not (plan[stage] and is_there(folder / PROVENANCE)):
             continue
         ran = read_provenance(folder, stage)[key]
-        others = [f"{name}={value}" for name, value in ran.items() if plan[stage].get(name, value) != value]
-        if others:
-            sentences.append(f"{what} made with other settings: {', '.join(others)}; run `dvc repro`.")
+        different = [f"{name}={value}" for name, value in ran.items() if plan[stage].get(name, value) != value]
+        if different:
+            sentences.append(f"{what} made with other settings: {', '.join(different)}; run `dvc repro`.")
     return sentences

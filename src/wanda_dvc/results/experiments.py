@@ -13,7 +13,7 @@ from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import Params, resolved
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.current import current_results
-from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, State, list_states
+from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, ListedRevision, listed_revisions
 from wanda_dvc.results.measures import Results
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.folder import Study
@@ -74,7 +74,7 @@ def at(study: Study, name: str, folder: Path) -> Experiment:
         return workspace(study)
     folder.mkdir(parents=True, exist_ok=True)
     revision = Revision.open(study.root, name)
-    for file in ("params.yaml", LOCK):
+    for file in ("params.yaml", LOCK):  # `take` returns the files that are missing
         if revision.take(file, folder):
             raise UserError(f"{name}: no {file}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
@@ -102,27 +102,29 @@ def collect(*, study: Study, revs: list[str], work: Path) -> tuple[list[Experime
 
     Also return those that are unfinished or have no results. Files from the cache are placed in `work`.
     """
-    states = [State(rev, rev, "experiment") for rev in revs] or list_states(study)
+    revisions = [ListedRevision(rev, rev, "experiment") for rev in revs] or listed_revisions(study)
     experiments: dict[str, Experiment] = {}
     excluded: Excluded = []
-    for place, state in enumerate(sorted(states, key=lambda state: KINDS.index(state.kind))):
-        if state.state != SUCCESS:
-            changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
-            excluded.append((state.name, f"{state.state.lower()} ({changes})" if changes else state.state.lower()))
+    for index, revision in enumerate(sorted(revisions, key=lambda revision: KINDS.index(revision.kind))):
+        if revision.status != SUCCESS:
+            reason = revision.status.lower()
+            if revision.changes:
+                reason += f" ({', '.join(f'{key}={value}' for key, value in revision.changes.items())})"
+            excluded.append((revision.name, reason))
             continue
-        is_named = state.kind != "commit"
+        is_named = revision.kind != "commit"
         try:
-            experiment = at(study, state.rev, work / str(place))
+            experiment = at(study, revision.rev, work / str(index))
             problem = "" if experiment.final.metrics else " ".join(experiment.notes) or "no results"
         except UserError as error:
             problem = error.problems[0]
         if problem:
             if is_named:  # an old commit without results needs no note
-                excluded.append((state.name, problem))
+                excluded.append((revision.name, problem))
             continue
-        experiment.name = state.name
+        experiment.name = revision.name  # `at` was given its commit
         measured = [experiment.settings, experiment.results[DENSE].metrics, experiment.final.metrics]
         first = experiments.setdefault(json.dumps(measured, sort_keys=True), experiment)
-        if is_named and state.name not in (first.name, *first.also):
-            first.also.append(state.name)
+        if is_named and revision.name not in (first.name, *first.also):
+            first.also.append(revision.name)
     return list(experiments.values()), excluded

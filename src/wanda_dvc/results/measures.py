@@ -30,8 +30,8 @@ from wanda_dvc.study.folder import Study
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 PER_TEXT, PER_TASK, OF_TASKS, PER_MODEL = "text", "task", "all tasks", "model"  # what a value is measured on
 LINEAR, LOG = "linear", "log"
-ON_TEXT = "perplexity/"
-OF_WINDOWS = {"divergence": "divergences", "top1_agreement": "agreements"}  # the details of a measure of metrics
+TEXT_PREFIX = "perplexity/"  # of the files of metrics and details on a text
+OF_WINDOWS = {"divergence": "divergences", "top1_agreement": "agreements"}  # the details' key of values by window
 
 
 @dataclass(eq=False)
@@ -52,17 +52,18 @@ class Results:
         metrics, texts = Json(), study.params.perplexity.texts
         for path in sorted(folder.rglob("*.json")):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            if name.startswith(ON_TEXT) and name.removeprefix(ON_TEXT) not in texts:
-                continue  # git still has the results on a removed text
-            if path.relative_to(study.root).as_posix() not in left_out and (content := load_json(path)):
+            if path.relative_to(study.root).as_posix() in left_out or is_of_removed_text(name, texts):
+                continue
+            content = load_json(path)
+            if content:
                 metrics[name] = content
-        empty: Json = {path[len(details) : -len(".json")]: {} for path in left_out if path.startswith(details)}
-        return cls(metrics, study.root / details, empty)
+        without_details = {path[len(details) : -len(".json")]: Json() for path in left_out if path.startswith(details)}
+        return cls(metrics, study.root / details, without_details)
 
     @property
     def texts(self) -> list[str]:
         """The texts of its perplexities."""
-        return [name.removeprefix(ON_TEXT) for name in self.metrics if name.startswith(ON_TEXT)]
+        return [name.removeprefix(TEXT_PREFIX) for name in self.metrics if name.startswith(TEXT_PREFIX)]
 
     @property
     def tasks(self) -> list[str]:
@@ -75,13 +76,16 @@ class Results:
             self._details[name] = load_json(self.folder / f"{name}.json") if self.folder else {}
         return self._details[name]
 
-    def leave_out_others(self, model: str) -> list[str]:
+    def protocols(self, name: str) -> list[Json]:
+        """Return the protocols in a file's details: one, or one for each task."""
+        details = self.details(name)
+        return [part.get("protocol", {}) for part in details.get("tasks", {"": details}).values()]
+
+    def leave_out_others(self, model_digest: str) -> list[str]:
         """Leave out results whose details name another model than the one with this digest; return their names."""
         others = []
         for name in ("layer_error", "continuations", *self.metrics):
-            details = self.details(name)
-            protocols = [part.get("protocol", {}) for part in details.get("tasks", {"": details}).values()]
-            if any(protocol.get("model", model) != model for protocol in protocols):
+            if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols(name)):
                 others.append(name)
                 self._details[name] = {}
         self.metrics = {name: numbers for name, numbers in self.metrics.items() if name not in others}
@@ -92,27 +96,45 @@ class Results:
         return self.details("zero_shot").get("tasks", {}).get(task, {})
 
 
+def is_of_removed_text(name: str, texts: Collection[str] | None) -> bool:
+    """Whether a file of metrics is on a text that the settings no longer name: git still has it. None: not known."""
+    return texts is not None and name.startswith(TEXT_PREFIX) and name.removeprefix(TEXT_PREFIX) not in texts
+
+
 # --- readers: the results and a text, a task or "" → a value ---
 
 
 def read_perplexity(results: Results, text: str) -> Value:
     """exp(mean loss), with a 95 % t interval over windows if their losses are known."""
-    value = results.metrics.get(ON_TEXT + text, {}).get("perplexity")
+    value = results.metrics.get(TEXT_PREFIX + text, {}).get("perplexity")
     if value is None or value == DIVERGED:
         return value
     return _with_ends(value, perplexity_interval(*_window_means(results, text, "losses")))
 
 
-def read_number(results: Results, text: str, *, name: str, part: str = "mean") -> Value:
-    """A number that `perplexity` wrote of a text, or `apply` of the weights; one over windows has a mean's interval."""
-    value = results.metrics.get(ON_TEXT + text if text else "sparsity", {}).get(name)
-    if not isinstance(value, dict):
-        return value if value is None or value == DIVERGED else Estimate(value)
-    if part != "mean":
-        return Estimate(value[part])
+def read_window_mean(results: Results, text: str, *, name: str, largest: float) -> Value:
+    """A mean over a text's windows, with a 95 % t interval if the windows are known; `largest` is possible."""
+    value = read_text_number(results, text, name=name, part="mean")
+    if not isinstance(value, Estimate):
+        return value
     means, predictions = _window_means(results, text, OF_WINDOWS[name])
     interval = mean_difference(means, [0.0] * len(means), predictions) if means else None
-    return _with_ends(value[part], interval and interval.within(0, 1 if name == "top1_agreement" else math.inf))
+    return _with_ends(value.value, interval and interval.within(0, largest))
+
+
+def read_text_number(results: Results, text: str, *, name: str, part: str = "") -> Value:
+    """A number that `perplexity` wrote of a text, or a part of it such as the median."""
+    value = results.metrics.get(TEXT_PREFIX + text, {}).get(name)
+    return _estimate(value[part] if isinstance(value, dict) else value)
+
+
+def read_weights_number(results: Results, _: str, *, name: str) -> Value:
+    """A number that `apply` wrote of the weights."""
+    return _estimate(results.metrics.get("sparsity", {}).get(name))
+
+
+def _estimate(value: float | str | None) -> Value:
+    return value if value is None or isinstance(value, str) else Estimate(value)
 
 
 def read_accuracy(results: Results, task: str) -> Value:
@@ -155,10 +177,10 @@ def _with_ends(value: float, interval: Estimate | None) -> Estimate:
 
 
 def _window_means(results: Results, text: str, name: str) -> tuple[list[float], list[int]]:
-    """Return the windows' means and numbers of predictions; nothing if one is not finite or they are missing."""
-    details = results.details(ON_TEXT + text)
+    """Return each window's mean, and its number of predictions; two empty lists if one is missing or not finite."""
+    details = results.details(TEXT_PREFIX + text)
     means = details.get(name, [])
-    if not means or DIVERGED in (*means, results.metrics[ON_TEXT + text].get("perplexity")):
+    if not means or DIVERGED in (*means, results.metrics[TEXT_PREFIX + text].get("perplexity")):
         return [], []
     protocol = details["protocol"]
     predictions = [protocol["length"] - 1] * protocol["windows"]
@@ -189,9 +211,10 @@ def compare_answers(results: Results, base: Results, task: str) -> Estimate | No
     right, base_right = _right_answers(results, task), _right_answers(base, task)
     if not right or not base_right:
         return None
-    value = sum(right) / len(right) - sum(base_right) / len(base_right)
-    interval = mean_of_tasks([_changes(right, base_right)], -1)
-    return _with_ends(interval.value if interval else value, interval)._replace(p=mcnemar(right, base_right))
+    difference = mean_of_tasks([_changes(right, base_right)], -1)
+    if difference is None:  # one item, or all changed alike: no variance is known
+        difference = Estimate(sum(right) / len(right) - sum(base_right) / len(base_right))
+    return difference._replace(p=mcnemar(right, base_right))
 
 
 def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate | None:
@@ -252,7 +275,7 @@ class Measure:
     def protocols(self, results: Results, on: str) -> dict[str, Json | None]:
         """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""
         if self.per == PER_TEXT:
-            return {on: results.details(ON_TEXT + on).get("protocol")}
+            return {on: results.details(TEXT_PREFIX + on).get("protocol")}
         tasks = {PER_TASK: [on], OF_TASKS: results.tasks}.get(self.per, [])
         return {task: results.answers(task).get("protocol") for task in tasks}
 
@@ -295,10 +318,11 @@ def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, in
 
 _text = partial(Measure, per=PER_TEXT)
 _tasks = partial(Measure, per=OF_TASKS)
-_divergence = partial(read_number, name="divergence")
-_agreement = partial(read_number, name="top1_agreement")
-_rms_change = partial(read_number, name="rms_probability_change")
-_removed = partial(read_number, name="removed_parameters")
+_divergence = partial(read_window_mean, name="divergence", largest=math.inf)
+_agreement = partial(read_window_mean, name="top1_agreement", largest=1)
+_divergence_part = partial(read_text_number, name="divergence")
+_rms_change = partial(read_text_number, name="rms_probability_change")
+_removed = partial(read_weights_number, name="removed_parameters")
 _ratio_test = Test(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
 _divergence_test = Test(partial(compare_by_window, name="divergences"), _nats, " nats")
 _agreement_test = Test(partial(compare_by_window, name="agreements"), _points, " points")
@@ -308,9 +332,9 @@ MEASURES: tuple[Measure, ...] = (
     _text("divergence", "divergence", "nats", _divergence, brief=True, test=_divergence_test),
     _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, test=_agreement_test),
     _text("perplexity", "perplexity", "", read_perplexity, number, brief=True, test=_ratio_test, drawn=LOG),
-    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
-    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
-    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
+    _text("divergence_median", "divergence, median", "nats", partial(_divergence_part, part="median")),
+    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence_part, part="p99")),
+    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence_part, part="largest")),
     _text("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, test=_accuracy_test),
     _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, test=_mean_test, drawn=LINEAR),
@@ -318,7 +342,7 @@ MEASURES: tuple[Measure, ...] = (
     _tasks("gained", "wrong → right", "", partial(read_changed_answers, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(read_changed_answers, way="swapped"), "{:.0f}".format),
     Measure("layer_error", "layer error, mean", "", read_layer_error),
-    Measure("sparsity", "measured sparsity", "", partial(read_number, name="sparsity")),
+    Measure("sparsity", "measured sparsity", "", partial(read_weights_number, name="sparsity")),
     Measure("removed_parameters", "parameters removed", "%", _removed, _percent, brief=True),
 )
 

@@ -50,7 +50,11 @@ class PublishedTable:
             if methods()[row["method"]].needs == "weights":
                 pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_STATISTICS)}
             wanted = wanted | pruning
-        return all(settings[key] in (value if isinstance(value, list) else [value]) for key, value in wanted.items())
+        for key, value in wanted.items():
+            allowed = value if isinstance(value, list) else [value]
+            if settings.get(key) not in allowed:
+                return False
+        return True
 
 
 @cache
@@ -60,26 +64,29 @@ def published_tables() -> list[PublishedTable]:
     return [PublishedTable(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
-def _all_rows() -> list[tuple[PublishedTable, dict[str, Any]]]:
-    return [(table, row) for table in published_tables() for row in table.rows]
-
-
 def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     """Return for each published figure of an experiment's protocol: model, source, measure, theirs, ours, ratio."""
     rows: list[list[str]] = []
-    for table, published in _all_rows():
-        for name, experiment in experiments.items():
-            model, title = "pruned", name
-            if published["method"] == DENSE:
-                model = title = DENSE
-            elif experiment.params.recovery.tokens:
-                title = f"{name}, before the training"
-            for measure, value, settings in _measured(experiment, model):
-                if measure in published and table.has_protocol(settings, measure, published):
-                    row = [title, table.source, measure, *_figures(measure, published[measure], value)]
+    for table in published_tables():
+        for published in table.rows:
+            for name, experiment in experiments.items():
+                for row in _compared_rows(table, published, name, experiment):
                     if row not in rows:  # several experiments have one dense model
                         rows.append(row)
     return rows
+
+
+def _compared_rows(
+    table: PublishedTable, published: dict[str, Any], name: str, experiment: Experiment
+) -> Iterator[list[str]]:
+    model, title = "pruned", name
+    if published["method"] == DENSE:
+        model = title = DENSE
+    elif experiment.params.recovery.tokens:
+        title = f"{name}, before the training"
+    for measure, value, settings in _measured(experiment, model):
+        if measure in published and table.has_protocol(settings, measure, published):
+            yield [title, table.source, measure, *_figures(measure, published[measure], value)]
 
 
 def _measured(experiment: Experiment, model: str) -> Iterator[tuple[str, Value, Settings]]:

@@ -136,9 +136,8 @@ class ComparableExperiments:
         libraries: dict[str, str] = {}
         for results in self.models.values():
             for name in results.metrics:
-                details = results.details(name)
-                for part in details.get("tasks", {"": details}).values():
-                    libraries |= part.get("protocol", {}).get("libraries", {})
+                for protocol in results.protocols(name):
+                    libraries |= protocol.get("libraries", {})
         if libraries:
             sentences.append(f"Libraries: {', '.join(f'{name} {version}' for name, version in libraries.items())}.")
         return [one_line(sentence) for sentence in sentences]

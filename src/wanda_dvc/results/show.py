@@ -14,7 +14,7 @@ from wanda_dvc.results.compare import DENSE, MISSING, not_comparable, records, s
 from wanda_dvc.results.experiments import Experiment, at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import one_line, table
-from wanda_dvc.results.measures import Results
+from wanda_dvc.results.measures import TEXT_PREFIX, Results
 from wanda_dvc.stages import times
 from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.files import Json, json_text
@@ -41,7 +41,13 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             models = {DENSE: experiments[0].results[DENSE]}
             models |= {experiment.name: experiment.final for experiment in experiments}
         if text:
-            return _texts(models)
+            continuations = continuations_table(models)
+            if continuations:
+                return continuations
+            raise UserError(
+                "continuations: missing; `dvc repro` writes them, of each line of prompts.txt. If a model did not fit "
+                "in memory, run `dvc repro --force --single-item zero-shot-MODEL` where there is more"
+            )
         if as_json:
             settings = {
                 experiment.name: {"settings": experiment.settings, "notes": experiment.notes}
@@ -57,16 +63,6 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             *notes(params, models, base=base),
         ]
         return "\n\n".join(part for part in parts if part)
-
-
-def _texts(models: dict[str, Results]) -> str:
-    texts = continuations_table(models)
-    if texts:
-        return texts
-    raise UserError(
-        "continuations: missing; `dvc repro` writes them, of each line of prompts.txt. If a model did not fit in "
-        "memory, run `dvc repro --force --single-item zero-shot-MODEL` where there is more"
-    )
 
 
 def continuations_table(models: dict[str, Results], form: Callable[[object], str] = one_line) -> str:
@@ -130,12 +126,12 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
         )
     if has_tasks or any(results.texts for results in models.values()):
         yield (
-            "In brackets: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
+            "In parentheses: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
             "p < 0.05, adjusted for the number of tests (Holm). Divergence is KL(dense ‖ pruned) of the next token's "
             "predictions."
         )
     for name, results in models.items():
-        details = [results.details(f"perplexity/{text}") for text in results.texts]
+        details = [results.details(TEXT_PREFIX + text) for text in results.texts]
         details += [results.answers(task) for task in results.tasks]
         for place in dict.fromkeys(content["not_finite"] for content in details if "not_finite" in content):
             yield f"{name}: activations are not finite from here on: {place}."
@@ -148,11 +144,11 @@ def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iter
     for name, results in models.items():
         settings = params.get(name, first)
         for text in results.texts:
-            protocol = results.details(f"perplexity/{text}").get("protocol")
+            protocol = results.details(TEXT_PREFIX + text).get("protocol")
             if protocol:
                 sentences[text][name] = _of_text(text, protocol, settings)
-        for task in results.tasks:
-            sentences[""][name] = _of_tasks(results.answers(task).get("protocol", {}), settings)
+        if results.tasks:  # one run asks all of them, with one limit and dtype
+            sentences[""][name] = _of_tasks(results.answers(results.tasks[0]).get("protocol", {}), settings)
     for by_model in sentences.values():
         different = list(dict.fromkeys(by_model.values()))
         for sentence in different:

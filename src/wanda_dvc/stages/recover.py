@@ -29,7 +29,7 @@ from wanda_dvc.study.folder import Study
 from wanda_dvc.training.trainer import Curve, Windows, train
 
 VALIDATION_WINDOWS = 4  # of the training text, and of the embedded text
-TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # of validation, by column of the plot
+VALIDATION_TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # by column of the plot
 # A validation text of another kind than the training's. `perplexity` reads another split of the embedded text, `test`.
 EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
 
@@ -68,7 +68,7 @@ def recover(*, study: Study) -> None:
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
     if is_first:
-        columns = ("tokens", *TEXTS)
+        columns = ("tokens", *VALIDATION_TEXTS)
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
@@ -95,7 +95,7 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
     else:
         for _ in write_model(recovered, folder, without=(PROVENANCE,)):
             pass
-        for text, about in TEXTS.items():
+        for text, about in VALIDATION_TEXTS.items():
             if text in best and best[text] >= curve[0][text]:
                 notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
     tokens = int(best["tokens"] or curve[-1]["tokens"])  # of the best weights; all tokens if none was better
