@@ -23,6 +23,7 @@ from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning import solvers
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.results.card import card
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.inputs import calibration_windows
@@ -30,7 +31,15 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import block_count, block_file
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.tensors import pack_masks, read_fisher, read_grams, read_masks, read_stats, write_masks
+from wanda_dvc.study.tensors import (
+    pack_masks,
+    read_fisher,
+    read_grams,
+    read_masks,
+    read_stats,
+    write_grams,
+    write_masks,
+)
 
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -326,6 +335,16 @@ def test_a_block_with_masks_of_too_few_linears_is_refused(calibrated_study: Make
     write_masks(made.masks, 1, pack_masks(masks))
     with pytest.raises(UserError, match=r"block_001.safetensors: no masks of model.layers.1.mlp.up_proj; restore"):
         apply(study=made)
+
+
+def test_masks_of_a_linear_without_statistics_are_refused(calibrated_study: Make):
+    study = calibrated_study()
+    mask(study=study)
+    grams = read_grams(study.gram, 1)
+    consumers = {name: [x for x in linears if "up_proj" not in x] for name, linears in grams.consumers.items()}
+    write_grams(study.gram, 1, BlockStats({}, consumers, []), grams)
+    with pytest.raises(UserError, match=r"found masks of model.layers.1.mlp.up_proj, expected linears in .*gram"):
+        apply(study=study)
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])

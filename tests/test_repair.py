@@ -18,12 +18,19 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.units import keep_around_neighbours
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.mask import mask, repair_before_removed_blocks
 from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.tensors import read_stats, read_weights
 
 DOWN = "mlp.down_proj"
 WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibration__windows": 8}
+
+
+def test_a_finished_block_is_not_repaired_again():
+    """It would run the model over all calibration windows."""
+    removal = mock.Mock(kept_masks={"blocks": torch.tensor([True, True, False, True])})
+    unused = mock.Mock(side_effect=AssertionError)
+    assert repair_before_removed_blocks(unused, unused, removal, {}, unused, finished=2) is None
 
 
 def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(study: Make):

@@ -118,7 +118,9 @@ def methods() -> dict[str, Method]:
         where = f"entry point {entry.name} of {package} ({ENTRY_POINTS}): {entry.value}"
         try:
             method = replace(entry.load(), package=package)
-            importlib.util.find_spec(method.function.partition(":")[0])  # raises if its package is missing
+            module = method.function.partition(":")[0]
+            if importlib.util.find_spec(module) is None:  # it raises if a parent package is missing
+                raise ModuleNotFoundError(f"no module {module}")
             problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -47,7 +46,7 @@ class Gram:
         self.count += len(x)
 
     def merge(self, gram: "Gram") -> None:
-        """Add the sums of more tokens of the same input."""
+        """Add another chunk's sums."""
         self.upper += gram.upper.to(self.upper)
         self.count += gram.count
 
@@ -88,7 +87,7 @@ class Gram:
 def layer_errors(
     dense: Weight, pruned: Sequence[Weight], gram: Square, dead: Bool[Tensor, " in"] | None = None
 ) -> list[float]:
-    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ. Without error it is 0.
+    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ; of a W with outputs of 0, 1 by convention.
 
     G is zero at the `dead` features; solvers put other values there in `gram`.
 
@@ -99,30 +98,32 @@ def layer_errors(
     if dead is not None:
         exact.diagonal()[dead] = 0
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
-    errors, output = [0.0] * len(pruned), 0.0
+    errors = [0.0] * len(pruned)
+    output = 0.0
     for begin in range(0, len(dense), rows_at_a_time):
         rows = slice(begin, begin + rows_at_a_time)
         w = dense[rows].double()
         output += _energy(w, exact)
-        for number, weight in enumerate(pruned):
-            errors[number] += _energy(w - weight[rows].double(), exact)
-    # A linear of zeros has no relative error. Rounding gives negative ones.
-    return [max(error, 0.0) / output if error and output else float(error > 0) for error in errors]
+        for index, weight in enumerate(pruned):
+            errors[index] += _energy(w - weight[rows].double(), exact)
+    return [_relative(max(error, 0.0), output) for error in errors]  # rounding gives negative errors
+
+
+def _relative(error: float, output: float) -> float:
+    """Return error / output; where the output is 0, by convention 1, or 0 without error."""
+    if output and error:
+        return error / output
+    return 1.0 if error else 0.0
 
 
 def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -> float:
     return (weight @ gram).mul_(weight).sum().item()
 
 
-def _rows_of_triangle(matrix: Any, packed: Any, scale: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield for each row, from the diagonal on, views of the matrix, of the packed triangle, and of a vector [in].
-
-    On a CPU they are numpy's, whose slices take a tenth of the time.
-    """
-    if matrix.device.type == "cpu":
-        matrix, packed, scale = matrix.numpy(), packed.numpy(), scale.numpy()
-    features, begin = len(matrix), 0
-    for row in range(features):
-        end = begin + features - row
+def _rows_of_triangle(matrix: Tensor, packed: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield for each row, from the diagonal on, views of the matrix, of the packed triangle, and of a vector [in]."""
+    begin = 0
+    for row in range(len(matrix)):
+        end = begin + len(matrix) - row
         yield matrix[row, row:], packed[begin:end], scale[row:]
         begin = end

@@ -28,7 +28,7 @@ class Units(NamedTuple):
     kept: int
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
     members: Sequence[Sequence[str]] = ()  # the linears of each unit: a block's, or an expert's; (): units are inputs
-    groups: int = 1  # of neighbouring units: the same number is kept in each
+    groups: int = 1  # only with members: of neighbouring units; the same number is kept in each
 
 
 def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
@@ -49,8 +49,11 @@ def multiple_of(width: int, multiple: int) -> int:
     return multiple
 
 
-def least_sparsity(width: int, multiple: int) -> Fraction | None:
-    """Return the sparsity that removes the last multiple of a width; None if nothing would be left."""
+def removing_sparsity(width: int, multiple: int) -> Fraction | None:
+    """Return a sparsity that surely removes units, the last multiple of a width; None if nothing would be left.
+
+    It is not the least: counts are rounded to the nearest multiple, so about half of it removes units too.
+    """
     left = (width - 1) // multiple * multiple
     return 1 - Fraction(left, width) if left else None
 
@@ -70,8 +73,9 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
 
     Inputs are added one after another: the order of `index_add_` is not fixed on CUDA.
     """
-    of_inputs, of_units = score.sum(dim=0, dtype=torch.float32), torch.zeros(units.total, device=score.device)
-    for section in of_inputs.split([units.total * size for size in units.layout]):
+    input_scores = score.sum(dim=0, dtype=torch.float32)
+    of_units = torch.zeros(units.total, device=score.device)
+    for section in input_scores.split([units.total * size for size in units.layout]):
         for inputs in section.view(units.total, -1).T:
             of_units += inputs
     return of_units
@@ -79,7 +83,8 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
 
 def keep_around_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Tensor, " units"]:
     """Return the mask of `kept` units: the removed ones are neighbours, not the first, with the least sum of scores."""
-    mask, removed = torch.ones_like(score, dtype=torch.bool), len(score) - kept
+    mask = torch.ones_like(score, dtype=torch.bool)
+    removed = len(score) - kept
     if removed:
         first = 1 + int(score[1:].unfold(0, removed, 1).sum(dim=1).argmin())
         mask[first : first + removed] = False
@@ -91,8 +96,8 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units, *, damping: f
 
     With H = (G + λI)⁻¹, λ = damping · mean diagonal of G, and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
     for one input Σ_o w_oj² / H_jj: the rise of tr(ΔGΔᵀ) after least squares, as in OBS (Hassibi and Stork 1993). About
-    16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_J (H_JJ)⁻¹ H_Jᵀ, and costs are computed again. Dead
-    inputs cost nothing.
+    16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_Jᵀ (H_JJ)⁻¹ H_J, and costs are computed again. H_J are
+    the rows J of H. Dead inputs cost nothing. Units without members have no groups.
 
     Memory in bytes: 12 · in² and 8 · out · in.
     """
@@ -101,7 +106,8 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units, *, damping: f
     w = weight.float().masked_fill(factors.dead, 0)
     inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
     mask = torch.ones(units.total, dtype=torch.bool, device=w.device)
-    at_a_time, to_remove = max(1, INPUTS_AT_A_TIME // inputs.shape[1]), units.total - units.kept
+    at_a_time = max(1, INPUTS_AT_A_TIME // inputs.shape[1])
+    to_remove = units.total - units.kept
     while to_remove > 0:
         cost = _costs(w, inverse, inputs).masked_fill(~mask, torch.inf)
         lowest = cost.sort(stable=True).indices[: min(at_a_time, to_remove)]
@@ -136,7 +142,8 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors, *, 
     """
     kept, kept_rows = mask.any(dim=0), mask.any(dim=1)
     w = weight.float()
-    start, dead = w * mask, int(factors.dead.sum())
+    start = w * mask
+    dead = int(factors.dead.sum())
     if kept.all():
         return SolverResult(mask, start, len(w), dead, damping, False)
     inverse, used = factor_inverse(factors.gram[kept][:, kept], damping, factors.mean, factors.name)

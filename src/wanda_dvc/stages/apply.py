@@ -156,6 +156,12 @@ class DenseToPruned:
         masks = read_masks(study.masks, block)
         if missing := sorted(inputs.keys() - masks.keys()):
             raise UserError(f"{block_file(study.masks, block)}: no masks of {shortened(missing)}; {RESTORE_MASKS}")
+        unmeasured = sorted(masks.keys() - inputs.keys()) if self.measures_errors else []
+        if unmeasured:
+            raise UserError(
+                f"{block_file(study.masks, block)}: found masks of {shortened(unmeasured)}, expected linears in "
+                f"{block_file(study.gram, block)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
+            )
         return BlockFiles(masks, weights, diagnostics, grams, inputs, gradient_grams)
 
     def _prepare(self, block: int, name: str) -> GramFactors | None:

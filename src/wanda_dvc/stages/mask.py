@@ -1,6 +1,7 @@
 """Choose the masks (True is kept), and new weights where they change the inputs of later blocks."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
@@ -20,7 +21,7 @@ from wanda_dvc.pruning.masks import BlockSparsity, choose_units
 from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.statistics import BlockStats
-from wanda_dvc.pruning.units import least_sparsity, multiple_of
+from wanda_dvc.pruning.units import multiple_of, removing_sparsity
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
 from wanda_dvc.stages.solving import MaskJob, SolverOutput, score_block, solve, solve_from_file, solver_tasks
@@ -83,7 +84,7 @@ def mask(*, study: Study) -> None:
             finished = min(finished, artifact.finished_blocks(weights))
         repaired = None
         if removal and plan.repairs:
-            repaired = repair_before_removed_blocks(study, checkpoint, removal, stats, work)
+            repaired = repair_before_removed_blocks(study, checkpoint, removal, stats, work, finished)
         if plan.propagates:
             what = "mask, blocks calibrated and pruned"
             results = on_pruned_blocks(study, job, removal, stats, work, finished, device)
@@ -174,17 +175,20 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
 
 
 def _removes_no_unit(removal: "Removal", plan: Plan) -> str:
-    """Return the message for a sparsity that rounds to 0: the least sparsity that removes a unit, if there is one."""
-    structure, groups = removal.structure, max(units.groups for units in removal.unit_sets.values())
-    least: list[Fraction] = []
+    """Return the message for a sparsity that rounds to 0: a sparsity that removes a unit, if there is one."""
+    structure = removal.structure
+    groups = max(units.groups for units in removal.unit_sets.values())
+    sufficient: list[Fraction] = []
     for name, field in removal.config_fields.items():
         if field.unit_sets and name not in structure.scaled:
-            sparsity = least_sparsity(field.value, max(groups, multiple_of(field.value, structure.multiple)))
-            least += [sparsity] if sparsity else []
+            multiple = math.lcm(groups, multiple_of(field.value, structure.multiple))
+            sparsity = removing_sparsity(field.value, multiple)
+            if sparsity:
+                sufficient.append(sparsity)
     problem = f"sparsity: got {float(plan.sparsity):g}, which removes none of the {structure.about}"
-    if not least:
+    if not sufficient:
         return f"{problem}: the model needs all; choose another pattern"
-    return f"{problem}; set sparsity={_rounded_up(min(least))} or more"
+    return f"{problem}; set sparsity={_rounded_up(min(sufficient))} or more"
 
 
 def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
@@ -333,20 +337,31 @@ def _calibrated(study: Study, stats: Json, work: Work) -> "tuple[ModelRunner, Te
 
 
 def repair_before_removed_blocks(
-    study: Study, checkpoint: Checkpoint, removal: "Removal", stats: Json, work: Work
+    study: Study, checkpoint: Checkpoint, removal: "Removal", stats: Json, work: Work, finished: int
 ) -> RepairedLinear | None:
-    """Return the new weight of the last linear before the removed blocks; None if no block is removed."""
+    """Return the new weight of the last linear before the removed blocks; None if no block is removed.
+
+    None also if the block before them is finished: its new weight is stored.
+    """
     from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
 
     (kept,) = removal.kept_masks.values()
     if kept.all():
         return None
     removed = (~kept).nonzero()[:, 0].tolist()
-    block, end = removed[0] - 1, removed[-1] + 1
+    block = removed[0] - 1  # the block before the removed ones
+    end = removed[-1] + 1  # the block after them
+    if block < finished:
+        return None
     run, windows = _calibrated(study, stats, work)
-    linears, measured = run.decoder.linears(block), tensors.read_stats(study.stats, block)
-    # In the order of their calls. Of an expert's outputs only some tokens have a contribution.
-    *_, last = (name for name in measured.by_linear if linears[name].stored.expert is None)
+    linears = run.decoder.linears(block)
+    # The statistics are in the order in which the block calls its linears. An expert's linear adds to some tokens only,
+    # so it cannot take over what the removed blocks add to all of them.
+    candidates = [
+        name for name in tensors.read_stats(study.stats, block).by_linear if linears[name].stored.expert is None
+    ]
+    last = candidates[-1]
+    # The repair reads the activations before `block` to `end`. Of n stored blocks n − 1 are finished, one is written.
     steps = itertools.takewhile(lambda step: step.index < end, run.forward(windows, stored=end - block + 2))
     what = "mask, blocks run for the repair"
     for step in process.progress(steps, total=end, what=what, at=lambda step: step.index):
