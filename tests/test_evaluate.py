@@ -118,7 +118,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
         with pytest.raises(UserError, match=match):
             evaluate(study=calibrated_study, paths=[path])
 
-    refused(tmp_path / "nothing", "nothing: not found; name a model's directory or a GGUF file")
+    refused(tmp_path / "nothing", "nothing: no config.json, expected a Hugging Face model directory")
     twice = [calibrated_study.model("pruned"), calibrated_study.root / "masks/../models/pruned"]
     with pytest.raises(UserError, match="models/pruned: named twice, expected each model once"):
         evaluate(study=calibrated_study, paths=twice)

@@ -262,7 +262,7 @@ def test_a_failed_stage_is_an_error_with_its_message(study: wd.Study):
 
 
 def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
-    with pytest.raises(wd.UserError, match="tokenizer: missing"):
+    with pytest.raises(wd.UserError, match="tokenizer: found NoneType"):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
     with pytest.raises(wd.UserError, match="model: got Linear"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]

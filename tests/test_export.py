@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_families import save
 
 from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.commands import check_new_file, check_target
 from wanda_dvc.commands.export import export, sections, settings_of
 from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.engine.checkpoint import read_config
@@ -165,13 +166,13 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_pa
         with pytest.raises(
             UserError, match="exists already; name a new dir.*|file is no directory with permission to write"
         ):
-            export(study=pruned, experiment=None, target=path if path == file else full)
+            check_target(pruned, path if path == file else full)
         assert path.read_text() == "mine"
     with pytest.raises(UserError, match="x.gguf: exists already, or is in"):
-        export(study=pruned, experiment=None, target=tmp_path / "a/../new", imatrix=tmp_path / "new/x.gguf")
+        check_new_file(pruned, tmp_path / "new/x.gguf", tmp_path / "a/../new")
     (tmp_path / "beside.part").write_text("mine")
     with pytest.raises(UserError, match="beside.part: exists already"):
-        export(study=pruned, experiment=None, target=tmp_path / "beside")
+        check_target(pruned, tmp_path / "beside")
     (tmp_path / "other.part/out").mkdir(parents=True)  # of a copy to another file system that was killed
     export(study=pruned, experiment=None, target=tmp_path / "other")
     assert not (tmp_path / "other.part").exists()

@@ -14,7 +14,7 @@ import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, notice
-from wanda_dvc.stages import STAGES, Stage, check_stage_inputs
+from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.stages import run as run_stage
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ app = typer.Typer(
 PRUNE_PANEL, STAGE_PANEL = "One command", "Stages, in the order of the pipeline"
 RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 
+MODEL_HELP = "A directory, a Hub id, or package:NAME==VERSION."
+TEXT_HELP = "The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TextArgument = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
-REV = typer.Option(help="An experiment, commit, branch or tag instead of the workspace.")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -102,40 +103,34 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage, with an argument for its variant and one for a text where it has some."""
-    variants = " or ".join(stage.variants)
-    variant = Annotated[str, typer.Argument(metavar=stage.argument.upper(), help=f"{variants}; by default all.")]
+    meaning = f"{' or '.join(stage.variants)}; by default all."
+    variant_argument = Annotated[str, typer.Argument(metavar=stage.argument.upper(), help=meaning)]
 
     def run_all(version: Version = None) -> None:
         _run(stage, version, "", "")
 
-    def run_variant(variant: variant = "", version: Version = None) -> None:
+    def run_variant(variant: variant_argument = "", version: Version = None) -> None:
         _run(stage, version, variant, "")
 
-    def run_text(variant: variant = "", text: TextArgument = "", version: Version = None) -> None:
+    def run_text(variant: variant_argument = "", text: TextArgument = "", version: Version = None) -> None:
         _run(stage, version, variant, text)
 
-    if any(row.by_text for row in stage.variants.values()):
+    if any(variant.by_text for variant in stage.variants.values()):
         return run_text
     return run_variant if stage.argument else run_all
 
 
 @app.command(rich_help_panel=PRUNE_PANEL)
 def prune(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A directory, a Hub id, or package:NAME==VERSION.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A new or an empty directory.")] = None,
     recipe: Annotated[str | None, typer.Option(help="wanda, admm, fisher, …; by default the recommended one.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="By default 0.5 of the weights, or 0.2 of units.")] = None,
     pattern: Annotated[
         str, typer.Option(help="2:4 and other n:m; or neurons, heads, blocks, experts: a smaller model.")
     ] = "unstructured",
-    text: Annotated[
-        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb.")
-    ] = None,
-    recover: Annotated[
-        str | None, typer.Option(help="Train the pruned model on this many tokens, such as 1M, towards the dense one.")
-    ] = None,
+    text: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
+    recover: Annotated[str | None, typer.Option(help="Train the pruned model on this many tokens, such as 1M.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
 ) -> None:
     """Prune a model into an ordinary Hugging Face directory, and compare it with the dense model.
@@ -196,9 +191,7 @@ def stats(
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
-    rev: Annotated[
-        list[str] | None, typer.Option(help="An experiment, commit, branch or tag; may be repeated.")
-    ] = None,
+    rev: Annotated[list[str] | None, typer.Option(help="An experiment, commit, branch or tag; repeatable.")] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write_report
@@ -215,26 +208,21 @@ def evaluate(
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
     study = _find_study()
-    check_stage_inputs(study)
     _prepare("evaluate")
-    from wanda_dvc.commands.evaluate import evaluate as measure  # imports torch, which takes seconds
+    from wanda_dvc.commands.evaluate import evaluate as compare_models
     from wanda_dvc.stages.process import stoppable
 
     with stoppable("evaluate"):
-        typer.echo(measure(study=study, paths=paths, as_json=as_json))
+        typer.echo(compare_models(study=study, paths=paths, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
-    model: Annotated[str | None, typer.Option(help="A directory, a Hub id, or package:NAME==VERSION.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb.")
-    ] = None,
-    mirror: Annotated[
-        Path | None, typer.Option(help="A directory of data sets, for machines without internet.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
+    mirror: Annotated[Path | None, typer.Option(help="A directory of data sets, if there is no internet.")] = None,
     study: Annotated[
         Path | None, typer.Option("--from", help="A study, as `prune` names it: begin with its settings and results.")
     ] = None,
@@ -250,11 +238,11 @@ def init(
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")],
-    rev: Annotated[str | None, REV] = None,
+    rev: Annotated[str | None, typer.Option(help="An experiment, commit, branch or tag; else the workspace.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
-    from wanda_dvc.commands.target import check_new_file, check_target
+    from wanda_dvc.commands import check_new_file, check_target
     from wanda_dvc.stages.process import NOTHING_KEPT, stoppable
 
     with stoppable("export", NOTHING_KEPT):
@@ -282,8 +270,7 @@ for _stage in STAGES.values():  # last in --help
     app.command(_stage.name, help=_stage.about, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
-def _refuse_empty(arguments: list[str]) -> None:
-    """Raise UserError for an empty argument: an unset variable of the shell must not choose a default."""
+def _refuse_empty(arguments: list[str]) -> None:  # an unset variable of the shell must not choose a default
     previous = ""
     for position, argument in enumerate(arguments, start=1):
         if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):

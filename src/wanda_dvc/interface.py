@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.commands.reproduce import reproduce
+from wanda_dvc.commands import reproduce
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, STAGES
 from wanda_dvc.study import folder
@@ -42,7 +42,7 @@ class Study:
         path: The study's directory.
 
     Raises:
-        UserError: `params.yaml` is missing in the directory and its parents, or the directory is no path.
+        UserError: `params.yaml` is missing in the directory and its parents.
 
     Example:
         >>> results = pandas.DataFrame(wd.Study("study").results())
@@ -50,7 +50,7 @@ class Study:
     """
 
     def __init__(self, directory: str | Path = ".") -> None:
-        self.path = folder.Study.find(_as_path("directory", directory)).root
+        self.path = folder.Study.find(Path(directory)).root
 
     def __repr__(self) -> str:
         return f"Study({str(self.path)!r})"
@@ -71,10 +71,10 @@ class Study:
         return flat_records(listed_revisions(folder.Study(self.path)))
 
     def statistics(self, block: int) -> "BlockStats":
-        """Return the norm tier of one block, by distinct input.
+        """Return the statistics `norms` of one block, by distinct input.
 
-        `inputs[NAME].norm` is ‖X_j‖₂, float32 [in], over all calibration tokens; `readers` lists the linears that read
-        each input.
+        `inputs[NAME].norm` is ‖X_j‖₂, float32 [in], over all calibration tokens; `consumers` lists the linears that
+        read each input.
 
         Raises:
             UserError: The study is not calibrated, or has no block of this number, counted from 0.
@@ -83,13 +83,9 @@ class Study:
 
         stats = folder.Study(self.path).stats
         count = block_count(stats, "calibrate")
-        try:
-            number = operator.index(block)
-        except TypeError:
-            number = -1
-        if count and not 0 <= number < count:
+        if count and block not in range(count):
             raise UserError(f"block: found {block!r}, expected 0 to {count - 1}")
-        return read_stats(stats, number)
+        return read_stats(stats, operator.index(block))
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
         """Return the masks by linear, in the shape of the stored weight; True is kept. Each is unpacked at access."""
@@ -136,18 +132,18 @@ def calibrate(
     elif tokenizer is not None:
         raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
-    place = Path(temporary.name) if temporary else _as_path("directory", directory).absolute()
-    was_there, was_empty = place.exists(), not any(place.glob("*"))
+    root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
+    was_there, was_empty = root.exists(), not any(root.glob("*"))
     source = str(model.expanduser().absolute()) if isinstance(model, Path) else model
-    init(folder=place, model=None if in_memory else str(source))
-    study = Study(place)
+    init(folder=root, model=None if in_memory else str(source))
+    study = Study(root)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
     with _alone(study):
         if in_memory:
-            saved = place / "model"
-            for savable in (model, tokenizer):
-                savable.save_pretrained(saved)  # type: ignore[union-attr] # as checked
+            saved = root / "model"
+            model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
+            tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
             (saved / ".gitignore").write_text("*\n", encoding="utf-8")
             settings = {"model": str(saved)} | settings
         change_settings(study.path / "params.yaml", settings)
@@ -155,7 +151,7 @@ def calibrate(
             reproduce(study.path, "calibrate")
         except UserError:
             if was_empty:
-                _discard_without_model(place, stays=was_there)
+                _discard_without_model(root, was_there=was_there)
             raise
     return study
 
@@ -235,39 +231,31 @@ def _alone(study: Study) -> Iterator[None]:
         yield
 
 
-def _as_path(name: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise UserError(f"{name}: found {value!r:.80}, expected a path")
-    return Path(value)
-
-
 def _check_in_memory(model: object, tokenizer: object) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of "
+            f"model: found {type(model).__name__}, expected a path, a Hub id or a causal language model of "
             "transformers; merge an adapter of PEFT first"
         )
-    if tokenizer is None:
-        raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(f"tokenizer: got {type(tokenizer).__name__}, expected a tokenizer of transformers; load one")
+        raise UserError(f"tokenizer: found {type(tokenizer).__name__}, expected the model's, of transformers; pass it")
 
 
-def _discard_without_model(place: Path, *, stays: bool) -> None:
-    """Empty the directory of a new study without a model, so that the corrected call can use it; remove it or not.
+def _discard_without_model(root: Path, *, was_there: bool) -> None:
+    """Empty the directory of a new study without a model, so that the corrected call can use it.
 
-    Fetched parts of a model stay, for a resumed download. A part of an earlier git repository stays, too.
+    Nothing happens if there are fetched parts of a model, for a resumed download, or an earlier git repository.
     """
-    study = folder.Study(place)
+    study = folder.Study(root)
     fetched = [path for path in study.work_root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    if study.model("dense").exists() or fetched or not (place / ".git").exists():
+    if study.model("dense").exists() or fetched or not (root / ".git").exists():
         return
-    for path in place.iterdir():
+    for path in root.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    if not stays:
-        place.rmdir()
+    if not was_there:
+        root.rmdir()

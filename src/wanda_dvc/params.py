@@ -22,7 +22,7 @@ from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
 
 MAX_WINDOWS = MAX_LENGTH = 2**20  # far above any real study
-MAX_TRAINED_TOKENS = 10**9  # tokens of a recovery; their windows are drawn before it and take 8 bytes a token
+MAX_TOKENS = 10**9  # of a recovery; their windows are drawn before it and take 8 bytes a token
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 FILE = "params.yaml"
 TEXT_SUFFIXES = (".txt", ".jsonl")  # of files
@@ -195,10 +195,7 @@ class Recovery(_Section):
     """The training of the pruned model towards the dense model."""
 
     tokens: int = Field(
-        0,
-        ge=0,
-        le=MAX_TRAINED_TOKENS,
-        description="tokens to train the pruned model on, towards the dense model; 0: none",
+        0, ge=0, le=MAX_TOKENS, description="tokens to train the pruned model on, towards the dense model; 0: none"
     )
     text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")

@@ -23,8 +23,6 @@ from wanda_dvc.stages.needs import REQUIREMENTS, Requirements, free, gigabytes, 
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
-LIBRARIES_SHOWN = ("torch", "transformers", "dvc", "lm-eval")
-
 
 @dataclass(frozen=True)
 class Check:
@@ -39,7 +37,7 @@ class Check:
 
 def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES_SHOWN)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "dvc", "lm-eval"))
     checks = [  # the versions for a bug report
         Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}"),
         Check("libraries", True, libraries),
@@ -56,8 +54,13 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         checks.append(Check("params.yaml", True, "valid"))
         checks += [*_check_machine(params), *_check_needs(study, needs)]
     missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
-    text = _as_json(checks, missing, needs) if as_json else _as_table(checks, missing)
-    return text, not missing
+    if as_json:
+        sizes = {stage: {"memory_bytes": size.memory, "disk_bytes": size.disk} for stage, size in needs.items()}
+        content = {"checks": [asdict(check) for check in checks], "missing": missing, "needs": sizes}
+        return json_text(content), not missing
+    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
+    conclusion = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
+    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{conclusion}", not missing
 
 
 def _needs(study: Study) -> dict[str, Requirements]:
@@ -97,14 +100,3 @@ def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check
             todos.append("free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`")
         found = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
         yield Check(stage, not todos, found, "; ".join(todos), needed=lacks_disk)  # an estimate of memory may be high
-
-
-def _as_json(checks: list[Check], missing: list[str], needs: dict[str, Requirements]) -> str:
-    sizes = {stage: {"memory_bytes": size.memory, "disk_bytes": size.disk} for stage, size in needs.items()}
-    return json_text({"checks": [asdict(check) for check in checks], "missing": missing, "needs": sizes})
-
-
-def _as_table(checks: list[Check], missing: list[str]) -> str:
-    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
-    conclusion = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
-    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{conclusion}"

@@ -29,20 +29,23 @@ from wanda_dvc.study.protocol import TOKENIZER
 from wanda_dvc.study.scaffold import PROMPTS
 
 # What the stages read of this study.
-LINKED = (
-    "plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense", "params.yaml", PROMPTS
-)  # fmt: skip
+LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense", "params.yaml", PROMPTS)
 
 
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:
     """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
 
-    UserError if a path is missing, named twice or no model, or if its architecture, vocabulary or tokenizer is not the
+    UserError if a path is named twice or no model, or if its architecture, vocabulary or tokenizer is not the
     dense model's.
     """
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
-    _check_dense_results(study, dense)
+    texts, tasks = study.params.perplexity.texts, study.params.tasks.names
+    if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
+        raise UserError(
+            "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
+            "others are compared with; run `dvc repro`"
+        )
     _check_paths(study, paths)
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
         work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
@@ -58,20 +61,9 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     return json_text([{"model": name, "metrics": models[name].metrics, **compared[name]} for name in models])
 
 
-def _check_dense_results(study: Study, dense: Results) -> None:
-    texts, tasks = study.params.perplexity.texts, study.params.tasks.names
-    if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
-        raise UserError(
-            "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
-            "others are compared with; run `dvc repro`"
-        )
-
-
 def _check_paths(study: Study, paths: Sequence[Path]) -> None:
     real_paths = [path.resolve() for path in paths]
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: not found; name a model's directory or a GGUF file")
         if real_paths.count(path.resolve()) > 1:
             raise UserError(f"{path}: named twice, expected each model once; leave one out")
         if (path / "config.json").is_file():

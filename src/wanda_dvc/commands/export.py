@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from wanda_dvc.commands import check_target
 from wanda_dvc.commands.imatrix import importance
-from wanda_dvc.commands.target import check_new_file, check_target
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, download_sources, flatten, nested
 from wanda_dvc.plan import Plan
@@ -50,14 +50,11 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path | None = None) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
-    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a new file for llama.cpp's
-    importance matrix.
+    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a file for llama.cpp's
+    importance matrix. `check_target` and `check_new_file` have checked both paths.
     """
     revision = None if experiment == WORKSPACE else experiment
     what = revision or "the workspace"
-    target = check_target(study, target)
-    if imatrix:
-        check_new_file(study, imatrix, target)
     with study.work({"kind": "export", "experiment": revision}) as work:
         work.discard()  # the links of a killed export
         exported = _collect(study, revision, work.path / "study", with_norms=imatrix is not None)
@@ -108,6 +105,7 @@ def move_model(experiment: Experiment, target: Path) -> None:
 
 
 def _renamed(folder: Path, target: Path) -> bool:
+    """Move a folder by renaming it. Return whether the target is on the same file system; else nothing happens."""
     try:
         folder.rename(target)
     except OSError as error:

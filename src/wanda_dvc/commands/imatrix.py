@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +24,7 @@ OTHER_NAMES = {  # of architectures; not granitemoehybrid: without experts, the 
 }  # fmt: skip
 FUSED, GATE_AND_UP = "gate_up_proj", ("gate_proj", "up_proj")  # one tensor of a checkpoint, often two in GGUF
 REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inputs
-
-
-class InputSquares(NamedTuple):
-    """The statistics of a linear's kept inputs."""
-
-    squares: np.ndarray[Any, Any]  # Σx², [in]
-    tokens: int
+Array = np.ndarray[Any, Any]
 
 
 def importance(study: Study, target: Path) -> str:
@@ -45,40 +39,42 @@ def importance(study: Study, target: Path) -> str:
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
     is_smaller, blocks = Plan.from_dict(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
     arch, names_of = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
-    weights: defaultdict[str, list[InputSquares]] = defaultdict(list)  # by name in GGUF: of each expert, or one
+    squares, tokens = defaultdict[str, list[Array]](list), defaultdict[str, list[int]](list)  # of each expert, or one
     unnamed = set()
-    for linear, inputs in _kept_inputs(study, blocks, is_smaller=is_smaller):
+    for linear, linear_squares, linear_tokens in _kept_inputs(study, blocks, is_smaller=is_smaller):
         names = names_of(linear)
         for name in names:
-            weights[f"{name}.weight"].append(inputs)
+            squares[f"{name}.weight"].append(linear_squares)
+            tokens[f"{name}.weight"].append(linear_tokens)
         if not names:
             unnamed.add(linear)
-    _write_gguf(target, arch, stats, weights)
+    _write_gguf(target, arch, stats, squares, tokens)
     without = f", without {shortened(sorted(unnamed))}" if unnamed else ""
-    return f"the importance matrix of {len(weights)} weights{without}, for `llama-quantize --imatrix`"
+    return f"the importance matrix of {len(squares)} weights{without}, for `llama-quantize --imatrix`"
 
 
-def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tuple[str, InputSquares]]:
-    """Yield each linear of the pruned model, by its name there, and the statistics of its inputs."""
+def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tuple[str, Array, int]]:
+    """Yield the name of each linear of the pruned model, Σx² of its inputs, [in], and the number of their tokens."""
     pruned_block = 0
     for block in range(blocks):
         stats, masks = read_stats(study.stats, block), read_masks(study.masks, block)
         inputs_of = stats.by_linear
-        is_removed = is_smaller
-        for linear, mask in masks.items():
-            squares, tokens = inputs_of[linear].sum_squares, inputs_of[linear].count
+        kept = list(masks)
+        if is_smaller:  # without the linears of a removed expert or block
+            kept = [linear for linear in masks if masks[linear].any()]
+        for linear in kept:
+            squares = inputs_of[linear].sum_squares
             if is_smaller:
-                if not mask.any():  # of a removed expert or block
-                    continue
-                squares = squares[mask.any(dim=1 if linear in stats.transposed else 0)]
-            is_removed = False
+                squares = squares[masks[linear].any(dim=1 if linear in stats.transposed else 0)]
             name = re.sub(r"\.\d+\.", f".{pruned_block}.", linear, count=1)
-            yield name, InputSquares(squares.numpy(), tokens)
-        if not is_removed:
+            yield name, squares.numpy(), inputs_of[linear].count
+        if kept:
             pruned_block += 1
 
 
-def _write_gguf(target: Path, arch: str, stats: Json, weights: Mapping[str, list[InputSquares]]) -> None:
+def _write_gguf(
+    target: Path, arch: str, stats: Json, squares: Mapping[str, list[Array]], tokens: Mapping[str, list[int]]
+) -> None:
     from gguf import GGUFWriter
 
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +83,9 @@ def _write_gguf(target: Path, arch: str, stats: Json, weights: Mapping[str, list
     writer.add_array("imatrix.datasets", [stats["text"]["source"]])
     writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
     writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
-    for name, experts in sorted(weights.items()):
-        writer.add_tensor(f"{name}.in_sum2", np.stack([inputs.squares for inputs in experts]).astype(np.float32))
-        writer.add_tensor(f"{name}.counts", np.array([[inputs.tokens] for inputs in experts], np.float32))
+    for name in sorted(squares):
+        writer.add_tensor(f"{name}.in_sum2", np.stack(squares[name]).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.array(tokens[name], np.float32)[:, None])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

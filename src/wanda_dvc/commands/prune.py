@@ -10,10 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from wanda_dvc.catalog import EMBEDDED, STRUCTURES
+from wanda_dvc.commands import check_target, reproduce
 from wanda_dvc.commands.export import move_model
-from wanda_dvc.commands.reproduce import reproduce
 from wanda_dvc.commands.request import FALLBACK, PruneRequest
-from wanda_dvc.commands.target import check_target
 from wanda_dvc.engine.checkpoint import max_positions, read_config
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import notice
@@ -61,7 +60,10 @@ def prune_model(request: PruneRequest) -> str:
         experiment = workspace(Study(request.root))
         summary = _paragraphs(experiment, request, began)  # of files that move now
         move_model(experiment, request.target)
-        return "\n\n".join([*summary, _what_stays(study, experiment)])
+        recovered = ", the recovered model" if "recovered" in experiment.models else ""
+        size = gigabytes(_bytes_on_disk(study.root))
+        kept = f"{size}: the dense model, its statistics, the masks{recovered}; `dvc repro` writes models/pruned again"
+        return "\n\n".join([*summary, f"The study: {study.root} ({kept})"])
 
 
 def _sizes_for_model(study: Study, params: Params, sizes: ModelSizes) -> Settings:
@@ -155,15 +157,6 @@ def _next_options(params: Params, recipe: str | None) -> list[str]:
         return [*options, "--pattern", "4:8" if params.pattern == "2:4" else "2:4"]
     low, high = (0.1, 0.3) if params.pattern in STRUCTURES else (0.5, 0.7)
     return [*options, "--sparsity", str(high if params.sparsity < high else low)]
-
-
-def _what_stays(study: Study, experiment: Experiment) -> str:
-    """Return a sentence on what stays in the study, after the model has moved to its target."""
-    recovered = ", the recovered model" if "recovered" in experiment.models else ""
-    return (
-        f"The study: {study.root} ({gigabytes(_bytes_on_disk(study.root))}: the dense model, its statistics, the "
-        f"masks{recovered}; `dvc repro` writes models/pruned again)"
-    )
 
 
 def _bytes_on_disk(folder: Path) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanda_dvc.catalog import STRUCTURES
-from wanda_dvc.commands.target import check_target
+from wanda_dvc.commands import check_target
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import FILE, Params, Settings, nested
 from wanda_dvc.plan import UNSTRUCTURED
@@ -54,7 +54,10 @@ def check_request(
         sparsity = 0.2 if pattern in STRUCTURES else 0.5
     settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
     settings["recovery.tokens"] = _parse_tokens(recover) if recover else 0
-    params = check_settings(settings)
+    try:
+        params, _ = new_params(nested(settings))
+    except UserError as error:
+        raise UserError(*map(_with_option, error.problems)) from None
     source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
     name = Path(source).name
     key = digest({"model": params.model, "text": params.calibration.text.filled})[:8]
@@ -67,15 +70,8 @@ def check_request(
     return PruneRequest(settings=settings, params=params, root=root, target=target, recipe=recipe, evaluate=evaluate)
 
 
-def check_settings(settings: Settings) -> Params:
-    """Check settings by dotted names. UserError, with the options' names, if one is wrong."""
-    try:
-        return new_params(nested(settings))[0]
-    except UserError as error:
-        raise UserError(*map(_with_option, error.problems)) from None
-
-
 def _with_option(problem: str) -> str:
+    """Replace a setting by its option in a message."""
     setting, _, rest = problem.removeprefix(f"{FILE}: ").partition(": ")
     return f"{OPTIONS.get(setting, setting)}: {rest}"
 
@@ -88,7 +84,6 @@ def _parse_tokens(text: str) -> int:
 
 
 def _cache_folder() -> Path:
-    """Return the folder of the studies. UserError if it is not writable."""
     try:
         return check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
     except (UserError, OSError) as error:

@@ -40,8 +40,8 @@ def find_model(source: str) -> Source:
     """Find the model that the setting `model` names."""
     if source.startswith(PACKAGE_PREFIX):
         return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE_PREFIX)))
-    if (folder := Path(source)).is_absolute():
-        return Source({"source": str(folder)}, partial(_write_local, folder))
+    if Path(source).is_absolute():
+        return Source({"source": source}, partial(_write_local, Path(source)))
     name, _, revision = source.partition("@")
     repository = resolve("model", name, revision or None, SETTING)
     key = {"source": repository.name, "revision": repository.commit}
@@ -121,9 +121,9 @@ def _wheel(requirement: str, folder: Path) -> Path:
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     pip = [sys.executable, "-m", "pip", "download", *options, "--", requirement]
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
-    done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+    process = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"pip ended with {process.returncode}"]
         problem = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
@@ -212,15 +212,6 @@ def read_model(path: Path, out: Path) -> str:
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:
     """Raise UserError unless config.json is an unquantized causal decoder's, and one of the files is a tokenizer."""
-    problem = _decoder_problem(folder)
-    if problem:
-        raise UserError(f"{where}: config.json: {problem}")
-    if not any(_matches(name, TOKENIZERS) for name in names):
-        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
-
-
-def _decoder_problem(folder: Path) -> str | None:
-    """Return why a folder's config.json is not an unquantized causal decoder's; None if it is."""
     stored = read_object(folder / "config.json")
     kind = stored.get("model_type")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
@@ -231,14 +222,18 @@ def _decoder_problem(folder: Path) -> str | None:
     config = read_config(folder) if causal else None
     if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not is_named):
         code = " (its own code is never run)" if "auto_map" in stored else ""
-        return f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
+        problem = f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3"
+        raise UserError(f"{where}: config.json: {problem}; name one")
     if not is_named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
         architecture = ", ".join(map(str, stored.get("architectures") or ["no architectures"]))
-        return f"found {architecture} (its own code is never run), expected {classes[0]}; name another model"
+        problem = f"found {architecture} (its own code is never run), expected {classes[0]}"
+        raise UserError(f"{where}: config.json: {problem}; name another model")
     quantized = stored.get("quantization_config")
     if quantized:
-        return f"weights quantized by {quantized!s:.80}, expected unquantized ones; name the original model"
-    return None
+        problem = f"weights quantized by {quantized!s:.80}, expected unquantized ones"
+        raise UserError(f"{where}: config.json: {problem}; name the original model")
+    if not any(_matches(name, TOKENIZERS) for name in names):
+        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -152,9 +152,9 @@ def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: 
     if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
         raise UserError(f"{name}: got the definition {definition}, expected one of lm-eval's; {todo}")
     config = load_yaml(tasks / definition)
-    config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
-    config |= {"fewshot_split": None}  # lm-eval would look for the split, even without examples
-    config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
+    # lm-eval would look for the split of the examples, even without examples.
+    config |= dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
+    config |= {f"{role}_split": role, "num_fewshot": 0, "custom_dataset": lambda **_: {role: Dataset.from_list(rows)}}
     try:
         task = ConfigurableTask(config=config)
         for number, item in enumerate(task.eval_docs, start=1):

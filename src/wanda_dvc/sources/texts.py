@@ -31,7 +31,11 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
         if shard is None:
             content = _write_joined(_read_rows(where, text, origin), text.join, f"{where} ({title})", out)
         else:
-            file = _fetch_shard(origin, shard, scratch)
+            file = scratch / "hub" / shard
+            if isinstance(origin, Path):
+                file = origin
+            else:
+                origin.fetch(scratch / "hub", shard)
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 documents = Documents(file, text.column, lines)
                 if section == "perplexity":
@@ -45,7 +49,7 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
 
 def _locate(setting: str, text: ChosenText, mirror: str | None, shard: str | None) -> tuple[Path | Repository, str]:
     """Return the file or the repository of a text, and its title in the provenance."""
-    where, named = f"params.yaml: {setting}.source", TEXTS.get(text.source)
+    named = TEXTS.get(text.source)
     if text.dataset:
         path = [shard] if shard else [name for name in (text.config, f"{text.split}.jsonl") if name]
         mirrored = in_mirror(mirror, text.dataset, *path)
@@ -53,19 +57,12 @@ def _locate(setting: str, text: ChosenText, mirror: str | None, shard: str | Non
             notice(f"{setting}: read from runtime.mirror ({mirrored}); revision {text.revision} is ignored")
         revision = text.revision or (named.revision if named else None)
         title = f"{'/'.join(name for name in (text.dataset, text.config) if name)}, {text.split}"
-        return mirrored or resolve("dataset", text.dataset, revision, where), title
+        return mirrored or resolve("dataset", text.dataset, revision, f"params.yaml: {setting}.source"), title
     if named:
         return EMBEDDED_FOLDER / "text" / f"{text.split}.jsonl", f"embedded, {text.split}"
     file = Path(text.source)
     check_file(file, f"correct {setting}.source")
     return file, file.name
-
-
-def _fetch_shard(origin: Path | Repository, shard: str, scratch: Path) -> Path:
-    if isinstance(origin, Path):
-        return origin
-    origin.fetch(scratch / "hub", shard)
-    return scratch / "hub" / shard
 
 
 def _read_rows(where: str, text: ChosenText, origin: Path | Repository) -> list[str]:
