@@ -283,7 +283,8 @@ def test_the_check_of_a_card_runs_where_there_is_none(capsys: Capture, monkeypat
 def test_workers_of_a_cluster_pass_activations_on_in_files(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setattr(Decoder, "memory_budget", lambda _: 2**40)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    for cluster in (None, Inline()):
+    clusters: list[Any] = [None, Inline()]
+    for cluster in clusters:
         runner = ModelRunner(decoder, tmp_path, cluster)
         runner.chunks = cut_into_chunks([TokenSequence(torch.arange(8))])
         assert runner.new_store("own", stored=2, budget_parts=1).on_device == (cluster is None)

@@ -30,7 +30,7 @@ LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 TRIAL_WINDOW = 4  # tokens of sliding windows, at most, in the trial of packed questions
 States = Float[Tensor, "1 length width"]  # hidden states of a sequence
-Logits = Float[Tensor, "chunk vocabulary"]
+Logits = Float[Tensor, "positions vocabulary"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one block, without the hidden states
 
 
@@ -271,7 +271,7 @@ class Decoder:
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))
 
-    def _logits(self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]) -> Logits:
+    def _logits(self, hidden: Float[Tensor, "1 positions width"], tokens: Int[Tensor, " positions"]) -> Logits:
         called = list[int]()
         self._probe_first_block()
 

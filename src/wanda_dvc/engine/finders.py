@@ -126,7 +126,7 @@ def _unit_sets(
     for address, dim, size, field, value in dimensions:
         linear = linears.get(address.linear)
         if linear is None or dim != (0 if linear.transposed else 1):
-            continue  # a bias, or outputs, which are the units, or make them
+            continue  # not an input of a linear: a bias or an output, which computes the units
         name = _parent_name(address)
         if name in unit_sets:
             raise refused(structure, source, f"several linears of {name} read them")
@@ -404,8 +404,11 @@ def _mixture_tensors(
             raise refused(structure, source, f"{field} also determines {name}")
         dims[name] = dim
     # A mixture is all below the parent of a module of experts.
-    modules = {name.rpartition(".")[0]: tensors[name] for name in dims if tensors[name].dim() == 3}
-    expert_modules = {name for name, tensor in modules.items() if holds_experts(full.get_submodule(name), tensor)}
+    expert_modules = set()
+    for name in dims:
+        module = name.rpartition(".")[0]
+        if holds_experts(full.get_submodule(module), tensors[name]):
+            expert_modules.add(module)
     parents = {name.rpartition(".")[0] for name in expert_modules}
     if not parents:
         raise refused(structure, source, f"{field} determines no tensor of experts")

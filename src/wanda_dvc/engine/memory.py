@@ -80,7 +80,7 @@ class ForwardMemory:
         self.weights = (2 * model.block_parameters + model.other_parameters) * itemsize
         # A matrix library packs a linear.
         self.activations = (length * model.features + model.largest_linear) * itemsize + scores
-        # A chunk's, as the model gives them, in float32, and their log-softmax.
+        # Of some positions, as the model gives them, in float32, and their log-softmax.
         self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (itemsize + 8)
         self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square
         # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel.

@@ -79,13 +79,8 @@ def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[To
             size = 0
         groups[-1].append(question)
         size += question.size
-    sequences: list[TokenSequence] = []
-    predictions: list[list[Prediction]] = []
-    for group in groups:
-        sequence, predictions_of_sequence = join_questions(group, requests)
-        sequences.append(sequence)
-        predictions.append(predictions_of_sequence)
-    return sequences, predictions
+    joined = [join_questions(group, requests) for group in groups]
+    return [sequence for sequence, _ in joined], [predictions for _, predictions in joined]
 
 
 def join_questions(
@@ -103,7 +98,7 @@ def join_questions(
         positions += range(context)
         numbers += [number] * question.size
         choices += [0] * context
-        last_of_context = len(tokens) - 1
+        last_of_context = len(tokens) - 1  # predicts the first token of each choice
         for choice, (continuation, indices) in enumerate(question.requests.items(), start=1):
             inputs = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation

@@ -44,7 +44,7 @@ class ConfigField(NamedTuple):
     """A field of config.json: a number of units, or a number in proportion to it."""
 
     value: int  # of the dense model
-    unit_sets: tuple[str, ...]  # whose units it counts; (): it is written with its value, which may be a default
+    unit_sets: tuple[str, ...]  # whose units it counts; (): its value stays, and is written even if it is a default
 
 
 @dataclass(frozen=True, kw_only=True)
