@@ -42,7 +42,8 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         removes_blocks = full.weights.blocks_name in removal.unit_sets
-        runs = list((_run_kept_blocks if removes_blocks else _run_each_kind)(full, removal, sequence))
+        run_blocks = _run_kept_blocks if removes_blocks else _run_each_kind
+        runs = list(run_blocks(full, removal, sequence))
         del full
         gc.collect()
         small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=torch.device("cpu"))
