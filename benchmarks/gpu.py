@@ -37,7 +37,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes
 from wanda_dvc.engine.sums import BlockRecord
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.masks import choose_block
+from wanda_dvc.pruning.masks import MaskRule, choose_block
 from wanda_dvc.pruning.reconstruction import prune_linear, reconstruct
 from wanda_dvc.pruning.selection import pack_bits
 from wanda_dvc.pruning.solvers import GramFactors
@@ -172,7 +172,7 @@ def masks(
     weights: Weights, recorded: BlockRecord, name: str, pattern: str, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the masks of a block's linears at 50 %."""
-    return choose_block(weights, recorded.stats, method=methods()[name], sparsity=HALF, pattern=pattern, device=device)
+    return choose_block(weights, recorded.stats, MaskRule(methods()[name], HALF, pattern), device)
 
 
 def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str) -> float:

@@ -29,7 +29,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.pruning.masks import choose_block, choose_linear
+from wanda_dvc.pruning.masks import MaskRule, choose_block, choose_linear
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
@@ -145,7 +145,7 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
     block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
     x = None if methods()[name].needs == "gram" else block.inputs["x"]  # a solver without tokens: the identity
     keeps = {
-        linear: choose_linear(linear, weight, x, block, method=methods()[name], sparsity=Fraction(1, 2))
+        linear: choose_linear(linear, weight, x, block, MaskRule(methods()[name], Fraction(1, 2)))
         for linear, weight in weights.items()
     }
     assert torch.equal(keeps["stored_across"].T, keeps["linear"])
@@ -156,7 +156,7 @@ def test_linears_of_a_block_give_up_different_shares():
     weights = {name: torch.randn(8, 20) for name in ("a", "b")}
     block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
     sparsity = {"a": Fraction("0.29"), "b": Fraction("0.7")}
-    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], sparsity=sparsity)
+    keeps = choose_block(weights.__getitem__, block, MaskRule(methods()["wanda"], sparsity), torch.device("cpu"))
     assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
 
 

@@ -464,7 +464,9 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
     blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.consumers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
-        choose_units(blocks, dense.weight, nan, method=methods()["influence"])
+        choose_units(
+            blocks, dense.weight, nan, method=methods()["influence"], dtype=torch.float32, device=torch.device("cpu")
+        )
     # As transformers computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)

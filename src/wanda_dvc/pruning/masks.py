@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,90 +21,83 @@ from wanda_dvc.pruning.units import Units, expand, greedy_obs, keep_around_neigh
 
 # The sparsity of all linears of a block, or of each.
 BlockSparsity = Fraction | Mapping[str, Fraction]
-HOST = torch.device("cpu")
+
+
+def linear_sparsity(sparsity: BlockSparsity, linear: str) -> Fraction:
+    """Return the sparsity of one linear of a block."""
+    return sparsity[linear] if isinstance(sparsity, Mapping) else sparsity
+
+
+class MaskRule(NamedTuple):
+    """How the masks of a block's linears are chosen."""
+
+    method: Method
+    sparsity: BlockSparsity  # the fraction that is removed
+    pattern: str = "unstructured"
+    group: str = "row"
+    # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
+    units: Mapping[str, Units] = {}
 
 
 # --- masks of a block ---
 
 
-def choose_block(
-    weights: ReadWeight,
-    block: BlockStats,
-    *,
-    method: Method,
-    sparsity: BlockSparsity,
-    pattern: str = "unstructured",
-    group: str = "row",
-    units: Mapping[str, Units] = {},
-    device: torch.device = HOST,
-) -> dict[str, Tensor]:
+def choose_block(read_weight: ReadWeight, stats: BlockStats, rule: MaskRule, device: torch.device) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores, oriented as their weights are stored.
 
     Masks are computed on `device`: one at a time on a GPU, in parallel on the host, with torch's number of threads.
-    The arguments are those of `choose_linear`.
     """
 
     def choose(linear: str, x: InputStats) -> Tensor:
-        weight = weights(linear).to(device)
-        return choose_linear(
-            linear, weight, x, block, method=method, sparsity=sparsity, pattern=pattern, group=group, units=units
-        )
+        return choose_linear(linear, read_weight(linear).to(device), x, stats, rule)
 
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {linear: pool.submit(choose, linear, x) for linear, x in block.by_linear.items()}
+        jobs = {linear: pool.submit(choose, linear, x) for linear, x in stats.by_linear.items()}
         return {linear: job.result() for linear, job in jobs.items()}
 
 
 def choose_linear(
-    linear: str,
-    weight: Tensor,
-    statistics: InputStats | GramFactors | None,
-    block: BlockStats,
-    *,
-    method: Method,
-    sparsity: BlockSparsity,
-    pattern: str = "unstructured",
-    group: str = "row",
-    units: Mapping[str, Units] = {},
+    linear: str, weight: Tensor, x: InputStats | GramFactors | None, stats: BlockStats, rule: MaskRule
 ) -> Tensor:
     """Return the mask of one linear, oriented as its weight is stored; True is kept.
 
-    The method reads `statistics` of the linear's input: its norms, or for a solver its factored Gram matrix; None for a
-    solver's input without tokens. The fraction `sparsity` is removed, as `pattern` and `group` say. `units` has the
-    units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears. UserError if
-    the pattern does not fit the linear, or a score is not finite.
+    `x` is what the method reads of the linear's input: its norms, or for a solver its factored Gram matrix; None for a
+    solver's input without tokens. Of the block's `stats` it reads the squared gradients and the orientation. UserError
+    if the pattern does not fit the linear, or a score is not finite.
     """
-    if keeps_all(linear, pattern, units):
+    if keeps_all(linear, rule.pattern, rule.units):
         return torch.ones(weight.shape, dtype=torch.bool)
-    transposed = linear in block.transposed
+    transposed = linear in stats.transposed
     weight = oriented(weight, transposed)
-    inputs, n_of_m = weight.shape[1], parse_pattern(pattern)
+    inputs = weight.shape[1]
+    n_of_m = parse_pattern(rule.pattern)
     if n_of_m and inputs % n_of_m[1]:
         mismatch = f"{linear} has {inputs} inputs, expected a multiple of {n_of_m[1]}"
-        raise UserError(f"pattern: got {pattern}, but {mismatch}; choose another m")
-    if statistics is None:  # an expert without tokens
-        statistics = GramFactors(Gram.empty(inputs).matrix(), linear)
+        raise UserError(f"pattern: got {rule.pattern}, but {mismatch}; choose another m")
+    if x is None:  # an expert without tokens
+        x = GramFactors(Gram.empty(inputs).matrix(), linear)
     row_factors = None
-    if group == "outputs" and linear in block.fisher:
-        row_factors = row_factors_of(block.fisher[linear])
-    if linear in units:
-        mask = choose_inputs(weight, statistics, units[linear], method=method, row_factors=row_factors, name=linear)
-        return oriented(mask, transposed).contiguous()
-    if isinstance(sparsity, Mapping):
-        sparsity = sparsity[linear]
-    if isinstance(statistics, GramFactors):
-        mask = choose_by_solver(
-            weight, statistics, method=method, sparsity=sparsity, pattern=pattern, group=group, row_factors=row_factors
-        )
+    if rule.group == "outputs" and linear in stats.fisher:
+        row_factors = row_factors_of(stats.fisher[linear])
+    if linear in rule.units:
+        mask = choose_inputs(weight, x, rule.units[linear], method=rule.method, row_factors=row_factors, name=linear)
+    elif isinstance(x, GramFactors):
+        mask = rule.method(
+            _times_row_factors(weight, x, row_factors),
+            x,
+            sparsity=linear_sparsity(rule.sparsity, linear),
+            pattern=rule.pattern,
+            group="row" if rule.group == "row" else "linear",  # solvers know these two
+        ).mask
     else:
         mask = choose_by_score(
             weight,
-            statistics,
-            method=method,
-            sparsity=sparsity,
-            pattern=pattern,
-            group=group,
+            x,
+            method=rule.method,
+            sparsity=linear_sparsity(rule.sparsity, linear),
+            pattern=rule.pattern,
+            group=rule.group,
             row_factors=row_factors,
             name=linear,
         )
@@ -116,7 +110,11 @@ def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
 
 
 def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-    """Return F^¼ over its mean, float32. The score's formula asks for √F; F^¼ did better."""
+    """Return F^¼ over its mean, float32: the factors of each row's scores in group `outputs`.
+
+    The estimated increase of the loss, F_i · (W_ij ‖X_j‖₂)², is the square of a score with √F_i, which
+    `allocation` uses. Within a linear F^¼ did better.
+    """
     row_factors = fisher.double() ** 0.25
     return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
@@ -181,31 +179,9 @@ def scores_of(
     return score
 
 
-def choose_by_solver(
-    weight: Float[Tensor, "out in"],
-    factors: GramFactors,
-    *,
-    method: Method,
-    sparsity: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    row_factors: Float[Tensor, " out"] | None = None,
-) -> Bool[Tensor, "out in"]:
-    """Return the mask that a solver chooses, on the Gram matrix's device.
-
-    Solvers know the groups `row` and `linear`. `row_factors` multiply the rows: a row's problem is the same at every
-    scale, but weights of other rows compete with it.
-    """
-    weight = _weighted(weight, factors, row_factors)
-    mask: Tensor = method(
-        weight, factors, sparsity=sparsity, pattern=pattern, group="row" if group == "row" else "linear"
-    ).mask
-    return mask
-
-
 def choose_inputs(
     weight: Float[Tensor, "out in"],
-    statistics: InputStats | GramFactors,
+    x: InputStats | GramFactors,
     units: Units,
     *,
     method: Method,
@@ -213,17 +189,17 @@ def choose_inputs(
     name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
     """Return the mask without the inputs of removed units: those of lowest scores, or of least cost for a solver."""
-    if isinstance(statistics, GramFactors):
-        kept = greedy_obs(_weighted(weight, statistics, row_factors), statistics, units)
+    if isinstance(x, GramFactors):
+        kept = greedy_obs(_times_row_factors(weight, x, row_factors), x, units)
     else:
-        score = scores_of(
-            weight.contiguous(), statistics.to(weight.device), method=method, row_factors=row_factors, name=name
-        )
+        score = scores_of(weight.contiguous(), x.to(weight.device), method=method, row_factors=row_factors, name=name)
         kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
-    return expand(kept, units.layout).expand(weight.shape)
+    mask_of_inputs = expand(kept, units.layout)
+    return mask_of_inputs.expand(weight.shape)
 
 
-def _weighted(weight: Tensor, factors: GramFactors, row_factors: Tensor | None) -> Tensor:
+def _times_row_factors(weight: Tensor, factors: GramFactors, row_factors: Tensor | None) -> Tensor:
+    """Return a solver's weight. A row's own problem is the same at every scale; other rows' weights compete with it."""
     weight = weight.to(factors.gram.device)
     return weight if row_factors is None else weight.float() * row_factors.to(weight.device)[:, None]
 
@@ -233,29 +209,29 @@ def _weighted(weight: Tensor, factors: GramFactors, row_factors: Tensor | None) 
 
 def choose_units(
     sets: Mapping[str, Units],
-    weights: ReadWeight,
+    read_weight: ReadWeight,
     blocks: Iterable[BlockStats],
     *,
     method: Method,
     neighbours: bool = False,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device = HOST,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Bool[Tensor, " units"]]:
     """Return the mask of each set's units by their scores: the highest are kept; of ties the first is removed.
 
     With `neighbours` the removed units are neighbours, and not the first.
 
-    The units are complete linears: blocks or experts. `dtype` is that of the scores and the sums. `weights` reads a
-    linear's stored weight. UserError if a score is not finite, or the outputs of experts were not recorded.
+    The units are complete linears: blocks or experts. `dtype` is that of the scores and the sums. UserError if a score
+    is not finite, or the outputs of experts were not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
-    for block in blocks:
-        inputs = block.by_linear
+    for stats in blocks:
+        inputs = stats.by_linear
         for name, units in sets.items():
             for linears in units.members:
                 if linears[0] not in inputs:  # of another block
                     continue
-                score = _unit_score(linears, weights, block, inputs, method=method, dtype=dtype, device=device)
+                score = _unit_score(linears, read_weight, stats, inputs, method=method, dtype=dtype, device=device)
                 if not math.isfinite(score):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
@@ -275,8 +251,8 @@ def choose_units(
 
 def _unit_score(
     linears: Sequence[str],
-    weights: ReadWeight,
-    block: BlockStats,
+    read_weight: ReadWeight,
+    stats: BlockStats,
     inputs: Mapping[str, InputStats],
     *,
     method: Method,
@@ -284,19 +260,21 @@ def _unit_score(
     device: torch.device,
 ) -> float:
     if method.competition == "blocks":
-        return float(method(block))
+        return float(method(stats))
     if method.competition == "experts":
-        return float(method(_outputs(block, linears, inputs, method)))
+        return float(method(_expert_outputs(stats, linears, inputs, method)))
     total = 0.0
     for linear in linears:
-        weight = oriented(weights(linear).to(device), linear in block.transposed)
+        weight = oriented(read_weight(linear).to(device), linear in stats.transposed)
         total += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
     return total
 
 
-def _outputs(block: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method) -> TokenSum:
+def _expert_outputs(
+    stats: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method
+) -> TokenSum:
     tokens = max(inputs[linear].count for linear in linears)
-    recorded = [block.outputs[linear] for linear in linears if linear in block.outputs]
+    recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
     outputs = recorded[0] if recorded else TokenSum(torch.zeros((), dtype=torch.float64), 0)
     if outputs.count != tokens or len(recorded) > 1:
         raise UserError(

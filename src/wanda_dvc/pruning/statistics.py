@@ -92,7 +92,7 @@ class BlockStats(NamedTuple):
         return {linear: self.inputs[name] for name, linears in self.consumers.items() for linear in linears}
 
     def of(self, name: str) -> "BlockStats":
-        """Return the statistics of one distinct input alone."""
+        """Return the norms of one distinct input alone: without gradients, gates and influence."""
         consumers = self.consumers[name]
         return BlockStats({name: self.inputs[name]}, {name: consumers}, [x for x in self.transposed if x in consumers])
 

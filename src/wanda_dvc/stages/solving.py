@@ -11,7 +11,7 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.plan import CORRECTION, Plan
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.masks import BlockSparsity, choose_block, choose_linear, keeps_all
+from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_block, choose_linear, keeps_all
 from wanda_dvc.pruning.reconstruction import check_new_weight, reconstruct, target_weight
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats
@@ -28,6 +28,11 @@ class MaskJob(NamedTuple):
     sparsities: Sequence[BlockSparsity]  # by block
     units: Mapping[str, Units]  # to remove, by the linear that reads them
     fisher: Path  # the folder stats/fisher
+
+    def rule(self, block: int) -> MaskRule:
+        """Return how masks of a block are chosen."""
+        plan = self.plan
+        return MaskRule(plan.method, self.sparsities[block], plan.pattern, plan.group, self.units)
 
 
 class SolverTask(NamedTuple):
@@ -65,7 +70,11 @@ def solve(
 
     `gram` is the input's Gram matrix, None without tokens, and `cross` its X_denseᵀX, if it was recorded.
     """
-    plan, stats, linears = job.plan, task.stats, task.stats.consumers[task.name]
+    plan = job.plan
+    stats = task.stats
+    linears = stats.consumers[task.name]
+    rule = job.rule(task.block)
+    # A task travels to a cluster's node without them.
     if plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, task.block))
     gradient_grams: Mapping[str, Gram] = {}
@@ -76,21 +85,15 @@ def solve(
         factors = GramFactors(gram.matrix().to(device), f"Gram matrix of the input of {task.name}")
     masks, weights, diagnostics = dict[str, Tensor](), dict[str, Tensor](), Json()
     for linear in linears:
-        transposed, stored = linear in stats.transposed, job.checkpoint.weight(linear)
+        transposed = linear in stats.transposed
+        stored = job.checkpoint.weight(linear)
         weight = stored.to(device)
         if plan.corrects:
             weight = target_weight(weight, factors, cross, strength=CORRECTION, transposed=transposed)
         masks[linear] = choose_linear(
-            linear,
-            weight,
-            factors if plan.method.needs == "gram" else stats.inputs[task.name],
-            stats,
-            method=plan.method,
-            sparsity=job.sparsities[task.block],
-            pattern=plan.pattern,
-            group=plan.group,
-            units=job.units,
+            linear, weight, factors if plan.method.needs == "gram" else stats.inputs[task.name], stats, rule
         )
+        # A linear that keeps all its weights needs new ones only for a corrected target.
         changes = plan.corrects or not keeps_all(linear, plan.pattern, job.units)
         if plan.mask_stores_weights and factors is not None and changes:
             result = reconstruct(
@@ -108,17 +111,6 @@ def solve(
 
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> tensors.Masks:
     """Return the masks of a block's linears by their scores."""
-    plan = job.plan
-    if plan.mask_reads_gradient_squares:
+    if job.plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
-    masks = choose_block(
-        job.checkpoint.weight,
-        stats,
-        method=plan.method,
-        sparsity=job.sparsities[block],
-        pattern=plan.pattern,
-        group=plan.group,
-        units=job.units,
-        device=device,
-    )
-    return tensors.pack_masks(masks)
+    return tensors.pack_masks(choose_block(job.checkpoint.weight, stats, job.rule(block), device))
