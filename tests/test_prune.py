@@ -25,7 +25,7 @@ from wanda_dvc.commands.prune import prune_model
 from wanda_dvc.commands.request import _parse_tokens, check_request
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
-from wanda_dvc.results.markup import number
+from wanda_dvc.results.markup import perplexity_text
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
@@ -95,7 +95,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path, monkeypatch: Patch
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB", "seconds"]
     assert rows[-1][1:] == ["4,100", "23"]
     measured = json.loads((calibrated_study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
-    assert rows[4][2].startswith(f"{number(measured)} (")
+    assert rows[4][2].startswith(f"{perplexity_text(measured)} (")
     assert f"{target}: the pruned model, with a model card." in said
     assert " --recipe wanda --sparsity 0.7   # another sparsity" in said
     assert f"wanda-dvc init my-study --from {calibrated_study}" in said

@@ -196,7 +196,8 @@ def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
     (section,) = group([more, less])
     for heading, scale in (("mean acc, %", "linear"), ("perplexity", "log")):
         measure, on = section.columns[heading]
-        (ax,) = section.chart(measure, on).axes
+        ((_, figure),) = section.charts({heading: (measure, on)})
+        (ax,) = figure.axes
         container: Any = ax.containers[0]
         line, _, (bars,) = container
         models = (section.models["dense"], less.final, more.final)

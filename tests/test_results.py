@@ -18,7 +18,7 @@ from wanda_dvc.results.compare import compare, not_comparable, records, side_by_
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import ListedRevision, flat_records
-from wanda_dvc.results.markup import number
+from wanda_dvc.results.markup import perplexity_text
 from wanda_dvc.results.measures import MEASURES, Results, figures
 from wanda_dvc.results.show import notes, show
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
@@ -139,7 +139,8 @@ def test_every_measure_is_read_and_formatted(here: Study):
     (perplexity,) = (one for one in MEASURES if one.name == "perplexity")
     texts = [perplexity.test_text(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
     assert texts == ["0.00307 ×", "5e-05 ×", "0.980 ×", "1.023 ×", "324 ×"]
-    assert [number(x) for x in (999.99, 1000.4, 9_999_999, 1e7)] == ["999.99", "1,000", "9,999,999", "1.00e+07"]
+    perplexities = [perplexity_text(x) for x in (999.99, 1000.4, 9_999_999, 1e7)]
+    assert perplexities == ["999.99", "1,000", "9,999,999", "1.00e+07"]
 
 
 def test_two_pruned_models_are_compared_by_their_distance_from_the_dense_one(here: Study, tmp_path: Path):
@@ -238,7 +239,7 @@ def test_the_interval_of_several_tasks_is_welchs():
     welch, locked = stats.ttest_ind(one, -other, equal_var=False), stats.ttest_1samp(one, 0)
     for tasks, expected in (([one, other], welch), ([one], locked)):
         ends = [end / len(tasks) for end in expected.confidence_interval()]
-        found = intervals.mean_of_tasks([list(task) for task in tasks], -1)
+        found = intervals.mean_of_tasks([list(task) for task in tasks], least=-1)
         assert found
         assert found[1:] == pytest.approx((*ends, expected.pvalue))
 
@@ -281,7 +282,7 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
     assert intervals.perplexity_interval([1.0], [3]) is None
     assert (found := intervals.perplexity_interval([3.0, 3.7], [3, 3]))
     assert found.low == 1  # no perplexity is less
-    same = intervals.mean_of_tasks([[0.0] * 9, [0.0] * 9], -1)
+    same = intervals.mean_of_tasks([[0.0] * 9, [0.0] * 9], least=-1)
     assert same
     assert same.p == 1
     for test in (intervals.mean_difference, intervals.ratio):
@@ -294,7 +295,7 @@ def test_nothing_is_said_of_what_is_not_finite_or_alone():
 @pytest.mark.parametrize("tasks", [[[-1.0]], [[-1.0, -1.0]], [[1.0, 0.0, 1.0], [1.0]], [[1.0] * 3, [0.0] * 3]])
 def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
     """A t interval of no width would say that one item is beyond noise."""
-    assert intervals.mean_of_tasks(tasks, -1) is None
+    assert intervals.mean_of_tasks(tasks, least=-1) is None
     assert intervals.mean_difference([300 / 511, 280 / 511], [290 / 511, 270 / 511], [511, 511]) is None
 
 
@@ -312,12 +313,12 @@ def test_an_interval_of_accuracies_stays_within_0_and_1(here: Study):
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     assert all(intervals.accuracy_interval([True] * count).high <= 1 for count in range(1, 50))
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
-    most, least = intervals.mean_of_tasks(answers[:1], 0), intervals.mean_of_tasks(answers[1:], 0)
+    most, least = intervals.mean_of_tasks(answers[:1], least=0), intervals.mean_of_tasks(answers[1:], least=0)
     assert most
     assert least
     assert most.value + (most.value - most.low) == pytest.approx(1.0256, abs=1e-4)  # the other end, not cut
     assert (most.high, least.low) == (1, 0)
-    both = intervals.mean_of_tasks(answers, 0)
+    both = intervals.mean_of_tasks(answers, least=0)
     assert both
     assert both.high - both.value == pytest.approx(both.value - both.low) != 0  # not cut
     assert figures(write_results(here, "dense", 2.0, 1))["mean_acc"]["low"] == 0

@@ -19,7 +19,7 @@ CURVES = cycler(
     marker=["o", "s", "D", "^", "v", "P"],
     linestyle=["-", "--", ":", "-.", "-", "--"],
 )
-LOOK: dict[Any, Any] = {  # for any settings of matplotlib
+LOOK: dict[Any, Any] = {  # whatever the reader's matplotlibrc says
     "axes.prop_cycle": CURVES, "axes.grid": True, "text.parse_math": False, "svg.hashsalt": "wanda-dvc",
 }  # fmt: skip
 
@@ -34,6 +34,7 @@ def chart(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *,
     ax = figure.subplots()
     for name, points in series.items():
         values = [value for _, value in points]
+        # Unknown ends are NaN: no bar, because max(0, NaN) is 0. matplotlib leaves out an infinite end.
         below = [max(0, value.value - value.low) for value in values]
         above = [max(0, value.high - value.value) for value in values]
         x = [100 * sparsity for sparsity, _ in points]
@@ -42,8 +43,8 @@ def chart(series: Mapping[str, Sequence[tuple[float, Estimate]]], label: str, *,
         ax.axhline(level, color="grey", label="dense")
     if log:
         ax.set_yscale("log")
-        for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers
+        ax.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     else:  # an accuracy
         ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_xlabel("sparsity, %")

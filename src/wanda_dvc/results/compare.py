@@ -4,7 +4,6 @@ One function on protocols, `study.protocol.differing`, says whether values may b
 dtype, prompts, and versions of the libraries that computed them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 from wanda_dvc.results.intervals import Estimate, holm
@@ -13,7 +12,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
-MISSING = "missing details"  # in place of a key: whether the protocols differ is not known
+MISSING = "missing details"  # a reason: whether the protocols differ is not known
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
@@ -22,13 +21,13 @@ def _tested(results: Results, base: Results) -> list[Column]:
     columns = []
     for measure in MEASURES:
         if measure.test:
-            columns += [(measure, on) for on in measure.where(results) if on in measure.where(base)]
+            columns += [(measure, target) for target in measure.where(results) if target in measure.where(base)]
     return columns
 
 
-def why_not_comparable(measure: Measure, results: Results, base: Results, on: str) -> str | None:
-    """Return why two models' values may not be compared: the first key that differs; None if they may."""
-    protocols, base_protocols = measure.protocols(results, on), measure.protocols(base, on)
+def why_not_comparable(measure: Measure, results: Results, base: Results, target: str) -> str | None:
+    """Return the reason why two models' values may not be compared: the first key that differs; None if they may."""
+    protocols, base_protocols = measure.protocols(results, target), measure.protocols(base, target)
     if protocols.keys() != base_protocols.keys():
         return "tasks"
     for name, protocol in protocols.items():
@@ -44,32 +43,33 @@ def why_not_comparable(measure: Measure, results: Results, base: Results, on: st
 def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
     """Return the paired tests of each pair's model against its base, with p-values adjusted for all tests."""
     all_tests = [_tests(results, base) for results, base in pairs]
-    known = [(tests, key) for tests in all_tests for key, test in tests.items() if not math.isnan(test.p)]
-    for (tests, key), p in zip(known, holm([tests[key].p for tests, key in known]), strict=True):
+    keys = [(tests, key) for tests in all_tests for key in tests]
+    adjusted = holm([tests[key].p for tests, key in keys])
+    for (tests, key), p in zip(keys, adjusted, strict=True):
         tests[key] = tests[key]._replace(p=p)
     return all_tests
 
 
 def _tests(results: Results, base: Results) -> Tests:
     tests: Tests = {}
-    for measure, on in _tested(results, base):
-        if measure.test is None or why_not_comparable(measure, results, base, on):
+    for measure, target in _tested(results, base):
+        if measure.test is None or why_not_comparable(measure, results, base, target):
             continue
-        test = measure.test.run(results, base, on)
+        test = measure.test.run(results, base, target)
         if test:
-            tests[measure.name, on] = test
+            tests[measure.name, target] = test
     return tests
 
 
 def not_comparable(results: Results, base: Results) -> dict[str, str]:
-    """Return the values of two models that may not be compared: the measure, and the key that differs."""
-    one_text = len(results.texts) == 1
-    keys = {}
-    for measure, on in _tested(results, base):
-        key = why_not_comparable(measure, results, base, on)
-        if key:
-            keys[measure.heading(on, one_text=one_text)] = key
-    return keys
+    """Return the reason of each value of two models that may not be compared, by heading."""
+    one_text = len({*results.texts, *base.texts}) <= 1
+    reasons = {}
+    for measure, target in _tested(results, base):
+        reason = why_not_comparable(measure, results, base, target)
+        if reason:
+            reasons[measure.heading(target, one_text=one_text)] = reason
+    return reasons
 
 
 def tests_against(models: Mapping[str, Results], base: str) -> dict[str, Tests]:
@@ -84,7 +84,7 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
     content: Json = {}
     for name, results in models.items():
         tests = tests_of.get(name, {}).items()
-        listed = [{"measure": measure, "on": on, **test.record} for (measure, on), test in tests]
+        listed = [{"measure": measure, "on": target, **test.record} for (measure, target), test in tests]
         content[name] = {"results": figures(results), "tests": listed}
     return content
 
@@ -93,12 +93,16 @@ def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Colu
     """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
     one_text = len({text for results in models for text in results.texts}) <= 1
     shown = [measure for measure in MEASURES if measure.brief or not brief]
-    return {measure.heading(on, one_text=one_text): (measure, on) for measure in shown for on in measure.where(*models)}
+    columns = {}
+    for measure in shown:
+        for target in measure.where(*models):
+            columns[measure.heading(target, one_text=one_text)] = measure, target
+    return columns
 
 
 def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = True) -> list[str]:
     """Return a row of a table: a model's values."""
-    return [measure.text(measure.read(results, on), interval=interval) for measure, on in columns.values()]
+    return [measure.text(measure.read(results, target), interval=interval) for measure, target in columns.values()]
 
 
 def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
@@ -108,10 +112,10 @@ def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str]
     """
     tests_of = {name: tests for name, tests in tests_against(models, base).items() if tests}
     rows = []
-    for heading, (measure, on) in headings(list(models.values()), brief=False).items():
-        values = [measure.text(measure.read(results, on)) for results in models.values()]
-        tests = [measure.test_text(tests.get((measure.name, on))) for tests in tests_of.values()]
-        if measure.read(models[base], on) is None:  # the dense model has no divergence from itself
+    for heading, (measure, target) in headings(list(models.values()), brief=False).items():
+        values = [measure.text(measure.read(results, target)) for results in models.values()]
+        tests = [measure.test_text(tests.get((measure.name, target))) for tests in tests_of.values()]
+        if measure.read(models[base], target) is None:  # the dense model has no divergence from itself
             tests = [""] * len(tests)
         rows.append([heading, *values, *tests])
     return ["", *models, *(f"{name} against {base}" for name in tests_of)], rows

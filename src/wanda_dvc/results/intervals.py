@@ -13,7 +13,7 @@ import numpy as np
 from wanda_dvc.reading import DIVERGED
 
 LEVEL = 0.95
-ALPHA = 0.05  # p-values below it are beyond noise
+ALPHA = 0.05  # 1 - LEVEL, without its rounding; p-values below it are beyond noise
 
 
 class Estimate(NamedTuple):
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
     def within(self, low: float, high: float) -> "Estimate":
         """Return the estimate with its interval cut to possible values; the coverage does not change. NaN stays."""
-        return self._replace(low=max(self.low, low), high=min(self.high, high))
+        return self._replace(low=max(self.low, low), high=min(self.high, high))  # NaN first: max and min return it
 
 
 def perplexity_interval(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
@@ -80,7 +80,7 @@ def accuracy_interval(right: Sequence[bool]) -> Estimate:
     return Estimate(count / len(right), float(interval.low), float(interval.high)).within(0, 1)
 
 
-def mean_of_tasks(tasks: Sequence[Sequence[float]], least: int) -> Estimate | None:
+def mean_of_tasks(tasks: Sequence[Sequence[float]], *, least: int) -> Estimate | None:
     """Return the unweighted mean over tasks of each task's mean over items; the test's hypothesis is a mean of 0.
 
     One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. `least` is the smallest
@@ -119,9 +119,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _student(value: float, error: float, freedom: float) -> Estimate:
+def _student(value: float, standard_error: float, df: float) -> Estimate:
     """Return Student's t interval of a value with a standard error, and the p-value of 0."""
     from scipy.stats import t
 
-    low, high = t.interval(LEVEL, freedom, value, error)
-    return Estimate(value, float(low), float(high), float(2 * t.sf(abs(value) / error, freedom)))
+    low, high = t.interval(LEVEL, df, value, standard_error)
+    return Estimate(value, float(low), float(high), float(2 * t.sf(abs(value) / standard_error, df)))

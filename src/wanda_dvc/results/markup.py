@@ -23,8 +23,8 @@ def code(text: object) -> str:
     return f"{fence}{line}{fence}" if not longest else f"{fence} {line} {fence}"
 
 
-def number(perplexity: float) -> str:
-    """Format a perplexity: two decimals, zero from 1,000 on."""
+def perplexity_text(perplexity: float) -> str:
+    """Format a perplexity: two decimals, none from 1,000 on, and 1.23e+07 from ten million on."""
     if perplexity < 1000:
         return f"{perplexity:.2f}"
     return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"
@@ -32,8 +32,8 @@ def number(perplexity: float) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table for a terminal, which is also valid Markdown. No number is parsed; only a bare `|` is escaped."""
-    names, *cells = [[re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in row] for row in (headers, *rows)]
-    return tabulate(cells, names, tablefmt="github", disable_numparse=True)
+    escaped = [[re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in row] for row in (headers, *rows)]
+    return tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
 
 
 def one_line(text: object) -> str:

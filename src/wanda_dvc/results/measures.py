@@ -23,7 +23,7 @@ from wanda_dvc.results.intervals import (
     perplexity_interval,
     ratio,
 )
-from wanda_dvc.results.markup import DASH, number
+from wanda_dvc.results.markup import DASH, perplexity_text
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 
@@ -153,7 +153,7 @@ def read_mean_accuracy(results: Results, _: str) -> Value:
     if not known or len(known) < len(accuracies):
         return DIVERGED if DIVERGED in accuracies else None
     answers = [_right_answers(results, task) for task in results.tasks]
-    return _with_ends(sum(known) / len(known), mean_of_tasks(answers, 0) if all(answers) else None)
+    return _with_ends(sum(known) / len(known), mean_of_tasks(answers, least=0) if all(answers) else None)
 
 
 def read_changed_answers(results: Results, _: str, *, way: str) -> Value:
@@ -211,7 +211,7 @@ def compare_answers(results: Results, base: Results, task: str) -> Estimate | No
     right, base_right = _right_answers(results, task), _right_answers(base, task)
     if not right or not base_right:
         return None
-    difference = mean_of_tasks([_changes(right, base_right)], -1)
+    difference = mean_of_tasks([_changes(right, base_right)], least=-1)
     if difference is None:  # one item, or all changed alike: no variance is known
         difference = Estimate(sum(right) / len(right) - sum(base_right) / len(base_right))
     return difference._replace(p=mcnemar(right, base_right))
@@ -224,7 +224,7 @@ def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate |
     answers = [(_right_answers(results, task), _right_answers(base, task)) for task in results.tasks]
     if not all(right and base_right for right, base_right in answers):
         return None
-    return mean_of_tasks([_changes(right, base_right) for right, base_right in answers], -1)
+    return mean_of_tasks([_changes(right, base_right) for right, base_right in answers], least=-1)
 
 
 def _changes(right: Sequence[bool], base_right: Sequence[bool]) -> list[float]:
@@ -272,11 +272,11 @@ class Measure:
     test: Test | None = None  # None: the values are only shown
     drawn: str = ""  # the scale of the report's picture of it, LINEAR or LOG; "": no picture
 
-    def protocols(self, results: Results, on: str) -> dict[str, Json | None]:
+    def protocols(self, results: Results, target: str) -> dict[str, Json | None]:
         """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""
         if self.per == PER_TEXT:
-            return {on: results.details(TEXT_PREFIX + on).get("protocol")}
-        tasks = {PER_TASK: [on], OF_TASKS: results.tasks}.get(self.per, [])
+            return {target: results.details(TEXT_PREFIX + target).get("protocol")}
+        tasks = {PER_TASK: [target], OF_TASKS: results.tasks}.get(self.per, [])
         return {task: results.answers(task).get("protocol") for task in tasks}
 
     def where(self, *several: Results) -> list[str]:
@@ -284,15 +284,15 @@ class Measure:
         names: dict[str, None] = {}
         for results in several:
             names |= dict.fromkeys({PER_TEXT: results.texts, PER_TASK: results.tasks}.get(self.per, [""]))
-        return [on for on in names if any(self.read(results, on) is not None for results in several)]
+        return [target for target in names if any(self.read(results, target) is not None for results in several)]
 
-    def heading(self, on: str, *, one_text: bool) -> str:
+    def heading(self, target: str, *, one_text: bool) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
         title = self.title
         if self.per == PER_TASK:
-            title = f"{on}, {title}"
-        elif on and not one_text:
-            title = f"{title}, {on}"
+            title = f"{target}, {title}"
+        elif target and not one_text:
+            title = f"{title}, {target}"
         return f"{title}, {self.unit}" if self.unit else title
 
     def text(self, value: Value, *, interval: bool = True) -> str:
@@ -331,7 +331,7 @@ _mean_test = Test(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
     _text("divergence", "divergence", "nats", _divergence, brief=True, test=_divergence_test),
     _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, test=_agreement_test),
-    _text("perplexity", "perplexity", "", read_perplexity, number, brief=True, test=_ratio_test, drawn=LOG),
+    _text("perplexity", "perplexity", "", read_perplexity, perplexity_text, brief=True, test=_ratio_test, drawn=LOG),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence_part, part="median")),
     _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence_part, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence_part, part="largest")),
@@ -352,9 +352,9 @@ def figures(results: Results) -> Json:
     content: Json = {}
     for measure in MEASURES:
         values = {}
-        for on in measure.where(results):
-            value = measure.read(results, on)
-            values[on] = value.record if isinstance(value, Estimate) else value
+        for target in measure.where(results):
+            value = measure.read(results, target)
+            values[target] = value.record if isinstance(value, Estimate) else value
         if values:
             content[measure.name] = values if measure.per in (PER_TEXT, PER_TASK) else values[""]
     return content

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -145,21 +145,18 @@ class ComparableExperiments:
     def tables(self) -> Iterator[Table]:
         """Yield the results on each text, on the tasks and of the weights, the tests, published figures and origins."""
         captions: dict[str, dict[str, Column]] = {}
-        for heading, (measure, on) in self.columns.items():
-            caption = "Accuracies over items, in percent; the mean counts tasks equally."
+        for heading, (measure, target) in self.columns.items():
             if measure.per == PER_TEXT:
-                caption = f"On {on}; intervals over windows (t)."
-            if measure.per == PER_MODEL:
+                caption = f"On {target}; intervals over windows (t)."
+            elif measure.per == PER_MODEL:
                 caption = "The pruned weights."
-            captions.setdefault(caption, {})[heading] = measure, on
+            else:
+                caption = "Accuracies over items, in percent; the mean counts tasks equally."
+            captions.setdefault(caption, {})[heading] = measure, target
         for place, (caption, columns) in enumerate(captions.items()):
             rows = [[name, *cells(results, columns)] for name, results in self.models.items()]
             rows = [row for row in rows if set(row[1:]) != {DASH}]
-            charts = [
-                (f"{heading} against sparsity", svg(self.chart(measure, on)))
-                for heading, (measure, on) in columns.items()
-                if measure.drawn and self.series(measure, on)
-            ]
+            charts = [(heading, svg(figure)) for heading, figure in self.charts(columns)]
             yield Table("" if place else "Results", caption, ["", *columns], rows, charts)
         yield from self.tests()
         rows = published_rows(self.experiments)
@@ -186,30 +183,38 @@ class ComparableExperiments:
             return
         rows = []
         for (name, base), tests in zip(pairs, results, strict=True):
-            values = [measure.test_text(tests.get((measure.name, on))) for measure, on in columns.values()]
+            values = [measure.test_text(tests.get((measure.name, target))) for measure, target in columns.values()]
             rows.append([f"{name} against {base}", *values])
         yield Table("Paired comparisons", PAIRED.format(sum(map(len, results))), ["", *columns], rows)
 
-    def chart(self, measure: Measure, on: str) -> Figure:
-        """Return the chart of a measure against sparsity."""
-        dense = measure.read(self.models[DENSE], on) if DENSE in self.models else None
-        level = dense.value if isinstance(dense, Estimate) else math.nan
-        return chart(self.series(measure, on), measure.title, level=level, log=measure.drawn == LOG)
+    def charts(self, columns: Mapping[str, Column]) -> Iterator[tuple[str, Figure]]:
+        """Yield the titles and charts of measures against sparsity."""
+        for heading, (measure, target) in columns.items():
+            series = self.series(measure, target) if measure.drawn else {}
+            if series:
+                dense = measure.read(self.models[DENSE], target) if DENSE in self.models else None
+                level = dense.value if isinstance(dense, Estimate) else math.nan
+                figure = chart(series, measure.title, level=level, log=measure.drawn == LOG)
+                yield f"{heading} against sparsity", figure
 
-    def series(self, measure: Measure, on: str) -> dict[str, list[tuple[float, Estimate]]]:
+    def series(self, measure: Measure, target: str) -> dict[str, list[tuple[float, Estimate]]]:
         """Return the points of each curve of a chart: sparsity and value, NaN for a model that diverged."""
         experiments = sorted(self.experiments.values(), key=lambda experiment: experiment.settings["sparsity"])
         curves: dict[str, list[tuple[float, Estimate]]] = {}
         for experiment in experiments:
-            value = measure.read(experiment.final, on)
+            value = measure.read(experiment.final, target)
             if value is not None:
                 point = value if isinstance(value, Estimate) else Estimate(math.nan)
-                curves.setdefault(curve(experiment, experiments), []).append((experiment.settings["sparsity"], point))
+                points = curves.setdefault(curve_label(experiment, experiments), [])
+                points.append((experiment.settings["sparsity"], point))
         return curves
 
 
 def group(experiments: Sequence[Experiment]) -> list[ComparableExperiments]:
-    """Return the experiments in sections of comparable results; a protocol that is not known matches all."""
+    """Return the experiments in sections of comparable results; a protocol that is not known matches all.
+
+    An experiment joins the first section whose members all match it.
+    """
     groups: list[list[Experiment]] = []
     for experiment in experiments:
         for members in groups:
@@ -246,7 +251,7 @@ def names(experiments: Sequence[Experiment]) -> dict[str, Experiment]:
     named: dict[str, Experiment] = {}
     order = sorted(experiments, key=lambda x: (recipe(x.params), x.params.pattern, x.settings["sparsity"]))
     for experiment in order:
-        name = curve(experiment, experiments)
+        name = curve_label(experiment, experiments)
         if ":" not in experiment.params.pattern:
             name += f" {100 * experiment.settings['sparsity']:g} %"
         if name in named:
@@ -255,8 +260,8 @@ def names(experiments: Sequence[Experiment]) -> dict[str, Experiment]:
     return named
 
 
-def curve(experiment: Experiment, experiments: Sequence[Experiment]) -> str:
-    """Return the name without the sparsity."""
+def curve_label(experiment: Experiment, experiments: Sequence[Experiment]) -> str:
+    """Return an experiment's name without the sparsity: the label of its curve."""
     name, pattern = recipe(experiment.params), experiment.params.pattern
     if pattern != UNSTRUCTURED:
         name += f" {pattern}"

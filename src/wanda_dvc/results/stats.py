@@ -6,14 +6,14 @@ from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import InputStats, summary
-from wanda_dvc.results.markup import table
+from wanda_dvc.results.markup import DASH, table
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance
 from wanda_dvc.study.files import json_text, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_stats
 
-INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
+HEADERS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
 
 
 def stats(*, study: Study, block: int | None, as_json: bool) -> str:
@@ -32,11 +32,12 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
     records = []
     for index in range(count) if block is None else [block]:
         statistics = read_stats(study.stats, index)
-        for name, x in statistics.inputs.items():
-            records.append(_record(index, statistics.consumers[name], x, errors))
+        for name, input_stats in statistics.inputs.items():
+            records.append(_record(index, statistics.consumers[name], input_stats, errors))
     if as_json:
         return json_text(records)
-    return table([*INPUTS, "layer error"] if errors else INPUTS, [_row(record) for record in records])
+    headers = [*HEADERS, "layer error"] if errors else HEADERS
+    return table(headers, [_row(record) for record in records])
 
 
 def _layer_errors(study: Study) -> dict[str, float]:
@@ -47,21 +48,22 @@ def _layer_errors(study: Study) -> dict[str, float]:
     return {}
 
 
-def _record(block: int, linears: list[str], x: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
+def _record(block: int, linears: list[str], input_stats: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
     """Return the record of a distinct input; its norms are null if no calibration token reached it."""
-    values, indices = x.norm.topk(min(5, len(x.norm)))
+    norm = input_stats.norm
+    values, indices = norm.topk(min(5, len(norm)))
     largest = [{"index": index, "norm": norm} for index, norm in zip(indices.tolist(), values.tolist(), strict=True)]
-    norms: dict[str, Any] = {**summary(x.norm), "largest": largest}
-    if not x.count:
+    norms: dict[str, Any] = {**summary(norm), "largest": largest}
+    if not input_stats.count:
         norms = dict.fromkeys(norms)
-    record = {"block": block, "linears": linears, "features": len(x.norm), "tokens": x.count, **norms}
+    record = {"block": block, "linears": linears, "features": len(norm), "tokens": input_stats.count, **norms}
     if errors:
         record["layer_error"] = {name: errors[name] for name in linears if name in errors}
     return record
 
 
 def _row(record: Mapping[str, Any]) -> list[str]:
-    cells = ["–"] * 5
+    cells = [DASH] * 5  # without norms
     if record["tokens"]:
         cells = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]
         cells.append(f"{100 * record['outliers']:.2f} %")
@@ -75,5 +77,5 @@ def _row(record: Mapping[str, Any]) -> list[str]:
 def _short_name(linear: str) -> str:
     """Return the last part of a linear's name, with an expert's number before it."""
     parts = linear.split(".")
-    is_expert = parts[-2].isdecimal() and sum(part.isdecimal() for part in parts) > 1  # the first counts blocks
+    is_expert = parts[-2].isdecimal() and sum(part.isdecimal() for part in parts) > 1  # its first number is the block's
     return ".".join(parts[-2:] if is_expert else parts[-1:])
