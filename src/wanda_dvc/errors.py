@@ -95,7 +95,6 @@ def _explain_missing(library: str) -> str | None:
 
 
 def _explain_text(error: Exception) -> str | None:
-    """Explain an error of a library by its text."""
     text = " ".join(str(error).split())
     if "inline_container.cc" in text:  # of `torch.save`, without the reason
         return _disk_full("disk", text)

@@ -1,21 +1,19 @@
-"""The memory of a model in bytes, beyond the imports: run block by block, pruned, or trained. All formulas are here.
+"""The memory of a model in bytes, beyond the imports: its sizes, a forward pass, a solver.
 
-Sizes are those of `ModelSizes`. Callers add FIXED once for each stage; only `training_memory` has it already. On a CPU,
-weights in the checkpoint's dtype are views of mapped files: they count here, but the system may reclaim their pages.
-Activations are on disk, before and after a block: 2 · tokens · hidden · itemsize.
+`stages/needs.py` adds these terms up for each stage. On a CPU, weights in the checkpoint's dtype are views of mapped
+files: they count here, but the system may reclaim their pages.
 """
 
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.engine.checkpoint import ITEMSIZE, Address, read_config
-from wanda_dvc.plan import GRAM_DTYPE, RECOVERY_BATCH
-from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
+from wanda_dvc.plan import GRAM_DTYPE
+from wanda_dvc.pruning.gram import PANEL
 
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
-SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 
 
 class ModelSizes:
@@ -90,12 +88,6 @@ class ForwardMemory:
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
 
 
-def scoring_memory(model: ModelSizes, *, by_row: bool, threads: int) -> int:
-    """Return the memory of a block's masks from scores, which threads compute in slices of rows, or by linear."""
-    slice_size = min(model.largest_linear, WEIGHTS_AT_A_TIME) if by_row else model.largest_linear
-    return model.block_weights + SELECTION * min(threads * slice_size, model.block_weights)
-
-
 def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
     """Return the memory to solve for a linear while the linear before it is written.
 
@@ -105,17 +97,6 @@ def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
     linear, square = model.largest_linear, model.widest**2
     memory = 9 * linear + 32 * linear + 20 * square
     return memory + 20 * (linear + square) if uses_fisher else memory
-
-
-def training_memory(model: ModelSizes, *, length: int, dense_itemsize: int, kept: bool = False) -> int:
-    """Return the memory of a training step; activations are those of one block and all inputs, or, if `kept`, all.
-
-    Weights, gradients and two moments are in float32; the dense model has `dense_itemsize` bytes a parameter.
-    """
-    block = 8 * length * model.features + 12 * length**2 * model.heads_with_scores
-    activations = block * model.blocks if kept else block + 4 * length * model.hidden * model.blocks
-    predictions = 24 * length * model.vocabulary
-    return FIXED + (16 + dense_itemsize) * model.parameters + RECOVERY_BATCH * (activations + predictions)
 
 
 def triangles_size(squares: int) -> int:

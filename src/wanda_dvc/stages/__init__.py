@@ -344,7 +344,6 @@ def run(
 
 
 def _write_placeholders(study: "Study", variant: Variant, text: str) -> None:
-    """Write files without content in the place of a variant's outputs, because DVC expects each output."""
     from wanda_dvc.study.artifact import remove
     from wanda_dvc.study.files import write_text
 

@@ -1,4 +1,4 @@
-"""The memory and disk that each stage of a study needs: estimates from above. `engine/memory.py` has the formulas.
+"""The memory and disk that each stage of a study needs: estimates from above, by the terms of `engine/memory.py`.
 
 A text that is not fetched yet counts as empty.
 """
@@ -8,23 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wanda_dvc.engine.checkpoint import ITEMSIZE, dtype_of
-from wanda_dvc.engine.memory import (
-    FIXED,
-    ForwardMemory,
-    ModelSizes,
-    scoring_memory,
-    solving_memory,
-    training_memory,
-    triangles_size,
-)
+from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
+from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
+from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
+SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 BYTES_A_TOKEN = 4  # of English text, about
 
@@ -93,9 +87,6 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{max(size / 1e6, 0.1):.1f} MB"
 
 
-# --- decisions ---
-
-
 def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
     """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices.
 
@@ -122,10 +113,16 @@ def trained_in(dtype: str, device: str) -> str:
 
 
 def training(run: Run, *, kept: bool = False) -> int:
-    """Return the memory of `recover`; `kept` as in `training_memory`."""
-    length = min(RECOVERY_LENGTH, run.params.calibration.length)
-    width = ITEMSIZE[trained_in(run.dtype, run.device)]
-    return training_memory(run.sizes, length=length, dense_itemsize=width, kept=kept)
+    """Return the memory of a training step; activations are those of one block and all inputs, or, if `kept`, all.
+
+    Weights, gradients and two moments are in float32; the dense model is in the dtype of the products.
+    """
+    length, sizes = min(RECOVERY_LENGTH, run.params.calibration.length), run.sizes
+    block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
+    activations = block * sizes.blocks if kept else block + 4 * length * sizes.hidden * sizes.blocks
+    predictions = 24 * length * sizes.vocabulary
+    weights = (16 + ITEMSIZE[trained_in(run.dtype, run.device)]) * sizes.parameters
+    return FIXED + weights + RECOVERY_BATCH * (activations + predictions)
 
 
 def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
@@ -138,9 +135,6 @@ def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
             "parameter, the dense model and activations); set it to 0, or free some memory"
         )
     return most > size_free
-
-
-# --- stages ---
 
 
 def _needs_of_calibrate(run: Run) -> Requirements:
@@ -167,8 +161,12 @@ def _needs_of_mask(run: Run) -> Requirements:
     if plan.solves_by_input:
         memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
     else:
-        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and run.device != "cuda"
-        memory = scoring_memory(sizes, by_row=by_row, threads=1 if run.device == "cuda" else cores())
+        at_a_time = sizes.largest_linear  # weights whose scores are in memory; on a CPU, each thread has as many
+        if run.device != "cuda":
+            if plan.method.selects_by_row(plan.pattern, plan.group):
+                at_a_time = min(at_a_time, WEIGHTS_AT_A_TIME)
+            at_a_time *= cores()
+        memory = sizes.block_weights + SELECTION * min(at_a_time, sizes.block_weights)
     memory = max(memory, _trial(run))
     if not plan.propagates and not plan.repairs:
         return Requirements(memory=FIXED + memory, disk=disk)

@@ -89,9 +89,6 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
     return counts
 
 
-# --- one task ---
-
-
 def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Json:
     """Return a task's `details` and `metrics`: stored ones with this protocol, or new ones."""
     path = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
@@ -156,9 +153,6 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
         content["answer_norm"] = max(range(len(by_character)), key=by_character.__getitem__)
     content["gold"] = sample["target"]
     return content | {metric: sample[metric] for metric in METRICS if metric in sample}
-
-
-# --- continuations of prompts ---
 
 
 def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json, dtype: str) -> Json:
