@@ -81,14 +81,14 @@ class Copies:
         """Route this thread's copies through the stream."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def copy(self, tensor: Tensor, into: Tensor) -> Tensor:
-        """Copy a tensor into another, which is returned.
+    def copy(self, tensor: Tensor, into: Tensor) -> None:
+        """Copy a tensor into another.
 
         From the host to CUDA it goes through pinned memory, and the call does not wait for the copy; all other copies
         have ended on return.
         """
         pinned = self._stream is not None and tensor.device.type == "cpu"
-        return into.copy_(tensor.pin_memory() if pinned else tensor, non_blocking=pinned)
+        into.copy_(tensor.pin_memory() if pinned else tensor, non_blocking=pinned)
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Make this thread's next computations wait for the started copies of these tensors."""

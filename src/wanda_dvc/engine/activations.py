@@ -82,8 +82,8 @@ class ActivationStore:
 
         A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
         """
-        for path in self.folder.glob("????-????.npy*"):
-            if path.suffix == ".part" or int(path.name[:4]) < self.oldest_needed(block):
+        for path in self.folder.glob("[0-9]*-[0-9]*.npy*"):
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) < self.oldest_needed(block):
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:

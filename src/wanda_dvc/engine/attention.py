@@ -66,7 +66,7 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
-    """Compute attention within each question by matrix multiplications; the mask is from `mask_pairs`.
+    """Compute attention within each question by matrix multiplications; in the mask of `mask_pairs` True is masked.
 
     ValueError for unsupported arguments, such as sinks, the keys to attend to, or a bias for each position.
     """

@@ -1,4 +1,7 @@
-"""Log-likelihoods of continuations: a context runs once for all its continuations, many questions in one sequence."""
+"""Log-likelihoods of continuations: a context runs once for all its continuations, many questions in one sequence.
+
+A question is a context with its continuations, which packed questions call choices; a request asks about one of them.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
