@@ -113,7 +113,7 @@ def read_perplexity(results: Results, text: str) -> Value:
 
 
 def read_window_mean(results: Results, text: str, *, name: str, largest: float) -> Value:
-    """A mean over a text's windows, with a 95 % t interval if the windows are known; `largest` is possible."""
+    """A mean over a text's windows, with a 95 % t interval if the windows are known, cut to [0, largest]."""
     value = read_text_number(results, text, name=name, part="mean")
     if not isinstance(value, Estimate):
         return value

@@ -62,6 +62,8 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             table(*side_by_side(models, base=base)),
             *notes(params, models, base=base),
         ]
+        if len({settings.model for settings in params.values()}) > 1:
+            parts.append(f"The experiments have different dense models: {DENSE} is that of {names[0]}.")
         return "\n\n".join(part for part in parts if part)
 
 
@@ -112,7 +114,9 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
             continue
         keys = not_comparable(results, models[base])
         if keys:
-            reasons = [f"{what} ({key if key == MISSING else f'different {key}'})" for what, key in keys.items()]
+            reasons = []
+            for heading, key in keys.items():
+                reasons.append(f"{heading} ({key if key == MISSING else f'different {key}'})")
             yield (
                 f"{name} not compared with {base}: {', '.join(reasons)}. `dvc pull` fetches missing details, "
                 "`dvc repro` measures both models in the same way."
@@ -133,8 +137,8 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
     for name, results in models.items():
         details = [results.details(TEXT_PREFIX + text) for text in results.texts]
         details += [results.answers(task) for task in results.tasks]
-        for place in dict.fromkeys(content["not_finite"] for content in details if "not_finite" in content):
-            yield f"{name}: activations are not finite from here on: {place}."
+        for position in dict.fromkeys(content["not_finite"] for content in details if "not_finite" in content):
+            yield f"{name}: activations are not finite from here on: {position}."
 
 
 def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:

@@ -93,7 +93,7 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
         notice("recover: the training did not help on validation windows: models/recovered has the pruned weights")
         shutil.copytree(study.model("pruned"), folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
     else:
-        for _ in write_model(recovered, folder, without=(PROVENANCE,)):
+        for _ in write_model(recovered, folder, without=(PROVENANCE,)):  # it yields each tensor once it is written
             pass
         for text, about in VALIDATION_TEXTS.items():
             if text in best and best[text] >= curve[0][text]:
