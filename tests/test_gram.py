@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanda_dvc.catalog import ALLOCATIONS
-from wanda_dvc.pruning.allocation import Groups, count_scores, outlier_ratio, owl, round_to_total, sensitivity, shift
+from wanda_dvc.pruning.allocation import (
+    Competition,
+    count_scores,
+    outlier_ratio,
+    owl,
+    round_to_total,
+    sensitivity,
+    shift,
+)
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import prune_linear
 from wanda_dvc.pruning.selection import count_removed
@@ -142,7 +150,7 @@ def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():
     assert layer_errors(weight, [pruned], gram) == [pytest.approx(1e6 / 4000001, rel=1e-9)]
 
 
-GROUPS = st.lists(st.builds(Groups, st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)
+GROUPS = st.lists(st.builds(Competition, st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)
 FLOAT = st.floats(0, 100, allow_subnormal=False)
 
 
@@ -234,7 +242,7 @@ def test_outliers_are_counted_over_the_whole_block():
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))
-def test_rounding_down_is_made_up_for(groups: list[list[Groups]], sparsity: Fraction):
+def test_rounding_down_is_made_up_for(groups: list[list[Competition]], sparsity: Fraction):
     """All parts get the same constant, and what goes comes nearer to the sparsity."""
     sizes = [sum(number * size for number, size in part) for part in groups]
     raw = shift([Fraction(4 * block, 1000) for block in range(len(sizes))], sparsity, sizes)
@@ -253,7 +261,7 @@ def test_rounding_down_is_made_up_for(groups: list[list[Groups]], sparsity: Frac
 
 def test_rounding_down_is_made_up_for_by_hand():
     sparsity = Fraction("0.499")
-    (rounded,) = round_to_total([sparsity], sparsity, [[Groups(4, 577)]])
+    (rounded,) = round_to_total([sparsity], sparsity, [[Competition(4, 577)]])
     assert (count_removed(577, sparsity), count_removed(577, rounded)) == (287, 288)  # of 287.9
 
 

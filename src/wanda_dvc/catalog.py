@@ -77,7 +77,7 @@ class Method(Choice):
             raise UserError(f"{where}: {type(error).__name__}: {reason(error)}; correct the function") from error
 
     def selects_by_row(self, pattern: str, group: str) -> bool:
-        """Whether masks of some rows do not depend on the other rows."""
+        """Whether each row's mask depends on that row alone."""
         return self.scores_by_row and self.competition == "groups" and (pattern != "unstructured" or group == "row")
 
 
@@ -145,8 +145,8 @@ class Structure(Choice):
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
     # Of a kept width, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
-    # More fields of config.json, in proportion to the number of units. A unit is then several inputs of its consumer,
-    # and the field has the number of units.
+    # More fields of config.json, in proportion to the number of units: for heads, a unit is a key-value head with its
+    # query heads, and `num_attention_heads` falls with `num_key_value_heads`.
     scaled: tuple[str, ...] = ()
     find: str = "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, sparsity) → Removal
     # The score of units in place of the method of a recipe that calibrates; kept weights then keep their values, and
@@ -239,6 +239,7 @@ SOLVED_UNITS = Reconstruction(
     "least squares: the output of each linear that reads removed units closest to the dense output",
     function="wanda_dvc.pruning.units:least_squares_of_units",
 )
+# `mask` runs it, by `engine.repair`; this row describes it.
 REPAIR = Reconstruction(
     "least-squares",
     "least squares: the linear before the removed blocks, which are neighbours, takes over a part of what they add",

@@ -29,15 +29,15 @@ BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an o
 LARGEST_SPARSITY = 0.97  # of a linear in the sensitivity allocation: a linear without weights has no output
 
 
-class Groups(NamedTuple):
-    """The competing groups of a linear's weights, all of one size."""
+class Competition(NamedTuple):
+    """How a linear's weights compete: in groups of `size` weights, each a row or the linear."""
 
-    number: int
+    groups: int  # their number
     size: int
 
 
 def allocate(
-    weights: ReadWeight,
+    read_weight: ReadWeight,
     blocks: Iterable[BlockStats],
     count: int,
     *,
@@ -52,47 +52,49 @@ def allocate(
     """
     if allocation.strength is None:
         return [sparsity] * count
-    rate, divide = resolve_name(allocation.rating), resolve_name(allocation.function)
-    names: list[list[str]] = []  # the linears of each block
-    groups: list[list[Groups]] = []  # of each block, or of each linear
-    ratings: list[object] = []  # likewise
+    rate = resolve_name(allocation.rating)
+    allocate_by_rating = resolve_name(allocation.function)
+    ratings: list[object] = []  # of each block, or of each linear where the allocation uses Fisher information
+    competitions: list[list[Competition]] = []  # of the linears that share a rating
+    linears: list[list[str]] = []  # of each block
     for block in blocks:
-        groups_of_linears = competitions_of_block(weights, block, group)
-        names.append(list(groups_of_linears))
+        of_linears = competitions_of_block(read_weight, block, group)
+        linears.append(list(of_linears))
         if allocation.uses_fisher:
-            groups += [[linear] for linear in groups_of_linears.values()]
+            competitions += [[competition] for competition in of_linears.values()]
         else:
-            groups.append(list(groups_of_linears.values()))
-        ratings += rate(weights, block)
-    sizes = [sum(linear.number * linear.size for linear in linears) for linears in groups]
-    sparsities = round_to_total(divide(sparsity, sizes, ratings, allocation.strength), sparsity, groups)
+            competitions.append(list(of_linears.values()))
+        ratings += rate(read_weight, block)
+    sizes = [sum(competition.groups * competition.size for competition in of_rating) for of_rating in competitions]
+    raw = allocate_by_rating(sparsity, sizes, ratings, allocation.strength)
+    sparsities = round_to_total(raw, sparsity, competitions)
     if not allocation.uses_fisher:
         return sparsities
-    of_linears = iter(sparsities)
-    return [{name: next(of_linears) for name in linears} for linears in names]
+    next_sparsity = iter(sparsities)
+    return [{name: next(next_sparsity) for name in names} for names in linears]
 
 
-def competitions_of_block(weights: ReadWeight, block: BlockStats, group: str) -> dict[str, Groups]:
-    """Return the competing groups of each linear of a block, for unstructured patterns: its rows, or the linear."""
-    groups = {}
+def competitions_of_block(read_weight: ReadWeight, block: BlockStats, group: str) -> dict[str, Competition]:
+    """Return how the weights of each linear of a block compete, for unstructured patterns."""
+    competitions = {}
     for linear, x in block.by_linear.items():
         features = len(x.sum)
-        rows = weights(linear).numel() // features
-        groups[linear] = Groups(rows, features) if group == "row" else Groups(1, rows * features)
-    return groups
+        rows = read_weight(linear).numel() // features
+        competitions[linear] = Competition(rows, features) if group == "row" else Competition(1, rows * features)
+    return competitions
 
 
-def outlier_rating(weights: ReadWeight, block: BlockStats) -> list[float]:
+def outlier_rating(read_weight: ReadWeight, block: BlockStats) -> list[float]:
     """Return the percentage of outliers among a block's Wanda scores, for OWL, which allocates by block."""
 
     def scores() -> Iterator[Float[Tensor, "rows in"]]:
         for linear, x in block.by_linear.items():
-            yield from _wanda_scores(weights, block, linear, x)
+            yield from _wanda_scores(read_weight, block, linear, x)
 
     return [outlier_ratio(scores)]
 
 
-def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | None]:
+def sensitivity_rating(read_weight: ReadWeight, block: BlockStats) -> list[Tensor | None]:
     """Return a histogram of each linear's scores; None without Fisher information.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
@@ -103,8 +105,10 @@ def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | 
             histograms.append(None)
             continue
         total = x.norm.double().square().sum()
-        row_factors, begin, counts = (block.fisher[linear] / total).sqrt().float(), 0, []
-        for scores in _wanda_scores(weights, block, linear, x):
+        row_factors = (block.fisher[linear] / total).sqrt().float()
+        begin = 0
+        counts = []
+        for scores in _wanda_scores(read_weight, block, linear, x):
             end = begin + len(scores)
             counts.append(count_scores(scores * row_factors[begin:end, None]))
             begin = end
@@ -113,10 +117,10 @@ def sensitivity_rating(weights: ReadWeight, block: BlockStats) -> list[Tensor | 
 
 
 def _wanda_scores(
-    weights: ReadWeight, block: BlockStats, name: str, x: InputStats
+    read_weight: ReadWeight, block: BlockStats, name: str, x: InputStats
 ) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
-    weight = oriented(weights(name), name in block.transposed)
+    weight = oriented(read_weight(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
         yield wanda(rows, x)
 
@@ -137,11 +141,11 @@ def sensitivity(
 ) -> list[Fraction]:
     """Return each linear's sparsity when the lowest scores of all linears together are pruned.
 
-    `counts` are each linear's `count_scores`. A linear's sparsity differs from the model's by at most `spread`, and is
-    at most 0.97 or the model's. A linear without counts has the model's. Scores are assumed to be evenly spread within
-    a bin.
+    `counts` are each linear's `count_scores`. Before the final shift to the exact mean, a linear's sparsity differs
+    from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without counts has the model's.
+    Scores are assumed to be evenly spread within a bin.
     """
-    counted = [number for number, bins in enumerate(counts) if bins is not None]
+    counted = [index for index, bins in enumerate(counts) if bins is not None]
     raw = [sparsity] * len(sizes)
     if not counted or not 0 < sparsity < 1:
         return shift(raw, sparsity, sizes)
@@ -149,8 +153,9 @@ def sensitivity(
     bins = torch.stack([x for x in counts if x is not None])
     bins = bins[:, bins.any(dim=0)]
     up_to = bins.cumsum(dim=1, dtype=torch.int64)
-    size = torch.tensor([sizes[number] for number in counted], dtype=torch.float64)
-    smallest, largest = max(requested - spread, 0.0), max(min(requested + spread, LARGEST_SPARSITY), requested)
+    size = torch.tensor([sizes[index] for index in counted], dtype=torch.float64)
+    smallest = max(requested - spread, 0.0)
+    largest = max(min(requested + spread, LARGEST_SPARSITY), requested)
 
     def pruned_fractions(threshold: float) -> Float[Tensor, " linears"]:
         bin_number = int(threshold)
@@ -161,8 +166,8 @@ def sensitivity(
     for _ in range(2 * STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if pruned_fractions(middle) @ size < requested * size.sum() else (low, middle)
-    for number, fraction in zip(counted, pruned_fractions(high).tolist(), strict=True):
-        raw[number] = Fraction(round(fraction * DIGITS), DIGITS)
+    for index, fraction in zip(counted, pruned_fractions(high).tolist(), strict=True):
+        raw[index] = Fraction(round(fraction * DIGITS), DIGITS)
     return shift(raw, sparsity, sizes)
 
 
@@ -177,7 +182,8 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], multiple
 
     `scores` yields the scores in slices, and is called twice. Only one slice is in memory at a time.
     """
-    count, sums = 0, []
+    count = 0
+    sums = []
     for score in scores():
         count += score.numel()
         sums.append(score.sum(dtype=torch.float64).item())
@@ -209,23 +215,25 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
 
 
 def round_to_total(
-    sparsities: Sequence[Fraction], sparsity: Fraction, groups: Sequence[Sequence[Groups]]
+    sparsities: Sequence[Fraction], sparsity: Fraction, competitions: Sequence[Sequence[Competition]]
 ) -> list[Fraction]:
     """Return sparsities plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
-    `groups` has, for each of the sparsities, the competing groups of its linears. Counts are rounded down, so each
+    `competitions` has, for each of the sparsities, those of its linears. Counts are rounded down, so each
     group loses up to one weight too few. For rows of 576 at 50 % the sparsity would be 0.4993.
     """
-    total = sum(linear.number * linear.size for linears in groups for linear in linears)
+    all_competitions = [competition for of_sparsity in competitions for competition in of_sparsity]
+    total = sum(competition.groups * competition.size for competition in all_competitions)
 
     def surplus(constant: Fraction) -> Fraction:
         removed = 0
-        for value, linears in zip(sparsities, groups, strict=True):
+        for value, of_sparsity in zip(sparsities, competitions, strict=True):
             raised = min(value + constant, Fraction(1))
-            removed += sum(linear.number * count_removed(linear.size, raised) for linear in linears)
+            for competition in of_sparsity:
+                removed += competition.groups * count_removed(competition.size, raised)
         return removed - sparsity * total
 
-    low, high = Fraction(0), Fraction(1, min(linear.size for linears in groups for linear in linears))
+    low, high = Fraction(0), Fraction(1, min(competition.size for competition in all_competitions))
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if surplus(middle) < 0 else (low, middle)

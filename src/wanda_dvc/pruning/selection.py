@@ -4,7 +4,6 @@ Ties: the leftmost is pruned first, as in a stable ascending sort.
 """
 
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,19 +94,15 @@ def keep_by_score_fraction(score: Float[Tensor, "out in"], sparsity: float) -> B
     return torch.empty_like(sorted_mask).scatter_(1, lowest_first.indices, sorted_mask)
 
 
-class AboveThreshold(NamedTuple):
-    """The k-th lowest score of each row, the mask of the higher scores, and their number."""
-
-    threshold: Float[Tensor, "group 1"]
-    mask: Bool[Tensor, "group size"]
-    number: Int[Tensor, "group 1"]
+# Of each row: the k-th lowest score, the mask of the higher scores, and their number.
+AboveThreshold = tuple[Float[Tensor, "group 1"], Bool[Tensor, "group size"], Int[Tensor, "group 1"]]
 
 
 def above_by_torch(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
-    """Return each row's k-th lowest score, the mask of higher scores, and their number."""
+    """Compare with each row's k-th lowest score; torch's partition."""
     threshold = torch.kthvalue(score, k, dim=1, keepdim=True).values
     mask = score > threshold
-    return AboveThreshold(threshold, mask, mask.sum(dim=1, keepdim=True, dtype=torch.int32))
+    return threshold, mask, mask.sum(dim=1, keepdim=True, dtype=torch.int32)
 
 
 def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
@@ -122,7 +117,7 @@ def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> AboveThreshold
     threshold = ordered[:, k - 1 : k].view(numbers.dtype)
     mask = numbers > threshold
     number = mask.sum(axis=1, keepdims=True, dtype=np.int32)
-    return AboveThreshold(torch.from_numpy(threshold), torch.from_numpy(mask), torch.from_numpy(number))
+    return torch.from_numpy(threshold), torch.from_numpy(mask), torch.from_numpy(number)
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
@@ -146,5 +141,5 @@ def pack_bits(mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows bytes"]
 
 
 def unpack_bits(bits: UInt8[Tensor, "rows bytes"], columns: int) -> Bool[Tensor, "rows columns"]:
-    """Return the mask of `pack_bits`."""
+    """Return the mask; `pack_bits` is the inverse."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=columns).view(np.bool_))

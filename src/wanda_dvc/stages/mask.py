@@ -17,7 +17,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate, competitions_of_block
-from wanda_dvc.pruning.masks import BlockSparsity, choose_units
+from wanda_dvc.pruning.masks import BlockSparsity, choose_units, linear_sparsity
 from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.statistics import BlockStats
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
     from wanda_dvc.engine.sums import BlockRecord
 
-ROUNDED = Fraction(1, 1000)  # a sparsity is reported as rounded if it differs by more
-DIGITS_OF_A_HINT = Context(prec=3, rounding=ROUND_CEILING)
+ROUNDING_NOTICED = Fraction(1, 1000)  # a sparsity is reported as rounded if it differs by more
+HINT_CONTEXT = Context(prec=3, rounding=ROUND_CEILING)
 
 
 class BlockResult(NamedTuple):
@@ -147,9 +147,10 @@ def removal_of(checkpoint: Checkpoint, plan: Plan) -> "Removal | None":
 
 
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
-    """Return the units that a pattern removes: blocks and experts by name, of inputs the number.
+    """Return the units that a pattern removes; None if it sets weights to zero.
 
-    UserError if a sparsity above 0 removes no unit.
+    For blocks and experts, which ones; for neurons and heads only how many, because the masks of the linears that read
+    them choose. UserError if a sparsity above 0 removes no unit.
     """
     plan = study.plan
     removal = removal_of(checkpoint, plan)
@@ -211,11 +212,11 @@ def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequ
         return sparsities
     removed = total = largest = 0
     for block, sparsity in enumerate(sparsities):
-        groups = competitions_of_block(checkpoint.weight, tensors.read_stats(study.stats, block), plan.group)
-        for linear, (number, size) in groups.items():
-            of_linear = sparsity[linear] if isinstance(sparsity, Mapping) else sparsity
-            removed += number * count_removed(size, of_linear)
-            total += number * size
+        stats_of_block = tensors.read_stats(study.stats, block)
+        competitions = competitions_of_block(checkpoint.weight, stats_of_block, plan.group)
+        for linear, (groups, size) in competitions.items():
+            removed += groups * count_removed(size, linear_sparsity(sparsity, linear))
+            total += groups * size
             largest = max(largest, size)
     requested = f"{float(plan.sparsity):g}"
     if not removed:
@@ -223,13 +224,13 @@ def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequ
             f"sparsity: got {requested}, which removes no weight: at most {largest} weights compete with one another; "
             f"set sparsity={_rounded_up(Fraction(1, largest))} or more"
         )
-    if abs(Fraction(removed, total) - plan.sparsity) > ROUNDED:
+    if abs(Fraction(removed, total) - plan.sparsity) > ROUNDING_NOTICED:
         notice(f"mask: sparsity: rounded: {removed / total:.4g} instead of {requested}, by the sizes of the linears")
     return sparsities
 
 
 def _rounded_up(sparsity: Fraction) -> str:
-    return f"{DIGITS_OF_A_HINT.divide(sparsity.numerator, sparsity.denominator):f}"
+    return f"{HINT_CONTEXT.divide(sparsity.numerator, sparsity.denominator):f}"
 
 
 # --- the blocks ---
@@ -258,6 +259,7 @@ def from_statistics(
         outputs = (solve_task(device, task) for task in tasks)
     else:
         outputs = cluster.map(solve_task, tasks, "solver")
+    # Outputs come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
         yield without_units(removal, merged(block, stats, itertools.islice(outputs, len(stats.consumers))))
 
