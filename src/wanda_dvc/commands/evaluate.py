@@ -46,12 +46,17 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
         )
-    _check_paths(study, paths)
+    real_paths = [path.resolve() for path in paths]
+    for path in paths:
+        if real_paths.count(path.resolve()) > 1:
+            raise UserError(f"{path}: named twice, expected each model once; leave one out")
+        if (path / "config.json").is_file():
+            _check_alike(study, path, path)
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
         work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
         models = {DENSE: dense}
         for number, path in enumerate(paths):
-            name = str(path.absolute() if str(path) == DENSE else path)
+            name = str(path.absolute() if str(path) == DENSE else path)  # the dense model has that name
             models[name] = _measure(study, path, Study(work.path / str(number)))
         compared = records(models, base=DENSE)  # read before the work folder is removed
         paragraphs = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: study.params}, models)]
@@ -59,15 +64,6 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     if not as_json:
         return "\n\n".join(paragraphs)
     return json_text([{"model": name, "metrics": models[name].metrics, **compared[name]} for name in models])
-
-
-def _check_paths(study: Study, paths: Sequence[Path]) -> None:
-    real_paths = [path.resolve() for path in paths]
-    for path in paths:
-        if real_paths.count(path.resolve()) > 1:
-            raise UserError(f"{path}: named twice, expected each model once; leave one out")
-        if (path / "config.json").is_file():
-            _check_alike(study, path, path)
 
 
 def _measure(study: Study, path: Path, measured: Study) -> Results:

@@ -168,7 +168,8 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     commit = Revision.open(study.root, revision)
 
     def take(name: str, what: str) -> None:
-        if commit.take(name, links.root):
+        missing = commit.take(name, links.root)
+        if missing:
             raise UserError(
                 f"{revision}: {what} not in DVC's cache, expected all of {name}/; `dvc pull --all-commits` fetches "
                 f"it from a remote that has it, `dvc exp apply {revision}` and `dvc exp run` compute it again"

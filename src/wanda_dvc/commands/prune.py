@@ -3,6 +3,7 @@
 A model and a calibration text have one study. Its statistics serve each further recipe, sparsity and pattern.
 """
 
+import math
 import os
 import shlex
 import time
@@ -74,7 +75,7 @@ def _sizes_for_model(study: Study, params: Params, sizes: ModelSizes) -> Setting
     return {
         "calibration.length": length,
         "perplexity.length": min(longest, params.perplexity.length),
-        "calibration.windows": max(params.calibration.windows, -(-tokens // length)),
+        "calibration.windows": max(params.calibration.windows, math.ceil(tokens / length)),
     }
 
 
