@@ -43,7 +43,7 @@ RESTORE_MASKS = "restore the file with `dvc checkout masks`, or run `wanda-dvc m
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
 
-class PrunedLinear(NamedTuple):
+class LinearMeasures(NamedTuple):
     """The measures of one pruned linear."""
 
     block: int
@@ -60,24 +60,25 @@ def apply(*, study: Study) -> None:
     made_from = describe_pruned(study)
     with study.work(made_from) as work:
         folder = work.new()
-        linears, metrics = write_pruned(study, folder)
+        measures, metrics = write_pruned(study, folder)
         write_provenance(folder, made_from)
         work.commit(study.model("pruned"))
-    with_errors = {name: linear for name, linear in linears.items() if linear.error is not None}
-    sparsities = {name: round(linear.zeros / linear.weights, 6) for name, linear in linears.items()}
-    errors = {
-        name: {"error": linear.error, "masked": linear.masked_error} | linear.diagnostics
-        for name, linear in with_errors.items()
-    }
+    sparsities = {}
+    errors = {}
+    sparsity_rows: list[list[object]] = []
+    error_rows: list[list[object]] = []
+    for linear, of_linear in measures.items():
+        sparsity = of_linear.zeros / of_linear.weights
+        sparsities[linear] = round(sparsity, 6)
+        sparsity_rows.append([of_linear.block, linear, of_linear.weights, of_linear.zeros, sparsity])
+        if of_linear.error is not None:
+            errors[linear] = {"error": of_linear.error, "masked": of_linear.masked_error} | of_linear.diagnostics
+            error_rows.append([of_linear.block, linear, of_linear.error, of_linear.masked_error])
     write_json(study.metrics("pruned", "sparsity"), metrics)
     write_json(study.details("pruned", "sparsity"), sparsities)
     write_json(study.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": errors})
-    rows: list[list[object]] = []
-    for name, linear in linears.items():
-        rows.append([linear.block, name, linear.weights, linear.zeros, linear.zeros / linear.weights])
-    write_csv(study.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], rows)
-    rows = [[linear.block, name, linear.error, linear.masked_error] for name, linear in with_errors.items()]
-    write_csv(study.plots("layer_error"), ["block", "linear", "error", "masked"], rows)
+    write_csv(study.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], sparsity_rows)
+    write_csv(study.plots("layer_error"), ["block", "linear", "error", "masked"], error_rows)
 
 
 def describe_pruned(study: Study) -> Json:
@@ -91,18 +92,17 @@ def describe_pruned(study: Study) -> Json:
         if weights != masks:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         digests["weights"] = digest(weights)
-    solves = plan.apply_solves
     params = {name: value for name, value in masks["calibration"].items() if name != "text"}
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
-    folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
-    if solves and plan.reconstructor.uses_fisher:
-        folders.append(study.fisher)
-    for folder in folders:
-        statistics = statistics_provenance(folder, calibrated, "masks/")
-        if solves:
-            digests[folder.name] = digest(statistics)
-    if solves:  # the weights follow from how `apply` solves, and so do their results
-        digests["apply"] = str(STAGES["apply"].version)
+    if plan.apply_solves:
+        folders = [study.gram]
+        if plan.reconstructor.uses_fisher:
+            folders.append(study.fisher)
+        for folder in folders:
+            digests[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
+        digests["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
+    elif block_count(study.gram, "calibrate"):  # read for layer errors
+        statistics_provenance(study.gram, calibrated, "masks/")
     # Only the masks' records: with this run's library versions, equal models would have different bytes.
     described = {name: value for name, value in masks.items() if name != "blocks"}
     described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
@@ -121,7 +121,7 @@ class BlockFiles(NamedTuple):
 
 
 class DenseToPruned:
-    """Reads the tensors of a study's pruned model; `linears` has the measures of the linears read so far.
+    """Reads the tensors of a study's pruned model; `measures` has those of the linears read so far.
 
     A block's files are opened when its first linear is read; two blocks are in memory at a time.
     """
@@ -137,9 +137,9 @@ class DenseToPruned:
         self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         # A repaired linear differs on purpose.
         self.measures_errors = not self.plan.repairs and block_count(study.gram, "calibrate") > 0
-        self.linears = dict[str, PrunedLinear]()
-        self.files = lru_cache(maxsize=2)(self._open)
-        self.factors = lru_cache(maxsize=2)(self._prepare)
+        self.measures = dict[str, LinearMeasures]()
+        self.files_of = lru_cache(maxsize=2)(self._open)
+        self.factors_of = lru_cache(maxsize=2)(self._prepare)
 
     def _open(self, block: int) -> BlockFiles:
         study, plan = self.study, self.plan
@@ -154,10 +154,11 @@ class DenseToPruned:
             for name, linears in grams.consumers.items():
                 inputs |= dict.fromkeys(linears, name)
         masks = read_masks(study.masks, block)
-        if missing := sorted(inputs.keys() - masks.keys()):
+        missing = sorted(inputs.keys() - masks.keys())
+        if missing:
             raise UserError(f"{block_file(study.masks, block)}: no masks of {shortened(missing)}; {RESTORE_MASKS}")
-        unmeasured = sorted(masks.keys() - inputs.keys()) if self.measures_errors else []
-        if unmeasured:
+        unmeasured = sorted(masks.keys() - inputs.keys())
+        if grams is not None and unmeasured:
             raise UserError(
                 f"{block_file(study.masks, block)}: found masks of {shortened(unmeasured)}, expected linears in "
                 f"{block_file(study.gram, block)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
@@ -166,7 +167,7 @@ class DenseToPruned:
 
     def _prepare(self, block: int, name: str) -> GramFactors | None:
         """Return the Gram matrix of an input, with its factors; None if no token reached the input."""
-        grams = self.files(block).grams
+        grams = self.files_of(block).grams
         if grams is None or name not in grams:
             return None
         return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}")
@@ -178,8 +179,8 @@ class DenseToPruned:
             return stored
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
-        files = self.files(block)
-        factors = self.factors(block, files.inputs[linear]) if files.grams is not None else None
+        files = self.files_of(block)
+        factors = self.factors_of(block, files.inputs[linear]) if files.grams is not None else None
         dense = stored if factors is None else stored.to(factors.gram.device)  # once: it crosses the link to a GPU
         mask = files.masks[linear].to(dense.device)
         transposed = files.grams is not None and linear in files.grams.transposed
@@ -201,7 +202,7 @@ class DenseToPruned:
         )
         weight = pruned.weight.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
-        self.linears[linear] = PrunedLinear(
+        self.measures[linear] = LinearMeasures(
             block, zeros, weight.numel(), pruned.error, pruned.masked_error, diagnostics
         )
         return weight
@@ -219,7 +220,7 @@ def linears_of_masks(folder: Path, block: int) -> list[str]:
     return linears
 
 
-def write_pruned(study: Study, target: Path) -> tuple[dict[str, PrunedLinear], Json]:
+def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures], Json]:
     """Write a study's pruned checkpoint into an empty folder; return each linear's measures, and metrics.
 
     `sparsity` is the fraction of the linears' weights that are zero, or of the units that are removed. Of removed
@@ -236,14 +237,14 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, PrunedLinear], J
     for _ in progress(written, total=len(view.changed), what="apply, tensors"):
         pass
     for linear in reader.block_of:
-        if linear not in reader.linears:  # of a removed expert or block
+        if linear not in reader.measures:  # of a removed expert or block
             reader.read(checkpoint.find(linear))
-    linears = {name: reader.linears[name] for name in reader.block_of}
+    measures = {linear: reader.measures[linear] for linear in reader.block_of}
     if removal is None:
-        zeros = sum(linear.zeros for linear in linears.values())
-        return linears, {"sparsity": round(zeros / sum(linear.weights for linear in linears.values()), 6)}
+        zeros = sum(of_linear.zeros for of_linear in measures.values())
+        return measures, {"sparsity": round(zeros / sum(of_linear.weights for of_linear in measures.values()), 6)}
     removed = 1 - _parameters(view) / _parameters(checkpoint)
-    return linears, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
+    return measures, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
 
 
 def _kept_units(study: Study, removal: "Removal") -> dict[str, Tensor]:
