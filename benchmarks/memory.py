@@ -79,16 +79,19 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
 
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
-    from wanda_dvc.stages.needs import requirements
+    from wanda_dvc.stages.needs import Run, requirements
     from wanda_dvc.study.folder import Study
 
     study = Study(root)
     torch.set_num_threads(cores())
     __import__(f"wanda_dvc.stages.{stage}")  # so that the sampler counts what the run holds
     need = requirements(study, stage, part)  # this imports the family's code, as it does before a stage
+    needs, mapped = Run(study, part), 0
+    if stage in ("calibrate", "perplexity") and needs.dtype == needs.sizes.dtype:
+        mapped = needs.forward(1).weights  # views of the checkpoint's file, which are no anonymous memory
     with sampled() as samples:
         run(stage, study=study, variant=part)
-    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": need.memory}
+    return {"peak": max(samples) - samples[0], "imports": samples[0], "bound": need.memory - mapped}
 
 
 def main() -> None:
