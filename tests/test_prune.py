@@ -201,7 +201,7 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
         (["out", "--recover", "1G"], "--recover: found 1G, expected a number of tokens, such as 200k or 1M"),
         (["out", "--recover", "٣"], "--recover: found ٣, expected a number of tokens"),
-        (["out", "--recover", "9" * 20 + "M"], "recovery.tokens: found 99999999999999999999000000, expected less than"),
+        (["out", "--recover", "9" * 20 + "M"], "--recover: found 99999999999999999999000000, expected less than"),
         (["out", "--recipe", ""], "--recipe: found an empty value, such as an unset variable; give one"),
         (["out", "--recipe="], "--recipe: found an empty value"),
         ([""], "argument 3: found an empty value"),
