@@ -250,8 +250,8 @@ def test_glibc_gets_the_largest_threshold_that_it_accepts(largest: int, accepted
         return 1
 
     library = SimpleNamespace(mallopt=mallopt, malloc_trim=lambda _: 1)
-    monkeypatch.setattr(accelerator.ctypes, "CDLL", lambda _: library)
-    monkeypatch.setattr(accelerator.sys, "platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: library)
+    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     accelerator.keep_freed_memory()
     assert values == accepted

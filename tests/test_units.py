@@ -309,7 +309,7 @@ def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
     assert removal_of(folder, "experts", "0.6").config_changes == {"num_local_experts": 3}
     with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 kept experts"):
         removal_of(folder, "experts", "0.75")
-    sizes = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}
+    sizes: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}
     folder = save("deepseek_v3", tmp_path / "groups", **sizes)
     with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 kept experts that a router"):
         removal_of(folder, "experts", "0.5")  # 2 of each group

@@ -341,7 +341,8 @@ def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memo
     """Return the bytes of a new weight. UserError if it has another shape or dtype than stored."""
     weight, entry = view.read(address), view.entries[address.tensor]
     shape = entry.shape if address.expert is None else entry.shape[1:]
-    if list(weight.shape) != shape or SAFETENSORS_NAMES.get(weight.dtype) != entry.dtype:
+    dtype = SAFETENSORS_NAMES.get(weight.dtype, entry.dtype)  # a buffer of a renumbered block may be of any dtype
+    if list(weight.shape) != shape or dtype != entry.dtype:
         raise UserError(
             f"{address.tensor}: its new weight is {list(weight.shape)} in {weight.dtype}, expected {shape} in "
             f"{entry.dtype}, as {shard} stores it"
