@@ -214,7 +214,7 @@ def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, 
     product = multiply(change, factors.gram)
     square = _sum_of_all(product * change).item()
     along = _sum_of_all(product * (dense - start)).item()
-    if not square > 0:  # nor where sums overflow
+    if not 0 < square < math.inf:  # nor where sums overflow
         return 0.0
     margin = max(0.0, -_error_change(dense, masked, start, factors).double().sum().item())
     return min(1.0, (along + math.sqrt(along**2 + square * margin)) / square)
