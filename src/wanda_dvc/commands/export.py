@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from wanda_dvc.commands import check_target
+from wanda_dvc.commands import check_new_file, check_target
 from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, download_sources, flatten, nested
@@ -51,8 +51,11 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
     The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a file for llama.cpp's
-    importance matrix. `check_target` and `check_new_file` have checked both paths.
+    importance matrix. UserError before any work if one of the paths is not new.
     """
+    check_target(study, target)
+    if imatrix:
+        check_new_file(study, imatrix, target)
     revision = None if experiment == WORKSPACE else experiment
     what = revision or "the workspace"
     with study.work({"kind": "export", "experiment": revision}) as work:
