@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
         yield Case(name, written(file, content), tuple(words))
     for name in (LINES, TEXT):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "not a file", "expected a file"))
-        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
+        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "no file and no directory", "expected one"))
         yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "not found", "expected"))
         yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "not found", "expected"))
         yield Case(f"{name}: not there", lambda _: None, (name, "not found", "expected"))
