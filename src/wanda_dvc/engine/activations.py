@@ -92,7 +92,7 @@ class ActivationStore:
             for chunk, lengths in enumerate(self.lengths):
                 try:
                     content = np.load(self._path(stored, chunk), mmap_mode="r")
-                except (OSError, ValueError):  # missing or cut
+                except (OSError, ValueError, EOFError):  # missing, cut or empty
                     return False
                 if content.shape != (sum(lengths), self.width):
                     return False
