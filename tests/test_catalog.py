@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from wanda_dvc import catalog
 from wanda_dvc.catalog import STRUCTURES, Method, methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.masks import choose_by_score
+from wanda_dvc.pruning.masks import MaskRule, choose_by_score
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import run
 from wanda_dvc.study.artifact import file_digest, read_provenance
@@ -46,8 +46,8 @@ def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: st
     magnitude, x = methods()["magnitude"], InputStats.empty(16)
     own = dataclasses.replace(magnitude, function=f"{__name__}:halves")
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = choose_by_score(weight, x, method=own, sparsity=Fraction(1, 2), pattern=pattern)
-    assert torch.equal(given, choose_by_score(weight, x, method=magnitude, sparsity=Fraction(1, 2), pattern=pattern))
+    given, expected = (choose_by_score(weight, x, MaskRule(row, Fraction(1, 2), pattern)) for row in (own, magnitude))
+    assert torch.equal(given, expected)
 
 
 def install(page: str, site: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.masks import choose_by_score
+from wanda_dvc.pruning.masks import MaskRule, choose_by_score
 from wanda_dvc.pruning.selection import count_removed, keep_by_score_fraction, pack_bits, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, unit_index, unit_scores
@@ -178,13 +178,13 @@ def test_the_number_removed_is_that_of_the_decimal(size, sparsity, expected):
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.needs != "gram"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
     """Whatever a row of the catalog says, slicing changes no mask."""
-    words: dict[str, Any] = {"method": methods()[name], "sparsity": HALF, "pattern": pattern, "group": group}
+    rule = MaskRule(methods()[name], HALF, pattern, group)
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
-    direct = choose_by_score(weight, x, **words)
+    direct = choose_by_score(weight, x, rule)
     monkeypatch.setattr("wanda_dvc.pruning.masks.WEIGHTS_AT_A_TIME", 50)
-    assert torch.equal(choose_by_score(weight, x, **words), direct)
+    assert torch.equal(choose_by_score(weight, x, rule), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12
 

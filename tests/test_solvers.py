@@ -101,7 +101,7 @@ def test_least_squares_solves_the_normal_equations(damping):
     """Row by row, with numpy in float64: the kept weights make up for those that go."""
     weight, gram = problem(out=5, features=20)
     keep = wanda(weight, gram)
-    solved = least_squares(weight, keep, GramFactors(gram), steps=60, damping=damping)
+    solved = least_squares(weight, keep, GramFactors(gram, damping=damping), steps=60)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
     for row, mask, found in zip(weight.double().numpy(), keep.numpy(), solved.weight.numpy(), strict=True):
@@ -123,15 +123,15 @@ def test_fisher_least_squares_solves_the_normal_equations(damping, output_dampin
     """All rows at once, with numpy in float64, by the Kronecker product of both matrices."""
     weight, gram = problem(out=6, features=20)
     keep, s = wanda(weight, gram), of_gradients(6).double().numpy()
-    words = {"steps": 300, "damping": damping, "output_damping": output_damping}
-    solved = fisher_least_squares(weight, keep, GramFactors(gram), of_gradients(6), **words)
+    factors, words = GramFactors(gram, damping=damping), {"steps": 300, "output_damping": output_damping}
+    solved = fisher_least_squares(weight, keep, factors, of_gradients(6), **words)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
     s = s + output_damping * np.diag(np.diag(s))
     both, w, mask = np.kron(s, g), weight.double().numpy().ravel(), keep.numpy().ravel()
     expected = np.zeros(120)
     expected[mask] = np.linalg.solve(both[np.ix_(mask, mask)], both[mask] @ w)
-    plain = least_squares(weight, keep, GramFactors(gram), damping=damping).weight
+    plain = least_squares(weight, keep, factors).weight
     assert solved.step_size == 1
     np.testing.assert_allclose(solved.weight.numpy().ravel(), expected, rtol=0, atol=2e-3)
     off = [w - x.double().numpy().ravel() for x in (plain, solved.weight)]
@@ -209,7 +209,7 @@ def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
     solved = least_squares(weight, keep, prepared)
     assert solved.unchanged == 2
     assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
-    best = least_squares(weight, keep, prepared, steps=100, damping=0).weight
+    best = least_squares(weight, keep, GramFactors(gram, damping=0), steps=100).weight
     settled = torch.empty_like(best)
     assert solvers.write_better_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
     assert torch.equal(settled, best)
@@ -300,7 +300,7 @@ def test_admm_is_near_the_best_of_all_masks():
         weight, gram = problem(out=1, features=8, seed=seed)
         prepared = GramFactors(gram)
         solved = admm(weight, prepared, sparsity=HALF)
-        polished = least_squares(weight, solved.mask, prepared, steps=30, damping=0)
+        polished = least_squares(weight, solved.mask, GramFactors(gram, damping=0), steps=30)
         ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
     assert min(ratios) > 0.999
     assert sorted(ratios)[4] < 1.001
@@ -359,7 +359,7 @@ def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
     assert few.mask[:, dead].sum() == 2 * 12
     assert torch.equal(few.weight != 0, few.mask)
     assert few.weight.isfinite().all()
-    kept = least_squares(weight, few.mask, GramFactors(gram), damping=0)
+    kept = least_squares(weight, few.mask, GramFactors(gram, damping=0))
     assert torch.equal(kept.weight[:, dead], (weight * few.mask)[:, dead])
     every = METHODS[name](weight, GramFactors(torch.zeros(120, 120)), sparsity=HALF)  # an input of zeros
     assert every.dead == 120
@@ -371,15 +371,15 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
     weight, gram = problem()
     root = gram.diagonal().sqrt()
     gram = gram - 0.5 * torch.outer(root, root)  # one eigenvalue far below zero
-    prepared = GramFactors(gram)
+    prepared = GramFactors(gram, damping=0.001)
     if name == "least squares":
-        solved = least_squares(weight, wanda(weight, gram), prepared, damping=0.001)
+        solved = least_squares(weight, wanda(weight, gram), prepared)
     else:
-        solved = METHODS[name](weight, prepared, sparsity=HALF, damping=0.001)
+        solved = METHODS[name](weight, prepared, sparsity=HALF)
     assert solved.raised
     assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
     if name == "least squares":  # what is told is what was used
-        again = least_squares(weight, solved.mask, GramFactors(gram), damping=solved.damping)
+        again = least_squares(weight, solved.mask, GramFactors(gram, damping=solved.damping))
         assert not again.raised
         assert torch.equal(again.weight, solved.weight)
     assert solved.weight.isfinite().all()
@@ -388,9 +388,8 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
 @pytest.mark.parametrize(("off", "damping"), [(0.5, 0.0), (1 + 1e-5, 1e-4), (1 + 5e-4, 1e-3)])
 def test_damping_starts_at_a_ten_thousandth_and_grows_tenfold(off: float, damping: float):
     """The matrix has the eigenvalue 1 − off; damping is a share of its mean diagonal, 1."""
-    factor = GramFactors(torch.tensor([[1.0, off], [off, 1.0]])).inverse_root(0.0)
-    assert factor.damping == pytest.approx(damping)
-    assert factor.raised == (damping > 0)
+    _, used = GramFactors(torch.tensor([[1.0, off], [off, 1.0]]), damping=0.0).inverse_root
+    assert used == pytest.approx(damping)
 
 
 def test_fewer_tokens_than_features_solve_without_raising():
@@ -398,14 +397,14 @@ def test_fewer_tokens_than_features_solve_without_raising():
     for solved in every_method(weight, GramFactors(gram), HALF, "unstructured", "row").values():
         assert not solved.raised
         assert solved.weight.isfinite().all()
-    zero = least_squares(weight, wanda(weight, gram), GramFactors(gram), damping=0)
+    zero = least_squares(weight, wanda(weight, gram), GramFactors(gram, damping=0))
     assert zero.weight.isfinite().all()
 
 
 def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
     with pytest.raises(UserError, match="input of a.linear: it cannot be factored"):
-        GramFactors(gram, "input of a.linear").inverse_root(0.01)
+        _ = GramFactors(gram, "input of a.linear").inverse_root
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -425,17 +424,17 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     pruned = x @ change
     weight = torch.randn(6, 30, generator=generator)
     gram, cross = (pruned.T @ pruned).float(), (x.T @ pruned).float()
-    prepared = GramFactors(gram)
-    exact = corrected_target(weight, prepared, cross, damping=0)
+    prepared = GramFactors(gram, damping=0)
+    exact = corrected_target(weight, prepared, cross)
     torch.testing.assert_close((pruned @ exact.double().T), x @ weight.double().T, rtol=0, atol=1e-3)
-    half = corrected_target(weight, prepared, cross, strength=0.5, damping=0)
+    half = corrected_target(weight, prepared, cross, strength=0.5)
     torch.testing.assert_close(half, (weight + exact) / 2)
     assert torch.equal(corrected_target(weight, prepared, prepared.gram), weight)
     noisy = pruned + torch.randn(500, 30, generator=generator).double()
     gram, cross = (noisy.T @ noisy), (x.T @ noisy)
     unit = 0.1 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
     expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
-    found = corrected_target(weight, GramFactors(gram.float()), cross.float(), damping=0.1)
+    found = corrected_target(weight, GramFactors(gram.float(), damping=0.1), cross.float())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
@@ -495,12 +494,12 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
     _, gram = problem(features=features, tokens=2 * features + 10)
     prepared, exact = GramFactors(gram), gram.double().numpy()
     damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
-    root = prepared.inverse_root(0.01).root.double().numpy()
+    root = prepared.inverse_root[0].double().numpy()
     assert not np.tril(root, -1).any()
     np.testing.assert_allclose(root.T @ root @ damped, np.eye(features), atol=1e-3)
     scale = np.sqrt(exact.diagonal())
-    inverse = prepared.inverse(0.01, 1.0).inverse.double().numpy()
-    expected = np.linalg.inv(exact / scale[:, None] / scale + 1.01 * np.eye(features))
+    inverse = prepared.admm_inverse[0].double().numpy()
+    expected = np.linalg.inv(exact / scale[:, None] / scale + 1.1 * np.eye(features))
     np.testing.assert_allclose(inverse, expected, atol=1e-5)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-6)
 
@@ -509,6 +508,6 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
 def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int):
     _, gram = problem(features=300)
     gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()
-    factor = GramFactors(gram).inverse_root(0.01)
-    assert factor.raised
-    assert factor.root.isfinite().all()
+    root, damping = GramFactors(gram).inverse_root
+    assert damping > 0.01
+    assert root.isfinite().all()

@@ -130,7 +130,7 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
     kept = torch.arange(24) % 3 > 0
     keep = kept.expand(12, 24).clone()
     keep[5] = False  # a row of another removed unit
-    solved = least_squares_of_units(weight, keep, GramFactors(gram), damping=damping)
+    solved = least_squares_of_units(weight, keep, GramFactors(gram, damping=damping))
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
     wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     rows = torch.arange(12) != 5

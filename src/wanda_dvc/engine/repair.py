@@ -73,7 +73,7 @@ def repair(
 
 def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
     """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
-    root = GramFactors(sums.grams[linear].matrix()).inverse_root(damping).root  # rootᵀ root = (G + λI)⁻¹
+    root, _ = GramFactors(sums.grams[linear].matrix(), damping=damping).inverse_root  # rootᵀ root = (G + λI)⁻¹
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 

@@ -80,27 +80,24 @@ def choose_linear(
     row_factors = None
     if rule.group == "outputs" and linear in stats.fisher:
         row_factors = row_factors_of(stats.fisher[linear])
-    if linear in rule.units:
-        mask = choose_inputs(weight, x, rule.units[linear], method=rule.method, row_factors=row_factors, name=linear)
+    units = rule.units.get(linear)
+    if isinstance(x, GramFactors):
+        weight = weight.to(x.gram.device)
+        if row_factors is not None:  # a factor changes nothing within its row, only how the rows compete
+            weight = weight.float() * row_factors.to(weight.device)[:, None]
+    if units is not None:
+        if isinstance(x, GramFactors):
+            kept = greedy_obs(weight, x, units)
+        else:
+            score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
+            kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
+        mask = expand(kept, units.layout).expand(weight.shape)
     elif isinstance(x, GramFactors):
-        mask = rule.method(
-            _times_row_factors(weight, x, row_factors),
-            x,
-            sparsity=linear_sparsity(rule.sparsity, linear),
-            pattern=rule.pattern,
-            group="row" if rule.group == "row" else "linear",  # solvers know these two
-        ).mask
+        group = "row" if rule.group == "row" else "linear"  # solvers know these two
+        sparsity = linear_sparsity(rule.sparsity, linear)
+        mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group).mask
     else:
-        mask = choose_by_score(
-            weight,
-            x,
-            method=rule.method,
-            sparsity=linear_sparsity(rule.sparsity, linear),
-            pattern=rule.pattern,
-            group=rule.group,
-            row_factors=row_factors,
-            name=linear,
-        )
+        mask = choose_by_score(weight, x, rule, row_factors, linear)
     return oriented(mask, transposed).contiguous()
 
 
@@ -125,43 +122,38 @@ def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
 def choose_by_score(
     weight: Float[Tensor, "out in"],
     x: InputStats,
-    *,
-    method: Method,
-    sparsity: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
+    rule: MaskRule,
     row_factors: Float[Tensor, " out"] | None = None,
-    name: str = "weight",
+    linear: str = "weight",
 ) -> Bool[Tensor, "out in"]:
-    """Return the mask of the highest scores, on the weight's device.
+    """Return the mask of the highest scores, on the weight's device; `row_factors` multiply the scores of each row.
 
-    `row_factors` multiply the scores of each row. Where rows do not compete, the host scores a slice of rows at a time:
-    memory does not grow with the linear. UserError, with `name`, if a score is not finite, or the sparsity is out of
-    reach.
+    Where rows do not compete, the host scores a slice of rows at a time: memory does not grow with the linear.
+    UserError, with the linear's name, if a score is not finite, or the sparsity is out of reach.
     """
+    method, sparsity = rule.method, linear_sparsity(rule.sparsity, linear)
     rows_at_a_time = len(weight)
-    if method.selects_by_row(pattern, group) and row_factors is None and weight.device.type == "cpu":
+    if method.selects_by_row(rule.pattern, rule.group) and row_factors is None and weight.device.type == "cpu":
         rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, mask_rows in zip(weight.split(rows_at_a_time), mask.split(rows_at_a_time), strict=True):
-        score = scores_of(rows.contiguous(), x.to(weight.device), method=method, row_factors=row_factors, name=name)
+        score = scores_of(rows.contiguous(), x, method, row_factors, linear)
         if method.competition == "rows":
             mask_rows.copy_(keep_by_score_fraction(score, float(sparsity)))
         else:
-            mask_rows.copy_(select(score, sparsity=sparsity, pattern=pattern, group=group))
+            mask_rows.copy_(select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group))
     return mask
 
 
 def scores_of(
     weight: Float[Tensor, "out in"],
     x: InputStats,
-    *,
     method: Method,
     row_factors: Float[Tensor, " out"] | None,
-    name: str,
+    linear: str,
 ) -> Float[Tensor, "out in"]:
-    """Return a method's scores, times the row weights. UserError if they are not finite, or of another shape."""
-    score = method(weight, x)
+    """Return a method's scores times the row factors. UserError if they are not finite, or of another shape."""
+    score = method(weight, x.to(weight.device))
     if score.shape != weight.shape:
         raise UserError(
             f"method {method.name}: {method.function} returned {list(score.shape)}, expected the weight's "
@@ -173,35 +165,10 @@ def scores_of(
         score = score * row_factors.to(score)[:, None]
     if not score.amax().isfinite():
         raise UserError(
-            f"{name}: scores of method {method.name} that are not finite: weights or activations overflow; set "
+            f"{linear}: scores of method {method.name} that are not finite: weights or activations overflow; set "
             "dtype=float32 or bfloat16"
         )
     return score
-
-
-def choose_inputs(
-    weight: Float[Tensor, "out in"],
-    x: InputStats | GramFactors,
-    units: Units,
-    *,
-    method: Method,
-    row_factors: Float[Tensor, " out"] | None = None,
-    name: str = "weight",
-) -> Bool[Tensor, "out in"]:
-    """Return the mask without the inputs of removed units: those of lowest scores, or of least cost for a solver."""
-    if isinstance(x, GramFactors):
-        kept = greedy_obs(_times_row_factors(weight, x, row_factors), x, units)
-    else:
-        score = scores_of(weight.contiguous(), x.to(weight.device), method=method, row_factors=row_factors, name=name)
-        kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
-    mask_of_inputs = expand(kept, units.layout)
-    return mask_of_inputs.expand(weight.shape)
-
-
-def _times_row_factors(weight: Tensor, factors: GramFactors, row_factors: Tensor | None) -> Tensor:
-    """Return a solver's weight. A row's own problem is the same at every scale; other rows' weights compete with it."""
-    weight = weight.to(factors.gram.device)
-    return weight if row_factors is None else weight.float() * row_factors.to(weight.device)[:, None]
 
 
 # --- units that are complete linears ---

@@ -15,8 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -33,48 +32,25 @@ SolveRows = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weigh
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 LARGEST_DAMPING = 1e6
-# Of ADMM: the penalty ρ, the iterations, and how many of them, the first, prune more weights each time.
+# Of ADMM: the penalty ρ, the iterations, how many of them, the first, prune more weights each time, and the damping.
 PENALTY, ITERATIONS, GROWING = 1.0, 20, 15
-
-
-class Preconditioned(NamedTuple):
-    """S(G + λI)S with a diagonal of 1: `matrix`. S is diagonal."""
-
-    matrix: Square
-    scale: Float[Tensor, " in"]  # S's diagonal
-    damping: float  # that was used, as a fraction of the mean of G's diagonal
-    raised: bool  # whether it is above the requested damping
-
-
-class InverseRoot(NamedTuple):
-    """The upper U with UᵀU = (G + λI)⁻¹."""
-
-    root: Square  # U
-    damping: float  # as above
-    raised: bool
-
-
-class ScaledInverse(NamedTuple):
-    """(SGS + (damping + penalty) I)⁻¹; the diagonal S scales G's diagonal to 1."""
-
-    inverse: Square
-    root_diagonal: Float[Tensor, " in"]  # √G_jj, the diagonal of S⁻¹
-    damping: float  # as above
-    raised: bool
+ADMM_DAMPING = 0.1
 
 
 class GramFactors:
-    """A Gram matrix with its factors, each computed once for all linears that read the input.
+    """A Gram matrix G with its factors, each computed once for all linears that read the input.
 
     A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it is
     uncorrelated with them. Its weights are pruned first; kept ones do not change.
 
-    A factor raises UserError if no damping makes it possible.
+    Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the matrix is positive
+    definite. Each comes with its damping. A factor raises UserError if no damping makes it possible.
     """
 
-    def __init__(self, gram: Square, name: str = "Gram matrix") -> None:
+    def __init__(self, gram: Square, name: str = "Gram matrix", damping: float = 0.01) -> None:
         """Prepare XᵀX, symmetric and finite. Errors name it by `name`."""
         self.name = name
+        self.damping = damping
         self.gram = gram.float().clone()
         self.dead = self.gram.diagonal() <= 0
         live = self.gram.diagonal()[~self.dead]
@@ -82,31 +58,30 @@ class GramFactors:
         self.gram[self.dead] = 0
         self.gram[:, self.dead] = 0
         self.gram.diagonal()[self.dead] = self.mean
-        self.preconditioned = cache(partial(_preconditioned, self.gram, self.mean, name))
-        self.inverse_root = cache(partial(_inverse_root, self.gram, self.mean, name))
-        self.inverse = cache(partial(_inverse, self.gram, name))
 
+    @cached_property
+    def preconditioned(self) -> tuple[Square, Float[Tensor, " in"], float]:
+        """S(G + λI)S with a diagonal of 1, the diagonal of S, which is diagonal, and the damping."""
+        _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)
+        scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
+        matrix = self.gram * scale[:, None] * scale
+        matrix.diagonal().fill_(1)
+        return matrix, scale, damping
 
-def _preconditioned(gram: Square, mean: float, name: str, damping: float) -> Preconditioned:
-    _, used = _cholesky(gram, damping, mean, name)
-    scale = (gram.diagonal() + used * mean).rsqrt()
-    matrix = gram * scale[:, None] * scale
-    matrix.diagonal().fill_(1)
-    return Preconditioned(matrix, scale, used, used > damping)
+    @cached_property
+    def inverse_root(self) -> tuple[Square, float]:
+        """The upper U with UᵀU = (G + λI)⁻¹, and the damping."""
+        # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
+        lower, damping = _cholesky(self.gram.flip(0, 1), self.damping, self.mean, self.name)
+        return _inverse_of_lower(lower).flip(0, 1), damping
 
-
-def _inverse_root(gram: Square, mean: float, name: str, damping: float) -> InverseRoot:
-    # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
-    lower, used = _cholesky(gram.flip(0, 1), damping, mean, name)
-    return InverseRoot(_inverse_of_lower(lower).flip(0, 1), used, used > damping)
-
-
-def _inverse(gram: Square, name: str, damping: float, penalty: float) -> ScaledInverse:
-    root_diagonal = gram.diagonal().sqrt()
-    matrix = gram / root_diagonal[:, None] / root_diagonal
-    matrix.diagonal().add_(penalty)
-    inverse, used = factor_inverse(matrix, damping, 1.0, name)
-    return ScaledInverse(inverse, root_diagonal, used, used > damping)
+    @cached_property
+    def admm_inverse(self) -> tuple[Square, float]:
+        """(SGS + (damping + penalty) I)⁻¹, where the diagonal S scales G's diagonal to 1, and the damping: of ADMM."""
+        root_diagonal = self.gram.diagonal().sqrt()
+        matrix = self.gram / root_diagonal[:, None] / root_diagonal
+        matrix.diagonal().add_(PENALTY)
+        return factor_inverse(matrix, ADMM_DAMPING, 1.0, self.name)
 
 
 @dataclass(frozen=True)
@@ -128,34 +103,29 @@ class SolverResult:
 
 
 def least_squares(
-    weight: Weight,
-    mask: Mask,
-    factors: GramFactors,
-    *,
-    steps: int = RECONSTRUCTIONS["least-squares"].steps,
-    damping: float = 0.01,
+    weight: Weight, mask: Mask, factors: GramFactors, *, steps: int = RECONSTRUCTIONS["least-squares"].steps
 ) -> SolverResult:
-    """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
+    """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ).
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
     Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
     """
-    factor = factors.preconditioned(damping)
+    matrix, scale, damping = factors.preconditioned
     new = torch.empty(weight.shape, device=weight.device)
     unchanged = 0
     for rows in _slices(weight):
         w = weight[rows].float()
         start = w * mask[rows]
         v = _conjugate_gradients(
-            w / factor.scale,
+            w / scale,
             mask[rows],
-            start / factor.scale,
-            product=lambda x: multiply(x, factor.matrix),
+            start / scale,
+            product=lambda x: multiply(x, matrix),
             rows_are_coupled=False,
             steps=steps,
         )
-        unchanged += write_better_rows(w, start, v.mul_(factor.scale), factors, new[rows])
-    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), factor.damping, factor.raised)
+        unchanged += write_better_rows(w, start, v.mul_(scale), factors, new[rows])
+    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
 
 
 def fisher_least_squares(
@@ -165,7 +135,6 @@ def fisher_least_squares(
     gradient_gram: Float[Tensor, "out out"] | None,
     *,
     steps: int,
-    damping: float = 0.01,
     output_damping: float = 1.0,
 ) -> SolverResult:
     """Return weights V on a mask with a small tr(S(W−V)(G+λI)(W−V)ᵀ), S the Gram matrix of the output's gradients.
@@ -179,19 +148,19 @@ def fisher_least_squares(
     change. Peak memory in bytes, in addition to the module's figures: 8 · out² for S, and 40 for each weight of the
     linear, which has no slices.
     """
-    plain = least_squares(weight, mask, factors, damping=damping)
+    plain = least_squares(weight, mask, factors)
     if gradient_gram is None:
         return replace(plain, step_size=0.0)
-    factor = factors.preconditioned(damping)
+    matrix, input_scale, _ = factors.preconditioned
     # Scales S to a diagonal of 1; a row without gradients keeps its scale.
     row_scale = gradient_gram.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]
     coupled = gradient_gram * row_scale * row_scale.T
     coupled.diagonal().fill_(1 + output_damping)
-    scale = row_scale * factor.scale
+    scale = row_scale * input_scale
     start = plain.weight / scale
 
     def product(x: Tensor) -> Tensor:
-        return multiply(coupled, multiply(x, factor.matrix))
+        return multiply(coupled, multiply(x, matrix))
 
     solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
     v = _conjugate_gradients(
@@ -227,7 +196,6 @@ def sparsegpt(
     sparsity: Fraction = Fraction(0),
     pattern: str = "unstructured",
     group: str = "row",
-    damping: float = 0.01,
     columns: int = 128,
     fixed: Mask | None = None,
 ) -> SolverResult:
@@ -241,8 +209,7 @@ def sparsegpt(
 
     Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
     """
-    factor = factors.inverse_root(damping)
-    root = factor.root
+    root, damping = factors.inverse_root
     root_diagonal = root.diagonal().clone()[:, None]
     n_of_m = parse_pattern(pattern)
     if n_of_m:
@@ -270,7 +237,8 @@ def sparsegpt(
             w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
         return mask.T, w.T
 
-    return _solve_slices(weight, factors, factor, solve_rows, rows_compete=not n_of_m and group != "row")
+    raised, rows_compete = damping > factors.damping, not n_of_m and group != "row"
+    return _solve_slices(weight, factors, solve_rows, damping, raised=raised, rows_compete=rows_compete)
 
 
 def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
@@ -288,13 +256,7 @@ def _panel_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: 
 
 
 def admm(
-    weight: Weight,
-    factors: GramFactors,
-    *,
-    sparsity: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    damping: float = 0.1,
+    weight: Weight, factors: GramFactors, *, sparsity: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> SolverResult:
     """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
 
@@ -303,13 +265,14 @@ def admm(
     highest |W+U| at sparsity s − s(1 − (t+1)/15)³, then it is fixed. The result is Z. With n:m the n highest of m
     neighbours are always kept; the iteration's sparsity determines how many of the rest are pruned.
     """
-    factor = factors.inverse(damping, PENALTY)
+    inverse, damping = factors.admm_inverse
+    root_diagonal = factors.gram.diagonal().sqrt()
     n_of_m = parse_pattern(pattern)
     if n_of_m:
         sparsity, group = 1 - Fraction(*n_of_m), "row"
 
     def solve_rows(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        dense = w * factor.root_diagonal
+        dense = w * root_diagonal
         mask = torch.ones_like(w, dtype=torch.bool)
         total = dense.clone()  # W + U
         step = torch.empty_like(dense)  # Z − U − W₀
@@ -327,24 +290,21 @@ def admm(
                 torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=step).sub_(dense)
-            add_product(total.mul_(pruned).add_(dense), step, factor.inverse, alpha=PENALTY)
-        return mask, total.div_(factor.root_diagonal)
+            add_product(total.mul_(pruned).add_(dense), step, inverse, alpha=PENALTY)
+        return mask, total.div_(root_diagonal)
 
-    return _solve_slices(weight, factors, factor, solve_rows, rows_compete=group != "row")
+    raised = damping > ADMM_DAMPING
+    return _solve_slices(weight, factors, solve_rows, damping, raised=raised, rows_compete=group != "row")
 
 
-def corrected_target(
-    weight: Weight, factors: GramFactors, cross: Square, *, strength: float = 1.0, damping: float = 0.01
-) -> Weight:
+def corrected_target(weight: Weight, factors: GramFactors, cross: Square, *, strength: float = 1.0) -> Weight:
     """Return target weights for a solver: with them, the inputs from the pruned model give the dense outputs.
 
     W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens,
     α the strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For
-    λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their
-    value.
-    The damping in effect is reported by `factors.inverse_root(damping)`.
+    λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features do not change.
     """
-    root = factors.inverse_root(damping).root
+    root, _ = factors.inverse_root
     difference = weight.float() @ (cross.float() - factors.gram).masked_fill_(factors.dead, 0)
     return weight + strength * (difference @ root.T @ root)
 
@@ -451,12 +411,7 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tu
 
 
 def _solve_slices(
-    weight: Weight,
-    factors: GramFactors,
-    factor: InverseRoot | ScaledInverse,
-    solve_rows: SolveRows,
-    *,
-    rows_compete: bool,
+    weight: Weight, factors: GramFactors, solve_rows: SolveRows, damping: float, *, raised: bool, rows_compete: bool
 ) -> SolverResult:
     """Return the mask and weights of a linear: `solve_rows` solves all rows if they compete, else slices of them.
 
@@ -470,7 +425,7 @@ def _solve_slices(
         mask[rows], v = solve_rows(w.masked_fill(factors.dead, 0), rows)
         v = torch.where(factors.dead, w, v) * mask[rows]
         unchanged += write_better_rows(w, w * mask[rows], v, factors, new[rows])
-    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), factor.damping, factor.raised)
+    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), damping, raised)
 
 
 def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> int:
@@ -493,10 +448,7 @@ def _sum_of_all(x: Weight) -> Float64[Tensor, ""]:
 
 def _slices(weight: Weight, rows_compete: bool = False) -> Iterator[slice]:
     rows = len(weight)
+    size = ROWS_AT_A_TIME if weight.device.type == "cpu" else 64 * ROWS_AT_A_TIME
     if rows_compete:
         size = rows
-    elif weight.device.type == "cpu":
-        size = ROWS_AT_A_TIME
-    else:
-        size = 64 * ROWS_AT_A_TIME
     return (slice(begin, begin + size) for begin in range(0, rows, size))

@@ -91,17 +91,17 @@ def keep_around_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Te
     return mask
 
 
-def greedy_obs(weight: Weight, factors: GramFactors, units: Units, *, damping: float = 0.01) -> Bool[Tensor, " units"]:
+def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tensor, " units"]:
     """Return the mask of units: those are removed that cost least if the kept weights compensate for them.
 
-    With H = (G + λI)⁻¹, λ = damping · mean diagonal of G, and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
+    With H = (G + λI)⁻¹ and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
     for one input Σ_o w_oj² / H_jj: the rise of tr(ΔGΔᵀ) after least squares, as in OBS (Hassibi and Stork 1993). About
     16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_Jᵀ (H_JJ)⁻¹ H_J, and costs are computed again. H_J are
     the rows J of H. Dead inputs cost nothing. Units without members have no groups.
 
     Memory in bytes: 12 · in² and 8 · out · in.
     """
-    root = factors.inverse_root(damping).root
+    root, _ = factors.inverse_root
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(factors.dead, 0)
     inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
@@ -134,10 +134,10 @@ def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -
     return (torch.linalg.solve(inverses, weights) * weights).sum(dim=(1, 2))
 
 
-def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors, *, damping: float = 0.01) -> SolverResult:
+def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
-    With r the removed inputs, k the kept ones and λ = damping · mean diagonal of G: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
+    With r the removed inputs and k the kept ones: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
     Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall.
     """
     kept, kept_rows = mask.any(dim=0), mask.any(dim=1)
@@ -145,12 +145,12 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors, *, 
     start = w * mask
     dead = int(factors.dead.sum())
     if kept.all():
-        return SolverResult(mask, start, len(w), dead, damping, False)
-    inverse, used = factor_inverse(factors.gram[kept][:, kept], damping, factors.mean, factors.name)
+        return SolverResult(mask, start, len(w), dead, factors.damping, False)
+    inverse, damping = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()
     solved[:, kept] += multiply(cross, inverse)
     solved[~kept_rows] = 0
     new = torch.empty_like(start)
     unchanged = write_better_rows(w, start, solved, factors, new)
-    return SolverResult(mask, new, unchanged, dead, used, used > damping)
+    return SolverResult(mask, new, unchanged, dead, damping, damping > factors.damping)
