@@ -24,7 +24,7 @@ from wanda_dvc.pruning.statistics import InputStats
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, Expected, connect, run_on_node, task_device, versions  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, VERSIONS, Cluster, Expected, connect, run_on_node, task_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -142,7 +142,7 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make,
 def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
     monkeypatch.setattr(ray, "get_runtime_context", mock.MagicMock())
     with pytest.raises(UserError, match="worker on .*: torch .*, expected the driver's 0: results depend on it"):
-        run_on_node(Expected(versions() | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
+        run_on_node(Expected(VERSIONS | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

@@ -91,10 +91,12 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     rest = p.scatter(1, top, -math.inf)
     weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
     total = torch.zeros(39, dtype=torch.float64)
-    own = (p.gather(1, top), rest.logsumexp(1))
-    others = (q.gather(1, top), q.scatter(1, top, -math.inf).logsumexp(1))
+    own = dense._replace(top_log_p=p.gather(1, top), tail_log_p=rest.logsumexp(1))
+    others = dense._replace(top_log_p=q.gather(1, top), tail_log_p=q.scatter(1, top, -math.inf).logsumexp(1))
     for token in range(260):
-        found = kl_divergence((*own, p[:, token, None]), (*others, q[:, token, None]))
+        found = kl_divergence(
+            own._replace(drawn_log_p=p[:, token, None]), others._replace(drawn_log_p=q[:, token, None])
+        )
         total += torch.where(weights[:, token] > 0, weights[:, token] * found, 0.0)
     assert total.tolist() == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9)
 

@@ -68,8 +68,9 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
 def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
     with mock.patch.object(trainer, "RecoveryTrainer", wraps=trainer.RecoveryTrainer) as trainers:
-        weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype)
+        weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype, steps=19)
     assert all(one.grad is None for one in trainers.call_args.args[0].parameters())  # of the dense model: no memory
+    assert curve[-1]["tokens"] == 19 * 2 * 16  # also after a last step between two evaluations
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["embedded"] < curve[0]["embedded"]
     assert curve[-1]["score"] == pytest.approx(

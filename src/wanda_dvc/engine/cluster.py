@@ -35,7 +35,8 @@ SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
 AHEAD = 2  # tasks per worker that run, or have unread results
 STORE = 0.5  # of the memory of Ray's object store, for unread results: beyond its size, Ray writes them to disk
 RETRIES = 3  # of a task after its process or node died
-NODE_LIBRARIES = ("torch", "transformers", "numpy")  # results depend on their versions
+# Results depend on these.
+VERSIONS = {"wanda-dvc": wanda_dvc.__version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # only `download` may use the internet
     "RAY_worker_niceness": "0",  # the priority of a stage without Ray; next to one, tasks with Ray's own 15 would wait
@@ -43,7 +44,6 @@ ENVIRONMENT = {
     # A process keeps its first GPU, but its next task may get another GPU: tasks name their device.
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
-
 
 TaskInput = TypeVar("TaskInput")
 TaskResult = TypeVar("TaskResult")
@@ -61,22 +61,26 @@ class Expected(NamedTuple):
     device: str
 
 
-class ModelKey(NamedTuple):
-    """The model that workers have open. For another cluster object they read it again: its files may have changed."""
-
-    folder: Path
-    dtype: torch.dtype
-    cluster_id: str
-
-
 def run_on_node(
     expected: Expected, function: Callable[[torch.device, TaskInput], TaskResult], value: TaskInput
 ) -> TaskResult | list[Any]:
-    """Run a function in this process; an iterator becomes a list. Errors name the node."""
+    """Run a function in this process; an iterator becomes a list. Errors name the node.
+
+    UserError if this node has other versions of libraries, or does not see the driver's files.
+    """
     register_tensor_serializer()
     torch.set_num_threads(expected.threads)
     try:
-        check_node(expected)
+        for name, installed in VERSIONS.items():
+            driver = expected.versions[name]
+            if installed != driver:
+                raise UserError(f"{name} {installed}, expected the driver's {driver}: results depend on it; install it")
+        missing = [str(folder) for folder in expected.folders if not folder.exists()]
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
+                "folder that all nodes share, at the same path"
+            )
         result = function(task_device(expected.device), value)
         return list(result) if isinstance(result, Iterator) else result
     except Exception as error:
@@ -86,36 +90,24 @@ def run_on_node(
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def check_node(expected: Expected) -> None:
-    """Raise UserError if this node has other versions of libraries, or does not see the driver's files."""
-    for name, installed in versions().items():
-        if installed != expected.versions[name]:
-            raise UserError(
-                f"{name} {installed}, expected the driver's {expected.versions[name]}: results depend on it; install it"
-            )
-    missing = [str(folder) for folder in expected.folders if not folder.exists()]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
-            "folder that all nodes share, at the same path"
-        )
-
-
 def call_with_model(
-    model: ModelKey,
+    model: tuple[Path, torch.dtype, str],
     function: Callable[[Decoder, Any, TaskInput], TaskResult],
     job: Any,
     device: torch.device,
     value: TaskInput,
 ) -> TaskResult:
-    """Return function(model, job, value), with the model opened on a device."""
-    return function(open_model(model, device), job, value)
+    """Return function(model, job, value), with a model opened on a device."""
+    return function(open_model(*model, device), job, value)
 
 
 @lru_cache(maxsize=1)
-def open_model(model: ModelKey, device: torch.device) -> Decoder:
-    """Open a model. The process keeps it, and its current block, for its next task."""
-    return Decoder(model.folder, dtype=model.dtype, device=device)
+def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch.device) -> Decoder:
+    """Open a model. The process keeps it, and its current block, for the next tasks of the same cluster object.
+
+    For another cluster object it opens the model again: its files may have changed.
+    """
+    return Decoder(folder, dtype=dtype, device=device)
 
 
 def task_device(device: str) -> torch.device:
@@ -130,24 +122,15 @@ def task_device(device: str) -> torch.device:
 
 def register_tensor_serializer() -> None:
     """Make Ray send a tensor as the bytes of its values: torch sends all memory behind a view."""
-    register_serializer(Tensor, serializer=pack_tensor, deserializer=unpack_tensor)
 
+    def pack(tensor: Tensor) -> tuple[Any, torch.dtype, torch.Size]:
+        return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape
 
-def pack_tensor(tensor: Tensor) -> tuple[Any, torch.dtype, torch.Size]:
-    """Return a tensor's bytes, dtype and shape."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape
+    def unpack(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
+        content, dtype, shape = packed
+        return torch.from_numpy(np.array(content)).view(dtype).view(shape)  # a copy: Ray's memory is read-only
 
-
-def unpack_tensor(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
-    """Return the tensor in main memory, writable."""
-    content, dtype, shape = packed
-    return torch.from_numpy(np.array(content)).view(dtype).view(shape)
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Return the versions that must agree on all nodes."""
-    return {"wanda-dvc": wanda_dvc.__version__} | {name: version(name) for name in NODE_LIBRARIES}
+    register_serializer(Tensor, serializer=pack, deserializer=unpack)
 
 
 # --- the driver ---
@@ -189,7 +172,7 @@ class Cluster:
             raise UserError(f"runtime.device: {where}, expected a node with a GPU; set auto")
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
-        self._expected = Expected(versions(), [*folders], self._threads, device if self._kind == "GPU" else "cpu")
+        self._expected = Expected(VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu")
         resources: dict[str, Any] = {"num_cpus": self._threads}
         if self._kind == "GPU":
             resources = {"num_gpus": 1, "num_cpus": 0}
@@ -213,7 +196,7 @@ class Cluster:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
         if isinstance(decoder.checkpoint, EditedCheckpoint):
             raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
-        model = ModelKey(decoder.checkpoint.folder, decoder.dtype, self._id)
+        model = (decoder.checkpoint.folder, decoder.dtype, self._id)
         return self.map(partial(call_with_model, model, function, job), inputs, what)
 
     def map(
@@ -221,26 +204,18 @@ class Cluster:
     ) -> Iterator[TaskResult]:
         """Yield function(device, input) for each input, in order; messages name an input by `what` and its number.
 
-        A few tasks are started ahead, and fewer if their results would fill Ray's object store.
+        A few tasks are started ahead, and fewer if their results would fill Ray's object store: the size of results is
+        known from the first one on.
         """
         shared = ray.put(function)
         tasks, store = AHEAD * max(1, self.workers), STORE * ray.cluster_resources().get("object_store_memory", 0)
         unread = deque[tuple[Any, str]]()
         for number, value in enumerate(inputs):
             unread.append((self._task.remote(self._expected, shared, value), f"{what} {number}"))
-            while len(unread) >= self._most_unread(tasks, store):
+            while len(unread) >= max(1, min(tasks, store // max(1, self._largest_result))):
                 yield self._get(*unread.popleft())
         while unread:
             yield self._get(*unread.popleft())
-
-    def _most_unread(self, tasks: int, store: float) -> int:
-        """Return how many of `tasks` may run or have unread results, so that the results take at most `store` bytes.
-
-        The size of results is known from the first one on.
-        """
-        if self._largest_result:
-            tasks = min(tasks, int(store // self._largest_result))
-        return max(1, tasks)
 
     def _get(self, reference: Any, name: str) -> Any:
         try:

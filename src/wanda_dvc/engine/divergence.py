@@ -115,8 +115,7 @@ def measure(
             measured = place.stop
         del logits, log_p, piece  # before the next positions'
     loss = float(sum(torch.stack(losses).tolist())) / measured
-    columns = {name: torch.cat([getattr(piece, name) for piece in pieces]).cpu() for name in Predictions._fields}
-    return loss, Predictions(**columns)
+    return loss, Predictions(*(torch.cat(column).cpu() for column in zip(*pieces, strict=True)))
 
 
 def choose_tokens(log_p: LogP, offsets: Float64[Tensor, " positions"]) -> tuple[TokenChoice, TokenChoice]:
@@ -153,18 +152,12 @@ def predictions_at(log_p: LogP, targets: Targets, top: TokenChoice, drawn: Token
 
 def diverge(dense: Predictions, other: Predictions) -> Divergence:
     """Return the divergence of a model from the dense model, from both models' predictions of one window."""
-    kl = kl_divergence(
-        (dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (other.top_log_p, other.tail_log_p, other.drawn_log_p)
-    )
+    kl = [_six_digits(value) for value in kl_divergence(dense, other).tolist()]
     change = dense.true_log_p.double().exp() - other.true_log_p.double().exp()
-    agreed = int((other.first == dense.first).sum())
-    return Divergence([_six_digits(value) for value in kl.tolist()], agreed, float((change**2).sum()))
+    return Divergence(kl, int((other.first == dense.first).sum()), float((change**2).sum()))
 
 
-LogProbs = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens
-
-
-def kl_divergence(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predictions"]:
+def kl_divergence(dense: Predictions, other: Predictions) -> Float64[Tensor, " predictions"]:
     """Return an unbiased estimate of KL(p ‖ q) for each prediction. It is never negative, and 0 for equal models.
 
     By the chain rule, KL is the divergence of top and tail, with the tail as one token, plus p(tail) times the
@@ -185,11 +178,11 @@ def kl_divergence(dense: LogProbs, other: LogProbs) -> Float64[Tensor, " predict
     return coarse + torch.where(p[:, -1] == 0, 0.0, p[:, -1] * within)
 
 
-def _normalized(log_probs: LogProbs) -> LogProbs:
-    """Return log-probabilities in float64, the tail's as a column, so that top and tail sum to 1."""
-    top, tail, drawn = (x.double() for x in log_probs)
-    total = torch.cat([top, tail[:, None]], -1).logsumexp(-1, keepdim=True)
-    return top - total, tail[:, None] - total, drawn - total
+def _normalized(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of top, tail and drawn tokens in float64, so that top and tail sum to 1."""
+    top, tail = predictions.top_log_p.double(), predictions.tail_log_p.double()[:, None]
+    total = torch.cat([top, tail], -1).logsumexp(-1, keepdim=True)
+    return top - total, tail - total, predictions.drawn_log_p.double() - total
 
 
 # --- all windows ---

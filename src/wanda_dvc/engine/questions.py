@@ -55,8 +55,8 @@ class Prediction(NamedTuple):
     target: int  # the token's id
 
 
-def questions_of(requests: Sequence[Request]) -> list[Question]:
-    """Return the requests by context.
+def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
+    """Return sequences of complete questions, as many as fit into `tokens`, and the predictions of each sequence.
 
     The items of a task without contexts, such as XNLI, share one context. They are several questions of about
     `SEQUENCE_TOKENS` tokens, because attention takes the square of a question.
@@ -69,14 +69,10 @@ def questions_of(requests: Sequence[Request]) -> list[Question]:
         question = questions.setdefault(key, Question(request.context))
         question.requests.setdefault(continuation, []).append(index)
         inputs[request.context] += len(continuation)
-    return list(questions.values())
 
-
-def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
-    """Return sequences of complete questions, as many as fit into `tokens`, and the predictions of each sequence."""
     groups: list[list[Question]] = []
     size = 0  # of the last group
-    for question in questions_of(requests):
+    for question in questions.values():
         if not groups or size + question.size > tokens:
             groups.append([])
             size = 0
@@ -145,13 +141,11 @@ def loglikelihoods(
     for step in progress(runner.forward(sequences)):
         step.run()
 
-    def inputs(places: range) -> tuple[int, list[list[Prediction]]]:
-        return length, predictions[places.start : places.stop]
-
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
-    for request, log_p, is_likeliest in runner.map_outputs(predict, inputs):
+    answers = runner.map_outputs(predict, lambda places: (length, predictions[places.start : places.stop]))
+    for request, log_p, is_likeliest in answers:
         totals[request] += log_p
-        is_greedy[request] = is_greedy[request] and is_likeliest
+        is_greedy[request] &= is_likeliest
     return list(zip(totals, is_greedy, strict=True))
 
 
@@ -177,9 +171,11 @@ def predict(
         ((_, logits),) = decoder.logits(states[None], tokens)
         log_p = logits.float().log_softmax(dim=-1)
         likeliest = log_p.argmax(dim=-1).tolist()
-        predicted: list[tuple[int, Prediction]] = []  # each with its row of the logits
+        rows: list[int] = []  # of the logits, by prediction
+        predicted: list[Prediction] = []
         for row, position in enumerate(selected):
-            predicted += [(row, prediction) for prediction in by_position[position]]
-        rows, targets = [row for row, _ in predicted], [prediction.target for _, prediction in predicted]
-        for (row, prediction), value in zip(predicted, log_p[rows, targets].tolist(), strict=True):
+            rows += [row] * len(by_position[position])
+            predicted += by_position[position]
+        values = log_p[rows, [prediction.target for prediction in predicted]].tolist()
+        for row, prediction, value in zip(rows, predicted, values, strict=True):
             yield prediction.request, value, likeliest[row] == prediction.target

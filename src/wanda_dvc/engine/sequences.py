@@ -72,16 +72,12 @@ class Chunk(NamedTuple):
     sequences: Sequence[TokenSequence]
 
 
-def chunk_places(count: int) -> list[range]:
-    """Return the sequences of each chunk, by place: 128 make 16 chunks of 8, ten thousand 100 of 100.
+def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
+    """Return the sequences, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100.
 
     The last chunk may be shorter.
     """
+    count = len(sequences)
     size = min(max(count // PREFERRED_CHUNKS, 1), LARGEST_CHUNK)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
-    """Return the sequences, cut into chunks."""
-    places = chunk_places(len(sequences))
+    places = [range(start, min(start + size, count)) for start in range(0, count, size)]
     return [Chunk(number, each, sequences[each.start : each.stop]) for number, each in enumerate(places)]

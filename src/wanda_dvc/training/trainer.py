@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import StoredSlice, stored_slices
@@ -48,23 +48,22 @@ def root_mean_square(parameter: Tensor) -> float:
 
 
 class RecoveryTrainer(Trainer):
-    """The trainer of a pruned model.
-
-    Attributes:
-        dense: The dense model.
-        validation: The windows of each evaluation, by text.
-        stored_dtypes: The dtype in which the checkpoint stores each parameter, by name.
-    """
+    """The trainer of a pruned model."""
 
     model: Any
     train_dataset: Any
 
     def __init__(
-        self, dense: Any, validation: Mapping[str, Tensor], stored_dtypes: Mapping[str, torch.dtype], **kwargs: Any
+        self,
+        dense: Any,
+        validation: Mapping[str, Windows],
+        stored_dtypes: Mapping[str, torch.dtype],  # by parameter
+        on_step: Callable[[int], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
-        self.dense, self.validation, self.stored_dtypes = dense, validation, stored_dtypes
+        self.dense, self.validation, self.stored_dtypes, self.on_step = dense, validation, stored_dtypes, on_step
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         """Return the divergence on some windows. The dense model runs each time: its logits would fill a disk."""
@@ -78,28 +77,19 @@ class RecoveryTrainer(Trainer):
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.grad is not None:
                 parameter.grad.mul_(parameter.detach() != 0)
+        self.on_step(self.state.global_step + 1)
         return loss
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW. A parameter's learning rate is relative to the root mean square of its nonzero values."""
-        groups = []
-        for parameter in (model or self.model).parameters():
-            if parameter.requires_grad:
-                rate = self.args.learning_rate * root_mean_square(parameter.detach())
-                groups.append({"params": [parameter], "lr": rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # torch's fastest, on each device
-        return self.optimizer
 
     @property
     def curve(self) -> Curve:
-        """The evaluations, first the one before the training.
-
-        A score is the mean over texts of the divergence, divided by the one before the training: 1 is no gain.
-        """
+        """The evaluations, first the one before the training."""
         return [entry for entry in self.state.log_history if "score" in entry]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the divergence on the validation windows and log it; return the score."""
+        """Measure the divergence on the validation windows and log it; return the score.
+
+        A score is the mean over texts of the divergence, divided by the one before the training: 1 is no gain.
+        """
         tokens = self.state.global_step * RECOVERY_BATCH * len(self.train_dataset[0]["input_ids"])
         if self.curve and self.curve[-1]["tokens"] == tokens:  # `eval_on_start` repeats the last one after a resume
             return {"eval_score": self.curve[-1]["score"]}
@@ -117,8 +107,8 @@ class RecoveryTrainer(Trainer):
         model = self.model.eval()
         rounded = {}
         for name, parameter in model.named_parameters():
-            stored = self.stored_dtypes.get(name, parameter.dtype)
-            rounded[name] = parameter.detach().to(stored).to(parameter.dtype)
+            stored_dtype = self.stored_dtypes.get(name, parameter.dtype)
+            rounded[name] = parameter.detach().to(stored_dtype).to(parameter.dtype)
 
         divergences = {}
         with torch.no_grad(), self.autocast_smart_context_manager():
@@ -132,22 +122,11 @@ class RecoveryTrainer(Trainer):
                 divergences[text] = fmean(losses)
         return divergences
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         """Write the weights by their names in the model, without transformers' conversions."""
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir or "")
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(state_dict or dict(self.model.named_parameters()), folder / "model.safetensors")
-
-
-class _Steps(TrainerCallback):
-    """Reports the number of finished steps, those before an interruption included."""
-
-    def __init__(self, on_step: Callable[[int], None]) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.on_step(state.global_step)
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(dict(self.model.named_parameters()), Path(output_dir) / "model.safetensors")
 
 
 def train(
@@ -163,14 +142,14 @@ def train(
     Args:
         dense: The directory of the dense model.
         pruned: The directory of the pruned model.
-        windows: Token ids; a step has `RECOVERY_BATCH` windows.
-        validation: Token ids of the windows that each evaluation measures on, by text.
-        rate: The highest learning rate, relative to a parameter's root mean square.
+        windows: To train on, in order; a step has `RECOVERY_BATCH` windows.
+        validation: The windows of each evaluation, by text.
+        rate: The highest learning rate, relative to the root mean square of a parameter's nonzero values.
         dtype: Of the products; the trained weights are in float32.
         device: Of both models.
         checkpointing: Whether activations are computed twice instead of kept.
         work: The folder of checkpoints.
-        on_step: Called with the number of finished steps after each one.
+        on_step: Called with the number of each step, from the first one after an interruption.
 
     Returns:
         The pruned checkpoint with the weights of the lowest score, or None if no score is below the pruned model's;
@@ -189,23 +168,38 @@ def train(
     if dtype is torch.float32 and device.type == "cpu":
         for linears in (model, dense_model):
             install_faster_linears(linears)
-    _check_trainable(model, dense_model, windows[:1, :8].to(device))
+    try:
+        tokens = windows[:1, :8].to(device)
+        dense_logits = dense_model(input_ids=tokens).logits
+        mean_divergence(dense_logits, model.train()(input_ids=tokens).logits).backward()
+    except Exception as error:  # a model's class may raise any exception
+        family = model.config.model_type
+        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
+        raise UserError(*(explain(error) or [unknown])) from error
+    model.zero_grad()
     if checkpointing and model.supports_gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    slices, stored_dtypes = _trained_slices(model, Checkpoint(pruned))
+    checkpoint = Checkpoint(pruned)
+    slices = stored_slices(model, checkpoint)
+    # Views of files: no weight is read.
+    stored_dtypes = {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
+    groups = [
+        {"params": [parameter], "lr": rate * root_mean_square(parameter.detach())} for parameter in model.parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # torch's fastest, on each device
     dataset = [{"input_ids": window} for window in windows]
     trainer = RecoveryTrainer(
-        dense_model, validation, stored_dtypes, model=model, train_dataset=dataset, eval_dataset=dataset,
+        dense_model, validation, stored_dtypes, on_step, model=model, train_dataset=dataset, eval_dataset=dataset,
         args=_arguments(work, len(windows), windows_per_process, rate=rate, dtype=dtype, device=device),
-        callbacks=[_Steps(on_step)],
+        optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     best = trainer.state.best_metric
     if best is None or best >= 1:
         return None, trainer.curve
-    return _with_weights(Checkpoint(pruned), model, slices), trainer.curve
+    return _with_weights(checkpoint, model, slices), trainer.curve
 
 
 def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -218,17 +212,6 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
                 setattr(section, name, 0.0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
     return model.eval().to(device)
-
-
-def _check_trainable(model: Any, dense_model: Any, tokens: Int[Tensor, "1 length"]) -> None:
-    try:
-        dense_logits = dense_model(input_ids=tokens).logits
-        mean_divergence(dense_logits, model.train()(input_ids=tokens).logits).backward()
-    except Exception as error:  # a model's class may raise any exception
-        family = model.config.model_type
-        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
-        raise UserError(*(explain(error) or [unknown])) from error
-    model.zero_grad()
 
 
 def _arguments(
@@ -257,23 +240,11 @@ def _arguments(
     return arguments
 
 
-def _trained_slices(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[StoredSlice]], dict[str, torch.dtype]]:
-    """Return the stored slices of each parameter, and its stored dtype."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    slices, dtypes = {}, {}
-    for name, stored in stored_slices(model, checkpoint).items():
-        if name in parameters:  # not a buffer
-            slices[name] = stored
-            dtypes[name] = checkpoint.read(stored[-1].address).dtype  # a view: no weight is read from disk
-    return slices, dtypes
-
-
 def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[Address, Tensor] = {}
-    for name, stored in slices.items():
-        for part in stored:
-            weights[part.address] = part.of(parameters[name].detach())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for stored in slices.get(name, []):  # a tied name need not be stored
+            weights[stored.address] = stored.of(parameter.detach())
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
