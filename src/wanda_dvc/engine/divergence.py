@@ -115,7 +115,8 @@ def measure(
             measured = place.stop
         del logits, log_p, piece  # before the next positions'
     loss = float(sum(torch.stack(losses).tolist())) / measured
-    return loss, Predictions(*(torch.cat(column).cpu() for column in zip(*pieces, strict=True)))
+    columns = {name: torch.cat([getattr(piece, name) for piece in pieces]).cpu() for name in Predictions._fields}
+    return loss, Predictions(**columns)
 
 
 def choose_tokens(log_p: LogP, offsets: Float64[Tensor, " positions"]) -> tuple[TokenChoice, TokenChoice]:
