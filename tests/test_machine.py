@@ -18,8 +18,9 @@ from wanda_dvc import machine
 from wanda_dvc.cli import app
 from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.stages.device import device_name
-from wanda_dvc.stages.needs import REQUIREMENTS, requirements
+from wanda_dvc.stages.needs import MEMORY_AND_DISK, requirements
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import init
 
@@ -205,9 +206,9 @@ def test_it_says_what_each_stage_needs(
         assert re.search(rf"[✓✗] +\| needs about {memory} GB of memory and .* of disk", row(table, stage))
         assert ("✓" in row(table, stage)) == well
     needs = json.loads(doctor(start=calibrated_study, as_json=True)[0])["needs"]
-    assert needs.keys() == REQUIREMENTS.keys() - (set() if tokens else {"recover"})
+    assert needs.keys() == MEMORY_AND_DISK.keys() - (set() if tokens else {"recover"})
     for stage, found in needs.items():
-        wanted = requirements(Study(calibrated_study), stage)
+        wanted = requirements(Study(calibrated_study), stage, ModelSizes.read(tiny))
         assert found == {"memory_bytes": wanted.memory, "disk_bytes": wanted.disk}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free // 100))
     assert doctor(start=calibrated_study)[1] == well

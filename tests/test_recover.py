@@ -23,7 +23,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Run, needs_checkpointing, training
+from wanda_dvc.stages.needs import needs_checkpointing, requirements
 from wanda_dvc.stages.recover import recover, step_display, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
@@ -262,9 +262,10 @@ def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytes
     with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
         recover(study=made)
     assert not made.model("recovered").exists()
-    for free, twice in ((training(Run(made)), True), (10**12, False)):
+    sizes = ModelSizes.read(made.model("dense"))
+    for free, twice in ((requirements(made, "recover", sizes).memory, True), (10**12, False)):
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
-        assert needs_checkpointing(made, ModelSizes.read(made.model("dense"))) is twice
+        assert needs_checkpointing(made, sizes) is twice
 
 
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):

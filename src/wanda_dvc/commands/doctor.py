@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wanda_dvc import __version__
 from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
@@ -19,7 +20,7 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.markup import table
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory_of, own_device
-from wanda_dvc.stages.needs import REQUIREMENTS, Requirements, free, gigabytes, requirements
+from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements, free, gigabytes, requirements
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
@@ -66,9 +67,10 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
 def _needs(study: Study) -> dict[str, Requirements]:
     needs = {}
     with contextlib.suppress(UserError):  # no model, or one that `download` refuses
-        for stage in REQUIREMENTS:
+        sizes = ModelSizes.read(study.model("dense"))
+        for stage in MEMORY_AND_DISK:
             if any(variant.wanted(study.params) for variant in STAGES[stage].variants.values()):
-                needs[stage] = requirements(study, stage)
+                needs[stage] = requirements(study, stage, sizes)
     return needs
 
 

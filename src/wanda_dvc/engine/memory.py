@@ -28,26 +28,25 @@ class ModelSizes:
         for block in blocks:
             linears = stored_linears(block, "", lambda name: [StoredSlice(Address(name))])
             shapes.append([(x.weight.numel() // x.features, x.features) for x in linears.values()])
-        block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        weights = [sum(out * features for out, features in block) for block in shapes]
-        squares = [sum(features**2 for _, features in block) for block in shapes]
+        weights = [out * features for block in shapes for out, features in block]  # of each linear
+        input_squares = [sum(features**2 for _, features in block) for block in shapes]
         output_squares = [sum(out**2 for out, _ in block) for block in shapes]
+        block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")
         text_config = model.config.get_text_config()
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
-        self.dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # of the stored weights
-        self.itemsize = ITEMSIZE.get(self.dtype, 8)  # bytes of a stored weight, at most
+        self.itemsize = ITEMSIZE.get(dtype, 8)  # bytes of a stored weight, at most
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
+        self.stored = self.parameters * self.itemsize  # bytes of the checkpoint
         self.blocks = len(blocks)
         self.block_parameters = max(block_sizes)  # parameters of the largest block
         self.other_parameters = self.parameters - sum(block_sizes)  # of embeddings, norms and head
-        self.linear_weights = sum(weights)  # of all linears
-        self.block_weights = max(weights)  # of the linears of the largest block
-        self.largest_linear = max(out * features for block in shapes for out, features in block)  # weights
+        self.linear_weights, self.largest_linear = sum(weights), max(weights)
         self.features = max(sum(map(sum, block)) for block in shapes)  # that a block's linears read and write
         self.widest = max(max(shape) for block in shapes for shape in block)  # that one linear reads or writes
         # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
-        self.input_squares, self.all_input_squares = max(squares), sum(squares)
+        self.input_squares, self.all_input_squares = max(input_squares), sum(input_squares)
         self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)
         # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
         self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
@@ -94,9 +93,8 @@ def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
     That one has 9 bytes a weight: its values, new values and mask. The solver has 8 float32 copies of the weight and 5
     matrices [f, f], at most, of f features; Fisher information adds 5 of each.
     """
-    linear, square = model.largest_linear, model.widest**2
-    memory = 9 * linear + 32 * linear + 20 * square
-    return memory + 20 * (linear + square) if uses_fisher else memory
+    copies, matrices = (13, 10) if uses_fisher else (8, 5)
+    return (9 + 4 * copies) * model.largest_linear + 4 * matrices * model.widest**2
 
 
 def triangles_size(squares: int) -> int:

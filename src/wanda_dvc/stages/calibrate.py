@@ -86,7 +86,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     """
     works = [work for work in (norms, gram) if work is not None]
     run = runner(study, "dense", works[0])
-    announce(study, "calibrate", sizes=ModelSizes(run.decoder.model, study.model("dense")))
+    announce(study, "calibrate", ModelSizes(run.decoder.model, study.model("dense")))
     windows, blocks = calibration_windows(study), len(run.decoder.blocks)
     linears = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
     tokens, features = windows.numel(), max(linear.features for linear in linears)
@@ -116,7 +116,7 @@ def _backward(study: Study, work: Work) -> None:
     from wanda_dvc.engine.backward import backward  # imports transformers, which takes seconds
 
     run = runner(study, "dense", work)
-    announce(study, "calibrate", sizes=ModelSizes(run.decoder.model, study.model("dense")))
+    announce(study, "calibrate", ModelSizes(run.decoder.model, study.model("dense")))
     blocks = len(run.decoder.blocks)
     finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
     steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)

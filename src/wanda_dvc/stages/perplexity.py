@@ -40,7 +40,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         protocol |= {"reference": digest(_reference_provenance(study, text, protocol))}
     with study.work(protocol) as work:
         run = runner(study, model, work)
-        announce(study, "perplexity", model, text, sizes=ModelSizes(run.decoder.model, study.model(model)))
+        announce(study, "perplexity", ModelSizes(run.decoder.model, study.model(model)), text)
         run_name = f"perplexity {model} {text}"
         blocks = len(run.decoder.blocks)
         steps = run.forward(windows)

@@ -55,7 +55,7 @@ def recover(*, study: Study) -> None:
     )
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
-        announce(study, "recover", sizes=sizes)
+        announce(study, "recover", sizes)
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     with unfinished as work:

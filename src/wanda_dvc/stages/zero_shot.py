@@ -35,7 +35,7 @@ def zero_shot(*, study: Study, model: str) -> None:
     """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
     provenance, dtype = check_ready(study, model)
     sizes = ModelSizes.read(study.model(model))
-    announce(study, "zero-shot", model, sizes=sizes)
+    announce(study, "zero-shot", sizes)
     settings = study.stage_input("zero-shot")
     identified = identity(STAGES["zero-shot"].version, provenance, study.model(model))
     dense: Json = {}  # the dense model's answers by task
