@@ -49,15 +49,6 @@ def multiple_of(width: int, multiple: int) -> int:
     return multiple
 
 
-def removing_sparsity(width: int, multiple: int) -> Fraction | None:
-    """Return a sparsity that surely removes units, the last multiple of a width; None if nothing would be left.
-
-    It is not the least: counts are rounded to the nearest multiple, so about half of it removes units too.
-    """
-    left = (width - 1) // multiple * multiple
-    return 1 - Fraction(left, width) if left else None
-
-
 def unit_index(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:
     """Return the unit of each input."""
     return torch.cat([torch.arange(total).repeat_interleave(size) for size in layout])

@@ -4,6 +4,7 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +16,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, w
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.reconstruction import check_new_weight, prune_linear, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
@@ -39,7 +41,6 @@ from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_w
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
 
-RESTORE_MASKS = "restore the file with `dvc checkout masks`, or run `wanda-dvc mask` again"
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
 
@@ -110,14 +111,14 @@ def describe_pruned(study: Study) -> Json:
 
 
 class BlockFiles(NamedTuple):
-    """The files of one block that `apply` reads."""
+    """The files of one block that `apply` reads; what a plan does not read is empty."""
 
     masks: Masks
-    weights: dict[str, Tensor]  # new weights from weights/, by linear
+    weights: Mapping[str, Tensor]  # new weights from weights/, by linear
     diagnostics: Json  # likewise
-    grams: Grams | None  # of inputs, if they were measured
-    inputs: dict[str, str]  # each linear's input, if they were measured
-    gradient_grams: Grams | None  # of gradients by linear, if the solver uses them
+    grams: Grams  # of inputs
+    input_of: Mapping[str, str]  # each linear's input
+    gradient_grams: Mapping[str, Gram]  # by linear
 
 
 class DenseToPruned:
@@ -143,8 +144,10 @@ class DenseToPruned:
 
     def _open(self, block: int) -> BlockFiles:
         study, plan = self.study, self.plan
-        weights, diagnostics, inputs = dict[str, Tensor](), Json(), dict[str, str]()
-        grams = gradient_grams = None
+        masks = read_masks(study.masks, block)
+        weights, diagnostics, input_of = dict[str, Tensor](), Json(), dict[str, str]()
+        grams = Grams({}, {"consumers": {}, "transposed": []}, None)
+        gradient_grams: Mapping[str, Gram] = {}
         if plan.mask_stores_weights:
             weights, diagnostics = read_weights(study.weights, block)
         if plan.apply_solves and plan.reconstructor.uses_fisher:
@@ -152,25 +155,19 @@ class DenseToPruned:
         if self.measures_errors:
             grams = read_grams(study.gram, block, self.device)
             for name, linears in grams.consumers.items():
-                inputs |= dict.fromkeys(linears, name)
-        masks = read_masks(study.masks, block)
-        missing = sorted(inputs.keys() - masks.keys())
-        if missing:
-            raise UserError(f"{block_file(study.masks, block)}: no masks of {shortened(missing)}; {RESTORE_MASKS}")
-        unmeasured = sorted(masks.keys() - inputs.keys())
-        if grams is not None and unmeasured:
-            raise UserError(
-                f"{block_file(study.masks, block)}: found masks of {shortened(unmeasured)}, expected linears in "
-                f"{block_file(study.gram, block)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
-            )
-        return BlockFiles(masks, weights, diagnostics, grams, inputs, gradient_grams)
+                input_of |= dict.fromkeys(linears, name)
+            differing = sorted(masks.keys() ^ input_of.keys())
+            if differing:
+                raise UserError(
+                    f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, which "
+                    f"differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
+                )
+        return BlockFiles(masks, weights, diagnostics, grams, input_of, gradient_grams)
 
     def _prepare(self, block: int, name: str) -> GramFactors | None:
-        """Return the Gram matrix of an input, with its factors; None if no token reached the input."""
+        """Return the Gram matrix of an input, with its factors; None if it was not measured, or no token reached it."""
         grams = self.files_of(block).grams
-        if grams is None or name not in grams:
-            return None
-        return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}")
+        return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}") if name in grams else None
 
     def read(self, address: Address) -> Tensor:
         """Return a tensor of the dense model; of a linear, its weights in the pruned model, as stored."""
@@ -180,20 +177,18 @@ class DenseToPruned:
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
         files = self.files_of(block)
-        factors = self.factors_of(block, files.inputs[linear]) if files.grams is not None else None
+        factors = self.factors_of(block, files.input_of.get(linear, ""))
         dense = stored if factors is None else stored.to(factors.gram.device)  # once: it crosses the link to a GPU
         mask = files.masks[linear].to(dense.device)
-        transposed = files.grams is not None and linear in files.grams.transposed
-        new, diagnostics = None, Json()
-        if plan.mask_stores_weights:
-            new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
-        elif plan.solves and factors is not None:
+        transposed = linear in files.grams.transposed
+        new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
+        if plan.apply_solves and factors is not None:
             result = reconstruct(
                 dense,
                 mask,
                 factors,
                 reconstruction=plan.reconstructor,
-                gradient_gram=files.gradient_grams.get(linear) if files.gradient_grams is not None else None,
+                gradient_gram=files.gradient_grams.get(linear),
                 transposed=transposed,
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
@@ -215,7 +210,8 @@ def linears_of_masks(folder: Path, block: int) -> list[str]:
     wrong = sorted(linear for linear in linears if str(block) not in linear.split("."))
     if wrong:
         raise UserError(
-            f"{block_file(folder, block)}: found {shortened(wrong)}, expected linears of block {block}; {RESTORE_MASKS}"
+            f"{block_file(folder, block)}: found {shortened(wrong)}, expected linears of block {block}; restore the "
+            "file with `dvc checkout masks`, or run `wanda-dvc mask` again"
         )
     return linears
 
@@ -228,13 +224,15 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     """
     reader = DenseToPruned(study)
     checkpoint = reader.checkpoint
-    view, removal = EditedCheckpoint(checkpoint, reader.read, reader.addresses), removal_of(checkpoint, reader.plan)
-    if removal:
-        view = SmallerCheckpoint(
-            checkpoint, removal.with_kept(_kept_units(study, removal)), reader.read, reader.addresses
-        )
-    written = write_model(view, target, without=(PROVENANCE, DENSE_README))
-    for _ in progress(written, total=len(view.changed), what="apply, tensors"):
+    removal = removal_of(checkpoint, reader.plan)
+    if removal is None:
+        view = EditedCheckpoint(checkpoint, reader.read, reader.addresses)
+    else:
+        removal = removal.with_kept(kept_units_of(study, removal))
+        view = SmallerCheckpoint(checkpoint, removal, reader.read, reader.addresses)
+    for _ in progress(
+        write_model(view, target, without=(PROVENANCE, DENSE_README)), total=len(view.changed), what="apply, tensors"
+    ):
         pass
     for linear in reader.block_of:
         if linear not in reader.measures:  # of a removed expert or block
@@ -247,8 +245,11 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     return measures, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
 
 
-def _kept_units(study: Study, removal: "Removal") -> dict[str, Tensor]:
-    """Return the kept units of each set, from the masks of all blocks."""
+def kept_units_of(study: Study, removal: "Removal") -> dict[str, Tensor]:
+    """Return the kept units of each set, a mask of units, from the masks of weights of all blocks.
+
+    A set may span blocks, as that of the blocks does: each block's masks tell of some of its units.
+    """
     kept: dict[str, Tensor] = {}
     for block in range(block_count(study.masks, "mask")):
         for name, units in removal.kept_units(read_masks(study.masks, block)).items():

@@ -9,7 +9,7 @@ from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner, say_unreached
+from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact, tensors
@@ -97,7 +97,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
             "calibration.windows"
         )
     finished = min(artifact.finished_blocks(work.out) for work in works)
-    unreached = {}
+    unreached: dict[int, set[str]] = {}
     steps = run.forward(windows, finished=finished)
     for step in progress(steps, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
@@ -108,7 +108,18 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
             tensors.write_grams(gram.out, step.index, measured, grams)
             grams.clear()  # before the next block's arrive; other frames refer to them too
     if norms:
-        say_unreached("calibrate", unreached)  # of the blocks measured by this run
+        _report_unreached(unreached)  # of the blocks measured by this run
+
+
+def _report_unreached(unreached: dict[int, set[str]]) -> None:
+    """Report the number of experts without calibration tokens, if any, by block."""
+    count = sum(map(len, unreached.values()))
+    if count:
+        blocks = ", ".join(str(block) for block in sorted(unreached) if unreached[block])
+        notice(
+            f"calibrate: no calibration token reached {count} experts (blocks: {blocks}); Wanda judges their weights "
+            "by magnitude, and REAP removes them first. More calibration windows reach more experts."
+        )
 
 
 def _backward(study: Study, work: Work) -> None:

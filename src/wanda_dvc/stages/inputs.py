@@ -33,18 +33,6 @@ if TYPE_CHECKING:
 HEAD = "output head"  # a place of activations that are not finite
 
 
-def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
-    """Report the number of experts without calibration tokens, if any, by block."""
-    count = sum(map(len, unreached.values()))
-    if count:
-        blocks = ", ".join(str(block) for block in sorted(unreached) if unreached[block])
-        experts = "1 expert" if count == 1 else f"{count} experts"
-        notice(
-            f"{stage}: no calibration token reached {experts} (blocks: {blocks}); Wanda judges "
-            "their weights by magnitude, and REAP removes them first. More calibration windows reach more experts."
-        )
-
-
 def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
     from wanda_dvc.engine.checkpoint import max_positions, read_config

@@ -1,10 +1,7 @@
 """Choose the masks (True is kept), and new weights where they change the inputs of later blocks."""
 
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import ROUND_CEILING, Context
-from fractions import Fraction
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,16 +12,13 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import UNSTRUCTURED, Plan
-from wanda_dvc.pruning.allocation import allocate, competitions_of_block
-from wanda_dvc.pruning.masks import BlockSparsity, choose_units, linear_sparsity
+from wanda_dvc.plan import Plan
+from wanda_dvc.pruning.allocation import allocate
+from wanda_dvc.pruning.masks import BlockSparsity, choose_units
 from wanda_dvc.pruning.reconstruction import masked
-from wanda_dvc.pruning.selection import count_removed
-from wanda_dvc.pruning.statistics import BlockStats
-from wanda_dvc.pruning.units import multiple_of, removing_sparsity
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
-from wanda_dvc.stages.solving import MaskJob, SolverOutput, score_block, solve, solve_from_file, solver_tasks
+from wanda_dvc.stages.solving import BlockResult, MaskJob, merged, score_block, solve, solve_from_file, solver_tasks
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import Work, check_source, describe, digest, read_provenance
 from wanda_dvc.study.files import Json
@@ -34,19 +28,6 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.forward import ModelRunner
     from wanda_dvc.engine.removal import Removal
     from wanda_dvc.engine.sums import BlockRecord
-
-ROUNDING_NOTICED = Fraction(1, 1000)  # a sparsity is reported as rounded if it differs by more
-HINT_CONTEXT = Context(prec=3, rounding=ROUND_CEILING)
-
-
-class BlockResult(NamedTuple):
-    """The masks of a block's linears, and new weights if they do not follow from the dense model's statistics."""
-
-    block: int
-    masks: tensors.Masks
-    weights: dict[str, Tensor]  # by linear, in their stored dtypes
-    diagnostics: Json  # solver diagnostics of each
-    unreached: set[str]  # experts without tokens
 
 
 class RepairedLinear(NamedTuple):
@@ -66,11 +47,11 @@ def mask(*, study: Study) -> None:
     """
     plan = study.plan
     device = accelerator.float64_device(devices.own_device(study.params.runtime))  # refused before any file is read
-    stats, digests = inputs.statistics(study)
+    norms, digests = inputs.statistics(study)
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
-    sparsities = choose_sparsities(study, checkpoint, blocks)
-    made_from = _describe(plan, stats, digests, sparsities, removal)
+    sparsities = allocate_sparsities(study, checkpoint, blocks)
+    made_from = _describe(plan, norms, digests, sparsities, removal)
     units = {}
     if removal:
         units = {linear: removal.unit_sets[dimension.unit_set] for linear, dimension in removal.consumers.items()}
@@ -78,37 +59,31 @@ def mask(*, study: Study) -> None:
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
-        stores_weights = plan.mask_stores_weights
         finished = artifact.finished_blocks(masks)
-        if stores_weights:
+        if plan.mask_stores_weights:
             finished = min(finished, artifact.finished_blocks(weights))
         repaired = None
         if removal and plan.repairs:
-            repaired = repair_before_removed_blocks(study, checkpoint, removal, stats, work, finished)
+            repaired = repair_before_removed_blocks(study, checkpoint, removal, norms["text"], work, finished)
         if plan.propagates:
-            what = "mask, blocks calibrated and pruned"
-            results = on_pruned_blocks(study, job, removal, stats, work, finished, device)
+            run, windows = _dense_run(study, norms["text"], work)
+            results = on_pruned_blocks(job, removal, run, windows, finished, device)
         else:
-            what = "mask, blocks"
             results = from_statistics(study, job, removal, range(finished, blocks), device)
-        unreached = {}
-        for result in process.progress(results, total=blocks, what=what, at=lambda result: result.block):
+        for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
             if repaired and result.block == repaired.block:
                 result.weights[repaired.name] = repaired.weight
                 result.diagnostics[repaired.name] = repaired.diagnostics
-            if stores_weights:
+            if plan.mask_stores_weights:
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
-            unreached[result.block] = result.unreached
-        if plan.propagates or plan.method.needs != "weights":
-            inputs.say_unreached("mask", unreached)  # of the blocks of this run
         artifact.finish(masks, made_from)
         artifact.finish(weights, made_from)
         work.commit(study.masks, study.weights)
 
 
 def _describe(
-    plan: Plan, stats: Json, digests: Json, sparsities: Sequence[BlockSparsity], removal: "Removal | None"
+    plan: Plan, norms: Json, digests: Json, sparsities: Sequence[BlockSparsity], removal: "Removal | None"
 ) -> Json:
     libraries = ["torch", "numpy"]
     if plan.propagates or plan.structure:
@@ -119,9 +94,9 @@ def _describe(
         "mask",
         version=STAGES["mask"].version,
         libraries=tuple(libraries),
-        model=stats["model"],
-        stats=digest(stats),
-        calibration={"text": stats["text"], **stats["params"]},
+        model=norms["model"],
+        stats=digest(norms),
+        calibration={"text": norms["text"], **norms["params"]},
         params=plan.to_dict(),
         **digests,
     )
@@ -157,7 +132,10 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     if removal is None:
         return None
     if plan.sparsity and not removal.sparsity:
-        raise UserError(_removes_no_unit(removal, plan))
+        raise UserError(
+            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
+            "higher sparsity, or another pattern"
+        )
     notice(f"mask: {removal.describe(plan.sparsity)}")
     if removal.consumers:  # the masks of these linears choose the units
         return removal
@@ -175,32 +153,12 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     return check_probe(checkpoint, removal.with_kept(kept))
 
 
-def _removes_no_unit(removal: "Removal", plan: Plan) -> str:
-    """Return the message for a sparsity that rounds to 0: a sparsity that removes a unit, if there is one."""
-    structure = removal.structure
-    groups = max(units.groups for units in removal.unit_sets.values())
-    sufficient: list[Fraction] = []
-    for name, field in removal.config_fields.items():
-        if field.unit_sets and name not in structure.scaled:
-            multiple = math.lcm(groups, multiple_of(field.value, structure.multiple))
-            sparsity = removing_sparsity(field.value, multiple)
-            if sparsity:
-                sufficient.append(sparsity)
-    problem = f"sparsity: got {float(plan.sparsity):g}, which removes none of the {structure.about}"
-    if not sufficient:
-        return f"{problem}: the model needs all; choose another pattern"
-    return f"{problem}; set sparsity={_rounded_up(min(sufficient))} or more"
-
-
-def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
-    """Return the sparsity of each block, or of its linears; report it where counts of weights round it.
-
-    UserError if a sparsity above 0 removes no weight.
-    """
+def allocate_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
+    """Return the sparsity of each block, or of its linears."""
     plan = study.plan
     fisher = study.fisher if plan.mask_reads_gradient_squares else None
     stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
-    sparsities = allocate(
+    return allocate(
         checkpoint.weight,
         process.progress(stats, total=blocks, what="mask, blocks rated"),
         blocks,
@@ -208,36 +166,13 @@ def choose_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequ
         sparsity=plan.sparsity,
         group=plan.group,
     )
-    if plan.pattern != UNSTRUCTURED or plan.method.competition != "groups" or not plan.sparsity:
-        return sparsities
-    removed = total = largest = 0
-    for block, sparsity in enumerate(sparsities):
-        stats_of_block = tensors.read_stats(study.stats, block)
-        competitions = competitions_of_block(checkpoint.weight, stats_of_block, plan.group)
-        for linear, (groups, size) in competitions.items():
-            removed += groups * count_removed(size, linear_sparsity(sparsity, linear))
-            total += groups * size
-            largest = max(largest, size)
-    requested = f"{float(plan.sparsity):g}"
-    if not removed:
-        raise UserError(
-            f"sparsity: got {requested}, which removes no weight: at most {largest} weights compete with one another; "
-            f"set sparsity={_rounded_up(Fraction(1, largest))} or more"
-        )
-    if abs(Fraction(removed, total) - plan.sparsity) > ROUNDING_NOTICED:
-        notice(f"mask: sparsity: rounded: {removed / total:.4g} instead of {requested}, by the sizes of the linears")
-    return sparsities
-
-
-def _rounded_up(sparsity: Fraction) -> str:
-    return f"{HINT_CONTEXT.divide(sparsity.numerator, sparsity.denominator):f}"
 
 
 # --- the blocks ---
 
 
 def from_statistics(
-    study: Study, job: MaskJob, removal: "Removal | None", blocks: Iterable[int], device: torch.device
+    study: Study, job: MaskJob, removal: "Removal | None", blocks: range, device: torch.device
 ) -> Iterator[BlockResult]:
     """Yield each block's result, from the statistics of the dense model.
 
@@ -246,51 +181,46 @@ def from_statistics(
     """
     if not job.plan.solves_by_input:
         for block in blocks:
-            stats = tensors.read_stats(study.stats, block)
-            masks = score_block(job, block, stats, device)
-            yield without_units(removal, BlockResult(block, masks, {}, {}, stats.unreached()))
+            yield remove_units(removal, score_block(job, block, tensors.read_stats(study.stats, block), device))
         return
     stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
     tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats)]
     solve_task = partial(solve_from_file, job, study.gram.absolute())
     cluster = inputs.cluster(study, [study.model("dense"), study.gram])
-    outputs: Iterator[SolverOutput]
+    results: Iterator[BlockResult]
     if cluster is None:
-        outputs = (solve_task(device, task) for task in tasks)
+        results = (solve_task(device, task) for task in tasks)
     else:
-        outputs = cluster.map(solve_task, tasks, "solver")
-    # Outputs come in the order of the tasks, one for each distinct input of a block.
+        results = cluster.map(solve_task, tasks, "solver")
+    # They come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
-        yield without_units(removal, merged(block, stats, itertools.islice(outputs, len(stats.consumers))))
+        yield remove_units(removal, merged(block, itertools.islice(results, len(stats.consumers))))
 
 
 def on_pruned_blocks(
-    study: Study, job: MaskJob, removal: "Removal | None", stats: Json, work: Work, finished: int, device: torch.device
+    job: MaskJob, removal: "Removal | None", run: "ModelRunner", windows: Tensor, finished: int, device: torch.device
 ) -> Iterator[BlockResult]:
     """Yield the result of each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
-    This is the paper's procedure. Text, windows and dtype are those of stats/.
+    This is the paper's procedure.
     """
     plan = job.plan
-    run, windows = _calibrated(study, stats, work)
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
         record = step.record(gram=plan.solves_by_input, changes=True)
         if plan.solves_by_input:
-            outputs = solve_recorded(job, run, step.index, record, device)
-            result = merged(step.index, record.stats, outputs)
+            result = merged(step.index, solve_recorded(job, run, step.index, record, device))
         else:
-            masks = score_block(job, step.index, record.stats, device)
-            result = BlockResult(step.index, masks, {}, {}, record.stats.unreached())
+            result = score_block(job, step.index, record.stats, device)
         del record  # before the next block's
-        result = without_units(removal, result)
+        result = remove_units(removal, result)
         yield result
         step.change(result.masks, result.weights)
 
 
 def solve_recorded(
     job: MaskJob, run: "ModelRunner", block: int, record: "BlockRecord", device: torch.device
-) -> Iterator[SolverOutput]:
-    """Yield the masks and weights of the linears of each input, from Gram matrices that were recorded.
+) -> Iterator[BlockResult]:
+    """Yield the result of the linears of each input, from Gram matrices that were recorded.
 
     In this process, matrices stay in memory, and each is removed from the record when it is used. A cluster reads them
     from a file, as exact: float32.
@@ -309,18 +239,11 @@ def solve_recorded(
     artifact.block_file(folder, block).unlink(missing_ok=True)
 
 
-def merged(block: int, stats: BlockStats, outputs: Iterable[SolverOutput]) -> BlockResult:
-    """Return a block's result from the outputs of its solver tasks."""
-    result = BlockResult(block, tensors.Masks(), {}, {}, stats.unreached())
-    for output in outputs:
-        result.masks.data |= output.masks
-        result.weights.update(output.weights)
-        result.diagnostics.update(output.diagnostics)
-    return result
+def remove_units(removal: "Removal | None", result: BlockResult) -> BlockResult:
+    """Remove all weights of removed units, which only the masks of the units' consumers, or `removal`, tell so far.
 
-
-def without_units(removal: "Removal | None", result: BlockResult) -> BlockResult:
-    """Return a result whose masks remove all weights of the removed units, given the masks of the units' consumers."""
+    `apply` reads from such masks which units are kept, by `kept_units_of`.
+    """
     if removal is None:
         return result
     masks = tensors.pack_masks(removal.expand_masks(result.masks))
@@ -331,31 +254,30 @@ def without_units(removal: "Removal | None", result: BlockResult) -> BlockResult
 # --- runs of the model ---
 
 
-def _calibrated(study: Study, stats: Json, work: Work) -> "tuple[ModelRunner, Tensor]":
+def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelRunner, Tensor]":
+    """Return a runner of the dense model, and the calibration windows. UserError if they are of another text now."""
     text = read_provenance(study.data("calibration"), "download calibration")
-    check_source("stats", stats["text"], text, "calibrate")
+    check_source("stats", calibrated_text, text, "calibrate")
     windows = inputs.calibration_windows(study)
     return inputs.runner(study, "dense", work), windows
 
 
 def repair_before_removed_blocks(
-    study: Study, checkpoint: Checkpoint, removal: "Removal", stats: Json, work: Work, finished: int
+    study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work, finished: int
 ) -> RepairedLinear | None:
-    """Return the new weight of the last linear before the removed blocks; None if no block is removed.
+    """Return the new weight of the last linear before the removed blocks.
 
-    None also if the block before them is finished: its new weight is stored.
+    None if no block is removed, or if the block before them is finished: its new weight is stored.
     """
     from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
 
     (kept,) = removal.kept_masks.values()
-    if kept.all():
-        return None
     removed = (~kept).nonzero()[:, 0].tolist()
+    if not removed or removed[0] - 1 < finished:
+        return None
     block = removed[0] - 1  # the block before the removed ones
     end = removed[-1] + 1  # the block after them
-    if block < finished:
-        return None
-    run, windows = _calibrated(study, stats, work)
+    run, windows = _dense_run(study, calibrated_text, work)
     linears = run.decoder.linears(block)
     # The statistics are in the order in which the block calls its linears. An expert's linear adds to some tokens only,
     # so it cannot take over what the removed blocks add to all of them.

@@ -1,6 +1,6 @@
-"""The units of work of `mask`: `score_block`, and for solvers `solve`, of the linears that read one distinct input."""
+"""The units of work of `mask`: `score_block`, or `solve`, for the linears that read one distinct input."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +43,12 @@ class SolverTask(NamedTuple):
     stats: BlockStats  # of this input alone
 
 
-class SolverOutput(NamedTuple):
-    """The masks of some linears, and their new weights if later blocks depend on them."""
+class BlockResult(NamedTuple):
+    """The masks of a block's linears, and new weights if later blocks depend on them."""
 
-    masks: dict[str, tuple[Tensor, int]]  # one bit a weight, and the columns: `Masks.data`
-    weights: dict[str, Tensor]  # in their stored dtypes
+    block: int
+    masks: tensors.Masks
+    weights: dict[str, Tensor]  # by linear, in their stored dtypes
     diagnostics: Json  # solver diagnostics of each
 
 
@@ -56,17 +57,15 @@ def solver_tasks(block: int, stats: BlockStats) -> list[SolverTask]:
     return [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
 
 
-def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> SolverOutput:
+def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> BlockResult:
     """Return `solve` with the Gram matrix of a block's file in a folder."""
     device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
     return solve(job, task, grams.get(task.name), grams.crosses.get(task.name), device)
 
 
-def solve(
-    job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | None, device: torch.device
-) -> SolverOutput:
-    """Return the masks, and new weights if later blocks depend on them, of the linears that read one input.
+def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | None, device: torch.device) -> BlockResult:
+    """Return the result of the linears that read one input.
 
     `gram` is the input's Gram matrix, None without tokens, and `cross` its X_denseᵀX, if it was recorded.
     """
@@ -106,11 +105,22 @@ def solve(
             )
             weights[linear] = check_new_weight(linear, result.weight.to("cpu", stored.dtype))
             diagnostics[linear] = result.diagnostics
-    return SolverOutput(tensors.pack_masks(masks).data, weights, diagnostics)
+    return BlockResult(task.block, tensors.pack_masks(masks), weights, diagnostics)
 
 
-def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> tensors.Masks:
-    """Return the masks of a block's linears by their scores."""
+def merged(block: int, results: Iterable[BlockResult]) -> BlockResult:
+    """Return a block's result from the results of its solver tasks."""
+    whole = BlockResult(block, tensors.Masks(), {}, {})
+    for result in results:
+        whole.masks.data.update(result.masks.data)
+        whole.weights.update(result.weights)
+        whole.diagnostics.update(result.diagnostics)
+    return whole
+
+
+def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
+    """Return the result of a block whose masks are chosen by scores."""
     if job.plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
-    return tensors.pack_masks(choose_block(job.checkpoint.weight, stats, job.rule(block), device))
+    masks = choose_block(job.checkpoint.weight, stats, job.rule(block), device)
+    return BlockResult(block, tensors.pack_masks(masks), {}, {})
