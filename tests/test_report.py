@@ -16,14 +16,14 @@ from wanda_dvc.params import check_params, nested, resolved
 from wanda_dvc.results import published
 from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.experiments import Experiment
-from wanda_dvc.results.intervals import Estimate
-from wanda_dvc.results.measures import Results
+from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.results.report import differences, group, page, report
 from wanda_dvc.results.show import notes, title
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 
+MEASURE = {measure.name: measure for measure in MEASURES}
 GOLDEN = Path(__file__).parent / "corpus/report.txt"
 
 
@@ -110,8 +110,8 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
         params = check_params(nested(changed))
         filled = params.perplexity.texts["wikitext2"].filled
         settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
-        found = [(source, row) for source in published.published_tables() for row in source.rows if measure in row]
-        return {row[measure] for source, row in found if source.has_protocol(settings, measure, row)}
+        models = ("dense", "pruned")
+        return {figure for model in models for _, figure in published.matching_figures(settings, model, measure)}
 
     assert matches() == {5.114, 6.415}
     assert matches(method="magnitude") == {5.114, 11.832}
@@ -131,12 +131,13 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 
 def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):
     rows = [{"method": "dense", "perplexity": 7.0}, {"method": "wanda", "perplexity": 10.0, "piqa": 80.0}]
-    source = published.PublishedTable("Paper", ["/models/tiny"], {}, {}, rows, {})
+    protocol: dict[str, Any] = {"perplexity": {}, "pruning": {}, "zero_shot": {}}
+    source = protocol | {"source": "Paper", "model": "/models/tiny", "rows": rows}
     monkeypatch.setattr(published, "published_tables", lambda: [source])
     assert published.published_rows({"wanda 50 %": made()}) == [
         ["dense", "Paper", "perplexity", "7.0", "7.389", "1.056"],
-        ["wanda 50 %", "Paper", "piqa", "80.0", "50", "0.625"],
-        ["wanda 50 %", "Paper", "perplexity", "10.0", "12.18", "1.218"],
+        ["wanda 50 %, pruned", "Paper", "piqa", "80.0", "50", "0.625"],
+        ["wanda 50 %, pruned", "Paper", "perplexity", "10.0", "12.18", "1.218"],
     ]
 
 
@@ -155,12 +156,12 @@ def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
 def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     said = said_of(made(), made("magnitude-rows", loss=3.5, right=4, text="1"))
     assert "measured in 2 ways" in said
-    assert "sparsity 0.5, pattern 2:4" in title(made(sparsity=0.7, pattern="2:4"), named=True)
+    assert title(made(sparsity=0.7, pattern="2:4"), named=True) == "e2: /models/tiny: wanda, pattern 2:4, sparsity 0.5"
     assert "\ntiny (differs in tokens_sha256)\n" in said
     assert "against magnitude-rows" not in said
-    assert "| wanda 50 % against dense | 1.649 ×" in said
-    assert "| magnitude-rows 50 % against dense | 4.482 ×" in said
-    assert "| wanda (recovery.tokens=4096) 50 % |" in said_of(made(recovery__tokens=4096))  # a training is named
+    assert "| e0: wanda, sparsity 0.5 against dense | | | 1.649 ×" in said
+    assert "| e1: magnitude-rows, sparsity 0.5 against dense | | | 4.482 ×" in said
+    assert ": wanda, recovery.tokens 4,096, sparsity 0.5 |" in said_of(made(recovery__tokens=4096))
 
 
 def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[..., Experiment]):
@@ -169,7 +170,7 @@ def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[
         for name in ("perplexity/embedded", "zero_shot"):
             results.details(name).clear()
     other.final.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
-    assert [[*section.experiments.values()] for section in group([unknown, one, other])] == [[unknown, one], [other]]
+    assert [[*members.values()] for _, members in group([unknown, one, other])] == [[unknown, one], [other]]
     assert differences(one, made(dtype="bfloat16")) == ["dtype"]
     assert differences(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
 
@@ -182,25 +183,25 @@ def test_sections_that_the_first_experiment_matches_say_how_they_differ(made: Ca
     for results in other.results.values():
         if tasks := results.metrics.get("zero_shot"):
             results.metrics["zero_shot"] = {"boolq": tasks["piqa"]}
-    assert [section.title for section in group([first, one, other])] == ["tiny", "tiny (differs in tasks)"]
+    assert [title for title, _ in group([first, one, other])] == ["tiny", "tiny (differs in tasks)"]
 
 
 def test_the_picture_has_room_for_the_names_of_many_experiments():
     """Matplotlib warns of axes without any height."""
-    series = {f"{number} {'calibration.text.source=wikitext2 ' * 3}": [(0.5, Estimate(2.0))] for number in range(24)}
-    svg(chart(series, "perplexity", level=1.0, log=True))
+    results = Results({"perplexity/embedded": {"perplexity": 2.0}})
+    curves = {f"{number} {'calibration.text.source=wikitext2 ' * 3}": [(0.5, results)] for number in range(24)}
+    svg(chart(MEASURE["perplexity"], "embedded", curves, results))
 
 
 def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
     more, less = made(), made(sparsity=0.07, loss=2.1, right=23)  # in the order of their names
-    (section,) = group([more, less])
-    for heading, scale in (("mean acc, %", "linear"), ("perplexity", "log")):
-        measure, on = section.columns[heading]
-        ((_, figure),) = section.charts({heading: (measure, on)})
-        (ax,) = figure.axes
+    dense = more.results["dense"]
+    for name, on, scale in (("mean_acc", "", "linear"), ("perplexity", "embedded", "log")):
+        measure = MEASURE[name]
+        (ax,) = chart(measure, on, {"wanda": [(0.07, less.final), (0.5, more.final)]}, dense).axes
         container: Any = ax.containers[0]
         line, _, (bars,) = container
-        models = (section.models["dense"], less.final, more.final)
+        models = (dense, less.final, more.final)
         read: list[Any] = [measure.read(one, on) for one in models]
         x = np.array([[100 * sparsity, *one[:3]] for sparsity, one in zip((0.07, 0.5), read[1:], strict=True)])
         np.testing.assert_allclose(line.get_xydata(), x[:, :2])
@@ -212,8 +213,8 @@ def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
 def test_the_dense_model_has_the_texts_of_all_experiments_and_no_removed_one(made: Callable[..., Experiment]):
     one, other = made(), made("magnitude-rows", loss=3.5, on="more", perplexity__texts={"more": {"source": "ptb"}})
     said = said_of(one, other)
-    assert said.count("| wanda 50 % against dense | 1.649 ×") == 1
-    assert said.count("| magnitude-rows 50 % against dense | ") == 1
+    assert re.search(r"\| e0: wanda, sparsity 0.5 against dense \|.* 1.649 × ", said)
+    assert "| e1: magnitude-rows, sparsity 0.5 against dense | " in said
     assert made(on="removed").final.texts == []
 
 
@@ -244,7 +245,7 @@ def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path:
     source = page(HOSTILE, experiments, unfinished)
     assert "<script" not in source
     assert f"<title>{html.escape(HOSTILE)}</title>" in source.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
-    for expected in (f"wanda 50 % [1{HOSTILE}]", f"{HOSTILE}: no results"):
+    for expected in (f"1{HOSTILE}: wanda, sparsity 0.5", f"{HOSTILE}: no results"):
         assert expected in text_of(source)
 
 

@@ -14,6 +14,7 @@ from wanda_dvc.study.protocol import differing
 DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
+Pair = tuple[str, str]  # the names of a model and its base
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
@@ -72,18 +73,18 @@ def not_comparable(results: Results, base: Results) -> dict[str, str]:
     return reasons
 
 
-def tests_against(models: Mapping[str, Results], base: str) -> dict[str, Tests]:
-    """Return the paired tests of each model but the dense one against `base`."""
-    names = [name for name in models if name not in (base, DENSE)]
-    return dict(zip(names, compare([(models[name], models[base]) for name in names]), strict=True))
+def paired_tests(models: Mapping[str, Results], base: str, pairs: Sequence[Pair]) -> dict[Pair, Tests]:
+    """Return the paired tests of each model but the dense one against `base`, and of further pairs of names."""
+    pairs = [*((name, base) for name in models if name not in (base, DENSE)), *pairs]
+    return dict(zip(pairs, compare([(models[name], models[other]) for name, other in pairs]), strict=True))
 
 
 def records(models: Mapping[str, Results], *, base: str) -> Json:
     """Return by model its measures, and its paired tests against `base`."""
-    tests_of = tests_against(models, base)
+    tests_of = paired_tests(models, base, [])
     content: Json = {}
     for name, results in models.items():
-        tests = tests_of.get(name, {}).items()
+        tests = tests_of.get((name, base), {}).items()
         listed = [{"measure": measure, "on": target, **test.record} for (measure, target), test in tests]
         content[name] = {"results": figures(results), "tests": listed}
     return content
@@ -105,17 +106,19 @@ def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = T
     return [measure.text(measure.read(results, target), interval=interval) for measure, target in columns.values()]
 
 
-def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
+def side_by_side(
+    models: Mapping[str, Results], *, base: str, pairs: Sequence[Pair] = ()
+) -> tuple[list[str], list[list[str]]]:
     """Return the headers and rows of a table: a row for each measure, a column for each model.
 
-    A last column for each model but `base` and the dense one has its paired tests against `base`, if there are any.
+    Further columns have paired tests: of each model but the dense one against `base`, and of the `pairs`.
     """
-    tests_of = {name: tests for name, tests in tests_against(models, base).items() if tests}
+    tests_of = {pair: tests for pair, tests in paired_tests(models, base, pairs).items() if tests}
     rows = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
-        values = [measure.text(measure.read(results, target)) for results in models.values()]
-        tests = [measure.test_text(tests.get((measure.name, target))) for tests in tests_of.values()]
-        if measure.read(models[base], target) is None:  # the dense model has no divergence from itself
-            tests = [""] * len(tests)
-        rows.append([heading, *values, *tests])
-    return ["", *models, *(f"{name} against {base}" for name in tests_of)], rows
+        row = [heading, *(measure.text(measure.read(results, target)) for results in models.values())]
+        for (_, other), tests in tests_of.items():
+            tested = measure.read(models[other], target) is not None  # the dense model has no divergence from itself
+            row.append(measure.test_text(tests.get((measure.name, target))) if tested else "")
+        rows.append(row)
+    return ["", *models, *(f"{name} against {other}" for name, other in tests_of)], rows

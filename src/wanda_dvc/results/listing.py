@@ -7,11 +7,11 @@ numbers of its base commit.
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import check_params, flatten, nested, resolved
+from wanda_dvc.params import Settings, check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
@@ -154,7 +154,9 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         status = one_line(revision.status) if revision.kind == "experiment" else revision.kind
         rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
     text = table(["experiment", "state", "change", *columns], rows)
-    different = _different_measurements(revisions)
+    different = differing_settings(
+        [_measurement_settings(revision) for revision in revisions if revision.final.metrics]
+    )
     if different:
         text += f"\n\nNot all comparable: {shortened(different)} differ. "
         text += "`wanda-dvc show NAME NAME` tests only equal ones."
@@ -164,17 +166,19 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
     return text
 
 
-def _different_measurements(revisions: Sequence[ListedRevision]) -> list[str]:
+def _measurement_settings(revision: ListedRevision) -> Settings:
+    settings = revision.settings
+    with contextlib.suppress(UserError):  # of another version; else with defaults
+        settings = resolved(check_params(nested(settings)))
+    return {key: value for key, value in settings.items() if key.startswith(MEASURED_BY)}
+
+
+def differing_settings(several: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the settings that have several values, by dotted name. One that is not everywhere may have one value."""
     values: dict[str, set[str]] = {}
-    for revision in revisions:
-        if not revision.final.metrics:
-            continue
-        settings = revision.settings
-        with contextlib.suppress(UserError):  # of another version; else with defaults
-            settings = resolved(check_params(nested(settings)))
+    for settings in several:
         for key, value in settings.items():
-            if key.startswith(MEASURED_BY):
-                values.setdefault(key, set()).add(repr(value))
+            values.setdefault(key, set()).add(repr(value))
     return [key for key, different in values.items() if len(different) > 1]
 
 

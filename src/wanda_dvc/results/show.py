@@ -8,7 +8,7 @@ from pathlib import Path
 from wanda_dvc.catalog import EMBEDDED, RECIPES
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.plan import CHOICES
+from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, MISSING, not_comparable, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, at
@@ -81,27 +81,33 @@ def continuations_table(models: dict[str, Results], form: Callable[[object], str
 def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
-    sparsity = float(params.plan.sparsity)
-    description = f"{params.model}: {recipe(params)}, sparsity {sparsity:g}, pattern {params.pattern}"
-    if params.recovery.tokens:
-        description += f", recovery.tokens {params.recovery.tokens:,}"
+    sentence = f"{params.model}: {description(params)}"
     if named:
-        return f"{experiment.name}: {description}"
+        return f"{experiment.name}: {sentence}"
     if not is_there(experiment.study.masks / PROVENANCE):
         return f"{params.model}: no masks yet; `dvc repro` makes them."
     if not is_there(experiment.study.model("pruned") / PROVENANCE):
-        return f"{description}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
-    return description
+        return f"{sentence}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
+    return sentence
 
 
-def recipe(params: Params) -> str:
-    """Return the recipe, with the choices that were set separately."""
-    choices = []
+def description(params: Params) -> str:
+    """Return the settings of a pruning in short."""
+    return f"{pruning(params)}, sparsity {float(params.plan.sparsity):g}"
+
+
+def pruning(params: Params) -> str:
+    """Return the recipe, with the choices that were set separately, the pattern and the training."""
+    parts = [params.recipe]
     for name in CHOICES:
         value = getattr(params, name)
         if value not in (None, getattr(RECIPES[params.recipe], name)):
-            choices.append(f"{name}={value}")
-    return f"{params.recipe} ({', '.join(choices)})" if choices else params.recipe
+            parts.append(f"{name}={value}")
+    if params.pattern != UNSTRUCTURED:
+        parts.append(f"pattern {params.pattern}")
+    if params.recovery.tokens:
+        parts.append(f"recovery.tokens {params.recovery.tokens:,}")
+    return ", ".join(parts)
 
 
 def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
