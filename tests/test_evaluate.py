@@ -119,9 +119,6 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
             evaluate(study=calibrated_study, paths=[path])
 
     refused(tmp_path / "nothing", "nothing: no config.json, expected a Hugging Face model directory")
-    twice = [calibrated_study.model("pruned"), calibrated_study.root / "masks/../models/pruned"]
-    with pytest.raises(UserError, match="models/pruned: named twice, expected each model once"):
-        evaluate(study=calibrated_study, paths=twice)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty: no config.json")
     other = make_model(tmp_path / "other", vocab_size=300)

@@ -222,6 +222,6 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     revision = repository.run("git", "rev-parse", "HEAD").strip()
     shutil.rmtree(repository.root / ".dvc/cache")
     missing = repository.run("wanda-dvc", "export", str(tmp_path / "missing"), "--rev", revision, check=False)
-    assert f"{revision}: its masks are not in DVC's cache" in missing
+    assert f"{revision}: its masks/ is not complete in DVC's cache" in missing
     assert "`dvc pull --all-commits`" in missing
     assert not (tmp_path / "missing").exists()

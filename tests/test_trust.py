@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wanda_dvc import stages
-from wanda_dvc.commands.export import export
+from wanda_dvc.commands import check_new_file, check_target
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import check_params, parse_yaml, read_params
 from wanda_dvc.reading import check_file, is_there, read_object, read_text
@@ -258,9 +258,9 @@ def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Pat
     (tmp_path / "link").symlink_to(finished)
     for target in (finished / name / "new", finished / name / "a/b", tmp_path / "link" / name / "new"):
         with pytest.raises(UserError, match=rf"(new|b): inside {name}/, which DVC or git tracks"):
-            export(study=Study(finished), experiment=None, target=target)
+            check_target(Study(finished), target)
         assert not target.exists()
-    matrix = partial(export, experiment=None, target=tmp_path / "new", imatrix=finished / name / "x.gguf")
+    matrix = partial(check_new_file, target=tmp_path / "new", path=finished / name / "x.gguf")
     for write in (matrix, partial(report, output=finished / name / "x.html")):
         with pytest.raises(UserError, match=rf"{name}: inside {name}/, which DVC or git tracks"):
             write(study=Study(finished))

@@ -5,7 +5,6 @@ from pathlib import Path
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES, check_outside
-from wanda_dvc.study.artifact import temporary_place
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.folder import Study
 
@@ -19,12 +18,8 @@ def reproduce(root: Path, stage: str, variant: str = "", text: str = "", *, show
 def check_target(study: Study, target: Path) -> Path:
     """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
     target = check_outside(study, target)
-    unfinished = {"out"}  # what a killed copy leaves, which the next one replaces
-    for path, allowed in ((target, set()), (temporary_place(target), unfinished)):
-        if not is_there(path):
-            continue
-        if not path.is_dir() or {entry.name for entry in path.iterdir()} - allowed or path.samefile("."):
-            raise UserError(f"{path}: exists already; name a new directory, or an empty one")
+    if is_there(target) and (not target.is_dir() or any(target.iterdir()) or target.samefile(".")):
+        raise UserError(f"{target}: exists already; name a new directory, or an empty one")
     return target
 
 

@@ -35,8 +35,7 @@ LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:
     """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
 
-    UserError if a path is named twice or no model, or if its architecture, vocabulary or tokenizer is not the
-    dense model's.
+    UserError if a path is no model, or if its architecture, vocabulary or tokenizer is not the dense model's.
     """
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
@@ -46,10 +45,7 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
         )
-    real_paths = [path.resolve() for path in paths]
     for path in paths:
-        if real_paths.count(path.resolve()) > 1:
-            raise UserError(f"{path}: named twice, expected each model once; leave one out")
         if (path / "config.json").is_file():
             _check_alike(study, path, path)
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:

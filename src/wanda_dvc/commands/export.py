@@ -3,14 +3,13 @@
 The experiment's files are copied from DVC's cache and git into the work folder. The workspace is only read.
 """
 
-import errno
 import io
 import shutil
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from wanda_dvc.commands import check_new_file, check_target
+from wanda_dvc.commands import check_target
 from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, download_sources, flatten, nested
@@ -33,11 +32,10 @@ from wanda_dvc.study.artifact import (
     temporary_place,
     write_provenance,
 )
-from wanda_dvc.study.dvc import Revision, copy_file
+from wanda_dvc.study.dvc import Revision, copy_file, link_file
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
-from wanda_dvc.study.protocol import differing
 
 MODEL_CARD = "README.md"
 REPRODUCE = """\
@@ -50,12 +48,9 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path | None = None) -> str:
     """Write the pruned model of an experiment into a new directory that transformers loads.
 
-    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a file for llama.cpp's
-    importance matrix. UserError before any work if one of the paths is not new.
+    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a new file for llama.cpp's
+    importance matrix.
     """
-    check_target(study, target)
-    if imatrix:
-        check_new_file(study, imatrix, target)
     revision = None if experiment == WORKSPACE else experiment
     what = revision or "the workspace"
     with study.work({"kind": "export", "experiment": revision}) as work:
@@ -89,33 +84,14 @@ def move_model(experiment: Experiment, target: Path) -> None:
     because DVC has it. After an error, such as a full disk, the target is missing and the study has its model.
     """
     study, recovers = experiment.study, experiment.params.recovery.tokens > 0
-    model = study.model("recovered" if recovers else "pruned")
+    model, copy = (study.model("recovered"), copy_file) if recovers else (study.model("pruned"), link_file)
     content = card(study, experiment.final.metrics["sparsity"], sections(experiment))
-    check_target(study, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not recovers:
-        (model / MODEL_CARD).write_text(content, encoding="utf-8")  # it may fail, and a rename hardly does
-    if recovers or not _renamed(model, target):
-        temporary = temporary_place(target)
-        remove(temporary)  # of a killed run
-        try:
-            shutil.copytree(model, temporary / "out", copy_function=copy_file)
-            (temporary / "out" / MODEL_CARD).write_text(content, encoding="utf-8")
-            (temporary / "out").rename(target)
-        finally:
-            remove(temporary)
+    with study.work({"kind": "move", "target": str(target)}) as work:
+        shutil.copytree(model, work.new(), copy_function=copy, dirs_exist_ok=True)
+        (work.out / MODEL_CARD).write_text(content, encoding="utf-8")
+        check_target(study, target)
+        work.commit(target)
     remove(study.model("pruned"))
-
-
-def _renamed(folder: Path, target: Path) -> bool:
-    """Move a folder by renaming it. Return whether the target is on the same file system; else nothing happens."""
-    try:
-        folder.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        return False
-    return True
 
 
 def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bool) -> Experiment:
@@ -139,12 +115,8 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
 def _check_current(experiment: Experiment, what: str) -> None:
     """Raise UserError if the masks or the recovered model are not those of the experiment's settings."""
     lock = Lock.read(experiment.study.root)
-    stale = [name for name in stale_stages(lock, lock.settings) if name.startswith(("calibrate", "mask"))]
-    if "mask" in stale:  # no settings describe these masks
-        raise UserError(
-            f"{what}: dvc.lock: the inputs of {', '.join(stale)} changed after the run, expected masks of the current "
-            "model and statistics; run `dvc repro`"
-        )
+    if "mask" in stale_stages(lock, lock.settings):  # no settings describe these masks
+        raise UserError(f"{what}: dvc.lock: the inputs of mask changed after the run; run `dvc repro`")
     problems = other_settings(experiment.study)
     if problems:
         raise UserError(f"{what}: {problems[0].removesuffix('.')}")
@@ -170,17 +142,16 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     """Take the files that `apply` reads out of git and the cache. UserError if one is missing there."""
     commit = Revision.open(study.root, revision)
 
-    def take(name: str, what: str) -> None:
-        missing = commit.take(name, links.root)
-        if missing:
+    def take(name: str) -> None:
+        if commit.take(name, links.root):
             raise UserError(
-                f"{revision}: {what} not in DVC's cache, expected all of {name}/; `dvc pull --all-commits` fetches "
-                f"it from a remote that has it, `dvc exp apply {revision}` and `dvc exp run` compute it again"
+                f"{revision}: its {name}/ is not complete in DVC's cache; `dvc pull --all-commits` fetches it from a "
+                f"remote that has it, `dvc exp apply {revision}` and `dvc exp run` compute it again"
             )
 
-    take("masks", "its masks are")
+    take("masks")
     if recovers:
-        take("models/recovered", "its recovered model is")
+        take("models/recovered")
     masks = read_provenance(links.masks, "mask")
     plan = Plan.from_dict(masks["params"])
     names = ["stats/norms"] if with_norms else []
@@ -189,12 +160,12 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     elif plan.apply_solves:
         names += ["stats/gram", "stats/fisher"] if plan.reconstructor.uses_fisher else ["stats/gram"]
     for name in names:
-        take(name, f"its {name} is")
+        take(name)
     expected, dense = masks["model"], study.model("dense")
     if is_there(dense / PROVENANCE) and read_provenance(dense, "download model")["sha256"] == expected["sha256"]:
         links.link_to(study, "models/dense")
     else:
-        take("models/dense", f"its dense model ({expected['source']}) is")
+        take("models/dense")
 
 
 # --- the model card ---
@@ -208,12 +179,9 @@ def sections(experiment: Experiment) -> dict[str, str]:
         sentences.append(_training_sentence(experiment))
     results = table(*side_by_side(models, base=DENSE))
     by_title = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(sentence)}" for sentence in sentences)}
-    protocol = experiment.final.details("continuations").get("protocol")
-    dense_protocol = experiment.results[DENSE].details("continuations").get("protocol")
-    if protocol and dense_protocol and not differing(protocol, dense_protocol):
-        texts = continuations_table(models, inline)
-        if texts:
-            by_title["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
+    texts = continuations_table(models, inline)
+    if texts:
+        by_title["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     by_title["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(params))
     return by_title

@@ -6,11 +6,8 @@ A model and a calibration text have one study. Its statistics serve each further
 import math
 import os
 import shlex
-import time
-from collections import defaultdict
 from pathlib import Path
 
-from wanda_dvc.catalog import EMBEDDED, STRUCTURES
 from wanda_dvc.commands import check_target, reproduce
 from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.request import FALLBACK, PruneRequest
@@ -21,9 +18,8 @@ from wanda_dvc.params import Params, Settings, nested
 from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.experiments import Experiment, workspace
-from wanda_dvc.results.markup import DASH, table
+from wanda_dvc.results.markup import table
 from wanda_dvc.results.show import notes, title
-from wanda_dvc.stages import times
 from wanda_dvc.stages.needs import gigabytes, lacking_for_solver, needs_checkpointing
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import json_text
@@ -32,8 +28,6 @@ from wanda_dvc.study.scaffold import renew
 
 RECOMMENDED = {"neurons": "wanda-refit", "heads": "wanda-refit", "blocks": "wanda-refit", "experts": FALLBACK}
 RECOMMENDED_FOR_ZEROS = "fisher"  # for other patterns; docs/methods.md has the comparison
-# The runs of a model; all others are the dense model's.
-RUNS = {"pruned": ("mask", "apply", "perplexity-pruned"), "recovered": ("recover", "perplexity-recovered")}
 GENERATE = 'from transformers import pipeline; print(pipeline("text-generation", {})("Once upon a time"))'
 
 
@@ -42,7 +36,6 @@ def prune_model(request: PruneRequest) -> str:
 
     UserError, before the calibration, if the memory is too small for a recovery.
     """
-    began = time.time()
     with locked(request.root, f"waiting for another `wanda-dvc prune` of this model, in {request.root} …"):
         study = Study(request.root)
         check_target(study, request.target)  # another command may have written it meanwhile
@@ -59,7 +52,7 @@ def prune_model(request: PruneRequest) -> str:
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=True)
         experiment = workspace(Study(request.root))
-        summary = _paragraphs(experiment, request, began)  # of files that move now
+        summary = _paragraphs(experiment, request)  # of files that move now
         move_model(experiment, request.target)
         recovered = ", the recovered model" if "recovered" in experiment.models else ""
         size = gigabytes(_bytes_on_disk(study.root))
@@ -93,71 +86,27 @@ def _recommended_recipe(study: Study, pattern: str, sizes: ModelSizes) -> str:
 # --- what it prints ---
 
 
-def _paragraphs(experiment: Experiment, request: PruneRequest, began: float) -> list[str]:
+def _paragraphs(experiment: Experiment, request: PruneRequest) -> list[str]:
     models = experiment.models
-    paragraphs = [
-        title(experiment, named=False),
-        table(["", *models], _table_rows(experiment, request, began)),
-        "Seconds: of the stages that ran now.",
-    ]
+    measures = headings(list(models.values())) if request.evaluate else {}
+    values = {name: cells(results, measures) for name, results in models.items()}
+    rows = [[heading, *(values[name][index] for name in models)] for index, heading in enumerate(measures)]
+    folders = [experiment.study.model(name) for name in models]
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
+    rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])
+    paragraphs = [title(experiment, named=False), table(["", *models], rows)]
     if request.evaluate:  # else earlier results may be of another model
         sentences = notes({experiment.name: experiment.params}, models)
         paragraphs += [sentence for sentence in sentences if sentence.startswith("Perplexity on")]
         paragraphs += experiment.notes
-    paragraphs.append(f"{request.target}: the {list(models)[-1]} model, with a model card. Next:")
-    paragraphs.append(_next_commands(experiment, request))
-    return paragraphs
-
-
-def _table_rows(experiment: Experiment, request: PruneRequest, began: float) -> list[list[str]]:
-    models, study = experiment.models, experiment.study
-    measures = headings(list(models.values())) if request.evaluate else {}
-    values = {name: cells(results, measures) for name, results in models.items()}
-    rows = [[heading, *(values[name][index] for name in models)] for index, heading in enumerate(measures)]
-    sizes = {name: sum(path.stat().st_size for path in study.model(name).iterdir()) for name in models}
-    rows.append(["size, MB", *(f"{sizes[name] / 1e6:,.1f}" for name in models)])
-    seconds = _seconds(study, began)
-    rows.append(["seconds", *(f"{seconds[name]:,.0f}" if name in seconds else DASH for name in models)])
-    return rows
-
-
-def _seconds(study: Study, began: float) -> dict[str, float]:
-    seconds = defaultdict[str, float](float)
-    for run, content in times(study).items():
-        if study.time(run).stat().st_mtime >= began:  # an earlier time may be of other settings
-            model = next((model for model, runs in RUNS.items() if run.startswith(runs)), "dense")
-            seconds[model] += content["seconds"]
-    return seconds
-
-
-def _next_commands(experiment: Experiment, request: PruneRequest) -> str:
-    """Return commands with comments, a line each: prune again, generate text, make a study."""
-    changed = "pattern" if ":" in experiment.params.pattern else "sparsity"
     generate = GENERATE.format(json_text(os.path.relpath(request.target)))
-    commands = {
-        f"wanda-dvc prune {shlex.join(_next_options(experiment.params, request.recipe))}": (
-            f"another {changed}, with the same statistics"
-        ),
-        f"python -c {shlex.quote(generate)}": "generate text",
-        f"wanda-dvc init my-study --from {shlex.quote(str(request.root))}": "a study of your own, to compare several",
-    }
-    return "\n".join(f"  {command}   # {comment}" for command, comment in commands.items())
-
-
-def _next_options(params: Params, recipe: str | None) -> list[str]:
-    options = [params.model]
-    if params.calibration.text.source != EMBEDDED:
-        options += ["--text", params.calibration.text.source]
-    if params.pattern in STRUCTURES:
-        options += ["--pattern", params.pattern]
-    if recipe:
-        options += ["--recipe", recipe]
-    if params.recovery.tokens:
-        options += ["--recover", str(params.recovery.tokens)]
-    if ":" in params.pattern:
-        return [*options, "--pattern", "4:8" if params.pattern == "2:4" else "2:4"]
-    low, high = (0.1, 0.3) if params.pattern in STRUCTURES else (0.5, 0.7)
-    return [*options, "--sparsity", str(high if params.sparsity < high else low)]
+    paragraphs.append(
+        f"{request.target}: the {list(models)[-1]} model, with a model card. Next:\n\n"
+        f"  python -c {shlex.quote(generate)}   # generate text\n"
+        f"  wanda-dvc init my-study --from {shlex.quote(str(request.root))}   # a study of your own, to compare several"
+    )
+    paragraphs.append("The same command with another DIR and `--sparsity` or `--pattern` reuses the statistics.")
+    return paragraphs
 
 
 def _bytes_on_disk(folder: Path) -> int:

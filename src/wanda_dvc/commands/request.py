@@ -17,10 +17,6 @@ from wanda_dvc.study.scaffold import new_params, source_settings
 
 FALLBACK = "wanda"  # needs the least memory and disk
 TOKEN_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
-OPTIONS = {  # by the setting that they give
-    "model": "MODEL", "calibration.text": "--text", "recipe": "--recipe", "sparsity": "--sparsity",
-    "pattern": "--pattern", "recovery.tokens": "--recover",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +53,7 @@ def check_request(
     try:
         params, _ = new_params(nested(settings))
     except UserError as error:
-        raise UserError(*map(_with_option, error.problems)) from None
+        raise UserError(*(problem.removeprefix(f"{FILE}: ") for problem in error.problems)) from None
     source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
     name = Path(source).name
     key = digest({"model": params.model, "text": params.calibration.text.filled})[:8]
@@ -68,12 +64,6 @@ def check_request(
         target = Path("-".join(filter(None, [name, recipe, kind, amount, recover])))
     target = check_target(Study(root), target)
     return PruneRequest(settings=settings, params=params, root=root, target=target, recipe=recipe, evaluate=evaluate)
-
-
-def _with_option(problem: str) -> str:
-    """Replace a setting by its option in a message."""
-    setting, _, rest = problem.removeprefix(f"{FILE}: ").partition(": ")
-    return f"{OPTIONS.get(setting, setting)}: {rest}"
 
 
 def _parse_tokens(text: str) -> int:

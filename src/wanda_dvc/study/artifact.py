@@ -50,12 +50,8 @@ def block_file(folder: Path, block: int) -> Path:
 
 def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
     """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
-    finished = 0
-    for block in itertools.count() if order is None else order:
-        if not is_there(block_file(folder, block)):
-            break
-        finished += 1
-    return finished
+    blocks = itertools.count() if order is None else order
+    return len(list(itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks)))
 
 
 def block_count(folder: Path, made_by: str) -> int:
@@ -231,6 +227,7 @@ class Work:
                     raise
                 shutil.copytree(folder, temporary / "out", copy_function=copy_file)
                 _move(temporary / "out", target)
+            finally:
                 remove(temporary)
         write_json(self._note, {target.name: str(target.absolute()) for target in targets})
         self.discard()
@@ -293,8 +290,8 @@ def remove(path: Path) -> None:
 
 
 def temporary_place(target: Path) -> Path:
-    """Return the temporary folder for copies of an artifact, next to its place."""
-    return target.with_name(target.name + ".part")
+    """Return the temporary place of a copy of an artifact or a file, next to its place."""
+    return target.with_name(f".{target.name}.part")
 
 
 def _copy_blocks(source: Path, folder: Path) -> None:
