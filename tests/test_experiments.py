@@ -188,12 +188,8 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert "main: /models/tiny: wanda, sparsity 0.5" in said
     found = json.loads(show(study=Study(repository.root), names=["middling"], as_json=True))
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
-    for name, error in (
-        ("nothing", "nothing: no experiment, commit, branch or tag of that name"),
-        ("", "NAME: empty, "),
-    ):
-        with pytest.raises(UserError, match=error):
-            show(study=Study(repository.root), names=[name])
+    with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
+        show(study=Study(repository.root), names=["nothing"])
 
 
 def test_a_damaged_lock_is_named_and_no_row_of_the_list(repository: Repository):

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,7 +223,10 @@ def init(
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     calibration: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
-    mirror: Annotated[Path | None, typer.Option(help="A directory of data sets, if there is no internet.")] = None,
+    mirror: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A directory of data sets, if there is no internet."),
+    ] = None,
     study: Annotated[
         Path | None, typer.Option("--from", help="A study, as `prune` names it: begin with its settings and results.")
     ] = None,
@@ -271,13 +275,10 @@ for _stage in STAGES.values():  # last in --help
 
 
 def _refuse_empty(arguments: list[str]) -> None:  # an unset variable of the shell must not choose a default
-    previous = ""
     for position, argument in enumerate(arguments, start=1):
         if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):
-            option = (argument or previous).removesuffix("=")
-            where = option if option.startswith("-") else f"argument {position}"
-            raise UserError(f"{where}: found an empty value, such as an unset variable; give one, or leave it out")
-        previous = argument
+            command = shlex.join(["wanda-dvc", *arguments[:position]])
+            raise UserError(f"{command}: ends in an empty value, such as an unset variable; give one, or leave it out")
 
 
 def run() -> None:

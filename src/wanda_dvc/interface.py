@@ -7,9 +7,7 @@ weights and figures are the pipeline's. Keyword arguments are the settings of `p
 """
 
 import contextlib
-import operator
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -18,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.commands import reproduce
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import MODELS, STAGES
+from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
-from wanda_dvc.study.artifact import block_count, locked
-from wanda_dvc.study.files import load_json, write_text
+from wanda_dvc.study.artifact import block_count, locked, remove
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.scaffold import change_settings, changed, init, new_params
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ class Study:
         count = block_count(stats, "calibrate")
         if count and block not in range(count):
             raise UserError(f"block: found {block!r}, expected 0 to {count - 1}")
-        return read_stats(stats, operator.index(block))
+        return read_stats(stats, block)
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
         """Return the masks by linear, in the shape of the stored weight; True is kept. Each is unpacked at access."""
@@ -119,11 +117,7 @@ def calibrate(
 
     Raises:
         UserError: A wrong argument or setting, an unsupported model, or activations that are not finite. If no model
-            could be fetched, the directory is as before.
-
-    Example:
-        >>> study = wd.calibrate("HuggingFaceTB/SmolLM2-135M-Instruct", "study")
-        >>> study.statistics(0).inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
+            could be fetched, the directory is empty.
     """
     new_params(settings)  # a wrong setting or argument makes no study
     in_memory = not isinstance(model, str | os.PathLike)
@@ -133,39 +127,31 @@ def calibrate(
         raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
     root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
-    was_there, was_empty = root.exists(), not any(root.glob("*"))
+    was_empty = not any(root.glob("*"))
     source = str(model.expanduser().absolute()) if isinstance(model, Path) else model
     init(folder=root, model=None if in_memory else str(source))
     study = Study(root)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
-    with _alone(study):
-        if in_memory:
-            saved = root / "model"
-            model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
-            tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
-            (saved / ".gitignore").write_text("*\n", encoding="utf-8")
-            settings = {"model": str(saved)} | settings
-        change_settings(study.path / "params.yaml", settings)
+    if in_memory:
+        saved = root / "model"
+        model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
+        tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
+        (saved / ".gitignore").write_text("*\n", encoding="utf-8")
+        settings = {"model": str(saved)} | settings
+    with _changed(study, settings):
         try:
             reproduce(study.path, "calibrate")
         except UserError:
             if was_empty:
-                _discard_without_model(root, was_there=was_there)
+                _discard_without_model(root)
             raise
     return study
 
 
 def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
-    """Change settings of a study and choose the weights to keep; return the masks, as `Study.masks`.
-
-    Example:
-        >>> masks = wd.mask(study, recipe="wanda", pattern="2:4")
-        >>> masks["model.layers.0.mlp.up_proj"].float().mean().item()
-        0.5
-    """
-    with _alone(study):
-        change_settings(study.path / "params.yaml", settings)
+    """Change settings of a study and choose the weights to keep; return the masks, as `Study.masks`."""
+    with _changed(study, settings):
         reproduce(study.path, "mask")
         return study.masks()
 
@@ -174,12 +160,8 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
     """Change settings of a study, prune its model, and return the pruned model, an ordinary one of transformers.
 
     The dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
-
-    Example:
-        >>> model = wd.prune(study, recipe="admm", sparsity=0.6)
     """
-    with _alone(study):
-        change_settings(study.path / "params.yaml", settings)
+    with _changed(study, settings):
         from transformers import AutoModelForCausalLM  # its import takes seconds
 
         reproduce(study.path, "apply")
@@ -198,21 +180,14 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
 
     Returns:
         The perplexity, to six significant digits; infinity if a loss is not finite.
-
-    Example:
-        >>> wd.perplexity(study, "dense"), wd.perplexity(study, sparsity=0.7)
-        (15.6137, 88.5321)
     """
-    with _alone(study):
-        file = study.path / "params.yaml"
-        params, content = changed(file.read_text(encoding="utf-8"), settings)
-        text = text or next(iter(params.perplexity.texts))
-        for name, value, known in (("model", model, MODELS), ("text", text, [*params.perplexity.texts])):
-            if value not in known:
-                raise UserError(f"{name}: found {value}, expected {', '.join(known)}")
-        if not STAGES["perplexity"].variants[model].wanted(params):
-            raise UserError("recovery.tokens: found 0, expected a number of tokens, as in recovery={'tokens': 200_000}")
-        write_text(file, content)
+    params, _ = changed((study.path / "params.yaml").read_text(encoding="utf-8"), settings)
+    text = text or next(iter(params.perplexity.texts))
+    models = [name for name, variant in STAGES["perplexity"].variants.items() if variant.wanted(params)]
+    for name, value, known in (("model", model, models), ("text", text, list(params.perplexity.texts))):
+        if value not in known:
+            raise UserError(f"{name}: found {value}, expected {', '.join(known)}, as these settings have it")
+    with _changed(study, settings):
         reproduce(study.path, "perplexity", model, text)
         measured = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
         return measured if isinstance(measured, float) else float("inf")
@@ -222,40 +197,31 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
 
 
 @contextlib.contextmanager
-def _alone(study: Study) -> Iterator[None]:
-    """Let one function at a time change and read a study; others wait. UserError for another object than a study."""
-    if not isinstance(study, Study):
-        raise UserError(f"study: found {study!r:.80}, expected a wanda_dvc.Study; Study(DIRECTORY) opens one")
+def _changed(study: Study, settings: dict[str, Any]) -> Iterator[None]:
+    """Let one function at a time change and read a study; others wait. Its settings change first."""
     lock = folder.Study(study.path).work_root / "interface"
     with locked(lock, f"waiting for another function on {study.path} …"):
+        change_settings(study.path / "params.yaml", settings)
         yield
 
 
 def _check_in_memory(model: object, tokenizer: object) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(
-            f"model: found {type(model).__name__}, expected a path, a Hub id or a causal language model of "
-            "transformers; merge an adapter of PEFT first"
+            f"model, tokenizer: found {type(model).__name__}, {type(tokenizer).__name__}, expected a path, a Hub id or "
+            "a causal language model of transformers with its tokenizer; merge an adapter of PEFT first"
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(f"tokenizer: found {type(tokenizer).__name__}, expected the model's, of transformers; pass it")
 
 
-def _discard_without_model(root: Path, *, was_there: bool) -> None:
+def _discard_without_model(root: Path) -> None:
     """Empty the directory of a new study without a model, so that the corrected call can use it.
 
-    Nothing happens if there are fetched parts of a model, for a resumed download, or an earlier git repository.
+    Nothing happens if there are fetched parts of a model, for a resumed download, or in an earlier git repository.
     """
     study = folder.Study(root)
     fetched = [path for path in study.work_root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    if study.model("dense").exists() or fetched or not (root / ".git").exists():
-        return
-    for path in root.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if not was_there:
-        root.rmdir()
+    if not (study.model("dense").exists() or fetched) and (root / ".git").exists():
+        for path in list(root.iterdir()):
+            remove(path)

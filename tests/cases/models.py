@@ -119,7 +119,8 @@ OTHERS: dict[str, Any] = {
     "a family's name for code of its own": (
         config(architectures=["NewForCausalLM"], auto_map={"AutoModelForCausalLM": "new.NewForCausalLM"}),
         "config.json",
-        "found NewForCausalLM (its own code is never run)",
+        "found ['NewForCausalLM']",
+        "a model's own code is never run",
         "expected LlamaForCausalLM",
     ),
     "no weights": (removed(SINGLE), "found", "expected model.safetensors"),

@@ -47,7 +47,7 @@ def gz(content: bytes) -> bytes:
 PACKED = gz(GOOD * 20)
 DAMAGED: dict[str, Any] = {
     "jsonl: no JSON": (GOOD + b"{", f"{LINES}: line 2", "found no JSON", "expected"),
-    "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found a number in column", "expected"),
+    "jsonl: text is 3": (GOOD + b'{"text": 3}\n', f"{LINES}: line 2", "found text, expected text in column `text`"),
     "jsonl: another column": (b'{"body": "a"}', "line 1", "found body", "expected text in column `text`"),
     "jsonl: no column": (b"{}", "line 1", "found nothing", "expected text in column `text`"),
     "jsonl: a blank line": (GOOD + b"\n" + GOOD, f"{LINES}: line 2", "found no JSON", "expected"),
@@ -61,6 +61,6 @@ DAMAGED: dict[str, Any] = {
     "gz: a wrong sum": (PACKED[:-8] + b"\0" * 8, SHARD, "damaged", "expected lines"),
     "gz: a flipped byte": (PACKED[:14] + b"\xff\xff" + PACKED[16:], SHARD, "damaged", "expected"),
     "gz: empty": (gz(b""), SHARD, "no documents", "expected JSON lines"),
-    "gz: another column": (gz(b'{"body": "a"}\n'), f"{SHARD}: line 1", "no text `text`", "expected"),
+    "gz: another column": (gz(b'{"body": "a"}\n'), f"{SHARD}: line 1", "found body", "expected text in column `text`"),
     "gz: no JSON": (gz(b"{"), f"{SHARD}: line 1", "found no JSON"),
 }

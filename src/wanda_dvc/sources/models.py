@@ -220,18 +220,15 @@ def check_decoder(folder: Path, names: list[str], where: str) -> None:
     # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
     is_named = any(name.replace("_", "").lower() in architectures for name in classes)
     config = read_config(folder) if causal else None
+    problem = None
     if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not is_named):
-        code = " (its own code is never run)" if "auto_map" in stored else ""
-        problem = f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3"
-        raise UserError(f"{where}: config.json: {problem}; name one")
-    if not is_named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
-        architecture = ", ".join(map(str, stored.get("architectures") or ["no architectures"]))
-        problem = f"found {architecture} (its own code is never run), expected {classes[0]}"
-        raise UserError(f"{where}: config.json: {problem}; name another model")
-    quantized = stored.get("quantization_config")
-    if quantized:
-        problem = f"weights quantized by {quantized!s:.80}, expected unquantized ones"
-        raise UserError(f"{where}: config.json: {problem}; name the original model")
+        problem = f"found {kind or 'no model_type'}, expected a causal decoder of transformers, such as llama or qwen3"
+    elif not is_named and "AutoModelForCausalLM" in (stored.get("auto_map") or ()):  # another model than the family's
+        problem = f"found {stored.get('architectures')}, expected {classes[0]} of transformers"
+    elif stored.get("quantization_config"):
+        problem = f"weights quantized by {stored['quantization_config']!s:.80}, expected unquantized ones"
+    if problem:
+        raise UserError(f"{where}: config.json: {problem}; name another model (a model's own code is never run)")
     if not any(_matches(name, TOKENIZERS) for name in names):
         raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
 

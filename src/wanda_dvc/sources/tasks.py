@@ -46,15 +46,13 @@ def find_tasks(tasks: Tasks, mirror: str | None) -> Source:
 def _find_items(name: str, source: str, mirror: str | None) -> Items:
     where = f"params.yaml: tasks.names: {name}"
     path, definition = task_definition(name) or ("", {})
-    if definition.get("output_type") != "multiple_choice":
-        raise UserError(f"{where} is no multiple-choice task of lm-eval {version('lm_eval')}; see `lm-eval ls tasks`")
     metrics = [entry.get("metric") for entry in definition.get("metric_list") or [{"metric": "acc"}]]
-    if "acc" not in metrics:
-        raise UserError(f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove this task")
     role = "test" if definition.get("test_split") else "validation"
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
-    if not dataset or not split or definition.get("custom_dataset"):
-        raise UserError(f"{where}: lm-eval's definition names no data set or split; remove this task")
+    is_multiple_choice = definition.get("output_type") == "multiple_choice" and "acc" in metrics
+    if not is_multiple_choice or not dataset or not split or definition.get("custom_dataset"):
+        problem = f"no multiple-choice task of lm-eval {version('lm_eval')} with an accuracy (acc) and a data set"
+        raise UserError(f"{where}: {problem}; see `lm-eval ls tasks`")
     arguments = definition.get("dataset_kwargs") or {}
     options = {name: value for name, value in arguments.items() if name not in NOT_FOR_DATASETS}
     folders = [dataset, config] if config else [dataset]
@@ -105,16 +103,14 @@ def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Pat
         target = out / name / ITEMS
         target.parent.mkdir()
         if isinstance(items.origin, Path):
-            revision = None
-            load_task(items.definition, items.role, items.origin, todo="correct that file")
-            shutil.copyfile(items.origin, target)
+            file, revision = items.origin, None
+            shutil.copyfile(file, target)
         else:
-            revision = items.origin.commit
+            file, revision = target, items.origin.commit
             rows = load_rows(items.origin, items.config, items.split, **items.options)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             target.write_text("".join(lines), encoding="utf-8", newline="\n")
-            where = f"{items.origin.where}: {items.title}"
-            load_task(items.definition, items.role, target, name=where, todo="remove the task")
+        load_task(items.definition, items.role, file, todo="correct that file, or remove the task")
         source = "samples written for wanda-dvc" if are_samples else items.title
         provenance = describe(
             "download tasks", task=name, source=source, revision=revision, samples=are_samples,
@@ -126,31 +122,29 @@ def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Pat
 # --- lm-eval's task of a file of items ---
 
 
-def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: str = DOWNLOAD_AGAIN) -> Any:
+def load_task(definition: str, role: str, items: Path, *, todo: str = DOWNLOAD_AGAIN) -> Any:
     """Return lm-eval's task: its own YAML file, with the items as the split in that role alone.
 
-    `name` names the items in messages instead of their path, and `todo` says how to correct them. UserError if there
-    are no items, an item has other fields than the first, or lm-eval finds no label among the item's choices. lm-eval
-    alone would count these items as wrong answers.
+    UserError, which ends in `todo`, if there are no items, an item has other fields than the first, or lm-eval
+    finds no label among the item's choices. lm-eval alone would count these items as wrong answers.
     """
     import lm_eval.tasks
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    name = name or str(items)
     rows = [row for _, row in read_lines(items, todo)]
     if not rows:
-        raise UserError(f"{name}: no items, expected one a line; {todo}")
+        raise UserError(f"{items}: no items, expected one a line; {todo}")
     for number, row in enumerate(rows, start=1):
         missing = [field for field in rows[0] if field not in row]
         if missing:
             problem = f"no {', '.join(missing)}, expected the fields of the first item"
-            raise UserError(f"{name}: item {number}: {problem}; {todo}")
+            raise UserError(f"{items}: item {number}: {problem}; {todo}")
     tasks = Path(lm_eval.tasks.__file__).parent
     # Definitions may name Python files, and lm-eval runs them. So only lm-eval's own definitions are read.
     if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
-        raise UserError(f"{name}: got the definition {definition}, expected one of lm-eval's; {todo}")
+        raise UserError(f"{items}: got the definition {definition}, expected one of lm-eval's; {todo}")
     config = load_yaml(tasks / definition)
     # lm-eval would look for the split of the examples, even without examples.
     config |= dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
@@ -158,11 +152,11 @@ def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: 
     try:
         task = ConfigurableTask(config=config)
         for number, item in enumerate(task.eval_docs, start=1):
-            _check_label(task, item, f"{name}: item {number}", todo)
+            _check_label(task, item, f"{items}: item {number}", todo)
     except UserError:
         raise
     except Exception as error:  # the definitions' templates and functions raise any of them
-        raise UserError(f"{name}: lm-eval cannot read the items ({reason(error)}); {todo}") from error
+        raise UserError(f"{items}: lm-eval cannot read the items ({reason(error)}); {todo}") from error
     return task
 
 

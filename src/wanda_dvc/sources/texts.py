@@ -2,18 +2,17 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import ChosenText
-from wanda_dvc.reading import check_file, name_of, read_lines, read_text
+from wanda_dvc.reading import check_file, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED_FOLDER, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.artifact import describe, file_digest, write_provenance
-from wanda_dvc.study.files import Documents, Json
+from wanda_dvc.study.files import Documents, Json, text_in
 from wanda_dvc.study.folder import DOCUMENTS, TEXT
 
 
@@ -69,8 +68,10 @@ def _read_rows(where: str, text: ChosenText, origin: Path | Repository) -> list[
     """Return the texts of all rows; a file without rows is one text."""
     if isinstance(origin, Repository):
         rows = load_rows(origin, text.config, text.split or "")
-        return _column(((f"{where}.column: {text.dataset}", row) for row in rows), text.column)
-    return _column(read_lines(origin), text.column) if origin.suffix == ".jsonl" else [read_text(origin)]
+        return [text_in(row, text.column, f"{where}.column: {text.dataset}") for row in rows]
+    if origin.suffix == ".jsonl":
+        return [text_in(row, text.column, place) for place, row in read_lines(origin)]
+    return [read_text(origin)]
 
 
 def _write_joined(rows: list[str], join: str, where: str, out: Path) -> Json:
@@ -89,15 +90,3 @@ def _write_documents(documents: Documents, out: Path) -> Json:
         raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
     shutil.copyfile(file, out / DOCUMENTS)
     return {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
-
-
-def _column(rows: Iterable[tuple[str, Json]], column: str) -> list[str]:
-    texts = []
-    for where, row in rows:
-        text = row.get(column)
-        if not isinstance(text, str):
-            columns = ", ".join(row)[:200] or "nothing"
-            wrong = f"{name_of(text)} in column `{column}`" if column in row else columns
-            raise UserError(f"{where}: found {wrong}, expected text in column `{column}`; name another")
-        texts.append(text)
-    return texts

@@ -121,10 +121,6 @@ class Revision:
         # Private: pygit2's own reader waits for ever if git lacks a blob.
         vars(pygit2)["BlobIO"] = lambda blob, **_: io.BytesIO(blob.data)
         around, git_root = repository_roots(root)
-        if not name.strip():
-            raise UserError(
-                "NAME: empty, expected an experiment, commit, branch or tag; leave it out for the workspace"
-            )
         try:
             files = DVCFileSystem(str(around), rev=name, subrepos=True)  # its paths begin at git's root
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, check_file, is_there, parse_json, read_object
+from wanda_dvc.reading import DIVERGED, check_file, is_there, name_of, parse_json, read_object
 
 Json = dict[str, Any]
 
@@ -54,6 +54,15 @@ def load_json(path: Path) -> Json:
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
 
 
+def text_in(row: object, column: str, where: str) -> str:
+    """Return the text in a column of a row. UserError if the row has none."""
+    text = row.get(column) if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return text
+    columns = ", ".join(row)[:200] if isinstance(row, dict) else name_of(row)
+    raise UserError(f"{where}: found {columns or 'nothing'}, expected text in column `{column}`; name another")
+
+
 class Documents(Sequence[str]):
     """The documents of a gzipped file of JSON lines, read one at a time by index. UserError if the file is damaged.
 
@@ -81,8 +90,4 @@ class Documents(Sequence[str]):
         begin, end = self.starts[index], self.starts[index + 1]
         self.lines.seek(begin)
         where = f"{self.shard}: line {index + 1}"
-        row = parse_json(self.lines.read(end - begin), where)
-        document = row.get(self.column) if isinstance(row, dict) else None
-        if isinstance(document, str):
-            return document
-        raise UserError(f"{where}: no text `{self.column}`, expected one in every line; copy it again")
+        return text_in(parse_json(self.lines.read(end - begin), where), self.column, where)

@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from copy import copy
 from importlib.resources import files
 from pathlib import Path
@@ -140,17 +141,12 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return settings with Python's own numbers in place of NumPy's and torch's. UserError for several numbers."""
+    """Return settings with Python's own numbers in place of NumPy's and torch's."""
     if isinstance(value, dict):
         return {name: _plain(setting) for name, setting in value.items()}
     if isinstance(value, list):
         return [_plain(setting) for setting in value]
-    if not hasattr(value, "item"):
-        return value
-    try:
-        return value.item()
-    except (ValueError, RuntimeError):
-        raise UserError(f"{type(value).__name__} of several numbers: {value!s:.80}, expected one number") from None
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def source_settings(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
@@ -160,53 +156,30 @@ def source_settings(model: str | None, calibration: str | None, mirror: Path | N
     """
     settings: Settings = {}
     if model is not None:
-        settings["model"] = _absolute_model(model)
+        settings["model"] = _absolute(model, "a directory of safetensors", Path.is_dir)
     if calibration is not None:
-        settings |= {"calibration.text.source": _absolute_text(calibration), "calibration.text.split": None}
+        source = calibration if calibration in TEXTS else _absolute(calibration, "a .txt or .jsonl file", _is_text_file)
+        settings |= {"calibration.text.source": source, "calibration.text.split": None}
     if mirror is not None:
-        folder = mirror.expanduser().absolute()
-        if not folder.is_dir():
-            raise UserError(f"{folder} not found; runtime.mirror is a directory of data sets: name one")
-        settings["runtime.mirror"] = str(folder)
+        settings["runtime.mirror"] = str(mirror.absolute())
     return settings
 
 
-def _absolute_model(model: str) -> str:
-    """Return a model as params.yaml names it. A directory of this machine precedes a Hub id of the same name."""
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises an error for an unknown user
-    if path.is_dir():
+def _is_text_file(path: Path) -> bool:
+    return path.is_file() and path.suffix in TEXT_SUFFIXES
+
+
+def _absolute(source: str, expected: str, is_expected: Callable[[Path], bool]) -> str:
+    """Return a source as params.yaml names it. A path of this machine precedes a Hub id of the same name."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
+    if is_expected(path):
         return str(path.resolve())
-    if os.path.lexists(path):
-        raise UserError(f"{path.absolute()}: found no directory, expected one of safetensors; name another")
-    if _is_path(model):
-        raise UserError(f"{path.absolute()} not found; name a directory of this machine{_or_on_the_hub(model)}")
-    return model
-
-
-def _absolute_text(text: str) -> str:
-    """Return a text as params.yaml names it. A file of this machine precedes a Hub id of the same name."""
-    if text in TEXTS:
-        return text
-    if "://" in text:
-        raise UserError(f"{text}: a URL, expected a .txt or .jsonl file of this machine, or a Hub id; download it")
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 - as above
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
-        return str(path.resolve())
-    if os.path.lexists(path):
-        raise UserError(f"{path.absolute()}: expected a file that ends in .txt or .jsonl; name one")
-    if _is_path(text) or path.suffix in TEXT_SUFFIXES:
-        raise UserError(f"{path.absolute()} not found; name a file of this machine{_or_on_the_hub(text)}")
-    return text
-
-
-def _is_path(source: str) -> bool:
-    return source.startswith((".", "~", os.sep)) or (
-        "@" not in source and "/" in source and Path(source).parent.is_dir()
-    )
-
-
-def _or_on_the_hub(source: str) -> str:
-    return f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
+    is_in_folder = "/" in source and "@" not in source and path.parent.is_dir()
+    is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES or is_in_folder
+    if is_path or os.path.lexists(path):
+        hub = f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
+        raise UserError(f"{path.absolute()}: missing, or not {expected}; name one of this machine{hub}")
+    return source
 
 
 def _repository_around(folder: Path) -> Path | None:
