@@ -21,6 +21,7 @@ from wanda_dvc.pruning.allocation import (
     owl,
     round_to_total,
     sensitivity,
+    sensitivity_rating,
     shift,
 )
 from wanda_dvc.pruning.gram import Gram, layer_errors
@@ -239,6 +240,12 @@ def test_outliers_are_counted_over_the_whole_block():
     assert outlier_ratio(lambda: scores, multiple=2) == pytest.approx(100 / 3)
     assert outlier_ratio(lambda: scores) == 0
     assert outlier_ratio(lambda: [7 * score for score in scores], multiple=2) == pytest.approx(100 / 3)
+
+
+def test_an_input_of_zeros_has_no_sensitivity():
+    x = InputStats(torch.zeros(8).double(), torch.zeros(8).double(), 5)
+    block = BlockStats({"up": x}, {"up": ["up"]}, [], {"up": torch.ones(3).double()})
+    assert sensitivity_rating(lambda _: torch.ones(3, 8), block) == [None]
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))

@@ -13,16 +13,9 @@ from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.reconstruction import reconstruct
+from wanda_dvc.pruning.reconstruction import reconstruct, target_weight
 from wanda_dvc.pruning.selection import count_removed, select
-from wanda_dvc.pruning.solvers import (
-    GramFactors,
-    admm,
-    corrected_target,
-    fisher_least_squares,
-    least_squares,
-    sparsegpt,
-)
+from wanda_dvc.pruning.solvers import GramFactors, admm, fisher_least_squares, least_squares, sparsegpt
 
 METHODS: dict[str, Callable[..., solvers.SolverResult]] = {"sparsegpt": sparsegpt, "admm": admm}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
@@ -425,16 +418,16 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     weight = torch.randn(6, 30, generator=generator)
     gram, cross = (pruned.T @ pruned).float(), (x.T @ pruned).float()
     prepared = GramFactors(gram, damping=0)
-    exact = corrected_target(weight, prepared, cross)
+    exact = target_weight(weight, prepared, cross)
     torch.testing.assert_close((pruned @ exact.double().T), x @ weight.double().T, rtol=0, atol=1e-3)
-    half = corrected_target(weight, prepared, cross, strength=0.5)
+    half = target_weight(weight, prepared, cross, strength=0.5)
     torch.testing.assert_close(half, (weight + exact) / 2)
-    assert torch.equal(corrected_target(weight, prepared, prepared.gram), weight)
+    assert torch.equal(target_weight(weight, prepared, prepared.gram), weight)
     noisy = pruned + torch.randn(500, 30, generator=generator).double()
     gram, cross = (noisy.T @ noisy), (x.T @ noisy)
     unit = 0.1 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
     expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
-    found = corrected_target(weight, GramFactors(gram.float(), damping=0.1), cross.float())
+    found = target_weight(weight, GramFactors(gram.float(), damping=0.1), cross.float())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
@@ -460,7 +453,7 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
 def test_the_corrected_target_leaves_the_weights_of_dead_features():
     weight, gram = problem()
     gram[3] = gram[:, 3] = 0
-    target = corrected_target(weight, GramFactors(gram), 2 * gram)
+    target = target_weight(weight, GramFactors(gram), 2 * gram)
     assert torch.equal(target[:, 3], weight[:, 3])
     assert (target[:, 4] != weight[:, 4]).all()
 
@@ -471,7 +464,7 @@ SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
     "sparsegpt_update": lambda weight, prepared: solvers.sparsegpt_update(weight, weight > 0, prepared).weight,
     "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
-    "corrected_target": lambda weight, prepared: corrected_target(weight, prepared, prepared.gram + 1),
+    "target_weight": lambda weight, prepared: target_weight(weight, prepared, prepared.gram + 1),
 }
 
 

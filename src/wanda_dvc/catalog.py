@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from wanda_dvc.errors import UserError, reason
 
@@ -25,13 +25,6 @@ class Choice:
 
     name: str  # as params.yaml writes it
     about: str  # in one line
-
-
-ChoiceT = TypeVar("ChoiceT", bound=Choice)
-
-
-def _by_name(*rows: ChoiceT) -> dict[str, ChoiceT]:
-    return {row.name: row for row in rows}
 
 
 # --- methods ---
@@ -82,7 +75,7 @@ class Method(Choice):
 
 
 # Baselines first: reports compare a later method with an earlier one.
-_METHODS = _by_name(
+_METHODS = {row.name: row for row in (
     Method("magnitude", "|W|", paper="[Han et al. 2015](https://arxiv.org/abs/1506.02626)", needs="weights",
            function="wanda_dvc.pruning.scores:magnitude", scores_by_row=True),
     Method("wanda", "|W| · ‖X‖₂", paper="[Sun et al. 2024](https://arxiv.org/abs/2306.11695)", needs="norms",
@@ -103,7 +96,7 @@ _METHODS = _by_name(
     Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
            paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
            competition="blocks"),
-)  # fmt: skip
+)}  # fmt: skip
 
 
 @cache
@@ -130,11 +123,6 @@ def methods() -> dict[str, Method]:
     return rows
 
 
-def missing_method(name: str) -> Method:
-    """Return the row of a stored method whose package is not installed. Its call raises UserError."""
-    return Method(name, "a method of a package that is not installed", paper="", function="", needs="norms")
-
-
 # --- structures ---
 
 
@@ -154,12 +142,10 @@ class Structure(Choice):
     method: str = ""
 
 
-WIDTHS = (
-    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size",
-    "shared_expert_intermediate_size", "shared_intermediate_size",
-)  # fmt: skip
-STRUCTURES = _by_name(
-    Structure("neurons", "neurons of each MLP", fields=WIDTHS, multiple=256),
+STRUCTURES = {row.name: row for row in (
+    Structure("neurons", "neurons of each MLP", multiple=256,
+              fields=("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size",
+                      "shared_expert_intermediate_size", "shared_intermediate_size")),
     Structure("heads", "groups of attention heads of each block", fields=("num_key_value_heads",),
               scaled=("num_attention_heads",)),
     Structure("experts", "routed experts of each block", find="wanda_dvc.engine.finders:find_experts", method="reap",
@@ -167,7 +153,7 @@ STRUCTURES = _by_name(
                       "num_routed_experts")),
     Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="influence",
               fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
-)  # fmt: skip
+)}  # fmt: skip
 
 
 # --- groups, allocations and reconstructions ---
@@ -192,7 +178,7 @@ class Allocation(Choice):
     strength: float | None = None  # how far sparsities differ, as the function defines it; None: they are equal
 
 
-ALLOCATIONS = _by_name(
+ALLOCATIONS = {row.name: row for row in (
     Allocation("uniform", "the same sparsity in every block"),
     # Yin et al. 2024, arXiv 2310.05175
     Allocation("owl", function="wanda_dvc.pruning.allocation:owl", strength=0.08,
@@ -204,7 +190,7 @@ ALLOCATIONS = _by_name(
                rating="wanda_dvc.pruning.allocation:sensitivity_rating",
                about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; a "
                "linear's sparsity differs from the model's by up to 0.2, and is at most 0.97"),
-)  # fmt: skip
+)}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +205,7 @@ class Reconstruction(Choice):
     steps_n_of_m: int = 0  # likewise with patterns n:m, if they have their own
 
 
-RECONSTRUCTIONS = _by_name(
+RECONSTRUCTIONS = {row.name: row for row in (
     Reconstruction("none", "unchanged"),
     # Meng et al. 2024, ALPS, arXiv 2406.07831
     Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares", steps=10,
@@ -232,7 +218,7 @@ RECONSTRUCTIONS = _by_name(
     # Frantar and Alistarh 2023, arXiv 2301.00774
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
                    about="input by input: the weights to the right compensate for each removed weight"),
-)  # fmt: skip
+)}  # fmt: skip
 # Where complete inputs are removed, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
     "least-squares",
@@ -261,7 +247,7 @@ class Recipe(Choice):
     propagation: str = "dense"
 
 
-RECIPES = _by_name(
+RECIPES = {row.name: row for row in (
     Recipe("magnitude", "the paper's baseline", "magnitude", group="linear"),
     Recipe("magnitude-rows", "the simplest baseline", "magnitude"),
     Recipe("wanda", "the paper's method, on dense blocks", "wanda"),
@@ -271,7 +257,7 @@ RECIPES = _by_name(
     Recipe("fisher", "ADMM, with gradients of the loss", "admm", group="outputs", allocation="sensitivity",
            reconstruction="output-weighted"),
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
-)  # fmt: skip
+)}  # fmt: skip
 
 
 # --- sources ---

@@ -55,12 +55,31 @@ def explain(error: Exception) -> tuple[str, ...]:
     if isinstance(error, UserError):
         return error.problems
     system_error = _system_error(error)
+    number, place, text = None, "disk", str(error)
     if system_error is not None:
-        problem = _explain_system_error(system_error)
-    elif isinstance(error, ModuleNotFoundError):
-        problem = _explain_missing((error.name or "").partition(".")[0])
-    else:
-        problem = _explain_text(error)
+        number, text = system_error.errno, str(system_error.strerror)
+        place = str(system_error.filename2 or system_error.filename or place)
+    text = " ".join(text.split())
+    library = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    problem = ""
+    if number in NO_ROOM or "inline_container.cc" in text:  # `torch.save` gives no reason
+        problem = f"{place}: disk full ({text}); free some space and {RUN_AGAIN}"
+    elif number in NO_MEMORY or is_out_of_memory(error):
+        remedy = "runtime.device=cpu" if "CUDA" in text else "fewer threads (OMP_NUM_THREADS)"
+        problem = (
+            f"memory: {text or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, or use {remedy}; in "
+            "`calibrate` and `perplexity` also shorter windows"
+        )
+    elif system_error is not None and number == errno.EXDEV:  # a container's image has the earlier artifact
+        problem = f"{system_error.filename}: cannot be moved ({text}); remove it and run the command again"
+    elif number in NO_PLACE:
+        expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
+        problem = f"{place}: {text}, expected {expected}; change it or name another, and {RUN_AGAIN}"
+    elif library in EXTRAS:
+        install = f"pip install 'wanda-dvc[{EXTRAS[library]}]'"
+        problem = f"{library}: not installed, but this command needs it; run `{install}`"
+    elif "no kernel image" in text:
+        problem = f"runtime.device: {text:.80}; expected a GPU that this torch supports; set runtime.device=cpu"
     return (problem,) if problem else ()
 
 
@@ -73,45 +92,3 @@ def _system_error(error: Exception) -> OSError | None:
     if match:
         return OSError(int(match[1]), os.strerror(int(match[1])))
     return error if isinstance(error, OSError) else None
-
-
-def _explain_system_error(error: OSError) -> str | None:
-    place = f"{error.filename2 or error.filename or 'disk'}"
-    text = " ".join(str(error.strerror).split())
-    if error.errno in NO_ROOM:
-        return _disk_full(place, text)
-    if error.errno == errno.EXDEV:  # a container's image has the earlier artifact
-        return f"{error.filename}: cannot be moved ({text}); remove it and run the command again"
-    if error.errno in NO_PLACE:
-        expected = "a shorter name" if error.errno == errno.ENAMETOOLONG else "permission to read and write"
-        return f"{place}: {text}, expected {expected}; change it or name another, and {RUN_AGAIN}"
-    return _out_of_memory(text) if error.errno in NO_MEMORY else None
-
-
-def _explain_missing(library: str) -> str | None:
-    if library not in EXTRAS:
-        return None
-    return f"{library}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[library]}]'`"
-
-
-def _explain_text(error: Exception) -> str | None:
-    text = " ".join(str(error).split())
-    if "inline_container.cc" in text:  # of `torch.save`, without the reason
-        return _disk_full("disk", text)
-    if is_out_of_memory(error):
-        return _out_of_memory(text or "out of memory")
-    if "no kernel image" in text:
-        return f"runtime.device: {text:.80}; expected a GPU that this torch supports; set runtime.device=cpu"
-    return None
-
-
-def _disk_full(place: str, text: str) -> str:
-    return f"{place}: disk full ({text}); free some space and {RUN_AGAIN}"
-
-
-def _out_of_memory(text: str) -> str:
-    remedy = "runtime.device=cpu" if "CUDA" in text else "fewer threads (OMP_NUM_THREADS)"
-    return (
-        f"memory: {text}; `wanda-dvc doctor` estimates the need; free some, or use {remedy}; in `calibrate` "
-        "and `perplexity` also shorter windows"
-    )

@@ -43,18 +43,10 @@ def free_memory() -> int:
     available = int(psutil.virtual_memory().available)
     for folder in _groups():
         with contextlib.suppress(OSError, ValueError):  # `max` is no limit
-            limit = int((folder / "memory.max").read_text(encoding="utf-8"))
-            available = min(available, limit - _used_memory(folder))
+            limit, used = (int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+            statistics = dict(map(str.split, (folder / "memory.stat").read_text(encoding="utf-8").splitlines()))
+            available = min(available, limit - used + int(statistics["inactive_file"]))
     return max(0, available)
-
-
-def _used_memory(group: Path) -> int:
-    used = 0
-    with contextlib.suppress(OSError, ValueError):
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-        used -= int(dict(line.split() for line in lines).get("inactive_file", 0))
-    return used
 
 
 def _groups() -> Iterator[Path]:

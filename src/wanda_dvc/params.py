@@ -268,10 +268,8 @@ class Params(_Section):
     def statistics(self) -> tuple[str, ...]:
         """The statistics to measure: those that the plan reads, and at least `calibration.statistics`."""
         order = catalog.STATISTICS  # each includes those before it
-        last = order.index(self.plan.statistics)
-        if self.calibration.statistics != "auto":
-            last = max(last, order.index(self.calibration.statistics))
-        return order[: last + 1]
+        names = {self.plan.statistics, self.calibration.statistics} - {"auto"}
+        return order[: max(map(order.index, names)) + 1]
 
     @property
     def items(self) -> int | None:
@@ -345,11 +343,11 @@ def check_params(content: object) -> Params:
 def _problem(problem: Any) -> str:
     setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
-    if kind in ("extra_forbidden", "invalid_key") and setting in dict(settings()) and len(problem["loc"]) == 1:
-        section, _, name = setting.rpartition(".")  # `calibration.windows` as one key
-        return f"{where}: found a dotted name, expected {name} in the section {section}; write it there"
     if kind in ("extra_forbidden", "invalid_key"):
         names = [*dict(settings()), *Params.model_fields, "perplexity.texts"]
+        if setting in names:  # `calibration.windows` as one key
+            section, _, name = setting.rpartition(".")
+            return f"{where}: found a dotted name, expected {name} in the section {section}; write it there"
         similar = difflib.get_close_matches(setting, names, n=1)
         return f"{where}: no such setting; {f'did you mean {similar[0]}?' if similar else 'remove it'}"
     if kind == "missing":

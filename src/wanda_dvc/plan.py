@@ -4,7 +4,7 @@ Stages, views and provenance read a `Plan`; no other code checks the method or r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +13,7 @@ from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `propagation: corrected`: α of `corrected_target`, the step from the dense weights to those that give the dense
+# Of `propagation: corrected`: α of `target_weight`, the step from the dense weights to those that give the dense
 # outputs. With 1 they overfit the calibration text (dev/decisions/0027-fisher.md).
 CORRECTION = 0.5
 RECOVERY_LENGTH, RECOVERY_BATCH = 512, 2  # of `recover`: tokens of a window, at most; windows of a step
@@ -33,28 +33,22 @@ class Plan:
     propagation: str
     pattern: str
     sparsity: Fraction  # the fraction of weights that is pruned
-    left_out: tuple[str, ...] = ()  # the requested choices that the pattern replaces, as "allocation owl"
+    # The requested choices that the pattern replaces, as "allocation owl".
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_recipe(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
-        """Return the plan of a recipe and separately set choices.
+        """Return the plan of a recipe and separately set choices, which replace the recipe's.
 
-        A separately set choice replaces the recipe's. A pattern replaces, where they are not separately set:
-
-        - n:m: the allocation, by uniform;
-        - neurons and heads: the allocation likewise;
-        - experts and blocks: the allocation likewise, a method that calibrates by the structure's own, the propagation
-          by dense, and the reconstruction by none, or for blocks by the repair (least-squares).
-
-        Each of them replaces any group by row: weights then compete as the pattern says. Neurons and heads keep group
-        `outputs`, which multiplies the scores of each row.
+        A pattern replaces choices that are not separately set, and any group by row: weights then compete as the
+        pattern says. Neurons and heads keep group `outputs`, which multiplies the scores of each row.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
-        requested = {name: given[name] or getattr(row, name) for name in CHOICES}
-        chosen: dict[str, Any] = dict(requested)
+        requested: dict[str, Any] = {name: given[name] or getattr(row, name) for name in CHOICES}
+        chosen = requested.copy()
         if pattern != UNSTRUCTURED and given["allocation"] is None:
             chosen["allocation"] = "uniform"
-        if structure and structure.method:
+        if structure and structure.method:  # experts and blocks
             if given["method"] is None and catalog.methods()[row.method].needs != "weights":
                 chosen["method"] = structure.method
             if given["reconstruction"] is None:
@@ -71,13 +65,13 @@ class Plan:
     @classmethod
     def from_dict(cls, choices: Mapping[str, Any]) -> "Plan":
         """Return the plan of stored choices, as in a provenance; its method need not be installed."""
-        name = choices["method"]
-        pattern = choices["pattern"]
+        name, pattern = choices["method"], choices["pattern"]
+        missing = Method(name, "a method of a package that is not installed", paper="", function="", needs="norms")
         n_of_m = catalog.parse_pattern(pattern)
         # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.
         sparsity = 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(choices["sparsity"]))
         return cls(
-            method=catalog.methods().get(name) or catalog.missing_method(name),
+            method=catalog.methods().get(name, missing),
             group=choices["group"],
             allocation=catalog.ALLOCATIONS[choices["allocation"]],
             reconstruction=catalog.RECONSTRUCTIONS[choices["reconstruction"]],

@@ -47,8 +47,7 @@ def allocate(
 ) -> Sequence[BlockSparsity]:
     """Return the sparsity of each block, or of the linears of each block.
 
-    `blocks` yields the statistics of the `count` blocks, with the sums of stats/fisher where the allocation needs them.
-    Without a strength all sparsities are equal, and `blocks` is not read.
+    `blocks` yields the statistics of the `count` blocks, and is not read if the allocation has no strength.
     """
     if allocation.strength is None:
         return [sparsity] * count
@@ -95,16 +94,16 @@ def outlier_rating(read_weight: ReadWeight, block: BlockStats) -> list[float]:
 
 
 def sensitivity_rating(read_weight: ReadWeight, block: BlockStats) -> list[Tensor | None]:
-    """Return a histogram of each linear's scores; None without Fisher information.
+    """Return a histogram of each linear's scores; None without Fisher information, or for an input of zeros.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
     """
     histograms: list[Tensor | None] = []
     for linear, x in block.by_linear.items():
-        if linear not in block.fisher:
+        total = x.norm.double().square().sum()
+        if linear not in block.fisher or not total:
             histograms.append(None)
             continue
-        total = x.norm.double().square().sum()
         row_factors = (block.fisher[linear] / total).sqrt().float()
         begin = 0
         counts = []
@@ -219,8 +218,8 @@ def round_to_total(
 ) -> list[Fraction]:
     """Return sparsities plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
-    `competitions` has, for each of the sparsities, those of its linears. Counts are rounded down, so each
-    group loses up to one weight too few. For rows of 576 at 50 % the sparsity would be 0.4993.
+    `competitions` has, for each of the sparsities, those of its linears. Counts are rounded down: each group loses up
+    to one weight too few.
     """
     all_competitions = [competition for of_sparsity in competitions for competition in of_sparsity]
     total = sum(competition.groups * competition.size for competition in all_competitions)

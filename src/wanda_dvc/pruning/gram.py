@@ -87,9 +87,10 @@ class Gram:
 def layer_errors(
     dense: Weight, pruned: Sequence[Weight], gram: Square, dead: Bool[Tensor, " in"] | None = None
 ) -> list[float]:
-    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ; of a W with outputs of 0, 1 by convention.
+    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ.
 
-    G is zero at the `dead` features; solvers put other values there in `gram`.
+    If all outputs of W are 0, it is 1 by convention, or 0 without error. G is zero at the `dead` features; solvers put
+    other values there in `gram`.
 
     Products and sums are in float64, because ΔGΔᵀ is small where Δ lies in directions of low variance of X. Memory in
     bytes: 8 · in² for G and about 24 MiB for a slice of rows.
@@ -106,14 +107,8 @@ def layer_errors(
         output += _energy(w, exact)
         for index, weight in enumerate(pruned):
             errors[index] += _energy(w - weight[rows].double(), exact)
-    return [_relative(max(error, 0.0), output) for error in errors]  # rounding gives negative errors
-
-
-def _relative(error: float, output: float) -> float:
-    """Return error / output; where the output is 0, by convention 1, or 0 without error."""
-    if output and error:
-        return error / output
-    return 1.0 if error else 0.0
+    errors = [max(error, 0.0) for error in errors]  # rounding gives negative errors
+    return [error / output if output else float(error > 0) for error in errors]
 
 
 def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -> float:

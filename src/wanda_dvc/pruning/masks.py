@@ -43,10 +43,7 @@ class MaskRule(NamedTuple):
 
 
 def choose_block(read_weight: ReadWeight, stats: BlockStats, rule: MaskRule, device: torch.device) -> dict[str, Tensor]:
-    """Return the masks of one block's linears by their scores, oriented as their weights are stored.
-
-    Masks are computed on `device`: one at a time on a GPU, in parallel on the host, with torch's number of threads.
-    """
+    """Return the masks of one block's linears by their scores, oriented as their weights are stored."""
 
     def choose(linear: str, x: InputStats) -> Tensor:
         return choose_linear(linear, read_weight(linear).to(device), x, stats, rule)
@@ -63,8 +60,7 @@ def choose_linear(
     """Return the mask of one linear, oriented as its weight is stored; True is kept.
 
     `x` is what the method reads of the linear's input: its norms, or for a solver its factored Gram matrix; None for a
-    solver's input without tokens. Of the block's `stats` it reads the squared gradients and the orientation. UserError
-    if the pattern does not fit the linear, or a score is not finite.
+    solver's input without tokens. UserError if the pattern does not fit the linear, or a score is not finite.
     """
     if keeps_all(linear, rule.pattern, rule.units):
         return torch.ones(weight.shape, dtype=torch.bool)
@@ -109,8 +105,8 @@ def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
 def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     """Return F^¼ over its mean, float32: the factors of each row's scores in group `outputs`.
 
-    The estimated increase of the loss, F_i · (W_ij ‖X_j‖₂)², is the square of a score with √F_i, which
-    `allocation` uses. Within a linear F^¼ did better.
+    `allocation` multiplies by √F_i: the square of that score estimates the increase of the loss. Within a linear F^¼
+    did better.
     """
     row_factors = fisher.double() ** 0.25
     return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
@@ -186,10 +182,8 @@ def choose_units(
 ) -> dict[str, Bool[Tensor, " units"]]:
     """Return the mask of each set's units by their scores: the highest are kept; of ties the first is removed.
 
-    With `neighbours` the removed units are neighbours, and not the first.
-
-    The units are complete linears: blocks or experts. `dtype` is that of the scores and the sums. UserError if a score
-    is not finite, or the outputs of experts were not recorded.
+    With `neighbours` the removed units are neighbours, and not the first. `dtype` is that of the scores and the sums.
+    UserError if a score is not finite, or the outputs of experts were not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for stats in blocks:

@@ -11,7 +11,7 @@ from torch import Tensor
 from wanda_dvc.catalog import Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.solvers import GramFactors, SolverResult, corrected_target
+from wanda_dvc.pruning.solvers import GramFactors, SolverResult
 
 ReadWeight = Callable[[str], Tensor]  # returns the weight of the linear with this name, as stored
 
@@ -25,18 +25,28 @@ def oriented(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def target_weight(
-    weight: Tensor, factors: GramFactors | None, cross: Tensor | None, *, strength: float, transposed: bool = False
+    weight: Tensor,
+    factors: GramFactors | None,
+    cross: Tensor | None,
+    *,
+    strength: float = 1.0,
+    transposed: bool = False,
 ) -> Tensor:
     """Return a linear's target weight, float32, as stored: with it, inputs from the pruned model give dense outputs.
 
-    `cross` is X_denseᵀX of its input; without it or tokens, the target is the weight.
+    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens
+    (`cross`) and α the strength. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0 this is GPTAQ's
+    W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features do not change, and none without
+    `cross` or tokens.
     """
     weight = weight.float()
-    if factors is not None and cross is not None:
-        oriented_weight = oriented(weight, transposed).to(factors.gram.device)
-        target = corrected_target(oriented_weight, factors, cross.float().to(oriented_weight), strength=strength)
-        weight = oriented(target, transposed).to(weight)
-    return weight.contiguous()
+    if factors is None or cross is None:
+        return weight.contiguous()
+    w = oriented(weight, transposed).to(factors.gram.device)
+    root, _ = factors.inverse_root
+    difference = w @ (cross.float().to(w) - factors.gram).masked_fill_(factors.dead, 0)
+    target = w + strength * (difference @ root.T @ root)
+    return oriented(target, transposed).to(weight).contiguous()
 
 
 def reconstruct(
@@ -48,10 +58,7 @@ def reconstruct(
     gradient_gram: Gram | None = None,
     transposed: bool = False,
 ) -> SolverResult:
-    """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
-
-    `gradient_gram` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
-    """
+    """Return one linear's weights on its mask; `gradient_gram` is of the gradients of its output, if they exist."""
     assert reconstruction.function is not None
     solve = resolve_name(reconstruction.function)
     device = factors.gram.device
@@ -96,7 +103,7 @@ def prune_linear(
     """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 
     `removes_inputs`: the mask removes complete inputs. Nothing reads the outputs without kept weights, so the errors
-    are those of the other rows, and None where these rows are unchanged.
+    are those of the other rows, and None if these rows do not change.
     """
     plain = masked(weight, mask)
     new = plain if values is None else masked(values.to(weight.device), mask)

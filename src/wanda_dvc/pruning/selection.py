@@ -64,8 +64,7 @@ def keep_by_score_fraction(score: Float[Tensor, "out in"], sparsity: float) -> B
 
     Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
     the matrix's fraction removed is within 0.001 of `sparsity`, unless ties prevent it. Sun et al. 2024,
-    arXiv 2306.11695, appendix, with the authors' bounds. Their code prunes all ties at a threshold; counts here are
-    exact. UserError where α = 0.8 removes too little.
+    arXiv 2306.11695, appendix; their code prunes all ties at a threshold. UserError where α = 0.8 removes too little.
     """
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)

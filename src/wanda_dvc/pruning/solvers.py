@@ -4,10 +4,9 @@ On the host, matrix products and single-threaded LAPACK calls on panels of 128 r
 last digits depend on the number of threads. Products do not if all sizes are multiples of 64, as in most models. For
 such models, masks and weights do not depend on the number of threads.
 
-Solvers compute in float32 on the weight's device. Each solves all rows of a linear at once, or slices of rows if rows
-do not compete. Peak memory in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in
-for the result, and 40 per weight of a slice. A slice has 256 rows (16,384 on an accelerator), or all rows if the linear
-is one group.
+Solvers compute in float32 on the weight's device, in slices of 256 rows (16,384 on an accelerator), or all rows at once
+if rows compete. Peak memory in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in
+for the result, and 40 per weight of a slice.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ class GramFactors:
     """
 
     def __init__(self, gram: Square, name: str = "Gram matrix", damping: float = 0.01) -> None:
-        """Prepare XᵀX, symmetric and finite. Errors name it by `name`."""
+        """Prepare XᵀX, symmetric and finite."""
         self.name = name
         self.damping = damping
         self.gram = gram.float().clone()
@@ -98,7 +97,7 @@ class SolverResult:
 
     @property
     def diagnostics(self) -> dict[str, float]:
-        """The diagnostics that apply to the solver; no tensors."""
+        """The numbers that apply to the solver."""
         return {name: x for name, x in vars(self).items() if name not in ("mask", "weight") and x is not None}
 
 
@@ -143,10 +142,9 @@ def fisher_least_squares(
     van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` treats outputs as equal and independent; here rows
     compensate for one another. S is scaled to a diagonal of 1, plus `output_damping`, because few windows measure S.
 
-    Conjugate gradients for all rows together, from the weights of `least_squares`. The step is shortened if tr(ΔGΔᵀ)
-    would exceed the masked dense weights' error. Without gradients, as in an expert without tokens, the weights do not
-    change. Peak memory in bytes, in addition to the module's figures: 8 · out² for S, and 40 for each weight of the
-    linear, which has no slices.
+    Conjugate gradients for all rows together, from the weights of `least_squares`, which are the result without
+    gradients, as in an expert without tokens. The step is shortened if tr(ΔGΔᵀ) would exceed the masked dense weights'
+    error. Peak memory in bytes, in addition to the module's: 8 · out² for S, and 40 for each weight of the linear.
     """
     plain = least_squares(weight, mask, factors)
     if gradient_gram is None:
@@ -297,23 +295,8 @@ def admm(
     return _solve_slices(weight, factors, solve_rows, damping, raised=raised, rows_compete=group != "row")
 
 
-def corrected_target(weight: Weight, factors: GramFactors, cross: Square, *, strength: float = 1.0) -> Weight:
-    """Return target weights for a solver: with them, the inputs from the pruned model give the dense outputs.
-
-    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens,
-    α the strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For
-    λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features do not change.
-    """
-    root, _ = factors.inverse_root
-    difference = weight.float() @ (cross.float() - factors.gram).masked_fill_(factors.dead, 0)
-    return weight + strength * (difference @ root.T @ root)
-
-
 def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[Square, float]:
-    """Return the lower factor of matrix + damping · mean · I, and the damping, raised until the factor exists.
-
-    UserError, with the matrix's name, where damping a million times the diagonal does not help.
-    """
+    """Return the lower factor of matrix + damping · mean · I, and the damping, raised until the factor exists."""
     while damping <= LARGEST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * mean)
@@ -413,10 +396,7 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tu
 def _solve_slices(
     weight: Weight, factors: GramFactors, solve_rows: SolveRows, damping: float, *, raised: bool, rows_compete: bool
 ) -> SolverResult:
-    """Return the mask and weights of a linear: `solve_rows` solves all rows if they compete, else slices of them.
-
-    It returns a mask, and weights that are read on the mask only.
-    """
+    """Return the mask and weights of a linear. Weights that `solve_rows` returns are read on its mask only."""
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     new = torch.empty(weight.shape, device=weight.device)
     unchanged = 0

@@ -19,10 +19,9 @@ def cast_like(x: Tensor, total: Tensor) -> Tensor:
 
 @dataclass
 class InputStats:
-    """Sums over all tokens of one distinct input, in float64. Sums of several chunks merge.
+    """Sums over all tokens of one distinct input. Sums of several chunks merge.
 
-    `add` sums one window in float32, which is fast and exact enough for a few thousand tokens. Sums across windows need
-    float64.
+    `add` sums one window in float32, fast and exact enough for a few thousand tokens; windows are summed in float64.
     """
 
     sum_squares: Float64[Tensor, " in"]
@@ -54,11 +53,7 @@ class InputStats:
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
-        """‖X_j‖₂ over all tokens, float32.
-
-        Without tokens, as in an expert that the router never chose, every norm is 1: Wanda's score is then the weight's
-        magnitude.
-        """
+        """‖X_j‖₂ over all tokens, float32; 1 without tokens, so that Wanda's score is the weight's magnitude."""
         return self.sum_squares.sqrt().float() if self.count else torch.ones_like(self.sum_squares).float()
 
 

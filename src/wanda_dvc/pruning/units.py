@@ -34,7 +34,7 @@ class Units(NamedTuple):
 def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
     """Return the number of kept units: the multiple nearest to width · (1 − sparsity), at least one multiple.
 
-    `multiple` is that of the pattern, a power of four; `multiple_of` lowers it for small widths. Sparsity 0 keeps all.
+    `multiple` is the pattern's, of wide models; `multiple_of` lowers it for small widths. Sparsity 0 keeps all.
     """
     if not sparsity:
         return width
@@ -43,7 +43,7 @@ def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
 
 
 def multiple_of(width: int, multiple: int) -> int:
-    """Return the multiple, a power of four, or the largest power of four that is at most a 16th of the width."""
+    """Return the multiple, divided by 4 until it is at most a 16th of the width: 256 becomes 64, 16, 4 or 1."""
     while multiple > max(1, width // MULTIPLES_OF_A_WIDTH):
         multiple //= 4
     return multiple
