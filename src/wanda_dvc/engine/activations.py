@@ -87,13 +87,13 @@ class ActivationStore:
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:
-        """Whether there are files for these sequences, of all stored blocks up to a block."""
+        """Whether there are files for these sequences, of all stored blocks up to a block.
+
+        OSError, ValueError or EOFError if a file is missing, cut or empty.
+        """
         for stored in range(self.oldest_needed(block), block + 1):
             for chunk, lengths in enumerate(self.lengths):
-                try:
-                    content = np.load(self._path(stored, chunk), mmap_mode="r")
-                except (OSError, ValueError, EOFError):  # missing, cut or empty
-                    return False
+                content = np.load(self._path(stored, chunk), mmap_mode="r")
                 if content.shape != (sum(lengths), self.width):
                     return False
         return True
@@ -131,7 +131,7 @@ class PassProgress:
         self.finished = -1
         self.first_not_finite: str | None = None  # the first block with activations that are not finite
         self._saved = time.monotonic()
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
+        with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):  # missing or damaged files
             content = json.loads((folder / PROGRESS).read_bytes())
             is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= most
             if is_usable and all(store.is_complete(content["finished"]) for store in stores):

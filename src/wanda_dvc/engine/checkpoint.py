@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,11 +136,6 @@ class EditedCheckpoint(Checkpoint):
         return {name: self.source.entries[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
-    def left_out(self) -> set[str]:
-        """The source's tensors that the view leaves out; none while config.json stays as it is."""
-        return self.source.file_of.keys() - self.source_names.values()
-
-    @cached_property
     def changed(self) -> dict[str, str]:
         """The source's tensors whose values, shape or name differ in the view, with their names in it."""
         names = {}
@@ -168,9 +163,8 @@ def read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: weight_map: found {name_of(shards)}, expected a file for each tensor; {COPY}")
     for name, shard in shards.items():
         if not isinstance(shard, str) or not FILE_NAME.fullmatch(shard):
-            raise UserError(
-                f"{path}: weight_map: {name}: found {shard!r:.200}, expected the name of a file in this folder; {COPY}"
-            )
+            expected = "expected the name of a file in this folder"
+            raise UserError(f"{path}: weight_map: {name}: found {shard!r:.200}, {expected}; {COPY}")
     return shards
 
 
@@ -211,10 +205,8 @@ def dtype_of(model: Path, wanted: str) -> str:
         return wanted
     config = read_object(model / "config.json")
     for content in (config, config.get("text_config")):
-        if not isinstance(content, dict):
-            continue
         for key in ("dtype", "torch_dtype"):
-            dtype = str(content.get(key)).removeprefix("torch.")
+            dtype = str(content.get(key)).removeprefix("torch.") if isinstance(content, dict) else ""
             if dtype in ITEMSIZE:
                 return dtype
     return "float32"
@@ -228,6 +220,10 @@ def max_positions(config: Any) -> int | None:
 
 # --- writing ---
 
+# The next bytes of a shard, of unchanged tensors and then of a new one or one of its experts; the name of the new
+# tensor that ends here, if any.
+Piece = tuple[list[memoryview], str | None]
+
 
 def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
     """Write a view of a checkpoint into an empty folder; yield the name of each new tensor once it is written.
@@ -239,8 +235,9 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
     Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
     bounded by the two largest pieces. UserError if a piece has another shape or dtype than expected.
     """
-    folder, differing = view.source.folder, view.changed.keys() | view.left_out
-    shards = [shard for shard in view.source.shards if differing & view.source.header(shard).keys()]
+    source, folder = view.source, view.source.folder
+    differing = view.changed.keys() | (source.file_of.keys() - view.source_names.values())  # new ones, and left out
+    shards = [shard for shard in source.shards if differing & source.header(shard).keys()]
     not_copied = {*shards, *(folder / name for name in without)}
     if view.config_changes:
         not_copied |= {folder / "config.json", folder / INDEX}
@@ -271,44 +268,32 @@ def _write_config(view: EditedCheckpoint, path: Path) -> None:
     _write_json(path, content)
 
 
-class Piece(NamedTuple):
-    """The next bytes of a shard: of unchanged tensors, then of a new tensor, or of one of its experts."""
-
-    buffers: list[memoryview]
-    completes: str | None  # the new tensor that ends here
-
-
 def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[str]:
     """Write one shard; yield each new tensor's name.
 
     safetensors' own writer does not serve: it needs all tensors of a shard in memory, and sorts them by dtype and name.
     """
-    tensors = _in_order(view, shard)
+    tensors, header = _layout(view, shard)
     with path.open("wb") as file:
-        file.write(_header(view, shard, tensors))
-        for piece in _read_ahead(_pieces(view, shard, tensors)):
-            file.writelines(piece.buffers)
-            if piece.completes:
-                yield piece.completes
-            del piece  # before the next one arrives
+        file.write(header)
+        for buffers, completed in _read_ahead(_pieces(view, shard, tensors)):
+            file.writelines(buffers)
+            if completed:
+                yield completed
+            del buffers  # before the next piece arrives
 
 
-def _in_order(view: EditedCheckpoint, shard: Path) -> list[str]:
+def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
+    """Return the source's names of a shard's tensors in the new order, and the new header."""
     stored = view.source.header(shard)
     tensors = sorted(stored, key=lambda tensor: stored[tensor].begin)
     if not view.config_changes:
-        return tensors
-    # An index may omit some tensors.
-    tensors = [name for name in tensors if name in view.source.entries and name not in view.left_out]
-    # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
-    return sorted(tensors, key=lambda tensor: -stored[tensor].length / max(1, math.prod(stored[tensor].shape)))
-
-
-def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
-    if not view.config_changes:
-        begin = min(entry.begin for entry in view.source.header(shard).values())
         with shard.open("rb") as file:
-            return file.read(begin)
+            return tensors, file.read(stored[tensors[0]].begin)
+    kept = set(view.source_names.values())
+    tensors = [tensor for tensor in tensors if tensor in kept]
+    # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
+    tensors.sort(key=lambda tensor: -stored[tensor].length / max(1, math.prod(stored[tensor].shape)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -318,7 +303,7 @@ def _header(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> bytes:
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content
+    return tensors, len(content).to_bytes(8, "little") + content
 
 
 def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator[Piece]:
@@ -332,9 +317,9 @@ def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator
             continue
         addresses = view.addresses(name)
         for address in addresses:
-            yield Piece([*copied, _read_checked(view, address, shard)], name if address == addresses[-1] else None)
+            yield [*copied, _read_checked(view, address, shard)], name if address == addresses[-1] else None
             copied = []
-    yield Piece(copied, None)
+    yield copied, None
 
 
 def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memoryview:

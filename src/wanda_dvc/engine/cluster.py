@@ -173,9 +173,7 @@ class Cluster:
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
         self._expected = Expected(VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu")
-        resources: dict[str, Any] = {"num_cpus": self._threads}
-        if self._kind == "GPU":
-            resources = {"num_gpus": 1, "num_cpus": 0}
+        resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
         self._id = uuid4().hex
         self._largest_result = 0  # bytes

@@ -29,21 +29,19 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def draw(
-    tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int, setting: str = "calibration.text"
-) -> Int[Tensor, "windows length"]:
-    """Draw windows at random places, as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`.
+def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "windows length"]:
+    """Draw windows of the calibration text as the Wanda authors do: each starts at `randint(0, tokens − length − 1)`.
 
-    UserError, with the `setting` that names the text, if it has too few tokens.
+    UserError if the text has too few tokens.
     """
     if len(tokens) <= length:
         raise UserError(
-            f"{setting}: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer text, or "
-            "lower calibration.length"
+            f"calibration.text: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer "
+            "text, or lower calibration.length"
         )
     rng = random.Random(seed)
     starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-    _report_repeats(torch.tensor(starts), length, setting)
+    _report_repeats(torch.tensor(starts), length, "calibration.text")
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
@@ -104,20 +102,15 @@ def cut(
 ) -> list[Int[Tensor, " _"]]:
     """Cut a text into consecutive windows without overlap: `windows` of them, or, for None, every complete one.
 
-    The tokens after the last one are dropped. With `windows` "all" they are a shorter window, if they are at least two:
-    the first predicts nothing. UserError, with the `name` of the text, if it has too few tokens.
+    With `windows` "all" the last one may be shorter, of two tokens or more: the first predicts nothing. UserError, with
+    the `name` of the text, if it has too few tokens.
     """
-    complete = len(tokens) // length
-    wanted = windows if isinstance(windows, int) else None
-    pieces: list[Tensor] = []
-    if complete >= (wanted or 1):
-        pieces += tokens[: (wanted or complete) * length].split(length)
-    rest = tokens[complete * length :]
-    if windows == "all" and len(rest) >= 2:
-        pieces.append(rest)
-    if not pieces:
-        expected = "2 tokens" if windows == "all" else f"{wanted or 1} windows of {length}"
+    smallest = 2 if windows == "all" else length
+    pieces = [piece for piece in tokens.split(length) if len(piece) >= smallest]
+    count = windows if isinstance(windows, int) else max(1, len(pieces))
+    if len(pieces) < count:
+        expected = "2 tokens" if windows == "all" else f"{count} windows of {length}"
         raise UserError(
             f"{name}: {len(tokens)} tokens, expected {expected} or more; take a longer text, fewer or shorter windows"
         )
-    return pieces
+    return pieces[:count]
