@@ -386,7 +386,6 @@ def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: py
     record = {"rev": "workspace", "data": {"params": settings, "metrics": files}}
     monkeypatch.setattr("wanda_dvc.study.dvc.list_revisions", lambda _: [record])
     monkeypatch.setattr("wanda_dvc.study.dvc.repository_roots", lambda root: (root, root))
-    monkeypatch.setattr(listing, "changed_files", lambda *_: set())
     monkeypatch.setattr(listing, "_current_files", lambda *_: set(files))
     (revision,) = listing.listed_revisions(here)
     assert revision.final.texts == ["embedded"]

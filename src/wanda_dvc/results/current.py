@@ -15,8 +15,8 @@ from wanda_dvc.params import check_params, nested
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS, stage_inputs
-from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.artifact import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock, md5
 
@@ -57,47 +57,33 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    reasons = [*other_settings(study), *_other_masks(study)]
+    reasons = other_settings(study)
+    has_other_masks = _has_other_input(study.model("pruned"), "masks", study.masks)
+    if has_other_masks:
+        reasons.append("models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's.")
     if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
-    from_other_pruned = [] if reasons else _other_pruned(study)
-    if from_other_pruned and not lock.stages:
-        results["recovered"] = Results({})
+    if not reasons and _has_other_input(study.model("recovered"), "pruned", study.model("pruned")):
+        reasons.append("models/recovered was trained from another models/pruned than the one here: run `dvc repro`.")
+        if not lock.stages:
+            results["recovered"] = Results({})
     for model in MODELS:
-        expected = model_digest(study, model)
-        others = results[model].leave_out_others(expected) if expected else []
+        provenance = load_json(study.model(model) / PROVENANCE)
+        if not provenance or (model == "pruned" and has_other_masks):
+            continue
+        others = results[model].leave_out_others(digest(provenance))
         if others:
             notes.append(
                 f"Left out, because measured on another models/{model} than the one here: {', '.join(others)}; run "
                 "`dvc repro`."
             )
-    return results, [*notes, *reasons, *from_other_pruned]
+    return results, [*notes, *reasons]
 
 
-def model_digest(study: Study, model: str) -> str | None:
-    """Return the digest of a model's provenance; None if the model is missing, or is not the one of masks/."""
-    if not is_there(study.model(model) / PROVENANCE) or (model == "pruned" and _other_masks(study)):
-        return None
-    return digest(read_provenance(study.model(model), MODEL_COMMANDS[model]))
-
-
-def _other_masks(study: Study) -> list[str]:
-    if not is_there(study.model("pruned") / PROVENANCE):
-        return []
-    pruned = read_provenance(study.model("pruned"), MODEL_COMMANDS["pruned"])
-    if pruned["masks"] == digest(read_provenance(study.masks, "mask")):
-        return []
-    return ["models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's."]
-
-
-def _other_pruned(study: Study) -> list[str]:
-    folders = {model: study.model(model) for model in ("pruned", "recovered")}
-    if not all(is_there(folder / PROVENANCE) for folder in folders.values()):
-        return []
-    recovered = read_provenance(folders["recovered"], MODEL_COMMANDS["recovered"])
-    if recovered["pruned"] == digest(read_provenance(folders["pruned"], MODEL_COMMANDS["pruned"])):
-        return []
-    return ["models/recovered was trained from another models/pruned than the one here: run `dvc repro`."]
+def _has_other_input(artifact: Path, key: str, source: Path) -> bool:
+    """Whether an artifact names another input than the artifact `source`, if both are here."""
+    provenance, expected = load_json(artifact / PROVENANCE), load_json(source / PROVENANCE)
+    return bool(provenance and expected) and provenance[key] != digest(expected)
 
 
 def other_settings(study: Study) -> list[str]:

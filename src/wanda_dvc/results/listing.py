@@ -54,7 +54,7 @@ def listed_revisions(study: Study) -> list[ListedRevision]:
 
     UserError without a repository, or if DVC cannot list it, or for a damaged dvc.lock.
     """
-    lock = Lock.read(study.root)
+    Lock.read(study.root)  # UserError if it is damaged: DVC has an empty record then
     records = dvc.list_revisions(study.root)
     git_root, _ = dvc.repository_roots(study.root)
     prefix = dvc.prefix_of(study.root, git_root)  # of the study's files in DVC's records
@@ -62,7 +62,7 @@ def listed_revisions(study: Study) -> list[ListedRevision]:
     for index, record in enumerate(records):
         if record["rev"] == WORKSPACE:  # DVC lists it before its base commit, if there is one
             base = records[min(index + 1, len(records) - 1)]
-            listed.append(_listed(study, prefix, WORKSPACE, WORKSPACE, record, base, lock=lock))
+            listed.append(_listed(study, prefix, WORKSPACE, WORKSPACE, record, base))
             continue
         name, commit = record.get("name"), record["rev"]
         if name or record.get("experiments"):  # results of a branch's older commits are not current
@@ -79,24 +79,18 @@ def listed_revisions(study: Study) -> list[ListedRevision]:
 
 
 def _listed(
-    study: Study, prefix: str, name: str, kind: str, record: Json, base: Json, *, status: str = SUCCESS,
-    lock: Lock | None = None,
-) -> ListedRevision:  # fmt: skip
-    """Read DVC's record of a revision; the `lock` is the workspace's, else that of the commit is read."""
+    study: Study, prefix: str, name: str, kind: str, record: Json, base: Json, *, status: str = SUCCESS
+) -> ListedRevision:
+    """Read DVC's record of a revision; `base` is that of the commit on which it began."""
     if status == SUCCESS and not record.get("data"):
         status = f"unreadable: {(record.get('error') or {}).get('msg')}"
     settings, before = _settings_of(record, prefix), _settings_of(base, prefix)
     changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
     revision = ListedRevision(name, record["rev"], kind, status, settings, changes)
-    if status != SUCCESS:
-        return revision  # DVC has its base commit's results
     files = _study_files(record, "metrics", prefix)
-    if not files:
-        return revision
-    if lock is None:
-        current = _current_files(_lock_at(study, record["rev"]), settings)
-    else:
-        current = _current_files(lock, settings) - changed_files(lock, study.root)
+    if status != SUCCESS or not files:
+        return revision  # DVC gives an unfinished one its base commit's results
+    current = _current_files(study, record["rev"], settings)
     texts = _perplexity_texts(settings)
     results = {model: Results({}) for model in MODELS}
     for path, content in files.items():
@@ -118,16 +112,17 @@ def _settings_of(record: Json, prefix: str) -> dict[str, Any]:
     return dict(flatten(_study_files(record, "params", prefix).get("params.yaml", {})))
 
 
-def _lock_at(study: Study, rev: str) -> Lock:
-    with contextlib.suppress(UserError):
-        return Lock.parse(dvc.text_at(study.root, rev, LOCK) or "")
-    return Lock({})
-
-
-def _current_files(lock: Lock, settings: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the lock's outputs that are current with these settings."""
+def _current_files(study: Study, rev: str, settings: Mapping[str, Any]) -> set[str]:
+    """Return the paths of a revision's outputs that are current with these settings."""
+    lock, changed = Lock({}), set[str]()
+    if rev == WORKSPACE:
+        lock = Lock.read(study.root)
+        changed = changed_files(lock, study.root)
+    else:
+        with contextlib.suppress(UserError):
+            lock = Lock.parse(dvc.text_at(study.root, rev, LOCK) or "")
     stale = stale_stages(lock, settings)
-    return {path for path, stage in lock.writers.items() if stage not in stale}
+    return {path for path, stage in lock.writers.items() if stage not in stale} - changed
 
 
 def _perplexity_texts(settings: Mapping[str, Any]) -> Collection[str] | None:

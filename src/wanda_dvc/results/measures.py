@@ -6,7 +6,7 @@ Two values may be compared only if `results.compare.why_not_comparable` finds no
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ Value = Estimate | str | None  # `diverged` if a number is not finite; None: not
 PER_TEXT, PER_TASK, OF_TASKS, PER_MODEL = "text", "task", "all tasks", "model"  # what a value is measured on
 LINEAR, LOG = "linear", "log"
 TEXT_PREFIX = "perplexity/"  # of the files of metrics and details on a text
-OF_WINDOWS = {"divergence": "divergences", "top1_agreement": "agreements"}  # the details' key of values by window
 
 
 @dataclass(eq=False)
@@ -107,25 +106,20 @@ def is_of_removed_text(name: str, texts: Collection[str] | None) -> bool:
 def read_perplexity(results: Results, text: str) -> Value:
     """exp(mean loss), with a 95 % t interval over windows if their losses are known."""
     value = results.metrics.get(TEXT_PREFIX + text, {}).get("perplexity")
-    if value is None or value == DIVERGED:
-        return value
-    return _with_ends(value, perplexity_interval(*_window_means(results, text, "losses")))
+    return _estimate(value, perplexity_interval(*_window_means(results, text, "losses")))
 
 
-def read_window_mean(results: Results, text: str, *, name: str, largest: float) -> Value:
-    """A mean over a text's windows, with a 95 % t interval if the windows are known, cut to [0, largest]."""
-    value = read_text_number(results, text, name=name, part="mean")
-    if not isinstance(value, Estimate):
-        return value
-    means, predictions = _window_means(results, text, OF_WINDOWS[name])
-    interval = mean_difference(means, [0.0] * len(means), predictions) if means else None
-    return _with_ends(value.value, interval and interval.within(0, largest))
+def read_text_number(
+    results: Results, text: str, *, name: str, part: str = "", windows: str = "", largest: float = math.inf
+) -> Value:
+    """A number that `perplexity` wrote of a text, or a part of it such as the median.
 
-
-def read_text_number(results: Results, text: str, *, name: str, part: str = "") -> Value:
-    """A number that `perplexity` wrote of a text, or a part of it such as the median."""
+    `windows` names each window's value in the details: their mean has a 95 % t interval, cut to [0, largest].
+    """
     value = results.metrics.get(TEXT_PREFIX + text, {}).get(name)
-    return _estimate(value[part] if isinstance(value, dict) else value)
+    means, predictions = _window_means(results, text, windows)
+    interval = mean_difference(means, [0.0] * len(means), predictions)
+    return _estimate(value[part] if isinstance(value, dict) else value, interval and interval.within(0, largest))
 
 
 def read_weights_number(results: Results, _: str, *, name: str) -> Value:
@@ -133,17 +127,11 @@ def read_weights_number(results: Results, _: str, *, name: str) -> Value:
     return _estimate(results.metrics.get("sparsity", {}).get(name))
 
 
-def _estimate(value: float | str | None) -> Value:
-    return value if value is None or isinstance(value, str) else Estimate(value)
-
-
 def read_accuracy(results: Results, task: str) -> Value:
     """The fraction of items answered correctly, with Wilson's 95 % interval if the items are known."""
-    value = results.metrics.get("zero_shot", {}).get(task, {}).get("acc")
-    if value is None or value == DIVERGED:
-        return value
     right = _right_answers(results, task)
-    return _with_ends(value, accuracy_interval(right) if right else None)
+    value = results.metrics.get("zero_shot", {}).get(task, {}).get("acc")
+    return _estimate(value, accuracy_interval(right) if right else None)
 
 
 def read_mean_accuracy(results: Results, _: str) -> Value:
@@ -153,7 +141,7 @@ def read_mean_accuracy(results: Results, _: str) -> Value:
     if not known or len(known) < len(accuracies):
         return DIVERGED if DIVERGED in accuracies else None
     answers = [_right_answers(results, task) for task in results.tasks]
-    return _with_ends(sum(known) / len(known), mean_of_tasks(answers, least=0) if all(answers) else None)
+    return _estimate(sum(known) / len(known), mean_of_tasks(answers, least=0) if all(answers) else None)
 
 
 def read_changed_answers(results: Results, _: str, *, way: str) -> Value:
@@ -171,8 +159,10 @@ def read_layer_error(results: Results, _: str) -> Value:
     return Estimate(sum(linear["error"] for linear in linears.values()) / len(linears)) if linears else None
 
 
-def _with_ends(value: float, interval: Estimate | None) -> Estimate:
+def _estimate(value: float | str | None, interval: Estimate | None = None) -> Value:
     """Return a value as the metrics have it, rounded, with the ends of an interval if it is known."""
+    if value is None or isinstance(value, str):
+        return value
     return Estimate(value, interval.low, interval.high) if interval else Estimate(value)
 
 
@@ -180,7 +170,7 @@ def _window_means(results: Results, text: str, name: str) -> tuple[list[float], 
     """Return each window's mean, and its number of predictions; two empty lists if one is missing or not finite."""
     details = results.details(TEXT_PREFIX + text)
     means = details.get(name, [])
-    if not means or DIVERGED in (*means, results.metrics[TEXT_PREFIX + text].get("perplexity")):
+    if not means or DIVERGED in (*means, results.metrics.get(TEXT_PREFIX + text, {}).get("perplexity")):
         return [], []
     protocol = details["protocol"]
     predictions = [protocol["length"] - 1] * protocol["windows"]
@@ -188,8 +178,9 @@ def _window_means(results: Results, text: str, name: str) -> tuple[list[float], 
 
 
 def _right_answers(results: Results, task: str) -> list[bool]:
-    """Return by item whether the answer is correct; nothing if the items are missing."""
-    return [item["acc"] > 0.5 for item in results.answers(task).get("items", [])]
+    """Return by item whether the answer is correct; nothing if the items are missing, or a score is not finite."""
+    is_finite = results.metrics.get("zero_shot", {}).get(task, {}).get("acc") != DIVERGED
+    return [item["acc"] > 0.5 for item in results.answers(task).get("items", [])] if is_finite else []
 
 
 # --- paired tests of a model against a base, on the same windows or items ---
@@ -206,29 +197,27 @@ def compare_by_window(
 
 def compare_answers(results: Results, base: Results, task: str) -> Estimate | None:
     """The accuracy minus the base's, paired by item, with McNemar's exact test; None without items."""
-    if DIVERGED in (read_accuracy(results, task), read_accuracy(base, task)):
+    changes = _changes(results, base, task)
+    if not changes:
         return None
-    right, base_right = _right_answers(results, task), _right_answers(base, task)
-    if not right or not base_right:
-        return None
-    difference = mean_of_tasks([_changes(right, base_right)], least=-1)
+    difference = mean_of_tasks([changes], least=-1)
     if difference is None:  # one item, or all changed alike: no variance is known
-        difference = Estimate(sum(right) / len(right) - sum(base_right) / len(base_right))
-    return difference._replace(p=mcnemar(right, base_right))
+        difference = Estimate(sum(changes) / len(changes))
+    return difference._replace(p=mcnemar(_right_answers(results, task), _right_answers(base, task)))
 
 
 def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate | None:
     """The mean accuracy over tasks minus the base's, paired by item; None without items, or without variance."""
-    if DIVERGED in (read_mean_accuracy(results, ""), read_mean_accuracy(base, "")):
-        return None
-    answers = [(_right_answers(results, task), _right_answers(base, task)) for task in results.tasks]
-    if not all(right and base_right for right, base_right in answers):
-        return None
-    return mean_of_tasks([_changes(right, base_right) for right, base_right in answers], least=-1)
+    changes = [_changes(results, base, task) for task in results.tasks]
+    return mean_of_tasks(changes, least=-1) if all(changes) else None
 
 
-def _changes(right: Sequence[bool], base_right: Sequence[bool]) -> list[float]:
-    return [float(correct) - float(base) for correct, base in zip(right, base_right, strict=True)]
+def _changes(results: Results, base: Results, task: str) -> list[float]:
+    """Return the differences −1, 0 and 1 by item; nothing without both models' items."""
+    right, base_right = _right_answers(results, task), _right_answers(base, task)
+    if not right or not base_right:
+        return []
+    return [float(correct) - float(other) for correct, other in zip(right, base_right, strict=True)]
 
 
 # --- the table ---
@@ -318,9 +307,9 @@ def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, in
 
 _text = partial(Measure, per=PER_TEXT)
 _tasks = partial(Measure, per=OF_TASKS)
-_divergence = partial(read_window_mean, name="divergence", largest=math.inf)
-_agreement = partial(read_window_mean, name="top1_agreement", largest=1)
-_divergence_part = partial(read_text_number, name="divergence")
+_divergence = partial(read_text_number, name="divergence")
+_mean_divergence = partial(_divergence, part="mean", windows="divergences")
+_agreement = partial(read_text_number, name="top1_agreement", part="mean", windows="agreements", largest=1)
 _rms_change = partial(read_text_number, name="rms_probability_change")
 _removed = partial(read_weights_number, name="removed_parameters")
 _ratio_test = Test(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
@@ -329,12 +318,12 @@ _agreement_test = Test(partial(compare_by_window, name="agreements"), _points, "
 _accuracy_test = Test(compare_answers, _points, " points")
 _mean_test = Test(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
-    _text("divergence", "divergence", "nats", _divergence, brief=True, test=_divergence_test),
+    _text("divergence", "divergence", "nats", _mean_divergence, brief=True, test=_divergence_test),
     _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, test=_agreement_test),
     _text("perplexity", "perplexity", "", read_perplexity, perplexity_text, brief=True, test=_ratio_test, drawn=LOG),
-    _text("divergence_median", "divergence, median", "nats", partial(_divergence_part, part="median")),
-    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence_part, part="p99")),
-    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence_part, part="largest")),
+    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
+    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
+    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
     _text("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, test=_accuracy_test),
     _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, test=_mean_test, drawn=LINEAR),
