@@ -88,7 +88,7 @@ def root(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 
 
 def leftovers(root: Path) -> list[Path]:
-    return [path for path in (root / ".dvc/tmp/wanda-dvc").iterdir() if path.suffix not in (".lock", ".json")]
+    return [path for path in (root / ".dvc/tmp/wanda-dvc").glob("*") if path.suffix not in (".lock", ".json")]
 
 
 Content = dict[str, bytes]
