@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases.models import config, tensors
-from conftest import Capture, Make, Patch, calibrate, fetch, outputs, save_tiny_model, walk
+from conftest import Make, Patch, calibrate, fetch, outputs, save_tiny_model, walk
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
@@ -80,12 +80,11 @@ def test_calibrate_names_the_block(weight: str, study: Make, tmp_path: Path):
 
 
 @pytest.mark.parametrize("weight", FIRST)
-def test_both_measures_name_it_and_show_repeats_it(weight: str, study: Make, tmp_path: Path, capsys: Capture):
+def test_both_measures_name_it_and_show_repeats_it(weight: str, study: Make, tmp_path: Path):
     made = fetch(study(model=spoiled(tmp_path / "source", **{weight: math.nan})), *EVERY)
     perplexity(study=made, model="dense", text="embedded")
     named = load_json(made.details("dense", "perplexity/embedded"))["not_finite"]
     assert named == FIRST[weight]
-    assert named in capsys.readouterr().err
     assert named in show(study=made)
     assert load_json(made.metrics("dense", "perplexity/embedded")) == {"perplexity": "diverged"}
     run("zero-shot", study=made, variant="dense")
@@ -108,7 +107,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     made = study(runtime__device=device)  # without any file to read
     part = "dense" if stage in ("perplexity", "zero-shot") else ""
-    with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device} on a machine .*expected one"):
+    with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device}, which this machine lacks; set"):
         run(stage, study=made, variant=part)
     assert own_device(study(runtime__device="cpu").params.runtime).type == "cpu"
 

@@ -24,7 +24,8 @@ from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import needs_checkpointing, requirements
-from wanda_dvc.stages.recover import recover, step_display, training_windows
+from wanda_dvc.stages.process import Progress
+from wanda_dvc.stages.recover import recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
 from wanda_dvc.training import trainer
@@ -183,10 +184,9 @@ def test_the_bar_of_a_resumed_training_starts_at_its_step(monkeypatch: pytest.Mo
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stderr", terminal)
-    show_step = step_display(20)
+    shown = Progress(20, "steps")
     for number in range(9, 21):
-        show_step(number)
-    del show_step  # closes the bar
+        shown.show(number)
     assert " 20/20 " in terminal.getvalue().split("\r")[-1]
 
 

@@ -4,6 +4,7 @@
 files: they count here, but the system may reclaim their pages.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class ModelSizes:
         for block in blocks:
             linears = stored_linears(block, "", lambda name: [StoredSlice(Address(name))])
             shapes.append([(x.weight.numel() // x.features, x.features) for x in linears.values()])
-        weights = [out * features for block in shapes for out, features in block]  # of each linear
+        all_shapes = list(itertools.chain.from_iterable(shapes))
+        weights = [out * features for out, features in all_shapes]
         input_squares = [sum(features**2 for _, features in block) for block in shapes]
         output_squares = [sum(out**2 for out, _ in block) for block in shapes]
         block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
@@ -44,7 +46,7 @@ class ModelSizes:
         self.other_parameters = self.parameters - sum(block_sizes)  # of embeddings, norms and head
         self.linear_weights, self.largest_linear = sum(weights), max(weights)
         self.features = max(sum(map(sum, block)) for block in shapes)  # that a block's linears read and write
-        self.widest = max(max(shape) for block in shapes for shape in block)  # that one linear reads or writes
+        self.widest = max(map(max, all_shapes))  # that one linear reads or writes
         # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
         self.input_squares, self.all_input_squares = max(input_squares), sum(input_squares)
         self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)

@@ -69,9 +69,8 @@ class Stage:
             raise UserError(f"{self.argument}: found {variant}, expected {', '.join(self.variants)}")
         chosen = {name: row for name, row in self.variants.items() if variant in ("", name)}
         by_text = any(row.by_text for row in chosen.values())
-        if text and (not by_text or text not in texts):
-            expected = ", ".join(texts) if by_text else f"none: {variant} is no text"
-            raise UserError(f"text: found {text}, expected {expected}")
+        if text and not (by_text and text in texts):
+            raise UserError(f"text: found {text}, expected {', '.join(texts) if by_text else 'none'}")
         for name, row in chosen.items():
             for text_name in texts if row.by_text else [""]:
                 if text in ("", text_name):
@@ -283,15 +282,10 @@ def stage_inputs(params: "Params") -> "dict[str, Json]":
     }
     for name, text in perplexity.texts.items():
         inputs[f"download/perplexity/{name}"] = asdict(text.chosen)
+    windows = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
     for statistics in STATISTICS:
-        inputs[f"calibrate/{statistics}"] = {}
-        if statistics in params.statistics:
-            inputs[f"calibrate/{statistics}"] = {
-                "windows": calibration.windows,
-                "length": calibration.length,
-                "seed": calibration.seed,
-                "dtype": params.dtype,
-            }
+        is_read = statistics in params.statistics
+        inputs[f"calibrate/{statistics}"] = windows | {"dtype": params.dtype} if is_read else {}
     if recovery.tokens:
         if recovery.text:
             inputs["download/recovery"] = asdict(recovery.text.chosen)
@@ -317,11 +311,10 @@ def run(
     text: str = "",
     context: "Callable[[str], contextlib.AbstractContextManager[object]]" = contextlib.nullcontext,
 ) -> None:
-    """Run one stage on a study; without a variant or a text, where it has some, on all of them.
+    """Run one stage on a study, or all of its variants and texts; each inside its `context`, a function of its name.
 
-    Each run is inside its `context`, a function of the run's name. A run that the settings do not ask for writes
-    placeholders. UserError if plan/ is not what params.yaml says: a stage that is run by hand must not give a wrong
-    figure.
+    A run that the settings do not ask for writes placeholders. UserError if plan/ is not what params.yaml says: a stage
+    that is run by hand must not give a wrong figure.
     """
     row = STAGES[stage]
     runs = list(row.runs(study.params.perplexity.texts, variant, text))  # an unknown name fails before anything runs
@@ -329,10 +322,11 @@ def run(
         check_stage_inputs(study)
     module = stage.replace("-", "_")
     for run_name, variant_name, text_name in runs:
-        if not row.variants[variant_name].wanted(study.params):
+        chosen = row.variants[variant_name]
+        if not chosen.wanted(study.params):
             if variant == variant_name:
                 notice(f"{run_name}: not needed with these settings; it writes placeholders")
-            _write_placeholders(study, row.variants[variant_name], text_name)
+            _write_placeholders(study, chosen, text_name)
             continue
         arguments = {}
         if variant_name:

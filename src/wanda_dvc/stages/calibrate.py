@@ -86,39 +86,29 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     """
     works = [work for work in (norms, gram) if work is not None]
     run = runner(study, "dense", works[0])
-    announce(study, "calibrate", ModelSizes(run.decoder.model, study.model("dense")))
-    windows, blocks = calibration_windows(study), len(run.decoder.blocks)
-    linears = [linear for index in range(blocks) for linear in run.decoder.linears(index).values()]
-    tokens, features = windows.numel(), max(linear.features for linear in linears)
-    if gram and tokens < TOKENS_A_FEATURE * features:
+    sizes = ModelSizes(run.decoder.model, study.model("dense"))
+    announce(study, "calibrate", sizes)
+    windows = calibration_windows(study)
+    if gram and windows.numel() < TOKENS_A_FEATURE * sizes.widest:
         notice(
-            f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
-            f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
-            "calibration.windows"
+            f"calibrate: {windows.numel():,} tokens, expected {TOKENS_A_FEATURE * sizes.widest:,} or more for solvers, "
+            f"{TOKENS_A_FEATURE} for each of {sizes.widest:,} features; raise calibration.length or calibration.windows"
         )
     finished = min(artifact.finished_blocks(work.out) for work in works)
-    unreached: dict[int, set[str]] = {}
+    unreached = 0  # experts of the blocks that this run measures
     steps = run.forward(windows, finished=finished)
-    for step in progress(steps, total=blocks, what="calibrate, blocks", at=lambda step: step.index):
+    for step in progress(steps, total=sizes.blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
-        unreached[step.index] = measured.unreached()
+        unreached += len(measured.unreached())
         if norms:
             tensors.write_stats(norms.out, step.index, measured)
         if gram:
             tensors.write_grams(gram.out, step.index, measured, grams)
             grams.clear()  # before the next block's arrive; other frames refer to them too
-    if norms:
-        _report_unreached(unreached)  # of the blocks measured by this run
-
-
-def _report_unreached(unreached: dict[int, set[str]]) -> None:
-    """Report the number of experts without calibration tokens, if any, by block."""
-    count = sum(map(len, unreached.values()))
-    if count:
-        blocks = ", ".join(str(block) for block in sorted(unreached) if unreached[block])
+    if norms and unreached:
         notice(
-            f"calibrate: no calibration token reached {count} experts (blocks: {blocks}); Wanda judges their weights "
-            "by magnitude, and REAP removes them first. More calibration windows reach more experts."
+            f"calibrate: no calibration token reached {unreached} experts; Wanda judges their weights by magnitude, "
+            "and REAP removes them first. More calibration windows reach more experts."
         )
 
 

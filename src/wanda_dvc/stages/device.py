@@ -56,11 +56,7 @@ def own_device(runtime: Runtime) -> "torch.device":
     if runtime.ray is not None:
         return torch.device(name if gpus else "cpu")
     kind, _, number = name.partition(":")
-    problem = None
-    if kind == "cuda" and int(number or 0) >= gpus:
-        problem = f"a machine with {gpus} CUDA devices"
-    elif kind == "mps" and not accelerator.has_mps():
-        problem = "a machine without MPS"
-    if problem:
-        raise UserError(f"params.yaml: runtime.device: got {name} on {problem}, expected one it has; set auto or cpu")
+    missing = (kind == "cuda" and int(number or 0) >= gpus) or (kind == "mps" and not accelerator.has_mps())
+    if missing:
+        raise UserError(f"params.yaml: runtime.device: got {name}, which this machine lacks; set auto or cpu")
     return torch.device(name)

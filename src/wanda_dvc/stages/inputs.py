@@ -59,12 +59,6 @@ def model_dtype(study: Study, model: str = "dense") -> str:
     return dtype_of(study.model(model), study.stage_input("calibrate/norms")["dtype"])
 
 
-def say_not_finite(run: str, where: str | None) -> None:
-    """Report the place of a model's first non-finite activations, if any."""
-    if where:
-        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
-
-
 def calibrated_with(study: Study) -> Json:
     """Return the settings that determine the calibration windows and their statistics."""
     return study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}

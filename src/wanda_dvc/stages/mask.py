@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.sums import BlockRecord
 
 
-class RepairedLinear(NamedTuple):
-    """The linear before the removed blocks, and its new weight."""
-
-    block: int
-    name: str
-    weight: Tensor
-    diagnostics: Json
-
-
 def mask(*, study: Study) -> None:
     """models/dense + stats/ (+ data/calibration) → masks/, weights/.
 
@@ -52,10 +43,7 @@ def mask(*, study: Study) -> None:
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks)
     made_from = _describe(plan, norms, digests, sparsities, removal)
-    units = {}
-    if removal:
-        units = {linear: removal.unit_sets[dimension.unit_set] for linear, dimension in removal.consumers.items()}
-    job = MaskJob(plan, checkpoint, sparsities, units, study.fisher.absolute())
+    job = MaskJob(plan, checkpoint, sparsities, removal, study.fisher.absolute())
     with study.work(made_from) as work:
         work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
@@ -66,14 +54,13 @@ def mask(*, study: Study) -> None:
         if removal and plan.repairs:
             repaired = repair_before_removed_blocks(study, checkpoint, removal, norms["text"], work, finished)
         if plan.propagates:
-            run, windows = _dense_run(study, norms["text"], work)
-            results = on_pruned_blocks(job, removal, run, windows, finished, device)
+            results = on_pruned_blocks(job, *_dense_run(study, norms["text"], work), finished, device)
         else:
-            results = from_statistics(study, job, removal, range(finished, blocks), device)
+            results = from_statistics(study, job, range(finished, blocks), device)
         for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
             if repaired and result.block == repaired.block:
-                result.weights[repaired.name] = repaired.weight
-                result.diagnostics[repaired.name] = repaired.diagnostics
+                result.weights.update(repaired.weights)
+                result.diagnostics.update(repaired.diagnostics)
             if plan.mask_stores_weights:
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
@@ -171,9 +158,7 @@ def allocate_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Se
 # --- the blocks ---
 
 
-def from_statistics(
-    study: Study, job: MaskJob, removal: "Removal | None", blocks: range, device: torch.device
-) -> Iterator[BlockResult]:
+def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.device) -> Iterator[BlockResult]:
     """Yield each block's result, from the statistics of the dense model.
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks. Solver tasks may
@@ -181,7 +166,7 @@ def from_statistics(
     """
     if not job.plan.solves_by_input:
         for block in blocks:
-            yield remove_units(removal, score_block(job, block, tensors.read_stats(study.stats, block), device))
+            yield remove_units(job, score_block(job, block, tensors.read_stats(study.stats, block), device))
         return
     stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
     tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats)]
@@ -194,11 +179,11 @@ def from_statistics(
         results = cluster.map(solve_task, tasks, "solver")
     # They come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
-        yield remove_units(removal, merged(block, itertools.islice(results, len(stats.consumers))))
+        yield remove_units(job, merged(block, itertools.islice(results, len(stats.consumers))))
 
 
 def on_pruned_blocks(
-    job: MaskJob, removal: "Removal | None", run: "ModelRunner", windows: Tensor, finished: int, device: torch.device
+    job: MaskJob, run: "ModelRunner", windows: Tensor, finished: int, device: torch.device
 ) -> Iterator[BlockResult]:
     """Yield the result of each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
 
@@ -212,7 +197,7 @@ def on_pruned_blocks(
         else:
             result = score_block(job, step.index, record.stats, device)
         del record  # before the next block's
-        result = remove_units(removal, result)
+        result = remove_units(job, result)
         yield result
         step.change(result.masks, result.weights)
 
@@ -239,14 +224,14 @@ def solve_recorded(
     artifact.block_file(folder, block).unlink(missing_ok=True)
 
 
-def remove_units(removal: "Removal | None", result: BlockResult) -> BlockResult:
-    """Remove all weights of removed units, which only the masks of the units' consumers, or `removal`, tell so far.
+def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
+    """Return a result whose masks remove all weights of removed units; so far only the masks of their consumers do.
 
-    `apply` reads from such masks which units are kept, by `kept_units_of`.
+    From the masks of all blocks, `kept_units_of` of `apply` returns which units are kept.
     """
-    if removal is None:
+    if job.removal is None:
         return result
-    masks = tensors.pack_masks(removal.expand_masks(result.masks))
+    masks = tensors.pack_masks(job.removal.expand_masks(result.masks))
     weights = {linear: masked(weight, masks[linear]) for linear, weight in result.weights.items()}
     return result._replace(masks=masks, weights=weights)
 
@@ -264,8 +249,8 @@ def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelR
 
 def repair_before_removed_blocks(
     study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work, finished: int
-) -> RepairedLinear | None:
-    """Return the new weight of the last linear before the removed blocks.
+) -> BlockResult | None:
+    """Return the block before the removed blocks and the new weight of its last linear, without masks.
 
     None if no block is removed, or if the block before them is finished: its new weight is stored.
     """
@@ -291,4 +276,4 @@ def repair_before_removed_blocks(
     for step in process.progress(steps, total=end, what=what, at=lambda step: step.index):
         step.run()
     weight, diagnostics = repair(run, last, checkpoint.weight(last), block=block, end=end)
-    return RepairedLinear(block, last, weight, diagnostics)
+    return BlockResult(block, tensors.Masks(), {last: weight}, {last: diagnostics})

@@ -30,10 +30,10 @@ class Requirements(NamedTuple):
 
 
 class Run:
-    """What the needs of a stage's run follow from: the study, the sizes of the model, a text, dtype and device."""
+    """What the needs of a stage's run follow from: the study, the sizes of the model, dtype and device."""
 
-    def __init__(self, study: Study, sizes: ModelSizes, text: str = "") -> None:
-        self.study, self.params, self.sizes, self.text = study, study.params, sizes, text
+    def __init__(self, study: Study, sizes: ModelSizes) -> None:
+        self.study, self.params, self.sizes = study, study.params, sizes
         self.dtype = dtype_of(study.model("dense"), study.params.dtype)
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
@@ -51,15 +51,15 @@ class Run:
         return path.stat().st_size if path.is_file() else 0
 
 
-def requirements(study: Study, stage: str, sizes: ModelSizes, text: str = "") -> Requirements:
-    """Return what a stage needs for a model of these sizes; `perplexity` without a text for the largest one."""
-    memory, disk = MEMORY_AND_DISK[stage](Run(study, sizes, text))
+def requirements(study: Study, stage: str, sizes: ModelSizes) -> Requirements:
+    """Return what a stage needs for a model of these sizes, and for the largest of several texts."""
+    memory, disk = MEMORY_AND_DISK[stage](Run(study, sizes))
     return Requirements(FIXED + memory, disk)
 
 
-def announce(study: Study, stage: str, sizes: ModelSizes, text: str = "") -> None:
+def announce(study: Study, stage: str, sizes: ModelSizes) -> None:
     """Print a stage's needs and what is free to stderr."""
-    need = requirements(study, stage, sizes, text)
+    need = requirements(study, stage, sizes)
     free_sizes = " and ".join(gigabytes(size) for size in free(study).values())
     notice(
         f"{stage} needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk; free: {free_sizes}"
@@ -85,11 +85,11 @@ def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
         "memory": FIXED + 3 * 4 * sizes.block_parameters + 40 * sizes.widest**2,
         "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares),
     }
-    lacking = []
-    for kind, size_free in free(study).items():
-        if needs[kind] > size_free:
-            lacking.append(f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size_free)} free")
-    return lacking
+    return [
+        f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size)} free"
+        for kind, size in free(study).items()
+        if needs[kind] > size
+    ]
 
 
 def trained_in(dtype: str, device: str) -> str:
@@ -189,16 +189,11 @@ def _trial(run: Run) -> int:
     return 4 * (sizes.other_parameters + 2 * sizes.block_parameters) if run.params.plan.structure else 0
 
 
-def _needs_of_recover(run: Run) -> tuple[int, int]:
-    return training_memory(run), 36 * run.sizes.parameters + run.sizes.stored  # three checkpoints of the training
-
-
 def _needs_of_perplexity(run: Run) -> tuple[int, int]:
     from wanda_dvc.engine import divergence  # imports transformers
 
     settings, forward = run.params.perplexity, run.forward(run.params.perplexity.length)
-    texts = [run.text] if run.text else list(settings.texts)
-    size = max(run.data_size(f"perplexity/{name}") for name in texts)
+    size = max(run.data_size(f"perplexity/{name}") for name in settings.texts)
     tokens = settings.windows * settings.length if isinstance(settings.windows, int) else size // BYTES_A_TOKEN
     compared = min(
         divergence.AT_A_TIME["cuda" if run.device == "cuda" else "cpu"], settings.length * run.sizes.vocabulary
@@ -223,7 +218,8 @@ MEMORY_AND_DISK: dict[str, Callable[[Run], tuple[int, int]]] = {
     "calibrate": _needs_of_calibrate,
     "mask": _needs_of_mask,
     "apply": _needs_of_apply,
-    "recover": _needs_of_recover,
+    # Three checkpoints of the training, and the model.
+    "recover": lambda run: (training_memory(run), 36 * run.sizes.parameters + run.sizes.stored),
     "perplexity": _needs_of_perplexity,
     "zero-shot": _needs_of_zero_shot,
 }

@@ -20,7 +20,7 @@ from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, finish, read_provenance
@@ -40,22 +40,22 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         protocol |= {"reference": digest(_reference_provenance(study, text, protocol))}
     with study.work(protocol) as work:
         run = runner(study, model, work)
-        announce(study, "perplexity", ModelSizes(run.decoder.model, study.model(model)), text)
+        announce(study, "perplexity", ModelSizes(run.decoder.model, study.model(model)))
         run_name = f"perplexity {model} {text}"
         blocks = len(run.decoder.blocks)
         steps = run.forward(windows)
         for step in progress(steps, total=blocks, what=f"{run_name}, blocks", at=lambda step: step.index):
             step.run()
+        divergences: list[Divergence] = []
         if model == "dense":
-            losses, divergences = _write_predictions(run, len(windows), work, run_name), None
+            losses = _write_predictions(run, len(windows), work, run_name)
         else:
             losses, divergences = _compare_predictions(run, len(windows), study.reference(text), run_name)
         not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
-        say_not_finite(run_name, not_finite)
         predictions = [len(window.tokens) - 1 for window in windows]
         details = _details(protocol, losses, divergences, not_finite)
         metrics: Json = {"perplexity": compute_perplexity(losses, predictions)}
-        if divergences is not None:
+        if divergences:
             metrics |= summarize(divergences)
         write_json(study.details(model, f"perplexity/{text}"), details)
         write_json(study.metrics(model, f"perplexity/{text}"), metrics)
@@ -85,22 +85,18 @@ def _compare_predictions(
     run: ModelRunner, windows: int, reference: Path, run_name: str
 ) -> tuple[list[float], list[Divergence]]:
     """Return each window's mean loss, and its divergence from the dense model's predictions."""
-    losses: list[float] = []
-    divergences: list[Divergence] = []
 
     def references(places: range) -> list[Predictions]:
         return [Predictions(**read_window(reference, window)) for window in places]
 
     results = run.map_outputs(measure_divergences, references)
-    for loss, divergence in progress(results, total=windows, what=f"{run_name}, output head, windows"):
-        losses.append(loss)
-        divergences.append(divergence)
-    return losses, divergences
+    measured = list(progress(results, total=windows, what=f"{run_name}, output head, windows"))
+    return [loss for loss, _ in measured], [divergence for _, divergence in measured]
 
 
-def _details(protocol: Json, losses: list[float], divergences: list[Divergence] | None, not_finite: str | None) -> Json:
+def _details(protocol: Json, losses: list[float], divergences: list[Divergence], not_finite: str | None) -> Json:
     details: Json = {"protocol": protocol, "losses": [json_number(loss) for loss in losses]}
-    if divergences is not None:
+    if divergences:
         details["divergences"] = [json_number(divergence.mean) for divergence in divergences]
         details["agreements"] = [window.agreement if window.finite else DIVERGED for window in divergences]
     if not_finite:

@@ -5,11 +5,10 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wanda_dvc import machine
 from wanda_dvc.errors import notice
@@ -43,9 +42,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     files on disk at any moment. On Linux the stage of a killed DVC gets SIGTERM too; without it, the stage would keep
     running, and the next run of the experiment would wait for it. Only the command line calls this.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
@@ -69,38 +65,53 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
             signal.signal(number, handler)
 
 
+class Progress:
+    """A progress bar on a terminal, else a line a minute."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what = total, what
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, file=sys.stderr)
+        self.began = time.monotonic()
+        self.last_line = self.began
+        self.done_at_last_line: int | None = None
+
+    def show(self, done: int) -> None:
+        """Show the number of finished steps. The first call has those that an interrupted run has finished."""
+        if self.done_at_last_line is None:
+            self.done_at_last_line = done
+            if self.bar is not None:
+                self.bar.initial = self.bar.n = done
+            return
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+            if done == self.total:
+                self.bar.close()
+            return
+        now = time.monotonic()
+        if done == self.total:
+            if now - self.began >= 10:
+                notice(f"{self.what}: {done} of {self.total}, {now - self.began:.0f} s")
+        elif now - self.last_line >= SECONDS_BETWEEN_LINES:
+            # At the speed since the last line: the first steps of a resumed training take no time.
+            left = (now - self.last_line) / (done - self.done_at_last_line) * (self.total - done)
+            notice(f"{self.what}: {done} of {self.total}, {now - self.began:.0f} s, about {left:.0f} s left")
+            self.last_line, self.done_at_last_line = now, done
+
+
 def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:
-    """Yield the items with a progress bar on a terminal, else with a line a minute.
+    """Yield the items and show their number.
 
     `at` returns the number of items before the first one, which an interrupted run has finished.
     """
-    if not sys.stderr.isatty():
-        yield from _with_lines(items, total, what, at)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, file=sys.stderr) as bar:
-        for number, item in enumerate(items):
-            if number == 0:
-                bar.initial = bar.n = at(item)
-            yield item
-            bar.update()
-
-
-def _with_lines(items: Iterable[T], total: int, what: str, at: Callable[[T], int]) -> Iterator[T]:
-    start = last_line = time.monotonic()
-    done = done_at_last_line = 0
+    shown, done = Progress(total, what), 0
     for number, item in enumerate(items):
         if number == 0:
-            done = done_at_last_line = at(item)
+            done = at(item)
+            shown.show(done)
         yield item
         done += 1
-        now = time.monotonic()
-        if done == total:
-            if now - start >= 10:
-                notice(f"{what}: {done} of {total}, {now - start:.0f} s")
-        elif now - last_line >= SECONDS_BETWEEN_LINES:
-            # At the speed since the last line: the first steps of a resumed training take no time.
-            left = (now - last_line) / (done - done_at_last_line) * (total - done)
-            notice(f"{what}: {done} of {total}, {now - start:.0f} s, about {left:.0f} s left")
-            last_line, done_at_last_line = now, done
+        shown.show(done)

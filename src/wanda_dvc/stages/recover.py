@@ -5,7 +5,6 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, windows_of_documents
 from wanda_dvc.stages.needs import announce, needs_checkpointing, trained_in
-from wanda_dvc.stages.process import progress
+from wanda_dvc.stages.process import Progress
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
@@ -59,7 +58,7 @@ def recover(*, study: Study) -> None:
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     with unfinished as work:
-        show_step = step_display(len(windows) // RECOVERY_BATCH) if is_first else lambda _: None
+        show_step = Progress(len(windows) // RECOVERY_BATCH, "recover, steps").show if is_first else lambda _: None
         recovered, curve = train(
             study.model("dense"), study.model("pruned"), windows=windows, validation=validation, rate=settings["rate"],
             device=device, dtype=getattr(torch, dtype_name), checkpointing=checkpointing, work=work.path / "training",
@@ -72,18 +71,6 @@ def recover(*, study: Study) -> None:
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
-
-
-def step_display(total: int) -> Callable[[int], None]:
-    """Return a function that shows the number of finished steps; a resumed training starts at its first number."""
-    finished: list[int] = []
-    shown = progress(iter(finished), total=total, what="recover, steps", at=lambda number: number)
-
-    def show_step(number: int) -> None:
-        finished.append(number)
-        next(shown)
-
-    return show_step
 
 
 def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:
@@ -127,13 +114,13 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
 
 def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
-    """Return windows of the training text in random order.
+    """Return windows of the training text in random order: `count` of separate documents, or all of another text.
 
-    A text of separate documents gives `count` windows, at random places. Any other text gives all of its windows; those
-    that share tokens with the calibration are last.
+    Of the calibration's text, windows that share tokens with the calibration are last.
     """
     source = "recovery" if settings["text"] else "calibration"
     length, seed = settings["length"], settings["seed"]
+    # The next seed: with the calibration's, windows of one text would be the calibration's own.
     drawn = windows_of_documents(study, source, samples=count, length=length, seed=seed + 1)
     if drawn is not None:
         return drawn

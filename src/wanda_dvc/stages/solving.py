@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from wanda_dvc.pruning.units import Units
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import Json
 
+if TYPE_CHECKING:
+    from wanda_dvc.engine.removal import Removal
+
 
 class MaskJob(NamedTuple):
     """What all blocks of a run share. Nodes of a cluster read the files at the same paths."""
@@ -26,8 +29,16 @@ class MaskJob(NamedTuple):
     plan: Plan
     checkpoint: Checkpoint  # of the dense model
     sparsities: Sequence[BlockSparsity]  # by block
-    units: Mapping[str, Units]  # to remove, by the linear that reads them
+    removal: "Removal | None"  # None: the pattern sets weights to zero
     fisher: Path  # the folder stats/fisher
+
+    @property
+    def units(self) -> dict[str, Units]:
+        """The units to remove, by the linear that reads them."""
+        if self.removal is None:
+            return {}
+        sets = self.removal.unit_sets
+        return {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
 
     def rule(self, block: int) -> MaskRule:
         """Return how masks of a block are chosen."""

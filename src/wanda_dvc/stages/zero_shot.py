@@ -17,7 +17,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory_of, own_device
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner
 from wanda_dvc.stages.needs import announce, gigabytes
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
@@ -49,7 +49,6 @@ def zero_shot(*, study: Study, model: str) -> None:
         protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
         results = _results_of_task(study, model, task, protocol)
         details[task], metrics[task] = results["details"], results["metrics"]
-        say_not_finite(f"zero-shot {model} {task}", details[task].get("not_finite"))
         if task in dense and not items["samples"]:  # the embedded questions are no benchmark
             metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
     write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
