@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -86,7 +85,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     assert "| perplexity" in card
     (calibrated_study,) = studies(model)
     assert not (calibrated_study / "models/pruned").exists()
-    assert f"The study: {calibrated_study} (" in said
+    assert f"The study: {calibrated_study}. " in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
@@ -101,7 +100,6 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
 def test_without_evaluation_nothing_is_measured(model: Path):
     Path("it's out").mkdir()  # an empty directory is a target
     said = pruned(model, "it's out", "--recipe", "wanda", "--no-eval")
-    assert '"it\'s out"' in shlex.split(next(line for line in said.splitlines() if "python -c" in line))[2]
     assert "perplexity" not in said
     assert "Stale" not in said
     assert "| size, MB" in said

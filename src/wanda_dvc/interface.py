@@ -31,16 +31,9 @@ if TYPE_CHECKING:
 
 
 class Study:
-    """A study on disk: the directory of `dvc repro` and `dvc exp run`.
+    """A study on disk: the directory of `dvc repro` and `dvc exp run`, `path`, around a given directory.
 
-    Args:
-        directory: The study, or a folder in it.
-
-    Attributes:
-        path: The study's directory.
-
-    Raises:
-        UserError: `params.yaml` is missing in the directory and its parents.
+    UserError if `params.yaml` is missing in the given directory and its parents.
 
     Example:
         >>> results = pandas.DataFrame(wd.Study("study").results())
@@ -60,9 +53,6 @@ class Study:
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every measure of
         each model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not measured with these
         settings; of diverged measures, perplexity and divergence are infinity, others NaN.
-
-        Raises:
-            UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
         from wanda_dvc.results.listing import flat_records, listed_revisions  # imports NumPy, and masks need none
 
@@ -72,10 +62,7 @@ class Study:
         """Return the statistics `norms` of one block, by distinct input.
 
         `inputs[NAME].norm` is ‖X_j‖₂, float32 [in], over all calibration tokens; `consumers` lists the linears that
-        read each input.
-
-        Raises:
-            UserError: The study is not calibrated, or has no block of this number, counted from 0.
+        read each input. Blocks count from 0.
         """
         from wanda_dvc.study.tensors import read_stats
 
@@ -122,7 +109,13 @@ def calibrate(
     new_params(settings)  # a wrong setting or argument makes no study
     in_memory = not isinstance(model, str | os.PathLike)
     if in_memory:
-        _check_in_memory(model, tokenizer)
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase  # its import takes seconds
+
+        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                f"model, tokenizer: found {type(model).__name__}, {type(tokenizer).__name__}, expected a path, a Hub "
+                "id or a causal language model of transformers with its tokenizer; merge an adapter of PEFT first"
+            )
     elif tokenizer is not None:
         raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
@@ -172,14 +165,8 @@ def prune(study: Study, **settings: Any) -> "PreTrainedModel":
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
     """Change settings of a study and measure a model's perplexity: exp(mean loss over its windows' predictions).
 
-    Args:
-        study: The study.
-        model: `dense`, `pruned` or `recovered`.
-        text: One of the study's `perplexity.texts`; "": the first one.
-        **settings: Settings of `params.yaml`.
-
-    Returns:
-        The perplexity, to six significant digits; infinity if a loss is not finite.
+    The model is `dense`, `pruned` or `recovered`; the text is one of the study's `perplexity.texts`, by default the
+    first. The perplexity has six significant digits; it is infinity if a loss is not finite.
     """
     params, _ = changed((study.path / "params.yaml").read_text(encoding="utf-8"), settings)
     text = text or next(iter(params.perplexity.texts))
@@ -193,9 +180,6 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         return measured if isinstance(measured, float) else float("inf")
 
 
-# --- checks ---
-
-
 @contextlib.contextmanager
 def _changed(study: Study, settings: dict[str, Any]) -> Iterator[None]:
     """Let one function at a time change and read a study; others wait. Its settings change first."""
@@ -203,16 +187,6 @@ def _changed(study: Study, settings: dict[str, Any]) -> Iterator[None]:
     with locked(lock, f"waiting for another function on {study.path} …"):
         change_settings(study.path / "params.yaml", settings)
         yield
-
-
-def _check_in_memory(model: object, tokenizer: object) -> None:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(
-            f"model, tokenizer: found {type(model).__name__}, {type(tokenizer).__name__}, expected a path, a Hub id or "
-            "a causal language model of transformers with its tokenizer; merge an adapter of PEFT first"
-        )
 
 
 def _discard_without_model(root: Path) -> None:

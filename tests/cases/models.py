@@ -74,11 +74,11 @@ def cut(name: str, keep: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def cases() -> Iterator[Case]:
-    for name in ("config.json", SINGLE, "tokenizer.json", "LICENSE"):
+    for name in ("config.json", SINGLE):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "not a file", "expected a file"))
         yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to a missing file"))
-    for name in (SINGLE, "vocab.json"):
-        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
+    yield Case(f"{SINGLE}: a pipe", replaced_by_pipe(SINGLE), (SINGLE, "not a file", "expected a file"))
+    yield Case("tokenizer.json: a folder", replaced_by_folder("tokenizer.json"), ("no tokenizer", "copy one there"))
     for setting, wrong, says in CONFIGS:
         name = f"config.json: {setting} {'' if wrong is REMOVED else wrong!r:.40}"
         yield Case(name, config(**{setting: wrong}), says)

@@ -46,10 +46,9 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 
 
 def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path | None = None) -> str:
-    """Write the pruned model of an experiment into a new directory that transformers loads.
+    """Write the pruned model of an experiment, by default the workspace, into a new directory that transformers loads.
 
-    The experiment is a name, commit, branch or tag; None is the workspace. `imatrix` is a new file for llama.cpp's
-    importance matrix.
+    `imatrix` is a new file for llama.cpp's importance matrix.
     """
     revision = None if experiment == WORKSPACE else experiment
     what = revision or "the workspace"

@@ -31,8 +31,7 @@ def importance(study: Study, target: Path) -> str:
     """Write the importance matrix of a study's pruned model; return a line about it.
 
     For each weight it has Σx² of each kept input, and the number of tokens, of the dense model on the calibration text.
-    The experts of a block are rows of one tensor, [experts, in]. Format: llama.cpp #9400. UserError if the masks are of
-    another calibration, or llama.cpp has no name for the type of the model.
+    The experts of a block are rows of one tensor, [experts, in]. Format: llama.cpp #9400.
     """
     masks, stats = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
     if masks["stats"] != digest(stats):
@@ -95,8 +94,7 @@ def _write_gguf(
 def names_in_gguf(model_type: str, blocks: int) -> tuple[str, Callable[[str], set[str]]]:
     """Return llama.cpp's name of a model type, and a function from a linear's name to those of its tensors in GGUF.
 
-    The function returns no name for a linear that GGUF does not have, or has in another order. UserError if llama.cpp
-    has no name for the model type.
+    The function returns no name for a linear that GGUF does not have, or has in another order.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 

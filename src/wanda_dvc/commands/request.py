@@ -42,10 +42,7 @@ def check_request(
     recover: str | None = None,
     evaluate: bool = True,
 ) -> PruneRequest:
-    """Check the options of `wanda-dvc prune`.
-
-    UserError for a wrong option, a target that is not empty or cannot be made, or a read-only cache folder.
-    """
+    """Check the options of `wanda-dvc prune`, and that it may write its target and the cache folder."""
     if sparsity is None:
         sparsity = 0.2 if pattern in STRUCTURES else 0.5
     settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
@@ -57,7 +54,11 @@ def check_request(
     source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
     name = Path(source).name
     key = digest({"model": params.model, "text": params.calibration.text.filled})[:8]
-    root = _cache_folder() / f"{name}-{key}"
+    try:
+        cache = check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
+    root = cache / f"{name}-{key}"
     if target is None:
         amount = None if ":" in pattern else f"{sparsity:g}"
         kind = None if pattern == UNSTRUCTURED else pattern.replace(":", "-")
@@ -71,10 +72,3 @@ def _parse_tokens(text: str) -> int:
     if digits is None:
         raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
     return int(digits[1]) * TOKEN_UNITS[digits[2]]
-
-
-def _cache_folder() -> Path:
-    try:
-        return check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
-    except (UserError, OSError) as error:
-        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None

@@ -84,12 +84,9 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
 def _files(source: Path) -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     shards = Checkpoint(source).shards
-    entries = sorted(source.iterdir())  # dangling links too
+    entries = [path for path in sorted(source.iterdir()) if path.is_file()]
     check_decoder(source, [path.name for path in entries], str(source))
-    files = [*(path for path in entries if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
-    for path in files:
-        check_file(path, "move it away, or put the file there")
-    return files
+    return [*(path for path in entries if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
 
 
 # --- from a package ---
@@ -194,11 +191,7 @@ def _lacks(path: Path, weight: str) -> UserError:
 
 
 def read_model(path: Path, out: Path) -> str:
-    """Put a model of this machine into an empty folder, in the form that the stages read. Return a SHA-256 of it.
-
-    Of a directory of safetensors the files are linked; a GGUF file is dequantized. UserError if there is no complete
-    decoder, or no known reader for its quantization.
-    """
+    """Put a model of this machine into an empty folder: links, or a dequantized GGUF file. Return its SHA-256."""
     out.mkdir(parents=True)
     if path.suffix == GGUF:
         check_file(path, "name another")

@@ -235,9 +235,8 @@ class Work:
     def adopt(self, made_from: Json, *targets: Path) -> None:
         """Begin with the artifacts that another run with the same inputs has committed, if they are still there.
 
-        Queued experiments have checkouts of their own: if two need the same calibration, one computes it, and the other
-        copies it. An artifact in this run's own place counts only if this run has waited for it, because a stage that
-        is repeated computes again.
+        Queued experiments have checkouts of their own: if two need the same calibration, the second copies it. An
+        artifact in this run's own place counts only after a wait, because a stage that is repeated computes again.
         """
         places = load_json(self._note)
         for target in targets:

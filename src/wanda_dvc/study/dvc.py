@@ -46,8 +46,7 @@ def prefix_of(root: Path, repository: Path) -> str:
 def list_revisions(root: Path) -> list[Json]:
     """Return the workspace, HEAD, branches, tags and commits with experiments, each with its experiments.
 
-    The records are those of `dvc exp show --json`. Other commits are left out: reading every commit takes minutes in a
-    large repository. UserError if DVC cannot list them.
+    The records are those of `dvc exp show --json`. Reading every commit takes minutes in a large repository.
     """
     repository_roots(root)
     if git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
@@ -169,8 +168,7 @@ class Revision:
 def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
     """Run stages of a study and those before them, as far as settings or inputs have changed; print their messages.
 
-    With `shown` the stages write to this process's stderr; in a terminal they draw progress bars. UserError if a stage
-    fails; without `shown` with its messages.
+    With `shown` the stages write to this process's stderr; in a terminal they draw progress bars.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     messages: list[str] = []  # of the current stage

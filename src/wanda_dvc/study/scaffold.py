@@ -62,9 +62,7 @@ def init(
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
 
-    With `study` it begins with the settings and results of that study. In a directory of a git repository the new study
-    becomes a part of it. UserError if the directory holds more than `.git`, if a setting is wrong, without git, or if
-    git refuses the repository.
+    With `study` it begins with the settings and results of that study. In a git repository it becomes a part of it.
     """
     folder = check_place(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
@@ -150,10 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def source_settings(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
-    """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere.
-
-    UserError for a path that is missing or of the wrong kind, before anything looks for its name on the Hub.
-    """
+    """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere."""
     settings: Settings = {}
     if model is not None:
         settings["model"] = _absolute(model, "a directory of safetensors", Path.is_dir)
@@ -183,10 +178,7 @@ def _absolute(source: str, expected: str, is_expected: Callable[[Path], bool]) -
 
 
 def _repository_around(folder: Path) -> Path | None:
-    """Return the root of the git repository around a directory, which may not exist yet; None outside repositories.
-
-    UserError without git, or if git refuses the repository, such as another user's.
-    """
+    """Return the root of the git repository around a directory, which may not exist yet; None outside repositories."""
     nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     top = git(nearest, "rev-parse", "--show-toplevel")
     if top.returncode == 0:
