@@ -111,7 +111,7 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
     said = pruned(model, "--pattern", "neurons", "--no-eval")
     smaller, dense = (path / "model.safetensors" for path in (Path("tiny-neurons-0.2"), model))
     assert smaller.stat().st_size < dense.stat().st_size
-    assert "tiny: wanda-refit, sparsity 0.2, pattern neurons" in said
+    assert "tiny: wanda-refit, pattern neurons, sparsity 0.2" in said
     assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wanda_dvc.engine.checkpoint import read_config
-from wanda_dvc.errors import UserError, shortened
+from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.artifact import block_count, digest, read_provenance
 from wanda_dvc.study.files import Json
@@ -39,17 +39,12 @@ def importance(study: Study, target: Path) -> str:
     is_smaller, blocks = Plan.from_dict(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
     arch, names_of = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
     squares, tokens = defaultdict[str, list[Array]](list), defaultdict[str, list[int]](list)  # of each expert, or one
-    unnamed = set()
     for linear, linear_squares, linear_tokens in _kept_inputs(study, blocks, is_smaller=is_smaller):
-        names = names_of(linear)
-        for name in names:
+        for name in names_of(linear):
             squares[f"{name}.weight"].append(linear_squares)
             tokens[f"{name}.weight"].append(linear_tokens)
-        if not names:
-            unnamed.add(linear)
     _write_gguf(target, arch, stats, squares, tokens)
-    without = f", without {shortened(sorted(unnamed))}" if unnamed else ""
-    return f"the importance matrix of {len(squares)} weights{without}, for `llama-quantize --imatrix`"
+    return f"the importance matrix of {len(squares)} weights, for `llama-quantize --imatrix`"
 
 
 def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tuple[str, Array, int]]:

@@ -266,16 +266,12 @@ def locked(path: Path, waiting: str) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
     try:
-        lock.acquire(timeout=0)
-        waited = False
+        acquired, waited = lock.acquire(timeout=0), False
     except Timeout:
         notice(waiting)
-        lock.acquire()
-        waited = True
-    try:
+        acquired, waited = lock.acquire(), True
+    with acquired:
         yield waited
-    finally:
-        lock.release()
 
 
 def remove(path: Path) -> None:

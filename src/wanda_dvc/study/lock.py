@@ -10,9 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params, parse_yaml, resolved
-from wanda_dvc.reading import name_of
 from wanda_dvc.study.files import Json, json_text
 
 LOCK = "dvc.lock"
@@ -35,10 +33,7 @@ class Lock:
         """Read the text of a lock."""
         todo = "expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
         content = parse_yaml(text, LOCK, todo) or {}
-        stages = content.get("stages") or {} if isinstance(content, dict) else None
-        if not isinstance(stages, dict):
-            raise UserError(f"{LOCK}: got {name_of(content)}, {todo}")
-        return cls(stages)
+        return cls(content.get("stages") or {})
 
     @property
     def settings(self) -> Json:
