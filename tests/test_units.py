@@ -187,7 +187,7 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
     slices = stored_slices(model, checkpoint)
     where, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for name, stored in stored_linears(block, f"{where}.{index}.", slices.__getitem__).items():
+        for name, stored in stored_linears(block, f"{where}.{index}.", slices).items():
             if name in keeps:
                 stored.weight.data.mul_(keeps[name])
     yield model

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,15 +34,8 @@ Logits = Float[Tensor, "positions vocabulary"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one block, without the hidden states
 
 
-class BlockCall(NamedTuple):
-    """The hidden states and the other arguments that the model gives a block."""
-
-    hidden: States
-    arguments: Arguments
-
-
 class _Stop(Exception):
-    """Ends the model's own forward pass once the blocks' calls are recorded."""
+    """Ends the model's own forward pass once the blocks' arguments are recorded."""
 
 
 class Decoder:
@@ -60,11 +53,10 @@ class Decoder:
         # Of all blocks, with their bytes, by a sequence's length, or by the content of its packed questions.
         self._arguments: dict[int | str, tuple[list[Arguments], int]] = {}
         self._stock_attention = self.model.config._attn_implementation
-        self._is_probed = False
-        self._extra_outputs: tuple[None, ...] | None = None  # known once the first block is probed
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
         accelerator.keep_freed_memory()
+        self._extra_outputs = self._probe_first_block()
 
     # --- what the model is ---
 
@@ -106,8 +98,7 @@ class Decoder:
     # --- one block ---
 
     def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
-        """Load a block, as `BlockLoader.load`. Before any block is loaded, the first one is probed."""
-        self._probe_first_block()
+        """Load a block, as `BlockLoader.load`."""
         self.weights.load(index, then, change)
 
     def unload(self) -> None:
@@ -117,7 +108,7 @@ class Decoder:
 
     def embed(self, sequence: TokenSequence) -> States:
         """Return the hidden states before the first block."""
-        return self._record(sequence, until=0)[0].hidden
+        return self._record(sequence, until=0)[0]
 
     def run(self, index: int, hidden: States, sequence: TokenSequence) -> States:
         """Run a sequence through a block, which must be loaded."""
@@ -157,29 +148,32 @@ class Decoder:
         """
         last = len(self.blocks) - 1
         if sequence.questions is not None:
-            return [call.arguments for call in self._record(sequence, until=last)]
-        zeros, ones = TokenSequence(torch.zeros_like(sequence.tokens)), TokenSequence(torch.ones_like(sequence.tokens))
-        arguments = [call.arguments for call in self._record(zeros, until=last)]
-        if not are_equal(arguments, [call.arguments for call in self._record(ones, until=last)]):
+            return self._record(sequence, until=last)[1]
+        _, arguments = self._record(TokenSequence(torch.zeros_like(sequence.tokens)), until=last)
+        _, arguments_of_ones = self._record(TokenSequence(torch.ones_like(sequence.tokens)), until=last)
+        if not are_equal(arguments, arguments_of_ones):
             raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
         return arguments
 
     @torch.no_grad()
-    def _record(self, sequence: TokenSequence, until: int) -> list[BlockCall]:
-        """Return the calls of the blocks up to `until` in the model's own forward pass; blocks return their input."""
-        calls: list[BlockCall] = []
-        if until > 0:
-            self._probe_first_block()
+    def _record(self, sequence: TokenSequence, until: int) -> tuple[States, list[Arguments]]:
+        """Return the hidden states before the first block, and the arguments of the blocks up to `until`.
+
+        The model's own forward pass supplies them; its blocks return their input.
+        """
+        hidden: list[States] = []
+        arguments: list[Arguments] = []
 
         def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if calls and hidden_states is not calls[-1].hidden and not torch.equal(hidden_states, calls[-1].hidden):
+            if hidden and hidden_states is not hidden[-1] and not torch.equal(hidden_states, hidden[-1]):
                 where = f"between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
             expected = (1, len(sequence.tokens), self.model.config.get_text_config().hidden_size)
             if hidden_states.shape != expected:
                 what = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
                 raise unsupported(self.checkpoint, f"the model {what}")
-            calls.append(BlockCall(hidden_states, (args, kwargs)))
+            hidden.append(hidden_states)
+            arguments.append((args, kwargs))
             if index == until:
                 raise _Stop
             return self._as_output(hidden_states)
@@ -195,32 +189,29 @@ class Decoder:
         except ValueError as error:
             what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
             raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
-        if len(calls) != until + 1:
-            what = f"{len(calls)} of its {len(self.blocks)} blocks, expected each once and in order"
+        if len(arguments) != until + 1:
+            what = f"{len(arguments)} of its {len(self.blocks)} blocks, expected each once and in order"
             raise unsupported(self.checkpoint, f"the model's forward pass called {what}")
-        return calls
+        return hidden[0], arguments
 
     @torch.no_grad()
-    def _probe_first_block(self) -> None:
-        """Learn the form of a block's output: hidden states alone, or a tuple with Nones after them.
+    def _probe_first_block(self) -> tuple[None, ...] | None:
+        """Return the Nones that follow the hidden states in a block's output; None if it is no tuple.
 
         UserError if a block's result for a token depends on the token after it.
         """
-        if self._is_probed:
-            return
-        call = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        args, kwargs = call.arguments
-        with_another_end = torch.cat([call.hidden[:, :1], 1 - call.hidden[:, 1:]], dim=1)
+        hidden, [(args, kwargs)] = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)
+        with_another_end = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
         self.weights.load(0, -1)
-        output = self.blocks[0](call.hidden, *args, **kwargs)
+        output = self.blocks[0](hidden, *args, **kwargs)
         first = hidden_states_of(output)[0, 0].float()
         first_again = hidden_states_of(self.blocks[0](with_another_end, *args, **kwargs))[0, 0].float()
         self.weights.unload()
         if torch.dist(first, first_again) > 0.02 * first.norm():  # far above rounding
             raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
-        if isinstance(output, (tuple, list)):
-            self._extra_outputs = tuple(itertools.takewhile(lambda value: value is None, output[1:]))
-        self._is_probed = True
+        if not isinstance(output, (tuple, list)):
+            return None
+        return tuple(itertools.takewhile(lambda value: value is None, output[1:]))
 
     def _as_output(self, hidden: Tensor) -> Any:
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
@@ -273,7 +264,6 @@ class Decoder:
 
     def _logits(self, hidden: Float[Tensor, "1 positions width"], tokens: Int[Tensor, " positions"]) -> Logits:
         called = list[int]()
-        self._probe_first_block()
 
         def return_hidden(index: int, *_args: Any, **_kwargs: Any) -> Any:
             called.append(index)
@@ -305,26 +295,20 @@ class Decoder:
         )
         # The places of each context with one of its choices.
         texts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        sequences = [TokenSequence(tokens[places]) for places in texts]
-        results = self._try([*sequences, TokenSequence(tokens, questions)])
-        if results is None:
-            return False
-        packed, alone = results.pop(), torch.cat(results)
-        difference = torch.cat([packed[places] for places in texts]) - alone
-        return bool(difference.norm() <= 1e-3 * alone.norm())  # up to the rounding of float32
-
-    def _try(self, sequences: list[TokenSequence]) -> list[Float[Tensor, "_ width"]] | None:
-        """Return the results of some sequences; None if the model does not run with our attention."""
+        sequences = [*(TokenSequence(tokens[places]) for places in texts), TokenSequence(tokens, questions)]
         self._arguments.clear()
         try:
             with self._short_windows():
-                return self._run_one_of_each_kind(sequences)
+                *results, packed = self._run_one_of_each_kind(sequences)
         except (TypeError, ValueError, RuntimeError, UserError) as error:
             if is_out_of_memory(error):
                 raise
-            return None  # the model's attention differs from ours
+            return False  # the model's attention differs from ours
         finally:
             self.unload()
+        alone = torch.cat(results)
+        difference = torch.cat([packed[places] for places in texts]) - alone
+        return bool(difference.norm() <= 1e-3 * alone.norm())  # up to the rounding of float32
 
     @torch.no_grad()
     def _run_one_of_each_kind(self, sequences: list[TokenSequence]) -> list[Float[Tensor, "_ width"]]:
@@ -344,11 +328,8 @@ class Decoder:
     def _short_windows(self) -> Iterator[None]:
         """Limit the windows and chunks of the model's masks to `TRIAL_WINDOW`."""
         config = self.model.config.get_text_config()
-        sizes: dict[str, int] = {}
-        for name in ("sliding_window", "attention_chunk_size"):
-            size = getattr(config, name, None)
-            if size is not None:
-                sizes[name] = size
+        names = ("sliding_window", "attention_chunk_size")
+        sizes = {name: getattr(config, name) for name in names if getattr(config, name, None)}
         try:
             for name, size in sizes.items():
                 setattr(config, name, min(size, TRIAL_WINDOW))

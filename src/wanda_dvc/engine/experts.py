@@ -116,8 +116,13 @@ class GatedOutputs:
             if x.shape != tokens.shape or not torch.equal(x, tokens.to(x.dtype)):
                 self._call = None
         else:
-            outputs = _finished(call.module, y, call.experts.flatten()[pairs])
-            gated = outputs * call.gates.flatten()[pairs, None]
+            bias = getattr(call.module, f"{LAST}_bias", None)  # some families add a bias, or a norm
+            norm = getattr(call.module, "post_expert_norm", None)
+            if bias is not None:
+                y = y + bias[call.experts.flatten()[pairs]]
+            if norm is not None:
+                y = norm(y)
+            gated = y * call.gates.flatten()[pairs, None]
             norms = vector_norm(gated.float(), dim=-1)
             for matrix, its_rows in rows.items():
                 self.on_gated_output(self.linears[matrix][0], norms[its_rows])
@@ -132,14 +137,3 @@ def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:
     # `eager`: by the expert's place among the token's experts
     slot, token = torch.where((call.experts == matrix.expert).T)
     return token * call.experts.shape[1] + slot
-
-
-def _finished(module: nn.Module, y: Float[Tensor, "rows out"], experts: Int[Tensor, " rows"]) -> Tensor:
-    """Return the experts' outputs from their last product: with the bias and the norm that some families add."""
-    bias = getattr(module, f"{LAST}_bias", None)
-    norm = getattr(module, "post_expert_norm", None)
-    if bias is not None:
-        y = y + bias[experts]
-    if norm is not None:
-        y = norm(y)
-    return y

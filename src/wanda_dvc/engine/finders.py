@@ -17,13 +17,14 @@ from torch import nn
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
-from wanda_dvc.engine.removal import ConfigField, KeptUnits, Removal, UnitDimension, UnitTensor, refused
+from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import (
     Linear,
     StoredSlice,
     build_empty,
     find_blocks,
     holds_experts,
+    split_by_expert,
     stored_linears,
     stored_slices,
 )
@@ -39,29 +40,19 @@ Slices = Mapping[str, list[StoredSlice]]  # by parameter
 
 def _linears(model: nn.Module, slices: Slices) -> list[dict[str, Linear]]:
     name, blocks = find_blocks(model)
-    return [stored_linears(block, f"{name}.{index}.", slices.__getitem__) for index, block in enumerate(blocks)]
-
-
-class SizeChange(NamedTuple):
-    """A dimension of a parameter that has another size in a trial model."""
-
-    parameter: str
-    dim: int
-    size: int
-    trial_size: int
+    return [stored_linears(block, f"{name}.{index}.", slices) for index, block in enumerate(blocks)]
 
 
 def _size_changes(
     source: Checkpoint, structure: Structure, full: nn.Module, fields: Mapping[str, Any]
-) -> list[SizeChange]:
+) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the dimensions that have another size in a trial model: the parameter, the dimension, and both sizes."""
     trial = _build(source, structure, fields).state_dict()
-    changes = []
     for name, tensor in full.state_dict(keep_vars=True).items():
         trial_shape = trial[name].shape if name in trial else ()
         for dim, (size, trial_size) in enumerate(zip(tensor.shape, trial_shape, strict=False)):
             if size != trial_size:
-                changes.append(SizeChange(name, dim, size, trial_size))
-    return changes
+                yield name, dim, size, trial_size
 
 
 def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
@@ -81,6 +72,7 @@ class FieldDimension(NamedTuple):
     address: Address
     dim: int
     size: int
+    unit_set: str  # the parent of the tensor's module: `mlp` for `mlp.up_proj.weight`, `experts.3` for an expert
     field: str
     value: int  # of the field, or the value that null means
 
@@ -102,46 +94,12 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
         fixed["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
     dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
     removal = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
-    all_sets = next(iter(removal.config_fields.values())).unit_sets  # a structure with scaled fields has one other
     config_fields = dict(removal.config_fields)
-    config_fields |= {name: ConfigField(value, all_sets) for name, value in scaled.items()}
+    config_fields |= {name: ConfigField(value, tuple(removal.unit_sets)) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, ()) for name, value in fixed.items()}
     removal = replace(removal, config_fields=config_fields)
     _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
     return _with_dimensions(source, removal, dimensions)
-
-
-def _unit_sets(
-    source: Checkpoint,
-    structure: Structure,
-    sparsity: Fraction,
-    blocks: Sequence[Mapping[str, Linear]],
-    dimensions: Sequence[FieldDimension],
-) -> Removal:
-    """Return a removal with the sets of units and their consumers: the linears whose inputs are such a dimension."""
-    linears = {name: linear for block in blocks for name, linear in block.items()}
-    unit_sets: dict[str, Units] = {}  # by the parent of the tensors' modules, such as an MLP; one linear reads each
-    consumers: dict[str, UnitDimension] = {}
-    sets_of: dict[str, tuple[str, ...]] = {dimension.field: () for dimension in dimensions}
-    for address, dim, size, field, value in dimensions:
-        linear = linears.get(address.linear)
-        if linear is None or dim != (0 if linear.transposed else 1):
-            continue  # not an input of a linear: a bias or an output, which computes the units
-        name = _parent_name(address)
-        if name in unit_sets:
-            raise refused(structure, source, f"several linears of {name} read them")
-        total = value if structure.scaled else size  # a width may be a multiple of its field's value
-        kept = total * count_kept(value, sparsity, structure.multiple) // value
-        unit_sets[name] = Units(total, kept, (size // total,))
-        sets_of[field] += (name,)
-        consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
-    for dimension in dimensions:
-        units = unit_sets.get(_parent_name(dimension.address))
-        if units is None or dimension.size % units.total or dimension.dim > 1:
-            raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
-    values = {dimension.field: dimension.value for dimension in dimensions}
-    config_fields = {field: ConfigField(values[field], names) for field, names in sets_of.items()}
-    return Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
 
 
 def _field_dimensions(
@@ -162,9 +120,9 @@ def _field_dimensions(
         value = getattr(text, field, 0)
         if value == 0:
             continue
-        trial = TRIAL
-        if value is not None:
-            trial = value // 2 if isinstance(value, int) else 0
+        trial = TRIAL if value is None else 0
+        if isinstance(value, int):
+            trial = value // 2
         if not trial or (value is None and scaled):  # null has no proportion
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         fields = {field: trial, **fixed}
@@ -174,9 +132,14 @@ def _field_dimensions(
             if not parameter.startswith(f"{blocks_name}.") or parameter not in slices:
                 raise refused(structure, source, f"{field} also determines {parameter}")
             number = trial * size // trial_size if value is None else value
-            experts = _number_of_experts(full.get_submodule(parameter.rpartition(".")[0]))
-            for address, stored_dim, stored_size in _stored_dimensions(slices[parameter], dim, experts, source):
-                dimension = FieldDimension(address, stored_dim, stored_size, field, number)
+            module = full.get_submodule(parameter.rpartition(".")[0])
+            experts = max((len(x) for x in module.parameters(recurse=False) if holds_experts(module, x)), default=0)
+            stored_dim = dim - 1 if experts else dim  # of one expert's matrix
+            for stored in split_by_expert(slices[parameter], experts):
+                address = stored.address
+                stored_size = source.read(address).shape[stored_dim]
+                parent = address.linear.removesuffix(".bias").rpartition(".")[0]
+                dimension = FieldDimension(address, stored_dim, stored_size, parent, field, number)
                 dimensions[address, stored_dim] = dimension
     if not dimensions:
         fields_sought = ", ".join(structure.fields)
@@ -184,47 +147,56 @@ def _field_dimensions(
     return [*dimensions.values()]
 
 
-def _number_of_experts(module: nn.Module) -> int:
-    for parameter in module.parameters(recurse=False):
-        if holds_experts(module, parameter):
-            return len(parameter)
-    return 0
-
-
-def _stored_dimensions(
-    slices: Sequence[StoredSlice], dim: int, experts: int, source: Checkpoint
-) -> Iterator[tuple[Address, int, int]]:
-    """Yield where a parameter's dimension is stored: the address, the dimension there, and its size.
-
-    The first dimension of a parameter of several experts is theirs; no matrix of one expert has it.
-    """
-    for stored in slices:
-        tensor = stored.address.tensor
-        shape = source.entries[tensor].shape
-        if experts and stored.expert is not None:  # [out, in] of one expert
-            yield stored.address, dim - 1, shape[dim - 1]
-        elif experts and shape[0] == experts:  # [experts, out, in]
-            for expert in range(experts):
-                yield Address(tensor, expert), dim - 1, shape[dim]
-        else:  # [out, in] or [out]
-            yield stored.address, dim, shape[dim]
+def _unit_sets(
+    source: Checkpoint,
+    structure: Structure,
+    sparsity: Fraction,
+    blocks: Sequence[Mapping[str, Linear]],
+    dimensions: Sequence[FieldDimension],
+) -> Removal:
+    """Return a removal with the sets of units and their consumers: the linears whose inputs are such a dimension."""
+    linears = {name: linear for block in blocks for name, linear in block.items()}
+    unit_sets: dict[str, Units] = {}  # one linear reads each
+    consumers: dict[str, UnitDimension] = {}
+    config_fields: dict[str, ConfigField] = {}
+    for address, dim, size, name, field, value in dimensions:
+        config_fields.setdefault(field, ConfigField(value, ()))
+        linear = linears.get(address.linear)
+        if linear is None or dim != (0 if linear.transposed else 1):
+            continue  # not an input of a linear: a bias or an output, which computes the units
+        if name in unit_sets:
+            raise refused(structure, source, f"several linears of {name} read them")
+        total = value if structure.scaled else size  # a width may be a multiple of its field's value
+        kept = total * count_kept(value, sparsity, structure.multiple) // value
+        unit_sets[name] = Units(total, kept, (size // total,))
+        config_fields[field] = ConfigField(value, (*config_fields[field].unit_sets, name))
+        consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
+    for dimension in dimensions:
+        units = unit_sets.get(dimension.unit_set)
+        if units is None or dimension.size % units.total or dimension.dim > 1:
+            raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
+    return Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
 
 
 def _with_dimensions(source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension]) -> Removal:
     """Return a removal with the dimensions of all tensors, laid out so that the smaller model passes the probe.
 
-    A tensor may hold several places of a unit: in several sections, or next to one another.
+    A tensor may hold several places of a unit: in several sections, or next to one another. The probe keeps a random
+    half of the units, for any sparsity: so a wrong layout shows.
     """
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    for name, units in removal.unit_sets.items():
+        kept[name] = torch.randperm(units.total, generator=generator) < units.total // 2
     for in_sections in (True, False):
         unit_dimensions = []
-        for dimension in dimensions:
-            name = _parent_name(dimension.address)
+        for address, dim, size, name, _, _ in dimensions:
             units = removal.unit_sets[name]
-            places = dimension.size // units.total
+            places = size // units.total
             layout = _sections(places, sum(units.layout)) if in_sections else (places,)
-            unit_dimensions.append(UnitDimension(dimension.address, dimension.dim, name, layout))
+            unit_dimensions.append(UnitDimension(address, dim, name, layout))
         complete = replace(removal, dimensions=tuple(unit_dimensions))
-        problem = probe(source, complete.with_kept(_random_half(complete)))
+        problem = probe(source, complete.with_kept(kept))
         if not problem:
             return complete
     raise refused(removal.structure, source, problem)
@@ -242,25 +214,6 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
     return (1,) * places if inputs == 1 else (inputs, more // 2, more - more // 2)
 
 
-def _random_half(removal: Removal) -> KeptUnits:
-    """Return random kept units, half of each set, for any sparsity: so a wrong layout shows."""
-    generator = torch.Generator().manual_seed(0)
-    kept = {}
-    for value, names in removal.config_fields.values():
-        for name in names:
-            if name not in kept:
-                total = removal.unit_sets[name].total
-                half = max(1, value // 2) * total // value
-                kept[name] = torch.zeros(total, dtype=torch.bool)
-                kept[name][torch.randperm(total, generator=generator)[:half]] = True
-    return kept
-
-
-def _parent_name(address: Address) -> str:
-    """Return the name of the parent of a tensor's module: `mlp` for `mlp.up_proj.weight`, `experts.3` for an expert."""
-    return address.linear.removesuffix(".bias").rpartition(".")[0]
-
-
 # --- blocks ---
 
 
@@ -275,35 +228,22 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     }
     if not config_fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
-    members = [[*names] for names in linears]
+    # Another part of the model may have blocks too, such as a vision tower.
+    prefix = re.split(r"(?<=\.)\d+\.", next(iter(linears[0])), maxsplit=1)[0]
+    unit_tensors = {}
+    for name in source.file_of:
+        match = re.fullmatch(rf"{re.escape(prefix)}(\d+)(\..*)", name)
+        if match:
+            unit_tensors[name] = UnitTensor(blocks_name, int(match[1]), prefix, match[2])
     kept = count_kept(total, sparsity, structure.multiple)
     return Removal(
         structure=structure,
-        unit_sets={blocks_name: Units(total, kept, members=members)},
+        unit_sets={blocks_name: Units(total, kept, members=[[*names] for names in linears])},
         config_fields=config_fields,
         config_lists=block_lists(text, total),
-        unit_tensors=_block_tensors(source, blocks_name, linears),
+        unit_tensors=unit_tensors,
         tolerance=1e-3,  # the same weights run: a block that depends on the number of blocks differs a little
     )
-
-
-def _block_tensors(
-    source: Checkpoint, blocks_name: str, linears: Sequence[Mapping[str, Linear]]
-) -> dict[str, UnitTensor]:
-    """Return the stored tensors of blocks. Another part of the model may have blocks too, such as a vision tower."""
-    pattern = re.compile(r"(?P<prefix>.*?\.)(?P<block>\d+)(?P<suffix>\..*)")
-    prefixes = set()
-    for names in linears:
-        for name in names:
-            match = pattern.fullmatch(name)
-            if match:
-                prefixes.add(match["prefix"])
-    tensors = {}
-    for name in source.file_of:
-        match = pattern.fullmatch(name)
-        if match and match["prefix"] in prefixes:
-            tensors[name] = UnitTensor(blocks_name, int(match["block"]), match["prefix"], match["suffix"])
-    return tensors
 
 
 def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
@@ -329,12 +269,12 @@ def check_probe(source: Checkpoint, removal: Removal) -> Removal:
 # --- experts ---
 
 
-class MixtureTensors(NamedTuple):
-    """The parameters of experts and routers, whose size follows the number of experts."""
+class MixtureTensor(NamedTuple):
+    """A parameter of experts or of their router, whose size follows the number of experts."""
 
-    dims: dict[str, int]  # by parameter: the dimension of experts
-    mixtures: dict[str, str]  # by parameter: the parent of the modules of experts and router
-    routers: dict[str, str]  # of the mixtures: those of the routers' parameters
+    dim: int  # of the experts
+    mixture: str  # the parent of the modules of experts and router
+    is_router: bool
 
 
 def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
@@ -345,92 +285,71 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     """
     full = build_empty(source.config, source)
     slices, content = stored_slices(full, source), source.config.get_text_config().to_dict()
-    field, total = _experts_field(source, structure, content)
-    groups, chosen_groups = content.get(EXPERT_GROUPS), content.get(CHOSEN_GROUPS)
-    if type(groups) is not int or not 1 < groups < total or total % groups:
-        groups = 1
+    numbers = {name: content[name] for name in structure.fields if content.get(name)}
+    if len(numbers) != 1:
+        names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
+        raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")
+    ((field, total),) = numbers.items()
+    groups = content.get(EXPERT_GROUPS) or 1
     kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
-    available = kept  # to a token
-    if groups > 1 and type(chosen_groups) is int:
-        available = min(chosen_groups, groups) * (kept // groups)
-    per_token = content.get(CHOSEN_EXPERTS)
-    if type(per_token) is int and available < per_token:
+    available = kept // groups * (content.get(CHOSEN_GROUPS) or groups)  # to a token
+    per_token = content.get(CHOSEN_EXPERTS) or 0
+    if available < per_token:
         problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {available} kept experts that a router offers"
         raise UserError(f"sparsity: {problem}; set a lower sparsity")
+
     tensors = _mixture_tensors(source, structure, full, slices, field, total)
     dimensions, unit_tensors = [], {}
-    for parameter, dim in tensors.dims.items():
-        mixture = tensors.mixtures[parameter]
+    mixture_of: dict[str, str] = {}  # by stored tensor
+    for parameter, (dim, mixture, _) in tensors.items():
         for stored in slices[parameter]:
             name = stored.address.tensor
+            mixture_of[name] = mixture
             if stored.expert is None:
                 dimensions.append(UnitDimension(stored.address, dim, mixture, (1,)))
             else:  # the last such number in its name is the expert's
                 prefix, _, suffix = name.rpartition(f".{stored.expert}.")
                 unit_tensors[name] = UnitTensor(mixture, stored.expert, f"{prefix}.", f".{suffix}")
-    members = _members(full, slices, tensors, total)
+    members: dict[str, list[list[str]]] = {}
+    for mixture in sorted(set(mixture_of.values())):
+        members[mixture] = [[] for _ in range(total)]
+    for block in _linears(full, slices):
+        for name, linear in block.items():
+            expert, tensor = linear.stored.expert, linear.stored.address.tensor
+            if expert is not None and tensor in mixture_of:
+                members[mixture_of[tensor]][expert].append(name)
     return Removal(
         structure=structure,
         unit_sets={name: Units(total, kept, members=linears, groups=groups) for name, linears in members.items()},
         config_fields={field: ConfigField(total, tuple(members))},
         dimensions=tuple(dimensions),
         unit_tensors=unit_tensors,
-        routers=tensors.routers,
+        routers={name: tensor.mixture for name, tensor in tensors.items() if tensor.is_router},
     )
-
-
-def _experts_field(source: Checkpoint, structure: Structure, content: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the only field of the configuration that has the number of experts, and the number."""
-    numbers = {}
-    for name in structure.fields:
-        value = content.get(name)
-        if type(value) is int and value > 1:
-            numbers[name] = value
-    if len(numbers) != 1:
-        names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
-        raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")
-    return next(iter(numbers.items()))
 
 
 def _mixture_tensors(
     source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, field: str, total: int
-) -> MixtureTensors:
+) -> dict[str, MixtureTensor]:
+    """Return the tensors that follow a number of experts, by parameter. A mixture is all below one parent."""
     blocks_name, _ = find_blocks(full)
     trial, tensors = total // 2, full.state_dict(keep_vars=True)
     dims: dict[str, int] = {}
+    expert_modules = set()
     for name, dim, size, trial_size in _size_changes(source, structure, full, {field: trial}):
         counts_experts = (size, trial_size) == (total, trial) and (dim == 0 or tensors[name].dim() < 3)
         if not name.startswith(f"{blocks_name}.") or name not in slices or not counts_experts or name in dims:
             raise refused(structure, source, f"{field} also determines {name}")
         dims[name] = dim
-    # A mixture is all below the parent of a module of experts.
-    expert_modules = set()
-    for name in dims:
         module = name.rpartition(".")[0]
         if holds_experts(full.get_submodule(module), tensors[name]):
             expert_modules.add(module)
-    parents = {name.rpartition(".")[0] for name in expert_modules}
-    if not parents:
-        raise refused(structure, source, f"{field} determines no tensor of experts")
-    mixtures, routers = {}, {}
-    for name in dims:
-        around = [parent for parent in parents if name.startswith(f"{parent}.")]
-        if not around:
+    parents = {module.rpartition(".")[0] for module in expert_modules}
+    mixture_tensors = {}
+    for name, dim in dims.items():
+        mixture = max((parent for parent in parents if name.startswith(f"{parent}.")), key=len, default=None)
+        if mixture is None:
             raise refused(structure, source, f"{field} also determines {name}")
-        mixtures[name] = max(around, key=len)
-        if name.rpartition(".")[0] not in expert_modules:
-            routers[name] = mixtures[name]
-    return MixtureTensors(dims, mixtures, routers)
-
-
-def _members(full: nn.Module, slices: Slices, tensors: MixtureTensors, total: int) -> dict[str, list[list[str]]]:
-    members: dict[str, list[list[str]]] = {}
-    for mixture in sorted(set(tensors.mixtures.values())):
-        members[mixture] = [[] for _ in range(total)]
-    names = {id(module): name for name, module in full.named_modules()}
-    for block in _linears(full, slices):
-        for name, linear in block.items():
-            parameter = f"{names[id(linear.module)]}.{linear.leaf}"
-            if linear.stored.expert is not None and parameter in tensors.mixtures:
-                members[tensors.mixtures[parameter]][linear.stored.expert].append(name)
-    return members
+        is_router = name.rpartition(".")[0] not in expert_modules
+        mixture_tensors[name] = MixtureTensor(dim, mixture, is_router)
+    return mixture_tensors

@@ -41,8 +41,7 @@ class GradientRecorder:
 
     def __init__(self, linears: dict[str, Linear]) -> None:
         self.linears = linears
-        self._sums: dict[str, Float64[Tensor, " out"]] = {}
-        self._grams: dict[str, Gram] = {}
+        self._totals = FisherSums()
         self._tokens: dict[str, Tensor] = {}  # tokens of the passes with a gradient, on the device
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
@@ -62,17 +61,17 @@ class GradientRecorder:
         y.register_hook(on_gradient)
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        device = float64_device(gradient.device)
+        sums, grams, device = self._totals.sums, self._totals.grams, float64_device(gradient.device)
         squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
             begin, end = self.linears[name].stored.rows or (0, len(squares))
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(squares[begin:end])
-                self._grams[name] = Gram.empty(end - begin, device)
+            if name not in self._tokens:
+                sums[name] = torch.zeros_like(squares[begin:end])
+                grams[name] = Gram.empty(end - begin, device)
                 self._tokens[name] = torch.zeros((), dtype=torch.int64, device=device)
             has_gradient = squares[begin:end].any()
-            self._sums[name] += squares[begin:end]
-            self._grams[name].add(gradient[:, begin:end].to(device))
+            sums[name] += squares[begin:end]
+            grams[name].add(gradient[:, begin:end].to(device))
             self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
     def result(self) -> FisherSums:
@@ -84,6 +83,6 @@ class GradientRecorder:
         result = FisherSums()
         for name, count in zip(self._tokens, counts, strict=True):
             if count:
-                result.sums[name] = self._sums[name].cpu()
-                result.grams[name] = Gram(self._grams[name].upper, count)
+                result.sums[name] = self._totals.sums[name].cpu()
+                result.grams[name] = Gram(self._totals.grams[name].upper, count)
         return result

@@ -71,7 +71,7 @@ class BlockLoader:
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        linears, weights = stored_linears(block, prefix, self.slices.__getitem__), find_linears(block)
+        linears, weights = stored_linears(block, prefix, self.slices), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:

@@ -7,7 +7,7 @@ transformers' conversion rules.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,22 +152,26 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def stored_linears(block: nn.Module, prefix: str, slices_of: Callable[[str], list[StoredSlice]]) -> dict[str, Linear]:
+def stored_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[StoredSlice]]) -> dict[str, Linear]:
     """Return a block's linears by stored name; each expert has its own.
 
-    `prefix` precedes the block's names in the model, and `slices_of` returns the slices of a parameter.
+    `prefix` precedes the block's names in the model; `slices` are those of each parameter.
     """
     linears: dict[str, Linear] = {}
     for name, module in find_linears(block).items():
         leaf = name.rpartition(".")[2]
-        slices = slices_of(prefix + name)
         shape = module.get_parameter(leaf).shape
-        if len(shape) == 3 and slices[0].expert is None:  # all experts in one tensor
-            tensor = slices[0].address.tensor
-            slices = [StoredSlice(Address(tensor, expert), expert=expert) for expert in range(shape[0])]
-        for stored in slices:
+        for stored in split_by_expert(slices[prefix + name], shape[0] if len(shape) == 3 else 0):
             linears[stored.address.linear] = Linear(module, leaf, stored)
     return linears
+
+
+def split_by_expert(slices: list[StoredSlice], experts: int) -> list[StoredSlice]:
+    """Return a parameter's slices: one for each of its `experts`, if any, also where one tensor has all."""
+    if not experts or slices[0].expert is not None:
+        return slices
+    tensor = slices[0].address.tensor
+    return [StoredSlice(Address(tensor, expert), expert=expert) for expert in range(experts)]
 
 
 def check_model(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Sums over the inputs of a block's linears."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -57,8 +57,11 @@ class InputSums:
         if before != name:
             raise unsupported(linear, f"it reads the input of {before}, and in other windows of {name}")
 
-    def _with_inputs_without_tokens(self, linears: dict[str, Linear]) -> tuple[dict[str, InputStats], dict[str, str]]:
-        """Return all inputs' statistics, and the input of each linear, also of experts without tokens."""
+    def of(self, linears: dict[str, Linear]) -> BlockRecord:
+        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
+
+        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
+        """
         stats, input_of = dict(self.stats), dict(self.input_of)
         seen = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
         for matrix, names in group_by_matrix(linears).items():
@@ -71,36 +74,25 @@ class InputSums:
                 raise unsupported(first, "its experts do not multiply by the stored matrices")
             stats[first] = InputStats.empty(linears[first].features)
             input_of |= dict.fromkeys(names, first)
-        return stats, input_of
-
-    def of(self, linears: dict[str, Linear]) -> BlockRecord:
-        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
-
-        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
-        """
-        stats, input_of = self._with_inputs_without_tokens(linears)
+        for name, linear in linears.items():
+            if linear.stored.expert is not None:  # experts last, by number, not in the order of their first tokens
+                input_of[name] = input_of.pop(name)
         consumers: dict[str, list[str]] = {}
-        for linear in _experts_last(input_of, linears):
-            consumers.setdefault(input_of[linear], []).append(linear)
+        for name, source in input_of.items():
+            consumers.setdefault(source, []).append(name)
+        outputs = {}
+        for name in linears:
+            if name in self.outputs:
+                outputs[name] = replace(self.outputs[name], sum=self.outputs[name].sum.cpu())
         measured = BlockStats(
             inputs={name: stats[name].to("cpu") for name in consumers},
             consumers=consumers,
             transposed=[name for name, linear in linears.items() if linear.transposed],
-            outputs={
-                name: replace(self.outputs[name], sum=self.outputs[name].sum.cpu())
-                for name in linears
-                if name in self.outputs
-            },
+            outputs=outputs,
             influence=self.influence.cpu(),
         )
         crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
         return BlockRecord(measured, self.grams, crosses)
-
-
-def _experts_last(names: Iterable[str], linears: dict[str, Linear]) -> list[str]:
-    """Return the linears in the order of `names`, then experts in index order, not the order of their first tokens."""
-    experts = dict.fromkeys(name for name, linear in linears.items() if linear.stored.expert is not None)
-    return [*(name for name in names if name not in experts), *experts]
 
 
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
