@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
-from wanda_dvc.engine.finders import block_lists, check_probe
+from wanda_dvc.engine.finders import block_lists
+from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, UnitTensor
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_slices
@@ -262,7 +263,8 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     grouped = (pattern, family) == ("experts", "deepseek_v3")
     assert {units.groups for units in found.unit_sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
-    left = Checkpoint(write(SmallerCheckpoint(checkpoint, check_probe(checkpoint, removal)), tmp_path / "smaller"))
+    probe(checkpoint, removal)
+    left = Checkpoint(write(SmallerCheckpoint(checkpoint, removal), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
     tokens = torch.randint(3, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -334,7 +336,7 @@ def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: P
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", by_number)
     folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
     with pytest.raises(UserError, match="computes something else"):
-        check_probe(Checkpoint(folder), drawn(removal_of(folder, "experts")))
+        probe(Checkpoint(folder), drawn(removal_of(folder, "experts")))
 
 
 def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):

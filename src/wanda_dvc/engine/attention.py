@@ -19,24 +19,17 @@ from wanda_dvc.engine.sequences import PackedQuestions
 NAME = "wanda_dvc"
 IGNORED = ("position_ids", "cache_position")  # tensor arguments without an effect on attention
 
-_questions: ContextVar[PackedQuestions | None] = ContextVar("questions", default=None)
+_questions: ContextVar[PackedQuestions] = ContextVar("questions")  # of the sequence that runs
 
 
 @contextlib.contextmanager
-def attending_within(questions: PackedQuestions | None) -> Iterator[None]:
-    """Set the questions of the sequence that runs inside; None for a sequence that is one text."""
+def attending_within(questions: PackedQuestions) -> Iterator[None]:
+    """Set the questions of the sequence that runs inside."""
     token = _questions.set(questions)
     try:
         yield
     finally:
         _questions.reset(token)
-
-
-def current_questions() -> PackedQuestions:
-    """Return the questions of the sequence that runs."""
-    questions = _questions.get()
-    assert questions is not None
-    return questions
 
 
 def mask_pairs(
@@ -46,7 +39,7 @@ def mask_pairs(
 
     Bool [1, 1, 1, pairs]: `PackedQuestions.masked_pairs` of the mask by position.
     """
-    questions = current_questions()
+    questions = _questions.get()
     positions = int(questions.positions.max()) + 1
     kwargs |= {"attention_mask": None, "q_offset": 0, "kv_offset": 0}
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -79,7 +72,7 @@ def attend(
     q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
     outputs = q.new_empty(query.shape[2], kv_heads, queries, v.shape[-1])
-    questions = current_questions().slices
+    questions = _questions.get().slices
     lengths = [tokens.stop - tokens.start for tokens in questions]
     masks = attention_mask.flatten().split([length**2 for length in lengths])
     for tokens, length, mask in zip(questions, lengths, masks, strict=True):

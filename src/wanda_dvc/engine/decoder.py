@@ -138,7 +138,9 @@ class Decoder:
             if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
                 self._arguments.popitem()
             arguments = self._record_arguments(sequence)
-            self._arguments[key] = arguments, bytes_of(arguments)
+            storages = [x.untyped_storage() for x in tree_flatten(arguments)[0] if isinstance(x, Tensor)]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
+            self._arguments[key] = arguments, sum(sizes.values())
         return self._arguments[key][0]
 
     def _record_arguments(self, sequence: TokenSequence) -> list[Arguments]:
@@ -231,7 +233,7 @@ class Decoder:
         name = self._stock_attention if questions is None else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
-        with attention.attending_within(questions):
+        with attention.attending_within(questions) if questions else contextlib.nullcontext():
             yield
 
     # --- after the last block ---
@@ -352,12 +354,6 @@ def contents_of(value: Any) -> Iterator[int]:
 def hidden_states_of(output: Any) -> Tensor:
     """Return the hidden states of a block's output."""
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def bytes_of(arguments: list[Arguments]) -> int:
-    """Return the bytes of the tensors in arguments. Shared memory counts once."""
-    storages = [value.untyped_storage() for value in tree_flatten(arguments)[0] if isinstance(value, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def are_equal(first: list[Arguments], second: list[Arguments]) -> bool:

@@ -99,7 +99,10 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
     config_fields |= {name: ConfigField(value, ()) for name, value in fixed.items()}
     removal = replace(removal, config_fields=config_fields)
     _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
-    return _with_dimensions(source, removal, dimensions)
+    try:
+        return _with_dimensions(source, removal, dimensions, in_sections=True)
+    except UserError:
+        return _with_dimensions(source, removal, dimensions, in_sections=False)
 
 
 def _field_dimensions(
@@ -178,28 +181,27 @@ def _unit_sets(
     return Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
 
 
-def _with_dimensions(source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension]) -> Removal:
-    """Return a removal with the dimensions of all tensors, laid out so that the smaller model passes the probe.
+def _with_dimensions(
+    source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension], *, in_sections: bool
+) -> Removal:
+    """Return a removal with the dimensions of all tensors. UserError if the smaller model does not pass the probe.
 
     A tensor may hold several places of a unit: in several sections, or next to one another. The probe keeps a random
     half of the units, for any sparsity: so a wrong layout shows.
     """
+    unit_dimensions = []
+    for address, dim, size, name, _, _ in dimensions:
+        units = removal.unit_sets[name]
+        places = size // units.total
+        layout = _sections(places, sum(units.layout)) if in_sections else (places,)
+        unit_dimensions.append(UnitDimension(address, dim, name, layout))
+    complete = replace(removal, dimensions=tuple(unit_dimensions))
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for name, units in removal.unit_sets.items():
         kept[name] = torch.randperm(units.total, generator=generator) < units.total // 2
-    for in_sections in (True, False):
-        unit_dimensions = []
-        for address, dim, size, name, _, _ in dimensions:
-            units = removal.unit_sets[name]
-            places = size // units.total
-            layout = _sections(places, sum(units.layout)) if in_sections else (places,)
-            unit_dimensions.append(UnitDimension(address, dim, name, layout))
-        complete = replace(removal, dimensions=tuple(unit_dimensions))
-        problem = probe(source, complete.with_kept(kept))
-        if not problem:
-            return complete
-    raise refused(removal.structure, source, problem)
+    probe(source, complete.with_kept(kept))
+    return complete
 
 
 def _sections(places: int, inputs: int) -> tuple[int, ...]:
@@ -218,7 +220,7 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
 
 
 def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
-    """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `check_probe`."""
+    """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
     full = build_empty(source.config, source)
     blocks_name, blocks = find_blocks(full)
     linears, text = _linears(full, stored_slices(full, source)), source.config.get_text_config()
@@ -258,14 +260,6 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
     }
 
 
-def check_probe(source: Checkpoint, removal: Removal) -> Removal:
-    """Return a removal of chosen units. UserError if the smaller model computes something else."""
-    problem = probe(source, removal)
-    if problem:
-        raise refused(removal.structure, source, problem)
-    return removal
-
-
 # --- experts ---
 
 
@@ -281,7 +275,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
     If routers choose from groups of experts, each group keeps the same number. A sparsity that rounds to no expert
-    gives a removal without an effect. The probe needs the chosen experts: see `check_probe`.
+    gives a removal without an effect. The probe needs the chosen experts: see `engine.probe`.
     """
     full = build_empty(source.config, source)
     slices, content = stored_slices(full, source), source.config.get_text_config().to_dict()

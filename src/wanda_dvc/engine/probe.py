@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder, States
 from wanda_dvc.engine.load import WeightChange
-from wanda_dvc.engine.removal import Removal, dimension_mask
+from wanda_dvc.engine.removal import Removal, dimension_mask, refused
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError
@@ -31,12 +31,13 @@ class MaskedRun(NamedTuple):
 
 
 @torch.no_grad()
-def probe(source: Checkpoint, removal: Removal) -> str:
-    """Return how a smaller model differs from the full model without the removed units; "" if the two agree.
+def probe(source: Checkpoint, removal: Removal) -> None:
+    """Raise UserError if a smaller model differs from the full model without the removed units.
 
     Random tokens run through blocks of both in float32: one block of each kind, or all if blocks are removed. One of
     the models is in memory at a time.
     """
+    problem = ""
     try:
         full = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
@@ -53,10 +54,12 @@ def probe(source: Checkpoint, removal: Removal) -> str:
             effect = vector_norm(run.masked - run.dense).item()
             size = vector_norm(run.dense).item()
             if not difference <= removal.tolerance * max(effect, 1e-4 * size):
-                return f"its block {run.block} computes something else without them ({difference:.2g})"
+                problem = f"its block {run.block} computes something else without them ({difference:.2g})"
+                break
     except (UserError, RuntimeError, ValueError, IndexError) as error:
-        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
-    return ""
+        problem = f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
+    if problem:
+        raise refused(removal.structure, source, problem)
 
 
 def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:

@@ -3,7 +3,6 @@
 A finder (engine/finders.py) makes the record, and a probe (engine/probe.py) confirms it. No family-specific code.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -114,10 +113,10 @@ class Removal:
     @cached_property
     def dimensions_of(self) -> Mapping[str, list[UnitDimension]]:
         """The dimensions with units of each linear, or other tensor, by its name in masks."""
-        dimensions: defaultdict[str, list[UnitDimension]] = defaultdict(list)
+        dimensions: dict[str, list[UnitDimension]] = {}
         for dimension in self.dimensions:
-            dimensions[dimension.address.linear].append(dimension)
-        return dict(dimensions)
+            dimensions.setdefault(dimension.address.linear, []).append(dimension)
+        return dimensions
 
     @cached_property
     def _unit_of(self) -> dict[str, tuple[str, int]]:

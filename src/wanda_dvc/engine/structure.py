@@ -236,23 +236,18 @@ def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[s
         if any(name.startswith(in_blocks) and name not in slices for name in names):
             raise unsupported(checkpoint, f"blocks share {names[0]}")
         for name in stored:
-            _check_dtypes(checkpoint, slices[name])
-            tensor, expected = slices[name][0].address.tensor, [*model.get_parameter(name).shape]
-            shape = checkpoint.entries[tensor].shape
-            if slices[name][0].is_complete and shape != expected:
-                what = f"{tensor} is {shape}, expected {expected} by config.json"
-                raise UserError(f"{checkpoint}: {what}; copy both again")
-
-
-def _check_dtypes(checkpoint: Checkpoint, slices: Sequence[StoredSlice]) -> None:
-    for tensor in dict.fromkeys(stored.address.tensor for stored in slices):
-        dtype = checkpoint.entries[tensor].dtype
-        if dtype not in SAFETENSORS_NAMES.values():
-            usual = ", ".join([*SAFETENSORS_NAMES.values()][:3])
-            raise UserError(
-                f"{checkpoint.file_of[tensor]}: {tensor} is {dtype}, expected {usual}; "
-                "name the model before it was quantized, or convert it"
-            )
+            expected = [*model.get_parameter(name).shape]
+            for part in slices[name]:
+                tensor = part.address.tensor
+                entry = checkpoint.entries[tensor]
+                if entry.dtype not in SAFETENSORS_NAMES.values():
+                    raise UserError(
+                        f"{checkpoint.file_of[tensor]}: {tensor} is {entry.dtype}, expected F32, F16, BF16; "
+                        "name the model before it was quantized, or convert it"
+                    )
+                if part.is_complete and entry.shape != expected:
+                    what = f"{tensor} is {entry.shape}, expected {expected} by config.json"
+                    raise UserError(f"{checkpoint}: {what}; copy both again")
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:

@@ -126,7 +126,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     notice(f"mask: {removal.describe(plan.sparsity)}")
     if removal.consumers:  # the masks of these linears choose the units
         return removal
-    from wanda_dvc.engine.finders import check_probe
+    from wanda_dvc.engine.probe import probe  # imports transformers, which takes seconds
 
     kept = choose_units(
         removal.unit_sets,
@@ -137,7 +137,9 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         dtype=torch.float64 if removal.structure.name == "blocks" else torch.float32,
         device=device,
     )
-    return check_probe(checkpoint, removal.with_kept(kept))
+    removal = removal.with_kept(kept)
+    probe(checkpoint, removal)
+    return removal
 
 
 def allocate_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
