@@ -189,7 +189,7 @@ class Decoder:
             with self._attending(sequence.questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=sequence.tokens[None].to(self.device), use_cache=False, **inputs)
         except ValueError as error:
-            what = "blocks pass on more than hidden states" if "unpack" in str(error) else "forward pass fails"
+            what = "forward pass fails, as where blocks pass on more than hidden states"
             raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
         if len(arguments) != until + 1:
             what = f"{len(arguments)} of its {len(self.blocks)} blocks, expected each once and in order"

@@ -23,18 +23,32 @@ OnProduct = Callable[[list[str], Tensor, Tensor, slice], None]
 OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]
 
 
-class ExpertProducts(TorchFunctionMode):
-    """Calls a function for each product of experts while it is active. Results do not change.
+class RoutedCall(NamedTuple):
+    """A call of a module of experts by transformers' signature."""
 
-    Models pass tokens and a view of the parameter to torch functions: a `linear` or `matmul` for each expert, or one
-    grouped product for all experts.
+    module: nn.Module
+    hidden: Float[Tensor, "tokens width"]
+    experts: Int[Tensor, "tokens k"]  # of each token
+    gates: Float[Tensor, "tokens k"]
+
+
+class ExpertProducts(TorchFunctionMode):
+    """Calls functions for each product of experts, and for their gated outputs, while it is active.
+
+    Results do not change. Models pass tokens and a view of the parameter to torch functions: a `linear` or `matmul` for
+    each expert, or one grouped product for all experts.
+
+    An expert adds gate · output to its tokens, whose norms REAP needs. The gates are an argument of the module. A
+    product's rows are the pairs of token and expert in the order of transformers' `eager` or `grouped_mm`; the rows of
+    the first product, which are the tokens, prove it. No norm is reported for another signature or order.
     """
 
     def __init__(
-        self, linears: LinearsByMatrix, on_product: OnProduct, gated_outputs: "GatedOutputs | None" = None
+        self, linears: LinearsByMatrix, on_product: OnProduct, on_gated_output: OnGatedOutput | None = None
     ) -> None:
         super().__init__()
-        self.linears, self.on_product, self.gated_outputs = linears, on_product, gated_outputs
+        self.linears, self.on_product, self.on_gated_output = linears, on_product, on_gated_output
+        self._call: RoutedCall | None = None
         self._parameters: dict[int, dict[int, Matrix]] = {}  # by a parameter's address: each expert's matrix
         self._matrices: dict[int, Matrix] = {}  # by a matrix's address
         for matrix in linears:
@@ -42,6 +56,14 @@ class ExpertProducts(TorchFunctionMode):
                 parameter = matrix.module.get_parameter(matrix.leaf)
                 self._parameters.setdefault(parameter.data_ptr(), {})[matrix.expert] = matrix
                 self._matrices[parameter[matrix.expert].data_ptr()] = matrix
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the tokens and gates of a module's call: a forward pre-hook."""
+        self._call = None
+        if len(args) == 3 and all(isinstance(x, Tensor) and x.dim() == 2 for x in args):
+            hidden, experts, gates = args
+            if experts.shape == gates.shape and len(experts) == len(hidden) and not experts.is_floating_point():
+                self._call = RoutedCall(module, hidden, experts, gates)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -52,8 +74,8 @@ class ExpertProducts(TorchFunctionMode):
             rows = self._rows(args[1], kwargs.get("offs"))
             for matrix, its_rows in rows.items():
                 self.on_product(self.linears[matrix], args[0], result, its_rows)
-            if rows and self.gated_outputs is not None:
-                self.gated_outputs.add(rows, args[0], result)
+            if rows and self.on_gated_output is not None:
+                self._see_gated(rows, args[0], result, self.on_gated_output)
         return result
 
     def _rows(self, weight: Tensor, ends: Tensor | None) -> dict[Matrix, slice]:
@@ -73,37 +95,13 @@ class ExpertProducts(TorchFunctionMode):
                 rows[matrix] = slice(begin, end)
         return rows
 
-
-class RoutedCall(NamedTuple):
-    """A call of a module of experts by transformers' signature."""
-
-    module: nn.Module
-    hidden: Float[Tensor, "tokens width"]
-    experts: Int[Tensor, "tokens k"]  # of each token
-    gates: Float[Tensor, "tokens k"]
-
-
-class GatedOutputs:
-    """Calls a function with the norms of what each expert adds to its tokens, ‖gate · output‖₂, as REAP needs them.
-
-    The gates are an argument of the module. A product's rows are the pairs of token and expert in the order of
-    transformers' `eager` or `grouped_mm`; the rows of the first product, which are the tokens, prove it. No norm is
-    reported for a module with another signature or another order.
-    """
-
-    def __init__(self, linears: LinearsByMatrix, on_gated_output: OnGatedOutput) -> None:
-        self.linears, self.on_gated_output = linears, on_gated_output
-        self._call: RoutedCall | None = None
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the tokens and gates of a module's call: a forward pre-hook."""
-        self._call = None
-        if len(args) == 3 and all(isinstance(x, Tensor) and x.dim() == 2 for x in args):
-            hidden, experts, gates = args
-            if experts.shape == gates.shape and len(experts) == len(hidden) and not experts.is_floating_point():
-                self._call = RoutedCall(module, hidden, experts, gates)
-
-    def add(self, rows: dict[Matrix, slice], x: Float[Tensor, "rows in"], y: Float[Tensor, "rows out"]) -> None:
+    def _see_gated(
+        self,
+        rows: dict[Matrix, slice],
+        x: Float[Tensor, "rows in"],
+        y: Float[Tensor, "rows out"],
+        on_gated_output: OnGatedOutput,
+    ) -> None:
         """Check the rows of a first product; report the norms of a last product."""
         call, matrix = self._call, next(iter(rows))
         if call is None or matrix.module is not call.module:
@@ -125,7 +123,7 @@ class GatedOutputs:
             gated = y * call.gates.flatten()[pairs, None]
             norms = vector_norm(gated.float(), dim=-1)
             for matrix, its_rows in rows.items():
-                self.on_gated_output(self.linears[matrix][0], norms[its_rows])
+                on_gated_output(self.linears[matrix][0], norms[its_rows])
 
 
 def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:

@@ -32,9 +32,6 @@ from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
-# Of config.json, in every family with experts so far.
-CHOSEN_EXPERTS = "num_experts_per_tok"  # that routers choose for a token
-EXPERT_GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"  # of which routers choose some before they choose experts
 Slices = Mapping[str, list[StoredSlice]]  # by parameter
 
 
@@ -95,8 +92,9 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
     dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
     removal = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
     config_fields = dict(removal.config_fields)
-    config_fields |= {name: ConfigField(value, tuple(removal.unit_sets)) for name, value in scaled.items()}
-    config_fields |= {name: ConfigField(value, ()) for name, value in fixed.items()}
+    any_set = next(iter(removal.unit_sets))
+    config_fields |= {name: ConfigField(value, any_set) for name, value in scaled.items()}
+    config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
     removal = replace(removal, config_fields=config_fields)
     _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
     try:
@@ -163,7 +161,7 @@ def _unit_sets(
     consumers: dict[str, UnitDimension] = {}
     config_fields: dict[str, ConfigField] = {}
     for address, dim, size, name, field, value in dimensions:
-        config_fields.setdefault(field, ConfigField(value, ()))
+        config_fields.setdefault(field, ConfigField(value, name))
         linear = linears.get(address.linear)
         if linear is None or dim != (0 if linear.transposed else 1):
             continue  # not an input of a linear: a bias or an output, which computes the units
@@ -172,7 +170,6 @@ def _unit_sets(
         total = value if structure.scaled else size  # a width may be a multiple of its field's value
         kept = total * count_kept(value, sparsity, structure.multiple) // value
         unit_sets[name] = Units(total, kept, (size // total,))
-        config_fields[field] = ConfigField(value, (*config_fields[field].unit_sets, name))
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:
         units = unit_sets.get(dimension.unit_set)
@@ -225,9 +222,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     blocks_name, blocks = find_blocks(full)
     linears, text = _linears(full, stored_slices(full, source)), source.config.get_text_config()
     content, total = text.to_dict(), len(blocks)
-    config_fields = {
-        name: ConfigField(total, (blocks_name,)) for name in structure.fields if content.get(name) == total
-    }
+    config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
     if not config_fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
     # Another part of the model may have blocks too, such as a vision tower.
@@ -244,7 +239,6 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         config_fields=config_fields,
         config_lists=block_lists(text, total),
         unit_tensors=unit_tensors,
-        tolerance=1e-3,  # the same weights run: a block that depends on the number of blocks differs a little
     )
 
 
@@ -284,13 +278,16 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
         names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")
     ((field, total),) = numbers.items()
-    groups = content.get(EXPERT_GROUPS) or 1
+    # Fields of every family with experts so far: a router may choose `topk_group` of the groups, then experts in them.
+    groups = content.get("n_group") or 1
     kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
-    available = kept // groups * (content.get(CHOSEN_GROUPS) or groups)  # to a token
-    per_token = content.get(CHOSEN_EXPERTS) or 0
+    available = kept // groups * (content.get("topk_group") or groups)  # to a token
+    per_token = content.get("num_experts_per_tok") or 0
     if available < per_token:
-        problem = f"{CHOSEN_EXPERTS} is {per_token}, expected at most the {available} kept experts that a router offers"
-        raise UserError(f"sparsity: {problem}; set a lower sparsity")
+        raise UserError(
+            f"sparsity: num_experts_per_tok is {per_token}, expected at most the {available} kept experts that a "
+            "router offers; set a lower sparsity"
+        )
 
     tensors = _mixture_tensors(source, structure, full, slices, field, total)
     dimensions, unit_tensors = [], {}
@@ -315,7 +312,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     return Removal(
         structure=structure,
         unit_sets={name: Units(total, kept, members=linears, groups=groups) for name, linears in members.items()},
-        config_fields={field: ConfigField(total, tuple(members))},
+        config_fields={field: ConfigField(total, next(iter(members)))},
         dimensions=tuple(dimensions),
         unit_tensors=unit_tensors,
         routers={name: tensor.mixture for name, tensor in tensors.items() if tensor.is_router},

@@ -45,6 +45,8 @@ def probe(source: Checkpoint, removal: Removal) -> None:
         removes_blocks = full.weights.blocks_name in removal.unit_sets
         run_blocks = _run_kept_blocks if removes_blocks else _run_each_kind
         runs = list(run_blocks(full, removal, sequence))
+        # Relative to the effect of the removed units. A block that depends on the number of blocks differs a little.
+        tolerance = 1e-3 if removes_blocks else 1e-2
         del full
         gc.collect()
         small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=torch.device("cpu"))
@@ -53,7 +55,7 @@ def probe(source: Checkpoint, removal: Removal) -> None:
             difference = vector_norm(small.run(run.block, run.before, sequence) - run.masked).item()
             effect = vector_norm(run.masked - run.dense).item()
             size = vector_norm(run.dense).item()
-            if not difference <= removal.tolerance * max(effect, 1e-4 * size):
+            if not difference <= tolerance * max(effect, 1e-4 * size):
                 problem = f"its block {run.block} computes something else without them ({difference:.2g})"
                 break
     except (UserError, RuntimeError, ValueError, IndexError) as error:

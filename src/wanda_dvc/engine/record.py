@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from wanda_dvc.engine.accelerator import float64_device
-from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, GatedOutputs, OnGatedOutput, OnProduct
+from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, OnGatedOutput, OnProduct
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply
@@ -117,16 +117,15 @@ def observing(
     matrices = group_by_matrix(linears)
     modules = {matrix.module: names for matrix, names in matrices.items() if matrix.expert is None}
     mixtures = {matrix.module for matrix in matrices if matrix.expert is not None}
-    gated_outputs = GatedOutputs(matrices, on_gated_output) if on_gated_output else None
+    products = ExpertProducts(matrices, on_product, on_gated_output)
 
     def on_call(names: list[str], _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         on_product(names, args[0], y, ALL_ROWS)
 
     hooks = [module.register_forward_hook(partial(on_call, names)) for module, names in modules.items()]
-    if gated_outputs:
-        hooks += [module.register_forward_pre_hook(gated_outputs.begin) for module in mixtures]
+    hooks += [module.register_forward_pre_hook(products.begin) for module in mixtures]
     try:
-        with ExpertProducts(matrices, on_product, gated_outputs) if mixtures else contextlib.nullcontext():
+        with products if mixtures else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:

@@ -43,7 +43,7 @@ class ConfigField(NamedTuple):
     """A field of config.json: a number of units, or a number in proportion to it."""
 
     value: int  # of the dense model
-    unit_sets: tuple[str, ...]  # whose units it counts; (): its value stays, and is written even if it is a default
+    unit_set: str | None  # a set whose units it counts; None: its value stays, and is written even if it is a default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,6 @@ class Removal:
     dimensions: tuple[UnitDimension, ...] = ()  # of all tensors
     unit_tensors: Mapping[str, UnitTensor] = field(default_factory=dict)  # by stored name
     routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
-    tolerance: float = 1e-2  # the allowed difference in the probe, relative to the effect of the removed units
     kept_masks: KeptUnits = field(default_factory=dict)  # once they are chosen
 
     def with_kept(self, kept: KeptUnits) -> "Removal":
@@ -77,8 +76,8 @@ class Removal:
         values: dict[str, Any] = {}
         for name, config_field in self.config_fields.items():
             values[name] = config_field.value
-            if config_field.unit_sets:
-                units = self.unit_sets[config_field.unit_sets[0]]
+            if config_field.unit_set is not None:
+                units = self.unit_sets[config_field.unit_set]
                 values[name] = config_field.value * units.kept // units.total
         if self.config_lists and self.kept_masks:
             (kept,) = self.kept_masks.values()
@@ -98,7 +97,7 @@ class Removal:
         numbers = [
             f"{name} from {config_field.value} to {values[name]}"
             for name, config_field in self.config_fields.items()
-            if config_field.unit_sets
+            if config_field.unit_set is not None
         ]
         text = f"pattern {self.structure.name}: {', '.join(numbers)}"
         groups = max(units.groups for units in self.unit_sets.values())

@@ -180,9 +180,7 @@ def check_model(folder: Path) -> None:
     UserError if index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
     """
     checkpoint = Checkpoint(folder)
-    model = build_empty(checkpoint.config, checkpoint)
-    find_blocks(model)
-    stored_slices(model, checkpoint)
+    stored_slices(build_empty(checkpoint.config, checkpoint), checkpoint)
     load_tokenizer(folder)
 
 
