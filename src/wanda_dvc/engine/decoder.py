@@ -117,10 +117,9 @@ class Decoder:
         with self._attending(sequence.questions):
             output = self.blocks[index](hidden, *args, **kwargs)
         after = hidden_states_of(output)
-        if list(contents_of([*args, kwargs])) != contents:
-            raise unsupported(self.checkpoint, f"block {index} passes more than hidden states on, in a container")
-        if hidden._version != version:  # a second run reads it too
-            raise unsupported(self.checkpoint, f"block {index} changes its input in place")
+        if hidden._version != version or list(contents_of([*args, kwargs])) != contents:  # a second run reads them too
+            what = "changes its input in place, or passes on more than hidden states"
+            raise unsupported(self.checkpoint, f"block {index} {what}")
         if after.dtype is not hidden.dtype:
             returned, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
             raise UserError(
@@ -144,12 +143,9 @@ class Decoder:
         return self._arguments[key][0]
 
     def _record_arguments(self, sequence: TokenSequence) -> list[Arguments]:
-        """Return the arguments of all blocks. UserError if those of a text depend on its tokens.
-
-        Those of packed questions are not compared: `packs_questions` compares results.
-        """
+        """Return the arguments of all blocks. UserError if those of a text depend on its tokens."""
         last = len(self.blocks) - 1
-        if sequence.questions is not None:
+        if sequence.questions is not None:  # `packs_questions` compares results
             return self._record(sequence, until=last)[1]
         _, arguments = self._record(TokenSequence(torch.zeros_like(sequence.tokens)), until=last)
         _, arguments_of_ones = self._record(TokenSequence(torch.ones_like(sequence.tokens)), until=last)
@@ -159,17 +155,14 @@ class Decoder:
 
     @torch.no_grad()
     def _record(self, sequence: TokenSequence, until: int) -> tuple[States, list[Arguments]]:
-        """Return the hidden states before the first block, and the arguments of the blocks up to `until`.
-
-        The model's own forward pass supplies them; its blocks return their input.
-        """
+        """Return the hidden states before the first block, and the arguments of the blocks up to `until`."""
         hidden: list[States] = []
         arguments: list[Arguments] = []
 
         def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if hidden and hidden_states is not hidden[-1] and not torch.equal(hidden_states, hidden[-1]):
-                where = f"between block {index - 1} and block {index}"
-                raise unsupported(self.checkpoint, f"the model changes hidden states {where}")
+                what = f"the model changes hidden states between block {index - 1} and block {index}"
+                raise unsupported(self.checkpoint, what)
             expected = (1, len(sequence.tokens), self.model.config.get_text_config().hidden_size)
             if hidden_states.shape != expected:
                 what = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
@@ -240,10 +233,7 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
-        """Yield the logits after the last block, some positions at a time, through the model's own norm and head.
-
-        The model's forward pass starts from `tokens`, but its blocks return `hidden`.
-        """
+        """Yield the logits after the last block, some positions at a time, through the model's own norm and head."""
         for positions in self._positions_at_a_time(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 

@@ -1,8 +1,7 @@
 """Finds the units of a model: the stored weights of its neurons, heads, blocks or experts.
 
 No family-specific code. A field of the configuration, such as `intermediate_size`, is changed for a trial: the weights
-whose shapes change with it belong to the units. Each finder has the row of the pattern and the sparsity, and returns a
-`Removal`. UserError if the model does not support the pattern.
+whose shapes change with it belong to the units. UserError if the model does not support the pattern.
 """
 
 import re
@@ -90,12 +89,11 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
         heads = next(iter(scaled.values()))
         fixed["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
     dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
-    removal = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
-    config_fields = dict(removal.config_fields)
-    any_set = next(iter(removal.unit_sets))
-    config_fields |= {name: ConfigField(value, any_set) for name, value in scaled.items()}
+    unit_sets, consumers = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
+    config_fields = {dimension.field: ConfigField(dimension.value, dimension.unit_set) for dimension in dimensions}
+    config_fields |= {name: ConfigField(value, dimensions[0].unit_set) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
-    removal = replace(removal, config_fields=config_fields)
+    removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
     _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
     try:
         return _with_dimensions(source, removal, dimensions, in_sections=True)
@@ -154,14 +152,12 @@ def _unit_sets(
     sparsity: Fraction,
     blocks: Sequence[Mapping[str, Linear]],
     dimensions: Sequence[FieldDimension],
-) -> Removal:
-    """Return a removal with the sets of units and their consumers: the linears whose inputs are such a dimension."""
+) -> tuple[dict[str, Units], dict[str, UnitDimension]]:
+    """Return the sets of units, and their consumers: the linears whose inputs are such a dimension."""
     linears = {name: linear for block in blocks for name, linear in block.items()}
     unit_sets: dict[str, Units] = {}  # one linear reads each
     consumers: dict[str, UnitDimension] = {}
-    config_fields: dict[str, ConfigField] = {}
-    for address, dim, size, name, field, value in dimensions:
-        config_fields.setdefault(field, ConfigField(value, name))
+    for address, dim, size, name, _, value in dimensions:
         linear = linears.get(address.linear)
         if linear is None or dim != (0 if linear.transposed else 1):
             continue  # not an input of a linear: a bias or an output, which computes the units
@@ -175,7 +171,7 @@ def _unit_sets(
         units = unit_sets.get(dimension.unit_set)
         if units is None or dimension.size % units.total or dimension.dim > 1:
             raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
-    return Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
+    return unit_sets, consumers
 
 
 def _with_dimensions(

@@ -20,10 +20,7 @@ class FisherSums:
     """Sums over some sequences of the gradients ∂ℓ/∂y of a block's linears. Sums of several chunks merge.
 
     A token's gradient is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient of the
-    weights is (∂ℓ/∂y) xᵀ.
-
-    Linears without a gradient are missing, such as experts without tokens, or with only last tokens, which predict
-    nothing.
+    weights is (∂ℓ/∂y) xᵀ. Linears without a gradient are missing, such as experts without tokens.
     """
 
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens

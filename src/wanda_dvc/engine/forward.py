@@ -2,8 +2,7 @@
 
 The unit of work is `run_block(model, block, chunk)`: it reads the activations of a chunk of sequences before a block
 from a file, writes those after the block to another, and returns sums. A loop calls it in this process, or Ray runs it
-as tasks of a cluster whose nodes see the same files (`engine.cluster`). Neither the model nor the data has to fit in
-memory, and an interrupted run resumes after the last finished block.
+as tasks of a cluster whose nodes see the same files (`engine.cluster`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

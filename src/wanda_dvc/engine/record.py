@@ -25,10 +25,8 @@ class InputRecorder:
     """Sums over the inputs of a block's linears that grow while the block runs.
 
     Each distinct input is counted once. Two linears share an input if, within one window, both receive the same memory
-    in the same state.
-
-    For X_denseᵀX of each distinct input, [in, in], each window's dense sequence runs first, inside `dense`. Routed
-    experts have no X_denseᵀX: the dense model may send other tokens to an expert, or in another order.
+    in the same state. For X_denseᵀX, [in, in], each window's dense sequence runs first, inside `dense`. Routed experts
+    have none: the dense model may send other tokens to an expert, or in another order.
     """
 
     linears: dict[str, Linear]

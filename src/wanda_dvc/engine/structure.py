@@ -73,10 +73,7 @@ def unsupported(where: object, why: str) -> UserError:
 
 
 def build_empty(config: Any, where: object, dtype: torch.dtype = torch.float32) -> Any:
-    """Build the model of a configuration for inference, without weights (buffers are real).
-
-    `where` is the model's name in messages. UserError if transformers builds no model.
-    """
+    """Build a configuration's model for inference, with buffers but without weights; `where` names it in errors."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -116,14 +113,13 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     """
     weights: dict[str, nn.Module] = {}
     mixtures: dict[str, int] = {}  # the number of experts, by the parent of their module
-    for name, module in block.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weights[prefix + "weight"] = module
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if holds_experts(module, parameter):
-                weights[prefix + leaf] = module
-                mixtures[_parent(name)] = len(parameter)
+    for name, parameter in block.named_parameters():
+        module = block.get_submodule(_parent(name))
+        if isinstance(module, (nn.Linear, Conv1D)) and name.endswith("weight"):
+            weights[name] = module
+        elif holds_experts(module, parameter):
+            weights[name] = module
+            mixtures[_parent(_parent(name))] = len(parameter)
     siblings = Counter(_parent(_parent(name)) for name in weights)  # weights by the parent of their module
 
     def is_gate(name: str, module: nn.Module) -> bool:
@@ -153,10 +149,7 @@ def _parent(name: str) -> str:
 
 
 def stored_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[StoredSlice]]) -> dict[str, Linear]:
-    """Return a block's linears by stored name; each expert has its own.
-
-    `prefix` precedes the block's names in the model; `slices` are those of each parameter.
-    """
+    """Return a block's linears by stored name, each expert's own; `prefix` precedes the block's names in the model."""
     linears: dict[str, Linear] = {}
     for name, module in find_linears(block).items():
         leaf = name.rpartition(".")[2]
@@ -249,13 +242,11 @@ def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[s
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a stored tensor belongs to a block after the model's last block.
-
-    Blocks for multi-token prediction do not count; transformers or the configuration declares them.
-    """
+    """Raise UserError if a stored tensor belongs to a block after the last one that config.json has."""
     name, blocks = find_blocks(model)
     base = model.base_model_prefix
     number = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
+    # Blocks for multi-token prediction do not count; the configuration or transformers declares them.
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
     if number and int(number[1]) >= len(blocks) + ahead and not ignored:
