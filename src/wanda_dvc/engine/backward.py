@@ -60,13 +60,9 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
 @torch.no_grad()
 def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
     """Write the gradients of each sequence's loss with respect to its activations after the last block."""
-
-    def gradients() -> Iterator[Tensor]:
-        after = run.activations.read(len(model.blocks), chunk.number)
-        for sequence, states in zip(chunk.sequences, after, strict=True):
-            yield model.loss_gradient(states[None], sequence.tokens)[0]
-
-    run.gradients.write(0, chunk.number, gradients())
+    after = zip(chunk.sequences, run.activations.read(len(model.blocks), chunk.number), strict=True)
+    gradients = (model.loss_gradient(states[None], sequence.tokens)[0] for sequence, states in after)
+    run.gradients.write(0, chunk.number, gradients)
 
 
 @torch.no_grad()

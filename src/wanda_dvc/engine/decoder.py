@@ -182,8 +182,8 @@ class Decoder:
             with self._attending(sequence.questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=sequence.tokens[None].to(self.device), use_cache=False, **inputs)
         except ValueError as error:
-            what = "forward pass fails, as where blocks pass on more than hidden states"
-            raise unsupported(self.checkpoint, f"its {what} ({reason(error)})") from error
+            what = f"its forward pass fails ({reason(error)}), or blocks pass on more than hidden states"
+            raise unsupported(self.checkpoint, what) from error
         if len(arguments) != until + 1:
             what = f"{len(arguments)} of its {len(self.blocks)} blocks, expected each once and in order"
             raise unsupported(self.checkpoint, f"the model's forward pass called {what}")

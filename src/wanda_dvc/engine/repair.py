@@ -32,6 +32,7 @@ class RemovedBlocks(NamedTuple):
     """The blocks between two others, and the activations before all blocks up to the second one."""
 
     block_before: int
+    linear: str  # of the block before, which takes over a part of what they add
     end: int  # the first block after them
     store: ActivationStore
 
@@ -48,10 +49,10 @@ def repair(
     transposed = runner.decoder.linears(block)[linear].transposed
     if weight.shape[1 if transposed else 0] != runner.store.width:  # JetMoE: all else is experts
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
-    removed = RemovedBlocks(block, end, runner.store)
+    removed = RemovedBlocks(block, linear, end, runner.store)
     validation = runner.chunks[::VALIDATION_STRIDE]
     fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
-    sums = runner.merge(run_before, (removed, linear), fitting, InputSums(), "repair, chunk")
+    sums = runner.merge(run_before, removed, fitting, InputSums(), "repair, chunk")
 
     weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
     changes = [WeightChange({}, {linear: changed}) for changed in weights]
@@ -65,8 +66,7 @@ def repair(
             "recipe=wanda"
         )
     if fitting is not validation:
-        validation_sums = runner.merge(run_before, (removed, linear), validation, InputSums(), "repair, chunk")
-        sums.merge(validation_sums)
+        sums.merge(runner.merge(run_before, removed, validation, InputSums(), "repair, chunk"))
     repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
     return repaired, {"damping": damping, "held_out": error / unrepaired}
 
@@ -79,19 +79,18 @@ def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, 
 
 
 @torch.no_grad()
-def run_before(model: Decoder, job: tuple[RemovedBlocks, str], chunk: Chunk) -> InputSums:
+def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSums:
     """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the removed blocks add to the hidden states."""
-    removed, linear = job
-    model.load(removed.block_before, -1)
-    recorder = InputRecorder(linears={linear: model.linears(removed.block_before)[linear]}, gram=True)
-    before = removed.store.read(removed.block_before, chunk.number)
-    after = removed.store.read(removed.block_before + 1, chunk.number)
+    block, linear = removed.block_before, removed.linear
+    model.load(block, -1)
+    recorder = InputRecorder(linears={linear: model.linears(block)[linear]}, gram=True)
+    before, after = (removed.store.read(index, chunk.number) for index in (block, block + 1))
     wanted = removed.store.read(removed.end, chunk.number)
     with recorder.recording():
         for number, sequence in enumerate(chunk.sequences):
             added = wanted[number].to(model.device).float() - after[number].to(model.device).float()
             recorder.cross(linear, added)
-            model.run(removed.block_before, before[number][None].to(model.device), sequence)
+            model.run(block, before[number][None].to(model.device), sequence)
             recorder.end_window()
     return recorder.sums
 
