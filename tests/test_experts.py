@@ -20,7 +20,7 @@ from wanda_dvc.commands.imatrix import importance
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import observing
-from wanda_dvc.engine.structure import Linear, StoredSlice
+from wanda_dvc.engine.structure import Linear, ParameterSlice
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap
@@ -186,7 +186,7 @@ def test_gates_are_those_of_the_tokens_or_none_are_recorded(is_known: bool):
     module = Experts(lambda tokens: tokens if is_known else tokens.flip(0))
     hidden, experts, gates = torch.randn(6, 4), torch.tensor([[0], [1], [0], [0], [1], [0]]), torch.rand(6, 1)
     linears = {
-        f"{expert}.{leaf}": Linear(module, leaf, StoredSlice(Address(leaf, expert), expert=expert))
+        f"{expert}.{leaf}": Linear(module, leaf, ParameterSlice(Address(leaf, expert), expert=expert))
         for leaf in ("gate_up_proj", "down_proj")
         for expert in range(2)
     }

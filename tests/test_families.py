@@ -186,7 +186,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
         step.run()
         assert [i for i, block in enumerate(decoder.blocks) if not next(block.parameters()).is_meta] == [step.index]
         for name, linear in decoder.linears(step.index).items():
-            address = linear.stored.address
+            address = linear.slice.address
             assert (address.linear, address) == (name, decoder.checkpoint.find(name))
             assert torch.equal(linear.weight, decoder.checkpoint.read(address))
         if family not in REFUSED_LINEARS:

@@ -74,7 +74,7 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         torch.testing.assert_close(gram.diagonal().double(), sums_of[name], rtol=1e-5, atol=0)
     assert grams.keys() == sums_of.keys()
     for name, (parameter, linear) in parameters(decoder).items():
-        if linear.stored.is_complete and parameter.endswith(".weight") and linear.stored.expert is None:
+        if linear.slice.is_complete and parameter.endswith(".weight") and linear.slice.expert is None:
             wanted = expected[parameter.removesuffix(".weight")]
             torch.testing.assert_close(sums_of[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
             product = products[parameter.removesuffix(".weight")].float()
@@ -95,7 +95,7 @@ def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: P
     assert all(x.any() for x in found.values())  # what only the last token reaches, which predicts nothing, has none
     for name, (parameter, linear) in parameters(decoder).items():
         gradient = gradients[parameter]
-        part = torch.zeros(1, 1) if gradient is None else linear.stored.of(gradient)
+        part = torch.zeros(1, 1) if gradient is None else linear.slice.of(gradient)
         squares = part.square().sum(dim=0 if linear.transposed else 1)
         ours = found.get(name, torch.zeros(1)).float()
         if ours.max() <= 1e-9 * largest:  # an expert without tokens; and one token's attention is 1 whatever it asks

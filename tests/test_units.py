@@ -24,7 +24,7 @@ from wanda_dvc.engine.finders import block_lists
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, UnitTensor
 from wanda_dvc.engine.smaller import SmallerCheckpoint
-from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_slices
+from wanda_dvc.engine.structure import build_empty, find_blocks, find_linears, find_slices
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
@@ -185,10 +185,10 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
     keeps = replace(removal, kept_masks={}).expand_masks(keeps)  # from the masks of the readers alone
     assert all(torch.equal(found, removal.kept_masks[name]) for name, found in removal.kept_units(keeps).items())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    slices = stored_slices(model, checkpoint)
+    slices = find_slices(model, checkpoint)
     where, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for name, stored in stored_linears(block, f"{where}.{index}.", slices).items():
+        for name, stored in find_linears(block, f"{where}.{index}.", slices).items():
             if name in keeps:
                 stored.weight.data.mul_(keeps[name])
     yield model

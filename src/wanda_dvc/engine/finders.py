@@ -19,24 +19,24 @@ from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import (
     Linear,
-    StoredSlice,
+    ParameterSlice,
     build_empty,
     find_blocks,
+    find_linears,
+    find_slices,
     holds_experts,
     split_by_expert,
-    stored_linears,
-    stored_slices,
 )
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
-Slices = Mapping[str, list[StoredSlice]]  # by parameter
+Slices = Mapping[str, list[ParameterSlice]]  # by parameter
 
 
 def _linears(model: nn.Module, slices: Slices) -> list[dict[str, Linear]]:
     name, blocks = find_blocks(model)
-    return [stored_linears(block, f"{name}.{index}.", slices) for index, block in enumerate(blocks)]
+    return [find_linears(block, f"{name}.{index}.", slices) for index, block in enumerate(blocks)]
 
 
 def _size_changes(
@@ -82,7 +82,7 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
     heads of a unit; `q_proj` computes 3, and `k_proj` and `v_proj` one each.
     """
     full = build_empty(source.config, source)
-    slices, text = stored_slices(full, source), source.config.get_text_config()
+    slices, text = find_slices(full, source), source.config.get_text_config()
     scaled = {name: getattr(text, name) for name in structure.scaled if getattr(text, name, None)}
     fixed = {}
     if scaled:
@@ -134,8 +134,8 @@ def _field_dimensions(
             module = full.get_submodule(parameter.rpartition(".")[0])
             experts = max((len(x) for x in module.parameters(recurse=False) if holds_experts(module, x)), default=0)
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
-            for stored in split_by_expert(slices[parameter], experts):
-                address = stored.address
+            for part in split_by_expert(slices[parameter], experts):
+                address = part.address
                 stored_size = source.read(address).shape[stored_dim]
                 parent = address.linear.removesuffix(".bias").rpartition(".")[0]
                 dimension = FieldDimension(address, stored_dim, stored_size, parent, field, number)
@@ -216,7 +216,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
     full = build_empty(source.config, source)
     blocks_name, blocks = find_blocks(full)
-    linears, text = _linears(full, stored_slices(full, source)), source.config.get_text_config()
+    linears, text = _linears(full, find_slices(full, source)), source.config.get_text_config()
     content, total = text.to_dict(), len(blocks)
     config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
     if not config_fields:
@@ -268,7 +268,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     gives a removal without an effect. The probe needs the chosen experts: see `engine.probe`.
     """
     full = build_empty(source.config, source)
-    slices, content = stored_slices(full, source), source.config.get_text_config().to_dict()
+    slices, content = find_slices(full, source), source.config.get_text_config().to_dict()
     numbers = {name: content[name] for name in structure.fields if content.get(name)}
     if len(numbers) != 1:
         names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
@@ -289,20 +289,20 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     dimensions, unit_tensors = [], {}
     mixture_of: dict[str, str] = {}  # by stored tensor
     for parameter, (dim, mixture, _) in tensors.items():
-        for stored in slices[parameter]:
-            name = stored.address.tensor
+        for part in slices[parameter]:
+            name = part.address.tensor
             mixture_of[name] = mixture
-            if stored.expert is None:
-                dimensions.append(UnitDimension(stored.address, dim, mixture, (1,)))
+            if part.expert is None:
+                dimensions.append(UnitDimension(part.address, dim, mixture, (1,)))
             else:  # the last such number in its name is the expert's
-                prefix, _, suffix = name.rpartition(f".{stored.expert}.")
-                unit_tensors[name] = UnitTensor(mixture, stored.expert, f"{prefix}.", f".{suffix}")
+                prefix, _, suffix = name.rpartition(f".{part.expert}.")
+                unit_tensors[name] = UnitTensor(mixture, part.expert, f"{prefix}.", f".{suffix}")
     members: dict[str, list[list[str]]] = {}
     for mixture in sorted(set(mixture_of.values())):
         members[mixture] = [[] for _ in range(total)]
     for block in _linears(full, slices):
         for name, linear in block.items():
-            expert, tensor = linear.stored.expert, linear.stored.address.tensor
+            expert, tensor = linear.slice.expert, linear.slice.address.tensor
             if expert is not None and tensor in mixture_of:
                 members[mixture_of[tensor]][expert].append(name)
     return Removal(

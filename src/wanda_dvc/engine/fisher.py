@@ -61,7 +61,7 @@ class GradientRecorder:
         sums, grams, device = self._totals.sums, self._totals.grams, float64_device(gradient.device)
         squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
-            begin, end = self.linears[name].stored.rows or (0, len(squares))
+            begin, end = self.linears[name].slice.rows or (0, len(squares))
             if name not in self._tokens:
                 sums[name] = torch.zeros_like(squares[begin:end])
                 grams[name] = Gram.empty(end - begin, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, stored_linears, stored_slices, unsupported
+from wanda_dvc.engine.structure import Linear, find_blocks, find_linears, find_slices, find_weights, unsupported
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockLoader:
         """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
-        self.slices = stored_slices(model, checkpoint)  # by parameter
+        self.slices = find_slices(model, checkpoint)  # by parameter
         self._empty = [
             {f"{self.blocks_name}.{index}.{name}": parameter for name, parameter in block.named_parameters()}
             for index, block in enumerate(self.blocks)
@@ -71,7 +71,7 @@ class BlockLoader:
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        linears, weights = stored_linears(block, prefix, self.slices), find_linears(block)
+        linears, weights = find_linears(block, prefix, self.slices), find_weights(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
@@ -143,8 +143,8 @@ class BlockLoader:
             is_usable = slices[0].is_complete and tensor.device == self.device and tensor.dtype is parameter.dtype
             if not is_usable:
                 tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
-                for stored in slices:
-                    self._copies.copy(self.checkpoint.read(stored.address), stored.of(tensor))
+                for part in slices:
+                    self._copies.copy(self.checkpoint.read(part.address), part.of(tensor))
             tensors[name] = tensor
         return tensors
 

@@ -22,12 +22,12 @@ class ModelSizes:
 
     def __init__(self, model: Any, config: Path) -> None:
         """Count a model of transformers with this config.json, or the one in this directory."""
-        from wanda_dvc.engine.structure import StoredSlice, find_blocks, find_linears, stored_linears
+        from wanda_dvc.engine.structure import ParameterSlice, find_blocks, find_linears, find_weights
 
         blocks = find_blocks(model)[1]
         shapes: list[list[tuple[int, int]]] = []  # [out, in] of the linears of each block
         for block in blocks:
-            linears = stored_linears(block, "", {name: [StoredSlice(Address(name))] for name in find_linears(block)})
+            linears = find_linears(block, "", {name: [ParameterSlice(Address(name))] for name in find_weights(block)})
             shapes.append([(x.weight.numel() // x.features, x.features) for x in linears.values()])
         all_shapes = list(itertools.chain.from_iterable(shapes))
         weights = [out * features for out, features in all_shapes]

@@ -68,7 +68,7 @@ class InputRecorder:
                 sums.grams[name] = Gram.empty(x.shape[-1], device)
             sums.grams[name].add(x)
         dense = self._dense.get(name)
-        if dense is not None and self.linears[name].stored.expert is None and len(dense) == len(x) == self._tokens:
+        if dense is not None and self.linears[name].slice.expert is None and len(dense) == len(x) == self._tokens:
             product = cast_like(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 

@@ -25,8 +25,8 @@ from wanda_dvc.errors import UserError, reason
 
 
 @dataclass(frozen=True)
-class StoredSlice:
-    """A stored weight and the slice of a parameter that it fills: some rows, or one expert's matrix, or all."""
+class ParameterSlice:
+    """A slice of a parameter (some rows, or one expert's matrix, or all), and the stored weight that fills it."""
 
     address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
@@ -49,12 +49,12 @@ class Linear:
 
     module: nn.Module
     leaf: str  # the parameter's name in the module
-    stored: StoredSlice
+    slice: ParameterSlice
 
     @property
     def weight(self) -> Tensor:
         """A view of the module's parameter."""
-        return self.stored.of(self.module.get_parameter(self.leaf))
+        return self.slice.of(self.module.get_parameter(self.leaf))
 
     @property
     def transposed(self) -> bool:
@@ -105,7 +105,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return next(iter(lists.items()))
 
 
-def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+def find_weights(block: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a block's prunable weights, by the name of the parameter.
 
     A linear is torch's `Linear`, transformers' `Conv1D` (with a transposed weight), or one matrix of a parameter
@@ -148,23 +148,23 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def stored_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[StoredSlice]]) -> dict[str, Linear]:
+def find_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[ParameterSlice]]) -> dict[str, Linear]:
     """Return a block's linears by stored name, each expert's own; `prefix` precedes the block's names in the model."""
     linears: dict[str, Linear] = {}
-    for name, module in find_linears(block).items():
+    for name, module in find_weights(block).items():
         leaf = name.rpartition(".")[2]
         shape = module.get_parameter(leaf).shape
-        for stored in split_by_expert(slices[prefix + name], shape[0] if len(shape) == 3 else 0):
-            linears[stored.address.linear] = Linear(module, leaf, stored)
+        for part in split_by_expert(slices[prefix + name], shape[0] if len(shape) == 3 else 0):
+            linears[part.address.linear] = Linear(module, leaf, part)
     return linears
 
 
-def split_by_expert(slices: list[StoredSlice], experts: int) -> list[StoredSlice]:
+def split_by_expert(slices: list[ParameterSlice], experts: int) -> list[ParameterSlice]:
     """Return a parameter's slices: one for each of its `experts`, if any, also where one tensor has all."""
     if not experts or slices[0].expert is not None:
         return slices
     tensor = slices[0].address.tensor
-    return [StoredSlice(Address(tensor, expert), expert=expert) for expert in range(experts)]
+    return [ParameterSlice(Address(tensor, expert), expert=expert) for expert in range(experts)]
 
 
 def check_model(folder: Path) -> None:
@@ -173,11 +173,11 @@ def check_model(folder: Path) -> None:
     UserError if index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
     """
     checkpoint = Checkpoint(folder)
-    stored_slices(build_empty(checkpoint.config, checkpoint), checkpoint)
+    find_slices(build_empty(checkpoint.config, checkpoint), checkpoint)
     load_tokenizer(folder)
 
 
-def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSlice]]:
+def find_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[ParameterSlice]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
@@ -188,7 +188,7 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    slices: dict[str, list[StoredSlice]] = {}
+    slices: dict[str, list[ParameterSlice]] = {}
     # By parameter: the tensors that a conversion rule joins to it, and the pattern of the rule that each name matches.
     joined: dict[str, dict[str, str]] = {}
     for tensor in sorted(checkpoint.file_of, key=dot_natural_key):  # experts in index order
@@ -198,7 +198,7 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
         if name not in state:
             _check_is_no_block(name, model, checkpoint)
         elif pattern is None:
-            slices[name] = [StoredSlice(Address(tensor))]
+            slices[name] = [ParameterSlice(Address(tensor))]
         else:
             joined.setdefault(name, {})[tensor] = pattern
     for name, patterns in joined.items():
@@ -211,7 +211,7 @@ def stored_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[StoredSl
     return slices
 
 
-def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[str, Sequence[StoredSlice]]) -> None:
+def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[str, Sequence[ParameterSlice]]) -> None:
     """Raise UserError if a parameter is not stored, or in another dtype or shape, or blocks share one."""
     in_blocks = f"{find_blocks(model)[0]}."
     aliases: dict[int, list[str]] = {}
@@ -258,7 +258,7 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
 
 def place_slices(
     name: str, patterns: Mapping[str, str], rule: WeightConverter, model: Any, checkpoint: Checkpoint
-) -> list[StoredSlice]:
+) -> list[ParameterSlice]:
     """Return the slices of a parameter that stored tensors, each with its pattern, fill by a conversion rule.
 
     Converts small tensors instead, and finds each one's numbers in the result. Of two matrices, for example, these are
@@ -285,7 +285,7 @@ def place_slices(
                 if not torch.equal(rows, numbered[index]):
                     raise ValueError("their elements change places")
                 end = begin + shapes[index][0]
-                slices.append(StoredSlice(Address(tensors[index]), (begin, end), expert if has_experts else None))
+                slices.append(ParameterSlice(Address(tensors[index]), (begin, end), expert if has_experts else None))
                 begin = end
         shape = [begin, *shapes[0][1:]]
         if has_experts:

@@ -75,7 +75,7 @@ class InputSums:
             stats[first] = InputStats.empty(linears[first].features)
             input_of |= dict.fromkeys(names, first)
         for name, linear in linears.items():
-            if linear.stored.expert is not None:  # experts last, by number, not in the order of their first tokens
+            if linear.slice.expert is not None:  # experts last, by number, not in the order of their first tokens
                 input_of[name] = input_of.pop(name)
         consumers: dict[str, list[str]] = {}
         for name, source in input_of.items():
@@ -127,5 +127,5 @@ def group_by_matrix(linears: dict[str, Linear]) -> LinearsByMatrix:
     """Return the names of the linears that are rows of each matrix: they read one input."""
     names: LinearsByMatrix = {}
     for name, linear in linears.items():
-        names.setdefault(Matrix(linear.module, linear.leaf, linear.stored.expert), []).append(name)
+        names.setdefault(Matrix(linear.module, linear.leaf, linear.slice.expert), []).append(name)
     return names

@@ -269,7 +269,7 @@ def repair_before_removed_blocks(
     # The statistics are in the order in which the block calls its linears. An expert's linear adds to some tokens only,
     # so it cannot take over what the removed blocks add to all of them.
     candidates = [
-        name for name in tensors.read_stats(study.stats, block).by_linear if linears[name].stored.expert is None
+        name for name in tensors.read_stats(study.stats, block).by_linear if linears[name].slice.expert is None
     ]
     last = candidates[-1]
     # The repair reads the activations before `block` to `end`. Of n stored blocks n − 1 are finished, one is written.

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
-from wanda_dvc.engine.structure import StoredSlice, stored_slices
+from wanda_dvc.engine.structure import ParameterSlice, find_slices
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install as install_faster_linears
 from wanda_dvc.plan import RECOVERY_BATCH  # windows per step, over all processes
@@ -182,7 +182,7 @@ def train(
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     checkpoint = Checkpoint(pruned)
-    slices = stored_slices(model, checkpoint)
+    slices = find_slices(model, checkpoint)
     # Views of files: no weight is read.
     stored_dtypes = {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
     groups = [
@@ -240,7 +240,7 @@ def _arguments(
     return arguments
 
 
-def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[StoredSlice]]) -> EditedCheckpoint:
+def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[ParameterSlice]]) -> EditedCheckpoint:
     weights: dict[Address, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for stored in slices.get(name, []):  # a tied name need not be stored
