@@ -43,12 +43,10 @@ class ExpertProducts(TorchFunctionMode):
     the first product, which are the tokens, prove it. No norm is reported for another signature or order.
     """
 
-    def __init__(
-        self, linears: LinearsByMatrix, on_product: OnProduct, on_gated_output: OnGatedOutput | None = None
-    ) -> None:
+    def __init__(self, linears: LinearsByMatrix, on_product: OnProduct, on_gated_output: OnGatedOutput) -> None:
         super().__init__()
         self.linears, self.on_product, self.on_gated_output = linears, on_product, on_gated_output
-        self._call: RoutedCall | None = None
+        self._call: RoutedCall | None = None  # if gated outputs are observed
         self._parameters: dict[int, dict[int, Matrix]] = {}  # by a parameter's address: each expert's matrix
         self._matrices: dict[int, Matrix] = {}  # by a matrix's address
         for matrix in linears:
@@ -74,8 +72,8 @@ class ExpertProducts(TorchFunctionMode):
             rows = self._rows(args[1], kwargs.get("offs"))
             for matrix, its_rows in rows.items():
                 self.on_product(self.linears[matrix], args[0], result, its_rows)
-            if rows and self.on_gated_output is not None:
-                self._see_gated(rows, args[0], result, self.on_gated_output)
+            if rows:
+                self._see_rows(rows, args[0], result)
         return result
 
     def _rows(self, weight: Tensor, ends: Tensor | None) -> dict[Matrix, slice]:
@@ -95,13 +93,7 @@ class ExpertProducts(TorchFunctionMode):
                 rows[matrix] = slice(begin, end)
         return rows
 
-    def _see_gated(
-        self,
-        rows: dict[Matrix, slice],
-        x: Float[Tensor, "rows in"],
-        y: Float[Tensor, "rows out"],
-        on_gated_output: OnGatedOutput,
-    ) -> None:
+    def _see_rows(self, rows: dict[Matrix, slice], x: Float[Tensor, "rows in"], y: Float[Tensor, "rows out"]) -> None:
         """Check the rows of a first product; report the norms of a last product."""
         call, matrix = self._call, next(iter(rows))
         if call is None or matrix.module is not call.module:
@@ -123,7 +115,7 @@ class ExpertProducts(TorchFunctionMode):
             gated = y * call.gates.flatten()[pairs, None]
             norms = vector_norm(gated.float(), dim=-1)
             for matrix, its_rows in rows.items():
-                on_gated_output(self.linears[matrix][0], norms[its_rows])
+                self.on_gated_output(self.linears[matrix][0], norms[its_rows])
 
 
 def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:

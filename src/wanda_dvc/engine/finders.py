@@ -222,7 +222,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     if not config_fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
     # Another part of the model may have blocks too, such as a vision tower.
-    prefix = re.split(r"(?<=\.)\d+\.", next(iter(linears[0])), maxsplit=1)[0]
+    prefix = next(iter(linears[0])).partition(".0.")[0] + "."
     unit_tensors = {}
     for name in source.file_of:
         match = re.fullmatch(rf"{re.escape(prefix)}(\d+)(\..*)", name)

@@ -102,13 +102,9 @@ def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden) -> I
 def record_sequences(
     model: Decoder, index: int, chunk: Chunk, before: Hidden, dense_before: Hidden, recorder: InputRecorder
 ) -> Iterator[Tensor]:
-    """Yield as `run_sequences`, and record the inputs of linears.
-
-    A sequence's dense activations, if any, run first. They ran in `run_block` too: here memory holds the dense inputs
-    of one sequence at a time.
-    """
+    """Yield as `run_sequences`, and record the inputs of linears. A sequence's dense activations, if any, run first."""
     for number, sequence in enumerate(chunk.sequences):
-        if dense_before:
+        if dense_before:  # they ran in `run_block` too: here memory holds the dense inputs of one sequence at a time
             with recorder.dense(len(sequence.tokens)):
                 model.run(index, dense_before[number][None].to(model.device), sequence)
         states = before[number][None].to(model.device)

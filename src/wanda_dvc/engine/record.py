@@ -115,13 +115,14 @@ def observing(
     matrices = group_by_matrix(linears)
     modules = {matrix.module: names for matrix, names in matrices.items() if matrix.expert is None}
     mixtures = {matrix.module for matrix in matrices if matrix.expert is not None}
-    products = ExpertProducts(matrices, on_product, on_gated_output)
+    products = ExpertProducts(matrices, on_product, on_gated_output or (lambda *_: None))
 
     def on_call(names: list[str], _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         on_product(names, args[0], y, ALL_ROWS)
 
     hooks = [module.register_forward_hook(partial(on_call, names)) for module, names in modules.items()]
-    hooks += [module.register_forward_pre_hook(products.begin) for module in mixtures]
+    if on_gated_output:
+        hooks += [module.register_forward_pre_hook(products.begin) for module in mixtures]
     try:
         with products if mixtures else contextlib.nullcontext():
             yield
