@@ -24,10 +24,7 @@ def omp_threads() -> int | None:
 
 
 def usable_cores() -> int:
-    """Return the number of usable cores, by this process's CPU affinity and control groups.
-
-    Schedulers (Slurm) and containers restrict a process by either. `os.cpu_count` counts all cores of the machine.
-    """
+    """Return the number of usable cores: schedulers and containers limit the CPU affinity, or a group's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups():
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # `max` is no limit

@@ -20,16 +20,11 @@ NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 
 
 def check_file(path: Path, todo: str = COPY) -> None:
-    """Raise UserError unless a path is a file, or a link to one. OSError, which is explained, if it is not readable.
-
-    Not all libraries that open the file later distinguish a missing permission from a missing file.
-    """
+    """Raise UserError unless a path is a file, or a link to one. OSError, which is explained, if it is not readable."""
     if not (is_there(path) and path.is_file()):  # `is_file` hides a closed folder from Python 3.14 on
-        state = "missing"
+        state = "a link to a missing file" if path.is_symlink() else "missing"
         if path.exists():
             state = "not a file"
-        elif path.is_symlink():
-            state = "a link to a missing file"
         raise UserError(f"{path}: {state}, expected a file; {todo}")
     path.open("rb").close()
 
@@ -98,10 +93,7 @@ def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
 
 
 def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the object of every line of a JSONL file.
-
-    Only a line feed ends a line: U+2028, U+0085 and form feeds may occur in a string. Blank last lines do not count.
-    """
+    """Yield the place and the object of every line of a JSONL file. Only line feeds end a line, not U+2028."""
     lines = read_text(path).rstrip(" \t\r\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         where = f"{path}: line {number}"

@@ -51,18 +51,17 @@ def allocate(
     """
     if allocation.strength is None:
         return [sparsity] * count
-    rate = resolve_name(allocation.rating)
-    allocate_by_rating = resolve_name(allocation.function)
+    rate, allocate_by_rating = resolve_name(allocation.rating), resolve_name(allocation.function)
     ratings: list[object] = []  # of each block, or of each linear where the allocation uses Fisher information
     competitions: list[list[Competition]] = []  # of the linears that share a rating
     linears: list[list[str]] = []  # of each block
     for block in blocks:
-        of_linears = competitions_of_block(read_weight, block, group)
-        linears.append(list(of_linears))
-        if allocation.uses_fisher:
-            competitions += [[competition] for competition in of_linears.values()]
-        else:
-            competitions.append(list(of_linears.values()))
+        of_linears = []
+        for linear, x in block.by_linear.items():
+            weights, features = read_weight(linear).numel(), len(x.sum)
+            of_linears.append(Competition(weights // features, features) if group == "row" else Competition(1, weights))
+        linears.append(list(block.by_linear))
+        competitions += [[competition] for competition in of_linears] if allocation.uses_fisher else [of_linears]
         ratings += rate(read_weight, block)
     sizes = [sum(competition.groups * competition.size for competition in of_rating) for of_rating in competitions]
     raw = allocate_by_rating(sparsity, sizes, ratings, allocation.strength)
@@ -71,16 +70,6 @@ def allocate(
         return sparsities
     next_sparsity = iter(sparsities)
     return [{name: next(next_sparsity) for name in names} for names in linears]
-
-
-def competitions_of_block(read_weight: ReadWeight, block: BlockStats, group: str) -> dict[str, Competition]:
-    """Return how the weights of each linear of a block compete, for unstructured patterns."""
-    competitions = {}
-    for linear, x in block.by_linear.items():
-        features = len(x.sum)
-        rows = read_weight(linear).numel() // features
-        competitions[linear] = Competition(rows, features) if group == "row" else Competition(1, rows * features)
-    return competitions
 
 
 def outlier_rating(read_weight: ReadWeight, block: BlockStats) -> list[float]:

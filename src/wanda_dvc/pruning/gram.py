@@ -22,9 +22,8 @@ WEIGHTS_AT_A_TIME = 2**20
 class Gram:
     """XᵀX over all tokens of one distinct input. Sums of several chunks merge.
 
-    `add` multiplies one window in float32 and sums windows in float64. It computes the upper triangle alone, in panels
-    of 128 rows. Memory in bytes: 8 · in² for the sum, and while a window is added 12 · 128 · in, or 4 · tokens · in
-    more where products go through oneDNN.
+    `add` multiplies one window in float32 and sums windows in float64, in panels of 128 rows. Memory in bytes: 8 · in²
+    for the sum, and while a window is added 12 · 128 · in, or 4 · tokens · in more where products go through oneDNN.
     """
 
     upper: Float64[Tensor, "in in"]  # on and above the diagonal; values below it are undefined

@@ -223,23 +223,18 @@ def _unit_score(
     if method.competition == "blocks":
         return float(method(stats))
     if method.competition == "experts":
-        return float(method(_expert_outputs(stats, linears, inputs, method)))
+        tokens = max(inputs[linear].count for linear in linears)
+        recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
+        recorded = recorded or [TokenSum(torch.zeros((), dtype=torch.float64), 0)]
+        counts = [outputs.count for outputs in recorded]
+        if counts != [tokens]:
+            raise UserError(
+                f"method: {method.name}: {linears[0]}: calibration recorded {sum(counts)} gates for {tokens} tokens of "
+                "this expert, expected as many; set method=wanda"
+            )
+        return float(method(recorded[0]))
     total = 0.0
     for linear in linears:
         weight = oriented(read_weight(linear).to(device), linear in stats.transposed)
         total += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
     return total
-
-
-def _expert_outputs(
-    stats: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method
-) -> TokenSum:
-    tokens = max(inputs[linear].count for linear in linears)
-    recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
-    outputs = recorded[0] if recorded else TokenSum(torch.zeros((), dtype=torch.float64), 0)
-    if outputs.count != tokens or len(recorded) > 1:
-        raise UserError(
-            f"method: {method.name}: {linears[0]}: calibration recorded {outputs.count} gates for {tokens} tokens of "
-            "this expert, expected as many; set method=wanda"
-        )
-    return outputs

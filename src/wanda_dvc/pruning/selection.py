@@ -47,10 +47,10 @@ def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, 
     pruned = score.shape[1] - kept
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    above_threshold = above_by_numpy if score.device.type == "cpu" else above_by_torch
-    threshold, mask, above = above_threshold(score, pruned)
+    threshold = kth_lowest(score, pruned)
+    mask = score > threshold
     # Weights that equal the threshold fill the row up to `kept`, the rightmost first.
-    missing = kept - above
+    missing = kept - mask.sum(dim=1, keepdim=True, dtype=torch.int32)
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]
@@ -93,30 +93,18 @@ def keep_by_score_fraction(score: Float[Tensor, "out in"], sparsity: float) -> B
     return torch.empty_like(sorted_mask).scatter_(1, lowest_first.indices, sorted_mask)
 
 
-# Of each row: the k-th lowest score, the mask of the higher scores, and their number.
-AboveThreshold = tuple[Float[Tensor, "group 1"], Bool[Tensor, "group size"], Int[Tensor, "group 1"]]
-
-
-def above_by_torch(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
-    """Compare with each row's k-th lowest score; torch's partition."""
-    threshold = torch.kthvalue(score, k, dim=1, keepdim=True).values
-    mask = score > threshold
-    return threshold, mask, mask.sum(dim=1, keepdim=True, dtype=torch.int32)
-
-
-def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> AboveThreshold:
-    """Return the result of `above_by_torch`, on a CPU, by numpy's vectorized partition.
+def kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
+    """Return the k-th lowest score of each row, on a CPU by numpy's vectorized partition.
 
     It is 5 times as fast as kthvalue and 18 times as fast as a sort. Non-negative floats sort like their bit patterns,
     and partitioning the bit patterns is nearly twice as fast.
     """
+    if score.device.type != "cpu":
+        return torch.kthvalue(score, k, dim=1, keepdim=True).values
     numbers = score.numpy()
     bits = numbers.view(f"int{8 * numbers.itemsize}")
     ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
-    threshold = ordered[:, k - 1 : k].view(numbers.dtype)
-    mask = numbers > threshold
-    number = mask.sum(axis=1, keepdims=True, dtype=np.int32)
-    return torch.from_numpy(threshold), torch.from_numpy(mask), torch.from_numpy(number)
+    return torch.from_numpy(ordered[:, k - 1 : k].view(numbers.dtype))
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:

@@ -34,19 +34,14 @@ class Units(NamedTuple):
 def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
     """Return the number of kept units: the multiple nearest to width · (1 − sparsity), at least one multiple.
 
-    `multiple` is the pattern's, of wide models; `multiple_of` lowers it for small widths. Sparsity 0 keeps all.
+    First the multiple is divided by 4 until it is at most a 16th of the width: 256 becomes 64, 16, 4 or 1 for small
+    widths. Sparsity 0 keeps all.
     """
     if not sparsity:
         return width
-    multiple = multiple_of(width, multiple)
-    return min(width, multiple * max(1, round(width * (1 - sparsity) / multiple)))
-
-
-def multiple_of(width: int, multiple: int) -> int:
-    """Return the multiple, divided by 4 until it is at most a 16th of the width: 256 becomes 64, 16, 4 or 1."""
     while multiple > max(1, width // MULTIPLES_OF_A_WIDTH):
         multiple //= 4
-    return multiple
+    return min(width, multiple * max(1, round(width * (1 - sparsity) / multiple)))
 
 
 def unit_index(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:
