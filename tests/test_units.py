@@ -422,9 +422,9 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]
         assert before.shape == after.shape
         changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
-    assert plan.corrects or changed == ({f"{consumer}.weight"} if plan.solves else set())
+    assert plan.corrects or changed == ({f"{consumer}.weight"} if plan.reconstructs else set())
     errors = load_json(made.details("pruned", "layer_error"))["linears"]
-    if plan.apply_solves:
+    if plan.apply_reconstructs:
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
         assert {name.split(".", 3)[3] for name, one in errors.items() if one["error"]} == {consumer}
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()

@@ -113,26 +113,26 @@ class Plan:
         row = self.reconstruction
         if self.repairs:
             return catalog.REPAIR
-        if self.structure and self.solves:
+        if self.structure and self.reconstructs:
             return catalog.SOLVED_UNITS
         if self.pattern != UNSTRUCTURED and row.steps_n_of_m:
             return replace(row, steps=row.steps_n_of_m)
         return row
 
     @property
-    def solves(self) -> bool:
+    def reconstructs(self) -> bool:
         """Whether kept weights get new values."""
         return self.reconstruction.function is not None
 
     @property
     def repairs(self) -> bool:
         """Whether removed blocks are neighbours, and the linear before them takes over a part of what they add."""
-        return self.pattern == "blocks" and self.solves
+        return self.pattern == "blocks" and self.reconstructs
 
     @property
     def propagates(self) -> bool:
         """Whether masks depend on the outputs of pruned blocks instead of stats/."""
-        return self.propagation != "dense" and (self.method.needs != "weights" or self.solves)
+        return self.propagation != "dense" and (self.method.needs != "weights" or self.reconstructs)
 
     @property
     def corrects(self) -> bool:
@@ -142,9 +142,9 @@ class Plan:
     # --- the statistics that stages read ---
 
     @property
-    def solves_by_input(self) -> bool:
-        """Whether `mask` reads the Gram matrix of each distinct input, and solves for one input at a time."""
-        return self.method.needs == "gram" or (self.propagates and self.solves)
+    def mask_solves(self) -> bool:
+        """Whether `mask` solves equations with Gram matrices, for one distinct input at a time."""
+        return self.method.needs == "gram" or (self.propagates and self.reconstructs)
 
     @property
     def mask_reads_gradient_squares(self) -> bool:
@@ -159,12 +159,12 @@ class Plan:
     @property
     def mask_stores_weights(self) -> bool:
         """Whether `mask` computes the new weights, and stores them in weights/."""
-        return self.solves and (self.propagates or self.repairs)
+        return self.reconstructs and (self.propagates or self.repairs)
 
     @property
-    def apply_solves(self) -> bool:
+    def apply_reconstructs(self) -> bool:
         """Whether `apply` computes the new weights, from stats/gram."""
-        return self.solves and not self.mask_stores_weights
+        return self.reconstructs and not self.mask_stores_weights
 
     @property
     def statistics(self) -> str:
@@ -172,7 +172,7 @@ class Plan:
         if self.mask_reads_gradient_squares or self.reconstructor.uses_fisher:
             return "fisher"
         mask_reads_gram = self.method.needs == "gram" and not self.propagates
-        return "gram" if mask_reads_gram or self.apply_solves else "norms"
+        return "gram" if mask_reads_gram or self.apply_reconstructs else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
@@ -192,5 +192,5 @@ class Plan:
         ):
             if excluded and name != expected:
                 yield f"{choice}: found {name} with pattern {pattern}, expected {expected}"
-        if self.propagation == "corrected" and not self.solves:
+        if self.propagation == "corrected" and not self.reconstructs:
             yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"

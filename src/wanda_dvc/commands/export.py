@@ -155,7 +155,7 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     names = ["stats/norms"] if with_norms else []
     if plan.mask_stores_weights:
         names.append("weights")
-    elif plan.apply_solves:
+    elif plan.apply_reconstructs:
         names += ["stats/gram", "stats/fisher"] if plan.reconstructor.uses_fisher else ["stats/gram"]
     for name in names:
         take(name)

@@ -57,10 +57,7 @@ class ModelSizes:
 
     @classmethod
     def read(cls, config: Path) -> "ModelSizes":
-        """Count the model of a config.json, or of its directory, without weights. UserError if it is not valid.
-
-        Windowed attention counts as full attention.
-        """
+        """Count the model of a config.json, or of its directory, without weights. UserError if it is not valid."""
         from wanda_dvc.engine.structure import build_empty
 
         return cls(build_empty(read_config(config), str(config)), config)

@@ -95,7 +95,7 @@ def describe_pruned(study: Study) -> Json:
         digests["weights"] = digest(weights)
     params = {name: value for name, value in masks["calibration"].items() if name != "text"}
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
-    if plan.apply_solves:
+    if plan.apply_reconstructs:
         folders = [study.gram]
         if plan.reconstructor.uses_fisher:
             folders.append(study.fisher)
@@ -150,7 +150,7 @@ class DenseToPruned:
         gradient_grams: Mapping[str, Gram] = {}
         if plan.mask_stores_weights:
             weights, diagnostics = read_weights(study.weights, block)
-        if plan.apply_solves and plan.reconstructor.uses_fisher:
+        if plan.apply_reconstructs and plan.reconstructor.uses_fisher:
             gradient_grams = read_grams(study.fisher, block, self.device)
         if self.measures_errors:
             grams = read_grams(study.gram, block, self.device)
@@ -182,7 +182,7 @@ class DenseToPruned:
         mask = files.masks[linear].to(dense.device)
         transposed = linear in files.grams.transposed
         new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
-        if plan.apply_solves and factors is not None:
+        if plan.apply_reconstructs and factors is not None:
             result = reconstruct(
                 dense,
                 mask,

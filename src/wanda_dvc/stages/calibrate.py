@@ -80,10 +80,7 @@ def _plotted(folder: Path) -> Iterator[list[object]]:
 
 
 def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> None:
-    """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input.
-
-    A killed run resumes after the blocks that all works have.
-    """
+    """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input."""
     works = [work for work in (norms, gram) if work is not None]
     run = runner(study, "dense", works[0])
     sizes = ModelSizes(run.decoder.model, study.model("dense"))

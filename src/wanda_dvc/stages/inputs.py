@@ -146,10 +146,7 @@ def windows_of_documents(
 
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":
-    """Return a runner of sequences through a model, here or on the cluster of params.yaml.
-
-    With a cluster, this process keeps its own model on the CPU.
-    """
+    """Return a runner of sequences through a model, here or on the cluster of params.yaml."""
     import torch
 
     from wanda_dvc.engine.accelerator import multiplies_natively

@@ -166,12 +166,14 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
     Scores are computed in this process: each weight is read once, and networks are slower than disks. Solver tasks may
     run on a cluster.
     """
-    if not job.plan.solves_by_input:
+    if not job.plan.mask_solves:
         for block in blocks:
             yield remove_units(job, score_block(job, block, tensors.read_stats(study.stats, block), device))
         return
     stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
-    tasks = [task for block, stats in stats_of.items() for task in solver_tasks(block, stats)]
+    tasks = []
+    for block, stats in stats_of.items():
+        tasks.extend(solver_tasks(block, stats))
     solve_task = partial(solve_from_file, job, study.gram.absolute())
     cluster = inputs.cluster(study, [study.model("dense"), study.gram])
     results: Iterator[BlockResult]
@@ -187,14 +189,11 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
 def on_pruned_blocks(
     job: MaskJob, run: "ModelRunner", windows: Tensor, finished: int, device: torch.device
 ) -> Iterator[BlockResult]:
-    """Yield the result of each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
-
-    This is the paper's procedure.
-    """
+    """Yield the result of each further block, as in the paper: calibrated on the outputs of pruned blocks before it."""
     plan = job.plan
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
-        record = step.record(gram=plan.solves_by_input, changes=True)
-        if plan.solves_by_input:
+        record = step.record(gram=plan.mask_solves, changes=True)
+        if plan.mask_solves:
             result = merged(step.index, solve_recorded(job, run, step.index, record, device))
         else:
             result = score_block(job, step.index, record.stats, device)

@@ -1,7 +1,4 @@
-"""The memory and disk that each stage of a study needs: estimates from above, by the terms of `engine/memory.py`.
-
-A text that is not fetched yet counts as empty.
-"""
+"""The memory and disk that each stage of a study needs: estimates from above, by the terms of `engine/memory.py`."""
 
 import shutil
 from collections.abc import Callable
@@ -77,11 +74,9 @@ def gigabytes(size: int) -> str:
 
 
 def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
-    """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices.
-
-    Memory: three blocks in float32, and ten matrices of the widest input.
-    """
+    """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices."""
     needs = {
+        # Three blocks in float32, and ten matrices of the widest input.
         "memory": FIXED + 3 * 4 * sizes.block_parameters + 40 * sizes.widest**2,
         "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares),
     }
@@ -149,7 +144,7 @@ def _needs_of_calibrate(run: Run) -> tuple[int, int]:
 def _needs_of_mask(run: Run) -> tuple[int, int]:
     plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
     disk = sizes.linear_weights // 8
-    if plan.solves_by_input:
+    if plan.mask_solves:
         memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
     else:
         scored = sizes.largest_linear  # weights whose scores are in memory; on a CPU, each thread has as many
@@ -163,7 +158,7 @@ def _needs_of_mask(run: Run) -> tuple[int, int]:
         return memory, disk
     forward = run.forward(calibration.length)
     memory += forward.activations + forward.norms + TEXT_IN_MEMORY * run.data_size("calibration")
-    if plan.solves_by_input or plan.repairs:
+    if plan.mask_solves or plan.repairs:
         memory += forward.grams
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
     itemsizes = ITEMSIZE[run.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
@@ -171,7 +166,7 @@ def _needs_of_mask(run: Run) -> tuple[int, int]:
     if plan.repairs:  # and between all removed blocks
         places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
     disk += places * run.activations(calibration.windows * calibration.length)
-    if plan.propagates and plan.solves:
+    if plan.propagates and plan.reconstructs:
         disk += sizes.stored
     return forward.weights + models * memory + sizes.block_parameters * itemsizes, disk
 

@@ -39,8 +39,7 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     """End the process on Ctrl-C or SIGTERM with a line about what is `kept`, and exit code 128 + the signal's number.
 
     With `with_children` it ends the processes that it started first. No cleanup is needed: a later run resumes from the
-    files on disk at any moment. On Linux the stage of a killed DVC gets SIGTERM too; without it, the stage would keep
-    running, and the next run of the experiment would wait for it. Only the command line calls this.
+    files on disk. On Linux the stage of a killed DVC gets SIGTERM too; else the next run would wait for its lock.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
