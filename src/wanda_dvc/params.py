@@ -308,10 +308,7 @@ class Params(_Section):
 
 
 def _location(text: ChosenText) -> tuple[str | None, ...]:
-    if text.dataset:
-        return text.dataset, text.config, text.split
-    source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
-    return source, text.split
+    return text.dataset or os.path.realpath(text.source), text.config, text.split
 
 
 # --- the file ---

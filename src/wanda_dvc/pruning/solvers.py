@@ -60,7 +60,7 @@ class GramFactors:
 
     @cached_property
     def preconditioned(self) -> tuple[Square, Float[Tensor, " in"], float]:
-        """S(G + λI)S with a diagonal of 1, the diagonal of S, which is diagonal, and the damping."""
+        """S(G + λI)S with a diagonal of 1, where S is diagonal; the diagonal of S; and the damping."""
         _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)
         scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
         matrix = self.gram * scale[:, None] * scale
@@ -76,7 +76,7 @@ class GramFactors:
 
     @cached_property
     def admm_inverse(self) -> tuple[Square, float]:
-        """(SGS + (damping + penalty) I)⁻¹, where the diagonal S scales G's diagonal to 1, and the damping: of ADMM."""
+        """ADMM's K = (SGS + (damping + penalty) I)⁻¹, where S scales G's diagonal to 1; and the damping."""
         root_diagonal = self.gram.diagonal().sqrt()
         matrix = self.gram / root_diagonal[:, None] / root_diagonal
         matrix.diagonal().add_(PENALTY)
@@ -116,12 +116,7 @@ def least_squares(
         w = weight[rows].float()
         start = w * mask[rows]
         v = _conjugate_gradients(
-            w / scale,
-            mask[rows],
-            start / scale,
-            product=lambda x: multiply(x, matrix),
-            rows_are_coupled=False,
-            steps=steps,
+            w / scale, mask[rows], start / scale, lambda x: multiply(x, matrix), rows_are_coupled=False, steps=steps
         )
         unchanged += write_better_rows(w, start, v.mul_(scale), factors, new[rows])
     return SolverResult(mask, new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
@@ -161,9 +156,7 @@ def fisher_least_squares(
         return multiply(coupled, multiply(x, matrix))
 
     solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
-    v = _conjugate_gradients(
-        weight.float() / scale, solvable, start, product=product, rows_are_coupled=True, steps=steps
-    )
+    v = _conjugate_gradients(weight.float() / scale, solvable, start, product, rows_are_coupled=True, steps=steps)
     change = torch.where(factors.dead, 0, v.sub_(start).mul_(scale))
     step_size = _largest_step(weight.float(), weight * mask, plain.weight, change, factors)
     if not step_size:
@@ -353,7 +346,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _conjugate_gradients(
-    dense: Weight, mask: Mask, start: Weight, *, product: Callable[[Weight], Weight], rows_are_coupled: bool, steps: int
+    dense: Weight, mask: Mask, start: Weight, product: Callable[[Weight], Weight], *, rows_are_coupled: bool, steps: int
 ) -> Weight:
     """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` multiplies by the symmetric A.
 
