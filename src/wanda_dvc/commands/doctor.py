@@ -24,6 +24,11 @@ from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements, free, gigabyte
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
+TODO = {
+    "memory": "free memory, set `dtype` to the checkpoint's own, or take shorter windows",
+    "disk": "free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`",
+}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -93,12 +98,7 @@ def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check
         reason = "the model is not valid" if is_there(study.model("dense")) else "run `dvc repro download-model` first"
         yield Check("needs", True, f"unknown: {reason}")
     for stage, need in needs.items():
-        lacks_memory = need.memory >= sizes_free["memory"]
-        lacks_disk = need.disk >= sizes_free["disk"]
-        todos = []
-        if lacks_memory:
-            todos.append("free memory, set `dtype` to the checkpoint's own, or take shorter windows")
-        if lacks_disk:
-            todos.append("free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`")
+        lacking = {what for what, size in sizes_free.items() if getattr(need, what) >= size}
         found = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
-        yield Check(stage, not todos, found, "; ".join(todos), needed=lacks_disk)  # an estimate of memory may be high
+        todo = "; ".join(TODO[what] for what in sorted(lacking))
+        yield Check(stage, not lacking, found, todo, needed="disk" in lacking)  # an estimate of memory may be high

@@ -11,9 +11,6 @@ from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
-UNKNOWN_LICENSE = (
-    "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."
-)
 CARD_TEMPLATE = """\
 ---
 {metadata}
@@ -127,4 +124,6 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     note = f"; the full text is in {names}" if files else ""
     if name := dense.get("license"):
         return name, f"{code(name)}, according to its own model card{note}."
-    return ("other", f"See {names}.") if files else (None, UNKNOWN_LICENSE)
+    if files:
+        return "other", f"See {names}."
+    return None, "Unknown: the files of the dense model name none. Find it, and comply, before you share the model."

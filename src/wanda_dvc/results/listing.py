@@ -7,11 +7,11 @@ numbers of its base commit.
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import Settings, check_params, flatten, nested, resolved
+from wanda_dvc.params import check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
@@ -91,7 +91,7 @@ def _listed(
     if status != SUCCESS or not files:
         return revision  # DVC gives an unfinished one its base commit's results
     current = _current_files(study, record["rev"], settings)
-    texts = _perplexity_texts(settings)
+    texts = {key.split(".")[2] for key in _resolved(settings) if key.startswith("perplexity.texts.")} or None
     results = {model: Results({}) for model in MODELS}
     for path, content in files.items():
         model, _, file = path.removeprefix("metrics/").partition("/")
@@ -125,13 +125,6 @@ def _current_files(study: Study, rev: str, settings: Mapping[str, Any]) -> set[s
     return {path for path, stage in lock.writers.items() if stage not in stale} - changed
 
 
-def _perplexity_texts(settings: Mapping[str, Any]) -> Collection[str] | None:
-    """Return the texts that these settings name; None if this version cannot read them."""
-    with contextlib.suppress(UserError):
-        return check_params(nested(settings)).perplexity.texts
-    return None
-
-
 def list_text(*, study: Study, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     revisions = listed_revisions(study)
@@ -149,9 +142,8 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         status = one_line(revision.status) if revision.kind == "experiment" else revision.kind
         rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
     text = table(["experiment", "state", "change", *columns], rows)
-    different = differing_settings(
-        [_measurement_settings(revision) for revision in revisions if revision.final.metrics]
-    )
+    measured = [_resolved(revision.settings) for revision in revisions if revision.final.metrics]
+    different = [key for key in differing_settings(measured) if key.startswith(MEASURED_BY)]
     if different:
         text += f"\n\nNot all comparable: {shortened(different)} differ. "
         text += "`wanda-dvc show NAME NAME` tests only equal ones."
@@ -161,11 +153,10 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
     return text
 
 
-def _measurement_settings(revision: ListedRevision) -> Settings:
-    settings = revision.settings
+def _resolved(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     with contextlib.suppress(UserError):  # of another version; else with defaults
-        settings = resolved(check_params(nested(settings)))
-    return {key: value for key, value in settings.items() if key.startswith(MEASURED_BY)}
+        return resolved(check_params(nested(settings)))
+    return settings
 
 
 def differing_settings(several: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -185,12 +176,12 @@ def flat_records(revisions: Sequence[ListedRevision]) -> list[dict[str, Any]]:
         record = {"experiment": revision.name, "commit": commit, "state": revision.status, **revision.settings}
         for model, results in revision.results.items():
             for measure in MEASURES:
-                # A diverged model must rank last, also where a lower value is better.
-                diverged = math.inf if measure.name.startswith(("perplexity", "divergence")) else math.nan
+                # A value that is not finite must rank last, also where a lower one is better.
+                not_finite = math.inf if measure.name.startswith(("perplexity", "divergence")) else math.nan
                 for target in measure.where(results):
                     value = measure.read(results, target)
                     name = ".".join(part for part in (model, measure.name, target) if part)
-                    record[name] = value.value if isinstance(value, Estimate) else diverged
+                    record[name] = value.value if isinstance(value, Estimate) else not_finite
         records.append(record)
     keys = dict.fromkeys(key for record in records for key in record)
     return [dict.fromkeys(keys) | record for record in records]

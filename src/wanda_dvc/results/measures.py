@@ -51,10 +51,9 @@ class Results:
         metrics, texts = Json(), study.params.perplexity.texts
         for path in sorted(folder.rglob("*.json")):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            if path.relative_to(study.root).as_posix() in left_out or is_of_removed_text(name, texts):
-                continue
-            content = load_json(path)
-            if content:
+            is_left_out = f"metrics/{model}/{name}.json" in left_out or is_of_removed_text(name, texts)
+            content = {} if is_left_out else load_json(path)
+            if content:  # it is empty of a model that the settings do not make
                 metrics[name] = content
         without_details = {path[len(details) : -len(".json")]: Json() for path in left_out if path.startswith(details)}
         return cls(metrics, study.root / details, without_details)
@@ -87,7 +86,7 @@ class Results:
             if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols(name)):
                 others.append(name)
                 self._details[name] = {}
-        self.metrics = {name: numbers for name, numbers in self.metrics.items() if name not in others}
+                self.metrics.pop(name, None)
         return others
 
     def answers(self, task: str) -> Json:

@@ -1,7 +1,6 @@
 """`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,8 +25,7 @@ BOS = {"first window": ", BOS token in the first window only", "none": ", no BOS
 def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
 
-    Every measure is a row; with `text`, every prompt that the models continued. Paired tests compare each model with
-    the first: the dense one, or the first of several experiments.
+    A row is a measure; with `text`, a prompt. Paired tests compare with the dense model, or the first of several names.
     """
     if DENSE in names:
         raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
@@ -49,10 +47,7 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
                 "in memory, run `dvc repro --force --single-item zero-shot-MODEL` where there is more"
             )
         if as_json:
-            settings = {
-                experiment.name: {"settings": experiment.settings, "notes": experiment.notes}
-                for experiment in experiments
-            }
+            settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
             return json_text(content if names else content | {"times": times(study)})
         params = {experiment.name: experiment.params for experiment in experiments}
@@ -130,10 +125,7 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
     yield from _protocols(params, models)
     has_tasks = any(results.tasks for results in models.values())
     if has_tasks and any(settings.tasks.source == EMBEDDED for settings in params.values()):
-        yield (
-            "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and "
-            "nothing else."
-        )
+        yield "The tasks are wanda-dvc's samples, not the benchmarks: they compare these models and nothing else."
     if has_tasks or any(results.texts for results in models.values()):
         yield (
             "In parentheses: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
@@ -150,20 +142,19 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
 def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:
     """Yield a sentence on each text, and on the tasks; several where models were measured in several ways."""
     first = next(iter(params.values()))
-    sentences = defaultdict[str, dict[str, str]](dict)  # by text, "" for the tasks; then by model
+    sentences: dict[str, dict[str, list[str]]] = {}  # by text, "" for the tasks: each with its models
     for name, results in models.items():
         settings = params.get(name, first)
         for text in results.texts:
             protocol = results.details(TEXT_PREFIX + text).get("protocol")
             if protocol:
-                sentences[text][name] = _of_text(text, protocol, settings)
+                sentences.setdefault(text, {}).setdefault(_of_text(text, protocol, settings), []).append(name)
         if results.tasks:  # one run asks all of them, with one limit and dtype
-            sentences[""][name] = _of_tasks(results.answers(results.tasks[0]).get("protocol", {}), settings)
-    for by_model in sentences.values():
-        different = list(dict.fromkeys(by_model.values()))
-        for sentence in different:
-            names = ", ".join(name for name, of_model in by_model.items() if of_model == sentence)
-            yield sentence if len(different) == 1 else f"{names}: {sentence}"
+            sentence = _of_tasks(results.answers(results.tasks[0]).get("protocol", {}), settings)
+            sentences.setdefault("", {}).setdefault(sentence, []).append(name)
+    for names_of in sentences.values():
+        for sentence, names in names_of.items():
+            yield sentence if len(names_of) == 1 else f"{', '.join(names)}: {sentence}"
 
 
 def _of_text(text: str, protocol: Json, settings: Params) -> str:
