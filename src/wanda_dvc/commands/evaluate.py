@@ -41,10 +41,7 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     dense = workspace(study).results[DENSE]
     texts, tasks = study.params.perplexity.texts, study.params.tasks.names
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
-        raise UserError(
-            "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
-            "others are compared with; run `dvc repro`"
-        )
+        raise UserError("metrics/dense: no results of the dense model on all texts and tasks; run `dvc repro`")
     for path in paths:
         if (path / "config.json").is_file():
             _check_alike(study, path, path)
@@ -120,7 +117,4 @@ def _check_tokenizer(study: Study, folder: Path, path: Path) -> None:
     tokenizer, dense_tokenizer = load_tokenizer(folder), load_tokenizer(study.model(DENSE))
     for what, text in texts.items():
         if tokenizer(text, verbose=False)["input_ids"] != dense_tokenizer(text, verbose=False)["input_ids"]:
-            raise UserError(
-                f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
-                "models' predictions cannot be compared; name a model with the dense model's tokenizer"
-            )
+            raise UserError(f"{path}: gives other token ids for {what}, expected the dense model's; use its tokenizer")

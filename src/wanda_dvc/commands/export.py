@@ -99,6 +99,7 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
     links.root.mkdir(parents=True)
     if revision is None:
         experiment = workspace(study)
+        read_provenance(study.masks, "mask")  # UserError without masks
         names = ("models/dense", "models/recovered", "masks", "stats", "weights", "params.yaml", LOCK)
         links.link_to(study, *names)
     else:

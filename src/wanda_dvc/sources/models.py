@@ -159,8 +159,7 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
         if explain(error):
             raise
         raise UserError(
-            f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one of another quantization "
-            "or architecture"
+            f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name another"
         ) from error
     model, info = loaded
     if info["missing_keys"]:  # transformers draws them at random
@@ -184,10 +183,7 @@ def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], 
 
 
 def _lacks(path: Path, weight: str) -> UserError:
-    return UserError(
-        f"{path.name}: lacks {weight}, expected all weights of a model; a file in parts has to be merged "
-        "(`llama-gguf-split --merge`)"
-    )
+    return UserError(f"{path.name}: lacks {weight}, expected all weights of a model; merge its parts, if it has some")
 
 
 def read_model(path: Path, out: Path) -> str:

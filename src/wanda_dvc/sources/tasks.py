@@ -137,10 +137,8 @@ def load_task(definition: str, role: str, items: Path, *, todo: str = DOWNLOAD_A
     if not rows:
         raise UserError(f"{items}: no items, expected one a line; {todo}")
     for number, row in enumerate(rows, start=1):
-        missing = [field for field in rows[0] if field not in row]
-        if missing:
-            problem = f"no {', '.join(missing)}, expected the fields of the first item"
-            raise UserError(f"{items}: item {number}: {problem}; {todo}")
+        if not row.keys() >= rows[0].keys():
+            raise UserError(f"{items}: item {number}: lacks a field, expected those of the first item; {todo}")
     tasks = Path(lm_eval.tasks.__file__).parent
     # Definitions may name Python files, and lm-eval runs them. So only lm-eval's own definitions are read.
     if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():

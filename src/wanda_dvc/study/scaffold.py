@@ -82,7 +82,13 @@ def init(
     git(folder, "add", "--all", ".", check=True)
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
     committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
-    return _next_steps(folder, params, around, committed)
+    lines = [f"{folder}: a study of {params.model}."]
+    if around is not None:
+        lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
+    lines += ["", "Run next:", f"  cd {shlex.quote(os.path.relpath(folder))}"]
+    if not committed:
+        lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
+    return "\n".join(lines) + NEXT
 
 
 def _write_files(folder: Path, params: str) -> None:
@@ -184,21 +190,9 @@ def _repository_around(folder: Path) -> Path | None:
     if top.returncode == 0:
         return Path(top.stdout.strip()).resolve()
     if (folder / ".git").exists() or "not a git repository" not in top.stderr:
-        raise UserError(
-            f"{folder}: git does not open the repository here ({' '.join(top.stderr.split())}); follow its advice, or "
-            "name another directory"
-        )
+        message = " ".join(top.stderr.split())
+        raise UserError(f"{folder}: git does not open the repository here ({message}); follow its advice")
     return None
-
-
-def _next_steps(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
-    lines = [f"{folder}: a study of {params.model}."]
-    if around is not None:
-        lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
-    lines += ["", "Run next:", f"  cd {shlex.quote(os.path.relpath(folder))}"]
-    if not committed:
-        lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
-    return "\n".join(lines) + NEXT
 
 
 def preset_names() -> list[str]:
