@@ -73,8 +73,7 @@ def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
     if version not in (None, stage.version):
         raise UserError(
             f"dvc.yaml: {stage.name}: version {version}, expected {stage.version}: the study is of another wanda-dvc; "
-            "install that one, or make a new study with `wanda-dvc init DIR` and copy your settings into its "
-            "params.yaml"
+            "install that one, or make a new study with `wanda-dvc init DIR` and copy your settings"
         )
     study = _find_study()
 
@@ -223,13 +222,8 @@ def init(
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     calibration: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
-    mirror: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="A directory of data sets, if there is no internet."),
-    ] = None,
-    study: Annotated[
-        Path | None, typer.Option("--from", help="A study, as `prune` names it: begin with its settings and results.")
-    ] = None,
+    mirror: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="A folder of data sets.")] = None,
+    study: Annotated[Path | None, typer.Option("--from", help="Begin with a study's settings and results.")] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make_study

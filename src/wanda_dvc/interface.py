@@ -99,9 +99,6 @@ def calibrate(
         tokenizer: The tokenizer of a model in memory.
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
 
-    Returns:
-        The study. Its statistics serve every sparsity and pattern, and each recipe that reads no other statistics.
-
     Raises:
         UserError: A wrong argument or setting, an unsupported model, or activations that are not finite. If no model
             could be fetched, the directory is empty.

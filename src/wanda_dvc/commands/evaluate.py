@@ -33,10 +33,7 @@ LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics
 
 
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:
-    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
-
-    UserError if a path is no model, or if its architecture, vocabulary or tokenizer is not the dense model's.
-    """
+    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON."""
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
     texts, tasks = study.params.perplexity.texts, study.params.tasks.names

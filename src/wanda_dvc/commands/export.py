@@ -1,7 +1,4 @@
-"""Build the pruned model of any experiment in a new directory.
-
-The experiment's files are copied from DVC's cache and git into the work folder. The workspace is only read.
-"""
+"""Build the pruned model of any experiment in a new directory. The workspace is only read."""
 
 import io
 import shutil
@@ -175,7 +172,13 @@ def sections(experiment: Experiment) -> dict[str, str]:
     models, params = experiment.models, experiment.params
     sentences = list(notes({experiment.name: params}, models))
     if params.recovery.tokens:
-        sentences.append(_training_sentence(experiment))
+        provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
+        training = f"on {provenance['tokens']:,} tokens towards the dense model"
+        text = params.recovery.text or params.calibration.text
+        sentence = f"All parameters but the zeros were then trained {training}, of {Path(text.source).name}."
+        if not provenance["trained"]:
+            sentence = f"A training {training} did not help: its weights are not used."
+        sentences.append(sentence)
     results = table(*side_by_side(models, base=DENSE))
     by_title = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(sentence)}" for sentence in sentences)}
     texts = continuations_table(models, inline)
@@ -184,16 +187,6 @@ def sections(experiment: Experiment) -> dict[str, str]:
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     by_title["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(params))
     return by_title
-
-
-def _training_sentence(experiment: Experiment) -> str:
-    params = experiment.params
-    provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
-    training = f"on {provenance.get('tokens', params.recovery.tokens):,} tokens towards the dense model"
-    if not provenance["trained"]:
-        return f"A training {training} did not help: its weights are not used."
-    text = params.recovery.text or params.calibration.text
-    return f"All parameters but the zeros were then trained {training}, of {Path(text.source).name}."
 
 
 def settings_of(params: Params) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.study.artifact import block_count, digest, read_provenance
-from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -33,6 +32,8 @@ def importance(study: Study, target: Path) -> str:
     For each weight it has Σx² of each kept input, and the number of tokens, of the dense model on the calibration text.
     The experts of a block are rows of one tensor, [experts, in]. Format: llama.cpp #9400.
     """
+    from gguf import GGUFWriter
+
     masks, stats = read_provenance(study.masks, "mask"), read_provenance(study.stats, "calibrate")
     if masks["stats"] != digest(stats):
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
@@ -43,7 +44,20 @@ def importance(study: Study, target: Path) -> str:
         for name in names_of(linear):
             squares[f"{name}.weight"].append(linear_squares)
             tokens[f"{name}.weight"].append(linear_tokens)
-    _write_gguf(target, arch, stats, squares, tokens)
+
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    writer = GGUFWriter(target, arch)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [stats["text"]["source"]])
+    writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
+    writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
+    for name in sorted(squares):
+        writer.add_tensor(f"{name}.in_sum2", np.stack(squares[name]).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.array(tokens[name], np.float32)[:, None])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return f"the importance matrix of {len(squares)} weights, for `llama-quantize --imatrix`"
 
 
@@ -64,26 +78,6 @@ def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tup
             yield name, squares.numpy(), inputs_of[linear].count
         if kept:
             pruned_block += 1
-
-
-def _write_gguf(
-    target: Path, arch: str, stats: Json, squares: Mapping[str, list[Array]], tokens: Mapping[str, list[int]]
-) -> None:
-    from gguf import GGUFWriter
-
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(target, arch)
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [stats["text"]["source"]])
-    writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
-    writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
-    for name in sorted(squares):
-        writer.add_tensor(f"{name}.in_sum2", np.stack(squares[name]).astype(np.float32))
-        writer.add_tensor(f"{name}.counts", np.array(tokens[name], np.float32)[:, None])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def names_in_gguf(model_type: str, blocks: int) -> tuple[str, Callable[[str], set[str]]]:

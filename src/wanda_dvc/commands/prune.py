@@ -28,10 +28,7 @@ RECOMMENDED_FOR_ZEROS = "fisher"  # for other patterns; docs/methods.md has the 
 
 
 def prune_model(request: PruneRequest) -> str:
-    """Run the stages of a request's study and move the model to its target. Return the results in a text.
-
-    UserError, before the calibration, if the memory is too small for a recovery.
-    """
+    """Run the stages of a request's study and move the model to its target. Return the results in a text."""
     with locked(request.root, f"waiting for another `wanda-dvc prune` of this model, in {request.root} …"):
         study = Study(request.root)
         check_target(study, request.target)  # another command may have written it meanwhile

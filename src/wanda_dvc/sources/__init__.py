@@ -14,6 +14,5 @@ class Source(NamedTuple):
     """A model, text or tasks, found and checked, but not yet fetched."""
 
     key: Json  # the settings and the commit that identify the content, also to resume an interrupted download
-    # Fetches it and writes the artifact, with its provenance, into an empty directory, the first. Files in the second
-    # one survive an interruption. The next run with the same key finds them there.
+    # Writes it, with its provenance, into an empty directory, the first. Files in the second survive an interruption.
     write: Callable[[Path, Path], None]

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from wanda_dvc.engine.checkpoint import INDEX, SINGLE, Checkpoint, read_config, read_index
 from wanda_dvc.engine.structure import check_model
 from wanda_dvc.errors import UserError, explain, reason
-from wanda_dvc.reading import check_file, read_object
+from wanda_dvc.reading import read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
 from wanda_dvc.study.artifact import describe, file_digest, files_digest, write_provenance
@@ -158,9 +158,7 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     except Exception as error:  # gguf and transformers raise exceptions of many classes
         if explain(error):
             raise
-        raise UserError(
-            f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name another"
-        ) from error
+        raise UserError(f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers draws them at random
         raise _lacks(path, min(info["missing_keys"]))
@@ -190,7 +188,6 @@ def read_model(path: Path, out: Path) -> str:
     """Put a model of this machine into an empty folder: links, or a dequantized GGUF file. Return its SHA-256."""
     out.mkdir(parents=True)
     if path.suffix == GGUF:
-        check_file(path, "name another")
         _dequantize(path, out, scaled=True)  # `evaluate` takes the dense model's scaling
     else:
         for file in _files(path):

@@ -217,7 +217,7 @@ class Work:
                 if not os.access(name, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
         for target in targets:
-            folder = self._output_for(target, targets)
+            folder = self.output(target.name if len(targets) > 1 else "")
             temporary = temporary_place(target)
             remove(temporary)  # left by a killed run
             try:
@@ -242,7 +242,7 @@ class Work:
         for target in targets:
             place = Path(places.get(target.name, target))
             is_repeated = place == target.absolute() and not self.waited
-            folder = self._output_for(target, targets)
+            folder = self.output(target.name if len(targets) > 1 else "")
             if not is_repeated and not is_there(folder / PROVENANCE) and is_complete(place, made_from):
                 with contextlib.suppress(FileNotFoundError, UserError):  # DVC may replace the files by links now
                     _copy_blocks(place, folder)
@@ -255,9 +255,6 @@ class Work:
     def _note(self) -> Path:
         """The file with the places of the artifacts of the last run with these inputs; it stays, as the lock does."""
         return self.path.with_name(f"{self.path.name}.json")
-
-    def _output_for(self, target: Path, targets: Sequence[Path]) -> Path:
-        return self.output(target.name if len(targets) > 1 else "")
 
 
 @contextlib.contextmanager

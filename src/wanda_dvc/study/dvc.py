@@ -59,9 +59,8 @@ def list_revisions(root: Path) -> list[Json]:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
         raise UserError(
-            f"{root}: DVC can't list its experiments ({lines[-1].removeprefix('ERROR: ')}); look at `dvc exp show`. "
-            "One that was killed may still count as running: `dvc queue status` names it, and `dvc queue kill NAME` "
-            "clears it"
+            f"{root}: DVC can't list its experiments ({lines[-1].removeprefix('ERROR: ')}); see `dvc queue status`: "
+            "`dvc queue kill NAME` clears one that was killed and still counts as running"
         ) from None
     except subprocess.TimeoutExpired:  # DVC waits for ever for a blob of a queued experiment that ends meanwhile
         raise UserError(f"{root}: `dvc exp show` has not ended within {TIMEOUT} s; run the command again") from None
@@ -124,11 +123,9 @@ class Revision:
             files = DVCFileSystem(str(around), rev=name, subrepos=True)  # its paths begin at git's root
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
             return cls(commit, files, prefix_of(root, git_root))
-        except SCMError as error:
-            raise UserError(
-                f"{name}: no experiment, commit, branch or tag of that name, or several ({error}); `dvc exp list "
-                "--all-commits` lists the experiments, and `dvc exp show --sha` their commits"
-            ) from None
+        except SCMError:
+            problem = "no experiment, commit, branch or tag of that name, or several"
+            raise UserError(f"{name}: {problem}; `dvc exp list --all-commits` lists the experiments") from None
 
     def take(self, name: str, target: Path) -> list[str]:
         """Take one file or folder into `target`, laid out like a study. Return the files that are missing.
