@@ -133,15 +133,15 @@ def sensitivity(
     from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without counts has the model's.
     Scores are assumed to be evenly spread within a bin.
     """
-    counted = [index for index, bins in enumerate(counts) if bins is not None]
+    counts_by_index = {index: bins for index, bins in enumerate(counts) if bins is not None}
     raw = [sparsity] * len(sizes)
-    if not counted or not 0 < sparsity < 1:
+    if not counts_by_index or not 0 < sparsity < 1:
         return shift(raw, sparsity, sizes)
     requested = float(sparsity)
-    bins = torch.stack([x for x in counts if x is not None])
+    bins = torch.stack([*counts_by_index.values()])
     bins = bins[:, bins.any(dim=0)]
     up_to = bins.cumsum(dim=1, dtype=torch.int64)
-    size = torch.tensor([sizes[index] for index in counted], dtype=torch.float64)
+    size = torch.tensor([sizes[index] for index in counts_by_index], dtype=torch.float64)
     smallest = max(requested - spread, 0.0)
     largest = max(min(requested + spread, LARGEST_SPARSITY), requested)
 
@@ -154,7 +154,7 @@ def sensitivity(
     for _ in range(2 * STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if pruned_fractions(middle) @ size < requested * size.sum() else (low, middle)
-    for index, fraction in zip(counted, pruned_fractions(high).tolist(), strict=True):
+    for index, fraction in zip(counts_by_index, pruned_fractions(high).tolist(), strict=True):
         raw[index] = Fraction(round(fraction * DIGITS), DIGITS)
     return shift(raw, sparsity, sizes)
 

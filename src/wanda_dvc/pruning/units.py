@@ -83,9 +83,7 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tenso
     With H = (G + λI)⁻¹ and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
     for one input Σ_o w_oj² / H_jj: the rise of tr(ΔGΔᵀ) after least squares, as in OBS (Hassibi and Stork 1993). About
     16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_Jᵀ (H_JJ)⁻¹ H_J, and costs are computed again. H_J are
-    the rows J of H. Dead inputs cost nothing. Units without members have no groups.
-
-    Memory in bytes: 12 · in² and 8 · out · in.
+    the rows J of H. Dead inputs cost nothing. Memory in bytes: 12 · in² and 8 · out · in.
     """
     root, _ = factors.inverse_root
     inverse = multiply(root.T, root)
