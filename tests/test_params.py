@@ -37,7 +37,7 @@ LINES = {
     "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
     "tasks__names: [piqa, piqa]": "tasks.names: found piqa twice, expected each task once",
     "runtime__device: cuda:1, runtime__ray: local": "runtime.device: found cuda:1 with runtime.ray local, expected",
-    "runtime__device: mps, runtime__ray: auto": "runtime.device: found mps with runtime.ray auto, expected auto or cpu",
+    "runtime__device: mps, runtime__ray: auto": "runtime.device: found mps with runtime.ray auto, expected auto, cpu",
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
     "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",

@@ -131,10 +131,8 @@ class Text(_Section):
             if self.column not in (None, named.column):
                 raise _refused(f"column null: the text of {self.source} is {named.column}")
         elif path.suffix in TEXT_SUFFIXES or path.is_absolute():
-            if not path.is_absolute() or path.suffix not in TEXT_SUFFIXES:
-                raise _refused("a file that ends in .txt or .jsonl, by its absolute path")
-            if self.split is not None:
-                raise _refused("split null: a file has none")
+            if not path.is_absolute() or path.suffix not in TEXT_SUFFIXES or self.split is not None:
+                raise _refused("a file that ends in .txt or .jsonl, by its absolute path and with split null")
         elif not catalog.HUB_TEXT.fullmatch(self.source):
             raise _refused(*catalog.TEXTS, "a Hub id (ORG/NAME[:CONFIG][@REVISION])", "an absolute path")
         return self
@@ -303,8 +301,7 @@ class Params(_Section):
             yield f"tasks.names: found {', '.join(repeated)} twice, expected each task once"
         device, ray = self.runtime.device, self.runtime.ray
         if ray is not None and device not in ("auto", "cpu", "cuda"):
-            expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
-            yield f"runtime.device: found {device} with runtime.ray {ray}, expected {expected}"
+            yield f"runtime.device: found {device} with runtime.ray {ray}, expected auto, cpu or cuda"
 
 
 def _location(text: ChosenText) -> tuple[str | None, ...]:

@@ -33,8 +33,7 @@ class Plan:
     propagation: str
     pattern: str
     sparsity: Fraction  # the fraction of weights that is pruned
-    # The requested choices that the pattern replaces, as "allocation owl".
-    left_out: tuple[str, ...] = field(default=(), compare=False)
+    left_out: tuple[str, ...] = field(default=(), compare=False)  # choices that the pattern replaces: "allocation owl"
 
     @classmethod
     def from_recipe(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
