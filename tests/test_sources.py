@@ -396,26 +396,21 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     assert training_windows(made)[0].tolist() == again[4:]  # and not the calibration's
 
 
-def test_a_document_that_cannot_be_long_enough_is_drawn_and_not_tokenized():
-    texts, seen = ["a" * size for size in (3, 9, 10, 11, 12, 13, 30)], []
-
-    def tokens_of(text: str) -> torch.Tensor:  # a token before the text, as Llama has it, and one for each byte
-        seen.append(len(text))
-        return torch.tensor([1, *text.encode()])
-
-    drawn = draw_from_documents(texts, tokens_of, samples=30, length=10, seed=3)
-    expected = authors_windows(texts, lambda text: {"input_ids": [1, *text.encode()]}, samples=30, length=10, seed=3)
-    assert drawn.tolist() == expected
-    assert {3} & set(seen) == set()
-    assert {10, 30} <= set(seen)  # with its first token, 10 letters are enough
+def test_documents_of_each_length_are_drawn_as_the_authors_draw():
+    texts = ["a" * size for size in (3, 9, 10, 11, 12, 13, 30)]
+    tokens = {text: [1, *text.encode()] for text in texts}  # a token before the text, as Llama has it
+    kwargs: dict[str, Any] = {"samples": 30, "length": 10, "seed": 3}
+    drawn = draw_from_documents(texts, lambda text: torch.tensor(tokens[text]), **kwargs, setting="recovery.text")
+    assert drawn.tolist() == authors_windows(texts, lambda text: {"input_ids": tokens[text]}, **kwargs)
 
 
 @pytest.mark.parametrize("texts", [[], ["short", "b" * 64]])
 def test_where_no_document_is_long_enough_it_ends(tiny: Path, texts: list[str]):
     tokenizer = load_tokenizer(tiny)
-    message = f"calibration.text: none of its {len(texts)} documents has more than 64 tokens, a window's length"
+    message = f"recovery.text: none of its {len(texts)} documents has more than 64 tokens, a window's length"
+    kwargs: dict[str, Any] = {"samples": 1, "length": 64, "seed": 0, "setting": "recovery.text"}
     with pytest.raises(UserError, match=message):
-        draw_from_documents(texts, lambda text: tokenize(text, tokenizer), samples=1, length=64, seed=0)
+        draw_from_documents(texts, lambda text: tokenize(text, tokenizer), **kwargs)
 
 
 def test_perplexity_on_c4_is_on_its_joined_documents(study: Make, hub: Hub):

@@ -131,11 +131,6 @@ class EditedCheckpoint(Checkpoint):
         return {name: self.source.file_of[source_name] for name, source_name in self.source_names.items()}
 
     @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """Dtype, shape and length of each tensor; places in files are the source's."""
-        return {name: self.source.entries[source_name] for name, source_name in self.source_names.items()}
-
-    @cached_property
     def changed(self) -> dict[str, str]:
         """The source's tensors whose values, shape or name differ in the view, with their names in it."""
         names = {}
@@ -220,9 +215,7 @@ def max_positions(config: Any) -> int | None:
 
 # --- writing ---
 
-# The next bytes of a shard, of unchanged tensors and then of a new one or one of its experts; the name of the new
-# tensor that ends here, if any.
-Piece = tuple[list[memoryview], str | None]
+Piece = tuple[list[memoryview], str | None]  # the next bytes of a shard, and the new tensor that ends here, if any
 
 
 def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
@@ -307,6 +300,7 @@ def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
 
 
 def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator[Piece]:
+    """Yield the bytes of each new tensor, or of each of its experts, with those of the unchanged tensors before it."""
     original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
     copied: list[memoryview] = []  # since the last new tensor
     for tensor in tensors:

@@ -9,7 +9,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -88,17 +88,6 @@ def run_on_node(
         if lines := explain(error):
             raise UserError(*(f"{where}: {line}" for line in lines)) from None
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
-
-
-def call_with_model(
-    model: tuple[Path, torch.dtype, str],
-    function: Callable[[Decoder, Any, TaskInput], TaskResult],
-    job: Any,
-    device: torch.device,
-    value: TaskInput,
-) -> TaskResult:
-    """Return function(model, job, value), with a model opened on a device."""
-    return function(open_model(*model, device), job, value)
 
 
 @lru_cache(maxsize=1)
@@ -194,8 +183,12 @@ class Cluster:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
         if isinstance(decoder.checkpoint, EditedCheckpoint):
             raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
-        model = (decoder.checkpoint.folder, decoder.dtype, self._id)
-        return self.map(partial(call_with_model, model, function, job), inputs, what)
+        folder, dtype, cluster_id = decoder.checkpoint.folder, decoder.dtype, self._id
+
+        def call(device: torch.device, value: TaskInput) -> TaskResult:
+            return function(open_model(folder, dtype, cluster_id, device), job, value)
+
+        return self.map(call, inputs, what)
 
     def map(
         self, function: Callable[[torch.device, TaskInput], TaskResult], inputs: Iterable[TaskInput], what: str = "task"

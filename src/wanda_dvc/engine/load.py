@@ -90,7 +90,14 @@ class BlockLoader:
             return
         if self._loaded != (index, then, None):  # else a block without a change gets one, and is not read again
             self.unload()
-            for name, tensor in self._take(index, then).items():
+            ahead = self._read_ahead.pop(index, None)
+            for unneeded in self._read_ahead.keys() - {then}:
+                del self._read_ahead[unneeded]  # frees its memory before the next read
+            tensors = ahead.result() if ahead else self.read_block(index)
+            self._copies.finish(tensors.values())
+            if 0 <= then < len(self.blocks) and then not in self._read_ahead:
+                self._read_ahead[then] = self._reader.submit(self.read_block, then)
+            for name, tensor in tensors.items():
                 set_parameter(self.model, name, tensor)
         self._loaded = index, then, change
         if change is not None:
@@ -120,16 +127,6 @@ class BlockLoader:
         """Return a block's tensors from the checkpoint. On a GPU the loaded block does not wait for the copy."""
         with self._copies.running():
             return self._read(self._empty[index])
-
-    def _take(self, index: int, then: int) -> dict[str, Tensor]:
-        ahead = self._read_ahead.pop(index, None)
-        for unneeded in self._read_ahead.keys() - {then}:
-            del self._read_ahead[unneeded]  # frees its memory before the next read
-        tensors = ahead.result() if ahead else self.read_block(index)
-        self._copies.finish(tensors.values())
-        if 0 <= then < len(self.blocks) and then not in self._read_ahead:
-            self._read_ahead[then] = self._reader.submit(self.read_block, then)
-        return tensors
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return tensors for parameters by full name, in the parameter's dtype, on the device.

@@ -73,10 +73,7 @@ class Chunk(NamedTuple):
 
 
 def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
-    """Return the sequences, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100.
-
-    The last chunk may be shorter.
-    """
+    """Return the sequences, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100."""
     count = len(sequences)
     size = min(max(count // PREFERRED_CHUNKS, 1), LARGEST_CHUNK)
     places = [range(start, min(start + size, count)) for start in range(0, count, size)]

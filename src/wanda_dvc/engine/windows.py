@@ -46,21 +46,12 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 
 
 def draw_from_documents(
-    documents: Sequence[str],
-    tokens_of: Callable[[str], Tensor],
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    setting: str = "calibration.text",
+    documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int, setting: str
 ) -> Int[Tensor, "windows length"]:
     """Draw windows within documents, as the Wanda authors do from C4: documents until one is long enough, and a start.
 
-    The draws are identical, but two faults are fixed. A document is tokenized only if it can be long enough: each
-    token covers at least one byte, except tokens that the tokenizer adds to an empty text and one more before a first
-    word. And the search ends if no document is long enough: UserError, with the `setting` that names the text.
+    But the search ends if no document is long enough: UserError, with the `setting` that names the text.
     """
-    extra_tokens = len(tokens_of("")) + 1
     too_short: set[int] = set()
     rng = random.Random(seed)
     windows: list[Tensor] = []
@@ -74,10 +65,8 @@ def draw_from_documents(
         index = rng.randint(0, len(documents) - 1)
         if index in too_short:
             continue
-        document = documents[index]
-        is_long = len(document.encode("utf-8")) + extra_tokens > length
-        tokens = tokens_of(document) if is_long else None
-        if tokens is None or len(tokens) <= length:
+        tokens = tokens_of(documents[index])
+        if len(tokens) <= length:
             too_short.add(index)
             continue
         start = rng.randint(0, len(tokens) - length - 1)

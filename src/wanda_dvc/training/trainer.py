@@ -135,28 +135,17 @@ def train(
 ) -> tuple[EditedCheckpoint | None, Curve]:  # fmt: skip
     """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
+    A step has `RECOVERY_BATCH` windows, and an evaluation has all validation windows, by text. `rate` is the highest
+    learning rate, relative to the root mean square of a parameter's nonzero values. Products are in `dtype`, trained
+    weights in float32. With `checkpointing` activations are computed twice instead of kept. `on_step` gets the number
+    of each step.
+
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
     and takes its part of a step's windows. This removes accelerate's choices of precision and compiler from
     `os.environ`, and names the GPU there.
 
-    Args:
-        dense: The directory of the dense model.
-        pruned: The directory of the pruned model.
-        windows: To train on, in order; a step has `RECOVERY_BATCH` windows.
-        validation: The windows of each evaluation, by text.
-        rate: The highest learning rate, relative to the root mean square of a parameter's nonzero values.
-        dtype: Of the products; the trained weights are in float32.
-        device: Of both models.
-        checkpointing: Whether activations are computed twice instead of kept.
-        work: The folder of checkpoints.
-        on_step: Called with the number of each step, from the first one after an interruption.
-
-    Returns:
-        The pruned checkpoint with the weights of the lowest score, or None if no score is below the pruned model's;
-        and all evaluations.
-
-    Raises:
-        UserError: The model cannot be trained, or the choices of `accelerate launch` do not fit.
+    Returns the checkpoint with the weights of the lowest score, or None if no score is below the pruned model's; and
+    all evaluations. UserError if the model cannot be trained, or the choices of `accelerate launch` do not fit.
     """
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
@@ -221,8 +210,7 @@ def _arguments(
     # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a rate of 0: a
     # single step would train nothing.
     warm_up = WARM_UP if windows > RECOVERY_BATCH else 0
-    is_single_process = windows_per_process == RECOVERY_BATCH
-    if device.type == "cuda" and is_single_process:
+    if device.type == "cuda" and windows_per_process == RECOVERY_BATCH:  # in a single process
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
