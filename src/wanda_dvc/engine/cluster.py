@@ -9,7 +9,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +90,17 @@ def run_on_node(
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+def call_with_model(
+    model: tuple[Path, torch.dtype, str],
+    function: Callable[[Decoder, Any, TaskInput], TaskResult],
+    job: Any,
+    device: torch.device,
+    value: TaskInput,
+) -> TaskResult:
+    """Return function(model, job, value), with a model opened on a device."""
+    return function(open_model(*model, device), job, value)
+
+
 @lru_cache(maxsize=1)
 def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch.device) -> Decoder:
     """Open a model. The process keeps it, and its current block, for the next tasks of the same cluster object.
@@ -111,15 +122,18 @@ def task_device(device: str) -> torch.device:
 
 def register_tensor_serializer() -> None:
     """Make Ray send a tensor as the bytes of its values: torch sends all memory behind a view."""
+    register_serializer(Tensor, serializer=pack_tensor, deserializer=unpack_tensor)
 
-    def pack(tensor: Tensor) -> tuple[Any, torch.dtype, torch.Size]:
-        return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape
 
-    def unpack(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
-        content, dtype, shape = packed
-        return torch.from_numpy(np.array(content)).view(dtype).view(shape)  # a copy: Ray's memory is read-only
+def pack_tensor(tensor: Tensor) -> tuple[Any, torch.dtype, torch.Size]:
+    """Return a tensor's bytes, dtype and shape."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape
 
-    register_serializer(Tensor, serializer=pack, deserializer=unpack)
+
+def unpack_tensor(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
+    """Return the tensor in main memory, writable. Ray sends this function with each tensor: by name, at this level."""
+    content, dtype, shape = packed
+    return torch.from_numpy(np.array(content)).view(dtype).view(shape)
 
 
 # --- the driver ---
@@ -183,12 +197,8 @@ class Cluster:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
         if isinstance(decoder.checkpoint, EditedCheckpoint):
             raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
-        folder, dtype, cluster_id = decoder.checkpoint.folder, decoder.dtype, self._id
-
-        def call(device: torch.device, value: TaskInput) -> TaskResult:
-            return function(open_model(folder, dtype, cluster_id, device), job, value)
-
-        return self.map(call, inputs, what)
+        model = (decoder.checkpoint.folder, decoder.dtype, self._id)
+        return self.map(partial(call_with_model, model, function, job), inputs, what)
 
     def map(
         self, function: Callable[[torch.device, TaskInput], TaskResult], inputs: Iterable[TaskInput], what: str = "task"
