@@ -77,7 +77,6 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     """Run one stage in this process; return its peak above the imports' memory, and the formula's bound."""
     import torch
 
-    from wanda_dvc.engine.checkpoint import dtype_of
     from wanda_dvc.engine.memory import ModelSizes
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
@@ -89,7 +88,7 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     __import__(f"wanda_dvc.stages.{stage}")  # so that the sampler counts what the run holds
     sizes = ModelSizes.read(study.model("dense"))  # this imports the family's code, as it does before a stage
     need, needs, mapped = requirements(study, stage, sizes), Run(study, sizes), 0
-    if stage in ("calibrate", "perplexity") and needs.dtype == dtype_of(study.model("dense"), "auto"):
+    if stage in ("calibrate", "perplexity") and needs.dtype == sizes.dtype:
         mapped = needs.forward(1).weights  # views of the checkpoint's file, which are no anonymous memory
     with sampled() as samples:
         run(stage, study=study, variant=part)

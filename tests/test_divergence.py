@@ -231,7 +231,7 @@ def test_a_reference_of_other_settings_or_libraries_is_refused(calibrated_study:
     with pytest.raises(UserError, match=r"reference/embedded/provenance.json: missing; .*wanda-dvc perplexity dense"):
         perplexity(study=made, model="pruned", text="embedded")
     perplexity(study=made, model="dense", text="embedded")
-    with pytest.raises(UserError, match="reference/embedded: measured with windows 4, expected 3.*run `dvc repro`"):
+    with pytest.raises(UserError, match="reference/embedded: measured with windows 4, expected 3.*repro --force"):
         perplexity(study=calibrated_study(perplexity__windows=3), model="pruned", text="embedded")
     provenance = made.reference("embedded") / "provenance.json"
     content = json.loads(provenance.read_text())

@@ -34,11 +34,14 @@ class ModelSizes:
         input_squares = [sum(features**2 for _, features in block) for block in shapes]
         output_squares = [sum(out**2 for out, _ in block) for block in shapes]
         block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")
+        stored_config = read_config(config)
+        dtype = stored_config.dtype or stored_config.get_text_config().dtype or "float32"
+        stored_dtype = str(dtype).removeprefix("torch.")
         text_config = model.config.get_text_config()
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
-        self.itemsize = ITEMSIZE.get(dtype, 8)  # bytes of a stored weight, at most
+        self.itemsize = ITEMSIZE.get(stored_dtype, 8)  # bytes of a stored weight, at most
+        self.dtype = stored_dtype if stored_dtype in ITEMSIZE else "float32"  # in which the model runs by default
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.stored = self.parameters * self.itemsize  # bytes of the checkpoint
         self.blocks = len(blocks)

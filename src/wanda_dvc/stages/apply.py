@@ -64,19 +64,14 @@ def apply(*, study: Study) -> None:
         measures, metrics = write_pruned(study, folder)
         write_provenance(folder, made_from)
         work.commit(study.model("pruned"))
-    sparsities = {}
-    errors = {}
-    sparsity_rows: list[list[object]] = []
-    error_rows: list[list[object]] = []
-    for linear, of_linear in measures.items():
-        sparsity = of_linear.zeros / of_linear.weights
-        sparsities[linear] = round(sparsity, 6)
-        sparsity_rows.append([of_linear.block, linear, of_linear.weights, of_linear.zeros, sparsity])
-        if of_linear.error is not None:
-            errors[linear] = {"error": of_linear.error, "masked": of_linear.masked_error} | of_linear.diagnostics
-            error_rows.append([of_linear.block, linear, of_linear.error, of_linear.masked_error])
+    sparsities = {linear: x.zeros / x.weights for linear, x in measures.items()}
+    measured = {linear: x for linear, x in measures.items() if x.error is not None}
+    errors = {linear: {"error": x.error, "masked": x.masked_error} | x.diagnostics for linear, x in measured.items()}
+    sparsity_rows = [[x.block, linear, x.weights, x.zeros, sparsities[linear]] for linear, x in measures.items()]
+    error_rows = [[x.block, linear, x.error, x.masked_error] for linear, x in measured.items()]
     write_json(study.metrics("pruned", "sparsity"), metrics)
-    write_json(study.details("pruned", "sparsity"), sparsities)
+    rounded = {linear: round(sparsity, 6) for linear, sparsity in sparsities.items()}
+    write_json(study.details("pruned", "sparsity"), rounded)
     write_json(study.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": errors})
     write_csv(study.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], sparsity_rows)
     write_csv(study.plots("layer_error"), ["block", "linear", "error", "masked"], error_rows)

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-from wanda_dvc.engine.checkpoint import ITEMSIZE, dtype_of
+from wanda_dvc.engine.checkpoint import ITEMSIZE
 from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, study: Study, sizes: ModelSizes) -> None:
         self.study, self.params, self.sizes = study, study.params, sizes
-        self.dtype = dtype_of(study.model("dense"), study.params.dtype)
+        self.dtype = sizes.dtype if study.params.dtype == "auto" else study.params.dtype
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
     def forward(self, length: int) -> ForwardMemory:

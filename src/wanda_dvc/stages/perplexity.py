@@ -151,11 +151,9 @@ def _reference_provenance(study: Study, text: str, protocol: Json) -> Json:
     """Return the provenance of a text's reference. UserError if another model's `protocol` is not comparable."""
     provenance = read_provenance(study.reference(text), "perplexity dense")
     key = differing(provenance["protocol"], protocol)
-    if key is None:
-        return provenance
-    # DVC knows no versions of libraries, so it would not run the stage again.
-    option = f" --force --single-item perplexity-dense@{text}" if key == "libraries" else ""
-    raise UserError(
-        f"reference/{text}: measured with {key} {provenance['protocol'].get(key)}, expected {protocol.get(key)}, as "
-        f"for the model that is compared; run `dvc repro{option}` or `wanda-dvc perplexity dense`"
-    )
+    if key:
+        raise UserError(
+            f"reference/{text}: measured with {key} {provenance['protocol'].get(key)}, expected {protocol.get(key)}, "
+            f"as for the model that is compared; run `dvc repro --force --single-item perplexity-dense@{text}`"
+        )
+    return provenance
