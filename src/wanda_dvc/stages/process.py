@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -41,6 +42,9 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     With `with_children` it ends the processes that it started first. No cleanup is needed: a later run resumes from the
     files on disk. On Linux the stage of a killed DVC gets SIGTERM too; else the next run would wait for its lock.
     """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
