@@ -350,10 +350,10 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(calibrate
     path = root / closed
     mode = path.stat().st_mode
     path.chmod(0o555)
-    done = without_privilege(lambda: wanda_dvc("calibrate", cwd=root))
+    with pytest.raises(OSError, match="Permission denied") as raised:
+        without_privilege(lambda: run("calibrate", study=made))
     path.chmod(mode)
-    assert done.returncode == 2, done.stderr
-    assert "Permission denied, expected permission to read and write; change it" in done.stderr
+    assert "Permission denied, expected permission to read and write; change it" in explain(raised.value)[0]
     assert tree(root) == before
     again = wanda_dvc("calibrate", cwd=root)
     assert again.returncode == 0, again.stderr
