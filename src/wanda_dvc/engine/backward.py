@@ -16,14 +16,11 @@ from wanda_dvc.engine.sums import check_finite
 
 @dataclass(frozen=True)
 class BackwardRun:
-    """A block to run backward, and the stores of activations and of the gradients of ℓ with respect to them.
-
-    `activations` has those before all blocks. `gradients` counts from the end: 0 is after the last block.
-    """
+    """A block to run backward, and the stores of activations and of the gradients of ℓ with respect to them."""
 
     index: int
-    activations: ActivationStore
-    gradients: ActivationStore
+    activations: ActivationStore  # before all blocks
+    gradients: ActivationStore  # counted from the end: 0 is after the last block
 
 
 def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -> Iterator[tuple[int, FisherSums]]:

@@ -1,7 +1,4 @@
-"""Runs a model block by block: inputs of the first block, arguments of each block, logits after the last.
-
-The model's own forward pass supplies the arguments of each block. There is no family-specific code.
-"""
+"""Runs a model of any family block by block, with the arguments that its own forward pass gives each block."""
 
 import contextlib
 import itertools
@@ -62,10 +59,7 @@ class Decoder:
 
     @property
     def one_of_each_kind(self) -> list[int]:
-        """The first block of each kind, in order: a later block may read outputs of an earlier block.
-
-        Blocks of a kind compute alike: they have one class, parameters of the same names, and one type of mask.
-        """
+        """The first block of each kind: of one class, with parameters of the same names, and one type of mask."""
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         first: dict[Hashable, int] = {}
         for index, block in enumerate(self.blocks):

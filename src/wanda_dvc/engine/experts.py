@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
-from wanda_dvc.engine.sums import LinearsByMatrix, Matrix
+from wanda_dvc.engine.sums import Matrix
 
 ALL_ROWS = slice(None)
 LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
@@ -43,7 +43,7 @@ class ExpertProducts(TorchFunctionMode):
     the first product, which are the tokens, prove it. No norm is reported for another signature or order.
     """
 
-    def __init__(self, linears: LinearsByMatrix, on_product: OnProduct, on_gated_output: OnGatedOutput) -> None:
+    def __init__(self, linears: dict[Matrix, list[str]], on_product: OnProduct, on_gated_output: OnGatedOutput) -> None:
         super().__init__()
         self.linears, self.on_product, self.on_gated_output = linears, on_product, on_gated_output
         self._call: RoutedCall | None = None  # if gated outputs are observed

@@ -4,7 +4,6 @@ No family-specific code. A field of the configuration, such as `intermediate_siz
 whose shapes change with it belong to the units. UserError if the model does not support the pattern.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -21,10 +20,10 @@ from wanda_dvc.engine.structure import (
     Linear,
     ParameterSlice,
     build_empty,
+    count_experts,
     find_blocks,
     find_linears,
     find_slices,
-    holds_experts,
     split_by_expert,
 )
 from wanda_dvc.errors import UserError, reason
@@ -39,16 +38,27 @@ def _linears(model: nn.Module, slices: Slices) -> list[dict[str, Linear]]:
     return [find_linears(block, f"{name}.{index}.", slices) for index, block in enumerate(blocks)]
 
 
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
 def _size_changes(
-    source: Checkpoint, structure: Structure, full: nn.Module, fields: Mapping[str, Any]
+    source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, fields: Mapping[str, Any]
 ) -> Iterator[tuple[str, int, int, int]]:
-    """Yield the dimensions that have another size in a trial model: the parameter, the dimension, and both sizes."""
+    """Yield the dimensions that have another size in a trial model: the parameter, the dimension, and both sizes.
+
+    UserError if another part of the model than its blocks has such a dimension.
+    """
+    blocks_name, _ = find_blocks(full)
     trial = _build(source, structure, fields).state_dict()
     for name, tensor in full.state_dict(keep_vars=True).items():
         trial_shape = trial[name].shape if name in trial else ()
         for dim, (size, trial_size) in enumerate(zip(tensor.shape, trial_shape, strict=False)):
-            if size != trial_size:
-                yield name, dim, size, trial_size
+            if size == trial_size:
+                continue
+            if not name.startswith(f"{blocks_name}.") or name not in slices:
+                raise refused(structure, source, f"{next(iter(fields))} also determines {name}")
+            yield name, dim, size, trial_size
 
 
 def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
@@ -113,7 +123,7 @@ def _field_dimensions(
 
     A trial sets the `scaled` fields in proportion, and the `fixed` ones to their values.
     """
-    blocks_name, text = find_blocks(full)[0], source.config.get_text_config()
+    text = source.config.get_text_config()
     dimensions: dict[tuple[Address, int], FieldDimension] = {}  # a field may have two names: the last one counts
     for field in structure.fields:
         value = getattr(text, field, 0)
@@ -127,12 +137,9 @@ def _field_dimensions(
         fields = {field: trial, **fixed}
         for name, scaled_value in scaled.items():
             fields[name] = scaled_value * trial // value
-        for parameter, dim, size, trial_size in _size_changes(source, structure, full, fields):
-            if not parameter.startswith(f"{blocks_name}.") or parameter not in slices:
-                raise refused(structure, source, f"{field} also determines {parameter}")
+        for parameter, dim, size, trial_size in _size_changes(source, structure, full, slices, fields):
             number = trial * size // trial_size if value is None else value
-            module = full.get_submodule(parameter.rpartition(".")[0])
-            experts = max((len(x) for x in module.parameters(recurse=False) if holds_experts(module, x)), default=0)
+            experts = count_experts(_owner(full, parameter))
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
             for part in split_by_expert(slices[parameter], experts):
                 address = part.address
@@ -225,9 +232,9 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     prefix = next(iter(linears[0])).partition(".0.")[0] + "."
     unit_tensors = {}
     for name in source.file_of:
-        match = re.fullmatch(rf"{re.escape(prefix)}(\d+)(\..*)", name)
-        if match:
-            unit_tensors[name] = UnitTensor(blocks_name, int(match[1]), prefix, match[2])
+        number, _, suffix = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdecimal():
+            unit_tensors[name] = UnitTensor(blocks_name, int(number), prefix, f".{suffix}")
     kept = count_kept(total, sparsity, structure.multiple)
     return Removal(
         structure=structure,
@@ -253,14 +260,6 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
 # --- experts ---
 
 
-class MixtureTensor(NamedTuple):
-    """A parameter of experts or of their router, whose size follows the number of experts."""
-
-    dim: int  # of the experts
-    mixture: str  # the parent of the modules of experts and router
-    is_router: bool
-
-
 def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
@@ -274,26 +273,16 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
         names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")
     ((field, total),) = numbers.items()
-    # Fields of every family with experts so far: a router may choose `topk_group` of the groups, then experts in them.
-    groups = content.get("n_group") or 1
-    kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
-    available = kept // groups * (content.get("topk_group") or groups)  # to a token
-    per_token = content.get("num_experts_per_tok") or 0
-    if available < per_token:
-        raise UserError(
-            f"sparsity: num_experts_per_tok is {per_token}, expected at most the {available} kept experts that a "
-            "router offers; set a lower sparsity"
-        )
-
-    tensors = _mixture_tensors(source, structure, full, slices, field, total)
+    kept, groups = _count_kept_experts(content, total, sparsity)
+    dims, mixtures = _mixture_tensors(source, structure, full, slices, field, total)
     dimensions, unit_tensors = [], {}
     mixture_of: dict[str, str] = {}  # by stored tensor
-    for parameter, (dim, mixture, _) in tensors.items():
+    for parameter, mixture in mixtures.items():
         for part in slices[parameter]:
             name = part.address.tensor
             mixture_of[name] = mixture
             if part.expert is None:
-                dimensions.append(UnitDimension(part.address, dim, mixture, (1,)))
+                dimensions.append(UnitDimension(part.address, dims[parameter], mixture, (1,)))
             else:  # the last such number in its name is the expert's
                 prefix, _, suffix = name.rpartition(f".{part.expert}.")
                 unit_tensors[name] = UnitTensor(mixture, part.expert, f"{prefix}.", f".{suffix}")
@@ -311,32 +300,47 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
         config_fields={field: ConfigField(total, next(iter(members)))},
         dimensions=tuple(dimensions),
         unit_tensors=unit_tensors,
-        routers={name: tensor.mixture for name, tensor in tensors.items() if tensor.is_router},
+        routers={name: mixtures[name] for name in dims if not count_experts(_owner(full, name))},
     )
+
+
+def _count_kept_experts(content: Mapping[str, Any], total: int, sparsity: Fraction) -> tuple[int, int]:
+    """Return the number of kept experts, and the number of groups, which all keep the same number.
+
+    UserError if a router then offers fewer experts to a token than it chooses.
+    """
+    # Fields of every family with experts so far: a router may choose `topk_group` of the groups, then experts in them.
+    groups = content.get("n_group") or 1
+    kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
+    available = kept // groups * (content.get("topk_group") or groups)
+    per_token = content.get("num_experts_per_tok") or 0
+    if available < per_token:
+        raise UserError(
+            f"sparsity: num_experts_per_tok is {per_token}, expected at most the {available} kept experts that a "
+            "router offers; set a lower sparsity"
+        )
+    return kept, groups
 
 
 def _mixture_tensors(
     source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, field: str, total: int
-) -> dict[str, MixtureTensor]:
-    """Return the tensors that follow a number of experts, by parameter. A mixture is all below one parent."""
-    blocks_name, _ = find_blocks(full)
-    trial, tensors = total // 2, full.state_dict(keep_vars=True)
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the dimension that counts experts, and the mixture, of each parameter of experts or routers.
+
+    A mixture is all below the parent of a module of experts.
+    """
     dims: dict[str, int] = {}
-    expert_modules = set()
-    for name, dim, size, trial_size in _size_changes(source, structure, full, {field: trial}):
-        counts_experts = (size, trial_size) == (total, trial) and (dim == 0 or tensors[name].dim() < 3)
-        if not name.startswith(f"{blocks_name}.") or name not in slices or not counts_experts or name in dims:
-            raise refused(structure, source, f"{field} also determines {name}")
+    parents = set()
+    for name, dim, _, _ in _size_changes(source, structure, full, slices, {field: total // 2}):
         dims[name] = dim
-        module = name.rpartition(".")[0]
-        if holds_experts(full.get_submodule(module), tensors[name]):
-            expert_modules.add(module)
-    parents = {module.rpartition(".")[0] for module in expert_modules}
-    mixture_tensors = {}
-    for name, dim in dims.items():
-        mixture = max((parent for parent in parents if name.startswith(f"{parent}.")), key=len, default=None)
-        if mixture is None:
+        if count_experts(_owner(full, name)):
+            parents.add(name.rpartition(".")[0].rpartition(".")[0])
+    if not parents:
+        raise refused(structure, source, f"{field} determines no tensor of experts")
+    mixtures = {}
+    for name in dims:
+        around = [parent for parent in parents if name.startswith(f"{parent}.")]
+        if not around:
             raise refused(structure, source, f"{field} also determines {name}")
-        is_router = name.rpartition(".")[0] not in expert_modules
-        mixture_tensors[name] = MixtureTensor(dim, mixture, is_router)
-    return mixture_tensors
+        mixtures[name] = max(around, key=len)
+    return dims, mixtures

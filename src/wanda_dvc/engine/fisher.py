@@ -72,10 +72,8 @@ class GradientRecorder:
             self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
     def result(self) -> FisherSums:
-        """Return the sums of the linears with a gradient. The host waits for a GPU once.
-
-        Sums are in main memory; Gram matrices stay on the device, where those of all chunks are added.
-        """
+        """Return the sums of the linears with a gradient, and Gram matrices, which stay on the device, to be merged."""
+        # The host waits for a GPU once.
         counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []
         result = FisherSums()
         for name, count in zip(self._tokens, counts, strict=True):

@@ -5,6 +5,7 @@ from a file, writes those after the block to another, and returns sums. A loop c
 as tasks of a cluster whose nodes see the same files (`engine.cluster`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,25 +68,24 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     """
     model.load(block.index, block.index + 1, block.change)
     before = block.store.read(block.index, chunk.number)
-    dense_before: Hidden = []
+    dense: Hidden = []
     finite: list[Tensor] = []  # a flag for each sequence, on the device: the host waits for a GPU once for all of them
     if block.dense_store is not None:
-        dense_before = block.dense_store.read(block.index, chunk.number)
-        dense_after = note_finite(finite, run_sequences(model, block.index, chunk, dense_before))
+        dense = block.dense_store.read(block.index, chunk.number)
+        dense_after = note_finite(finite, run_sequences(model, block.index, chunk, dense))
         block.dense_store.write(block.index + 1, chunk.number, dense_after)
-    if not block.records:
-        after = note_finite(finite, run_sequences(model, block.index, chunk, before))
-        block.store.write(block.index + 1, chunk.number, after)
-        return InputSums(is_finite=all(torch.stack(finite).tolist()))
-    recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram)
-    with recorder.recording():
-        after = note_finite(finite, record_sequences(model, block.index, chunk, before, dense_before, recorder))
+    recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram) if block.records else None
+    with recorder.recording() if recorder else contextlib.nullcontext():
+        after = note_finite(finite, run_sequences(model, block.index, chunk, before, recorder, dense))
         if block.writes:
             block.store.write(block.index + 1, chunk.number, after)
         else:
             for _ in after:  # runs the chunk
                 pass
-    if not all(torch.stack(finite).tolist()):
+    is_finite = all(torch.stack(finite).tolist())
+    if recorder is None:
+        return InputSums(is_finite=is_finite)
+    if not is_finite:
         raise UserError(f"{model.checkpoint}: block {block.index}: activations that are not finite; {FIX}")
     # The squares of finite activations may still overflow.
     squares = {name: stats.sum_squares for name, stats in recorder.sums.stats.items()}
@@ -93,24 +93,19 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     return recorder.sums
 
 
-def run_sequences(model: Decoder, index: int, chunk: Chunk, before: Hidden) -> Iterator[Tensor]:
-    """Yield each sequence's activations after a block."""
-    for sequence, states in zip(chunk.sequences, before, strict=True):
-        yield model.run(index, states[None].to(model.device), sequence)[0]
-
-
-def record_sequences(
-    model: Decoder, index: int, chunk: Chunk, before: Hidden, dense_before: Hidden, recorder: InputRecorder
+def run_sequences(
+    model: Decoder, index: int, chunk: Chunk, before: Hidden, recorder: InputRecorder | None = None, dense: Hidden = ()
 ) -> Iterator[Tensor]:
-    """Yield as `run_sequences`, and record the inputs of linears. A sequence's dense activations, if any, run first."""
+    """Yield each sequence's activations after a block; a recorder also sees its dense activations first, if any."""
     for number, sequence in enumerate(chunk.sequences):
-        if dense_before:  # they ran in `run_block` too: here memory holds the dense inputs of one sequence at a time
+        if recorder and dense:  # they ran in `run_block` too: here memory holds the inputs of one at a time
             with recorder.dense(len(sequence.tokens)):
-                model.run(index, dense_before[number][None].to(model.device), sequence)
+                model.run(index, dense[number][None].to(model.device), sequence)
         states = before[number][None].to(model.device)
         after = model.run(index, states, sequence)
-        recorder.see_block(states, after)
-        recorder.end_window()
+        if recorder:
+            recorder.see_block(states, after)
+            recorder.end_window()
         yield after[0]
 
 
@@ -178,10 +173,8 @@ class ModelRunner:
         self.chunks = cut_into_chunks(sequences)
         budget_parts = 2 if with_dense or stored > 2 else 1
         self.store = self.new_store("own", stored=stored, budget_parts=budget_parts)
-        stores, dense_store = [self.store], None
-        if with_dense:
-            dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts)
-            stores.append(dense_store)
+        dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts) if with_dense else None
+        stores = [store for store in (self.store, dense_store) if store is not None]
         if finished == blocks:  # `map_outputs` and `backward` may still read the stores
             return
         self.decoder.check_tokens(sequences)

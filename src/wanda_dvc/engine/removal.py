@@ -126,19 +126,19 @@ class Removal:
         return unit_of
 
     def kept_units(self, masks: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, " units"]]:
-        """Return the kept units, by set, from the masks of the linears that read them, or that they are."""
-        kept: dict[str, Tensor] = {}
+        """Return the kept units, by set, from the masks of the linears that read them, or that they are.
+
+        A set without such masks keeps none.
+        """
+        kept = {name: torch.zeros(units.total, dtype=torch.bool) for name, units in self.unit_sets.items()}
         for linear in masks:
             if linear in self.consumers:
                 dimension = self.consumers[linear]
                 units = self.unit_sets[dimension.unit_set]
                 inputs = masks[linear].any(dim=1 - dimension.dim)
-                kept[dimension.unit_set] = torch.zeros(units.total, dtype=torch.bool)
                 kept[dimension.unit_set][unit_index(units.total, units.layout)[inputs]] = True
             elif linear in self._unit_of:
                 name, unit = self._unit_of[linear]
-                if name not in kept:
-                    kept[name] = torch.zeros(self.unit_sets[name].total, dtype=torch.bool)
                 kept[name][unit] |= masks[linear].any()
         return kept
 

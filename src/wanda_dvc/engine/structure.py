@@ -144,6 +144,11 @@ def holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and not is_convolution
 
 
+def count_experts(module: nn.Module) -> int:
+    """Return the number of experts whose matrices a module's parameters hold; 0 without experts."""
+    return max((len(x) for x in module.parameters(recurse=False) if holds_experts(module, x)), default=0)
+
+
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -168,10 +173,7 @@ def split_by_expert(slices: list[ParameterSlice], experts: int) -> list[Paramete
 
 
 def check_model(folder: Path) -> None:
-    """Check that a directory holds a complete model that the stages can run, with its tokenizer.
-
-    UserError if index, shards, configuration, weights or tokenizer are damaged, or weights and configuration differ.
-    """
+    """Raise UserError if a directory does not hold a complete model that the stages can run, with its tokenizer."""
     checkpoint = Checkpoint(folder)
     find_slices(build_empty(checkpoint.config, checkpoint), checkpoint)
     load_tokenizer(folder)
@@ -180,9 +182,9 @@ def check_model(folder: Path) -> None:
 def find_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[ParameterSlice]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
-    Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
-    the base model's prefix, and each expert's matrix may be a separate tensor. UserError if a parameter is not stored
-    completely, or in an unsupported dtype; of tied ones, one is enough. No weight is read.
+    Stored names may differ: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack the base model's
+    prefix, and each expert's matrix may be a tensor. UserError if a parameter is not stored completely, or in an
+    unsupported dtype; of tied ones, one is enough. No weight is read.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -120,12 +120,9 @@ class Matrix(NamedTuple):
     expert: int | None
 
 
-LinearsByMatrix = dict[Matrix, list[str]]
-
-
-def group_by_matrix(linears: dict[str, Linear]) -> LinearsByMatrix:
+def group_by_matrix(linears: dict[str, Linear]) -> dict[Matrix, list[str]]:
     """Return the names of the linears that are rows of each matrix: they read one input."""
-    names: LinearsByMatrix = {}
+    names: dict[Matrix, list[str]] = {}
     for name, linear in linears.items():
         names.setdefault(Matrix(linear.module, linear.leaf, linear.slice.expert), []).append(name)
     return names
