@@ -268,7 +268,8 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -
     """
     full = build_empty(source.config, source)
     slices, content = find_slices(full, source), source.config.get_text_config().to_dict()
-    numbers = {name: content[name] for name in structure.fields if content.get(name)}
+    values = {name: content.get(name) for name in structure.fields}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int) and value > 1}
     if len(numbers) != 1:
         names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")

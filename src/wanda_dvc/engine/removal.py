@@ -126,10 +126,7 @@ class Removal:
         return unit_of
 
     def kept_units(self, masks: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, " units"]]:
-        """Return the kept units, by set, from the masks of the linears that read them, or that they are.
-
-        A set without such masks keeps none.
-        """
+        """Return the kept units, by set, from the masks of the linears that read them, or that they are."""
         kept = {name: torch.zeros(units.total, dtype=torch.bool) for name, units in self.unit_sets.items()}
         for linear in masks:
             if linear in self.consumers:
