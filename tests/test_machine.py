@@ -176,7 +176,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path
         (
             "runtime.device",
             lambda calibrated_study: write_params(calibrated_study, calibrated_study, runtime__device="cuda:99"),
-            "expected one it has",
+            "which this machine lacks",
         ),
     ],
 )
