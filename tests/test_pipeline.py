@@ -165,7 +165,7 @@ def test_an_experiment_changes_its_own_figures(repository: Repository):
 
     repository.run("dvc", "exp", "apply", names["4:8", "magnitude"])
     shown_here = repository.run("wanda-dvc", "show")
-    assert "magnitude, sparsity 0.5, pattern 4:8" in shown_here
+    assert "magnitude, pattern 4:8, sparsity 0.5" in shown_here
     assert "models/pruned belongs to another experiment than masks/" in shown_here
     assert repository.repro() == {"apply"}
     assert "another experiment" not in repository.run("wanda-dvc", "show")
