@@ -24,7 +24,7 @@ from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements, free, gigabyte
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
-TODO = {
+ADVICE = {
     "memory": "free memory, set `dtype` to the checkpoint's own, or take shorter windows",
     "disk": "free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`",
 }
@@ -100,5 +100,5 @@ def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check
     for stage, need in needs.items():
         lacking = {what for what, size in sizes_free.items() if getattr(need, what) >= size}
         found = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
-        todo = "; ".join(TODO[what] for what in sorted(lacking))
+        todo = "; ".join(ADVICE[what] for what in sorted(lacking))
         yield Check(stage, not lacking, found, todo, needed="disk" in lacking)  # an estimate of memory may be high

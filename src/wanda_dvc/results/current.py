@@ -83,7 +83,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
 def _has_other_input(artifact: Path, key: str, source: Path) -> bool:
     """Whether an artifact names another input than the artifact `source`, if both are here."""
     provenance, expected = load_json(artifact / PROVENANCE), load_json(source / PROVENANCE)
-    return bool(provenance and expected) and provenance[key] != digest(expected)
+    return bool(provenance and expected) and provenance.get(key) != digest(expected)
 
 
 def other_settings(study: Study) -> list[str]:

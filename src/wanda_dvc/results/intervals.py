@@ -83,11 +83,10 @@ def accuracy_interval(right: Sequence[bool]) -> Estimate:
 def mean_of_tasks(tasks: Sequence[Sequence[float]], *, least: int) -> Estimate | None:
     """Return the unweighted mean over tasks of each task's mean over items; the test's hypothesis is a mean of 0.
 
-    One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. `least` is the smallest
-    possible value: the interval is cut to [least, 1]. The variance is the sum of the tasks' variances, with Welch's and
-    Satterthwaite's degrees of freedom for the t distribution. The tasks are fixed, not a sample of tasks. None if a
-    task has fewer than two items, or if each task's values are constant and the mean is not 0: then no variance is
-    known. A constant mean of 0 has no interval.
+    One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. The interval is cut to
+    [least, 1]. The variance is the sum of the tasks' variances, with Welch's and Satterthwaite's degrees of freedom for
+    the t distribution. The tasks are fixed, not a sample of tasks. None if a task has fewer than two items, or if no
+    variance is known although the mean is not 0. A constant mean of 0 has no interval.
     """
     if any(len(task) < 2 for task in tasks):
         return None
