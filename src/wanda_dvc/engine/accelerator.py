@@ -77,7 +77,7 @@ class Copies:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def running(self) -> contextlib.AbstractContextManager[object]:
+    def on_stream(self) -> contextlib.AbstractContextManager[object]:
         """Route this thread's copies through the stream."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 

@@ -42,7 +42,7 @@ class ActivationStore:
     lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    stored: int  # the number of blocks whose activations stay
+    stored: int  # the number of blocks whose activations are there while the last of them is written
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
     _in_memory: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -61,7 +61,7 @@ class ActivationStore:
 
     def write(self, block: int, chunk: int, sequences: Iterable[Float[Tensor, "_ width"]]) -> None:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
-        self._in_memory.pop((block - self.stored, chunk), None)  # as `drop`, but before the block is finished
+        self._in_memory.pop((block - self.stored, chunk), None)  # read for the last time; `drop` removes its file
         if self.on_device:
             sequences = self._in_memory[block, chunk] = [x.to(self.device, self.dtype) for x in sequences]
         if not self.written_later:
@@ -74,7 +74,7 @@ class ActivationStore:
                 self._save(block, chunk, self.read(block, chunk))
 
     def oldest_needed(self, block: int) -> int:
-        """Return the first block whose activations stay once those before `block` are stored for all sequences."""
+        """Return the first block whose activations stay once those before `block` are complete; of 2, `block`."""
         return max(0, block - self.stored + 2)
 
     def drop(self, block: int) -> None:

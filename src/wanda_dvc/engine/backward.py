@@ -45,7 +45,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         for _ in runner.map(run_loss, run, runner.chunks, "output head back, chunk"):
             pass
         progress.finish()
-    for number in runner.unfinished(progress, " of the backward pass"):
+    for number in runner.unfinished_blocks(progress, " of the backward pass"):
         run = BackwardRun(blocks - 1 - number, runner.store, gradients)
         what = f"backward pass, block {run.index}, chunk"
         total = runner.merge(run_backward, run, runner.chunks, FisherSums(), what)

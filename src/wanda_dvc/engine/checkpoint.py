@@ -135,8 +135,8 @@ class EditedCheckpoint(Checkpoint):
         """The source's tensors whose values, shape or name differ in the view, with their names in it."""
         names = {}
         for name, source_name in self.source_names.items():
-            has_shape = self.entries[name].shape == self.source.entries[source_name].shape
-            if source_name in self._replaced or name != source_name or not has_shape:
+            same_shape = self.entries[name].shape == self.source.entries[source_name].shape
+            if source_name in self._replaced or name != source_name or not same_shape:
                 names[source_name] = name
         return names
 

@@ -53,7 +53,7 @@ class Decoder:
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
         accelerator.keep_freed_memory()
-        self._extra_outputs = self._probe_first_block()
+        self._extra_outputs = self._find_extra_outputs()
 
     # --- what the model is ---
 
@@ -126,8 +126,8 @@ class Decoder:
         """Return the arguments of every block. They depend on a sequence's length or questions, not on its tokens."""
         key = len(sequence.tokens) if sequence.questions is None else sequence.questions.key
         if key not in self._arguments:
-            # A pass has the same sequences in the same order for each block: the first stay, with the current one, and
-            # `popitem` removes the one before it.
+            # Beyond the limit, the newest entry is replaced. The first ones stay, and the next block finds them again,
+            # because each block runs the sequences in one order.
             if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
                 self._arguments.popitem()
             arguments = self._record_arguments(sequence)
@@ -184,7 +184,7 @@ class Decoder:
         return hidden[0], arguments
 
     @torch.no_grad()
-    def _probe_first_block(self) -> tuple[None, ...] | None:
+    def _find_extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones that follow the hidden states in a block's output; None if it is no tuple.
 
         UserError if a block's result for a token depends on the token after it.

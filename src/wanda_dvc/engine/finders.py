@@ -104,7 +104,7 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
     config_fields |= {name: ConfigField(value, dimensions[0].unit_set) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
     removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
-    _build(source, structure, removal.config_changes)  # some require a width that is a multiple of the number of heads
+    _build(source, structure, removal.config_changes)  # UserError if the model's class refuses the configuration
     try:
         return _with_dimensions(source, removal, dimensions, in_sections=True)
     except UserError:
@@ -170,7 +170,8 @@ def _unit_sets(
             continue  # not an input of a linear: a bias or an output, which computes the units
         if name in unit_sets:
             raise refused(structure, source, f"several linears of {name} read them")
-        total = value if structure.scaled else size  # a width may be a multiple of its field's value
+        # Units are heads, of size / value features each, or single features, whose number may be a multiple of value.
+        total = value if structure.scaled else size
         kept = total * count_kept(value, sparsity, structure.multiple) // value
         unit_sets[name] = Units(total, kept, (size // total,))
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
@@ -246,14 +247,14 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
 
 
 def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
-    """Return a configuration's lists with an entry for each block."""
+    """Return a configuration's lists with an entry for each block, such as `layer_types`, but no list of all blocks."""
     return {
         name: list(entries)
         for name, entries in text.to_dict().items()
         if "layer" in name
         and isinstance(entries, (list, tuple))
         and len(entries) == blocks
-        and entries != [*range(blocks)]
+        and list(entries) != [*range(blocks)]
     }
 
 

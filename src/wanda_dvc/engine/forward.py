@@ -135,6 +135,7 @@ class ModelRunner:
     decoder: Decoder  # in this process; with a cluster for the model's structure
     work: Path  # folder of the activations
     cluster: "Cluster | None" = None  # None: this process
+    # Of the pass that `forward` began last:
     chunks: list[Chunk] = field(init=False)
     store: ActivationStore = field(init=False)
     progress: PassProgress = field(init=False)
@@ -171,6 +172,7 @@ class ModelRunner:
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
         self.chunks = cut_into_chunks(sequences)
+        # A part for the dense activations, or for the gradients of the backward pass that follows if more are stored.
         budget_parts = 2 if with_dense or stored > 2 else 1
         self.store = self.new_store("own", stored=stored, budget_parts=budget_parts)
         dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts) if with_dense else None
@@ -183,7 +185,7 @@ class ModelRunner:
             for _ in self.map(embed, stores, self.chunks, "embeddings, chunk"):
                 pass
             self.progress.finish()
-        for index in self.unfinished(self.progress):
+        for index in self.unfinished_blocks(self.progress):
             yield BlockStep(self, BlockRun(index, self.store, dense_store))
 
     def new_store(
@@ -205,8 +207,8 @@ class ModelRunner:
             memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // budget_parts,
         )
 
-    def unfinished(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
-        """Yield the number of each unfinished block of a pass, and then finish the block."""
+    def unfinished_blocks(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
+        """Yield the number of each unfinished block; the block is finished when the caller asks for the next one."""
         blocks = len(self.decoder.blocks)
         if progress.finished > 0:
             notice(f"resuming after {progress.finished} of {blocks} blocks{direction}")

@@ -42,5 +42,5 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        questions = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return loglikelihoods(self.runner, questions, length=self.max_length, progress=self.progress, task=self.task)
+        converted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return loglikelihoods(self.runner, converted, length=self.max_length, progress=self.progress, task=self.task)

@@ -88,7 +88,8 @@ class BlockLoader:
         """
         if self._loaded == (index, then, change):
             return
-        if self._loaded != (index, then, None):  # else a block without a change gets one, and is not read again
+        is_unchanged_block = self._loaded == (index, then, None)  # it gets the change, and is not read again
+        if not is_unchanged_block:
             self.unload()
             ahead = self._read_ahead.pop(index, None)
             for unneeded in self._read_ahead.keys() - {then}:
@@ -125,7 +126,7 @@ class BlockLoader:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors from the checkpoint. On a GPU the loaded block does not wait for the copy."""
-        with self._copies.running():
+        with self._copies.on_stream():
             return self._read(self._empty[index])
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ class ModelSizes:
 
         blocks = find_blocks(model)[1]
         shapes: list[list[tuple[int, int]]] = []  # [out, in] of the linears of each block
-        for block in blocks:
+        for block in blocks:  # as if each parameter were a tensor of its own: only shapes count
             linears = find_linears(block, "", {name: [ParameterSlice(Address(name))] for name in find_weights(block)})
             shapes.append([(x.weight.numel() // x.features, x.features) for x in linears.values()])
         all_shapes = list(itertools.chain.from_iterable(shapes))

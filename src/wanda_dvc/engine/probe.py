@@ -45,7 +45,8 @@ def probe(source: Checkpoint, removal: Removal) -> None:
         removes_blocks = full.weights.blocks_name in removal.unit_sets
         run_blocks = _run_kept_blocks if removes_blocks else _run_each_kind
         runs = list(run_blocks(full, removal, sequence))
-        # Relative to the effect of the removed units. A block that depends on the number of blocks differs a little.
+        # Relative to the effect of the removed units. For blocks it is smaller, to refuse those that depend on the
+        # number of blocks, which differ by little.
         tolerance = 1e-3 if removes_blocks else 1e-2
         del full
         gc.collect()

@@ -29,7 +29,10 @@ class Request:
     continuation: Tokens
 
     def within(self, length: int) -> "Request":
-        """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input."""
+        """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input.
+
+        Without a continuation, or with one of more than `length` tokens, the result has no context.
+        """
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
@@ -39,12 +42,12 @@ class Question:
     """A context, and the continuations that requests ask about, without their last tokens, which are no input."""
 
     context: Tokens
-    requests: dict[Tokens, list[int]] = field(default_factory=dict)  # by continuation: the indices of equal requests
+    indices: dict[Tokens, list[int]] = field(default_factory=dict)  # of equal requests, by continuation
 
     @property
     def size(self) -> int:
         """The number of tokens."""
-        return len(self.context) + sum(map(len, self.requests))
+        return len(self.context) + sum(map(len, self.indices))
 
 
 class Prediction(NamedTuple):
@@ -67,7 +70,7 @@ def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[To
         continuation = request.continuation[:-1]
         key = (request.context, inputs[request.context] // SEQUENCE_TOKENS)
         question = questions.setdefault(key, Question(request.context))
-        question.requests.setdefault(continuation, []).append(index)
+        question.indices.setdefault(continuation, []).append(index)
         inputs[request.context] += len(continuation)
 
     groups: list[list[Question]] = []
@@ -98,7 +101,7 @@ def join_questions(
         numbers += [number] * question.size
         choices += [0] * context
         last_of_context = len(tokens) - 1  # predicts the first token of each choice
-        for choice, (continuation, indices) in enumerate(question.requests.items(), start=1):
+        for choice, (continuation, indices) in enumerate(question.indices.items(), start=1):
             inputs = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation
             positions += range(context, context + len(continuation))

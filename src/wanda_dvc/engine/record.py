@@ -32,9 +32,9 @@ class InputRecorder:
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    # [tokens, in]: the dense model's inputs in this window, or the numbers that `cross` multiplies.
-    _dense: dict[str, Tensor] = field(default_factory=dict)
-    _tokens: int = 0  # of those
+    # The left factors of `crosses`, [tokens, _]: the dense model's inputs in this window, or the numbers of `cross`.
+    _left: dict[str, Tensor] = field(default_factory=dict)
+    _left_tokens: int = 0
     _is_dense: bool = False
     # The name of each input of a window, by memory and state. The tensor stays alive: no other gets its address.
     _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class InputRecorder:
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         if self._is_dense:
-            self._dense[name] = x
+            self._left[name] = x
             return
         sums, device = self.sums, float64_device(x.device)
         if name not in sums.stats:
@@ -67,8 +67,8 @@ class InputRecorder:
             if name not in sums.grams:
                 sums.grams[name] = Gram.empty(x.shape[-1], device)
             sums.grams[name].add(x)
-        dense = self._dense.get(name)
-        if dense is not None and self.linears[name].slice.expert is None and len(dense) == len(x) == self._tokens:
+        dense = self._left.get(name)
+        if dense is not None and self.linears[name].slice.expert is None and len(dense) == len(x) == self._left_tokens:
             product = cast_like(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 
@@ -80,14 +80,14 @@ class InputRecorder:
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
         """Record the inputs of the sequence inside, of `tokens` tokens, as the dense model's."""
-        self._tokens, self._is_dense = tokens, True
+        self._left_tokens, self._is_dense = tokens, True
         yield
         self._is_dense = False
         self._seen.clear()
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
         """Sum the products of these numbers, of each token, and the next sequence's input of a linear, in `crosses`."""
-        self._dense[name], self._tokens = numbers, len(numbers)
+        self._left[name], self._left_tokens = numbers, len(numbers)
 
     def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:
         """Add the influence of the block on a sequence: 1 − cosine of its hidden states before and after the block."""
@@ -101,7 +101,7 @@ class InputRecorder:
     def end_window(self) -> None:
         """Free the window's inputs."""
         self._seen.clear()
-        self._dense.clear()
+        self._left.clear()
 
 
 @contextlib.contextmanager

@@ -57,7 +57,8 @@ def repair(
     weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
     changes = [WeightChange({}, {linear: changed}) for changed in weights]
     squares = list(runner.map(run_changed, (removed, changes), validation, "repair, chunk"))
-    unrepaired, *errors = torch.stack(squares).sum(dim=0).sqrt().tolist()
+    totals = torch.stack(squares).sum(dim=0)
+    unrepaired, *errors = totals.sqrt().nan_to_num(torch.inf, torch.inf).tolist()  # of an overflow: NaN
     error, damping = min(zip(errors, DAMPINGS, strict=True))
     if not error < unrepaired:
         raise UserError(

@@ -29,8 +29,8 @@ class SmallerCheckpoint(EditedCheckpoint):
         self.removal = removal
         self.config_changes = removal.config_changes
         self.source_names = removal.renumbered(source.file_of)
-        # The tensors that hold several experts, whose matrices have dimensions with units.
-        self._experts = {dimension.address.tensor for dimension in removal.dimensions if dimension.address.expert == 0}
+        # The tensors that hold the matrices of several experts, with dimensions that have units.
+        self._stacked = {dimension.address.tensor for dimension in removal.dimensions if dimension.address.expert == 0}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -39,7 +39,7 @@ class SmallerCheckpoint(EditedCheckpoint):
         for name, source_name in self.source_names.items():
             entry, shape = self.source.entries[source_name], list(self.source.entries[source_name].shape)
             address, expert_axes = Address(source_name), 0
-            if source_name in self._experts:  # [experts, out, in]
+            if source_name in self._stacked:  # [experts, out, in]
                 address, expert_axes = Address(source_name, 0), 1
             for dimension in self.removal.dimensions_of.get(address.linear, ()):
                 kept = self.removal.unit_sets[dimension.unit_set].kept
@@ -56,7 +56,7 @@ class SmallerCheckpoint(EditedCheckpoint):
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or one expert's matrix in it, without removed units."""
         name, expert = self.source_names[address.tensor], address.expert
-        if expert is None and name in self._experts:  # some units of each expert's matrix are removed
+        if expert is None and name in self._stacked:  # some units of each expert's matrix are removed
             experts = range(self.source.entries[name].shape[0])
             return torch.stack([self.read(Address(address.tensor, expert)) for expert in experts])
         dimensions_of = self.removal.dimensions_of
