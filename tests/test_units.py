@@ -484,14 +484,16 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
 
 
 @pytest.mark.parametrize(
-    ("pattern", "sparsity", "units"),
+    ("pattern", "sparsity", "removed"),
     [
-        ("neurons", 0.001, "neurons of each MLP"),
-        ("heads", 0.2, "groups of attention heads .*"),
-        ("blocks", 0.2, "blocks"),
+        ("neurons", 0.001, "none of the neurons of each MLP"),
+        ("heads", 0.2, "none of the groups of attention heads .*"),
+        ("blocks", 0.2, "none of the blocks"),
+        ("unstructured", 1e-9, "no weight"),
     ],
 )
-def test_a_sparsity_that_removes_no_unit_is_refused(pattern: str, sparsity: float, units: str, calibrated_study: Make):
-    message = f"sparsity: got {sparsity}, which removes none of the {units}; set a higher sparsity"
-    with pytest.raises(UserError, match=message):
+def test_a_sparsity_that_removes_nothing_is_refused(
+    pattern: str, sparsity: float, removed: str, calibrated_study: Make
+):
+    with pytest.raises(UserError, match=f"sparsity: got {sparsity}, which removes {removed}; set a higher sparsity"):
         mask(study=calibrated_study(pattern=pattern, sparsity=sparsity))
