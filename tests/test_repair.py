@@ -16,7 +16,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
-from wanda_dvc.pruning.units import keep_around_neighbours
+from wanda_dvc.pruning.units import remove_neighbours
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask, repair_before_removed_blocks
 from wanda_dvc.study.artifact import remove
@@ -124,5 +124,5 @@ def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make,
 
 def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():
     score = torch.tensor([0.0, 3.5, 1.0, 4.0, 2.0, 2.0])
-    assert keep_around_neighbours(score, 4).tolist() == [True, True, True, True, False, False]
-    assert keep_around_neighbours(score, 6).all()
+    assert remove_neighbours(score, 4).tolist() == [True, True, True, True, False, False]
+    assert remove_neighbours(score, 6).all()

@@ -39,8 +39,9 @@ class Plan:
     def from_recipe(cls, recipe: str, given: Mapping[str, str | None], *, pattern: str, sparsity: float) -> "Plan":
         """Return the plan of a recipe and separately set choices, which replace the recipe's.
 
-        A pattern replaces choices that are not separately set, and any group by row: weights then compete as the
-        pattern says. Neurons and heads keep group `outputs`, which multiplies the scores of each row.
+        A pattern replaces choices that are not separately set. It also sets the group to `row`, even a separately set
+        one, because weights then compete as the pattern says; only neurons and heads keep group `outputs`, which
+        multiplies the scores of each row.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         requested: dict[str, Any] = {name: given[name] or getattr(row, name) for name in CHOICES}
@@ -48,6 +49,7 @@ class Plan:
         if pattern != UNSTRUCTURED and given["allocation"] is None:
             chosen["allocation"] = "uniform"
         if structure and structure.method:  # experts and blocks
+            # A recipe without a calibration keeps its method.
             if given["method"] is None and catalog.methods()[row.method].needs != "weights":
                 chosen["method"] = structure.method
             if given["reconstruction"] is None:

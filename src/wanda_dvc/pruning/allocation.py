@@ -25,7 +25,7 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 DIGITS = 10**6  # sparsities are rounded to this fraction before they are shifted
 MEANS_OF_AN_OUTLIER = 5  # OWL's M for LLaMA: an outlier's score is above this multiple of the mean
 STEPS = 40  # of a bisection
-BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
+BIN_BITS = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
 LARGEST_SPARSITY = 0.97  # of a linear in the sensitivity allocation: a linear without weights has no output
 
 
@@ -139,15 +139,16 @@ def sensitivity(
         return shift(raw, sparsity, sizes)
     requested = float(sparsity)
     bins = torch.stack([*counts_by_index.values()])
-    bins = bins[:, bins.any(dim=0)]
+    bins = bins[:, bins.any(dim=0)]  # without those that are empty in all linears
     up_to = bins.cumsum(dim=1, dtype=torch.int64)
     size = torch.tensor([sizes[index] for index in counts_by_index], dtype=torch.float64)
     smallest = max(requested - spread, 0.0)
     largest = max(min(requested + spread, LARGEST_SPARSITY), requested)
 
-    def pruned_fractions(threshold: float) -> Float[Tensor, " linears"]:
-        bin_number = int(threshold)
-        below = up_to[:, bin_number] - bins[:, bin_number] * (1 - (threshold - bin_number))
+    def pruned_fractions(position: float) -> Float[Tensor, " linears"]:
+        """Return what is pruned of each linear: at position 3.25, bins 0 to 2 and a quarter of bin 3."""
+        bin_number = int(position)
+        below = up_to[:, bin_number] - bins[:, bin_number] * (1 - (position - bin_number))
         return (below / size).clamp(smallest, largest)
 
     low, high = 0.0, bins.shape[1] - 1e-6
@@ -161,8 +162,8 @@ def sensitivity(
 
 def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
     """Count positive scores by their exponent and the first four bits of their fraction."""
-    bits = score.float().contiguous().flatten().view(torch.int32) >> BIN
-    return torch.bincount(bits, minlength=1 << (31 - BIN)).int()
+    bits = score.float().contiguous().flatten().view(torch.int32) >> BIN_BITS
+    return torch.bincount(bits, minlength=1 << (31 - BIN_BITS)).int()
 
 
 def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], multiple: float = MEANS_OF_AN_OUTLIER) -> float:
@@ -193,7 +194,7 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
     def mean(constant: Fraction) -> Fraction:
         return Fraction(sum(map(operator.mul, sparsities(constant), sizes)), sum(sizes))
 
-    # The mean rises with the constant, and is linear between two constants at which no value reaches 0 or 1.
+    # The mean rises with the constant, and is linear between neighbouring constants at which a value reaches 0 or 1.
     constants = sorted({end - value for value in raw for end in (0, 1)})
     above = bisect.bisect_left(constants, sparsity, key=mean)
     if mean(constants[above]) == sparsity:

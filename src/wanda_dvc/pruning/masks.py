@@ -16,8 +16,8 @@ from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.pruning.units import Units, expand, greedy_obs, keep_around_neighbours, unit_scores
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
 
 # The sparsity of all linears of a block, or of each.
 BlockSparsity = Fraction | Mapping[str, Fraction]
@@ -204,7 +204,7 @@ def choose_units(
         kept = units.kept // units.groups
         masks_of_groups = []
         for group in torch.tensor(scores[name], dtype=dtype).chunk(units.groups):
-            mask = keep_around_neighbours(group, kept) if neighbours else keep_highest(group[None], kept)[0]
+            mask = remove_neighbours(group, kept) if neighbours else keep_highest(group[None], kept)[0]
             masks_of_groups.append(mask)
         masks[name] = torch.cat(masks_of_groups)
     return masks
@@ -225,9 +225,8 @@ def _unit_score(
     if method.competition == "experts":
         tokens = max(inputs[linear].count for linear in linears)
         recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
-        recorded = recorded or [TokenSum(torch.zeros((), dtype=torch.float64), 0)]
-        counts = [outputs.count for outputs in recorded]
-        if counts != [tokens]:
+        counts = [outputs.count for outputs in recorded] or [0]
+        if counts != [tokens]:  # one linear has the gated outputs of all tokens
             raise UserError(
                 f"method: {method.name}: {linears[0]}: calibration recorded {sum(counts)} gates for {tokens} tokens of "
                 "this expert, expected as many; set method=wanda"

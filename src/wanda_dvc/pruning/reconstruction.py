@@ -98,19 +98,19 @@ def prune_linear(
     values: Tensor | None = None,
     *,
     transposed: bool = False,
-    removes_inputs: bool = False,
+    removes_units: bool = False,
 ) -> PrunedWeight:
     """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 
-    `removes_inputs`: the mask removes complete inputs. Nothing reads the outputs without kept weights, so the errors
-    are those of the other rows, and None if these rows do not change.
+    `removes_units`: the mask removes complete units, inputs of their consumer or rows of the linear that computes them.
+    Nothing reads a removed row, so the errors are those of the other rows, and None if those rows do not change.
     """
     plain = masked(weight, mask)
     new = plain if values is None else masked(values.to(weight.device), mask)
     if factors is None:
         return PrunedWeight(new, None, None)
     weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, new)]
-    if removes_inputs:
+    if removes_units:
         oriented_mask = oriented(mask, transposed)
         rows = oriented_mask.any(dim=1)
         if not rows.any() or (oriented_mask[rows].all() and torch.equal(new, plain)):

@@ -61,7 +61,7 @@ class GramFactors:
     @cached_property
     def preconditioned(self) -> tuple[Square, Float[Tensor, " in"], float]:
         """S(G + λI)S with a diagonal of 1, where S is diagonal; the diagonal of S; and the damping."""
-        _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)
+        _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)  # only its damping counts
         scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
         matrix = self.gram * scale[:, None] * scale
         matrix.diagonal().fill_(1)

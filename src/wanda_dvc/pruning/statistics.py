@@ -77,7 +77,7 @@ class BlockStats(NamedTuple):
     consumers: dict[str, list[str]]  # the linears that read each input
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, where read
-    # Of ‖gate · output‖₂ over the tokens that a router sent to an expert, by its last linear, which the gates multiply.
+    # Σ of ‖gate · output‖₂ over the tokens that a router sent to an expert, by the expert's last linear.
     outputs: Mapping[str, TokenSum] = {}
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 

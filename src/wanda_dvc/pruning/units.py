@@ -26,7 +26,9 @@ class Units(NamedTuple):
 
     total: int
     kept: int
-    layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
+    # The inputs of a unit, in each section of the inputs. In most models there is one section: (2,) says that unit 0 is
+    # inputs 0 and 1. With (1, 1) it is the first input of each half, as where gate and up are one matrix.
+    layout: tuple[int, ...] = (1,)
     members: Sequence[Sequence[str]] = ()  # the linears of each unit: a block's, or an expert's; (): units are inputs
     groups: int = 1  # only with members: of neighbouring units; the same number is kept in each
 
@@ -67,7 +69,7 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
     return of_units
 
 
-def keep_around_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Tensor, " units"]:
+def remove_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Tensor, " units"]:
     """Return the mask of `kept` units: the removed ones are neighbours, not the first, with the least sum of scores."""
     mask = torch.ones_like(score, dtype=torch.bool)
     removed = len(score) - kept

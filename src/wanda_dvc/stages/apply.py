@@ -99,7 +99,7 @@ def describe_pruned(study: Study) -> Json:
         digests["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
     elif block_count(study.gram, "calibrate"):  # read for layer errors
         statistics_provenance(study.gram, calibrated, "masks/")
-    # Only the masks' records: with this run's library versions, equal models would have different bytes.
+    # No versions of this run's libraries: they would give equal models different provenance.
     described = {name: value for name, value in masks.items() if name != "blocks"}
     described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
     return described | digests
@@ -173,7 +173,7 @@ class DenseToPruned:
         block = self.block_of[linear]
         files = self.files_of(block)
         factors = self.factors_of(block, files.input_of.get(linear, ""))
-        dense = stored if factors is None else stored.to(factors.gram.device)  # once: it crosses the link to a GPU
+        dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
         mask = files.masks[linear].to(dense.device)
         transposed = linear in files.grams.transposed
         new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
@@ -188,7 +188,7 @@ class DenseToPruned:
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
         pruned = prune_linear(
-            dense, mask, factors, new, transposed=transposed, removes_inputs=plan.structure is not None
+            dense, mask, factors, new, transposed=transposed, removes_units=plan.structure is not None
         )
         weight = pruned.weight.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())

@@ -91,7 +91,10 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
 
 
 def _discard_second_gram(study: Study) -> None:
-    """Remove Gram matrices that wait for their stage after DVC has restored the same ones from its cache."""
+    """Remove the Gram matrices of `calibrate norms` if `calibrate gram` did not take them.
+
+    One pass measures both. The next stage does not run if DVC restores its output from the cache.
+    """
     provenance = load_json(study.gram / PROVENANCE)
     made_from = {name: value for name, value in provenance.items() if name != "blocks"}
     if is_there(study.work_path(made_from)):

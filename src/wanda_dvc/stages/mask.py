@@ -102,7 +102,7 @@ def _describe(
 
 
 def removal_of(checkpoint: Checkpoint, plan: Plan) -> "Removal | None":
-    """Return the units that a pattern removes; None if it sets weights to zero."""
+    """Return how many units a pattern removes, and where they are; None if it sets weights to zero."""
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
@@ -135,6 +135,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         (tensors.read_stats(study.stats, block) for block in range(blocks)),
         method=plan.method,
         neighbours=plan.repairs,
+        # Float64 for the sums of the scores of neighbouring blocks.
         dtype=torch.float64 if removal.structure.name == "blocks" else torch.float32,
         device=device,
     )
@@ -272,7 +273,7 @@ def repair_before_removed_blocks(
     if not removed or removed[0] - 1 < finished:
         return None
     block = removed[0] - 1  # the block before the removed ones
-    end = removed[-1] + 1  # the block after them
+    end = removed[-1] + 1  # the block after them, or the number of blocks
     run, windows = _dense_run(study, calibrated_text, work)
     linears = run.decoder.linears(block)
     # The statistics are in the order in which the block calls its linears. An expert's linear adds to some tokens only,
