@@ -57,7 +57,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    reasons = other_settings(study)
+    reasons = other_settings(study)  # why the models here are not those of the settings
     has_other_masks = _has_other_input(study.model("pruned"), "masks", study.masks)
     if has_other_masks:
         reasons.append("models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's.")
@@ -69,7 +69,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
             results["recovered"] = Results({})
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        if not provenance or (model == "pruned" and has_other_masks):
+        if not provenance or (model == "pruned" and has_other_masks):  # the lock says which figures are current
             continue
         others = results[model].leave_out_others(digest(provenance))
         if others:

@@ -115,7 +115,7 @@ def collect(*, study: Study, revs: list[str], work: Path) -> tuple[list[Experime
         is_named = revision.kind != "commit"
         try:
             experiment = at(study, revision.rev, work / str(index))
-            problem = "" if experiment.final.metrics else " ".join(experiment.notes) or "no results"
+            problem = "" if experiment.final.metrics else (" ".join(experiment.notes) or "no results")
         except UserError as error:
             problem = error.problems[0]
         if problem:

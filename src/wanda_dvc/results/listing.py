@@ -60,7 +60,7 @@ def listed_revisions(study: Study) -> list[ListedRevision]:
     prefix = dvc.prefix_of(study.root, git_root)  # of the study's files in DVC's records
     listed: list[ListedRevision] = []
     for index, record in enumerate(records):
-        if record["rev"] == WORKSPACE:  # DVC lists it before its base commit, if there is one
+        if record["rev"] == WORKSPACE:  # DVC lists it before its base commit; without one, it has no changes
             base = records[min(index + 1, len(records) - 1)]
             listed.append(_listed(study, prefix, WORKSPACE, WORKSPACE, record, base))
             continue
@@ -91,7 +91,9 @@ def _listed(
     if status != SUCCESS or not files:
         return revision  # DVC gives an unfinished one its base commit's results
     current = _current_files(study, record["rev"], settings)
-    texts = {key.split(".")[2] for key in _resolved(settings) if key.startswith("perplexity.texts.")} or None
+    prefix_of_texts = "perplexity.texts."  # then the name, which may have dots, and a setting
+    keys = [key.removeprefix(prefix_of_texts) for key in _resolved(settings) if key.startswith(prefix_of_texts)]
+    texts = {key.rpartition(".")[0] for key in keys} or None
     results = {model: Results({}) for model in MODELS}
     for path, content in files.items():
         model, _, file = path.removeprefix("metrics/").partition("/")
@@ -139,7 +141,8 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
     rows = []
     for revision in revisions:
         change = one_line(", ".join(f"{key}={value}" for key, value in revision.changes.items()))
-        status = one_line(revision.status) if revision.kind == "experiment" else revision.kind
+        is_readable = revision.kind != "experiment" and revision.status == SUCCESS
+        status = revision.kind if is_readable else one_line(revision.status)
         rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
     text = table(["experiment", "state", "change", *columns], rows)
     measured = [_resolved(revision.settings) for revision in revisions if revision.final.metrics]

@@ -39,7 +39,7 @@ class Results:
 
     metrics: Json  # the numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`
     folder: Path | None = None  # of details; None without details, as in `list`
-    _details: Json = field(default_factory=dict)
+    _details: Json = field(default_factory=dict)  # by name, once read; {} of what must not be read
 
     @classmethod
     def of(cls, study: Study, model: str, *, left_out: Collection[str] = ()) -> "Results":
@@ -116,8 +116,10 @@ def read_text_number(
     `windows` names each window's value in the details: their mean has a 95 % t interval, cut to [0, largest].
     """
     value = results.metrics.get(TEXT_PREFIX + text, {}).get(name)
-    means, predictions = _window_means(results, text, windows)
-    interval = mean_difference(means, [0.0] * len(means), predictions)
+    interval = None
+    if windows:
+        means, predictions = _window_means(results, text, windows)
+        interval = mean_difference(means, [0.0] * len(means), predictions)
     return _estimate(value[part] if isinstance(value, dict) else value, interval and interval.within(0, largest))
 
 
@@ -173,7 +175,9 @@ def _window_means(results: Results, text: str, name: str) -> tuple[list[float], 
         return [], []
     protocol = details["protocol"]
     predictions = [protocol["length"] - 1] * protocol["windows"]
-    return means, predictions if protocol["rest"] == "dropped" else [*predictions, protocol["rest"] - 1]
+    if protocol["rest"] != "dropped":
+        predictions.append(protocol["rest"] - 1)
+    return means, predictions
 
 
 def _right_answers(results: Results, task: str) -> list[bool]:

@@ -72,7 +72,7 @@ def matching_figures(settings: Settings, model: str, measure: str) -> Iterator[t
             is_dense = row["method"] == DENSE
             expected = protocol if is_dense else protocol | _pruning(table, row)
             lists = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
-            has_protocol = all(settings.get(key) in values for key, values in lists.items())
+            has_protocol = all(key in settings and settings[key] in values for key, values in lists.items())
             if has_protocol and measure in row and is_dense == (model == DENSE):
                 yield table["source"], row[measure]
 

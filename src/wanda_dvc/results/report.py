@@ -30,8 +30,16 @@ from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.folder import Study
 
 SIGN = "Written by wanda-dvc report"  # in each page
-IN_NAMES = (*CHOICES, "sparsity", "pattern", "calibration.statistics", "recovery.tokens")  # the choices need statistics
-FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+")  # of an absolute path
+IN_NAMES = (
+    *CHOICES,
+    "sparsity",
+    "pattern",
+    "calibration.statistics",
+    "recovery.tokens",
+)  # or on an axis; the recipe needs the statistics
+FOLDERS = re.compile(
+    r"(?<![\w.:/~])/(?:[^\s/,:;()]+/)+"
+)  # of an absolute path: /home/a/ of /home/a/model, and nothing of https://a/b
 
 
 def report(*, study: Study, output: Path, revs: list[str] | None = None) -> str:
@@ -160,6 +168,7 @@ def group(experiments: Sequence[Experiment]) -> list[tuple[str, dict[str, Experi
             groups.append([experiment])
     sections = []
     for members in groups:
+        # In which settings the section differs from the first one.
         keys = dict.fromkeys(key for first in groups[0] for key in differences(first, members[0]))
         title = short(members[0].params.model) + (f" (differs in {', '.join(keys)})" if keys else "")
         named: dict[str, Experiment] = {}

@@ -142,7 +142,7 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
 def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:
     """Yield a sentence on each text, and on the tasks; several where models were measured in several ways."""
     first = next(iter(params.values()))
-    sentences: dict[str, dict[str, list[str]]] = {}  # by text, "" for the tasks: each with its models
+    sentences: dict[str, dict[str, list[str]]] = {}  # by text, "" for the tasks: the models of each sentence
     for name, results in models.items():
         settings = params.get(name, first)
         for text in results.texts:

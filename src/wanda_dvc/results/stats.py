@@ -52,7 +52,7 @@ def _record(block: int, linears: list[str], input_stats: InputStats, errors: Map
     """Return the record of a distinct input; its norms are null if no calibration token reached it."""
     norm = input_stats.norm
     values, indices = norm.topk(min(5, len(norm)))
-    largest = [{"index": index, "norm": norm} for index, norm in zip(indices.tolist(), values.tolist(), strict=True)]
+    largest = [{"index": index, "norm": value} for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
     norms: dict[str, Any] = {**summary(norm), "largest": largest}
     if not input_stats.count:
         norms = dict.fromkeys(norms)
