@@ -45,16 +45,14 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, study):
     plan(study=study("org/model"))  # the link goes, and not what it leads to
     assert not made.source("model").is_symlink()
     assert (tiny / "config.json").is_file()
-    with pytest.raises(UserError, match="params.yaml: model: /nowhere not found, expected a directory or a file"):
+    with pytest.raises(UserError, match="params.yaml: model: /nowhere not found, or no file"):
         plan(study=study(Path("/nowhere"), plan=False))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/model.safetensors").symlink_to("removed")
     with pytest.raises(UserError, match="model: .*linked/model.safetensors is a link to a missing file; copy the file"):
         plan(study=study(tmp_path / "linked", plan=False))
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(
-        UserError, match="calibration.text.source: .*pipe.txt is no file and no directory, expected one"
-    ):
+    with pytest.raises(UserError, match="calibration.text.source: .*pipe.txt not found, or no file and no directory"):
         plan(study=study(calibration__text__source=str(tmp_path / "pipe.txt"), plan=False))
 
 

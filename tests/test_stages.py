@@ -58,7 +58,7 @@ def test_a_mirror_is_laid_out_like_the_hub(study: Make, tmp_path: Path):
     made = study(calibration__text__source="wikitext2", calibration__text__split="validation", **there)
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
-    with pytest.raises(UserError, match="test.jsonl: missing, expected a file; put it there"):
+    with pytest.raises(UserError, match="test.jsonl: missing or not a file, expected a file; put it there"):
         fetch(study(perplexity__texts__embedded__source="wikitext2", **there), "perplexity")
 
 

@@ -16,16 +16,12 @@ from wanda_dvc.errors import UserError
 COPY = "copy it again"
 DIVERGED = "diverged"  # replaces a non-finite perplexity or loss: JSON has no such number
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON's escaped form, also a complete pair
-NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
 def check_file(path: Path, todo: str = COPY) -> None:
     """Raise UserError unless a path is a file, or a link to one. OSError, which is explained, if it is not readable."""
     if not (is_there(path) and path.is_file()):  # `is_file` hides a closed folder from Python 3.14 on
-        state = "a link to a missing file" if path.is_symlink() else "missing"
-        if path.exists():
-            state = "not a file"
-        raise UserError(f"{path}: {state}, expected a file; {todo}")
+        raise UserError(f"{path}: missing or not a file, expected a file; {todo}")
     path.open("rb").close()
 
 
@@ -38,7 +34,7 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def check_place(path: Path) -> Path:
+def check_place(path: Path, todo: str = "name another") -> Path:
     """Return the absolute path of a directory to write, new or existing. UserError if no directory can be there.
 
     It makes a directory there and removes it: `os.access` says that root may write where no file can be made.
@@ -50,7 +46,7 @@ def check_place(path: Path) -> Path:
         Path(tempfile.mkdtemp(prefix=".wanda-dvc-", dir=nearest)).rmdir()
     except OSError:
         problem = f"{nearest} is no directory with permission to write, expected one"
-        raise UserError(f"{path}: {problem}; name another") from None
+        raise UserError(f"{path}: {problem}; {todo}") from None
     return path
 
 
@@ -78,13 +74,8 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
 def _parse_object(text: str, where: str, todo: str) -> dict[str, Any]:
     content = parse_json(text, where, todo)
     if not isinstance(content, dict):
-        raise UserError(f"{where}: found {name_of(content)}, expected an object; {todo}")
+        raise UserError(f"{where}: found {content!r:.40}, expected a JSON object; {todo}")
     return content
-
-
-def name_of(content: object) -> str:
-    """Return the name of a JSON value's type, for messages."""
-    return NAMES.get(type(content), "a number")
 
 
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def replaced_by_link(name: str, target: str = "nowhere") -> Callable[[Path], obj
 
 # What is no document of ours, whatever file it stands in, and the words that tell it.
 NO_OBJECTS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "found no JSON"), "half": (b'{"a": ', "found no JSON"), "null": (b"null", "found null"),
+    "empty": (b"", "found no JSON"), "half": (b'{"a": ', "found no JSON"), "null": (b"null", "found None"),
     "words": (b"not JSON at all", "found no JSON"), "binary": (b"\x80\x04\x95\xff\xfe\x00", "is no UTF-8"),
-    "a number": (b"1", "found a number"), "text": (b'"a"', "found text"), "a list": (b"[1, 2]", "found a list"),
-    "true": (b"true", "found true or false"), "deep": (b"[" * 100_000, "found no JSON"),
+    "a number": (b"1", "found 1"), "text": (b'"a"', "found 'a'"), "a list": (b"[1, 2]", r"found \[1, 2]"),
+    "true": (b"true", "found True"), "deep": (b"[" * 100_000, "found no JSON"),
     "deep objects": (b'{"a":' * 100_000, "found no JSON"),
     "a huge number": (b'{"a": ' + b"1" * 5000 + b"}", "found no JSON"),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "found no JSON"),

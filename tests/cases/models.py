@@ -82,7 +82,7 @@ def cases() -> Iterator[Case]:
     for setting, wrong, says in CONFIGS:
         name = f"config.json: {setting} {'' if wrong is REMOVED else wrong!r:.40}"
         yield Case(name, config(**{setting: wrong}), says)
-    for weight_map, found in ((REMOVED, "found null"), ([], "found a list"), ({}, "found an object")):
+    for weight_map, found in ((REMOVED, "found None"), ([], "found []"), ({}, "found {}")):
         says = (INDEX, f"weight_map: {found}", "expected a file for each tensor")
         yield Case(f"index: weight_map {found}", index(weight_map), says)
     for shard in (3, None, "../../../etc/passwd", "/etc/passwd", "..", "", "a\\b", "a\0b", "sub/a.safetensors"):

@@ -54,11 +54,8 @@ def check_request(
     source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
     name = Path(source).name
     key = digest({"model": params.model, "text": params.calibration.text.filled})[:8]
-    try:
-        cache = check_place(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc")
-    except (UserError, OSError) as error:
-        raise UserError(f"{error}: the cache folder keeps statistics; set XDG_CACHE_HOME to a writable one") from None
-    root = cache / f"{name}-{key}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"  # keeps statistics
+    root = check_place(cache, "set XDG_CACHE_HOME to a writable folder") / f"{name}-{key}"
     if target is None:
         amount = None if ":" in pattern else f"{sparsity:g}"
         kind = None if pattern == UNSTRUCTURED else pattern.replace(":", "-")

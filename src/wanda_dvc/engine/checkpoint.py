@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wanda_dvc.errors import UserError, reason
-from wanda_dvc.reading import COPY, Entry, is_there, name_of, read_header, read_object
+from wanda_dvc.reading import COPY, Entry, is_there, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def read_index(path: Path) -> dict[str, str]:
     """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{path}: weight_map: found {name_of(shards)}, expected a file for each tensor; {COPY}")
+        raise UserError(f"{path}: weight_map: found {shards!r:.40}, expected a file for each tensor; {COPY}")
     for name, shard in shards.items():
         if not isinstance(shard, str) or not FILE_NAME.fullmatch(shard):
             expected = "expected the name of a file in this folder"

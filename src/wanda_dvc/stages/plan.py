@@ -42,7 +42,7 @@ def plan(*, study: Study) -> None:
 
 
 def _link_source(study: Study, name: str, setting: str, source: str) -> None:
-    """Make `sources/<name>`. UserError if the local source is missing."""
+    """Make `sources/<name>`. UserError if the local source is missing, or a model has dangling links."""
     place = study.source(name)
     if not Path(source).is_absolute():
         if name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
@@ -52,25 +52,20 @@ def _link_source(study: Study, name: str, setting: str, source: str) -> None:
             )
         write_json(place, {"source": source})
         return
-    if not Path(source).exists():
-        raise UserError(f"params.yaml: {setting}: {source} not found, expected a directory or a file; name one")
-    _check_readable(setting, Path(source))
-    path, root = Path(source).resolve(), study.root.resolve()
+    path = Path(source)
+    if not (path.is_dir() or path.is_file()):
+        problem = f"{source} not found, or no file and no directory, expected one"
+        raise UserError(f"params.yaml: {setting}: {problem}; name another")
+    for file in sorted(path.glob("*")):
+        if (
+            file.suffix in (".safetensors", ".json") and file.is_symlink() and not file.exists()
+        ):  # DVC would not name it
+            raise UserError(f"params.yaml: {setting}: {file} is a link to a missing file; copy the file there")
     for output in WRITTEN:  # each run would change it
-        if path.is_relative_to(root / output.partition("/{")[0]):
+        if path.resolve().is_relative_to(study.root.resolve() / output.partition("/{")[0]):
             raise UserError(
                 f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it"
             )
     place.parent.mkdir(parents=True, exist_ok=True)
     remove(place)
     place.symlink_to(source)
-
-
-def _check_readable(setting: str, source: Path) -> None:
-    """Raise UserError for a named pipe or the like, and for a model with dangling links: DVC would not name them."""
-    if source.is_dir():
-        for path in sorted(source.iterdir()):
-            if path.suffix in (".safetensors", ".json") and path.is_symlink() and not path.exists():
-                raise UserError(f"params.yaml: {setting}: {path} is a link to a missing file; copy the file there")
-    elif not source.is_file():
-        raise UserError(f"params.yaml: {setting}: {source} is no file and no directory, expected one; name another")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, check_file, is_there, name_of, parse_json, read_object
+from wanda_dvc.reading import DIVERGED, check_file, is_there, parse_json, read_object
 
 Json = dict[str, Any]
 
@@ -59,8 +59,8 @@ def text_in(row: object, column: str, where: str) -> str:
     text = row.get(column) if isinstance(row, dict) else None
     if isinstance(text, str):
         return text
-    columns = ", ".join(row)[:200] if isinstance(row, dict) else name_of(row)
-    raise UserError(f"{where}: found {columns or 'nothing'}, expected text in column `{column}`; name another")
+    content = ", ".join(row) if isinstance(row, dict) else repr(row)
+    raise UserError(f"{where}: found {content or 'nothing':.200}, expected text in column `{column}`; name another")
 
 
 class Documents(Sequence[str]):
