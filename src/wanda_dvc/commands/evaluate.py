@@ -83,7 +83,13 @@ def _write_variant(study: Study, path: Path, folder: Path) -> None:
     dense = study.model(DENSE)
     sha256 = read_model(path, folder)
     _check_alike(study, folder, path)
-    changes = _settings_missing_in_gguf(dense) if path.suffix == GGUF else {}
+    changes: dict[str, object] = {}
+    if path.suffix == GGUF:  # of which transformers reads few settings: the others are the dense model's, but sizes
+        sizes = {"tie_word_embeddings"}
+        for structure in STRUCTURES.values():
+            sizes.update(structure.fields, structure.scaled)
+        settings = read_config(dense).get_text_config().to_dict()
+        changes = {name: value for name, value in settings.items() if name not in sizes and not isinstance(value, list)}
     changes["dtype"] = model_dtype(study)  # in which the dense model ran
     write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     _check_tokenizer(study, folder, path)
@@ -95,15 +101,6 @@ def _write_variant(study: Study, path: Path, folder: Path) -> None:
     provenance = read_provenance(dense, "download model")
     compared = {"source": provenance["source"], "sha256": provenance["sha256"]}
     write_provenance(folder, describe("evaluate", model=compared, sha256=sha256))
-
-
-def _settings_missing_in_gguf(dense: Path) -> dict[str, object]:
-    """Return the dense model's settings but sizes: transformers reads few settings of a GGUF file."""
-    sizes = {"tie_word_embeddings"}
-    for structure in STRUCTURES.values():
-        sizes.update(structure.fields, structure.scaled)
-    settings = read_config(dense).get_text_config().to_dict()
-    return {name: value for name, value in settings.items() if name not in sizes and not isinstance(value, list)}
 
 
 def _check_tokenizer(study: Study, folder: Path, path: Path) -> None:

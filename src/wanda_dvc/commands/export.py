@@ -52,7 +52,11 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
     with study.work({"kind": "export", "experiment": revision}) as work:
         work.discard()  # the links of a killed export
         exported = _collect(study, revision, work.path / "study", with_norms=imatrix is not None)
-        _check_current(exported, what)
+        lock = Lock.read(exported.study.root)
+        if "mask" in stale_stages(lock, lock.settings):  # no settings describe these masks
+            raise UserError(f"{what}: dvc.lock: the inputs of mask changed after the run; run `dvc repro`")
+        for problem in other_settings(exported.study):
+            raise UserError(f"{what}: {problem.removesuffix('.')}")
         metrics = _write_exported(exported, work.out, what)
         digests = {
             "dense": digest(read_provenance(exported.study.model("dense"), "download model")),
@@ -106,16 +110,6 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
     params = experiment.params.model_copy(update={"runtime": study.params.runtime})
     experiment.study = links.with_params(params)
     return experiment
-
-
-def _check_current(experiment: Experiment, what: str) -> None:
-    """Raise UserError if the masks or the recovered model are not those of the experiment's settings."""
-    lock = Lock.read(experiment.study.root)
-    if "mask" in stale_stages(lock, lock.settings):  # no settings describe these masks
-        raise UserError(f"{what}: dvc.lock: the inputs of mask changed after the run; run `dvc repro`")
-    problems = other_settings(experiment.study)
-    if problems:
-        raise UserError(f"{what}: {problems[0].removesuffix('.')}")
 
 
 def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:

@@ -50,10 +50,22 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
     choices, structure = masks["params"], STRUCTURES.get(masks["params"]["pattern"])
     solver = Plan.from_dict(choices).reconstructor
     license_name, license_text = _license(study.model("dense"), dense)
+    metadata = {
+        "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
+        "license": license_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", choices["method"], "wanda-dvc"],
+    }
+    percent = f"{100 * metrics['sparsity']:.4g} %"
+    what = f"{percent} of the weights in the linear layers of the blocks are zero"
+    if structure:
+        of_model = f"{100 * metrics['removed_parameters']:.4g} % of the model's parameters"
+        what = f"{percent} of the {structure.about} were removed, {of_model}"
     return CARD_TEMPLATE.format(
-        metadata=_metadata(dense, license_name, choices["method"]),
+        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),
-        what=_what_was_removed(metrics, structure),
+        what=what,
         method=_method(choices["method"], structure),
         kept=f"Kept weights: {code(solver.name)}: {solver.about}.",
         settings=table(["setting", "value"], _settings_rows(dense, masks, metrics["sparsity"], structure)),
@@ -61,25 +73,6 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
         limits=_limits(choices["pattern"], structure),
         license=license_text,
     )
-
-
-def _metadata(dense: Json, license_name: str | None, method: str) -> str:
-    metadata = {
-        "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
-        "license": license_name,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pruned", method, "wanda-dvc"],
-    }
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value)
-
-
-def _what_was_removed(metrics: Json, structure: Structure | None) -> str:
-    percent = f"{100 * metrics['sparsity']:.4g} %"
-    if structure is None:
-        return f"{percent} of the weights in the linear layers of the blocks are zero"
-    of_model = f"{100 * metrics['removed_parameters']:.4g} % of the model's parameters"
-    return f"{percent} of the {structure.about} were removed, {of_model}"
 
 
 def _method(name: str, structure: Structure | None) -> str:

@@ -4,7 +4,7 @@ One function on protocols, `study.protocol.differing`, says whether values may b
 dtype, prompts, and versions of the libraries that computed them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from wanda_dvc.results.intervals import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
@@ -18,12 +18,12 @@ Pair = tuple[str, str]  # the names of a model and its base
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
-def _tested(results: Results, base: Results) -> list[Column]:
-    columns = []
+def _tested(results: Results, base: Results) -> Iterator[tuple[Measure, str, str | None]]:
+    """Yield each tested measure of two models, the text or task, and the reason why they may not be compared."""
     for measure in MEASURES:
-        if measure.test:
-            columns += [(measure, target) for target in measure.where(results) if target in measure.where(base)]
-    return columns
+        for target in measure.where(results):
+            if measure.test and target in measure.where(base):
+                yield measure, target, why_not_comparable(measure, results, base, target)
 
 
 def why_not_comparable(measure: Measure, results: Results, base: Results, target: str) -> str | None:
@@ -53,10 +53,8 @@ def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
 
 def _tests(results: Results, base: Results) -> Tests:
     tests: Tests = {}
-    for measure, target in _tested(results, base):
-        if measure.test is None or why_not_comparable(measure, results, base, target):
-            continue
-        test = measure.test.run(results, base, target)
+    for measure, target, reason in _tested(results, base):
+        test = measure.test.run(results, base, target) if measure.test and not reason else None
         if test:
             tests[measure.name, target] = test
     return tests
@@ -65,12 +63,8 @@ def _tests(results: Results, base: Results) -> Tests:
 def not_comparable(results: Results, base: Results) -> dict[str, str]:
     """Return the reason of each value of two models that may not be compared, by heading."""
     one_text = len({*results.texts, *base.texts}) <= 1
-    reasons = {}
-    for measure, target in _tested(results, base):
-        reason = why_not_comparable(measure, results, base, target)
-        if reason:
-            reasons[measure.heading(target, one_text=one_text)] = reason
-    return reasons
+    tested = _tested(results, base)
+    return {measure.heading(target, one_text=one_text): reason for measure, target, reason in tested if reason}
 
 
 def paired_tests(models: Mapping[str, Results], base: str, pairs: Sequence[Pair]) -> dict[Pair, Tests]:
@@ -93,9 +87,10 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:
     """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
     one_text = len({text for results in models for text in results.texts}) <= 1
-    shown = [measure for measure in MEASURES if measure.brief or not brief]
     columns = {}
-    for measure in shown:
+    for measure in MEASURES:
+        if brief and not measure.brief:
+            continue
         for target in measure.where(*models):
             columns[measure.heading(target, one_text=one_text)] = measure, target
     return columns

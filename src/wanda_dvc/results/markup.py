@@ -16,11 +16,12 @@ def inline(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Return a text as inline code for a cell of a table; elsewhere Markdown shows the backslash before a `|`."""
+    """Return a text as inline code for a cell of a table; elsewhere Markdown shows the backslash before a `|`.
+
+    A text with a backtick is escaped instead.
+    """
     line = one_line(text).replace("|", "\\|")
-    longest = max((len(run) for run in re.findall("`+", line)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence}{line}{fence}" if not longest else f"{fence} {line} {fence}"
+    return inline(text) if "`" in line else f"`{line}`"
 
 
 def perplexity_text(perplexity: float) -> str:

@@ -150,7 +150,10 @@ def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iter
             if protocol:
                 sentences.setdefault(text, {}).setdefault(_of_text(text, protocol, settings), []).append(name)
         if results.tasks:  # one run asks all of them, with one limit and dtype
-            sentence = _of_tasks(results.answers(results.tasks[0]).get("protocol", {}), settings)
+            protocol = results.answers(results.tasks[0]).get("protocol", {})
+            limit, dtype = protocol.get("limit", settings.items), protocol.get("dtype", settings.dtype)
+            items = f"the first {limit} items" if limit else "all items"
+            sentence = f"Zero-shot: no examples in the prompt, {items} of each task, {dtype}."
             sentences.setdefault("", {}).setdefault(sentence, []).append(name)
     for names_of in sentences.values():
         for sentence, names in names_of.items():
@@ -165,10 +168,3 @@ def _of_text(text: str, protocol: Json, settings: Params) -> str:
         f"{source['source']} (sha256 {source['sha256'][:12]}…), {protocol['dtype']}{bos}."
     )
     return f"{sentence} {settings.about_text(text)}." if text in settings.perplexity.texts else sentence
-
-
-def _of_tasks(protocol: Json, settings: Params) -> str:
-    limit = protocol.get("limit", settings.items)
-    items = f"the first {limit} items" if limit else "all items"
-    dtype = protocol.get("dtype", settings.dtype)
-    return f"Zero-shot: no examples in the prompt, {items} of each task, {dtype}."

@@ -28,7 +28,11 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
     count = block_count(study.stats, "calibrate")
     if block is not None and not 0 <= block < count:
         raise UserError(f"--block: got {block}, expected 0 to {count - 1}: the model has {count} blocks")
-    errors = _layer_errors(study)
+    errors: dict[str, float] = {}
+    pruned = load_json(study.details("pruned", "layer_error"))
+    with contextlib.suppress(UserError):  # nothing is pruned
+        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
+            errors = {name: linear["error"] for name, linear in pruned["linears"].items()}
     records = []
     for index in range(count) if block is None else [block]:
         statistics = read_stats(study.stats, index)
@@ -38,14 +42,6 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
         return json_text(records)
     headers = [*HEADERS, "layer error"] if errors else HEADERS
     return table(headers, [_row(record) for record in records])
-
-
-def _layer_errors(study: Study) -> dict[str, float]:
-    pruned = load_json(study.details("pruned", "layer_error"))
-    with contextlib.suppress(UserError):  # nothing is pruned
-        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
-            return {name: linear["error"] for name, linear in pruned["linears"].items()}
-    return {}
 
 
 def _record(block: int, linears: list[str], input_stats: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
