@@ -13,7 +13,7 @@ from conftest import ROOT, Patch, git, read_preset
 from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten, read_params
-from wanda_dvc.study.scaffold import FILES, PARAMS, changed, init, preset_names
+from wanda_dvc.study.scaffold import FILES, PARAMS, PRESETS, changed, init
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
 
@@ -50,7 +50,7 @@ def test_a_new_study_is_whole_and_committed(tmp_path: Path):
 def test_options_and_presets_are_settings(tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
-    for name in preset_names():
+    for name in PRESETS:
         calibrated_study = tmp_path / name
         init(folder=calibrated_study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
         given = dict(flatten(read_params(calibrated_study / "params.yaml").model_dump(mode="json")))

@@ -19,7 +19,7 @@ from wanda_dvc.stages.plan import plan
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock, md5
-from wanda_dvc.study.scaffold import preset_names
+from wanda_dvc.study.scaffold import PRESETS
 
 
 def test_a_method_that_is_not_installed_is_described_and_cannot_be_called(study: Make):
@@ -154,7 +154,7 @@ def test_the_default_is_the_committed_params_yaml():
             assert found[name] == field.get_default()
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_a_study_that_differs_from_the_default(name: str):
     found, default = read_preset(name), read_preset("default")
     assert check_params(nested(found)).model_dump(mode="json", exclude={"runtime"}) == nested(found)

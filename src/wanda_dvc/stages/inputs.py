@@ -86,20 +86,13 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
-    _discard_second_gram(study)
-    return norms, digests
-
-
-def _discard_second_gram(study: Study) -> None:
-    """Remove the Gram matrices of `calibrate norms` if `calibrate gram` did not take them.
-
-    One pass measures both. The next stage does not run if DVC restores its output from the cache.
-    """
-    provenance = load_json(study.gram / PROVENANCE)
-    made_from = {name: value for name, value in provenance.items() if name != "blocks"}
-    if is_there(study.work_path(made_from)):
-        with study.work(made_from) as work:
+    # One pass measures norms and Gram matrices, which wait for the next run, `calibrate gram`. It does not take them if
+    # DVC restores its output from the cache.
+    gram_from = {name: value for name, value in load_json(study.gram / PROVENANCE).items() if name != "blocks"}
+    if is_there(study.work_path(gram_from)):
+        with study.work(gram_from) as work:
             work.discard()
+    return norms, digests
 
 
 def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:

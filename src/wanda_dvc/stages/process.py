@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from wanda_dvc import machine
 from wanda_dvc.errors import notice
@@ -73,11 +75,7 @@ class Progress:
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what = total, what
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=what, file=sys.stderr)
+        self.bar = tqdm(total=total, desc=what, disable=not sys.stderr.isatty())
         self.began = time.monotonic()
         self.last_line = self.began
         self.done_at_last_line: int | None = None
@@ -85,14 +83,12 @@ class Progress:
     def show(self, done: int) -> None:
         """Show the number of finished steps. The first call has those that an interrupted run has finished."""
         if self.done_at_last_line is None:
-            self.done_at_last_line = done
-            if self.bar is not None:
-                self.bar.initial = self.bar.n = done
+            self.done_at_last_line = self.bar.initial = self.bar.n = done
             return
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-            if done == self.total:
-                self.bar.close()
+        self.bar.update(done - self.bar.n)
+        if done == self.total:
+            self.bar.close()
+        if not self.bar.disable:
             return
         now = time.monotonic()
         if done == self.total:

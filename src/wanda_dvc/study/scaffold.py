@@ -25,7 +25,8 @@ from wanda_dvc.study.files import write_text
 
 TEMPLATE = files("wanda_dvc.study") / "template"
 PARAMS = TEMPLATE / "params.yaml"
-PRESETS = files("wanda_dvc.study") / "presets"  # a YAML file each: the differences from a new study's settings
+# A YAML file each: the differences from a new study's settings.
+PRESETS = {file.name.removesuffix(".yaml"): file for file in (files("wanda_dvc.study") / "presets").iterdir()}
 DEFAULT = "default"
 NEXT = """
   dvc repro                             # run the pipeline
@@ -195,16 +196,11 @@ def _repository_around(folder: Path) -> Path | None:
     return None
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets."""
-    return sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir())
-
-
 def preset_changes(name: str) -> Settings:
     """Return a preset's differences from a new study's settings, nested. UserError for an unknown name."""
-    if name not in preset_names():
-        raise UserError(f"preset: got {name}, expected {', '.join(preset_names())} (docs/data.md)")
-    return YAML(typ="safe", pure=True).load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    if name not in PRESETS:
+        raise UserError(f"preset: got {name}, expected {', '.join(sorted(PRESETS))} (docs/data.md)")
+    return YAML(typ="safe", pure=True).load(PRESETS[name].read_text(encoding="utf-8"))
 
 
 def updated(content: Settings, changes: Settings) -> Settings:
