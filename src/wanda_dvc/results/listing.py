@@ -122,7 +122,7 @@ def _current_files(study: Study, rev: str, settings: Mapping[str, Any]) -> set[s
         changed = changed_files(lock, study.root)
     else:
         with contextlib.suppress(UserError):
-            lock = Lock.parse(dvc.text_at(study.root, rev, LOCK) or "")
+            lock = Lock.parse(dvc.git(study.root, "show", f"{rev}:./{LOCK}").stdout)  # empty without a lock
     stale = stale_stages(lock, settings)
     return {path for path, stage in lock.writers.items() if stage not in stale} - changed
 

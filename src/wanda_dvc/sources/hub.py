@@ -66,8 +66,7 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
             if isinstance(error.__cause__, OSError):  # such as a full disk, inside a DatasetGenerationError
                 raise error.__cause__ from None
             message = " ".join(str(error).split()) or type(error).__name__
-            wanted = f"config {config}, split {split}" if config else f"split {split}"
-            raise UserError(f"{where}: {name}, {wanted}: {message}") from error
+            raise UserError(f"{where}: {name}, config {config}, split {split}: {message}") from error
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:

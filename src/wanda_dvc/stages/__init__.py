@@ -1,8 +1,7 @@
 """The table of stages, in the order of the pipeline: one row, one module and one command each.
 
 A row has everything that `dvc.yaml` says of the stage; `stage_inputs` has what each stage is given of the settings.
-`scripts/pipeline.py` writes `dvc.yaml` and the ignore files from the rows. The command line and the views loop over
-this table too.
+`scripts/pipeline.py` writes `dvc.yaml` and the ignore files from the rows.
 """
 
 import contextlib

@@ -82,12 +82,6 @@ def _commits_with_experiments(root: Path) -> set[str]:
     return commits
 
 
-def text_at(root: Path, rev: str, name: str) -> str | None:
-    """Return the text of a study's file in a commit; None if the commit lacks it."""
-    shown = git(root, "show", f"{rev}:./{name}")
-    return None if shown.returncode else shown.stdout
-
-
 def git(folder: Path, *arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
     """Run git in a folder, in English, because its answer is read. UserError without git, or by `check` if it fails."""
     if shutil.which("git") is None:
