@@ -27,7 +27,7 @@ from wanda_dvc.pruning.scores import reap
 from wanda_dvc.pruning.statistics import TokenSum
 from wanda_dvc.results.card import card
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.artifact import read_provenance
+from wanda_dvc.study.artifact import block_count, read_provenance
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_masks, read_stats
@@ -205,6 +205,12 @@ def test_outputs_of_shards_merge():
     one.merge(other)
     assert (one.sum.item(), one.count, reap(one)) == (2.5, 5, 0.5)
     assert reap(TokenSum(torch.tensor(0.0).double(), 0)) == 0
+
+
+def test_reap_ranks_experts_without_tokens(mixture: Make):
+    made = mixture("deepseek_v3", calibration__windows=1, calibration__length=8)
+    assert any(read_stats(made.stats, block).unreached() for block in range(block_count(made.stats, "calibrate")))
+    mask(study=made)
 
 
 def test_experts_with_another_signature_refuse_reap_and_no_other_method(mixture: Make):

@@ -16,7 +16,7 @@ from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
 
 # The sparsity of all linears of a block, or of each.
@@ -225,7 +225,8 @@ def _unit_score(
     if method.competition == "experts":
         tokens = max(inputs[linear].count for linear in linears)
         recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
-        counts = [outputs.count for outputs in recorded] or [0]
+        recorded = recorded or [TokenSum(torch.zeros((), dtype=torch.float64), 0)]  # no token reached this expert
+        counts = [outputs.count for outputs in recorded]
         if counts != [tokens]:  # one linear has the gated outputs of all tokens
             raise UserError(
                 f"method: {method.name}: {linears[0]}: calibration recorded {sum(counts)} gates for {tokens} tokens of "
