@@ -38,8 +38,9 @@ demo: install ## run the README's demo, five minutes on two cores, and write the
 	folder=$$(mktemp -d) && (cd $$folder && XDG_CACHE_HOME=$$folder wanda-dvc prune) | grep '^|' | grep -v seconds > $$folder/table && mv $$folder/table benchmarks/demo.txt && rm -r $$folder
 	python scripts/figures.py
 
-gpu: ## check a GPU against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
-	PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)
+gpu: install ## time each stage on a GPU and compare its results with the CPU's, in 15 minutes; GPU="--device cpu --tiny" tries it
+	python benchmarks/gpu.py $(GPU)
+	python scripts/figures.py
 
 docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a broken link or anchor is an error
 	python scripts/pages.py

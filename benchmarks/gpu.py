@@ -1,258 +1,346 @@
-"""Check a card against the CPU, and time what it does: with torch, transformers and accelerate, in under ten minutes.
+"""Time each stage on a GPU, and compare its results with the CPU's: benchmarks/gpu.json.
 
-make gpu                                        on the card of this machine
-PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny    the same code, where there is no card
+make gpu                                  on this machine's GPU; 15 minutes on an H100, estimated
+make gpu GPU="--device cpu --tiny"        the same code on a machine without one, in a minute
 
-The models are random. Checks compare float32 on SmolLM2's shape; times are of a few blocks of LLaMA-2-7B's shape in
-bfloat16. Exit 1 if a check fails.
+Weights and texts are random. Times are of Llama-3.1-8B's shape in bfloat16 with 4 of its 32 blocks, by the stages of a
+study: 28 times the time of a further block is added. Recovery runs with 2 and with 4 blocks, and the difference gives
+the time and the memory of a further block. Checks compare float32 runs of 4 blocks of SmolLM2's shape on both devices.
+Needs 60 GB of disk. Exit code 1 if a check fails.
 """
 
 import argparse
 import json
+import math
+import random
+import shutil
+import string
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from fractions import Fraction
-from functools import partial
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import MagicMock
+from unittest import mock
 
 import torch
-
-try:
-    import jaxtyping  # noqa: F401 - there or not
-except ImportError:
-    sys.modules["jaxtyping"] = MagicMock()  # its names only annotate
-
 from checkpoints import CONFIGS, make_checkpoint
+from origin import HERE, ROOT, origin, read_rows, write_row
 
-from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.engine import accelerator
-from wanda_dvc.engine.backward import backward
-from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import AT_A_TIME, TEMPORARIES, measure_windows
 from wanda_dvc.engine.forward import ModelRunner
-from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes
-from wanda_dvc.engine.sums import BlockRecord
+from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.machine import processor
+from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.masks import MaskRule, choose_block
-from wanda_dvc.pruning.reconstruction import prune_linear, reconstruct
-from wanda_dvc.pruning.selection import pack_bits
-from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.needs import requirements
+from wanda_dvc.stages.process import Progress
+from wanda_dvc.study.files import load_json, write_text
+from wanda_dvc.study.folder import Study
+from wanda_dvc.study.scaffold import change_settings, new_params
+from wanda_dvc.study.tensors import read_masks, read_stats
+from wanda_dvc.training import trainer
 
-LLAMA_7B, SMOLLM2 = (
-    json.loads((CONFIGS / f"{name}.json").read_text()) | {"num_hidden_layers": blocks, "tie_word_embeddings": False}
-    for name, blocks in (("llama-2-7b", 4), ("smollm2-135m", 6))
-)
-TINY = LLAMA_7B | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 300,
+sys.path.append(str(ROOT / "scripts"))
+from figures import gpu
+from floors import Protocol, Work, work_of_stages
+
+TARGET = HERE / "gpu.json"
+LLAMA_8B, SMOLLM2 = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("llama-3.1-8b", "smollm2-135m"))
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
 }  # fmt: skip
-TOGETHER = 8192  # tokens a multiplication: they fill a card
-HALF = Fraction(1, 2)
-CPU = torch.device("cpu")
-Weights = Callable[[str], torch.Tensor]  # by the linear's name
+BLOCKS = 32
+STEPS = 20  # of recovery
+GRAM_BOUND = 1e-4  # of a Gram matrix, relative to the norms of both features: stored ones keep 11 bits, which is 5e-4
+CHECKED: dict[str, dict[str, str]] = {
+    "wanda": {}, "wanda 2:4": {"pattern": "2:4"}, "magnitude": {"recipe": "magnitude"}, "ria": {"method": "ria"},
+}  # fmt: skip
+Settings = dict[str, Any]
 
 
-class Run(NamedTuple):
-    """What windows through a model gave."""
+class Size(NamedTuple):
+    """How much is run."""
 
-    recorded: list[BlockRecord]
-    losses: list[float]
-    seconds: float  # of the blocks
-    peak: int  # bytes of the card
+    blocks: tuple[int, int] = (2, 4)  # of the 8B model: for recovery alone, and for all stages
+    protocol: Protocol = Protocol()
+    questions: int = 48  # of each task: all embedded ones
+    product: int = 8192  # rows and columns of the matrices whose product is timed
+    checked: tuple[int, int] = (20, 512)  # windows and their length in checks
+
+
+SMALL = Size((1, 2), Protocol(windows=4, length=32, evaluated=128), questions=2, product=256, checked=(4, 32))
+# What runs on the 8B shape: a name, the statistics that are measured first, and the settings, which stay for the next.
+PRUNED: list[tuple[str, str, Settings]] = [
+    ("wanda", "norms", {"recipe": "wanda"}),
+    ("wanda 2:4", "", {"pattern": "2:4"}),
+    ("admm", "gram", {"recipe": "admm", "pattern": "unstructured"}),
+    ("wanda-refit neurons", "", {"recipe": "wanda-refit", "pattern": "neurons"}),
+    ("wanda, group outputs", "fisher", {"recipe": "wanda", "pattern": "unstructured", "group": "outputs"}),
+    ("fisher", "", {"recipe": "fisher", "group": None}),
+]
+
+
+class Measured(NamedTuple):
+    """One run of a stage."""
+
+    seconds: float
+    block: float  # seconds of a further block; of recovery, of a step
+    peak: int  # bytes of the GPU's memory; 0 on a CPU
+    needed: int  # likewise, by the formula
 
 
 class Bench:
-    """One device, and the windows that go through random models."""
+    """One device, and studies of random models on it."""
 
-    def __init__(self, device: torch.device, work: Path) -> None:
-        self.device, self.work = device, work
+    def __init__(self, device: torch.device, work: Path, size: Size) -> None:
+        self.device, self.work, self.size = device, work, size
 
     def wait(self) -> None:
-        """Wait until the card is done."""
+        """Wait until the GPU has computed all that was started."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize()
 
-    def seconds(self, call: Callable[[], object], times: int = 3) -> float:
-        """Return the shortest of some calls; the first is slower."""
-        spent = []
-        for _ in range(1 + times):
+    def study(self, name: str, shape: Settings, settings: Settings, *parts: str) -> Study:
+        """Return a new study of a random model of a shape, after parts of `download`."""
+        root, model = self.work / name, self.work / f"model-{shape['dtype']}-{shape['num_hidden_layers']}"
+        if not model.exists():
+            make_checkpoint(model, shape)
+        _, text = new_params({"model": str(model)}, settings)
+        write_text(root / "params.yaml", text)
+        write_text(root / "prompts.txt", "")  # their continuations load the complete model
+        study = Study(root)
+        run("plan", study=study)
+        for part in parts:
+            run("download", study=study, variant=part)
+        return study
+
+    def settings(self, windows: int, length: int) -> Settings:
+        """Return the settings of windows of random texts."""
+        for name in ("calibration", "perplexity"):
+            letters = random.Random(name).choices(string.ascii_lowercase + "     ", k=(windows + 1) * max(length, 4096))
+            write_text(self.work / f"{name}.txt", "".join(letters))
+        text, other_text = ({"source": str(self.work / f"{name}.txt")} for name in ("calibration", "perplexity"))
+        sizes = {"windows": windows, "length": length}
+        calibration, perplexity = {"text": text | {"split": None}} | sizes, {"texts": {"random": other_text}} | sizes
+        return {"calibration": calibration, "perplexity": perplexity, "runtime": {"device": self.device.type}}
+
+    def measure(self, study: Study, stage: str, variant: str = "") -> Measured:
+        """Run a stage of a study; the first block, which warms up, and all that runs once give no time of a block."""
+        times = defaultdict[str, list[tuple[int, float]]](list)
+        show = Progress.show
+
+        def note(progress: Progress, done: int) -> None:
             self.wait()
-            began = time.perf_counter()
-            call()
+            times[progress.what].append((done, time.perf_counter()))
+            show(progress, done)
+
+        needed = requirements(study, stage, ModelSizes.read(study.model("dense"))).memory
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with mock.patch.object(Progress, "show", note):
+            run(stage, study=study, variant=variant)
             self.wait()
-            spent.append(time.perf_counter() - began)
-        return min(spent)
-
-    def run(
-        self, folder: Path, windows: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None, *, gram: bool
-    ) -> Run:
-        """Windows through all blocks, recorded, and their losses."""
-        device = device or self.device
-        on_card = device.type == "cuda"
-        decoder = Decoder(folder, dtype=dtype, device=device)
-        if on_card:
-            torch.cuda.reset_peak_memory_stats(device)
-        spent, recorded = [], []
-        runner = ModelRunner(decoder, Path(tempfile.mkdtemp(dir=self.work)))
-        for step in runner.forward(windows):
-            self.wait()
-            began = time.perf_counter()
-            found = step.record(gram=gram)
-            self.wait()
-            spent.append(time.perf_counter() - began)
-            recorded.append(BlockRecord(found.stats, _on(CPU, found.grams), {}))
-            del found
-        losses = [loss for loss, _ in runner.map_outputs(measure_windows, lambda shard: [None] * len(shard))]
-        peak = torch.cuda.max_memory_allocated(device) if on_card else 0
-        return Run(recorded, losses, sum(spent[1:]) / max(1, len(spent) - 1), peak)  # the first block warms up
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        parts = STEPS if stage == "recover" else self.size.blocks[1]
+        block = sum(further(shown, parts) for what, shown in times.items() if "windows" not in what)
+        return Measured(seconds, block, peak, needed)
 
 
-def _on(device: torch.device, grams: dict[str, Gram]) -> dict[str, Gram]:
-    return {name: Gram(gram.upper.to(device), gram.count) for name, gram in grams.items()}
+def further(shown: list[tuple[int, float]], parts: int) -> float:
+    """Return the mean seconds of each block or step but the first, given when how many items of them were done."""
+    items, ended = shown[-1]
+    began = next(when for done, when in shown if done >= items // parts)
+    return (ended - began) / (parts - 1)
 
 
-def windows(shape: dict[str, Any], count: int, length: int) -> torch.Tensor:
-    """Return random tokens."""
-    return torch.randint(0, shape["vocab_size"], (count, length), generator=torch.Generator().manual_seed(0))
+def changed(study: Study, settings: Settings) -> Study:
+    """Return the study with changed settings, after `plan`."""
+    change_settings(study.root / "params.yaml", settings)
+    study = Study(study.root)
+    run("plan", study=study)
+    return study
 
 
-def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[str, float, float]]:
-    """Compare the card with the CPU on one model in float32; yield how far it is, and how far it may be."""
-    weights = Decoder(folder, dtype=torch.float32, device=CPU).checkpoint.weight
-    host = bench.run(folder, tokens, torch.float32, CPU, gram=True)
-    card = bench.run(folder, tokens, torch.float32, gram=True)
-    half = bench.run(folder, tokens, torch.bfloat16, gram=False)
-
-    yield ("norms, largest relative difference", _off(card, host), 1e-4)
-    yield ("losses in float32, nats", _apart(card, host), 1e-4)
-    yield ("losses in bfloat16, nats", _apart(half, host), 5e-2)
-    for words in ("wanda unstructured", "magnitude unstructured", "wanda 2:4", "ria unstructured"):
-        found, bound = _masks_apart(bench, weights, host, *words.split()), 1e-5 if words.startswith("ria") else 0.0
-        yield (f"masks from the same norms, {words}, share that differs", found, bound)
-    for name in ("least-squares", "output-weighted"):
-        found = _solved_apart(bench, weights, host, name)
-        yield (f"{name}, largest relative difference of a layer error", found, 1e-2)
-    found = _fisher_apart(bench, folder, tokens[:2])
-    yield ("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
-    if card.peak:
-        model = ModelSizes.read(folder)
-        memory = ForwardMemory(model, dtype="float32", length=tokens.shape[1])
-        formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
-        formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
-        formula += TEMPORARIES * min(AT_A_TIME["cuda"], tokens.shape[1] * model.vocabulary)
-        yield ("peak memory of the card against the formula, GB", card.peak / 1e9, formula / 1e9)
+# --- times ---
 
 
-def _off(one: Run, other: Run) -> float:
-    return max(
-        float((own.stats.inputs[name].norm / x.norm - 1).abs().max())
-        for own, theirs in zip(one.recorded, other.recorded, strict=True)
-        for name, x in theirs.stats.inputs.items()
+def product_speed(bench: Bench, dtype: torch.dtype) -> float:
+    """Return the operations a second of a product of two large matrices, the fastest of five."""
+    size, seconds = bench.size.product, math.inf
+    a, b = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(2))
+    for _ in range(5):
+        bench.wait()
+        began = time.perf_counter()
+        torch.matmul(a, b)
+        bench.wait()
+        seconds = min(seconds, time.perf_counter() - began)
+    return 2.0 * size**3 / seconds
+
+
+def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str, Settings]]:
+    """Run each stage on the 8B shape; yield its name, the stage, and its figures for all blocks."""
+    size, protocol, blocks = bench.size, bench.size.protocol, bench.size.blocks[1]
+    tokens = STEPS * RECOVERY_BATCH * min(RECOVERY_LENGTH, protocol.length)
+    settings = bench.settings(protocol.windows, protocol.length)
+    settings |= {"zero_shot": {"limit": size.questions}, "recovery": {"tokens": tokens}}
+    parts = ("model", "calibration", "perplexity", "tasks")
+    study = bench.study("large", shape | {"num_hidden_layers": blocks}, settings, *parts)
+
+    def figures(name: str, measured: Measured) -> Settings:
+        one, two = (work_of_stages(shape | {"num_hidden_layers": count}, protocol).get(name) for count in (1, 2))
+        share = two.plus(one, -1).seconds(speed) / measured.block if one and two else None
+        seconds = measured.seconds + (BLOCKS - blocks) * measured.block
+        return measured._asdict() | {"seconds": seconds, "share": share}
+
+    for recipe, statistics, change in PRUNED:
+        study = changed(study, change)
+        if statistics:
+            name = f"calibrate {statistics}"
+            yield name, "calibrate", figures(name, bench.measure(study, "calibrate", statistics))
+        for stage in ("mask", "apply"):
+            name = f"{stage} {recipe}"
+            yield name, stage, figures(name, bench.measure(study, stage))
+    protocol = protocol._replace(evaluated=protocol.windows * protocol.length)
+    for model in ("dense", "pruned"):
+        measured = bench.measure(study, "perplexity", model)
+        yield f"perplexity {model}", "perplexity", figures("perplexity", measured)
+    with mock.patch.object(ModelRunner, "forward", autospec=True, side_effect=ModelRunner.forward) as passes:
+        measured = bench.measure(study, "zero-shot", "dense")
+    counts = [len(sequence.tokens) for call in passes.call_args_list for sequence in call.args[1]]
+    protocol = protocol._replace(questions=sum(counts))
+    yield "zero-shot dense", "zero-shot", figures("zero-shot", measured)
+    yield f"recover, {STEPS} steps", "recover", recovery(bench, study, shape, settings, speed)
+
+
+def recovery(bench: Bench, study: Study, shape: Settings, settings: Settings, speed: Work) -> Settings:
+    """Return the figures of a training of all blocks, from those of two numbers of blocks."""
+    few, more = bench.size.blocks
+    settings |= {"recipe": "wanda"}
+    small = bench.study("small", shape | {"num_hidden_layers": few}, settings, "model", "calibration")
+    for stage in ("calibrate", "mask", "apply"):
+        run(stage, study=small)
+    with mock.patch.object(trainer, "EVALUATIONS", 1):  # each writes a checkpoint
+        base, measured = (bench.measure(trained, "recover") for trained in (small, study))
+    step, peak, needed = (
+        last + (BLOCKS - more) * (last - first) / (more - few)
+        for first, last in ((base.block, measured.block), (base.peak, measured.peak), (base.needed, measured.needed))
     )
+    protocol = bench.size.protocol._replace(trained=RECOVERY_BATCH * RECOVERY_LENGTH)
+    least = work_of_stages(shape, protocol)["recover"].seconds(speed)
+    return {"seconds": STEPS * step, "block": step, "peak": int(peak), "needed": int(needed), "share": least / step}
 
 
-def _apart(one: Run, other: Run) -> float:
-    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+# --- checks ---
 
 
-def _masks_apart(bench: Bench, weights: Weights, run: Run, name: str, pattern: str) -> float:
-    apart = count = 0
-    for recorded in run.recorded:
-        host, card = (masks(weights, recorded, name, pattern, device) for device in (CPU, bench.device))
-        apart += sum(int((keep != card[linear].cpu()).sum()) for linear, keep in host.items())
-        count += sum(keep.numel() for keep in host.values())
-    return apart / count
+def checks(bench: Bench, shape: Settings) -> Iterator[tuple[str, float, float]]:
+    """Compare a study on the device with one on the CPU; yield what, the difference, and the largest allowed one."""
+    settings = bench.settings(*bench.size.checked) | {"recipe": "fisher", "dtype": "float32"}
+    host, gpu_study = (
+        bench.study(name, shape, settings | {"runtime": {"device": device}}, "model", "calibration", "perplexity")
+        for name, device in (("host", "cpu"), ("gpu", bench.device.type))
+    )
+    for study in (host, gpu_study):
+        run("calibrate", study=study)
+        run("perplexity", study=study, variant="dense")
+    blocks = range(shape["num_hidden_layers"])
+    pairs = [[read_stats(study.stats, block, fisher=study.fisher) for study in (host, gpu_study)] for block in blocks]
+    norms = [(a.inputs[name].norm, b.inputs[name].norm) for a, b in pairs for name in a.inputs]
+    yield "norms, largest relative difference", max(float((b / a - 1).abs().max()) for a, b in norms), 1e-4
+    gradients = [(a.fisher[name], b.fisher[name]) for a, b in pairs for name in a.fisher]
+    apart = max(float((b - a).norm() / a.norm()) for a, b in gradients)
+    yield "squared gradients, largest relative difference of a linear's", apart, 1e-3
+    yield "Gram sums of bfloat16 numbers, relative to norms", gram_error(bench), GRAM_BOUND
+    yield "losses in float32, nats", losses_apart(host, gpu_study), 1e-4
+    run("perplexity", study=changed(gpu_study, {"dtype": "bfloat16"}), variant="dense")
+    yield "losses in bfloat16, nats", losses_apart(host, gpu_study), 5e-2
+
+    shutil.rmtree(gpu_study.root / "stats")
+    shutil.copytree(host.root / "stats", gpu_study.root / "stats")  # masks and weights of the same statistics
+    plain = {"dtype": "float32", "recipe": "wanda", "pattern": "unstructured", "reconstruction": None}
+    for rule, change in CHECKED.items():
+        masks = []
+        for study in (host, gpu_study):
+            study = changed(study, plain | {"method": None} | change)
+            run("mask", study=study)
+            masks.append([read_masks(study.masks, block) for block in blocks])
+        kept = [(a[name], b[name]) for a, b in zip(*masks, strict=True) for name in a]
+        share = sum(int((a != b).sum()) for a, b in kept) / sum(a.numel() for a, _ in kept)
+        yield f"masks of the same statistics, {rule}, share that differs", share, 1e-5 if rule == "ria" else 0
+    for reconstruction in ("least-squares", "output-weighted"):
+        errors = []
+        for study in (host, gpu_study):
+            study = changed(study, plain | {"method": None, "reconstruction": reconstruction})
+            run("mask", study=study)
+            run("apply", study=study)
+            linears = load_json(study.details("pruned", "layer_error"))["linears"]
+            errors.append([linear["error"] for linear in linears.values()])
+        apart = max(abs(b / a - 1) for a, b in zip(*errors, strict=True) if a)
+        yield f"{reconstruction}, largest relative difference of a layer error", apart, 1e-2
 
 
-def masks(
-    weights: Weights, recorded: BlockRecord, name: str, pattern: str, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Return the masks of a block's linears at 50 %."""
-    return choose_block(weights, recorded.stats, MaskRule(methods()[name], HALF, pattern), device)
+def losses_apart(host: Study, gpu_study: Study) -> float:
+    """Return the largest difference of a window's loss."""
+    a, b = (load_json(study.details("dense", "perplexity/random"))["losses"] for study in (host, gpu_study))
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def _solved_apart(bench: Bench, weights: Weights, run: Run, reconstruction: str) -> float:
-    recorded, row, errors = run.recorded[0], RECONSTRUCTIONS[reconstruction], []
-    masks_of_block = masks(weights, recorded, "wanda", "unstructured", CPU)
-    for device in (CPU, bench.device):
-        errors_of_device = []
-        for source, gram in _on(device, recorded.grams).items():
-            factors = GramFactors(gram.matrix(), source)
-            for name in recorded.stats.consumers[source]:
-                weight, mask, transposed = weights(name), masks_of_block[name], name in recorded.stats.transposed
-                gradients = Gram.empty(len(mask))
-                gradients.add(torch.randn(64, len(mask), generator=torch.Generator().manual_seed(0)))
-                new = reconstruct(
-                    weight, mask, factors, reconstruction=row, gradient_gram=gradients, transposed=transposed
-                ).weight
-                errors_of_device.append(prune_linear(weight, mask, factors, new, transposed=transposed).error or 0.0)
-        errors.append(errors_of_device)
-    return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
+def gram_error(bench: Bench) -> float:
+    """Return the largest difference of a sum of products from float64's, relative to both features' norms."""
+    x = torch.randn(bench.size.product, 256).bfloat16()
+    gram, exact = Gram.empty(256, accelerator.float64_device(bench.device)), x.double().T @ x.double()
+    gram.add(x.to(bench.device))
+    norm = exact.diagonal().sqrt()
+    return float(((gram.upper.cpu() - exact).triu() / norm / norm[:, None]).abs().max())
 
 
-def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
-    found: list[dict[str, torch.Tensor]] = []
-    for device in (CPU, bench.device):
-        decoder = Decoder(folder, dtype=torch.float32, device=device)
-        came = backward(ModelRunner(decoder, bench.work / f"back{len(found)}"), tokens)
-        found.append({name: sums for _, block in came for name, sums in block.sums.items()})
-    host, card = found
-    return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
-
-
-def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[str, str]]:
-    """Time a block of one model in bfloat16."""
-    dtype, device = torch.bfloat16, bench.device
-    decoder = Decoder(folder, dtype=dtype, device=device)
-    decoder.load(0, -1)
-    weights = [x for x in decoder.blocks[0].parameters() if x.dim() > 1]
-    decoder.unload()
-    flops = 2.0 * tokens.numel() * sum(x.numel() for x in weights)
-    x = {size: torch.randn(TOGETHER, size, dtype=dtype, device=device) for _, size in (w.shape for w in weights)}
-    passes = [bench.seconds(partial(torch.matmul, x[w.shape[1]], w.T)) for w in weights]
-    floor = sum(passes) * tokens.numel() / TOGETHER
-    yield "linears alone, a block", f"{1e3 * floor:.1f} ms, {flops / floor / 1e12:.1f} TFLOP/s"
-    plain = bench.run(folder, tokens, dtype, gram=False)
-    sparsity = floor / plain.seconds
-    yield "`calibrate`, a block", f"{1e3 * plain.seconds:.1f} ms, {100 * sparsity:.0f} % of the linears' speed"
-    for pattern in ("unstructured", "2:4"):
-        choose = partial(masks, decoder.checkpoint.weight, plain.recorded[0], "wanda", pattern, device)
-        spent = bench.seconds(lambda: [*map(pack_bits, choose().values())])  # noqa: B023 - it runs at once
-        yield f"`mask`, wanda {pattern}, a block", f"{1e3 * spent:.0f} ms"
-    if device.type == "cuda":
-        yield "peak memory of the card", f"{plain.peak / 1e9:.2f} GB"
+# --- the report ---
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command line; the file's rows are replaced."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the harness")
-    words = parser.parse_args(arguments)
-    device = torch.device(words.device)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--out", type=Path, help="file of the rows; default: benchmarks/gpu.json, without --tiny")
+    options = parser.parse_args(arguments)
+    device, (size, changes) = torch.device(options.device), (SMALL, TINY) if options.tiny else (Size(), {})
+    if device.type == "cuda" and not accelerator.gpus():
+        parser.error("no CUDA device on this machine; --device cpu --tiny tries the script")
     accelerator.disable_tf32()  # as stages do; NVIDIA's containers turn TF32 on
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device on this machine; --device cpu --tiny tries the harness")
-    with tempfile.TemporaryDirectory() as folder:
-        work, holds = Path(folder), True
-        bench = Bench(device, work)
-        small, large = (TINY, TINY) if words.tiny else (SMOLLM2, LLAMA_7B)
-        rows = ((20, 32), (4, 32)) if words.tiny else ((20, 512), (16, 2048))
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU, not a card"
-        print(f"{name}, torch {torch.__version__}\n\n| check | found | bound | holds |\n| --- | ---: | ---: | --- |")
-        make_checkpoint(work / "small", small | {"dtype": "float32"})
-        for what, found, bound in check(bench, work / "small", windows(small, *rows[0])):
-            holds = holds and found <= bound
-            print(f"| {what} | {found:.2g} | {bound:.2g} | {'yes' if found <= bound else '**no**'} |")
-        print("\n| LLaMA-2-7B's shape, bfloat16 | measured |\n| --- | ---: |")
-        make_checkpoint(work / "large", large | {"dtype": "bfloat16"})
-        for what, took in times(bench, work / "large", windows(large, *rows[1])):
-            print(f"| {what} | {took} |", flush=True)
-    return 0 if holds else 1
+    name = accelerator.gpu_name(device) if device.type == "cuda" else processor()
+    protocol = f"random weights of {'tiny models' if options.tiny else 'Llama-3.1-8B, 4 of 32 blocks'}, {name}"
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-gpu-") as folder:
+        target = options.out or (Path(folder, "gpu.json") if options.tiny else TARGET)
+        target.unlink(missing_ok=True)
+
+        def write(row: str, value: Settings, *stages: str) -> None:
+            write_row(target, row, value, origin(protocol, stages))
+            print(f"{row}: {value}", flush=True)
+
+        bench, failures = Bench(device, Path(folder), size), list[str]()
+        speeds = {dtype: product_speed(bench, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+        for dtype, operations in speeds.items():
+            write(f"product in {dtype}", {"tflops": operations / 1e12})
+        speed = Work(speeds["bfloat16"], speeds["float32"], math.inf, math.inf)  # no transfers count
+        try:
+            for what, difference, bound in checks(bench, SMOLLM2 | {"num_hidden_layers": size.blocks[1]} | changes):
+                failures += [what] * (difference > bound)
+                comparison = {"measured": difference, "bound": bound, "met": difference <= bound}
+                write(f"check: {what}", comparison, *STAGES)
+        except Exception:  # the times are worth the rent of a GPU too
+            failures.append(traceback.format_exc())
+        for what, stage, figures in times(bench, LLAMA_8B | changes, speed):
+            failures += [f"memory of {what}"] * (figures["peak"] > figures["needed"])
+            write(f"stage: {what}", figures, stage)
+        print("\n".join(["", gpu(read_rows(target)), *(f"\nfailed: {failure}" for failure in failures)]))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

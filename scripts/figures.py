@@ -14,10 +14,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import floors  # noqa: E402 - a folder of scripts
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
 from recipes import SMALLER, TOKENS  # noqa: E402
 
-DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md", "docs/limits.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
@@ -163,11 +164,34 @@ def runtimes() -> str:
     return table([model, "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
 
 
+def gpu(rows: dict[str, Row]) -> str:
+    """Return the times and the checks of a GPU: the rows of benchmarks/gpu.json."""
+    if not rows:
+        return "No GPU has been measured yet."
+    stages, checks, speeds = [], [], []
+    for name, row in rows.items():
+        kind, _, what = name.partition(": ")
+        found, mark = row["value"], MARK * is_old(row)
+        if kind == "stage":
+            share = f"{100 * found['share']:.0f} %" if found["share"] else "–"
+            peaks = f"{found['peak'] / 1e9:.1f} of {found['needed'] / 1e9:.1f}"
+            stages.append([what, f"{found['seconds']:.1f}" + mark, peaks, share])
+        elif kind == "check":
+            met = "yes" if found["met"] else "**no**"
+            checks.append([what, f"{found['measured']:.2g}" + mark, f"{found['bound']:.2g}", met])
+        else:
+            speeds.append(f"{name}: {found['tflops']:.1f} TFLOP/s")
+    heads = ["stage, 32 blocks", "seconds", "memory, GB, of estimated", "share of the product's speed"]
+    origin = next(iter(rows.values()))["origin"]
+    tables = [table(heads, stages), table(["check", "measured", "bound", "met"], checks)]
+    return "\n\n".join([f"{origin['protocol']}, {origin['date']}; {'; '.join(speeds)}.", *tables])
+
+
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": by_recipe, "recipes": lambda: by_recipe(AMOUNTS), "texts": by_text,
     "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
-    "runtimes": runtimes,
+    "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")), "floors": floors.table,
 }  # fmt: skip
 
 

@@ -1,12 +1,16 @@
 """The figures' files say where each row comes from, and the scripts compare like with like."""
 
+import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import figures
+import floors
+import gpu
 import mutants
 import origin
 import peers
@@ -14,7 +18,9 @@ import pytest
 import recipes
 import torch
 from conftest import ROOT, calibrate, fetch
-from transformers import AutoModelForCausalLM
+from simulated_gpu import simulated_gpu
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibration_windows
@@ -151,6 +157,60 @@ def test_every_other_answer_counts():
     theirs = {task: [[-1.0001, -1.0002], [-1.0, -2.0]] for task in peers.TASKS}
     fake = SimpleNamespace(stage=lambda *_: {"answers": ours}, peer=lambda *_: {"answers": theirs})
     assert peers.other_answers(fake, "bfloat16")["ratio"] == len(peers.TASKS)  # type: ignore[arg-type]
+
+
+# --- GPUs ---
+
+
+def test_the_gpu_benchmark_runs_its_stages_on_a_simulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Accelerate knows no simulated GPU, so nothing is trained."""
+    seconds = {"seconds": 2.0, "block": 0.1, "peak": 0, "needed": 1, "share": 0.5}
+    monkeypatch.setattr(gpu, "recovery", lambda *_: seconds)
+    recipes_by_statistics = {"norms": "wanda", "gram": "admm", "fisher": "fisher"}
+    pruned = [(recipe, statistics, {"recipe": recipe}) for statistics, recipe in recipes_by_statistics.items()]
+    monkeypatch.setattr(gpu, "PRUNED", pruned)
+    monkeypatch.setattr(gpu, "CHECKED", {"wanda 2:4": {"pattern": "2:4"}})
+    with simulated_gpu():
+        assert gpu.main(["--tiny", "--out", str(tmp_path / "gpu.json")]) == 0
+    rows = origin.read_rows(tmp_path / "gpu.json")
+    kinds = Counter(name.partition(": ")[0] for name in rows)
+    assert kinds == {"product in bfloat16": 1, "product in float32": 1, "check": 8, "stage": 13}
+    assert "a simulated GPU" in rows["stage: mask fisher"]["origin"]["protocol"]
+    page = figures.gpu(rows)
+    assert "| recover, 20 steps | 2.0 | 0.0 of 0.0 | 50 % |" in page
+    assert page.count("yes") == 8
+
+
+def test_times_of_some_blocks_are_those_of_further_blocks():
+    """The first block warms up. Seven linears a block, of which four blocks were written."""
+    shown = [(0, 0.0), *((done, 10 + done) for done in range(1, 29))]
+    assert gpu.further(shown, 4) == pytest.approx(7)
+
+
+def test_the_least_work_of_a_stage_is_what_a_model_computes():
+    """Torch counts the products of transformers' model on tensors without values; of attention, all pairs."""
+    config = json.loads((floors.CONFIGS / "llama-3.1-8b.json").read_text()) | {"num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        tokens = torch.zeros(1, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    work = floors.work_of_stages(config, floors.Protocol(windows=1, length=64, evaluated=64))
+    assert attention == 2 * 4 * 64**2 * 4096
+    assert work["perplexity"].half == counter.get_total_flops() - attention / 2
+
+
+def test_a_floor_is_what_a_hand_computes():
+    """LLaMA-2-7B has 6,476,005,376 weights in linears, LLaMA-3.1-8B 6,979,321,856 and 14.9 GB of masks and weights."""
+    attention = 32 * 128 * 2 * 2048**2 * 4096
+    half = 2 * 128 * 2048 * 6_476_005_376 + attention
+    cells = {tuple(row.strip("|").split("|")[:3]): row.strip("|").split("|")[3:] for row in floors.table().splitlines()}
+    calibrate = cells["LLaMA-2-7B", "`calibrate`", "`wanda`"]
+    assert calibrate[0] == f"{half / 1e12:,.0f}" == "3,536"
+    assert calibrate[5] == f"{half / 989e12:.2g}" == "3.6"
+    mask = cells["LLaMA-3.1-8B", "`mask`", "`wanda`"]
+    assert mask[5] == f"{6_979_321_856 * (2 + 1 / 8) / 7e9:.2g}" == "2.1"  # the disk is the slowest
 
 
 # --- mutants ---
