@@ -225,17 +225,17 @@ def test_calls_that_are_recorded_again_change_no_answer(tiny: Path, tmp_path: Pa
     many = [Request(tuple(row[:12]), tuple(row[12 : 14 + choice])) for row in drawn for choice in range(2)]
     cached, bounded = (Decoder(tiny, dtype=torch.float32, device=CPU) for _ in range(2))
     answers = loglikelihoods(ModelRunner(cached, tmp_path / "cached"), many, length=64, progress=iter)
-    monkeypatch.setitem(decoding.ARGUMENTS_BYTES, "cpu", budget)
+    bounded._arguments_memory = budget
     assert loglikelihoods(ModelRunner(bounded, tmp_path / "bounded"), many, length=64, progress=iter) == answers
     assert not bounded._arguments  # freed before the logits
 
 
 def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: Patch):
     """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
-    monkeypatch.setitem(decoding.ARGUMENTS_BYTES, "cpu", 100)
     decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
+    decoder._arguments_memory = 100
 
-    def record(row: calls.TokenSequence) -> list[decoding.Arguments]:
+    def record(row: calls.TokenSequence, _: int) -> list[decoding.Arguments]:
         recorded.append(len(row.tokens))
         table = torch.zeros(len(row.tokens), dtype=torch.uint8)
         return [((table,), {"shared": (table, table[:5])}), ((), {"mask": None})]

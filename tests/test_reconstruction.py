@@ -203,7 +203,7 @@ def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned
             with recorder.dense(len(one.tokens)):
                 decoder.run(0, hidden[0], one)
             decoder.run(0, hidden[1], other)
-            recorder.end_window()
+            recorder.end_batch()
 
 
 def test_cross_products_are_those_of_both_windows_inputs(calibrated_study: Make):

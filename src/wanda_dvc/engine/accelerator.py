@@ -7,8 +7,11 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Bytes of a tensor whose memory is kept for the next ones. Older versions of glibc accept at most 32 MiB.
 MMAP_THRESHOLDS = (2**30, 2**25)
+Copied = TypeVar("Copied")
 
 
 def gpus() -> list[str]:
@@ -71,7 +75,7 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 class Copies:
-    """Copies weights to a device: on CUDA through a separate stream, parallel to computation."""
+    """Copies between main memory and a device: with CUDA through a separate stream, parallel to computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -98,6 +102,51 @@ class Copies:
         computing.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(computing)  # its memory must not be reused meanwhile
+
+    def to_device(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield each tensor on the device. For CUDA a thread copies the next one while the caller computes."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            with self.on_stream():
+                on_device = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                self.copy(tensor, on_device)
+            return on_device
+
+        for tensor in (x.to(self.device) for x in tensors) if self._stream is None else one_ahead(copy, tensors):
+            self.finish([tensor])
+            yield tensor
+
+
+def use_on_host(tensors: Iterable[Tensor], use: Callable[[Tensor], object]) -> None:
+    """Call a function with each tensor in main memory. From CUDA a thread does, while the next tensor is computed."""
+
+    def computed() -> Iterator[tuple[Tensor, Any]]:
+        for tensor in tensors:
+            if tensor.is_cuda:
+                stream = torch.cuda.Stream(tensor.device)
+                stream.wait_stream(torch.cuda.current_stream(tensor.device))
+                yield tensor, stream
+            else:
+                use(tensor.cpu())
+
+    def copy(tensor: Tensor, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            host = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        stream.synchronize()
+        use(host)
+
+    for _ in one_ahead(lambda started: copy(*started), computed()):
+        pass
+
+
+def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Iterator[Copied]:
+    """Yield function(value) of each value, in order; a thread computes the next one meanwhile."""
+    remaining = iter(values)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        started = deque(thread.submit(function, value) for value in islice(remaining, 2))
+        while started:
+            yield started.popleft().result()
+            started.extend(thread.submit(function, value) for value in islice(remaining, 1))
 
 
 # --- main memory ---

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from wanda_dvc.engine.accelerator import Copies, use_on_host
+from wanda_dvc.engine.sequences import Batch, Hidden, States
 
 SAVED_EVERY = 60  # seconds, if a GPU holds all sequences
 PROGRESS = "progress.json"
@@ -45,33 +48,40 @@ class ActivationStore:
     stored: int  # the number of blocks whose activations are there while the last of them is written
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
-    _in_memory: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _in_memory: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tokens = sum(map(sum, self.lengths))
         self.on_device = 0 < self.stored * tokens * self.width * self.dtype.itemsize <= self.memory_budget
         self.written_later = self.on_device and self.stored == 2
 
-    def read(self, block: int, chunk: int) -> list[Float[Tensor, "_ width"]]:
+    def read(self, block: int, chunk: int) -> Hidden:
         """Return the activations of a chunk's sequences before a block: on the device, or views of a file."""
-        if (block, chunk) in self._in_memory:
-            return self._in_memory[block, chunk]
-        content = np.load(self._path(block, chunk), mmap_mode="c")  # writable, as torch demands, but not the file
-        return list(torch.from_numpy(content).view(self.dtype).split(list(self.lengths[chunk])))
+        return self._content(block, chunk).split(list(self.lengths[chunk]))
 
-    def write(self, block: int, chunk: int, sequences: Iterable[Float[Tensor, "_ width"]]) -> None:
+    def read_batches(self, block: int, chunk: int, batches: Sequence[Batch], copies: Copies) -> Iterator[States]:
+        """Yield the activations of a chunk's batches before a block, on the device of `copies`."""
+        sizes = [len(batch) * len(batch[0].tokens) for batch in batches]
+        parts = self._content(block, chunk).split(sizes)
+        on_device = parts if (block, chunk) in self._in_memory else copies.to_device(parts)
+        for batch, states in zip(batches, on_device, strict=True):
+            yield states.view(len(batch), -1, self.width)
+
+    def write(self, block: int, chunk: int, batches: Iterable[Float[Tensor, "*batch length width"]]) -> None:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
         self._in_memory.pop((block - self.stored, chunk), None)  # read for the last time; `drop` removes its file
         if self.on_device:
-            sequences = self._in_memory[block, chunk] = [x.to(self.device, self.dtype) for x in sequences]
+            parts = [x.to(self.device, self.dtype).flatten(0, -2) for x in batches]
+            self._in_memory[block, chunk] = content = parts[0] if len(parts) == 1 else torch.cat(parts)
+            batches = [content]
         if not self.written_later:
-            self._save(block, chunk, sequences)
+            self._save(block, chunk, batches)
 
     def flush(self, block: int) -> None:
         """Write the files of the activations before a block that are not written yet."""
         if self.written_later:
             for chunk in range(len(self.lengths)):
-                self._save(block, chunk, self.read(block, chunk))
+                self._save(block, chunk, [self._content(block, chunk)])
 
     def oldest_needed(self, block: int) -> int:
         """Return the first block whose activations stay once those before `block` are complete; of 2, `block`."""
@@ -98,7 +108,13 @@ class ActivationStore:
                     return False
         return True
 
-    def _save(self, block: int, chunk: int, sequences: Iterable[Tensor]) -> None:
+    def _content(self, block: int, chunk: int) -> Float[Tensor, "tokens width"]:
+        if (block, chunk) in self._in_memory:
+            return self._in_memory[block, chunk]
+        content = np.load(self._path(block, chunk), mmap_mode="c")  # writable, as torch demands, but not the file
+        return torch.from_numpy(content).view(self.dtype)
+
+    def _save(self, block: int, chunk: int, batches: Iterable[Tensor]) -> None:
         """Write a chunk's file. Another process may write the same bytes at the same time."""
         path = self._path(block, chunk)
         part = path.with_name(f"{path.name}-{uuid4().hex}.part")
@@ -111,8 +127,9 @@ class ActivationStore:
         }
         with part.open("wb") as file:  # a mapped write to a full disk would kill the process
             np.lib.format.write_array_header_1_0(file, header)
-            for x in sequences:
-                file.write(x.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+            use_on_host(
+                (x.to(self.dtype).contiguous() for x in batches), lambda x: file.write(x.view(torch.uint8).numpy().data)
+            )
             if not boot_id():  # nothing would show a power cut, which loses files that are not on the disk
                 file.flush()
                 os.fsync(file.fileno())

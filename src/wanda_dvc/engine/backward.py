@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import FisherSums, GradientRecorder
-from wanda_dvc.engine.forward import ModelInput, ModelRunner
-from wanda_dvc.engine.sequences import Chunk
+from wanda_dvc.engine.forward import ModelInput, ModelRunner, in_smaller_batches
+from wanda_dvc.engine.sequences import Chunk, States
 from wanda_dvc.engine.sums import check_finite
 
 
@@ -57,25 +56,29 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
 @torch.no_grad()
 def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
     """Write the gradients of each sequence's loss with respect to its activations after the last block."""
-    after = zip(chunk.sequences, run.activations.read(len(model.blocks), chunk.number), strict=True)
-    gradients = (model.loss_gradient(states[None], sequence.tokens)[0] for sequence, states in after)
+    alone = [[sequence] for sequence in chunk.sequences]
+    after = run.activations.read_batches(len(model.blocks), chunk.number, alone, model.copies)
+    gradients = (model.loss_gradient(states, x.tokens) for x, states in zip(chunk.sequences, after, strict=True))
     run.gradients.write(0, chunk.number, gradients)
 
 
+@in_smaller_batches
 @torch.no_grad()
 def run_backward(model: Decoder, run: BackwardRun, chunk: Chunk) -> FisherSums:
     """Write the gradients of each sequence's loss before a block, from those after the block."""
     model.load(run.index, run.index - 1)
     blocks_done = len(model.blocks) - 1 - run.index
+    streamed = not (run.activations.on_device and run.gradients.on_device)
+    batches = model.batches(chunk.sequences, streamed=streamed, backward=True)
 
-    def gradients() -> Iterator[Tensor]:
-        before = run.activations.read(run.index, chunk.number)
-        after = run.gradients.read(blocks_done, chunk.number)
-        for sequence, states, gradient in zip(chunk.sequences, before, after, strict=True):
-            hidden = states[None].to(model.device, copy=True).requires_grad_()
+    def gradients() -> Iterator[States]:
+        before = run.activations.read_batches(run.index, chunk.number, batches, model.copies)
+        after = run.gradients.read_batches(blocks_done, chunk.number, batches, model.copies)
+        for batch, states, gradient in zip(batches, before, after, strict=True):
+            hidden = states.clone().requires_grad_()
             with torch.enable_grad():
-                out = model.run(run.index, hidden, sequence)
-            yield torch.autograd.grad(out, hidden, gradient[None].to(out))[0][0].float()
+                out = model.run(run.index, hidden, batch[0])
+            yield torch.autograd.grad(out, hidden, gradient.to(out))[0].float()
 
     recorder = GradientRecorder(model.linears(run.index))
     with recorder.recording():

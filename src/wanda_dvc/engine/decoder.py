@@ -16,17 +16,14 @@ from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
-from wanda_dvc.engine.sequences import PackedQuestions, TokenSequence
+from wanda_dvc.engine.memory import ARGUMENTS_BYTES, LOGITS_AT_A_TIME, ForwardMemory, ModelSizes
+from wanda_dvc.engine.sequences import LARGEST_CHUNK, Batch, PackedQuestions, States, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
 from wanda_dvc.errors import UserError, is_out_of_memory, reason
 
-LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-# Bytes of kept arguments of blocks by kind of device, without those of the current sequence, which take 1 to 2 MB.
-# Other sequences' arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on
-# one CPU core, and about as long as the block itself takes on a GPU (estimated).
-ARGUMENTS_BYTES = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
+# Of a batch whose activations do not stay on the GPU, so that copies and computation overlap within a chunk.
+STREAMED_TOKENS = 4096
 TRIAL_WINDOW = 4  # tokens of sliding windows, at most, in the trial of packed questions
-States = Float[Tensor, "1 length width"]  # hidden states of a sequence
 Logits = Float[Tensor, "positions vocabulary"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one block, without the hidden states
 
@@ -47,8 +44,12 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.weights = BlockLoader(self.model, self.checkpoint, device=device)
         self.linears, self.blocks = self.weights.linears, self.weights.blocks
-        # Of all blocks, with their bytes, by a sequence's length, or by the content of its packed questions.
-        self._arguments: dict[int | str, tuple[list[Arguments], int]] = {}
+        self.copies = accelerator.Copies(device)  # of activations
+        self.largest_batch, self.batch_limit = 1, LARGEST_CHUNK  # sequences: in the last chunk, and allowed
+        # Of all blocks, with their bytes, by the shape of a batch, or by the content of its packed questions.
+        self._arguments: dict[tuple[int, int] | str, tuple[list[Arguments], int]] = {}
+        self._batch_memory = self.memory_budget()
+        self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)
         self._stock_attention = self.model.config._attn_implementation
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
@@ -72,6 +73,10 @@ class Decoder:
         """The number of tokens with a logit."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    @cached_property
+    def _sizes(self) -> ModelSizes:
+        return ModelSizes(self.model, self.checkpoint.folder)
+
     def check_tokens(self, sequences: Sequence[TokenSequence]) -> None:
         """Raise UserError where a token has no embedding."""
         embeddings = self.model.get_input_embeddings().weight.shape[0]
@@ -83,11 +88,32 @@ class Decoder:
             )
 
     def memory_budget(self) -> int:
-        """Return the GPU memory for activations in bytes: half of the memory left free by the blocks; 0 on a CPU."""
+        """Return the GPU memory in bytes for activations that stay: half of what blocks and sums leave; 0 on a CPU.
+
+        The other half is for a batch, or for the arguments of packed questions.
+        """
         if self.device.type != "cuda":
             return 0
-        blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
-        return max(0, accelerator.free_device_memory(self.device) - 2 * max(blocks)) // 2
+        need = 2 * self._sizes.block_parameters * self.dtype.itemsize + self._sizes.sums
+        return max(0, accelerator.free_device_memory(self.device) - need) // 2
+
+    def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, backward: bool = False) -> list[Batch]:
+        """Return a chunk's sequences in batches. `streamed`: their activations do not stay on the GPU."""
+        batches: list[Batch] = []
+        for (length, key), group in itertools.groupby(sequences, lambda x: (len(x.tokens), x.questions and id(x))):
+            alike = list(group)
+            size = 1 if key else self.batch_size(length, streamed=streamed, backward=backward)
+            batches += [alike[start : start + size] for start in range(0, len(alike), size)]
+        self.largest_batch = max(map(len, batches))
+        return batches
+
+    def batch_size(self, length: int, *, streamed: bool, backward: bool) -> int:
+        """Return how many texts run together: on a GPU as many as fit, else one, so that a CPU's bits do not vary."""
+        if self.device.type != "cuda":
+            return 1
+        memory = ForwardMemory(self._sizes, dtype=str(self.dtype).removeprefix("torch."), length=length)
+        size = self._batch_memory // ((3 if backward else 1) * memory.window + memory.norms)
+        return max(1, min(size, self.batch_limit, STREAMED_TOKENS // length if streamed else size))
 
     # --- one block ---
 
@@ -100,13 +126,13 @@ class Decoder:
         self.weights.unload()
         self._arguments.clear()
 
-    def embed(self, sequence: TokenSequence) -> States:
-        """Return the hidden states before the first block."""
-        return self._record(sequence, until=0)[0]
+    def embed(self, *batch: TokenSequence) -> States:
+        """Return a batch's hidden states before the first block."""
+        return self._record(torch.stack([x.tokens for x in batch]), batch[0].questions, until=0)[0]
 
     def run(self, index: int, hidden: States, sequence: TokenSequence) -> States:
-        """Run a sequence through a block, which must be loaded."""
-        args, kwargs = self.block_arguments(sequence)[index]
+        """Run a sequence, or a batch of texts of its length, through a block, which must be loaded."""
+        args, kwargs = self.block_arguments(sequence, len(hidden))[index]
         contents, version = list(contents_of([*args, kwargs])), hidden._version
         with self._attending(sequence.questions):
             output = self.blocks[index](hidden, *args, **kwargs)
@@ -122,33 +148,38 @@ class Decoder:
             )
         return after
 
-    def block_arguments(self, sequence: TokenSequence) -> list[Arguments]:
-        """Return the arguments of every block. They depend on a sequence's length or questions, not on its tokens."""
-        key = len(sequence.tokens) if sequence.questions is None else sequence.questions.key
+    def block_arguments(self, sequence: TokenSequence, batch: int = 1) -> list[Arguments]:
+        """Return the arguments of every block, for a batch of texts like this one, or for packed questions.
+
+        They depend on the number and length of the texts, or on the questions, not on tokens.
+        """
+        key = (batch, len(sequence.tokens)) if sequence.questions is None else sequence.questions.key
         if key not in self._arguments:
             # Beyond the limit, the newest entry is replaced. The first ones stay, and the next block finds them again,
             # because each block runs the sequences in one order.
-            if sum(size for _, size in self._arguments.values()) > ARGUMENTS_BYTES[self.device.type]:
+            if sum(size for _, size in self._arguments.values()) > self._arguments_memory:
                 self._arguments.popitem()
-            arguments = self._record_arguments(sequence)
+            arguments = self._record_arguments(sequence, batch)
             storages = [x.untyped_storage() for x in tree_flatten(arguments)[0] if isinstance(x, Tensor)]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
             self._arguments[key] = arguments, sum(sizes.values())
         return self._arguments[key][0]
 
-    def _record_arguments(self, sequence: TokenSequence) -> list[Arguments]:
+    def _record_arguments(self, sequence: TokenSequence, batch: int) -> list[Arguments]:
         """Return the arguments of all blocks. UserError if those of a text depend on its tokens."""
-        last = len(self.blocks) - 1
+        last, tokens = len(self.blocks) - 1, sequence.tokens.expand(batch, -1)
         if sequence.questions is not None:  # `packs_questions` compares results
-            return self._record(sequence, until=last)[1]
-        _, arguments = self._record(TokenSequence(torch.zeros_like(sequence.tokens)), until=last)
-        _, arguments_of_ones = self._record(TokenSequence(torch.ones_like(sequence.tokens)), until=last)
+            return self._record(tokens, sequence.questions, until=last)[1]
+        _, arguments = self._record(torch.zeros_like(tokens), until=last)
+        _, arguments_of_ones = self._record(torch.ones_like(tokens), until=last)
         if not are_equal(arguments, arguments_of_ones):
             raise unsupported(self.checkpoint, "not only hidden states, but other arguments depend on the tokens")
         return arguments
 
     @torch.no_grad()
-    def _record(self, sequence: TokenSequence, until: int) -> tuple[States, list[Arguments]]:
+    def _record(
+        self, tokens: Int[Tensor, "batch length"], questions: PackedQuestions | None = None, *, until: int
+    ) -> tuple[States, list[Arguments]]:
         """Return the hidden states before the first block, and the arguments of the blocks up to `until`."""
         hidden: list[States] = []
         arguments: list[Arguments] = []
@@ -157,7 +188,7 @@ class Decoder:
             if hidden and hidden_states is not hidden[-1] and not torch.equal(hidden_states, hidden[-1]):
                 what = f"the model changes hidden states between block {index - 1} and block {index}"
                 raise unsupported(self.checkpoint, what)
-            expected = (1, len(sequence.tokens), self.model.config.get_text_config().hidden_size)
+            expected = (*tokens.shape, self.model.config.get_text_config().hidden_size)
             if hidden_states.shape != expected:
                 what = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
                 raise unsupported(self.checkpoint, f"the model {what}")
@@ -168,13 +199,13 @@ class Decoder:
             return self._as_output(hidden_states)
 
         inputs: dict[str, Any] = {}
-        if sequence.questions is not None:
-            inputs["position_ids"] = sequence.questions.positions[None].to(self.device)
+        if questions is not None:
+            inputs["position_ids"] = questions.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
-            inputs["attention_mask"] = torch.ones_like(sequence.tokens)[None].to(self.device)
+            inputs["attention_mask"] = torch.ones_like(tokens).to(self.device)
         try:
-            with self._attending(sequence.questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
-                self.model(input_ids=sequence.tokens[None].to(self.device), use_cache=False, **inputs)
+            with self._attending(questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+                self.model(input_ids=tokens.to(self.device), use_cache=False, **inputs)
         except ValueError as error:
             what = f"its forward pass fails ({reason(error)}), or blocks pass on more than hidden states"
             raise unsupported(self.checkpoint, what) from error
@@ -189,7 +220,7 @@ class Decoder:
 
         UserError if a block's result for a token depends on the token after it.
         """
-        hidden, [(args, kwargs)] = self._record(TokenSequence(torch.zeros(2, dtype=torch.long)), until=0)
+        hidden, [(args, kwargs)] = self._record(torch.zeros(1, 2, dtype=torch.long), until=0)
         with_another_end = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
         self.weights.load(0, -1)
         output = self.blocks[0](hidden, *args, **kwargs)

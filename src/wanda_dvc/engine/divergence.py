@@ -15,8 +15,8 @@ from jaxtyping import Float32, Float64, Int, Int32
 from torch import Tensor
 
 from wanda_dvc.engine.accelerator import float64_device
-from wanda_dvc.engine.decoder import Decoder, States
-from wanda_dvc.engine.sequences import Hidden, TokenSequence
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.sequences import Hidden, States, TokenSequence
 from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position

@@ -8,6 +8,7 @@ as tasks of a cluster whose nodes see the same files (`engine.cluster`).
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,9 +21,9 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import FisherSums
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence, cut_into_chunks
+from wanda_dvc.engine.sequences import Chunk, Hidden, States, TokenSequence, cut_into_chunks
 from wanda_dvc.engine.sums import BlockRecord, InputSums, check_finite
-from wanda_dvc.errors import FIX, UserError, notice
+from wanda_dvc.errors import FIX, UserError, is_out_of_memory, notice
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
@@ -37,6 +38,23 @@ OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Ite
 
 
 # --- units of work: functions of the model, a job that all chunks share, and a chunk ---
+
+
+def in_smaller_batches(work: Callable[[Decoder, Job, Chunk], Total]) -> Callable[[Decoder, Job, Chunk], Total]:
+    """Repeat a unit of work in batches of half as many windows, each time that a GPU's memory does not suffice."""
+
+    @wraps(work)
+    def repeated(model: Decoder, job: Job, chunk: Chunk) -> Total:
+        while True:
+            try:
+                return work(model, job, chunk)
+            except RuntimeError as error:
+                if model.largest_batch == 1 or not is_out_of_memory(error):
+                    raise
+            model.batch_limit = model.largest_batch // 2
+            notice(f"out of GPU memory: continuing with batches of {model.batch_limit} windows, half of the last")
+
+    return repeated
 
 
 @dataclass(frozen=True)
@@ -55,10 +73,12 @@ class BlockRun:
 @torch.no_grad()
 def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> None:
     """Write a chunk's activations before the first block to each store."""
+    batches = model.batches(chunk.sequences, streamed=not stores[0].on_device)
     for store in stores:
-        store.write(0, chunk.number, (model.embed(sequence)[0] for sequence in chunk.sequences))
+        store.write(0, chunk.number, (model.embed(*batch) for batch in batches))
 
 
+@in_smaller_batches
 @torch.no_grad()
 def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     """Run a chunk through a block, and write its activations after the block.
@@ -67,16 +87,14 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     the inputs of the block's linears with `records`, else only whether all activations are finite.
     """
     model.load(block.index, block.index + 1, block.change)
-    before = block.store.read(block.index, chunk.number)
-    dense: Hidden = []
-    finite: list[Tensor] = []  # a flag for each sequence, on the device: the host waits for a GPU once for all of them
+    finite: list[Tensor] = []  # a flag for each batch, on the device: the host waits for a GPU once for all of them
     if block.dense_store is not None:
-        dense = block.dense_store.read(block.index, chunk.number)
-        dense_after = note_finite(finite, run_sequences(model, block.index, chunk, dense))
+        dense_block = replace(block, store=block.dense_store, dense_store=None)
+        dense_after = note_finite(finite, run_batches(model, dense_block, chunk))
         block.dense_store.write(block.index + 1, chunk.number, dense_after)
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram) if block.records else None
     with recorder.recording() if recorder else contextlib.nullcontext():
-        after = note_finite(finite, run_sequences(model, block.index, chunk, before, recorder, dense))
+        after = note_finite(finite, run_batches(model, block, chunk, recorder))
         if block.writes:
             block.store.write(block.index + 1, chunk.number, after)
         else:
@@ -93,25 +111,28 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     return recorder.sums
 
 
-def run_sequences(
-    model: Decoder, index: int, chunk: Chunk, before: Hidden, recorder: InputRecorder | None = None, dense: Hidden = ()
-) -> Iterator[Tensor]:
-    """Yield each sequence's activations after a block; a recorder also sees its dense activations first, if any."""
-    for number, sequence in enumerate(chunk.sequences):
-        if recorder and dense:  # they ran in `run_block` too: here memory holds the inputs of one at a time
-            with recorder.dense(len(sequence.tokens)):
-                model.run(index, dense[number][None].to(model.device), sequence)
-        states = before[number][None].to(model.device)
-        after = model.run(index, states, sequence)
+def run_batches(
+    model: Decoder, block: BlockRun, chunk: Chunk, recorder: InputRecorder | None = None
+) -> Iterator[States]:
+    """Yield each batch's activations after a block; a recorder also sees its dense activations first, if any."""
+    batches = model.batches(chunk.sequences, streamed=not block.store.on_device)
+    before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
+    dense_store = block.dense_store or block.store
+    dense = dense_store.read_batches(block.index, chunk.number, batches, model.copies)
+    for batch, states in zip(batches, before, strict=True):
+        if recorder and block.dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
+            with recorder.dense(states.shape[:2].numel()):
+                model.run(block.index, next(dense), batch[0])
+        after = model.run(block.index, states, batch[0])
         if recorder:
             recorder.see_block(states, after)
-            recorder.end_window()
-        yield after[0]
+            recorder.end_batch()
+        yield after
 
 
-def note_finite(finite: list[Tensor], sequences: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield each sequence's activations; add to `finite` whether all are finite, on their device."""
-    for states in sequences:
+def note_finite(finite: list[Tensor], batches: Iterable[States]) -> Iterator[States]:
+    """Yield each batch's activations; add to `finite` whether all are finite, on their device."""
+    for states in batches:
         finite.append(torch.stack(states.aminmax()).isfinite().all())  # in one pass over them
         yield states
 
@@ -154,6 +175,8 @@ class ModelRunner:
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
     ) -> Total:
         """Add the sums run(model, job, chunk) of all chunks to `total`, in order, and return it."""
+        # With a cluster the driver adds, reading each chunk's sums once. Workers that added to the sums so far, in the
+        # same order, would read and send these too, and wait for each other; another order would give other bits.
         for sums in self.map(run, job, chunks, what):
             total.merge(sums)
             del sums  # before the next chunk's are there

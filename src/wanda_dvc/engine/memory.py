@@ -15,6 +15,11 @@ from wanda_dvc.pruning.gram import PANEL
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
+LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+# Of kept arguments of blocks, at least, without those of the current sequence, which take 1 to 2 MB. Other sequences'
+# arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU core,
+# and about as long as the block itself takes on a GPU (estimated).
+ARGUMENTS_BYTES = 2**26
 
 
 class ModelSizes:
@@ -53,6 +58,7 @@ class ModelSizes:
         # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
         self.input_squares, self.all_input_squares = max(input_squares), sum(input_squares)
         self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)
+        self.sums = 16 * max(self.input_squares, self.output_squares)  # bytes of the Gram matrices of a pass, at most
         # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
         self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
         self.hidden: int = text_config.hidden_size
@@ -70,15 +76,13 @@ class ForwardMemory:
     """The memory of a model that runs block by block, by purpose, for sequences of `length` tokens."""
 
     def __init__(self, model: ModelSizes, *, dtype: str, length: int) -> None:
-        from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` needs not
-
         itemsize = ITEMSIZE[dtype]
         # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
         scores = length**2 * model.heads_with_scores * (2 * itemsize + 4)
         # Of the current block, the next one, embeddings and head.
         self.weights = (2 * model.block_parameters + model.other_parameters) * itemsize
-        # A matrix library packs a linear.
-        self.activations = (length * model.features + model.largest_linear) * itemsize + scores
+        self.window = length * model.features * itemsize + scores
+        self.activations = self.window + model.largest_linear * itemsize  # a matrix library packs a linear
         # Of some positions, as the model gives them, in float32, and their log-softmax.
         self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (itemsize + 8)
         self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square

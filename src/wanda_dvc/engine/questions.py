@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
+from wanda_dvc.engine.memory import LOGITS_AT_A_TIME
 from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
 from wanda_dvc.errors import UserError
 

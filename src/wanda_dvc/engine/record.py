@@ -13,6 +13,7 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, OnGatedOutput, OnProduct
+from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply
@@ -24,19 +25,19 @@ from wanda_dvc.pruning.statistics import InputStats, TokenSum, cast_like
 class InputRecorder:
     """Sums over the inputs of a block's linears that grow while the block runs.
 
-    Each distinct input is counted once. Two linears share an input if, within one window, both receive the same memory
-    in the same state. For X_denseᵀX, [in, in], each window's dense sequence runs first, inside `dense`. Routed experts
+    Each distinct input is counted once. Two linears share an input if, within one batch, both receive the same memory
+    in the same state. For X_denseᵀX, [in, in], each batch's dense sequences run first, inside `dense`. Routed experts
     have none: the dense model may send other tokens to an expert, or in another order.
     """
 
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    # The left factors of `crosses`, [tokens, _]: the dense model's inputs in this window, or the numbers of `cross`.
+    # The left factors of `crosses`, [tokens, _]: the dense model's inputs in this batch, or the numbers of `cross`.
     _left: dict[str, Tensor] = field(default_factory=dict)
     _left_tokens: int = 0
     _is_dense: bool = False
-    # The name of each input of a window, by memory and state. The tensor stays alive: no other gets its address.
+    # The name of each input of a batch, by memory and state. The tensor stays alive: no other gets its address.
     _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
@@ -79,27 +80,27 @@ class InputRecorder:
 
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
-        """Record the inputs of the sequence inside, of `tokens` tokens, as the dense model's."""
+        """Record the inputs of the batch inside, of `tokens` tokens, as the dense model's."""
         self._left_tokens, self._is_dense = tokens, True
         yield
         self._is_dense = False
         self._seen.clear()
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
-        """Sum the products of these numbers, of each token, and the next sequence's input of a linear, in `crosses`."""
+        """Sum the products of these numbers, of each token, and the next batch's input of a linear, in `crosses`."""
         self._left[name], self._left_tokens = numbers, len(numbers)
 
-    def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:
-        """Add the influence of the block on a sequence: 1 − cosine of its hidden states before and after the block."""
+    def see_block(self, before: States, after: States) -> None:
+        """Add the influence of the block on a batch: 1 − cosine of its hidden states before and after the block."""
         before, after = before.float(), after.float()
         cosine = torch.linalg.vecdot(before, after) / (vector_norm(before, dim=-1) * vector_norm(after, dim=-1))
         distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
-        window = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
-        total = self.sums.influence.to(float64_device(window.device))
-        self.sums.influence = total + cast_like(window, total)
+        influence = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
+        total = self.sums.influence.to(float64_device(influence.device))
+        self.sums.influence = total + cast_like(influence, total)
 
-    def end_window(self) -> None:
-        """Free the window's inputs."""
+    def end_batch(self) -> None:
+        """Free the batch's inputs."""
         self._seen.clear()
         self._left.clear()
 

@@ -4,6 +4,7 @@ ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new
 more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import ModelRunner, run_sequences
+from wanda_dvc.engine.forward import BlockRun, ModelRunner, run_batches
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden
@@ -85,14 +86,16 @@ def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSum
     block, linear = removed.block_before, removed.linear
     model.load(block, -1)
     recorder = InputRecorder(linears={linear: model.linears(block)[linear]}, gram=True)
-    before, after = (removed.store.read(index, chunk.number) for index in (block, block + 1))
-    wanted = removed.store.read(removed.end, chunk.number)
+    batches = model.batches(chunk.sequences, streamed=not removed.store.on_device)
+    before, after, wanted = (
+        removed.store.read_batches(index, chunk.number, batches, model.copies)
+        for index in (block, block + 1, removed.end)
+    )
     with recorder.recording():
-        for number, sequence in enumerate(chunk.sequences):
-            added = wanted[number].to(model.device).float() - after[number].to(model.device).float()
-            recorder.cross(linear, added)
-            model.run(block, before[number][None].to(model.device), sequence)
-            recorder.end_window()
+        for batch, states_before, states_after, states_wanted in zip(batches, before, after, wanted, strict=True):
+            recorder.cross(linear, (states_wanted.float() - states_after.float()).flatten(0, 1))
+            model.run(block, states_before, batch[0])
+            recorder.end_batch()
     return recorder.sums
 
 
@@ -105,12 +108,13 @@ def run_changed(
     y is the block's output, h the hidden state before the block at `end`.
     """
     removed, changes = job
-    before = removed.store.read(removed.block_before, chunk.number)
+    block = BlockRun(removed.block_before, removed.store)
     wanted = removed.store.read(removed.end, chunk.number)
     errors = [squared_error(removed.store.read(removed.block_before + 1, chunk.number), wanted)]
     for change in changes:
         model.load(removed.block_before, -1, change)
-        errors.append(squared_error(run_sequences(model, removed.block_before, chunk, before), wanted))
+        outputs = itertools.chain.from_iterable(run_batches(model, block, chunk))
+        errors.append(squared_error(outputs, wanted))
     return torch.tensor(errors, dtype=torch.float64)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several sequences
+States = Float[Tensor, "batch length width"]  # of the sequences that run together
 PREFERRED_CHUNKS, LARGEST_CHUNK = 16, 100  # number of chunks; sequences of a chunk
 
 
@@ -62,6 +63,9 @@ class TokenSequence:
 
     tokens: Int[Tensor, " length"]
     questions: PackedQuestions | None = None  # None: one text
+
+
+Batch = Sequence[TokenSequence]  # that run through a block together: texts of one length, or packed questions alone
 
 
 class Chunk(NamedTuple):

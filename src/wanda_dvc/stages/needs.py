@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from wanda_dvc.engine.checkpoint import ITEMSIZE
-from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
+from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
@@ -199,11 +199,10 @@ def _needs_of_perplexity(run: Run) -> tuple[int, int]:
 
 
 def _needs_of_zero_shot(run: Run) -> tuple[int, int]:
-    from wanda_dvc.engine.decoder import ARGUMENTS_BYTES  # imports transformers
     from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 
     forward = run.forward(SEQUENCE_TOKENS)
-    memory = forward.activations + forward.logits + ARGUMENTS_BYTES[run.device]
+    memory = forward.activations + forward.logits + ARGUMENTS_BYTES
     memory = max(memory, 4 * run.sizes.block_parameters)  # a block of each kind is tried in float32
     size = sum(run.data_size(f"tasks/{name}", ITEMS) for name in run.params.tasks.names)
     return forward.weights + memory, 2 * run.activations(size // BYTES_A_TOKEN)

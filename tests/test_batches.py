@@ -1,0 +1,207 @@
+"""Windows that run together on a GPU: the same results as one by one, within rounding, whatever the batch."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conftest import Capture, Patch, walk
+from simulated_gpu import simulated_gpu
+from test_families import RECORDED, save
+
+from wanda_dvc.engine import accelerator, sequences
+from wanda_dvc.engine import decoder as decoding
+from wanda_dvc.engine.accelerator import Copies
+from wanda_dvc.engine.backward import backward
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import BlockStep, ModelRunner
+from wanda_dvc.engine.memory import ForwardMemory
+from wanda_dvc.engine.sequences import PackedQuestions, TokenSequence
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # float32's 1.2e-7, for sums in another order, through four blocks
+
+
+@pytest.fixture(autouse=True)
+def two_chunks(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sequences, "PREFERRED_CHUNKS", 2)
+
+
+def rows(count: int = 9, length: int = 20) -> list[TokenSequence]:
+    """Windows, of which the last is shorter."""
+    tokens = torch.randint(3, 256, (count, length), generator=torch.Generator().manual_seed(1))
+    return [*map(TokenSequence, tokens[:-1]), TokenSequence(tokens[-1, : length // 2])]
+
+
+def force(monkeypatch: Patch, size: int) -> list[int]:
+    """Let so many windows run together on a CPU; the numbers of those that did."""
+    sizes, run = list[int](), Decoder.run
+
+    def counted(self: Decoder, index: int, hidden: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return run(self, index, hidden, sequence)
+
+    monkeypatch.setattr(Decoder, "batch_size", lambda *_, **__: size)
+    monkeypatch.setattr(Decoder, "run", counted)
+    return sizes
+
+
+def numbers(value: Any) -> list[torch.Tensor]:
+    """All numbers of sums, in order."""
+    if isinstance(value, torch.Tensor):
+        value = value.cpu()
+        return [value.triu().double() if value.dim() == 2 and value.dtype is torch.float64 else value.double()]
+    if isinstance(value, (int, float)):
+        return [torch.tensor(float(value), dtype=torch.float64)]
+    if isinstance(value, dict):
+        value = [value[name] for name in sorted(value)]
+    elif hasattr(value, "__dataclass_fields__"):
+        value = vars(value).values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [x for each in value for x in numbers(each)]
+
+
+def check_alike(first: Any, second: Any) -> None:
+    alike = list(zip(numbers(first), numbers(second), strict=True))
+    assert alike
+    for one, other in alike:
+        torch.testing.assert_close(one, other, rtol=ROUNDING["rtol"], atol=1e-5 * float(one.abs().max()))
+
+
+def hidden(step: BlockStep) -> list[torch.Tensor]:
+    """The dense model's hidden states after a block."""
+    store = step.block.dense_store
+    assert store
+    return [x.clone() for chunk in step.runner.chunks for x in store.read(step.index + 1, chunk.number)]
+
+
+def change(decoder: Decoder, step: BlockStep) -> None:
+    """Go on with another weight, so that the dense sequences differ."""
+    linears = decoder.linears(step.index)
+    name = next(name for name, linear in linears.items() if linear.slice.expert is None)
+    step.change({}, {name: linears[name].weight * 1.1})
+
+
+def gradients(decoder: Decoder, work: Path) -> list[Any]:
+    """Sums of gradients, without the numbers of tokens, which only have to be none where no pass has a gradient."""
+    blocks = [sums for _, sums in backward(ModelRunner(decoder, work), rows())]
+    return [(sums.sums, {name: gram.upper for name, gram in sums.grams.items()}) for sums in blocks]
+
+
+def measure(decoder: Decoder, work: Path) -> list[Any]:
+    """Sums, with products with a dense model's inputs, its hidden states, and sums of gradients."""
+    results: list[Any] = []
+    for step in walk(decoder, rows(), work / "forward", with_dense=True):
+        results += [step.record(gram=True, changes=True), hidden(step)]
+        change(decoder, step)
+    return [*results, gradients(decoder, work / "back")]
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_sums_of_windows_that_run_together_are_those_of_each_alone(family: str, tmp_path: Path, monkeypatch: Patch):
+    """Norms, Gram matrices, products with dense inputs, influence, gated outputs, gradients; hidden states too.
+
+    Each block gets the same hidden states: rounding may send a token to another expert a few blocks later.
+    """
+    decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=CPU)
+    for step in walk(decoder, rows(), tmp_path / "forward", with_dense=True):
+        alone, together = both_ways(monkeypatch, lambda step=step: (step.record(gram=True, changes=True), hidden(step)))
+        check_alike(alone, together)
+        change(decoder, step)
+    alone, together = both_ways(monkeypatch, lambda: gradients(decoder, tmp_path / "back"))
+    check_alike(alone, together)
+
+
+def both_ways(monkeypatch: Patch, function: Callable[[], Any]) -> tuple[Any, Any]:
+    """What a function returns if windows run one by one, and if three run together."""
+    alone = function()
+    with monkeypatch.context() as forced:
+        sizes = force(forced, 3)
+        together = function()
+    assert set(sizes) == {3, 1}  # chunks of 4, 4, and a shorter window
+    return alone, together
+
+
+def test_on_a_cpu_each_window_runs_alone(tiny: Path):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    assert [len(batch) for batch in decoder.batches(rows(), streamed=False)] == [1] * 9
+
+
+def test_packed_questions_and_other_lengths_run_alone(tiny: Path, monkeypatch: Patch):
+    force(monkeypatch, 3)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    packed = TokenSequence(torch.zeros(20, dtype=torch.long), PackedQuestions(*torch.zeros(3, 20, dtype=torch.long)))
+    mixed = [*rows(5), packed, TokenSequence(packed.tokens, packed.questions), *rows(2)]
+    assert [len(batch) for batch in decoder.batches(mixed, streamed=False)] == [3, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_gpu_runs_windows_together_and_gives_the_cpus_results(
+    tiny: Path, tmp_path: Path, monkeypatch: Patch, stays: bool
+):
+    """Whether activations stay there or come from files, a batch ahead, and go back to files."""
+    monkeypatch.setattr(decoding, "STREAMED_TOKENS", 40)
+    expected = measure(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cpu")
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+        if not stays:
+            monkeypatch.setattr(decoder, "memory_budget", lambda: 0)
+        assert [len(x) for x in decoder.batches(rows(), streamed=not stays)] == ([8, 1] if stays else [2, 2, 2, 2, 1])
+        measured = measure(decoder, tmp_path / "gpu")
+        check_alike(expected, measured)
+
+
+def test_a_batch_that_a_gpu_cannot_hold_is_halved_once(tiny: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture):
+    """Its chunk runs again from the start, and counts once."""
+    expected = [step.record() for step in walk(Decoder(tiny, dtype=torch.float32, device=CPU), rows(), tmp_path / "a")]
+    run = Decoder.run
+
+    def small(self: Decoder, index: int, hidden: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
+        after = run(self, index, hidden, sequence)
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return after
+
+    most = 2
+    monkeypatch.setattr(Decoder, "run", small)
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+        check_alike(expected, [step.record() for step in walk(decoder, rows(), tmp_path / "b")])
+        assert capsys.readouterr().err == "out of GPU memory: continuing with batches of 2 windows, half of the last\n"
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            [step.record() for step in walk(decoder, rows(), tmp_path / "c")]
+
+
+def test_the_memory_of_a_gpu_goes_to_blocks_and_sums_first(tiny: Path, monkeypatch: Patch):
+    """Then half to activations that stay, and half to batches and arguments: 7 of 80 GB for the arguments."""
+    with simulated_gpu():
+        for free in (10**6, 80 * 10**9):
+            monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, free))
+            decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+            sizes = decoder._sizes
+            least = ForwardMemory(sizes, dtype="float32", length=20).grams - 12 * 128 * sizes.widest
+            assert 0 <= 2 * decoder.memory_budget() <= max(0, free - 2 * 4 * sizes.block_parameters - least)
+            assert decoder.batch_size(10**9, streamed=False, backward=False) == 1
+        assert decoder._arguments_memory > 7e9
+
+
+def test_tensors_come_to_the_host_in_order_while_the_next_are_computed():
+    """At most two wait; an error of the thread, such as of a full disk, ends the loop."""
+    with simulated_gpu():
+        computed, used = list[int](), list[int]()
+
+        def results() -> Iterator[torch.Tensor]:
+            for number in range(5):
+                assert number - len(used) <= 2
+                computed.append(number)
+                yield torch.full((2,), number, device="cuda")
+
+        accelerator.use_on_host(results(), lambda x: used.append(int(x[0])))
+        assert used == computed == [*range(5)]
+        assert [int(x[0]) for x in Copies(CUDA).to_device(torch.tensor([[3], [4], [5]]))] == [3, 4, 5]
+        with pytest.raises(OSError, match="No space"):
+            accelerator.use_on_host(results(), mock.Mock(side_effect=OSError(28, "No space left on device")))
