@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 CONTROL_GROUPS = Path("/sys/fs/cgroup")  # of version 2
 GROUP_OF_PROCESS = Path("/proc/self/cgroup")  # the file that names its group
 
@@ -35,8 +37,6 @@ def usable_cores() -> int:
 
 def free_memory() -> int:
     """Return the free bytes of memory, at most what this process's control groups leave."""
-    import psutil
-
     available = int(psutil.virtual_memory().available)
     for folder in _groups():
         with contextlib.suppress(OSError, ValueError):  # `max` is no limit

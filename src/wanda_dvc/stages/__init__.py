@@ -15,10 +15,11 @@ from wanda_dvc.catalog import EMBEDDED, STATISTICS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CHOICES, RECOVERY_LENGTH
 from wanda_dvc.reading import check_place
+from wanda_dvc.study.artifact import remove
+from wanda_dvc.study.files import Json, load_json, write_text
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
-    from wanda_dvc.study.files import Json
     from wanda_dvc.study.folder import Study
 
 
@@ -262,7 +263,7 @@ def check_outside(study: "Study", path: Path) -> Path:
     return path
 
 
-def stage_inputs(params: "Params") -> "dict[str, Json]":
+def stage_inputs(params: "Params") -> dict[str, Json]:
     """Return what each stage is given of the settings: the content of each file in `plan/`, by path without `.json`.
 
     Stages depend on these files instead of `params.yaml`: the settings say what the user wants, never what a stage
@@ -337,9 +338,6 @@ def run(
 
 
 def _write_placeholders(study: "Study", variant: Variant, text: str) -> None:
-    from wanda_dvc.study.artifact import remove
-    from wanda_dvc.study.files import write_text
-
     for output in variant.written:
         place = study.root / output.format(text=text)
         remove(place)
@@ -359,10 +357,8 @@ def check_stage_inputs(study: "Study") -> None:
                 )
 
 
-def times(study: "Study") -> "dict[str, Json]":
+def times(study: "Study") -> dict[str, Json]:
     """Return time and machine of the last run of each stage in this checkout, by run."""
-    from wanda_dvc.study.files import load_json
-
     contents = {}
     for stage in STAGES.values():
         for run_name, _, _ in stage.runs(study.params.perplexity.texts):

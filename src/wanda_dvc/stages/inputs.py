@@ -7,6 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from wanda_dvc.engine.accelerator import multiplies_natively
+from wanda_dvc.engine.checkpoint import dtype_of, max_positions, read_config
+from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
@@ -23,9 +30,6 @@ from wanda_dvc.study.files import Documents, Json, load_json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
-
     from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.forward import ModelRunner
 
@@ -35,8 +39,6 @@ HEAD = "output head"  # a place of activations that are not finite
 
 def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
-    from wanda_dvc.engine.checkpoint import max_positions, read_config
-
     own_device(study.params.runtime)
     if study.params.runtime.ray is not None:
         importlib.import_module("ray")
@@ -54,8 +56,6 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
 
 def model_dtype(study: Study, model: str = "dense") -> str:
     """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
-    from wanda_dvc.engine.checkpoint import dtype_of
-
     return dtype_of(study.model(model), study.stage_input("calibrate/norms")["dtype"])
 
 
@@ -109,10 +109,8 @@ def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norm
     return provenance
 
 
-def calibration_windows(study: Study) -> "Int[Tensor, 'windows length']":
+def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:
     """Draw windows from data/calibration, with the dense model's tokenizer."""
-    from wanda_dvc.engine.windows import draw, load_tokenizer, tokenize
-
     settings = study.stage_input("calibrate/norms")
     samples, length, seed = settings["windows"], settings["length"], settings["seed"]
     drawn = windows_of_documents(study, "calibration", samples=samples, length=length, seed=seed)
@@ -124,10 +122,8 @@ def calibration_windows(study: Study) -> "Int[Tensor, 'windows length']":
 
 def windows_of_documents(
     study: Study, source: str, *, samples: int, length: int, seed: int
-) -> "Int[Tensor, 'windows length'] | None":
+) -> Int[Tensor, "windows length"] | None:
     """Draw windows from a text of separate documents, of `calibration` or `recovery`; None of another text."""
-    from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
-
     folder = study.data(source)
     if not is_there(folder / DOCUMENTS):
         return None
@@ -143,10 +139,7 @@ def windows_of_documents(
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":
     """Return a runner of sequences through a model, here or on the cluster of params.yaml."""
-    import torch
-
-    from wanda_dvc.engine.accelerator import multiplies_natively
-    from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.decoder import Decoder  # imports transformers, which takes seconds
     from wanda_dvc.engine.forward import ModelRunner
 
     runtime, dtype = study.params.runtime, model_dtype(study, model)

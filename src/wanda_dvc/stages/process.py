@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+import psutil
 from tqdm import tqdm
 
 from wanda_dvc import machine
@@ -50,8 +51,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
-            import psutil
-
             children = psutil.Process().children(recursive=True)
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
