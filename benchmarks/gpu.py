@@ -6,7 +6,7 @@ make gpu GPU="--device cpu --tiny"        the same code on a machine without one
 Weights and texts are random. Times are of Llama-3.1-8B's shape in bfloat16 with 4 of its 32 blocks, by the stages of a
 study: 28 times the time of a further block is added. Recovery runs with 2 and with 4 blocks, and the difference gives
 the time and the memory of a further block. Checks compare float32 runs of 4 blocks of SmolLM2's shape on both devices.
-Needs 60 GB of disk. Exit code 1 if a check fails.
+Needs 60 GB of disk in TMPDIR. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -67,12 +67,13 @@ class Size(NamedTuple):
 
     blocks: tuple[int, int] = (2, 4)  # of the 8B model: for recovery alone, and for all stages
     protocol: Protocol = Protocol()
+    tasks: tuple[str, ...] = ("piqa", "hellaswag", "arc_easy", "boolq", "rte")
     questions: int = 48  # of each task: all embedded ones
     product: int = 8192  # rows and columns of the matrices whose product is timed
     checked: tuple[int, int] = (20, 512)  # windows and their length in checks
 
 
-SMALL = Size((1, 2), Protocol(windows=4, length=32, evaluated=128), questions=2, product=256, checked=(4, 32))
+SMALL = Size((1, 2), Protocol(windows=4, length=32), tasks=("piqa",), questions=2, product=256, checked=(4, 32))
 # What runs on the 8B shape: a name, the statistics that are measured first, and the settings, which stay for the next.
 PRUNED: list[tuple[str, str, Settings]] = [
     ("wanda", "norms", {"recipe": "wanda"}),
@@ -188,7 +189,8 @@ def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str
     size, protocol, blocks = bench.size, bench.size.protocol, bench.size.blocks[1]
     tokens = STEPS * RECOVERY_BATCH * min(RECOVERY_LENGTH, protocol.length)
     settings = bench.settings(protocol.windows, protocol.length)
-    settings |= {"zero_shot": {"limit": size.questions}, "recovery": {"tokens": tokens}}
+    settings |= {"tasks": {"names": list(size.tasks)}, "zero_shot": {"limit": size.questions}}
+    settings |= {"recovery": {"tokens": tokens}}
     parts = ("model", "calibration", "perplexity", "tasks")
     study = bench.study("large", shape | {"num_hidden_layers": blocks}, settings, *parts)
 
@@ -337,7 +339,6 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception:  # the times are worth the rent of a GPU too
             failures.append(traceback.format_exc())
         for what, stage, figures in times(bench, LLAMA_8B | changes, speed):
-            failures += [f"memory of {what}"] * (figures["peak"] > figures["needed"])
             write(f"stage: {what}", figures, stage)
         print("\n".join(["", gpu(read_rows(target)), *(f"\nfailed: {failure}" for failure in failures)]))
     return 1 if failures else 0
