@@ -181,7 +181,7 @@ def gpu(rows: dict[str, Row]) -> str:
             checks.append([what, f"{found['measured']:.2g}" + mark, f"{found['bound']:.2g}", met])
         else:
             speeds.append(f"{name}: {found['tflops']:.1f} TFLOP/s")
-    heads = ["stage, 32 blocks", "seconds", "memory, GB, of estimated", "share of the product's speed"]
+    heads = ["stage, 32 blocks", "seconds", "GPU memory, GB, of least", "share of the product's speed"]
     origin = next(iter(rows.values()))["origin"]
     tables = [table(heads, stages), table(["check", "measured", "bound", "met"], checks)]
     return "\n\n".join([f"{origin['protocol']}, {origin['date']}; {'; '.join(speeds)}.", *tables])
