@@ -1,5 +1,6 @@
 """Our attention against its definition, and questions packed into rows: every continuation as likely as one by one."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -7,9 +8,11 @@ from unittest import mock
 import pytest
 import torch
 from cases.models import tensors
-from conftest import Patch, save_tiny_model
+from conftest import Capture, Patch, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import Operations
+from simulated_gpu import simulated_gpu
 from test_families import check_answers, drawn_questions, save
 from torch import Tensor
 from transformers import AttentionInterface
@@ -68,6 +71,11 @@ def test_a_token_sees_its_context_and_its_own_choice(
         ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
     expected = oracle(q, k, v, torch.tensor(sees), scale or 8**-0.5, softcap)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    with simulated_gpu(), attending_within(PackedQuestions(positions, question, choice)):
+        mask = mask_pairs(1, len(places), len(places), kind, "cuda", attention_mask=None, allow_is_causal_skip=True)
+        assert (~mask[0, 0]).cpu().tolist() == sees
+        on_gpu, _ = attend(MODULE, q.to("cuda"), k.to("cuda"), v.to("cuda"), mask, scaling=scale, softcap=softcap)
+    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def blind(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _: Tensor, **words: Any) -> tuple[Tensor, None]:
@@ -140,9 +148,15 @@ def test_a_sequence_holds_each_context_once_and_every_prediction_has_its_place(d
     asked = [Request(*pair) for pair in drawn]
     sequences, predictions = pack_questions(asked, tokens=tokens)
     inputs = sum(len(sequence.tokens) for sequence in sequences)
-    contexts = {request.context for request in asked}
+    asked_of = Counter[tuple[int, ...]]()  # inputs of its continuations, by context
+    for request in asked:
+        asked_of[request.context] += len(request.continuation) - 1
     continuations = {(request.context, request.continuation[:-1]) for request in asked}
-    assert inputs == sum(map(len, contexts)) + sum(len(continuation) for _, continuation in continuations)
+    least = sum(map(len, asked_of)) + sum(len(continuation) for _, continuation in continuations)
+    if max(asked_of.values()) < tokens:
+        assert inputs == least
+    else:  # a context is there again after as many tokens as a sequence has
+        assert least <= inputs <= sum(len(x) * (1 + asked_of[x] // tokens) + asked_of[x] for x in asked_of)
     for request, (number, positions) in zip(asked, places_of(asked, predictions), strict=True):
         sequence = sequences[number]
         assert sequence.questions is not None
@@ -216,6 +230,81 @@ def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch:
     assert max(lengths) <= 1 + 60 + 3
     inputs = [sequences[number].tokens[positions].tolist() for number, positions in places_of(asked, predictions)]
     assert inputs == [[1, number, 5, 6] for number in range(100)]
+
+
+def questions_of(number: int, task: str = "a task") -> list[Request]:
+    """Questions of ten tokens with two choices of three."""
+    drawn = torch.randint(3, 256, (number, 16), generator=torch.Generator().manual_seed(number)).tolist()
+    choices = (slice(10, 13), slice(13, 16))
+    return [Request(tuple(row[:10]), tuple(row[choice]), task) for row in drawn for choice in choices]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_gpu_starts_as_many_operations_for_few_questions_as_for_many(tmp_path: Path, softcap: float | None):
+    """The host waits for each; the loop over questions of a CPU would take longer than the attention."""
+    config: dict[str, Any] = {"attn_logit_softcapping": softcap} if softcap else {}
+    folder = save("gemma2" if softcap else "llama", tmp_path / "model", max_position_embeddings=512, **config)
+    counts = []
+    for number in (6, 24):
+        with simulated_gpu():
+            decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cuda"))
+            assert decoder.packs_questions
+            runner = ModelRunner(decoder, tmp_path / str(number))
+            with Operations() as operations:
+                loglikelihoods(runner, questions_of(number), length=512, progress=iter)
+        counts.append(operations.counts)
+    assert len(runner.chunks) == 1
+    assert counts[0] == counts[1]
+
+
+def test_tasks_that_run_together_have_the_bits_that_they_have_alone(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 60)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    tasks = [questions_of(number, f"{number} questions") for number in (2, 18, 3)]
+    shared = [Request(request.context, request.continuation, "shared") for request in tasks[1]]  # no context twice
+    for packs in (True, False):
+        decoder.packs_questions = packs
+        alone = [
+            loglikelihoods(ModelRunner(decoder, tmp_path / f"{packs} {number}"), task, length=64, progress=iter)
+            for number, task in enumerate([*tasks, shared])
+        ]
+        runner = ModelRunner(decoder, tmp_path / f"{packs}")
+        asked = [request for task in [*tasks, shared] for request in task]
+        assert loglikelihoods(runner, asked, length=64, progress=iter) == [x for task in alone for x in task]
+        assert all(len({sequence.task for sequence in chunk.sequences}) == 1 for chunk in runner.chunks)
+
+
+def test_a_gpu_without_memory_gets_shorter_sequences(tiny: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture):
+    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 512)
+    asked, real, most = questions_of(40), Decoder.run, 300
+
+    def run(self: Decoder, index: int, hidden: Tensor, sequence: calls.TokenSequence) -> Tensor:
+        if index == 1 and len(sequence.tokens) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(self, index, hidden, sequence)
+
+    expected = loglikelihoods(
+        ModelRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "host"), asked, length=64, progress=iter
+    )
+    monkeypatch.setattr(Decoder, "run", run)
+    with pytest.raises(torch.OutOfMemoryError):  # a CPU's packing is a part of its results
+        loglikelihoods(
+            ModelRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "out"),
+            asked,
+            length=64,
+            progress=iter,
+        )
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=torch.device("cuda"))
+        answers = loglikelihoods(ModelRunner(decoder, tmp_path / "gpu"), asked, length=64, progress=iter)
+        assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
+        assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], rel=1e-5)
+        line = "zero-shot: out of GPU memory; starting again with sequences of 256 tokens instead of 512\n"
+        assert capsys.readouterr().err == line
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            loglikelihoods(ModelRunner(decoder, tmp_path / "none"), asked, length=64, progress=iter)
+        assert capsys.readouterr().err.count("instead of") == 2  # 256 and 128 tokens
 
 
 @pytest.mark.parametrize("budget", [0, 50_000])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +18,15 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS
 from cases.models import tensors as spoil_weights
-from conftest import Capture, Make, calibrate, fetch, mask_and_apply, shared, tree
+from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, shared, tree
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
+from simulated_gpu import simulated_gpu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.engine.accelerator import Copies
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import compute_perplexity
 from wanda_dvc.engine.forward import ModelRunner
@@ -39,6 +43,7 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrated_from
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.solving import MaskJob, score_block
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import digest, files_digest, read_provenance, write_provenance
@@ -156,8 +161,40 @@ def test_linears_of_a_block_give_up_different_shares():
     weights = {name: torch.randn(8, 20) for name in ("a", "b")}
     block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
     sparsity = {"a": Fraction("0.29"), "b": Fraction("0.7")}
-    keeps = choose_block(weights.__getitem__, block, MaskRule(methods()["wanda"], sparsity), torch.device("cpu"))
+    keeps = choose_block(weights.items(), block, MaskRule(methods()["wanda"], sparsity))
     assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
+
+
+def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_study: Make, monkeypatch: Patch):
+    """By the engine's copies, from pinned memory: a GPU scores weights faster than the link brings them."""
+    made = calibrated_study()
+    device, job = (
+        torch.device("cuda"),
+        MaskJob(made.plan, Checkpoint(made.model("dense")), [Fraction(1, 2)] * 4, None, made.fisher),
+    )
+    block = read_stats(made.stats, 1)
+    expected = score_block(job, 1, block, torch.device("cpu")).masks
+    linears, real = [*block.by_linear], choose_linear
+    read = [threading.Event() for _ in linears]
+    copy, copied = Copies.copy, list[threading.Thread]()
+
+    def copying(self: Copies, tensor: torch.Tensor, into: torch.Tensor) -> None:
+        copied.append(threading.current_thread())
+        copy(self, tensor, into)
+        read[len(copied) - 1].set()
+
+    def choose(linear: str, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+        assert weight.is_cuda
+        assert threading.current_thread() not in copied
+        assert all(event.wait(timeout=5) for event in read[: linears.index(linear) + 2])
+        return real(linear, weight, *args)
+
+    monkeypatch.setattr(Copies, "copy", copying)
+    monkeypatch.setattr("wanda_dvc.pruning.masks.choose_linear", choose)
+    with simulated_gpu():
+        masks = score_block(job, 1, block, device).masks
+    assert len(copied) == len(linears)
+    assert all(torch.equal(masks[linear].cpu(), expected[linear]) for linear in linears)
 
 
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):

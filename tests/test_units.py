@@ -14,12 +14,15 @@ import pytest
 import torch
 from cases.grids import named
 from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
+from simulated_gpu import simulated_gpu
 from test_families import ALL, MIXTURES, save
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import STRUCTURES, methods
+from wanda_dvc.engine import probe as probing
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.finders import block_lists
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, UnitTensor
@@ -36,6 +39,7 @@ from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.tensors import read_masks, read_stats
 
+CPU = torch.device("cpu")
 NO_NUMBER = "its configuration has no number"
 REFUSED = {
     "neurons": {"bloom": NO_NUMBER, "openai-gpt": NO_NUMBER, "mamba": "several linears"},
@@ -148,9 +152,9 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
 # --- families ---
 
 
-def removal_of(folder: Path, pattern: str, sparsity: str = "") -> Removal:
+def removal_of(folder: Path, pattern: str, sparsity: str = "", device: torch.device = CPU) -> Removal:
     structure = STRUCTURES[pattern]
-    return resolve_name(structure.find)(Checkpoint(folder), structure, Fraction(sparsity or SHARES[pattern]))
+    return resolve_name(structure.find)(Checkpoint(folder), structure, Fraction(sparsity or SHARES[pattern]), device)
 
 
 def drawn(removal: Removal) -> Removal:
@@ -263,7 +267,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     grouped = (pattern, family) == ("experts", "deepseek_v3")
     assert {units.groups for units in found.unit_sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
-    probe(checkpoint, removal)
+    probe(checkpoint, removal, CPU)
     left = Checkpoint(write(SmallerCheckpoint(checkpoint, removal), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
     tokens = torch.randint(3, 256, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -336,7 +340,28 @@ def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: P
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", by_number)
     folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
     with pytest.raises(UserError, match="computes something else"):
-        probe(Checkpoint(folder), drawn(removal_of(folder, "experts")))
+        probe(Checkpoint(folder), drawn(removal_of(folder, "experts")), CPU)
+
+
+@pytest.mark.parametrize(("pattern", "family"), CASES)
+def test_the_probe_runs_on_the_device(pattern: str, family: str, tmp_path: Path, monkeypatch: Patch):
+    """On a CPU, 70 billion parameters take ten minutes. A smaller model with other values is refused there too."""
+    folder = save(family, tmp_path / "model", **(EXPERTS[family] if pattern == "experts" else {}))
+    checkpoint, used, build = Checkpoint(folder), list[str](), Decoder.__init__
+
+    def init(self: Decoder, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        used.append(device.type)
+        build(self, *args, device=device, **kwargs)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    with simulated_gpu():
+        removal = drawn(removal_of(folder, pattern, device=torch.device("cuda")))
+        probe(checkpoint, removal, torch.device("cuda"))
+        assert set(used) == {"cuda"}
+        others = removal.with_kept({name: kept.roll(1) for name, kept in removal.kept_masks.items()})
+        monkeypatch.setattr(probing, "SmallerCheckpoint", lambda source, _: SmallerCheckpoint(source, others))
+        with pytest.raises(UserError, match="computes something else"):
+            probe(checkpoint, removal, torch.device("cuda"))
 
 
 def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):

@@ -16,6 +16,7 @@ from cases import REMOVED, dotted
 from conftest import Capture, Make, Patch, fetch, write_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.sources import EMBEDDED_FOLDER
@@ -23,7 +24,7 @@ from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.zero_shot import CONTINUED, continue_prompts, flips, zero_shot
-from wanda_dvc.study.artifact import Work, write_provenance
+from wanda_dvc.study.artifact import write_provenance
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import FILES, PROMPTS
@@ -150,17 +151,15 @@ def calibrated_study(study: Make) -> Study:
 
 @pytest.fixture
 def asked(monkeypatch: Patch) -> list[str]:
-    """The tasks that the model was asked; a task that is in the list as `not TASK` ends the run."""
+    """The tasks that the model was asked, those of one pass in one word."""
     asked: list[str] = []
-    answer_task = stage.answer_task
+    forward = ModelRunner.forward
 
-    def spy(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
-        if f"not {task}" in asked:
-            raise KeyboardInterrupt
-        asked.append(task)
-        return answer_task(study, model, task, protocol, work)
+    def spy(self: ModelRunner, sequences: Any, **kwargs: Any) -> Any:
+        asked.append(" ".join(dict.fromkeys(sequence.task for sequence in sequences)))
+        return forward(self, sequences, **kwargs)
 
-    monkeypatch.setattr(stage, "answer_task", spy)
+    monkeypatch.setattr(ModelRunner, "forward", spy)
     return asked
 
 
@@ -178,26 +177,45 @@ def results(study: Study, tasks: list[str]) -> dict[str, bytes]:
 
 def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(calibrated_study: Study, asked: list[str]):
     full = results(calibrated_study, THREE)
+    assert asked == ["piqa rte arc_easy"]  # the model's blocks are loaded once for all
     for path in calibrated_study.answers.iterdir():
         path.unlink()
     asked.clear()
     before = results(calibrated_study, THREE[:2])
     assert results(calibrated_study, THREE) == full
-    assert asked == THREE
+    assert asked == ["piqa rte", "arc_easy"]
     assert results(calibrated_study, THREE[:2]) == before
-    assert asked == THREE
+    assert len(asked) == 2
     assert not [path for path in calibrated_study.work_root.iterdir() if path.is_dir()]
 
 
-def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(calibrated_study: Study, asked: list[str]):
-    asked.append("not rte")
+@pytest.mark.parametrize("finished", [[], ["piqa"]])
+def test_an_interrupted_pass_resumes_at_its_block(
+    calibrated_study: Study, finished: list[str], capsys: Capture, monkeypatch: Patch
+):
+    full = results(calibrated_study, THREE)
+    for path in calibrated_study.answers.iterdir():
+        if path.name.split("-")[1] not in finished:
+            path.unlink()
+    for name in ("zero_shot", "continuations"):
+        calibrated_study.metrics("dense", name).unlink(missing_ok=True)
+    ran, real = list[int](), BlockStep.run
+
+    def run(self: BlockStep) -> None:
+        if self.index == 2 and 2 not in ran:
+            ran.append(2)
+            raise KeyboardInterrupt
+        ran.append(self.index)
+        real(self)
+
+    monkeypatch.setattr(BlockStep, "run", run)
     with pytest.raises(KeyboardInterrupt):
         results(calibrated_study, THREE)
-    assert asked == ["not rte", "piqa"]
     assert not calibrated_study.metrics("dense", "zero_shot").exists()
-    asked.clear()
-    results(calibrated_study, THREE)
-    assert asked == ["rte", "arc_easy"]
+    assert results(calibrated_study, THREE) == full
+    assert ran == [0, 1, 2, 2, 3]
+    assert "resuming after 2 of 4 blocks" in capsys.readouterr().err
+    assert not [path for path in calibrated_study.work_root.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("damage", ['{"details": {"protocol": {}}}', "", "[]", "{}"])
@@ -256,7 +274,7 @@ def test_changed_answers_are_metrics_of_real_tasks(samples: bool, study: Make, m
     write_provenance(measured.data("tasks") / "piqa", items | {"samples": samples})
     write_json(measured.details("dense", "zero_shot"), {"tasks": {"piqa": answers(*BEFORE)}})
     results = {"details": answers(*AFTER), "metrics": {"acc": 0.4}}
-    monkeypatch.setattr(stage, "_results_of_task", lambda *_: results)
+    monkeypatch.setattr(stage, "_results_of_tasks", lambda *_: {"piqa": results})
     zero_shot(study=measured, model="pruned")
     assert ("flips" in load_json(measured.metrics("pruned", "zero_shot"))["piqa"]) is not samples
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -37,7 +38,8 @@ def mask_pairs(
 ) -> Tensor:
     """Return the mask of one kind of block (causal, sliding, chunked) for `attend`.
 
-    Bool [1, 1, 1, pairs]: `PackedQuestions.masked_pairs` of the mask by position.
+    True is masked. On a CPU bool [1, 1, 1, pairs]: `PackedQuestions.masked_pairs` of the mask by position. On a GPU
+    [1, 1, length, length]: of all pairs of a sequence.
     """
     questions = _questions.get()
     positions = int(questions.positions.max()) + 1
@@ -45,7 +47,9 @@ def mask_pairs(
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     visible = sdpa_mask(1, positions, positions, mask_function=mask_function, device=device, **kwargs)
     assert visible is not None
-    return questions.masked_pairs(visible[0, 0].cpu()).to(device)[None, None, None]
+    if visible.device.type == "cpu":
+        return questions.masked_pairs(visible[0, 0])[None, None, None]
+    return ~questions.seen_pairs(visible[0, 0])[None, None]
 
 
 def attend(
@@ -59,20 +63,28 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
-    """Compute attention within each question by matrix multiplications; in the mask of `mask_pairs` True is masked.
+    """Compute attention within each question, with the mask of `mask_pairs`.
+
+    A CPU computes one question after another: a sequence has up to 50 times as many pairs of tokens as its questions.
+    A GPU computes all pairs at once, because starting an operation takes longer than these pairs.
 
     ValueError for unsupported arguments, such as sinks, the keys to attend to, or a bias for each position.
     """
     refused = [name for name, argument in kwargs.items() if isinstance(argument, Tensor) and name not in IGNORED]
     if refused:
         raise ValueError(f"attention with {', '.join(refused)}")
+    is_cpu = query.device.type == "cpu"
+    if softcap is None and not is_cpu:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        outputs = scaled_dot_product_attention(query, key, value, attn_mask=~attention_mask, scale=scaling)
+        return outputs.transpose(1, 2).contiguous(), None
     # The queries that share a key head form one matrix, position by position: fewer and larger multiplications.
     kv_heads, queries = key.shape[1], query.shape[1] // key.shape[1]
     q = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
     outputs = q.new_empty(query.shape[2], kv_heads, queries, v.shape[-1])
-    questions = _questions.get().slices
+    questions = _questions.get().slices if is_cpu else [slice(0, query.shape[2])]
     lengths = [tokens.stop - tokens.start for tokens in questions]
     masks = attention_mask.flatten().split([length**2 for length in lengths])
     for tokens, length, mask in zip(questions, lengths, masks, strict=True):

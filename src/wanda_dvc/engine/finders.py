@@ -83,7 +83,7 @@ class FieldDimension(NamedTuple):
     value: int  # of the field, or the value that null means
 
 
-def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
+def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction, device: torch.device) -> Removal:
     """Return the neurons or heads of a model. A sparsity that rounds to no unit gives a removal without an effect.
 
     Neurons: `intermediate_size` of Llama determines the inputs of `mlp.down_proj`, which are the units of a set `mlp`,
@@ -106,9 +106,9 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction) ->
     removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
     _build(source, structure, removal.config_changes)  # UserError if the model's class refuses the configuration
     try:
-        return _with_dimensions(source, removal, dimensions, in_sections=True)
+        return _with_dimensions(source, removal, dimensions, device, in_sections=True)
     except UserError:
-        return _with_dimensions(source, removal, dimensions, in_sections=False)
+        return _with_dimensions(source, removal, dimensions, device, in_sections=False)
 
 
 def _field_dimensions(
@@ -183,7 +183,7 @@ def _unit_sets(
 
 
 def _with_dimensions(
-    source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension], *, in_sections: bool
+    source: Checkpoint, removal: Removal, dimensions: Sequence[FieldDimension], device: torch.device, in_sections: bool
 ) -> Removal:
     """Return a removal with the dimensions of all tensors. UserError if the smaller model does not pass the probe.
 
@@ -201,7 +201,7 @@ def _with_dimensions(
     kept = {}
     for name, units in removal.unit_sets.items():
         kept[name] = torch.randperm(units.total, generator=generator) < units.total // 2
-    probe(source, complete.with_kept(kept))
+    probe(source, complete.with_kept(kept), device)
     return complete
 
 
@@ -220,7 +220,7 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
 # --- blocks ---
 
 
-def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
+def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction, _device: torch.device) -> Removal:
     """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
     full = build_empty(source.config, source)
     blocks_name, blocks = find_blocks(full)
@@ -261,7 +261,7 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
 # --- experts ---
 
 
-def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction) -> Removal:
+def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _device: torch.device) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
     If routers choose from groups of experts, each group keeps the same number. A sparsity that rounds to no expert

@@ -36,11 +36,14 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
                 f"{self.folder}: the tokenizer has no bos_token and no eos_token, expected one for questions without "
                 "context; set one in the model's tokenizer_config.json"
             )
-        self.task = requests[0].task_name
+        self.tasks = [request.task_name for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)  # the engine shows its own progress bar
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        converted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return loglikelihoods(self.runner, converted, length=self.max_length, progress=self.progress, task=self.task)
+        converted = [
+            Request(tuple(context), tuple(continuation), task)
+            for (_, context, continuation), task in zip(requests, self.tasks, strict=True)
+        ]
+        return loglikelihoods(self.runner, converted, length=self.max_length, progress=self.progress)

@@ -31,15 +31,15 @@ class MaskedRun(NamedTuple):
 
 
 @torch.no_grad()
-def probe(source: Checkpoint, removal: Removal) -> None:
+def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
     """Raise UserError if a smaller model differs from the full model without the removed units.
 
-    Random tokens run through blocks of both in float32: one block of each kind, or all if blocks are removed. One of
-    the models is in memory at a time.
+    Random tokens run through blocks of both on a device, in float32: one block of each kind, or all if blocks are
+    removed. One of the models is in memory at a time.
     """
     problem = ""
     try:
-        full = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+        full = Decoder(source, dtype=torch.float32, device=device)
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         removes_blocks = full.weights.blocks_name in removal.unit_sets
@@ -50,7 +50,7 @@ def probe(source: Checkpoint, removal: Removal) -> None:
         tolerance = 1e-3 if removes_blocks else 1e-2
         del full
         gc.collect()
-        small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=torch.device("cpu"))
+        small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=device)
         for run in runs:
             small.load(run.block, -1)
             difference = vector_norm(small.run(run.block, run.before, sequence) - run.masked).item()
@@ -101,7 +101,7 @@ class MaskedRouters(TorchFunctionMode):
         state = model.state_dict(keep_vars=True)
         for name, unit_set in removal.routers.items():
             if not state[name].is_meta:  # of a block that is not loaded
-                self._removed[state[name].data_ptr()] = ~removal.kept_masks[unit_set]
+                self._removed[state[name].data_ptr()] = ~removal.kept_masks[unit_set].to(state[name].device)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

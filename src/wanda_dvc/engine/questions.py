@@ -6,6 +6,8 @@ A question is a context with its continuations, which packed questions call choi
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -14,9 +16,10 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.engine.memory import LOGITS_AT_A_TIME
 from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, is_out_of_memory, notice
 
 SEQUENCE_TOKENS = 2048  # of questions: large multiplications, small activations
+FEWEST_TOKENS = 128  # to which a GPU without memory for that many may shorten the sequences
 
 ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
 Tokens = tuple[int, ...]
@@ -28,6 +31,7 @@ class Request:
 
     context: Tokens
     continuation: Tokens
+    task: str = "a task"
 
     def within(self, length: int) -> "Request":
         """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input.
@@ -35,7 +39,7 @@ class Request:
         Without a continuation, or with one of more than `length` tokens, the result has no context.
         """
         tokens = (self.context + self.continuation)[-(length + 1) :]
-        return Request(tokens[: -len(self.continuation)], self.continuation)
+        return Request(tokens[: -len(self.continuation)], self.continuation, self.task)
 
 
 @dataclass
@@ -60,26 +64,25 @@ class Prediction(NamedTuple):
 
 
 def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
-    """Return sequences of complete questions, as many as fit into `tokens`, and the predictions of each sequence.
+    """Return sequences of complete questions of one task, as many as fit into `tokens`, and each one's predictions.
 
-    The items of a task without contexts, such as XNLI, share one context. They are several questions of about
-    `SEQUENCE_TOKENS` tokens, because attention takes the square of a question.
+    The items of a task without contexts, such as XNLI, share one context. They are several questions of about `tokens`
+    tokens, because attention takes the square of a question.
     """
-    questions: dict[tuple[Tokens, int], Question] = {}
-    inputs = Counter[Tokens]()  # tokens of the continuations so far, by context
+    questions: dict[tuple[str, Tokens, int], Question] = {}
+    inputs = Counter[tuple[str, Tokens]]()  # tokens of the continuations so far, by task and context
     for index, request in enumerate(requests):
-        continuation = request.continuation[:-1]
-        key = (request.context, inputs[request.context] // SEQUENCE_TOKENS)
-        question = questions.setdefault(key, Question(request.context))
+        continuation, context = request.continuation[:-1], (request.task, request.context)
+        question = questions.setdefault((*context, inputs[context] // tokens), Question(request.context))
         question.indices.setdefault(continuation, []).append(index)
-        inputs[request.context] += len(continuation)
+        inputs[context] += len(continuation)
 
     groups: list[list[Question]] = []
-    size = 0  # of the last group
-    for question in questions.values():
-        if not groups or size + question.size > tokens:
+    size, last = 0, ""  # of the last group: its tokens, its task
+    for (task, _, _), question in questions.items():
+        if not groups or task != last or size + question.size > tokens:
             groups.append([])
-            size = 0
+            size, last = 0, task
         groups[-1].append(question)
         size += question.size
     joined = [join_questions(group, requests) for group in groups]
@@ -110,17 +113,18 @@ def join_questions(
             for index in indices:
                 predictions += predictions_of(index, inputs, requests[index].continuation)
     packed = PackedQuestions(torch.tensor(positions), torch.tensor(numbers), torch.tensor(choices))
-    return TokenSequence(torch.tensor(tokens), packed), predictions
+    return TokenSequence(torch.tensor(tokens), packed, requests[predictions[0].request].task), predictions
 
 
 def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], list[list[Prediction]]]:
     """Return a sequence for each distinct input, for models that run one question at a time, and its predictions."""
-    predictions: dict[Tokens, list[Prediction]] = {}
+    predictions: dict[tuple[str, Tokens], list[Prediction]] = {}  # by task and input
     for index, request in enumerate(requests):
         tokens = request.context + request.continuation[:-1]
         inputs = range(len(request.context) - 1, len(tokens))
-        predictions.setdefault(tokens, []).extend(predictions_of(index, inputs, request.continuation))
-    return [TokenSequence(torch.tensor(tokens)) for tokens in predictions], list(predictions.values())
+        predictions.setdefault((request.task, tokens), []).extend(predictions_of(index, inputs, request.continuation))
+    sequences = [TokenSequence(torch.tensor(tokens), task=task) for task, tokens in predictions]
+    return sequences, list(predictions.values())
 
 
 def predictions_of(request: int, positions: Iterable[int], targets: Iterable[int]) -> list[Prediction]:
@@ -129,21 +133,33 @@ def predictions_of(request: int, positions: Iterable[int], targets: Iterable[int
 
 
 def loglikelihoods(
-    runner: ModelRunner, requests: Sequence[Request], *, length: int, progress: ShowProgress, task: str = "a task"
+    runner: ModelRunner, requests: Sequence[Request], *, length: int, progress: ShowProgress
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
-    `length` is the model's number of positions. An interrupted run resumes from the runner's files.
+    `length` is the model's number of positions. The requests of a task are neighbours, and their results do not depend
+    on other tasks. An interrupted run resumes from the runner's files. Without memory on a GPU, sequences get shorter.
     """
     requests = [request.within(length) for request in requests]
-    if not all(request.context for request in requests):
-        raise UserError(f"tasks.names: {task}: a choice has no token, or more than the model's {length}; remove it")
-    if runner.decoder.packs_questions:
-        sequences, predictions = pack_questions(requests, tokens=SEQUENCE_TOKENS)
-    else:
-        sequences, predictions = one_per_sequence(requests)
-    for step in progress(runner.forward(sequences)):
-        step.run()
+    too_long = [request.task for request in requests if not request.context]
+    if too_long:
+        problem = f"a choice has no token, or more than the model's {length}"
+        raise UserError(f"tasks.names: {too_long[0]}: {problem}; remove it")
+    tokens, packs = SEQUENCE_TOKENS, runner.decoder.packs_questions
+    while True:
+        sequences, predictions = pack_questions(requests, tokens=tokens) if packs else one_per_sequence(requests)
+        try:
+            for step in progress(runner.forward(sequences)):
+                step.run()
+            break
+        except RuntimeError as error:
+            is_shortest = runner.decoder.device.type == "cpu" or not packs or tokens // 2 < FEWEST_TOKENS
+            if is_shortest or not is_out_of_memory(error):
+                raise
+        tokens //= 2
+        notice(
+            f"zero-shot: out of GPU memory; starting again with sequences of {tokens} tokens instead of {2 * tokens}"
+        )
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
     answers = runner.map_outputs(predict, lambda places: (length, predictions[places.start : places.stop]))
@@ -170,7 +186,9 @@ def predict(
     count = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
     for start in range(0, len(positions), count):
         selected = positions[start : start + count]
-        states = torch.stack([hidden[number][position] for number, position in selected]).to(decoder.device)
+        by_sequence = groupby(selected, key=itemgetter(0))
+        states = torch.cat([hidden[number][[position for _, position in places]] for number, places in by_sequence])
+        states = states.to(decoder.device)
         tokens = torch.zeros(len(selected), dtype=torch.long, device=decoder.device)  # not read: the head takes states
         ((_, logits),) = decoder.logits(states[None], tokens)
         log_p = logits.float().log_softmax(dim=-1)

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -49,12 +49,15 @@ class PackedQuestions:
         True is masked, unlike in torch's attention. `visible`, in which True is seen, is the mask by position of the
         kind of block (causal, sliding, chunked).
         """
-        pairs = []
-        for tokens in self.slices:
-            choice, positions = self.choice[tokens], self.positions[tokens]
-            related = (choice == 0) | (choice == choice[:, None])
-            pairs.append(~(visible[positions][:, positions] & related).flatten())
-        return torch.cat(pairs)
+        columns = (self.positions, self.question, self.choice)
+        questions = [PackedQuestions(*(column[tokens] for column in columns)) for tokens in self.slices]
+        return torch.cat([~question.seen_pairs(visible).flatten() for question in questions])
+
+    def seen_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, "length length"]:
+        """Return the tokens that each token attends to, on the device of `visible`, the mask by position."""
+        positions, question, choice = (x.to(visible.device) for x in (self.positions, self.question, self.choice))
+        related = (question == question[:, None]) & ((choice == 0) | (choice == choice[:, None]))
+        return visible[positions[:, None], positions] & related
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,7 @@ class TokenSequence:
 
     tokens: Int[Tensor, " length"]
     questions: PackedQuestions | None = None  # None: one text
+    task: str = ""  # of the questions; a chunk has the sequences of one task, so no task's results depend on another
 
 
 Batch = Sequence[TokenSequence]  # that run through a block together: texts of one length, or packed questions alone
@@ -77,8 +81,10 @@ class Chunk(NamedTuple):
 
 
 def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
-    """Return the sequences, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100."""
-    count = len(sequences)
-    size = min(max(count // PREFERRED_CHUNKS, 1), LARGEST_CHUNK)
-    places = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    """Return the sequences of each task, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100."""
+    places: list[range] = []
+    for _, of_task in groupby(range(len(sequences)), key=lambda number: sequences[number].task):
+        numbers = list(of_task)
+        size, end = min(max(len(numbers) // PREFERRED_CHUNKS, 1), LARGEST_CHUNK), numbers[-1] + 1
+        places += [range(start, min(start + size, end)) for start in range(numbers[0], end, size)]
     return [Chunk(number, each, sequences[each.start : each.stop]) for number, each in enumerate(places)]

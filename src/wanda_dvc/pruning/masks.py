@@ -42,15 +42,15 @@ class MaskRule(NamedTuple):
 # --- masks of a block ---
 
 
-def choose_block(read_weight: ReadWeight, stats: BlockStats, rule: MaskRule, device: torch.device) -> dict[str, Tensor]:
-    """Return the masks of one block's linears by their scores, oriented as their weights are stored."""
-
-    def choose(linear: str, x: InputStats) -> Tensor:
-        return choose_linear(linear, read_weight(linear).to(device), x, stats, rule)
-
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+def choose_block(
+    weights: Iterable[tuple[str, Tensor]], stats: BlockStats, rule: MaskRule, *, threads: int = 1
+) -> dict[str, Tensor]:
+    """Return the masks of one block's linears by their scores, oriented as their weights, which may be read lazily."""
+    x = stats.by_linear
+    if threads == 1:
+        return {linear: choose_linear(linear, weight, x[linear], stats, rule) for linear, weight in weights}
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {linear: pool.submit(choose, linear, x) for linear, x in stats.by_linear.items()}
+        jobs = {linear: pool.submit(choose_linear, linear, w, x[linear], stats, rule) for linear, w in weights}
         return {linear: job.result() for linear, job in jobs.items()}
 
 

@@ -219,7 +219,7 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     """
     reader = DenseToPruned(study)
     checkpoint = reader.checkpoint
-    removal = removal_of(checkpoint, reader.plan)
+    removal = removal_of(checkpoint, reader.plan, reader.device)
     if removal is None:
         view = EditedCheckpoint(checkpoint, reader.read, reader.addresses)
     else:

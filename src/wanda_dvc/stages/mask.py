@@ -101,12 +101,12 @@ def _describe(
 # --- how much is removed ---
 
 
-def removal_of(checkpoint: Checkpoint, plan: Plan) -> "Removal | None":
+def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Removal | None":
     """Return how many units a pattern removes, and where they are; None if it sets weights to zero."""
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
-    return resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity)
+    return resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
 
 
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
@@ -116,7 +116,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     them choose. UserError if a sparsity above 0 removes no unit.
     """
     plan = study.plan
-    removal = removal_of(checkpoint, plan)
+    removal = removal_of(checkpoint, plan, device)
     if removal is None:
         return None
     if plan.sparsity and not removal.sparsity:
@@ -140,7 +140,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         device=device,
     )
     removal = removal.with_kept(kept)
-    probe(checkpoint, removal)
+    probe(checkpoint, removal, device)
     return removal
 
 

@@ -133,5 +133,8 @@ def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.devic
     """Return the result of a block whose masks are chosen by scores."""
     if job.plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
-    masks = choose_block(job.checkpoint.weight, stats, job.rule(block), device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    # On a GPU the next weight is copied while one is scored.
+    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, stats.by_linear))
+    masks = choose_block(zip(stats.by_linear, weights, strict=True), stats, job.rule(block), threads=threads)
     return BlockResult(block, tensors.pack_masks(masks), {}, {})

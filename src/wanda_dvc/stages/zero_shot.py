@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ def zero_shot(*, study: Study, model: str) -> None:
     dense: Json = {}  # the dense model's answers by task
     if model != "dense":
         dense = load_json(study.details("dense", "zero_shot")).get("tasks", {})
-    details, metrics = Json(), Json()
+    protocols, benchmarks = Json(), set()
     for task in settings["tasks"]:
         items = read_provenance(study.data("tasks") / task, "download tasks")
         described = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
         inputs = {"task": described, "examples": 0, "limit": settings["limit"], "dtype": dtype}
-        protocol = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
-        results = _results_of_task(study, model, task, protocol)
-        details[task], metrics[task] = results["details"], results["metrics"]
-        if task in dense and not items["samples"]:  # the embedded questions are no benchmark
+        protocols[task] = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
+        if not items["samples"]:  # the embedded questions are no benchmark
+            benchmarks.add(task)
+    results = _results_of_tasks(study, model, protocols)
+    details = {task: results[task]["details"] for task in protocols}
+    metrics = {task: results[task]["metrics"] for task in protocols}
+    for task in protocols:
+        if task in dense and task in benchmarks:
             metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
     write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
     write_json(study.details(model, "zero_shot"), {"tasks": details})
@@ -88,43 +93,55 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
     return counts
 
 
-def _results_of_task(study: Study, model: str, task: str, protocol: Json) -> Json:
-    """Return a task's `details` and `metrics`: stored ones with this protocol, or new ones."""
-    path = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
-    with study.work(protocol) as work:
-        results = Json()
-        with contextlib.suppress(UserError):  # a damaged file: the task is answered again
-            results = load_json(path)
-        if results.get("details", {}).get("protocol") != protocol:
-            results = answer_task(study, model, task, protocol, work)
-            write_json(path, results)
+def _results_of_tasks(study: Study, model: str, protocols: Json) -> Json:
+    """Return each task's `details` and `metrics`: stored ones with its protocol, or new ones of one pass for all."""
+    results, new, paths = Json(), Json(), dict[str, Path]()
+    with study.work(protocols) as work:
+        for task, protocol in protocols.items():
+            paths[task] = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
+            with contextlib.suppress(UserError):  # a damaged file: the task is answered again
+                results[task] = load_json(paths[task])
+            if results.get(task, {}).get("details", {}).get("protocol") != protocol:
+                new[task] = protocol
+        if new:  # another set of tasks has other activations
+            results |= answer_tasks(study, model, new, replace(work, path=work.path / digest(new)[:32]))
+        for task in new:
+            write_json(paths[task], results[task])
         work.discard()
     return results
 
 
-def answer_task(study: Study, model: str, task: str, protocol: Json, work: Work) -> Json:
-    """Run a task's questions through a model; return `details` and `metrics` in their written form."""
+def answer_tasks(study: Study, model: str, protocols: Json, work: Work) -> Json:
+    """Run the questions of some tasks through a model; return each task's `details` and `metrics`, as written."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM
     from wanda_dvc.sources.tasks import load_task
 
-    folder = study.data("tasks") / task
-    items = read_provenance(folder, "download tasks")
-    definition = load_task(items["definition"], items["role"], folder / ITEMS)
+    definitions = {}
+    for task in protocols:
+        folder = study.data("tasks") / task
+        items = read_provenance(folder, "download tasks")
+        definitions[task] = load_task(items["definition"], items["role"], folder / ITEMS)
     run = runner(study, model, work)
-    what, blocks = f"zero-shot {model} {task}, blocks", len(run.decoder.blocks)
+    what, blocks = f"zero-shot {model}, blocks", len(run.decoder.blocks)
     show_progress = partial(progress, total=blocks, what=what, at=lambda step: step.index)
     language_model = EngineLM(study.model(model), run, progress=show_progress)
     # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
-    evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"], bootstrap_iters=2)
-    scores, samples = evaluated["results"][task], evaluated["samples"][task]
+    limit = study.stage_input("zero-shot")["limit"]
+    evaluated = evaluate(language_model, definitions, limit=limit, bootstrap_iters=2)
+    not_finite, results = run.progress.first_not_finite or HEAD, Json()
+    for task, definition in definitions.items():
+        scores, samples = evaluated["results"][task], evaluated["samples"][task]
+        results[task] = _result_of_task(protocols[task], definition, scores, samples, not_finite)
+    return results
+
+
+def _result_of_task(protocol: Json, definition: Any, scores: Json, samples: list[Json], not_finite: str) -> Json:
+    """Return a task's `details` and `metrics`; if its answers are not finite, `not_finite` is the first such place."""
     reported = [metric for metric in METRICS if f"{metric},none" in scores]
-    not_finite = run.progress.first_not_finite
-    for sample in samples:
-        if not_finite is None and not all(math.isfinite(value) for value, _ in sample["filtered_resps"]):
-            not_finite = HEAD
-    if not_finite:  # the answers are meaningless: a comparison with NaN chooses the first
+    answered = [value for sample in samples for value, _ in sample["filtered_resps"]]
+    if not all(map(math.isfinite, answered)):  # they are meaningless: a comparison with NaN chooses the first
         details: Json = {"protocol": protocol, "not_finite": not_finite, "items": []}
         return {"details": details, "metrics": dict.fromkeys(reported, DIVERGED)}
     errors = {}
