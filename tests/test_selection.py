@@ -1,5 +1,6 @@
 """From score to mask: against loops, and the laws that no implementation may break."""
 
+from collections import Counter
 from fractions import Fraction
 from pkgutil import resolve_name
 from typing import Any
@@ -18,9 +19,17 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
 from wanda_dvc.pruning.masks import MaskRule, choose_by_score
-from wanda_dvc.pruning.selection import count_removed, keep_by_score_fraction, pack_bits, select, unpack_bits
+from wanda_dvc.pruning.selection import (
+    count_removed,
+    keep_by_score_fraction,
+    keep_highest,
+    pack_bits,
+    select,
+    unpack_bits,
+)
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, unit_index, unit_scores
+from wanda_dvc.study.tensors import pack_masks
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
@@ -113,21 +122,74 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...
     ):
         assert torch.equal(one, other)
         assert torch.equal(host, other)
-    assert not noted.ran & {"cumsum", "index_add_"}
+    assert not noted.ran.keys() & {"cumsum", "index_add_"}
     assert "sort" in noted.ran
 
 
 class Noted(TorchDispatchMode):
-    """Keeps the names of the device's operations inside."""
+    """Counts the device's operations inside by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ran = set[str]()
+        self.ran = Counter[str]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if OnDevice in types:
-            self.ran.add(function.overloadpacket.__name__)
+            self.ran[function.overloadpacket.__name__] += 1
         return function(*args, **kwargs or {})
+
+
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0078125, -3.0, 6e-8, -6e-8, 6e4, float("inf"), -float("inf")])
+
+
+@given(DTYPES, st.lists(NUMBERS, min_size=1, max_size=40), st.data())
+def test_a_gpu_selects_from_one_group_as_the_loops(dtype, numbers, data):
+    score = torch.tensor([numbers], dtype=dtype)
+    kept = data.draw(st.integers(0, len(numbers)))
+    with simulated_gpu():
+        mask = keep_highest(score.to("cuda"), kept).cpu()
+    assert mask.tolist() == oracle.keep_by_row(score.double().tolist(), len(numbers) - kept)
+
+
+def test_a_gpu_selects_from_one_group_by_as_many_passes_for_any_size():
+    """`kthvalue` runs a long group on one thread block. The host waits once, for the number of ties."""
+    operations = []
+    for size in (100, 10_000):
+        score = torch.rand(1, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        with simulated_gpu(), Noted() as noted:
+            mask = keep_highest(score.to("cuda"), size // 2)
+        assert mask.cpu().sum() == size // 2
+        operations.append(noted.ran)
+    assert operations[0] == operations[1]
+    assert not noted.ran.keys() & {"kthvalue", "sort", "topk", "_local_scalar_dense"}
+    assert noted.ran["nonzero"] == 1
+
+
+@pytest.mark.parametrize("columns", [*range(1, 18), 64])
+def test_a_gpu_sends_one_bit_a_weight(columns: int, monkeypatch):
+    mask = torch.rand(3, columns, generator=torch.Generator().manual_seed(columns)) < 0.5
+    bytes_sent: list[int] = []
+    for transfer in ("cpu", "to"):
+        monkeypatch.setattr(OnDevice, transfer, counted(getattr(OnDevice, transfer), bytes_sent))
+    with simulated_gpu():
+        masks = pack_masks({"up": mask.to("cuda")})
+        mask_again = masks.on("cuda", "up")
+        assert mask_again.is_cuda
+    assert bytes_sent == [3 * -(-columns // 8)]
+    assert torch.equal(masks.data["up"][0], pack_bits(mask))
+    assert torch.equal(mask_again.cpu(), mask)
+    assert torch.equal(masks["up"], mask)
+
+
+def counted(transfer, sizes):
+    """A method of tensors of the device that notes their bytes."""
+
+    def call(tensor, *args, **kwargs):
+        sizes.append(tensor.nbytes)
+        return transfer(tensor, *args, **kwargs)
+
+    return call
 
 
 @given(st.data())
@@ -183,7 +245,7 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
     direct = choose_by_score(weight, x, rule)
-    monkeypatch.setattr("wanda_dvc.pruning.masks.WEIGHTS_AT_A_TIME", 50)
+    monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
     assert torch.equal(choose_by_score(weight, x, rule), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12

@@ -50,7 +50,7 @@ def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, 
     threshold = kth_lowest(score, pruned)
     mask = score > threshold
     # Weights that equal the threshold fill the row up to `kept`, the rightmost first.
-    missing = kept - mask.sum(dim=1, keepdim=True, dtype=torch.int32)
+    missing = kept - row_counts(mask)
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]
@@ -97,14 +97,43 @@ def kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "gro
     """Return the k-th lowest score of each row, on a CPU by numpy's vectorized partition.
 
     It is 5 times as fast as kthvalue and 18 times as fast as a sort. Non-negative floats sort like their bit patterns,
-    and partitioning the bit patterns is nearly twice as fast.
+    and partitioning the bit patterns is nearly twice as fast. A GPU's kthvalue uses one thread block a row: many rows
+    fill the device, and one row does not.
     """
     if score.device.type != "cpu":
-        return torch.kthvalue(score, k, dim=1, keepdim=True).values
+        return kth_by_bits(score, k) if len(score) == 1 else torch.kthvalue(score, k, dim=1, keepdim=True).values
     numbers = score.numpy()
     bits = numbers.view(f"int{8 * numbers.itemsize}")
     ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
     return torch.from_numpy(ordered[:, k - 1 : k].view(numbers.dtype))
+
+
+def row_counts(mask: Bool[Tensor, "group size"]) -> Int[Tensor, "group 1"]:
+    """Return the number of kept weights of each row, on a CPU by numpy: up to 13 times as fast as torch's sum."""
+    if mask.device.type != "cpu":
+        return mask.sum(dim=1, keepdim=True, dtype=torch.int32)
+    return torch.from_numpy(mask.numpy().sum(axis=1, keepdims=True, dtype=np.int32))
+
+
+def kth_by_bits(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
+    """Return the k-th lowest score of each row, by one pass of the complete device for each of a number's bits.
+
+    The threshold gets its bits from the highest to the lowest; a bit is set if fewer than k scores are then lower. The
+    host waits for no pass. −0 counts as lower than 0, which are ties. Memory: an integer and a boolean a score.
+    """
+    width = 8 * score.itemsize
+    integer = torch.iinfo(getattr(torch, f"int{width}"))
+
+    def reversed_below_zero(bits: Tensor) -> Tensor:  # sorts bit patterns like their numbers; its own inverse
+        return (bits >> width - 1).bitwise_and_(integer.max).bitwise_xor_(bits)
+
+    order = reversed_below_zero(score.contiguous().view(getattr(torch, integer.dtype)))
+    threshold = torch.full_like(order[:, :1], integer.min)
+    for bit in (integer.min, *(1 << position for position in reversed(range(width - 1)))):
+        raised = threshold ^ bit
+        lower = (order < raised).sum(dim=1, keepdim=True)
+        threshold = raised.where(lower < k, threshold)
+    return reversed_below_zero(threshold).view(score.dtype)
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
