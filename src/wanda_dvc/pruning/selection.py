@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
@@ -152,10 +152,20 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
 
 
 def pack_bits(mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows bytes"]:
-    """Return one bit a weight, uint8 [rows, ⌈columns / 8⌉], the first column in the highest bit."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+    """Return one bit a weight, on the mask's device: uint8 [rows, ⌈columns / 8⌉], first column in the highest bit."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=1))
+    by_byte = nn.functional.pad(mask.view(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (by_byte << _bit_positions(mask.device)).sum(dim=2, dtype=torch.uint8)
 
 
 def unpack_bits(bits: UInt8[Tensor, "rows bytes"], columns: int) -> Bool[Tensor, "rows columns"]:
-    """Return the mask; `pack_bits` is the inverse."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=columns).view(np.bool_))
+    """Return the mask, on the device of the bits; `pack_bits` is the inverse."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=columns).view(np.bool_))
+    by_bit = (bits[:, :, None] >> _bit_positions(bits.device)).bitwise_and_(1)
+    return by_bit.flatten(1)[:, :columns].contiguous().view(torch.bool)
+
+
+def _bit_positions(device: torch.device) -> UInt8[Tensor, "8"]:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)

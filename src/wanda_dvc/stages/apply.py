@@ -174,7 +174,7 @@ class DenseToPruned:
         files = self.files_of(block)
         factors = self.factors_of(block, files.input_of.get(linear, ""))
         dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
-        mask = files.masks[linear].to(dense.device)
+        mask = files.masks.on(dense.device, linear)
         transposed = linear in files.grams.transposed
         new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
         if plan.apply_reconstructs and factors is not None:

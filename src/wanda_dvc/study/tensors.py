@@ -131,12 +131,17 @@ class Masks(UserDict[str, Any]):
     """
 
     def __getitem__(self, name: str) -> Tensor:
-        return unpack_bits(*self.data[name])
+        return self.on("cpu", name)
+
+    def on(self, device: torch.device | str, name: str) -> Tensor:
+        """Return a mask on a device, to which one bit a weight is sent."""
+        bits, columns = self.data[name]
+        return unpack_bits(bits.to(device), columns)
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> Masks:
-    """Return masks (bool, in the orientation of the stored weights) as one bit a weight."""
-    return Masks({name: (pack_bits(mask), mask.shape[1]) for name, mask in masks.items()})
+    """Return masks (bool, in the orientation of the stored weights) as one bit a weight, on the host."""
+    return Masks({name: (pack_bits(mask).cpu(), mask.shape[1]) for name, mask in masks.items()})
 
 
 def write_masks(folder: Path, block: int, masks: Masks) -> None:
