@@ -51,7 +51,7 @@ class OnDevice(Tensor):
         if any(isinstance(x, Tensor) and not isinstance(x, cls) and x.dim() for x in tree_leaves((checked, kwargs))):
             raise RuntimeError(f"{name}: expected all tensors on the same device, found {CUDA} and cpu")
         known = {id(x.host): x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)}  # changed in place
-        kernel = _histogram if name == "histc" else function
+        kernel = {"histc": _histogram, "mm": _product}.get(name, function)
         results = kernel(*tree_map(_host, args), **tree_map(_host, kwargs))
         return tree_map(lambda x: known.get(id(x)) if id(x) in known else _on_device(x), results)
 
@@ -87,6 +87,11 @@ def _on_device(x: Any) -> Any:
 def _histogram(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`histc` of whole numbers, as CUDA has it; the CPU has none."""
     return torch.histc(tensor.float(), *args, **kwargs).to(tensor.dtype)
+
+
+def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """`mm` with its result in another dtype, as CUDA alone has it: products of 16-bit numbers are exact in float32."""
+    return torch.mm(a, b) if out_dtype is None else torch.mm(a.to(out_dtype), b.to(out_dtype))
 
 
 def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:

@@ -6,14 +6,18 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import Patch
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_gpu import simulated_gpu
+from test_selection import Noted
 
 from wanda_dvc.catalog import ALLOCATIONS
+from wanda_dvc.engine.accelerator import product_dtype
 from wanda_dvc.pruning.allocation import (
     Competition,
     count_scores,
@@ -27,7 +31,7 @@ from wanda_dvc.pruning.allocation import (
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import prune_linear
 from wanda_dvc.pruning.selection import count_removed
-from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.pruning.solvers import GramFactors, least_squares
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.stages import calibrate
 
@@ -106,6 +110,51 @@ def test_a_scaled_triangle_holds_cosines_and_gives_the_matrix_back():
     assert torch.allclose(again.matrix(), gram.matrix(), rtol=1e-5, atol=0)
 
 
+def scaled_by_rows(upper: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """The triangle of cosines, row by row: divided by each norm in float64."""
+    rows = [upper[row, row:] / norm[row:] / norm[row] for row in range(len(upper))]
+    return torch.cat(rows).float()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("features", [1, 31, 32, 33, 100, 257])
+def test_triangles_have_the_bits_of_their_rows(features: int, device: str):
+    gram = unit_scores(Gram, features, [inputs(9, features)])
+    norm = gram.upper.diagonal().sqrt()
+    expected = scaled_by_rows(gram.upper, norm)
+    stored = expected.half()
+    with simulated_gpu():
+        _, packed = Gram(gram.upper.to(device), 9).scaled_triangle()
+        again = Gram.from_triangle(stored.to(device), 9, norm.float().to(device)).upper.cpu()
+    assert torch.equal(packed.cpu(), expected)
+    begin, scale = 0, norm.float()
+    for row in range(features):
+        end = begin + features - row
+        assert torch.equal(again[row, row:], (stored[begin:end].float() * scale[row:] * scale[row]).double())
+        begin = end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_starts_as_many_operations_for_any_width(dtype: torch.dtype):
+    """16-bit inputs are multiplied as they are, by one product whose sums are in float32."""
+    operations = []
+    for features in (64, 256):
+        x = (inputs(300, features) * (1 + torch.arange(features))).to(dtype)
+        with simulated_gpu(), Noted() as noted:
+            gram = Gram.empty(features, "cuda")
+            gram.add(x.to("cuda"))
+            products, conversions = noted.ran["mm"], noted.ran["_to_copy"]
+            norm, triangle = gram.scaled_triangle()
+            Gram.from_triangle(triangle.half(), 300, norm)
+        assert (products, conversions) == (1, 0)
+        operations.append(noted.ran)
+        exact = x.double().T @ x.double()
+        scale = exact.diagonal().sqrt()
+        assert ((gram.upper.cpu() - exact) / scale / scale[:, None]).abs().max() < 1e-5  # `make gpu` allows 1e-4
+    assert operations[0] == operations[1]
+    assert noted.ran.total() < 1000
+
+
 def test_without_tokens_every_feature_counts_alike():
     assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))
 
@@ -149,6 +198,45 @@ def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():
     weight = torch.tensor([[1.0, 1.0]])
     pruned = weight - torch.tensor([[1000.0, -1000.0]])
     assert layer_errors(weight, [pruned], gram) == [pytest.approx(1e6 / 4000001, rel=1e-9)]
+
+
+@pytest.mark.parametrize("tokens", [30, 600])
+@pytest.mark.parametrize("outlier", [1.0, 100.0])
+def test_the_layer_error_in_float32_is_near_that_in_float64(tokens: int, outlier: float):
+    """Of a masked weight and of one that compensates, for which most of the product cancels."""
+    x = inputs(tokens, 200) @ inputs(200, 200, seed=1) + 3
+    x[:, 7] *= outlier
+    weight = inputs(50, 200, seed=2)
+    factors = GramFactors(unit_scores(Gram, 200, [x]).matrix())
+    mask = inputs(50, 200, seed=3) > 0
+    pruned = [weight * mask, least_squares(weight, mask, factors).weight]
+    exact = layer_errors(weight, pruned, factors.gram)
+    rounded = layer_errors(weight, pruned, factors.gram, dtype=torch.float32)
+    assert rounded == pytest.approx(exact, rel=1e-3)
+    energy = (weight.double() @ factors.gram.double() * weight).sum()
+    for new, a, b in zip(pruned, exact, rounded, strict=True):
+        change = (weight - new).double().abs()
+        terms = (change @ factors.gram.double().abs() * change).sum() / energy
+        assert abs(a - b) <= 200 * 2**-23 * (terms + a)
+
+
+def test_a_gpu_measures_layer_errors_in_one_go():
+    """The host waits once, and the slices are larger than a CPU's."""
+    weight, gram = inputs(300, 200), unit_scores(Gram, 200, [inputs(60, 200, seed=1)]).matrix()
+    pruned = [weight.round(), weight * 0]
+    expected = layer_errors(weight, pruned, gram)
+    with simulated_gpu(), Noted() as noted, mock.patch("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 1000):
+        errors = layer_errors(weight.to("cuda"), [x.to("cuda") for x in pruned], gram.to("cuda"))
+    assert errors == pytest.approx(expected, rel=1e-12)
+    assert noted.ran["mm"] == 3
+    assert not noted.ran["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.float64), ((8, 9), torch.float32)])
+def test_products_are_in_float64_where_it_is_fast(capability: tuple[int, int], dtype: torch.dtype):
+    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+        assert product_dtype(torch.device("cuda")) is dtype
+        assert product_dtype(torch.device("cpu")) is torch.float64
 
 
 GROUPS = st.lists(st.builds(Competition, st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)

@@ -43,6 +43,19 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return onednn(a, b) if uses_onednn(a, b) else a @ b
 
 
+def multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Return a · b of two matrices of any dtypes in float32; 16-bit ones are not converted if `sums_in_float32`."""
+    if a.dtype is b.dtype and sums_in_float32(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return multiply(a.float(), b.float())
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether the device multiplies 16-bit matrices like this one exactly, and sums in float32: CUDA's tensor cores."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return is_half and x.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
     """Add α · a · b to a matrix, in place."""
     return total.add_(onednn(a, b), alpha=alpha) if uses_onednn(a, b) else total.addmm_(a, b, alpha=alpha)

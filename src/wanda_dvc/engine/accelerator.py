@@ -19,6 +19,8 @@ from torch import Tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Bytes of a tensor whose memory is kept for the next ones. Older versions of glibc accept at most 32 MiB.
 MMAP_THRESHOLDS = (2**30, 2**25)
+# Compute capabilities of GPUs with one float64 unit for two float32 ones: P100, V100, A100, H100, B200. Others: for 64.
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 Copied = TypeVar("Copied")
 
 
@@ -72,6 +74,12 @@ def disable_tf32() -> None:
 def float64_device(device: torch.device) -> torch.device:
     """Return the device for masks, solvers and sums, which need float64: this one if it is CUDA, else the host."""
     return device if device.type == "cuda" else torch.device("cpu")
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for products of which float32 loses digits: float64 where it is at least half as fast."""
+    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
+    return torch.float32 if slow else torch.float64
 
 
 class Copies:

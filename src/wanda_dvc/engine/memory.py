@@ -75,7 +75,7 @@ class ModelSizes:
 class ForwardMemory:
     """The memory of a model that runs block by block, by purpose, for sequences of `length` tokens."""
 
-    def __init__(self, model: ModelSizes, *, dtype: str, length: int) -> None:
+    def __init__(self, model: ModelSizes, *, dtype: str, length: int, device: str = "cpu") -> None:
         itemsize = ITEMSIZE[dtype]
         # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
         scores = length**2 * model.heads_with_scores * (2 * itemsize + 4)
@@ -86,10 +86,11 @@ class ForwardMemory:
         # Of some positions, as the model gives them, in float32, and their log-softmax.
         self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (itemsize + 8)
         self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square
-        # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel.
-        self.grams = 16 * model.input_squares + 12 * PANEL * model.widest
+        # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel or a product.
+        product = (12 * PANEL if device == "cpu" else 4 * model.widest) * model.widest
+        self.grams = 16 * model.input_squares + product
         # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
-        gradient_grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
+        gradient_grams = 16 * model.output_squares + product + 8 * length * model.widest
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
 
 

@@ -16,9 +16,9 @@ from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, OnGatedOutput, On
 from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
-from wanda_dvc.kernels import multiply
+from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import InputStats, TokenSum, cast_like
+from wanda_dvc.pruning.statistics import InputStats, TokenSum
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ class InputRecorder:
             sums.grams[name].add(x)
         dense = self._left.get(name)
         if dense is not None and self.linears[name].slice.expert is None and len(dense) == len(x) == self._left_tokens:
-            product = cast_like(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
+            product = multiply_in_float32(dense.T, x).to(device).double()
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
@@ -97,7 +97,7 @@ class InputRecorder:
         distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
         influence = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
         total = self.sums.influence.to(float64_device(influence.device))
-        self.sums.influence = total + cast_like(influence, total)
+        self.sums.influence = total + influence.to(total.device)
 
     def end_batch(self) -> None:
         """Free the batch's inputs."""

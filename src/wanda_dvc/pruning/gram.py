@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from wanda_dvc import kernels
-from wanda_dvc.pruning.statistics import cast_like
 
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
-PANEL = 128  # rows of a Gram matrix computed at a time, or factored by LAPACK
+PANEL = 128  # rows of a Gram matrix that a CPU computes at a time, or factors by LAPACK
+TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, whatever its size
 # Scores and layer errors take rows in slices of about so many weights, which bounds memory. With smaller slices the
 # threads wait for the interpreter.
 WEIGHTS_AT_A_TIME = 2**20
@@ -22,8 +23,9 @@ WEIGHTS_AT_A_TIME = 2**20
 class Gram:
     """XᵀX over all tokens of one distinct input. Sums of several chunks merge.
 
-    `add` multiplies one window in float32 and sums windows in float64, in panels of 128 rows. Memory in bytes: 8 · in²
-    for the sum, and while a window is added 12 · 128 · in, or 4 · tokens · in more where products go through oneDNN.
+    `add` multiplies the tokens of one call in float32 and sums calls in float64: on a CPU in panels of 128 rows; on a
+    GPU by one product, of 16-bit inputs as they are. Memory in bytes: 8 · in² for the sum. While tokens are added, on a
+    CPU 12 · 128 · in, or 4 · tokens · in more where products go through oneDNN; on a GPU 4 · in².
     """
 
     upper: Float64[Tensor, "in in"]  # on and above the diagonal; values below it are undefined
@@ -35,13 +37,13 @@ class Gram:
         return cls(torch.zeros(features, features, dtype=torch.float64, device=device), 0)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
-        """Add one window."""
-        features = x.float().T
+        """Add the tokens of one or more windows."""
+        features = (x if kernels.sums_in_float32(x) else x.float()).T
         if kernels.uses_onednn(features, features):  # its row slices multiply faster so
             features = features.contiguous()
-        for start in range(0, x.shape[1], PANEL):
-            panel = kernels.multiply(features[start : start + PANEL], features[start:].T)
-            self.upper[start : start + PANEL, start:] += cast_like(panel, self.upper)
+        for begin, end in panels(self.upper):
+            panel = kernels.multiply_in_float32(features[begin:end], features[begin:].T)
+            self.upper[begin:end, begin:] += panel.to(self.upper.device)
         self.count += len(x)
 
     def merge(self, gram: "Gram") -> None:
@@ -57,24 +59,35 @@ class Gram:
         return matrix.add_(matrix.triu(1).T)
 
     def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
-        """Return the upper triangle by row, float32, every feature divided by `norm`; no second matrix is in memory."""
+        """Return the upper triangle by row, float32, every feature divided by `norm`.
+
+        No second matrix is in memory: 2 · in² bytes for the triangle, and about 1 · in² for a panel.
+        """
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
-        scale = torch.ones_like(self.upper[0]) if norm is None else norm
-        for row, packed_row, row_scale in _rows_of_triangle(self.upper, packed, scale):
-            packed_row[:] = row / row_scale / row_scale[0]
+        for rows, numbers, mask in _panels_of_triangle(self.upper):
+            panel = self.upper[rows, rows.start :]
+            if norm is not None:
+                panel = (panel / norm[rows.start :]).div_(norm[rows, None])
+            _indexed(packed)[numbers] = _indexed(panel)[_indexed(mask)]
         return packed
 
     @classmethod
     def from_triangle(
         cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
     ) -> "Gram":
-        """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them."""
+        """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them.
+
+        Memory in bytes: 8 · in² for the result, and about ½ · in² for a panel.
+        """
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
         upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
-        scale = torch.ones(features, device=packed.device) if norm is None else norm
-        for row, packed_row, row_scale in _rows_of_triangle(upper, packed.float(), scale):
-            row[:] = packed_row * row_scale * row_scale[0]
+        for rows, numbers, mask in _panels_of_triangle(upper):
+            panel = torch.zeros(mask.shape, device=packed.device)
+            _indexed(panel)[_indexed(mask)] = _indexed(packed[numbers].float())
+            if norm is not None:
+                panel.mul_(norm[rows.start :]).mul_(norm[rows, None])
+            upper[rows, rows.start :] = panel
         return cls(upper, count)
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
@@ -83,41 +96,66 @@ class Gram:
         return norm.float(), self.triangle(norm.where(norm > 0, 1))
 
 
+def panels(matrix: Square) -> Iterator[tuple[int, int]]:
+    """Yield the rows in which a square matrix is computed: 128 at a time on a CPU, whose caches hold them, else all."""
+    size = PANEL if matrix.device.type == "cpu" else len(matrix)
+    return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
+
+
+def rows_at_a_time(weight: Weight) -> int:
+    """Return the rows of a slice of a weight: of about 2²⁰ weights on a CPU, and 2²⁶ elsewhere."""
+    weights = WEIGHTS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
+    return max(1, weights // weight.shape[1])
+
+
 def layer_errors(
-    dense: Weight, pruned: Sequence[Weight], gram: Square, dead: Bool[Tensor, " in"] | None = None
+    dense: Weight,
+    pruned: Sequence[Weight],
+    gram: Square,
+    dead: Bool[Tensor, " in"] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> list[float]:
     """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ.
 
     If all outputs of W are 0, it is 1 by convention, or 0 without error. G is zero at the `dead` features; solvers put
     other values there in `gram`.
 
-    Products and sums are in float64, because ΔGΔᵀ is small where Δ lies in directions of low variance of X. Memory in
-    bytes: 8 · in² for G and about 24 MiB for a slice of rows.
+    ΔG is computed in `dtype`, and all sums over it in float64, because ΔGΔᵀ is small where Δ lies in directions of low
+    variance of X. In float32 the error of ΔGΔᵀ is at most in · 2⁻²³ · |Δ||G||Δ|ᵀ. Memory in bytes: 8 · in² for G, and
+    about 24 MiB for a slice of rows, 1.5 GiB on a GPU. The host waits for a GPU once.
     """
-    exact = gram.to(torch.float64, copy=True)
+    exact = gram.to(dtype, copy=True)
     if dead is not None:
         exact.diagonal()[dead] = 0
-    rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
-    errors = [0.0] * len(pruned)
-    output = 0.0
-    for begin in range(0, len(dense), rows_at_a_time):
-        rows = slice(begin, begin + rows_at_a_time)
-        w = dense[rows].double()
-        output += _energy(w, exact)
-        for index, weight in enumerate(pruned):
-            errors[index] += _energy(w - weight[rows].double(), exact)
+    energies = torch.zeros(1 + len(pruned), dtype=torch.float64, device=gram.device)
+    size = rows_at_a_time(dense)
+    for begin in range(0, len(dense), size):
+        rows = slice(begin, begin + size)
+        w = dense[rows].to(dtype)
+        energies[0] += _energy(w, exact)
+        for index, weight in enumerate(pruned, 1):
+            energies[index] += _energy(w - weight[rows].to(dtype), exact)
+    output, *errors = energies.tolist()
     errors = [max(error, 0.0) for error in errors]  # rounding gives negative errors
     return [error / output if output else float(error > 0) for error in errors]
 
 
-def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -> float:
-    return (weight @ gram).mul_(weight).sum().item()
+def _energy(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> Float64[Tensor, ""]:
+    return (weight @ gram).double().mul_(weight).sum()
 
 
-def _rows_of_triangle(matrix: Tensor, packed: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for each row, from the diagonal on, views of the matrix, of the packed triangle, and of a vector [in]."""
-    begin = 0
-    for row in range(len(matrix)):
-        end = begin + len(matrix) - row
-        yield matrix[row, row:], packed[begin:end], scale[row:]
-        begin = end
+def _panels_of_triangle(matrix: Square) -> Iterator[tuple[slice, slice, Bool[Tensor, "rows columns"]]]:
+    """Yield for panels of rows, from the diagonal on: the rows, their numbers in the triangle, and their mask."""
+    end = 0
+    size = -(-len(matrix) // TRIANGLE_PANELS)
+    for row in range(0, len(matrix), size):
+        columns = len(matrix) - row
+        mask = torch.ones(min(size, columns), columns, dtype=torch.bool, device=matrix.device).triu_()
+        begin, end = end, end + len(mask) * (2 * columns - len(mask) + 1) // 2
+        yield slice(row, row + len(mask)), slice(begin, end), mask
+
+
+def _indexed(x: Tensor) -> Any:
+    """Return a CPU's tensor as numpy's, which copies runs of a boolean index several times as fast as torch."""
+    return x.numpy() if x.device.type == "cpu" else x

@@ -96,11 +96,12 @@ def prune_linear(
     mask: Tensor,
     factors: GramFactors | None,
     values: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
     *,
     transposed: bool = False,
     removes_units: bool = False,
 ) -> PrunedWeight:
-    """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
+    """Return one linear on its mask, and its layer errors, from products in `dtype`; `values` replace the kept weights.
 
     `removes_units`: the mask removes complete units, inputs of their consumer or rows of the linear that computes them.
     Nothing reads a removed row, so the errors are those of the other rows, and None if those rows do not change.
@@ -117,7 +118,7 @@ def prune_linear(
             return PrunedWeight(new, None, None)
         rows = rows.to(factors.gram.device)
         weights = [w[rows] for w in weights]
-    masked_error, error = layer_errors(weights[0], weights[1:], factors.gram, factors.dead)
+    masked_error, error = layer_errors(weights[0], weights[1:], factors.gram, factors.dead, dtype=dtype)
     return PrunedWeight(new, error, masked_error)
 
 

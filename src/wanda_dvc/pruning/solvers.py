@@ -23,7 +23,7 @@ from torch import Tensor
 from wanda_dvc.catalog import RECONSTRUCTIONS, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import add_product, multiply
-from wanda_dvc.pruning.gram import PANEL, Square, Weight
+from wanda_dvc.pruning.gram import Square, Weight, panels
 from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
 Mask = Bool[Tensor, "out in"]  # True is kept
@@ -302,7 +302,7 @@ def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[S
 
 def _lower(matrix: Square) -> Square | None:
     """Return L with LLᵀ = matrix, which is overwritten; None where it is not positive definite."""
-    for begin, end in _panels(matrix):
+    for begin, end in panels(matrix):
         panel = matrix[begin:, begin:end]
         before = matrix[begin:, :begin]
         if begin:
@@ -319,7 +319,7 @@ def _lower(matrix: Square) -> Square | None:
 
 def _inverse_of_lower(lower: Square) -> Square:
     inverse = torch.zeros_like(lower)
-    for begin, end in _panels(lower):
+    for begin, end in panels(lower):
         corner = lower[begin:end, begin:end]
         with _one_thread():
             corner = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=corner.device), upper=False)
@@ -328,11 +328,6 @@ def _inverse_of_lower(lower: Square) -> Square:
             left = multiply(lower[begin:end, :begin], inverse[:begin, :begin])
             inverse[begin:end, :begin] = multiply(corner, left).neg_()
     return inverse
-
-
-def _panels(matrix: Square) -> Iterator[tuple[int, int]]:
-    size = PANEL if matrix.device.type == "cpu" else len(matrix)
-    return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
 
 
 @contextlib.contextmanager
@@ -379,7 +374,7 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tu
     lower, used = _cholesky(matrix, damping, mean, name)
     root = _inverse_of_lower(lower)
     inverse = torch.empty_like(root)
-    for begin, end in _panels(root):
+    for begin, end in panels(root):
         panel = multiply(root[begin:, begin:end].T, root[begin:, begin:])
         inverse[begin:end, begin:] = panel
         inverse[begin:, begin:end] = panel.T

@@ -12,16 +12,11 @@ from torch import Tensor
 MEDIANS_OF_AN_OUTLIER = 6
 
 
-def cast_like(x: Tensor, total: Tensor) -> Tensor:
-    """Return a window's sums on the device and in the dtype of the total: the device first, as MPS has no float64."""
-    return x.to(total.device).to(total.dtype)
-
-
 @dataclass
 class InputStats:
     """Sums over all tokens of one distinct input. Sums of several chunks merge.
 
-    `add` sums one window in float32, fast and exact enough for a few thousand tokens; windows are summed in float64.
+    `add` sums the tokens of one call in float32, fast and exact enough for ten thousand; calls are summed in float64.
     """
 
     sum_squares: Float64[Tensor, " in"]
@@ -35,10 +30,10 @@ class InputStats:
         return cls(zeros, zeros.clone(), 0)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
-        """Add one window."""
+        """Add the tokens of one or more windows."""
         numbers = x.float()
-        self.sum += cast_like(numbers.sum(dim=0), self.sum)
-        self.sum_squares += cast_like(numbers.square().sum(dim=0), self.sum_squares)
+        self.sum += numbers.sum(dim=0).to(self.sum.device)
+        self.sum_squares += numbers.square().sum(dim=0).to(self.sum.device)
         self.count += len(x)
 
     def merge(self, stats: "InputStats") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.engine.accelerator import float64_device
+from wanda_dvc.engine.accelerator import float64_device, product_dtype
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
@@ -127,6 +127,7 @@ class DenseToPruned:
         self.plan = Plan.from_dict(read_provenance(study.masks, "mask")["params"])
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = float64_device(own_device(study.params.runtime))
+        self.dtype = product_dtype(self.device)  # of layer errors
         self.block_of = dict[str, int]()
         for block in range(block_count(study.masks, "mask")):
             self.block_of |= dict.fromkeys(linears_of_masks(study.masks, block), block)
@@ -188,7 +189,7 @@ class DenseToPruned:
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
         pruned = prune_linear(
-            dense, mask, factors, new, transposed=transposed, removes_units=plan.structure is not None
+            dense, mask, factors, new, self.dtype, transposed=transposed, removes_units=plan.structure is not None
         )
         weight = pruned.weight.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())

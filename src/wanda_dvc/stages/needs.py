@@ -36,7 +36,7 @@ class Run:
 
     def forward(self, length: int) -> ForwardMemory:
         """Return the memory of a forward pass with windows of `length` tokens."""
-        return ForwardMemory(self.sizes, dtype=self.dtype, length=length)
+        return ForwardMemory(self.sizes, dtype=self.dtype, length=length, device=self.device)
 
     def activations(self, tokens: int) -> int:
         """Return the bytes of the activations of some tokens before a block."""
