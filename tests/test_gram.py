@@ -1,6 +1,7 @@
 """Statistics of inputs: sums that are right, merge and pack; the layer error; and allocations, whose mean is exact."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -20,6 +21,7 @@ from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.accelerator import product_dtype
 from wanda_dvc.pruning.allocation import (
     Competition,
+    allocate,
     count_scores,
     outlier_ratio,
     owl,
@@ -239,6 +241,7 @@ def test_products_are_in_float64_where_it_is_fast(capability: tuple[int, int], d
         assert product_dtype(torch.device("cpu")) is torch.float64
 
 
+SHAPES = {"up": (40, 24), "down": (24, 40)}  # as stored; the second is [in, out]
 GROUPS = st.lists(st.builds(Competition, st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)
 FLOAT = st.floats(0, 100, allow_subnormal=False)
 
@@ -333,7 +336,36 @@ def test_outliers_are_counted_over_the_whole_block():
 def test_an_input_of_zeros_has_no_sensitivity():
     x = InputStats(torch.zeros(8).double(), torch.zeros(8).double(), 5)
     block = BlockStats({"up": x}, {"up": ["up"]}, [], {"up": torch.ones(3).double()})
-    assert sensitivity_rating(lambda _: torch.ones(3, 8), block) == [None]
+    assert sensitivity_rating({"up": torch.ones(3, 8)}, block) == [None]
+
+
+@pytest.mark.parametrize("name", [name for name, row in ALLOCATIONS.items() if row.strength is not None])
+@pytest.mark.parametrize("group", ["row", "linear"])
+def test_a_gpu_allocates_as_the_host(name: str, group: str):
+    """Each weight crosses the link once; a device's sums may round otherwise."""
+    weights = {f"{block}.{linear}": inputs(*SHAPES[linear], seed=block) ** 3 for block in range(3) for linear in SHAPES}
+    blocks = [
+        BlockStats(
+            {f"{block}.{linear}": unit_scores(InputStats, 24, [inputs(9, 24, seed=block)]) for linear in SHAPES},
+            {f"{block}.{linear}": [f"{block}.{linear}"] for linear in SHAPES},
+            [f"{block}.down"],
+            {f"{block}.{linear}": inputs(40, seed=block).double().square() for linear in SHAPES},
+        )
+        for block in range(3)
+    ]
+    reads = Counter[str]()
+
+    def read(linear: str) -> torch.Tensor:
+        reads[linear] += 1
+        return weights[linear]
+
+    choices: Any = {"allocation": ALLOCATIONS[name], "sparsity": Fraction(1, 2), "group": group}
+    expected = allocate(weights.__getitem__, blocks, 3, **choices, device=torch.device("cpu"))
+    with simulated_gpu(), Noted() as noted:
+        assert allocate(read, blocks, 3, **choices, device=torch.device("cuda")) == expected
+    assert len({str(sparsity) for sparsity in expected}) == 3
+    assert reads == Counter(list(weights))
+    assert noted.ran["abs"]
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))

@@ -5,7 +5,7 @@ Sparsities are exact fractions in [0, 1]. `round_to_total` corrects the counts o
 
 import bisect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
-from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
+from wanda_dvc.pruning.gram import Weight, rows_at_a_time
 from wanda_dvc.pruning.masks import BlockSparsity
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.scores import wanda
@@ -44,8 +44,9 @@ def allocate(
     allocation: Allocation,
     sparsity: Fraction,
     group: str,
+    device: torch.device,
 ) -> Sequence[BlockSparsity]:
-    """Return the sparsity of each block, or of the linears of each block.
+    """Return the sparsity of each block, or of the linears of each block; weights are rated on a device.
 
     `blocks` yields the statistics of the `count` blocks, and is not read if the allocation has no strength.
     """
@@ -56,13 +57,13 @@ def allocate(
     competitions: list[list[Competition]] = []  # of the linears that share a rating
     linears: list[list[str]] = []  # of each block
     for block in blocks:
-        of_linears = []
-        for linear, x in block.by_linear.items():
-            weights, features = read_weight(linear).numel(), len(x.sum)
-            of_linears.append(Competition(weights // features, features) if group == "row" else Competition(1, weights))
-        linears.append(list(block.by_linear))
+        weights = {
+            linear: oriented(read_weight(linear).to(device), linear in block.transposed) for linear in block.by_linear
+        }
+        of_linears = [Competition(*w.shape) if group == "row" else Competition(1, w.numel()) for w in weights.values()]
+        linears.append(list(weights))
         competitions += [[competition] for competition in of_linears] if allocation.uses_fisher else [of_linears]
-        ratings += rate(read_weight, block)
+        ratings += rate(weights, block)
     sizes = [sum(competition.groups * competition.size for competition in of_rating) for of_rating in competitions]
     raw = allocate_by_rating(sparsity, sizes, ratings, allocation.strength)
     sparsities = round_to_total(raw, sparsity, competitions)
@@ -72,17 +73,17 @@ def allocate(
     return [{name: next(next_sparsity) for name in names} for names in linears]
 
 
-def outlier_rating(read_weight: ReadWeight, block: BlockStats) -> list[float]:
+def outlier_rating(weights: Mapping[str, Weight], block: BlockStats) -> list[float]:
     """Return the percentage of outliers among a block's Wanda scores, for OWL, which allocates by block."""
 
     def scores() -> Iterator[Float[Tensor, "rows in"]]:
         for linear, x in block.by_linear.items():
-            yield from _wanda_scores(read_weight, block, linear, x)
+            yield from _wanda_scores(weights[linear], x)
 
     return [outlier_ratio(scores)]
 
 
-def sensitivity_rating(read_weight: ReadWeight, block: BlockStats) -> list[Tensor | None]:
+def sensitivity_rating(weights: Mapping[str, Weight], block: BlockStats) -> list[Tensor | None]:
     """Return a histogram of each linear's scores; None without Fisher information, or for an input of zeros.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
@@ -93,23 +94,18 @@ def sensitivity_rating(read_weight: ReadWeight, block: BlockStats) -> list[Tenso
         if linear not in block.fisher or not total:
             histograms.append(None)
             continue
-        row_factors = (block.fisher[linear] / total).sqrt().float()
-        begin = 0
-        counts = []
-        for scores in _wanda_scores(read_weight, block, linear, x):
-            end = begin + len(scores)
-            counts.append(count_scores(scores * row_factors[begin:end, None]))
-            begin = end
-        histograms.append(torch.stack(counts).sum(dim=0, dtype=torch.int32))
+        row_factors = (block.fisher[linear] / total).sqrt().float().to(weights[linear].device)
+        slices = row_factors[:, None].split(rows_at_a_time(weights[linear]))
+        scores = _wanda_scores(weights[linear], x)
+        counts = [count_scores(rows * factors) for rows, factors in zip(scores, slices, strict=True)]
+        histograms.append(torch.stack(counts).sum(dim=0, dtype=torch.int32).cpu())
     return histograms
 
 
-def _wanda_scores(
-    read_weight: ReadWeight, block: BlockStats, name: str, x: InputStats
-) -> Iterator[Float[Tensor, "rows in"]]:
+def _wanda_scores(weight: Weight, x: InputStats) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
-    weight = oriented(read_weight(name), name in block.transposed)
-    for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
+    x = x.to(weight.device)
+    for rows in weight.split(rows_at_a_time(weight)):
         yield wanda(rows, x)
 
 
@@ -169,20 +165,14 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
 def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], multiple: float = MEANS_OF_AN_OUTLIER) -> float:
     """Return the percentage of a block's scores that are above a multiple of their mean: OWL's D.
 
-    `scores` yields the scores in slices, and is called twice. Only one slice is in memory at a time.
+    `scores` yields the scores in slices, and is called twice. At most two slices are in memory at a time. The host
+    waits for a GPU twice.
     """
-    count = 0
-    sums = []
-    for score in scores():
-        count += score.numel()
-        sums.append(score.sum(dtype=torch.float64).item())
-        del score  # before the next slice is there
-    mean = sum(sums) / count
-    outliers = 0
-    for score in scores():
-        outliers += int((score > multiple * mean).sum())
-        del score  # before the next slice is there
-    return 100 * outliers / count
+    sums = [(score.numel(), score.sum(dtype=torch.float64)) for score in scores()]
+    count = sum(size for size, _ in sums)
+    mean = sum(torch.stack([total for _, total in sums]).tolist()) / count
+    outliers = torch.stack([(score > multiple * mean).sum() for score in scores()])
+    return 100 * int(outliers.sum()) / count
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:

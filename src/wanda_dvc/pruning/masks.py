@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram
+from wanda_dvc.pruning.gram import Gram, rows_at_a_time
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
@@ -124,15 +124,14 @@ def choose_by_score(
 ) -> Bool[Tensor, "out in"]:
     """Return the mask of the highest scores, on the weight's device; `row_factors` multiply the scores of each row.
 
-    Where rows do not compete, the host scores a slice of rows at a time: memory does not grow with the linear.
+    Where rows do not compete, a slice of rows is scored at a time: memory does not grow with the linear.
     UserError, with the linear's name, if a score is not finite, or the sparsity is out of reach.
     """
     method, sparsity = rule.method, linear_sparsity(rule.sparsity, linear)
-    rows_at_a_time = len(weight)
-    if method.selects_by_row(rule.pattern, rule.group) and row_factors is None and weight.device.type == "cpu":
-        rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+    by_row = method.selects_by_row(rule.pattern, rule.group) and row_factors is None
+    size = rows_at_a_time(weight) if by_row else len(weight)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    for rows, mask_rows in zip(weight.split(rows_at_a_time), mask.split(rows_at_a_time), strict=True):
+    for rows, mask_rows in zip(weight.split(size), mask.split(size), strict=True):
         score = scores_of(rows.contiguous(), x, method, row_factors, linear)
         if method.competition == "rows":
             mask_rows.copy_(keep_by_score_fraction(score, float(sparsity)))

@@ -42,7 +42,7 @@ def mask(*, study: Study) -> None:
     norms, digests = inputs.statistics(study)
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
-    sparsities = allocate_sparsities(study, checkpoint, blocks)
+    sparsities = allocate_sparsities(study, checkpoint, blocks, device)
     made_from = _describe(plan, norms, digests, sparsities, removal)
     job = MaskJob(plan, checkpoint, sparsities, removal, study.fisher.absolute())
     with study.work(made_from) as work:
@@ -144,7 +144,9 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     return removal
 
 
-def allocate_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Sequence[BlockSparsity]:
+def allocate_sparsities(
+    study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device
+) -> Sequence[BlockSparsity]:
     """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
     plan = study.plan
     if plan.sparsity and plan.pattern == UNSTRUCTURED and plan.method.competition == "groups":
@@ -165,6 +167,7 @@ def allocate_sparsities(study: Study, checkpoint: Checkpoint, blocks: int) -> Se
         allocation=plan.allocation,
         sparsity=plan.sparsity,
         group=plan.group,
+        device=device,
     )
 
 
