@@ -71,9 +71,8 @@ class ActivationStore:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
         self._in_memory.pop((block - self.stored, chunk), None)  # read for the last time; `drop` removes its file
         if self.on_device:
-            parts = [x.to(self.device, self.dtype).flatten(0, -2) for x in batches]
-            self._in_memory[block, chunk] = content = parts[0] if len(parts) == 1 else torch.cat(parts)
-            batches = [content]
+            content = torch.cat([x.to(self.device, self.dtype).flatten(0, -2) for x in batches])
+            self._in_memory[block, chunk], batches = content, [content]
         if not self.written_later:
             self._save(block, chunk, batches)
 

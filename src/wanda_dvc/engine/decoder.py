@@ -94,15 +94,14 @@ class Decoder:
         """
         if self.device.type != "cuda":
             return 0
-        need = 2 * self._sizes.block_parameters * self.dtype.itemsize + self._sizes.sums
+        need = 2 * self._sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
         return max(0, accelerator.free_device_memory(self.device) - need) // 2
 
     def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, backward: bool = False) -> list[Batch]:
         """Return a chunk's sequences in batches. `streamed`: their activations do not stay on the GPU."""
         batches: list[Batch] = []
-        for (length, key), group in itertools.groupby(sequences, lambda x: (len(x.tokens), x.questions and id(x))):
-            alike = list(group)
-            size = 1 if key else self.batch_size(length, streamed=streamed, backward=backward)
+        for (length, _), group in itertools.groupby(sequences, lambda x: (len(x.tokens), x.questions and id(x))):
+            alike, size = list(group), self.batch_size(length, streamed=streamed, backward=backward)
             batches += [alike[start : start + size] for start in range(0, len(alike), size)]
         self.largest_batch = max(map(len, batches))
         return batches
@@ -111,9 +110,12 @@ class Decoder:
         """Return how many texts run together: on a GPU as many as fit, else one, so that a CPU's bits do not vary."""
         if self.device.type != "cuda":
             return 1
-        memory = ForwardMemory(self._sizes, dtype=str(self.dtype).removeprefix("torch."), length=length)
+        memory = self._memory(length)
         size = self._batch_memory // ((3 if backward else 1) * memory.window + memory.norms)
         return max(1, min(size, self.batch_limit, STREAMED_TOKENS // length if streamed else size))
+
+    def _memory(self, length: int) -> ForwardMemory:
+        return ForwardMemory(self._sizes, dtype=str(self.dtype).removeprefix("torch."), length=length, device="cuda")
 
     # --- one block ---
 

@@ -58,7 +58,6 @@ class ModelSizes:
         # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
         self.input_squares, self.all_input_squares = max(input_squares), sum(input_squares)
         self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)
-        self.sums = 16 * max(self.input_squares, self.output_squares)  # bytes of the Gram matrices of a pass, at most
         # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
         self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
         self.hidden: int = text_config.hidden_size
@@ -92,6 +91,7 @@ class ForwardMemory:
         # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
         gradient_grams = 16 * model.output_squares + product + 8 * length * model.widest
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
+        self.sums = max(self.grams, gradient_grams)  # of any pass
 
 
 def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
