@@ -37,7 +37,7 @@ from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.needs import requirements
-from wanda_dvc.stages.process import Progress
+from wanda_dvc.stages.process import Progress, progress
 from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings, new_params
@@ -85,15 +85,6 @@ PRUNED: list[tuple[str, str, Settings]] = [
 ]
 
 
-class Measured(NamedTuple):
-    """One run of a stage."""
-
-    seconds: float
-    block: float  # seconds of a further block; of recovery, of a step
-    peak: int  # bytes of the GPU's memory; 0 on a CPU
-    needed: int  # likewise, by the formula
-
-
 class Bench:
     """One device, and studies of random models on it."""
 
@@ -129,28 +120,35 @@ class Bench:
         calibration, perplexity = {"text": text | {"split": None}} | sizes, {"texts": {"random": other_text}} | sizes
         return {"calibration": calibration, "perplexity": perplexity, "runtime": {"device": self.device.type}}
 
-    def measure(self, study: Study, stage: str, variant: str = "") -> Measured:
-        """Run a stage of a study; the first block, which warms up, and all that runs once give no time of a block."""
-        times = defaultdict[str, list[tuple[int, float]]](list)
-        show = Progress.show
+    def measure(self, study: Study, stage: str, variant: str = "") -> Settings:
+        """Run a stage of a study; return its seconds, and the mean of its blocks, or steps, but the first.
 
-        def note(progress: Progress, done: int) -> None:
+        Also the peak of a GPU's memory, and what the stage needs by the formula, in bytes.
+        """
+        times = defaultdict[str, list[tuple[int, float]]](list)
+        show, run_forward = Progress.show, ModelRunner.forward
+
+        def note(shown: Progress, done: int) -> None:
             self.wait()
-            times[progress.what].append((done, time.perf_counter()))
-            show(progress, done)
+            times[shown.what].append((done, time.perf_counter()))
+            show(shown, done)
+
+        def forward(runner: ModelRunner, *args: Any, **kwargs: Any) -> Any:
+            steps = run_forward(runner, *args, **kwargs)
+            return progress(steps, total=0, what="forward") if "stored" in kwargs else steps  # `backward` shows none
 
         needed = requirements(study, stage, ModelSizes.read(study.model("dense"))).memory
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with mock.patch.object(Progress, "show", note):
+        with mock.patch.object(Progress, "show", note), mock.patch.object(ModelRunner, "forward", forward):
             run(stage, study=study, variant=variant)
             self.wait()
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         parts = STEPS if stage == "recover" else self.size.blocks[1]
         block = sum(further(shown, parts) for what, shown in times.items() if "windows" not in what)
-        return Measured(seconds, block, peak, needed)
+        return {"seconds": seconds, "block": block, "peak": peak, "needed": needed}
 
 
 def further(shown: list[tuple[int, float]], parts: int) -> float:
@@ -194,11 +192,11 @@ def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str
     parts = ("model", "calibration", "perplexity", "tasks")
     study = bench.study("large", shape | {"num_hidden_layers": blocks}, settings, *parts)
 
-    def figures(name: str, measured: Measured) -> Settings:
+    def figures(name: str, measured: Settings) -> Settings:
         one, two = (work_of_stages(shape | {"num_hidden_layers": count}, protocol).get(name) for count in (1, 2))
-        share = two.plus(one, -1).seconds(speed) / measured.block if one and two else None
-        seconds = measured.seconds + (BLOCKS - blocks) * measured.block
-        return measured._asdict() | {"seconds": seconds, "share": share}
+        share = two.plus(one, -1).seconds(speed) / measured["block"] if one and two else None
+        seconds = measured["seconds"] + (BLOCKS - blocks) * measured["block"]
+        return measured | {"seconds": seconds, "share": share}
 
     for recipe, statistics, change in PRUNED:
         study = changed(study, change)
@@ -230,8 +228,8 @@ def recovery(bench: Bench, study: Study, shape: Settings, settings: Settings, sp
     with mock.patch.object(trainer, "EVALUATIONS", 1):  # each writes a checkpoint
         base, measured = (bench.measure(trained, "recover") for trained in (small, study))
     step, peak, needed = (
-        last + (BLOCKS - more) * (last - first) / (more - few)
-        for first, last in ((base.block, measured.block), (base.peak, measured.peak), (base.needed, measured.needed))
+        measured[name] + (BLOCKS - more) * (measured[name] - base[name]) / (more - few)
+        for name in ("block", "peak", "needed")
     )
     protocol = bench.size.protocol._replace(trained=RECOVERY_BATCH * RECOVERY_LENGTH)
     least = work_of_stages(shape, protocol)["recover"].seconds(speed)
