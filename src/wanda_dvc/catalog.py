@@ -136,9 +136,7 @@ class Structure(Choice):
     # More fields of config.json, in proportion to the number of units: for heads, a unit is a key-value head with its
     # query heads, and `num_attention_heads` falls with `num_key_value_heads`.
     scaled: tuple[str, ...] = ()
-    find: str = (
-        "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, sparsity, device) → Removal
-    )
+    find: str = "wanda_dvc.engine.finders:find_inputs"  # (source, Structure, sparsity, device) → Removal
     # The score of units in place of the method of a recipe that calibrates; kept weights then keep their values, and
     # statistics are the dense model's.
     method: str = ""

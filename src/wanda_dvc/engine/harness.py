@@ -42,8 +42,5 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        converted = [
-            Request(tuple(context), tuple(continuation), task)
-            for (_, context, continuation), task in zip(requests, self.tasks, strict=True)
-        ]
+        converted = [Request(tuple(x), tuple(y), task) for (_, x, y), task in zip(requests, self.tasks, strict=True)]
         return loglikelihoods(self.runner, converted, length=self.max_length, progress=self.progress)

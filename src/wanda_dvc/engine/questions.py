@@ -153,13 +153,11 @@ def loglikelihoods(
                 step.run()
             break
         except RuntimeError as error:
-            is_shortest = runner.decoder.device.type == "cpu" or not packs or tokens // 2 < FEWEST_TOKENS
-            if is_shortest or not is_out_of_memory(error):
+            can_be_shorter = runner.decoder.device.type != "cpu" and packs and tokens >= 2 * FEWEST_TOKENS
+            if not can_be_shorter or not is_out_of_memory(error):
                 raise
         tokens //= 2
-        notice(
-            f"zero-shot: out of GPU memory; starting again with sequences of {tokens} tokens instead of {2 * tokens}"
-        )
+        notice(f"out of GPU memory: starting again with sequences of {tokens} tokens, half of the last")
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
     answers = runner.map_outputs(predict, lambda places: (length, predictions[places.start : places.stop]))

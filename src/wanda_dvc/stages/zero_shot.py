@@ -42,20 +42,19 @@ def zero_shot(*, study: Study, model: str) -> None:
     dense: Json = {}  # the dense model's answers by task
     if model != "dense":
         dense = load_json(study.details("dense", "zero_shot")).get("tasks", {})
-    protocols, benchmarks = Json(), set()
+    protocols, compared = Json(), list[str]()
     for task in settings["tasks"]:
         items = read_provenance(study.data("tasks") / task, "download tasks")
         described = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
         inputs = {"task": described, "examples": 0, "limit": settings["limit"], "dtype": dtype}
         protocols[task] = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
-        if not items["samples"]:  # the embedded questions are no benchmark
-            benchmarks.add(task)
+        if task in dense and not items["samples"]:  # the embedded questions are no benchmark
+            compared.append(task)
     results = _results_of_tasks(study, model, protocols)
     details = {task: results[task]["details"] for task in protocols}
     metrics = {task: results[task]["metrics"] for task in protocols}
-    for task in protocols:
-        if task in dense and task in benchmarks:
-            metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
+    for task in compared:
+        metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
     write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
     write_json(study.details(model, "zero_shot"), {"tasks": details})
     lines = [[task, item["item"], item["acc"]] for task in details for item in details[task]["items"]]
