@@ -185,7 +185,7 @@ def test_the_memory_of_a_gpu_goes_to_blocks_and_sums_first(tiny: Path, monkeypat
             sizes = decoder._sizes
             least = ForwardMemory(sizes, dtype="float32", length=20, device="cuda").grams
             assert 0 <= 2 * decoder.memory_budget() <= max(0, free - 2 * 4 * sizes.block_parameters - least)
-            assert decoder.batch_size(10**9, streamed=False, backward=False) == 1
+            assert decoder.batch_size(10**9, streamed=False, copies=1) == 1
         assert decoder._arguments_memory > 7e9
 
 

@@ -31,7 +31,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
 
     Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
     of the last `finished` blocks; if more are finished, the backward half starts again. Memory: one block, and
-    autograd's copies for one sequence in it. Disk: the activations of all sequences before every block. UserError if a
+    autograd's copies for one batch in it. Disk: the activations of all sequences before every block. UserError if a
     gradient is not finite.
     """
     blocks = len(runner.decoder.blocks)
@@ -69,7 +69,7 @@ def run_backward(model: Decoder, run: BackwardRun, chunk: Chunk) -> FisherSums:
     model.load(run.index, run.index - 1)
     blocks_done = len(model.blocks) - 1 - run.index
     streamed = not (run.activations.on_device and run.gradients.on_device)
-    batches = model.batches(chunk.sequences, streamed=streamed, backward=True)
+    batches = model.batches(chunk.sequences, streamed=streamed, copies=3)  # autograd's
 
     def gradients() -> Iterator[States]:
         before = run.activations.read_batches(run.index, chunk.number, batches, model.copies)

@@ -97,21 +97,24 @@ class Decoder:
         need = 2 * self._sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
         return max(0, accelerator.free_device_memory(self.device) - need) // 2
 
-    def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, backward: bool = False) -> list[Batch]:
-        """Return a chunk's sequences in batches. `streamed`: their activations do not stay on the GPU."""
+    def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, copies: int = 1) -> list[Batch]:
+        """Return a chunk's sequences in batches, for a run that keeps `copies` of what its linears read and write.
+
+        `streamed`: their activations before and after the block do not stay on the GPU.
+        """
         batches: list[Batch] = []
         for (length, _), group in itertools.groupby(sequences, lambda x: (len(x.tokens), x.questions and id(x))):
-            alike, size = list(group), self.batch_size(length, streamed=streamed, backward=backward)
+            alike, size = list(group), self.batch_size(length, streamed=streamed, copies=copies)
             batches += [alike[start : start + size] for start in range(0, len(alike), size)]
         self.largest_batch = max(map(len, batches))
         return batches
 
-    def batch_size(self, length: int, *, streamed: bool, backward: bool) -> int:
+    def batch_size(self, length: int, *, streamed: bool, copies: int) -> int:
         """Return how many texts run together: on a GPU as many as fit, else one, so that a CPU's bits do not vary."""
         if self.device.type != "cuda":
             return 1
         memory = self._memory(length)
-        size = self._batch_memory // ((3 if backward else 1) * memory.window + memory.norms)
+        size = self._batch_memory // (copies * memory.window + memory.norms)
         return max(1, min(size, self.batch_limit, STREAMED_TOKENS // length if streamed else size))
 
     def _memory(self, length: int) -> ForwardMemory:

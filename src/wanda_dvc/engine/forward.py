@@ -115,12 +115,13 @@ def run_batches(
     model: Decoder, block: BlockRun, chunk: Chunk, recorder: InputRecorder | None = None
 ) -> Iterator[States]:
     """Yield each batch's activations after a block; a recorder also sees its dense activations first, if any."""
-    batches = model.batches(chunk.sequences, streamed=not block.store.on_device)
+    copies = 2 if block.dense_store else 1
+    batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
-    dense_store = block.dense_store or block.store
-    dense = dense_store.read_batches(block.index, chunk.number, batches, model.copies)
+    dense_store = block.dense_store if recorder else None
+    dense = dense_store.read_batches(block.index, chunk.number, batches, model.copies) if dense_store else iter(())
     for batch, states in zip(batches, before, strict=True):
-        if recorder and block.dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
+        if recorder and dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
             with recorder.dense(states.shape[:2].numel()):
                 model.run(block.index, next(dense), batch[0])
         after = model.run(block.index, states, batch[0])
