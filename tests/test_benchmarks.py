@@ -22,6 +22,8 @@ from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from wanda_dvc.pruning.gram import layer_errors
+from wanda_dvc.pruning.solvers import GramFactors, fisher_least_squares
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
@@ -199,6 +201,24 @@ def test_the_least_work_of_a_stage_is_what_a_model_computes():
     work = floors.work_of_stages(config, floors.Protocol(windows=1, length=64, evaluated=64))
     assert attention == 2 * 4 * 64**2 * 4096
     assert work["perplexity"].half == counter.get_total_flops() - attention / 2
+
+
+def test_the_least_work_of_a_solver_is_what_it_multiplies():
+    """Torch counts products on the simulated GPU; it does not count Cholesky factors."""
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    inputs = {16: (16, 8, 8, 16, 32, 32), 32: (16,)}  # the outputs of the linears, by the width of their input
+    with simulated_gpu(), FlopCounterMode(display=False) as counter:
+        grams = {size: torch.eye(size, device="cuda") + 0.1 for size in (8, 16, 32)}
+        for width, outputs in inputs.items():
+            for out in outputs:
+                weight = torch.randn(out, width).to("cuda")
+                factors, mask = GramFactors(grams[width]), weight > 0
+                new = fisher_least_squares(weight, mask, factors, grams[out], steps=15).weight
+                layer_errors(weight, [weight * mask, new], grams[width])
+    config = widths | {"num_hidden_layers": 1, "vocab_size": 4}
+    factors_of_inputs = (3 * 16**3 + 32**3) / 3
+    work = floors.work_of_stages(config, floors.Protocol())["apply fisher"]
+    assert counter.get_total_flops() == pytest.approx(work.single - factors_of_inputs)
 
 
 def test_a_floor_is_what_a_hand_computes():
