@@ -27,7 +27,7 @@ from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import TokenSequence, cut_into_chunks
 from wanda_dvc.engine.sums import BlockRecord, InputSums
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.selection import kth_lowest
+from wanda_dvc.pruning.selection import kth_by_bits, kth_lowest
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -261,7 +261,9 @@ def test_glibc_gets_the_largest_threshold_that_it_accepts(largest: int, accepted
 def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, data: st.DataObject):
     for given_score in (score.abs(), score, -score):
         k = data.draw(st.integers(1, score.shape[1]))
-        assert torch.equal(kth_lowest(given_score, k), torch.kthvalue(given_score, k, dim=1, keepdim=True).values)
+        expected = torch.kthvalue(given_score, k, dim=1, keepdim=True).values
+        assert torch.equal(kth_lowest(given_score, k), expected)
+        assert torch.equal(kth_by_bits(given_score, k), expected)
 
 
 @pytest.mark.slow  # every check and every timing
