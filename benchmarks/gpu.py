@@ -36,7 +36,7 @@ from wanda_dvc.machine import processor
 from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.stages.needs import requirements
+from wanda_dvc.stages.needs import TRAINING_WAYS, requirements
 from wanda_dvc.stages.process import Progress, progress
 from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.folder import Study
@@ -225,7 +225,8 @@ def recovery(bench: Bench, study: Study, shape: Settings, settings: Settings, sp
     small = bench.study("small", shape | {"num_hidden_layers": few}, settings, "model", "calibration")
     for stage in ("calibrate", "mask", "apply"):
         run(stage, study=small)
-    with mock.patch.object(trainer, "EVALUATIONS", 1):  # each writes a checkpoint
+    low = mock.patch("wanda_dvc.stages.recover.choose_training", return_value=TRAINING_WAYS[-1])  # as 8B needs it
+    with mock.patch.object(trainer, "EVALUATIONS", 1), low:  # each writes a checkpoint
         base, measured = (bench.measure(trained, "recover") for trained in (small, study))
     step, peak, needed = (
         measured[name] + (BLOCKS - more) * (measured[name] - base[name]) / (more - few)

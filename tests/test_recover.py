@@ -17,13 +17,13 @@ from test_families import ALL, save
 
 from wanda_dvc.commands.export import export, sections
 from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
-from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.engine.memory import FIXED, ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
-from wanda_dvc.stages import run
+from wanda_dvc.stages import needs, run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import needs_checkpointing, requirements
+from wanda_dvc.stages.needs import Run, choose_training, requirements
 from wanda_dvc.stages.process import Progress
 from wanda_dvc.stages.recover import recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
@@ -54,8 +54,8 @@ def windows(count: int, length: int = 16, seed: int = 0) -> torch.Tensor:
 def train(dense: Path, pruned: Path, work: Path, *, steps: int = 20, **changes: Any) -> Any:
     validation = {"text": windows(2, seed=1), "embedded": windows(2, seed=2)}
     kwargs: dict[str, Any] = {
-        "windows": windows(2 * steps), "validation": validation, "rate": 0.01, "dtype": torch.float32, "device": CPU,
-        "checkpointing": False, "work": work, "on_step": lambda _: None,
+        "windows": windows(2 * steps), "validation": validation, "batch": 2, "rate": 0.01, "dtype": torch.float32,
+        "device": CPU, "checkpointing": False, "low_memory": False, "work": work, "on_step": lambda _: None,
     }  # fmt: skip
     return trainer.train(dense, pruned, **kwargs | changes)
 
@@ -65,11 +65,15 @@ def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
-def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_path: Path):
+LOW = {"low_memory": True, "dtype": torch.bfloat16, "checkpointing": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, LOW], ids=["float32", "bfloat16", "low"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_divergence_falls_and_zeros_stay(tied: bool, changes: dict[str, Any], tmp_path: Path):
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
     with mock.patch.object(trainer, "RecoveryTrainer", wraps=trainer.RecoveryTrainer) as trainers:
-        weights, curve = train(dense, pruned, tmp_path / "work", dtype=dtype, steps=19)
+        weights, curve = train(dense, pruned, tmp_path / "work", steps=19, **changes)
     assert all(one.grad is None for one in trainers.call_args.args[0].parameters())  # of the dense model: no memory
     assert curve[-1]["tokens"] == 19 * 2 * 16  # also after a last step between two evaluations
     assert curve[-1]["text"] < curve[0]["text"]
@@ -85,13 +89,18 @@ def test_divergence_falls_and_zeros_stay(tied: bool, dtype: torch.dtype, tmp_pat
         assert not torch.equal(weight, after[name]), name
 
 
-@pytest.mark.parametrize("missing", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
-def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("missing", "changes"),
+    [("trainer_state.json", {}), ("model.safetensors", {}), ("optimizer.pt", {}), ("optimizer.pt", LOW)],
+)
+def test_a_killed_training_resumes_and_ends_with_the_same_weights(
+    missing: str, changes: dict[str, Any], tmp_path: Path
+):
     dense, pruned = pair(tmp_path)
-    whole, curve = train(dense, pruned, tmp_path / "whole")
+    whole, curve = train(dense, pruned, tmp_path / "whole", **changes)
     work = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        train(dense, pruned, work, on_step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]))
+        train(dense, pruned, work, on_step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]), **changes)
     (last,) = sorted(work.glob("checkpoint-*"))
     for step in (2, 10):  # an older one; and the kill came while the next one was written, or removed
         state = shutil.copytree(last, work / f"checkpoint-{step}") / "trainer_state.json"
@@ -99,8 +108,9 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(missing: str, 
     state.with_name(missing).unlink()
     steps: list[int] = []
     with mock.patch.object(trainer, "mean_divergence", wraps=trainer.mean_divergence) as measured:
-        again, resumed = train(dense, pruned, work, on_step=steps.append)
-    assert measured.call_count == 1 + 12 + 6 * 4  # the trial, the steps that were left, the evaluations
+        again, resumed = train(dense, pruned, work, on_step=steps.append, **changes)
+    passes = 1 + bool(changes)  # with low memory, each backward pass computes the loss again
+    assert measured.call_count == passes * (1 + 12) + 6 * 4  # the trial, the steps that were left, the evaluations
     assert steps == [*range(9, 21)]  # those before the kill count
     assert resumed == curve
     one, other = (written(made, tmp_path / str(place)) for place, made in enumerate((whole, again)))
@@ -168,7 +178,7 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
 
 def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pair(tmp_path)
-    refused = {"4 processes, expected 1 or 2": ("WORLD_SIZE", "4"), "FSDP splits": ("ACCELERATE_USE_FSDP", "true")}
+    refused = {"4 processes, expected a divisor": ("WORLD_SIZE", "4"), "FSDP splits": ("ACCELERATE_USE_FSDP", "true")}
     for said, (name, value) in refused.items():
         with mock.patch.dict(os.environ, {name: value}), pytest.raises(UserError, match=f"accelerate launch: {said}"):
             train(dense, pruned, tmp_path / "work")
@@ -259,13 +269,37 @@ def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make)
 def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytest.MonkeyPatch):
     made = prune(fetch(study(**SMALL)))
     monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: 10**6)
-    with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory \(16 bytes a parameter"):
+    with pytest.raises(UserError, match=r"found 1.0 MB, expected .* of memory; set it to 0"):
         recover(study=made)
     assert not made.model("recovered").exists()
-    sizes = ModelSizes.read(made.model("dense"))
-    for free, twice in ((requirements(made, "recover", sizes).memory, True), (10**12, False)):
+
+
+def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    made = prune(fetch(study(**SMALL)))
+    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
+    sizes, run_of = ModelSizes.read(made.model("dense")), Run(made, ModelSizes.read(made.model("dense")))
+    full, twice, low = (FIXED + needs.training_memory(run_of, way) for way in needs.TRAINING_WAYS)
+    assert low < twice < full
+    for free, expected in (
+        (full, (False, False)), (full - 1, (False, True)), (twice, (False, True)), (twice - 1, (True, True)),
+        (low, (True, True)),
+    ):  # fmt: skip
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
-        assert needs_checkpointing(made, sizes) is twice
+        assert choose_training(made, sizes) == expected
+    assert requirements(made, "recover", sizes).memory == low
+    monkeypatch.setenv("WORLD_SIZE", "2")  # processes do not share the low-memory training
+    with pytest.raises(UserError, match="recovery.tokens: found"):
+        choose_training(made, sizes)
+    monkeypatch.delenv("WORLD_SIZE")
+    recover(study=made)
+    assert "recover: weights in bfloat16 and optimizer states in 8 bits" in capsys.readouterr().err
+    provenance = read_provenance(made.model("recovered"), "recover")
+    assert provenance["trained_in"] == "bfloat16"
+    assert (provenance["weights"], provenance["optimizer_states"]) == ("bfloat16 and 8 bits", "8 bits")
+    assert provenance["trained"]
+    monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: low - 1)
+    with pytest.raises(UserError, match="recovery.tokens: found"):
+        choose_training(made, sizes)
 
 
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
@@ -285,3 +319,17 @@ def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pyte
 def test_a_model_trains_without_dropout(tmp_path: Path):
     model = trainer.load_for_training(save("gpt2", tmp_path / "model"), torch.float32, CPU).train()
     assert torch.equal(model(windows(2)).logits, model(windows(2)).logits)
+
+
+def test_a_step_has_as_many_windows_as_set_and_the_rate_grows_by_their_root(study: Make, tmp_path: Path):
+    made = fetch(study(**SMALL, recovery__batch=3), "model", "calibration")
+    rows, _ = training_windows(made)
+    assert len(rows) == 1024 // 64 // 3 * 3
+    assert made.stage_input("recover")["batch"] == 3
+    dense, pruned = pair(tmp_path)
+    steps: list[int] = []
+    with mock.patch.object(trainer, "_arguments", wraps=trainer._arguments) as arguments:
+        _, curve = train(dense, pruned, tmp_path / "work", windows=windows(24), batch=8, on_step=steps.append)
+    assert steps == [1, 2, 3]
+    assert curve[-1]["tokens"] == 24 * 16
+    assert arguments.call_args.kwargs["rate"] == pytest.approx(0.01 * 2)  # √(8 / 2)

@@ -75,7 +75,7 @@ OTHERS = {
     "calibration.windows": 7, "calibration.length": 7, "calibration.seed": 7, "calibration.statistics": "fisher",
     "recipe": "fisher", "sparsity": 0.7, "pattern": "2:4", "method": "ria", "group": "linear",
     "allocation": "uniform", "reconstruction": "none", "propagation": "pruned",
-    "recovery.tokens": 7, "recovery.text": {"source": "ptb"}, "recovery.rate": 0.5,
+    "recovery.tokens": 7, "recovery.text": {"source": "ptb"}, "recovery.rate": 0.5, "recovery.batch": 3,
     "perplexity.texts.NAME.source": "ptb", "perplexity.texts.NAME.split": "train",
     "perplexity.texts.NAME.column": "body", "perplexity.texts.NAME.join": "-", "perplexity.length": 7,
     "perplexity.windows": 7, "tasks.source": "benchmark", "tasks.names": ["piqa"], "zero_shot.limit": 7,

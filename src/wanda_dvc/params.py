@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from wanda_dvc import catalog
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
+from wanda_dvc.plan import CHOICES, RECOVERY_BATCH, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
 
 MAX_WINDOWS = MAX_LENGTH = 2**20  # far above any real study
@@ -197,6 +197,9 @@ class Recovery(_Section):
     )
     text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
+    batch: int = Field(
+        RECOVERY_BATCH, ge=1, le=1024, description="windows of a step; the rate is multiplied by √(batch / 2)"
+    )
 
 
 class Runtime(_Section):

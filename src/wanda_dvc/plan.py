@@ -16,7 +16,8 @@ CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # 
 # Of `propagation: corrected`: α of `target_weight`, the step from the dense weights to those that give the dense
 # outputs. With 1 they overfit the calibration text (dev/decisions/0027-fisher.md).
 CORRECTION = 0.5
-RECOVERY_LENGTH, RECOVERY_BATCH = 512, 2  # of `recover`: tokens of a window, at most; windows of a step
+RECOVERY_LENGTH = 512  # tokens of a window of `recover`, at most
+RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate` is for so many
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)

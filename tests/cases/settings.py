@@ -31,6 +31,7 @@ MEANT: dict[str, list[object]] = {
     ],
     "zero_shot.limit": [0],
     "recovery.rate": [0, 2],
+    "recovery.batch": [0, 2000],
     "runtime.device": ['cuda:x'],
     "runtime.ray": [4, 'here'],
     "runtime.mirror": ['here'],

@@ -18,7 +18,7 @@ from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.show import notes, title
-from wanda_dvc.stages.needs import lacking_for_solver, needs_checkpointing
+from wanda_dvc.stages.needs import choose_training, lacking_for_solver
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import renew
@@ -38,7 +38,7 @@ def prune_model(request: PruneRequest) -> str:
         sizes = ModelSizes.read(study.model("dense"))
         settings = request.settings | _sizes_for_model(study, request.params, sizes)
         if request.params.recovery.tokens:
-            needs_checkpointing(study.with_params(request.params), sizes)  # UserError if the memory is too small
+            choose_training(study.with_params(request.params), sizes)  # UserError if the memory is too small
         if request.recipe is None:
             settings["recipe"] = _recommended_recipe(study, settings["pattern"], sizes)
         renew(study.root, nested(settings))

@@ -292,6 +292,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
         inputs["recover"] = {
             "tokens": recovery.tokens,
             "rate": recovery.rate,
+            "batch": recovery.batch,
             "text": recovery.text is not None,  # else the calibration's, without its windows
             "embedded": (recovery.text or calibration.text).source == EMBEDDED,
             "length": min(RECOVERY_LENGTH, calibration.length),

@@ -1,5 +1,6 @@
 """The memory and disk that each stage of a study needs: estimates from above, by the terms of `engine/memory.py`."""
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, Model
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH, WINDOWS_BACK
+from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
@@ -96,29 +97,49 @@ def trained_in(dtype: str, device: str) -> str:
     return "float16" if (device, dtype) == ("cuda", "float16") else "float32"
 
 
-def training_memory(run: Run, *, checkpoints: bool = True) -> int:
-    """Return the memory of a training step, without fixed costs; gradient checkpointing keeps one block's activations.
+class TrainingWay(NamedTuple):
+    """How `recover` trains; the keyword arguments of `train`."""
 
-    Weights, gradients and two moments are in float32; the dense model is in the dtype of the products.
+    low_memory: bool  # weights in bfloat16, moments in 8 bits, logits in slices
+    checkpointing: bool  # activations of one block
+
+
+TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWay(True, True))  # the fastest first
+
+
+def training_memory(run: Run, way: TrainingWay) -> int:
+    """Return the memory of a training step, without fixed costs.
+
+    In float32 are weights, gradients and two moments; the dense model is in the dtype of the products.
     """
-    length, sizes = min(RECOVERY_LENGTH, run.params.calibration.length), run.sizes
+    from wanda_dvc.training.compact import BYTES  # imports torch
+    from wanda_dvc.training.trainer import LOGITS_OF_SLICE
+
+    length, batch, sizes = min(RECOVERY_LENGTH, run.params.calibration.length), run.params.recovery.batch, run.sizes
     block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
-    activations = block + 4 * length * sizes.hidden * sizes.blocks if checkpoints else block * sizes.blocks
-    predictions = 24 * length * sizes.vocabulary
-    weights = (16 + ITEMSIZE[trained_in(run.dtype, run.device)]) * sizes.parameters
-    return weights + RECOVERY_BATCH * (activations + predictions)
+    states = (2 if way.low_memory else 4) * length * sizes.hidden * sizes.blocks
+    activations = batch * (block + states if way.checkpointing else block * sizes.blocks)
+    logits = batch * length * sizes.vocabulary
+    if not way.low_memory:
+        return (16 + ITEMSIZE[trained_in(run.dtype, run.device)]) * sizes.parameters + activations + 24 * logits
+    weights = round((ITEMSIZE["bfloat16"] + BYTES) * sizes.parameters)
+    # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
+    gradient = ITEMSIZE["bfloat16"] * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
+    return weights + activations + gradient + max(gradient, 24 * min(logits, LOGITS_OF_SLICE))
 
 
-def needs_checkpointing(study: Study, sizes: ModelSizes) -> bool:
-    """Whether `recover` needs gradient checkpointing. UserError if the memory is too small even with it."""
+def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
+    """Return the fastest training that fits the free memory. UserError if none does."""
     run, size_free = Run(study, sizes), free(study)["memory"]
-    least = FIXED + training_memory(run)
-    if least > size_free:
-        raise UserError(
-            f"recovery.tokens: found {gigabytes(size_free)}, expected {gigabytes(least)} of memory (16 bytes a "
-            "parameter, the dense model and activations); set it to 0, or free some memory"
-        )
-    return FIXED + training_memory(run, checkpoints=False) > size_free
+    ways = TRAINING_WAYS if os.environ.get("WORLD_SIZE", "1") == "1" else TRAINING_WAYS[:2]  # of `accelerate launch`
+    needs = {way: FIXED + training_memory(run, way) for way in ways}
+    for way, need in needs.items():
+        if need <= size_free:
+            return way
+    raise UserError(
+        f"recovery.tokens: found {gigabytes(size_free)}, expected {gigabytes(min(needs.values()))} of memory; "
+        "set it to 0, or free some memory"
+    )
 
 
 # --- the memory, without fixed costs, and the disk of each stage ---
@@ -212,8 +233,8 @@ MEMORY_AND_DISK: dict[str, Callable[[Run], tuple[int, int]]] = {
     "calibrate": _needs_of_calibrate,
     "mask": _needs_of_mask,
     "apply": _needs_of_apply,
-    # Three checkpoints of the training, and the model.
-    "recover": lambda run: (training_memory(run), 36 * run.sizes.parameters + run.sizes.stored),
+    # The least memory. Three checkpoints of the training, and the model.
+    "recover": lambda run: (training_memory(run, TRAINING_WAYS[-1]), 36 * run.sizes.parameters + run.sizes.stored),
     "perplexity": _needs_of_perplexity,
     "zero-shot": _needs_of_zero_shot,
 }

@@ -15,12 +15,11 @@ from wanda_dvc.engine.checkpoint import EditedCheckpoint, write_model
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, windows_of_documents
-from wanda_dvc.stages.needs import announce, needs_checkpointing, trained_in
+from wanda_dvc.stages.needs import announce, choose_training, trained_in
 from wanda_dvc.stages.process import Progress
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
@@ -40,8 +39,8 @@ def recover(*, study: Study) -> None:
     dense_provenance = read_provenance(study.model("dense"), "download model")
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
-    device, checkpointing = own_device(study.params.runtime), needs_checkpointing(study, sizes)
-    dtype_name = trained_in(dtype_name, device.type)
+    device, way = own_device(study.params.runtime), choose_training(study, sizes)
+    dtype_name = "bfloat16" if way.low_memory else trained_in(dtype_name, device.type)
     windows, validation = training_windows(study)
     provenance = pruned_provenance | describe(
         "recover",
@@ -52,17 +51,21 @@ def recover(*, study: Study) -> None:
         windows_sha256=digest(windows.tolist()),
         trained_in=dtype_name,
     )
+    if way.low_memory:
+        provenance |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
         announce(study, "recover", sizes)
+        if way.low_memory:
+            notice("recover: weights in bfloat16 and optimizer states in 8 bits: training in float32 needs more memory")
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     with unfinished as work:
-        show_step = Progress(len(windows) // RECOVERY_BATCH, "recover, steps").show if is_first else lambda _: None
+        show_step = Progress(len(windows) // settings["batch"], "recover, steps").show if is_first else lambda _: None
         recovered, curve = train(
-            study.model("dense"), study.model("pruned"), windows=windows, validation=validation, rate=settings["rate"],
-            device=device, dtype=getattr(torch, dtype_name), checkpointing=checkpointing, work=work.path / "training",
-            on_step=show_step,
+            study.model("dense"), study.model("pruned"), windows=windows, validation=validation,
+            batch=settings["batch"], rate=settings["rate"], dtype=getattr(torch, dtype_name), device=device,
+            work=work.path / "training", on_step=show_step, **way._asdict(),
         )  # fmt: skip
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
@@ -94,8 +97,7 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     """Return the windows to train on, in order, and the validation windows by text."""
     settings = study.stage_input("recover")
     length = settings["length"]
-    steps = max(1, settings["tokens"] // length // RECOVERY_BATCH)
-    count = steps * RECOVERY_BATCH
+    count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
     windows = _windows_of_text(study, settings, count + VALIDATION_WINDOWS)
     if len(windows) <= VALIDATION_WINDOWS:
         name = "recovery.text" if settings["text"] else "calibration.text"

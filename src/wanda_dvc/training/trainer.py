@@ -16,17 +16,19 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import ParameterSlice, find_slices
 from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install as install_faster_linears
-from wanda_dvc.plan import RECOVERY_BATCH  # windows per step, over all processes
+from wanda_dvc.plan import RECOVERY_BATCH
+from wanda_dvc.training.compact import CompactAdamW
 
 WARM_UP = 0.05  # of the steps
+LOGITS_OF_SLICE = 2**24  # elements, with `low_memory`
 EVALUATIONS = 10  # per training, at most, on the validation windows; each also writes a checkpoint
 Windows = Int[Tensor, "windows length"]
 Curve = list[dict[str, float]]  # by evaluation: tokens, the divergence on each text, and the score
@@ -41,9 +43,49 @@ def mean_divergence(
     return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
 
 
+def divergence_of_windows(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
+    """Return `mean_divergence` of two models on windows. The dense model runs too: its logits would fill a disk."""
+    with torch.no_grad():
+        dense_logits = dense(input_ids=input_ids).logits
+    return mean_divergence(dense_logits, pruned(input_ids=input_ids).logits)
+
+
+def sliced_divergence(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
+    """Return `divergence_of_windows` without all logits at once: some positions at a time, computed twice."""
+    with torch.no_grad():
+        dense_outputs = dense.base_model(input_ids=input_ids)
+    outputs = pruned.base_model(input_ids=input_ids)
+    kind = type(outputs)  # the model's own class
+
+    def add_slice(total: Tensor, dense_hidden: Tensor, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            dense_logits = logits_after(dense, kind(last_hidden_state=dense_hidden))
+        logits = logits_after(pruned, kind(last_hidden_state=hidden))
+        return total + mean_divergence(dense_logits, logits) * hidden.shape[1]
+
+    positions = max(1, LOGITS_OF_SLICE // pruned.get_output_embeddings().weight.shape[0])
+    dense_slices, slices = (
+        x.last_hidden_state.reshape(1, input_ids.numel(), -1).split(positions, dim=1) for x in (dense_outputs, outputs)
+    )
+    total = torch.zeros((), device=input_ids.device)
+    for dense_hidden, hidden in zip(dense_slices, slices, strict=True):
+        total = recompute(add_slice, total, dense_hidden, hidden, use_reentrant=False, preserve_rng_state=False)
+    return total / input_ids.numel()
+
+
+def logits_after(model: Any, outputs: Any) -> Float[Tensor, "1 positions vocabulary"]:
+    """Return the logits of the blocks' outputs, through all that the model's own forward pass does after the blocks."""
+    base, hidden = model.base_model, outputs.last_hidden_state
+    base.forward = lambda *_, **__: outputs
+    try:
+        return model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
+    finally:
+        del base.forward
+
+
 def root_mean_square(parameter: Tensor) -> float:
     """Return the root mean square of nonzero values; at least 1e-3, so that zero biases can change (as Adafactor)."""
-    rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
+    rms = torch.linalg.vector_norm(parameter, dtype=torch.float32) / max(1, parameter.count_nonzero().item()) ** 0.5
     return max(1e-3, rms.item())
 
 
@@ -59,17 +101,17 @@ class RecoveryTrainer(Trainer):
         validation: Mapping[str, Windows],
         stored_dtypes: Mapping[str, torch.dtype],  # by parameter
         on_step: Callable[[int], None],
+        divergence: Callable[[Any, Any, Tensor], Tensor],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
         self.dense, self.validation, self.stored_dtypes, self.on_step = dense, validation, stored_dtypes, on_step
+        self.divergence = divergence
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """Return the divergence on some windows. The dense model runs each time: its logits would fill a disk."""
-        with torch.no_grad():
-            dense_logits = self.dense(**inputs).logits
-        return mean_divergence(dense_logits, model(**inputs).logits)
+        """Return the divergence on some windows."""
+        return self.divergence(self.dense, model, inputs["input_ids"])
 
     def training_step(self, model: Any, *inputs: Any, **kwargs: Any) -> Tensor:
         """Compute gradients, except those of zeros in matrices: AdamW without decay then leaves them zero."""
@@ -90,7 +132,8 @@ class RecoveryTrainer(Trainer):
 
         A score is the mean over texts of the divergence, divided by the one before the training: 1 is no gain.
         """
-        tokens = self.state.global_step * RECOVERY_BATCH * len(self.train_dataset[0]["input_ids"])
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        tokens = self.state.global_step * batch * len(self.train_dataset[0]["input_ids"])
         if self.curve and self.curve[-1]["tokens"] == tokens:  # `eval_on_start` repeats the last one after a resume
             return {"eval_score": self.curve[-1]["score"]}
         divergences = self._divergences()
@@ -104,22 +147,19 @@ class RecoveryTrainer(Trainer):
 
     def _divergences(self) -> dict[str, float]:
         """Return the mean divergence on the validation windows, by text, of weights rounded as they will be stored."""
-        model = self.model.eval()
-        rounded = {}
-        for name, parameter in model.named_parameters():
-            stored_dtype = self.stored_dtypes.get(name, parameter.dtype)
-            rounded[name] = parameter.detach().to(stored_dtype).to(parameter.dtype)
-
-        divergences = {}
-        with torch.no_grad(), self.autocast_smart_context_manager():
-            for text, windows in self.validation.items():
-                losses = []
-                for window in windows:
-                    inputs = {"input_ids": window[None].to(self.args.device)}
-                    dense_logits = self.dense(**inputs).logits
-                    rounded_logits = functional_call(model, rounded, (), inputs).logits
-                    losses.append(mean_divergence(dense_logits, rounded_logits).item())
-                divergences[text] = fmean(losses)
+        model, divergences = self.model.eval(), {}
+        trained = {name: parameter.data for name, parameter in model.named_parameters()}
+        try:
+            for name, parameter in model.named_parameters():  # without a copy, if the dtypes are equal
+                stored_dtype = self.stored_dtypes.get(name, parameter.dtype)
+                parameter.data = trained[name].to(stored_dtype).to(parameter.dtype)
+            with torch.no_grad(), self.autocast_smart_context_manager():
+                for text, windows in self.validation.items():
+                    batches = [{"input_ids": window[None].to(self.args.device)} for window in windows]
+                    divergences[text] = fmean(self.compute_loss(model, inputs).item() for inputs in batches)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.data = trained[name]
         return divergences
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
@@ -130,15 +170,20 @@ class RecoveryTrainer(Trainer):
 
 
 def train(
-    dense: Path, pruned: Path, *, windows: Windows, validation: Mapping[str, Windows], rate: float, dtype: torch.dtype,
-    device: torch.device, checkpointing: bool, work: Path, on_step: Callable[[int], None],
+    dense: Path, pruned: Path, *, windows: Windows, validation: Mapping[str, Windows], batch: int, rate: float,
+    dtype: torch.dtype, device: torch.device, checkpointing: bool, low_memory: bool, work: Path,
+    on_step: Callable[[int], None],
 ) -> tuple[EditedCheckpoint | None, Curve]:  # fmt: skip
     """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
-    A step has `RECOVERY_BATCH` windows, and an evaluation has all validation windows, by text. `rate` is the highest
-    learning rate, relative to the root mean square of a parameter's nonzero values. Products are in `dtype`, trained
-    weights in float32. With `checkpointing` activations are computed twice instead of kept. `on_step` gets the number
-    of each step.
+    A step has `batch` windows over all processes, and an evaluation has all validation windows, by text. `rate` is the
+    highest learning rate of a step of two windows, relative to the root mean square of a parameter's nonzero values; it
+    grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Products are in
+    `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of kept. `on_step`
+    gets the number of each step.
+
+    With `low_memory`, `dtype` is bfloat16 and also that of the trained weights; `CompactAdamW` takes the steps, without
+    clipped gradients, and logits exist for some positions at a time.
 
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
     and takes its part of a step's windows. This removes accelerate's choices of precision and compiler from
@@ -150,17 +195,18 @@ def train(
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
-    windows_per_process = _windows_per_process()
+    windows_per_process = _windows_per_process(batch)
+    rate *= math.sqrt(batch / RECOVERY_BATCH)
     logging.set_verbosity_error()
-    model = load_for_training(pruned, torch.float32, device)
+    divergence = sliced_divergence if low_memory else divergence_of_windows
+    model = load_for_training(pruned, dtype if low_memory else torch.float32, device)
     dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
         for linears in (model, dense_model):
             install_faster_linears(linears)
     try:
         tokens = windows[:1, :8].to(device)
-        dense_logits = dense_model(input_ids=tokens).logits
-        mean_divergence(dense_logits, model.train()(input_ids=tokens).logits).backward()
+        divergence(dense_model, model.train(), tokens).backward()
     except Exception as error:  # a model's class may raise any exception
         family = model.config.model_type
         unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
@@ -177,12 +223,14 @@ def train(
     groups = [
         {"params": [parameter], "lr": rate * root_mean_square(parameter.detach())} for parameter in model.parameters()
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # torch's fastest, on each device
+    # torch's fused one is its fastest, on each device.
+    optimizer = CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     dataset = [{"input_ids": window} for window in windows]
+    cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
     trainer = RecoveryTrainer(
-        dense_model, validation, stored_dtypes, on_step, model=model, train_dataset=dataset, eval_dataset=dataset,
-        args=_arguments(work, len(windows), windows_per_process, rate=rate, dtype=dtype, device=device),
-        optimizers=(optimizer, None),
+        dense_model, validation, {} if low_memory else stored_dtypes, on_step, divergence,
+        model=model, train_dataset=dataset, eval_dataset=dataset, optimizers=(optimizer, None),
+        args=_arguments(work, len(windows), windows_per_process, batch=batch, rate=rate, dtype=cast_to, device=device),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     best = trainer.state.best_metric
@@ -204,13 +252,14 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
 
 
 def _arguments(
-    work: Path, windows: int, windows_per_process: int, *, rate: float, dtype: torch.dtype, device: torch.device
-) -> TrainingArguments:
-    steps_between_evaluations = math.ceil(windows / RECOVERY_BATCH / EVALUATIONS)
+    work: Path, windows: int, windows_per_process: int, *, batch: int, rate: float, dtype: torch.dtype,
+    device: torch.device,
+) -> TrainingArguments:  # fmt: skip
+    steps_between_evaluations = math.ceil(windows / batch / EVALUATIONS)
     # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a rate of 0: a
     # single step would train nothing.
-    warm_up = WARM_UP if windows > RECOVERY_BATCH else 0
-    if device.type == "cuda" and windows_per_process == RECOVERY_BATCH:  # in a single process
+    warm_up = WARM_UP if windows > batch else 0
+    if device.type == "cuda" and windows_per_process == batch:  # in a single process
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
@@ -244,17 +293,14 @@ def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[
     return EditedCheckpoint(checkpoint, read, weights)
 
 
-def _windows_per_process() -> int:
+def _windows_per_process(batch: int) -> int:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
             raise UserError(f"accelerate launch: {name} splits gradients, so no mask can act; add --multi_gpu")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if RECOVERY_BATCH % processes:
-        raise UserError(
-            f"accelerate launch: {processes} processes, expected 1 or {RECOVERY_BATCH}: a step has {RECOVERY_BATCH} "
-            "windows"
-        )
-    return RECOVERY_BATCH // processes
+    if batch % processes:
+        raise UserError(f"accelerate launch: {processes} processes, expected a divisor of recovery.batch, {batch}")
+    return batch // processes
 
 
 def _last_checkpoint(work: Path) -> str | None:
