@@ -160,8 +160,8 @@ def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Itera
 # --- main memory ---
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones, instead of returning it at once.
+def keep_freed_memory(largest: int = MMAP_THRESHOLDS[0]) -> None:
+    """Make glibc keep the memory of freed tensors, up to `largest` bytes, instead of returning it at once.
 
     The system clears returned memory before reuse, which takes a fifth of a small model's time, and of a training's.
     Other allocators, and a threshold set in the environment, do not change.
@@ -171,7 +171,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.malloc_trim(0)  # of what is free already
-        for threshold in MMAP_THRESHOLDS:
+        for threshold in (largest, MMAP_THRESHOLDS[1]):
             if library.mallopt(M_MMAP_THRESHOLD, threshold):
                 library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free
                 return

@@ -20,6 +20,7 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
+from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import ParameterSlice, find_slices
 from wanda_dvc.errors import UserError, explain, notice, reason
@@ -199,6 +200,8 @@ def train(
     rate *= math.sqrt(batch / RECOVERY_BATCH)
     logging.set_verbosity_error()
     divergence = sliced_divergence if low_memory else divergence_of_windows
+    if low_memory:
+        keep_freed_memory(2**22)  # larger ones would leave holes that no gradient fits in
     model = load_for_training(pruned, dtype if low_memory else torch.float32, device)
     dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
