@@ -9,6 +9,7 @@ are the CPU's: their numerics, streams and memory are not simulated.
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
@@ -21,6 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+# What starts no kernel: views, and memory without content.
+VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal", "empty", "empty_like",
+    "empty_strided", "expand", "narrow", "new_empty", "permute", "reshape", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+}  # fmt: skip
+kernels = Counter[str]()  # that operations on the device would have started, by name, since the program's start
 
 
 class OnDevice(Tensor):
@@ -44,6 +52,8 @@ class OnDevice(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if name not in VIEWS:
+            kernels[name] += 1
         if name == "copy_":
             _host(args[0]).copy_(_host(args[1]))
             return args[0]
@@ -105,6 +115,7 @@ def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor
         here = isinstance(tensor, OnDevice)
         if device is None or here == (device.type == "cuda"):
             return Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
+        kernels["copy between devices"] += 1
         moved = Tensor.to(_host(tensor), dtype=dtype or tensor.dtype, copy=True)
         return moved if here else OnDevice(moved)
 

@@ -1,6 +1,7 @@
 """Windows that run together on a GPU: the same results as one by one, within rounding, whatever the batch."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,11 +109,15 @@ def test_sums_of_windows_that_run_together_are_those_of_each_alone(family: str, 
     """
     decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=CPU)
     for step in walk(decoder, rows(), tmp_path / "forward", with_dense=True):
-        alone, together = both_ways(monkeypatch, lambda step=step: (step.record(gram=True, changes=True), hidden(step)))
+        alone, together = both_ways(monkeypatch, partial(recorded_step, step))
         check_alike(alone, together)
         change(decoder, step)
     alone, together = both_ways(monkeypatch, lambda: gradients(decoder, tmp_path / "back"))
     check_alike(alone, together)
+
+
+def recorded_step(step: BlockStep) -> tuple[Any, Any]:
+    return step.record(gram=True, changes=True), hidden(step)
 
 
 def both_ways(monkeypatch: Patch, function: Callable[[], Any]) -> tuple[Any, Any]:

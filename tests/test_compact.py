@@ -172,12 +172,17 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_formula_is_the_memory(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    shape = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": tied}
+    shape: dict[str, Any] = {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "tie_word_embeddings": tied,
+    }
     dense, pruned = pair(tmp_path, **shape, dtype=torch.bfloat16)
     monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**18)
     monkeypatch.setitem(compact.UPDATED_AT_A_TIME, "cpu", 2**16)
     settings = SimpleNamespace(calibration=SimpleNamespace(length=32), recovery=SimpleNamespace(batch=2))
-    wanted = SimpleNamespace(params=settings, sizes=ModelSizes.read(dense), dtype="bfloat16", device="cpu")
+    wanted: Any = SimpleNamespace(params=settings, sizes=ModelSizes.read(dense), dtype="bfloat16", device="cpu")
     with Allocated() as allocated:
         train(dense, pruned, tmp_path / "work", steps=2, windows=windows(4, length=32), **LOW)
     formula = training_memory(wanted, TRAINING_WAYS[-1])
