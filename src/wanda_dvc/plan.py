@@ -102,8 +102,6 @@ class Plan:
             choices["multiple"] = self.structure.multiple
         return choices
 
-    # --- dependencies of masks ---
-
     @property
     def structure(self) -> Structure | None:
         """The kind of units that the pattern removes; None: it sets weights to zero."""
@@ -140,8 +138,6 @@ class Plan:
     def corrects(self) -> bool:
         """Whether target weights are corrected towards the dense model's outputs."""
         return self.propagation == "corrected"
-
-    # --- the statistics that stages read ---
 
     @property
     def mask_solves(self) -> bool:

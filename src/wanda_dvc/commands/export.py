@@ -158,9 +158,6 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
         take("models/dense")
 
 
-# --- the model card ---
-
-
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, params = experiment.models, experiment.params

@@ -157,9 +157,6 @@ def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Itera
             started.extend(thread.submit(function, value) for value in islice(remaining, 1))
 
 
-# --- main memory ---
-
-
 def keep_freed_memory(largest: int = MMAP_THRESHOLDS[0]) -> None:
     """Make glibc keep the memory of freed tensors, up to `largest` bytes, instead of returning it at once.
 

@@ -49,9 +49,6 @@ TaskInput = TypeVar("TaskInput")
 TaskResult = TypeVar("TaskResult")
 
 
-# --- on the nodes ---
-
-
 class Expected(NamedTuple):
     """What a task expects of its node, and the threads and the device that it uses."""
 
@@ -134,9 +131,6 @@ def unpack_tensor(packed: tuple[Any, torch.dtype, torch.Size]) -> Tensor:
     """Return the tensor in main memory, writable. Ray sends this function with each tensor: by name, at this level."""
     content, dtype, shape = packed
     return torch.from_numpy(np.array(content)).view(dtype).view(shape)
-
-
-# --- the driver ---
 
 
 def connect(address: str) -> None:

@@ -65,9 +65,6 @@ class Divergence(NamedTuple):
         return self.agreed / len(self.kl)
 
 
-# --- one window ---
-
-
 def measure_windows(
     decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, _: object
 ) -> Iterator[tuple[float, Predictions]]:
@@ -184,9 +181,6 @@ def _normalized(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
     top, tail = predictions.top_log_p.double(), predictions.tail_log_p.double()[:, None]
     total = torch.cat([top, tail], -1).logsumexp(-1, keepdim=True)
     return top - total, tail - total, predictions.drawn_log_p.double() - total
-
-
-# --- all windows ---
 
 
 def compute_perplexity(losses: list[float], predictions: list[int]) -> float | str:

@@ -37,9 +37,6 @@ Total = TypeVar("Total", InputSums, FisherSums)
 OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
 
-# --- units of work: functions of the model, a job that all chunks share, and a chunk ---
-
-
 def in_smaller_batches(work: Callable[[Decoder, Job, Chunk], Total]) -> Callable[[Decoder, Job, Chunk], Total]:
     """Repeat a unit of work in batches of half as many windows, each time that a GPU's memory does not suffice."""
 
@@ -145,9 +142,6 @@ def run_output_function(
     store, function = job
     chunk, value = chunk_and_input
     return function(model, chunk.sequences, store.read(len(model.blocks), chunk.number), value)
-
-
-# --- the forward pass ---
 
 
 @dataclass

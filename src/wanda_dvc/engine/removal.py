@@ -68,8 +68,6 @@ class Removal:
         unit_sets = {name: units._replace(kept=int(kept[name].sum())) for name, units in self.unit_sets.items()}
         return replace(self, unit_sets=unit_sets, kept_masks=kept)
 
-    # --- config.json ---
-
     @property
     def config_changes(self) -> dict[str, Any]:
         """The new values in the configuration; those of lists once units are chosen."""
@@ -106,8 +104,6 @@ class Removal:
         if abs(self.sparsity - sparsity) > 1e-9:
             text += f"; rounded: {self.sparsity:.4g} instead of {float(sparsity):g}"
         return text
-
-    # --- masks ---
 
     @cached_property
     def dimensions_of(self) -> Mapping[str, list[UnitDimension]]:
@@ -150,8 +146,6 @@ class Removal:
             for dimension in self.dimensions_of.get(linear, ()):
                 expanded[linear] = expanded[linear] & dimension_mask(dimension, kept)
         return expanded
-
-    # --- stored tensors ---
 
     def renumbered(self, tensors: Iterable[str]) -> dict[str, str]:
         """Return the stored tensors of the smaller model, with consecutive units, and the source's tensor of each."""

@@ -39,9 +39,6 @@ class MaskRule(NamedTuple):
     units: Mapping[str, Units] = {}
 
 
-# --- masks of a block ---
-
-
 def choose_block(
     weights: Iterable[tuple[str, Tensor]], stats: BlockStats, rule: MaskRule, *, threads: int = 1
 ) -> dict[str, Tensor]:
@@ -112,9 +109,6 @@ def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
-# --- the mask of one linear ---
-
-
 def choose_by_score(
     weight: Float[Tensor, "out in"],
     x: InputStats,
@@ -164,9 +158,6 @@ def scores_of(
             "dtype=float32 or bfloat16"
         )
     return score
-
-
-# --- units that are complete linears ---
 
 
 def choose_units(

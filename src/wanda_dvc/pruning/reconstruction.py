@@ -21,9 +21,6 @@ def oriented(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
 
 
-# --- new values of kept weights ---
-
-
 def target_weight(
     weight: Tensor,
     factors: GramFactors | None,
@@ -78,9 +75,6 @@ def check_new_weight(linear: str, weight: Tensor) -> Tensor:
     if not weight.isfinite().all():
         raise UserError(f"{linear}: new weights are not finite in {weight.dtype}; set reconstruction=none")
     return weight
-
-
-# --- the pruned weight ---
 
 
 class PrunedWeight(NamedTuple):

@@ -52,9 +52,6 @@ class Experiment:
         return resolved(self.params)
 
 
-# --- reading one ---
-
-
 def workspace(study: Study) -> Experiment:
     """Read the results of the workspace, where its files are."""
     experiment = _read(study, WORKSPACE, None)
@@ -89,9 +86,6 @@ def _read(study: Study, name: str, commit: str | None) -> Experiment:
     study = study.with_params(lock.params(study.params))
     results, notes = current_results(study, lock)
     return Experiment(name, commit, study, results, notes)
-
-
-# --- reading many ---
 
 
 Excluded = list[tuple[str, str]]  # names, with the reasons

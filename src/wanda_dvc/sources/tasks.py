@@ -119,9 +119,6 @@ def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Pat
         write_provenance(target.parent, provenance)
 
 
-# --- lm-eval's task of a file of items ---
-
-
 def load_task(definition: str, role: str, items: Path, *, todo: str = DOWNLOAD_AGAIN) -> Any:
     """Return lm-eval's task: its own YAML file, with the items as the split in that role alone.
 

@@ -142,9 +142,6 @@ def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
     )
 
 
-# --- the memory, without fixed costs, and the disk of each stage ---
-
-
 def _needs_of_calibrate(run: Run) -> tuple[int, int]:
     calibration, statistics, sizes = run.params.calibration, run.params.statistics, run.sizes
     forward = run.forward(calibration.length)

@@ -15,8 +15,6 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.study.artifact import block_file, load_tensors, save_tensors
 from wanda_dvc.study.files import Json
 
-# --- statistics ---
-
 
 def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
     """Write one block's statistics.
@@ -121,9 +119,6 @@ def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     return {name.removesuffix(".sum_squares"): squares for name, squares in tensors.items()}
 
 
-# --- masks and new weights ---
-
-
 class Masks(UserDict[str, Any]):
     """The masks of a block or a model, one bit a weight, with their columns; each is unpacked at access.
 
@@ -169,9 +164,6 @@ def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
     """Read one block's new weights, and the solver diagnostics of each linear."""
     weights, header = load_tensors(block_file(folder, block), "mask")
     return weights, header["solved"]
-
-
-# --- predictions of the dense model ---
 
 
 def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
