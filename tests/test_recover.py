@@ -25,7 +25,7 @@ from wanda_dvc.stages import needs, run
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import Run, choose_training, requirements
 from wanda_dvc.stages.process import Progress
-from wanda_dvc.stages.recover import recover, training_windows
+from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
 from wanda_dvc.training import trainer
@@ -333,3 +333,11 @@ def test_a_step_has_as_many_windows_as_set_and_the_rate_grows_by_their_root(stud
     assert steps == [1, 2, 3]
     assert curve[-1]["tokens"] == 24 * 16
     assert arguments.call_args.kwargs["rate"] == pytest.approx(0.01 * 2)  # √(8 / 2)
+
+
+def test_a_short_text_is_named_by_its_own_setting(study: Make, tmp_path: Path):
+    (tmp_path / "short.txt").write_text("Short.", encoding="utf-8")
+    made = study(recovery__tokens=512, recovery__text={"source": str(tmp_path / "short.txt")})
+    fetch(made, "model", "recovery")
+    with pytest.raises(UserError, match=r"^recovery.text: \d+ tokens, expected 1 windows of 64 or more"):
+        _windows_of_text(made, made.stage_input("recover"), 4)

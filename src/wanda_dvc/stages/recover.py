@@ -116,9 +116,10 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
 
 def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
-    """Return windows of the training text in random order: `count` of separate documents, or all of another text.
+    """Return windows of the training text in random order: `count` of separate documents, or all of one text.
 
-    Of the calibration's text, windows that share tokens with the calibration are last.
+    The order of one text's windows does not depend on the seed. If it is the calibration's text, windows that share
+    tokens with the calibration are last.
     """
     source = "recovery" if settings["text"] else "calibration"
     length, seed = settings["length"], settings["seed"]
@@ -134,6 +135,6 @@ def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
         # The same draw as the calibration's, of positions instead of tokens.
         calibrated = draw(positions, samples=settings["windows"], length=settings["calibration_length"], seed=seed)
         is_calibrated = torch.isin(positions, calibrated)
-        is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()
+        is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()  # windows follow one another
         order.sort(key=lambda window: is_seen[window])
     return windows[order]
