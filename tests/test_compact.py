@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.errors import UserError
 from wanda_dvc.stages.needs import TRAINING_WAYS, training_memory
 from wanda_dvc.training import compact, trainer
 from wanda_dvc.training.compact import CompactAdamW, decode, encode, join, split
@@ -168,6 +169,14 @@ class Allocated(TorchDispatchMode):
 
     def free(self, storage: int) -> None:
         self.bytes -= self.sizes.pop(storage)
+
+
+def test_a_head_that_does_not_read_the_decoder_is_refused(tmp_path: Path):
+    model = trainer.load_for_training(pair(tmp_path)[0], torch.float32, CPU)
+    outputs = model.get_decoder()(input_ids=windows(1))
+    model.get_decoder = torch.nn.Identity  # as where the model's class calls another module
+    with pytest.raises(UserError, match="llama cannot be trained with little memory: its head does not read"):
+        trainer.logits_after(model, outputs)
 
 
 @pytest.mark.parametrize("tied", [True, False])

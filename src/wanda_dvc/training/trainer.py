@@ -54,8 +54,8 @@ def divergence_of_windows(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch
 def sliced_divergence(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
     """Return `divergence_of_windows` without all logits at once: some positions at a time, computed twice."""
     with torch.no_grad():
-        dense_outputs = dense.base_model(input_ids=input_ids)
-    outputs = pruned.base_model(input_ids=input_ids)
+        dense_outputs = dense.get_decoder()(input_ids=input_ids)
+    outputs = pruned.get_decoder()(input_ids=input_ids)
     kind = type(outputs)  # the model's own class
 
     def add_slice(total: Tensor, dense_hidden: Tensor, hidden: Tensor) -> Tensor:
@@ -76,12 +76,24 @@ def sliced_divergence(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch len
 
 def logits_after(model: Any, outputs: Any) -> Float[Tensor, "1 positions vocabulary"]:
     """Return the logits of the blocks' outputs, through all that the model's own forward pass does after the blocks."""
-    base, hidden = model.base_model, outputs.last_hidden_state
-    base.forward = lambda *_, **__: outputs
+    decoder, hidden = model.get_decoder(), outputs.last_hidden_state
+    calls: list[Any] = []
+
+    def return_outputs(*_: Any, **__: Any) -> Any:
+        calls.append(outputs)
+        return outputs
+
+    decoder.forward = return_outputs
     try:
-        return model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
+        logits = model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
     finally:
-        del base.forward
+        del decoder.forward
+    if len(calls) != 1:
+        raise UserError(
+            f"recovery.tokens: {model.config.model_type} cannot be trained with little memory: its head does not read "
+            "the decoder's outputs; free some memory, or set recovery.tokens to 0"
+        )
+    return logits
 
 
 def root_mean_square(parameter: Tensor) -> float:
