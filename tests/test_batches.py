@@ -187,7 +187,7 @@ def test_the_memory_of_a_gpu_goes_to_blocks_and_sums_first(tiny: Path, monkeypat
         for free in (10**6, 80 * 10**9):
             monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, free))
             decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
-            sizes = decoder._sizes
+            sizes = decoder.sizes
             least = ForwardMemory(sizes, dtype="float32", length=20, device="cuda").grams
             assert 0 <= 2 * decoder.memory_budget() <= max(0, free - 2 * 4 * sizes.block_parameters - least)
             assert decoder.batch_size(10**9, streamed=False, copies=1) == 1

@@ -14,8 +14,8 @@ import torch
 from conftest import Patch
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import Operations
 from simulated_gpu import simulated_gpu
-from test_selection import Noted
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.accelerator import product_dtype
@@ -142,19 +142,19 @@ def test_a_gpu_starts_as_many_operations_for_any_width(dtype: torch.dtype):
     operations = []
     for features in (64, 256):
         x = (inputs(300, features) * (1 + torch.arange(features))).to(dtype)
-        with simulated_gpu(), Noted() as noted:
+        with simulated_gpu(), Operations(of_gpu=True) as noted:
             gram = Gram.empty(features, "cuda")
             gram.add(x.to("cuda"))
-            products, conversions = noted.ran["mm"], noted.ran["_to_copy"]
+            products, conversions = noted.counts["mm"], noted.counts["_to_copy"]
             norm, triangle = gram.scaled_triangle()
             Gram.from_triangle(triangle.half(), 300, norm)
         assert (products, conversions) == (1, 0)
-        operations.append(noted.ran)
+        operations.append(noted.counts)
         exact = x.double().T @ x.double()
         scale = exact.diagonal().sqrt()
         assert ((gram.upper.cpu() - exact) / scale / scale[:, None]).abs().max() < 1e-5  # `make gpu` allows 1e-4
     assert operations[0] == operations[1]
-    assert noted.ran.total() < 1000
+    assert noted.counts.total() < 1000
 
 
 def test_without_tokens_every_feature_counts_alike():
@@ -227,11 +227,15 @@ def test_a_gpu_measures_layer_errors_in_one_go():
     weight, gram = inputs(300, 200), unit_scores(Gram, 200, [inputs(60, 200, seed=1)]).matrix()
     pruned = [weight.round(), weight * 0]
     expected = layer_errors(weight, pruned, gram)
-    with simulated_gpu(), Noted() as noted, mock.patch("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 1000):
+    with (
+        simulated_gpu(),
+        Operations(of_gpu=True) as noted,
+        mock.patch("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 1000),
+    ):
         errors = layer_errors(weight.to("cuda"), [x.to("cuda") for x in pruned], gram.to("cuda"))
     assert errors == pytest.approx(expected, rel=1e-12)
-    assert noted.ran["mm"] == 3
-    assert not noted.ran["_local_scalar_dense"]
+    assert noted.counts["mm"] == 3
+    assert not noted.counts["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.float64), ((8, 9), torch.float32)])
@@ -361,11 +365,11 @@ def test_a_gpu_allocates_as_the_host(name: str, group: str):
 
     choices: Any = {"allocation": ALLOCATIONS[name], "sparsity": Fraction(1, 2), "group": group}
     expected = allocate(weights.__getitem__, blocks, 3, **choices, device=torch.device("cpu"))
-    with simulated_gpu(), Noted() as noted:
+    with simulated_gpu(), Operations(of_gpu=True) as noted:
         assert allocate(read, blocks, 3, **choices, device=torch.device("cuda")) == expected
     assert len({str(sparsity) for sparsity in expected}) == 3
     assert reads == Counter(list(weights))
-    assert noted.ran["abs"]
+    assert noted.counts["abs"]
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))

@@ -1,9 +1,7 @@
 """From score to mask: against loops, and the laws that no implementation may break."""
 
-from collections import Counter
 from fractions import Fraction
 from pkgutil import resolve_name
-from typing import Any
 
 import oracle
 import pytest
@@ -12,8 +10,8 @@ from cases.grids import OF_WEIGHTS
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from operations import Operations
 from simulated_gpu import OnDevice, simulated_gpu
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
@@ -114,7 +112,7 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0)), keep_by_score_fraction(score, 0.5)
-    with simulated_gpu(), Noted() as noted:
+    with simulated_gpu(), Operations(of_gpu=True) as noted:
         there = score.to("cuda")
         found = unit_scores(there, units).cpu(), keep_by_score_fraction(there, 0.5).cpu()
     for one, other, host in zip(
@@ -122,21 +120,8 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...
     ):
         assert torch.equal(one, other)
         assert torch.equal(host, other)
-    assert not noted.ran.keys() & {"cumsum", "index_add_"}
-    assert "sort" in noted.ran
-
-
-class Noted(TorchDispatchMode):
-    """Counts the device's operations inside by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran = Counter[str]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if OnDevice in types:
-            self.ran[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
+    assert not noted.counts.keys() & {"cumsum", "index_add_"}
+    assert "sort" in noted.counts
 
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -157,13 +142,13 @@ def test_a_gpu_selects_from_one_group_by_as_many_passes_for_any_size():
     operations = []
     for size in (100, 10_000):
         score = torch.rand(1, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
-        with simulated_gpu(), Noted() as noted:
+        with simulated_gpu(), Operations(of_gpu=True) as noted:
             mask = keep_highest(score.to("cuda"), size // 2)
         assert mask.cpu().sum() == size // 2
-        operations.append(noted.ran)
+        operations.append(noted.counts)
     assert operations[0] == operations[1]
-    assert not noted.ran.keys() & {"kthvalue", "sort", "topk", "_local_scalar_dense"}
-    assert noted.ran["nonzero"] == 1
+    assert not noted.counts.keys() & {"kthvalue", "sort", "topk", "_local_scalar_dense"}
+    assert noted.counts["nonzero"] == 1
 
 
 @pytest.mark.parametrize("columns", [*range(1, 18), 64])

@@ -74,7 +74,8 @@ class Decoder:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @cached_property
-    def _sizes(self) -> ModelSizes:
+    def sizes(self) -> ModelSizes:
+        """Counts of its weights and features."""
         return ModelSizes(self.model, self.checkpoint.folder)
 
     def check_tokens(self, sequences: Sequence[TokenSequence]) -> None:
@@ -94,7 +95,7 @@ class Decoder:
         """
         if self.device.type != "cuda":
             return 0
-        need = 2 * self._sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
+        need = 2 * self.sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
         return max(0, accelerator.free_device_memory(self.device) - need) // 2
 
     def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, copies: int = 1) -> list[Batch]:
@@ -118,7 +119,7 @@ class Decoder:
         return max(1, min(size, self.batch_limit, STREAMED_TOKENS // length if streamed else size))
 
     def _memory(self, length: int) -> ForwardMemory:
-        return ForwardMemory(self._sizes, dtype=str(self.dtype).removeprefix("torch."), length=length, device="cuda")
+        return ForwardMemory(self.sizes, dtype=str(self.dtype).removeprefix("torch."), length=length, device="cuda")
 
     # --- one block ---
 

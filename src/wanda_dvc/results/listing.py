@@ -141,8 +141,8 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
     rows = []
     for revision in revisions:
         change = one_line(", ".join(f"{key}={value}" for key, value in revision.changes.items()))
-        is_readable = revision.kind != "experiment" and revision.status == SUCCESS
-        status = revision.kind if is_readable else one_line(revision.status)
+        has_state = revision.kind == "experiment" or revision.status != SUCCESS
+        status = one_line(revision.status) if has_state else revision.kind
         rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
     text = table(["experiment", "state", "change", *columns], rows)
     measured = [_resolved(revision.settings) for revision in revisions if revision.final.metrics]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
@@ -83,7 +82,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input."""
     works = [work for work in (norms, gram) if work is not None]
     run = runner(study, "dense", works[0])
-    sizes = ModelSizes(run.decoder.model, study.model("dense"))
+    sizes = run.decoder.sizes
     announce(study, "calibrate", sizes)
     windows = calibration_windows(study)
     if gram and windows.numel() < TOKENS_A_FEATURE * sizes.widest:
@@ -114,7 +113,7 @@ def _backward(study: Study, work: Work) -> None:
     from wanda_dvc.engine.backward import backward  # imports transformers, which takes seconds
 
     run = runner(study, "dense", work)
-    announce(study, "calibrate", ModelSizes(run.decoder.model, study.model("dense")))
+    announce(study, "calibrate", run.decoder.sizes)
     blocks = len(run.decoder.blocks)
     finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
     steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)

@@ -14,7 +14,6 @@ from wanda_dvc.engine.divergence import (
     summarize,
 )
 from wanda_dvc.engine.forward import ModelRunner
-from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -40,7 +39,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         protocol |= {"reference": digest(_reference_provenance(study, text, protocol))}
     with study.work(protocol) as work:
         run = runner(study, model, work)
-        announce(study, "perplexity", ModelSizes(run.decoder.model, study.model(model)))
+        announce(study, "perplexity", run.decoder.sizes)
         run_name = f"perplexity {model} {text}"
         blocks = len(run.decoder.blocks)
         steps = run.forward(windows)
