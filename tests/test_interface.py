@@ -37,25 +37,6 @@ def test_an_argument_of_a_wrong_type_is_named_and_makes_no_study(tiny: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_study_whose_model_is_not_found_is_not_left_behind(tmp_path: Path, monkeypatch: Patch):
-    """A started download is: the next call could resume it."""
-    fetched = Path(".dvc/tmp/wanda-dvc/work/part")
-
-    def reproduce(root: Path, *_: str) -> None:
-        if root.name == "started":
-            (root / fetched).parent.mkdir(parents=True)
-            (root / fetched).touch()
-        raise wd.UserError("no such model")
-
-    monkeypatch.setattr(interface, "reproduce", reproduce)
-    (tmp_path / "empty").mkdir()
-    for name in ("new", "empty", "started"):
-        refused(wd.calibrate, "org/none", tmp_path / name, says="no such model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "started"]
-    assert [path.name for path in tmp_path.glob("[en]*/*")] == []
-    assert (tmp_path / "started" / fetched).exists()
-
-
 def test_a_block_that_a_study_does_not_have_is_refused_with_the_range(calibrated: Path):
     study = wd.Study(calibrated)
     for block in (2, -1, "0", None):

@@ -40,7 +40,6 @@ from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import process, run, times
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrated_from
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.solving import MaskJob, score_block
@@ -218,60 +217,11 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(study: Make):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
 
 
-@pytest.mark.parametrize("recipe", ["admm", "fisher"])
-def test_of_two_checkouts_with_the_same_calibration_one_computes_it(
-    calibrated_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
-):
-    """Experiments of DVC's queue: the second one waits, or comes while DVC stores the first one's statistics."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    first = calibrated_study(recipe=recipe, calibration__seed=1)
-    second = Study(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-second"), symlinks=True))
-    calibrate(study=first)
-    mask(study=first)
-    monkeypatch.setattr("wanda_dvc.stages.calibrate.runner", None)  # nothing runs
-    monkeypatch.setattr("wanda_dvc.stages.solving.solve", None)
-    block = first.stats / "block_001.safetensors"
-    content = block.read_bytes()
-    block.write_bytes(content[:-1])
-    with pytest.raises(TypeError, match="not callable"):  # a damaged artifact does not count
-        calibrate(study=second)
-    block.write_bytes(content)
-    shutil.rmtree(second.work_path(calibrated_from(second, "norms")))
-    calibrate(study=second)
-    mask(study=second)
-    assert tree(second.root, "stats", "masks", "weights") == tree(first.root, "stats", "masks", "weights")
-    with pytest.raises(TypeError, match="not callable"):  # a stage that is repeated computes
-        calibrate(study=second)
-
-
-def test_a_run_that_has_waited_for_the_same_artifact_does_not_compute_it_again(
-    calibrated_study: Make, monkeypatch: pytest.MonkeyPatch
-):
-    made = calibrated_study(calibration__statistics="norms", calibration__seed=1)
-    lock = FileLock(f"{made.work_path(calibrated_from(made, 'norms'))}.lock", is_singleton=False)
-    lock.acquire()
-
-    def finished_by_another(_: str) -> None:
-        monkeypatch.setattr(artifact, "notice", print)
-        lock.release()
-        calibrate(study=made)
-        monkeypatch.setattr("wanda_dvc.stages.calibrate.runner", None)
-
-    monkeypatch.setattr(artifact, "notice", finished_by_another)
-    calibrate(study=made)
-    assert read_provenance(made.stats, "calibrate")["params"]["seed"] == 1
-
-
-def test_gram_matrices_that_nobody_fetches_do_not_stay(calibrated_study: Make, tmp_path: Path):
+def test_gram_matrices_that_nobody_fetches_do_not_stay(calibrated_study: Make):
     """Norms and Gram matrices are measured together. DVC may restore the latter, or force the former alone."""
     made = calibrated_study(recipe="admm")
     run("calibrate", study=made, variant="norms")
-    assert not [path for path in made.work_root.iterdir() if path.is_dir()]  # stats/gram is there
-    gram = shutil.copytree(made.gram, tmp_path / "gram")
-    shutil.rmtree(made.gram)
-    run("calibrate", study=made, variant="norms")
     assert work_of(made)
-    gram.rename(made.gram)  # as DVC restores it
     mask(study=made)
     assert not [path for path in made.work_root.iterdir() if path.is_dir()]
 

@@ -18,7 +18,7 @@ from wanda_dvc.commands import reproduce
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
-from wanda_dvc.study.artifact import block_count, locked, remove
+from wanda_dvc.study.artifact import block_count, locked
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.scaffold import change_settings, changed, init, new_params
 
@@ -100,8 +100,7 @@ def calibrate(
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
 
     Raises:
-        UserError: A wrong argument or setting, an unsupported model, or activations that are not finite. If no model
-            could be fetched, the directory is empty.
+        UserError: A wrong argument or setting, an unsupported model, or activations that are not finite.
     """
     new_params(settings)  # a wrong setting or argument makes no study
     in_memory = not isinstance(model, str | os.PathLike)
@@ -117,7 +116,6 @@ def calibrate(
         raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
     root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
-    was_empty = not any(root.glob("*"))
     source = str(model.expanduser().absolute()) if isinstance(model, Path) else model
     init(folder=root, model=None if in_memory else str(source))
     study = Study(root)
@@ -130,12 +128,7 @@ def calibrate(
         (saved / ".gitignore").write_text("*\n", encoding="utf-8")
         settings = {"model": str(saved)} | settings
     with _changed(study, settings):
-        try:
-            reproduce(study.path, "calibrate")
-        except UserError:
-            if was_empty:
-                _discard_without_model(root)
-            raise
+        reproduce(study.path, "calibrate")
     return study
 
 
@@ -184,15 +177,3 @@ def _changed(study: Study, settings: dict[str, Any]) -> Iterator[None]:
     with locked(lock, f"waiting for another function on {study.path} …"):
         change_settings(study.path / "params.yaml", settings)
         yield
-
-
-def _discard_without_model(root: Path) -> None:
-    """Empty the directory of a new study without a model, so that the corrected call can use it.
-
-    Nothing happens if there are fetched parts of a model, for a resumed download, or in an earlier git repository.
-    """
-    study = folder.Study(root)
-    fetched = [path for path in study.work_root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    if not (study.model("dense").exists() or fetched) and (root / ".git").exists():
-        for path in list(root.iterdir()):
-            remove(path)

@@ -12,7 +12,7 @@ from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact, tensors
-from wanda_dvc.study.artifact import PROVENANCE, Work, describe, is_complete, read_provenance
+from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
 from wanda_dvc.study.files import Json, write_csv
 from wanda_dvc.study.folder import Study
 
@@ -27,14 +27,12 @@ def calibrate(*, study: Study, statistics: str) -> None:
     target = study.root / "stats" / statistics
     made_from, gram_from = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
-        work.adopt(made_from, target)
-        lacks_gram = study.stage_input("calibrate/gram") and not is_complete(study.gram, gram_from)
-        if not is_there(work.out / PROVENANCE):  # else it was measured with the norms, or by another run
+        if not is_there(work.out / PROVENANCE):  # else it was measured with the norms
             if statistics == "fisher":
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
-            elif lacks_gram:
+            elif study.stage_input("calibrate/gram"):
                 with study.work(gram_from) as gram:
                     _forward(study, norms=work, gram=gram)
                     artifact.finish(gram.out, gram_from)

@@ -46,7 +46,6 @@ def mask(*, study: Study) -> None:
     made_from = _describe(plan, norms, digests, sparsities, removal)
     job = MaskJob(plan, checkpoint, sparsities, removal, study.fisher.absolute())
     with study.work(made_from) as work:
-        work.adopt(made_from, study.masks, study.weights)
         masks, weights = work.output("masks"), work.output("weights")
         finished = artifact.finished_blocks(masks)
         if plan.mask_stores_weights:

@@ -26,9 +26,9 @@ from filelock import FileLock, Timeout
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import check_file, is_there, read_header, read_object
+from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.study.dvc import copy_file
-from wanda_dvc.study.files import Json, load_json, write_json
+from wanda_dvc.study.files import Json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor  # its import takes seconds, and most commands need none
@@ -71,14 +71,9 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None
     temporary = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
-    _flush(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # a resumed run trusts a file by its name, also after a power cut
     temporary.replace(path)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file to the disk: a resumed run trusts it by its name, also after a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def load_tensors(
@@ -160,14 +155,6 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     return content
 
 
-def is_complete(folder: Path, made_from: Json) -> bool:
-    """Whether a folder has the finished artifact of some inputs, with a file for each of its blocks."""
-    blocks = len(list(folder.glob("block_*.safetensors")))
-    with contextlib.suppress(UserError):  # a damaged provenance
-        return load_json(folder / PROVENANCE) == made_from | {"blocks": blocks}
-    return False
-
-
 def check_source(where: str, source: Json, expected: Json, made_by: str) -> None:
     """Raise UserError if an artifact was made from another model or text than the expected one, by their digests."""
     if source["sha256"] != expected["sha256"]:
@@ -189,7 +176,6 @@ class Work:
     """
 
     path: Path
-    waited: bool = False  # for another run with the same inputs
 
     @property
     def out(self) -> Path:
@@ -208,14 +194,7 @@ class Work:
         return self.out
 
     def commit(self, *targets: Path) -> None:
-        """Move the finished artifact to its place and remove the rest. Several artifacts are named as their places.
-
-        PermissionError, before any move, if an earlier artifact may not be removed.
-        """
-        for target in targets:
-            for name, _, _ in os.walk(target):
-                if not os.access(name, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        """Move the finished artifact to its place and remove the rest. Several artifacts are named as their places."""
         for target in targets:
             folder = self.output(target.name if len(targets) > 1 else "")
             temporary = temporary_place(target)
@@ -229,46 +208,27 @@ class Work:
                 _move(temporary / "out", target)
             finally:
                 remove(temporary)
-        write_json(self._note, {target.name: str(target.absolute()) for target in targets})
         self.discard()
-
-    def adopt(self, made_from: Json, *targets: Path) -> None:
-        """Begin with the artifacts that another run with the same inputs has committed, if they are still there.
-
-        Queued experiments have checkouts of their own: if two need the same calibration, the second copies it. An
-        artifact in this run's own place counts only after a wait, because a stage that is repeated computes again.
-        """
-        places = load_json(self._note)
-        for target in targets:
-            place = Path(places.get(target.name, target))
-            is_repeated = place == target.absolute() and not self.waited
-            folder = self.output(target.name if len(targets) > 1 else "")
-            if not is_repeated and not is_there(folder / PROVENANCE) and is_complete(place, made_from):
-                with contextlib.suppress(FileNotFoundError, UserError):  # DVC may replace the files by links now
-                    _copy_blocks(place, folder)
 
     def discard(self) -> None:
         """Remove the work."""
         remove(self.path)
 
-    @property
-    def _note(self) -> Path:
-        """The file with the places of the artifacts of the last run with these inputs; it stays, as the lock does."""
-        return self.path.with_name(f"{self.path.name}.json")
-
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: str) -> Iterator[bool]:
-    """Let one process at a time use a path; another one reports that it is `waiting`. Yield whether it has waited."""
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Let one process at a time use a path; another one reports that it is `waiting`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))  # it stays
     try:
-        acquired, waited = lock.acquire(timeout=0), False
+        lock.acquire(timeout=0)
     except Timeout:
         notice(waiting)
-        acquired, waited = lock.acquire(), True
-    with acquired:
-        yield waited
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:
@@ -284,17 +244,6 @@ def remove(path: Path) -> None:
 def temporary_place(target: Path) -> Path:
     """Return the temporary place of a copy of an artifact or a file, next to its place."""
     return target.with_name(f".{target.name}.part")
-
-
-def _copy_blocks(source: Path, folder: Path) -> None:
-    """Copy an artifact's files, its provenance last. UserError if a file is damaged."""
-    for path in (*sorted(source.glob("block_*.safetensors")), source / PROVENANCE):
-        temporary = folder / f"{path.name}.part"
-        copy_file(path, temporary)
-        if path.suffix == ".safetensors":
-            read_header(temporary)
-        _flush(temporary)
-        temporary.replace(folder / path.name)
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -127,5 +127,5 @@ class Study:
     def work(self, made_from: Json) -> Iterator[Work]:
         """Open the unfinished work of a set of inputs, parameters and versions: one process at a time, others wait."""
         path = self.work_path(made_from)
-        with locked(path, "waiting for another run with the same inputs and parameters …") as waited:
-            yield Work(path, waited)
+        with locked(path, "waiting for another run with the same inputs and parameters …"):
+            yield Work(path)
