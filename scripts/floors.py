@@ -96,7 +96,7 @@ def work_of_stages(config: dict[str, Any], protocol: Protocol) -> dict[str, Work
     backward = 3 * forward(back, length) + attention(back, length) + 4 * back * head
     gradients = Work(half=backward, single=back * output_squares, link=model + moved(back, 2 * blocks))
     mask = Work(single=linears, link=2 * linears + masks, disk=2 * linears + masks)
-    admm = mask.plus(Work(single=cubes + products(ITERATIONS), link=grams, disk=grams))
+    admm = mask.plus(Work(single=cubes + products(ITERATIONS - 1), link=grams, disk=grams))
     write = Work(disk=2 * model + masks)
     refit = Work(single=cubes / 3 + products(least_squares + 4), link=4 * linears + grams, disk=grams)
     coupled = fisher.plus(Work(single=products(weighted + 2, weighted)))

@@ -1,8 +1,7 @@
 """Statistics of inputs: sums that are right, merge and pack; the layer error; and allocations, whose mean is exact."""
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from wanda_dvc.pruning.allocation import (
     Competition,
     allocate,
     count_scores,
-    outlier_ratio,
+    outlier_rating,
     owl,
     round_to_total,
     sensitivity,
@@ -315,26 +314,14 @@ def test_the_sensitivity_allocation_has_no_unit():
     assert sparsities[0] == sparsities[1]
 
 
-def test_outliers_are_counted_one_part_at_a_time():
-    made: list[weakref.ref[torch.Tensor]] = []
-
-    def scores() -> Iterator[torch.Tensor]:
-        for _ in range(4):
-            assert sum(one() is not None for one in made) <= 1  # the one before, until it is replaced
-            score = torch.ones(2, 10)
-            made.append(weakref.ref(score))
-            yield score
-            del score
-
-    assert outlier_ratio(scores) == 0
-    assert len(made) == 8  # twice
-
-
 def test_outliers_are_counted_over_the_whole_block():
-    scores = [torch.ones(2, 10), torch.full((1, 10), 100.0)]  # mean 34
-    assert outlier_ratio(lambda: scores, multiple=2) == pytest.approx(100 / 3)
-    assert outlier_ratio(lambda: scores) == 0
-    assert outlier_ratio(lambda: [7 * score for score in scores], multiple=2) == pytest.approx(100 / 3)
+    weights = {"up": torch.ones(9, 10), "gate": torch.full((1, 10), 100.0)}  # mean 10.9
+    x = InputStats(torch.ones(10).double(), torch.zeros(10).double(), 5)
+    for scale, percentage in ((1.0, 10), (7.0, 10), (0.05, 0)):  # at 0.05: the mean is 1.4, and the largest 5
+        scaled = (
+            weights | {"gate": scale * weights["gate"]} if scale < 1 else {k: scale * w for k, w in weights.items()}
+        )
+        assert outlier_rating(scaled, BlockStats({"up": x}, {"up": [*weights]}, [])) == [percentage]
 
 
 def test_an_input_of_zeros_has_no_sensitivity():

@@ -15,9 +15,20 @@ from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import reconstruct, target_weight
 from wanda_dvc.pruning.selection import count_removed, select
-from wanda_dvc.pruning.solvers import GramFactors, admm, fisher_least_squares, least_squares, sparsegpt
+from wanda_dvc.pruning.solvers import (
+    GramFactors,
+    admm,
+    fisher_least_squares,
+    least_squares,
+    sparsegpt,
+    sparsegpt_update,
+)
 
-METHODS: dict[str, Callable[..., solvers.SolverResult]] = {"sparsegpt": sparsegpt, "admm": admm}
+# Each method that chooses masks, and what gives its kept weights new values.
+METHODS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., solvers.SolverResult]]] = {
+    "sparsegpt": (sparsegpt, sparsegpt_update),
+    "admm": (admm, least_squares),
+}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
            ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
            ("20:30", "row", "0.3333")]  # fmt: skip
@@ -51,40 +62,45 @@ def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) ->
     return (off @ gram.double() * off).sum(1)
 
 
+def solve(name, weight, prepared, sparsity=HALF, **words) -> tuple[torch.Tensor, solvers.SolverResult]:
+    choose, update = METHODS[name]
+    mask = choose(weight, prepared, sparsity=sparsity, **words)
+    return mask, update(weight, mask, prepared)
+
+
 def every_method(weight, prepared, sparsity, pattern, group):
-    """All that solves, ADMM's mask with other weights included."""
-    words = {"sparsity": sparsity, "pattern": pattern, "group": group}
-    solved = {name: solve(weight, prepared, **words) for name, solve in METHODS.items()}
-    solved["least squares"] = least_squares(weight, solved["sparsegpt"].mask, prepared)
-    solved["on admm's mask"] = least_squares(weight, solved["admm"].mask, prepared)
-    solved["fisher"] = fisher_least_squares(weight, solved["admm"].mask, prepared, of_gradients(len(weight)), steps=15)
+    """All that solves, each mask with other weights included."""
+    solved = {name: solve(name, weight, prepared, sparsity, pattern=pattern, group=group) for name in METHODS}
+    swept, alternated = (solved[name][0] for name in METHODS)
+    solved["least squares"] = swept, least_squares(weight, swept, prepared)
+    solved["fisher"] = (
+        alternated,
+        fisher_least_squares(weight, alternated, prepared, of_gradients(len(weight)), steps=15),
+    )
     return solved
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
 def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(pattern, group, sparsity):
     weight, gram = problem()
-    sparsity, prepared = Fraction(sparsity), GramFactors(gram)
-    found = every_method(weight, prepared, sparsity, pattern, group)
-    swept = solvers.sparsegpt_update(weight, found["sparsegpt"].mask, prepared)  # on its own mask: the same weights
-    torch.testing.assert_close(swept.weight, found["sparsegpt"].weight)
-    for name, solved in found.items():
-        assert torch.equal(solved.weight != 0, solved.mask), name  # no zero revived, no weight lost
+    sparsity = Fraction(sparsity)
+    for name, (mask, solved) in every_method(weight, GramFactors(gram), sparsity, pattern, group).items():
+        assert torch.equal(solved.weight != 0, mask), name  # no zero revived, no weight lost
         if pattern != "unstructured":
             n, m = map(int, pattern.split(":"))
-            assert (solved.mask.unflatten(1, (-1, m)).sum(-1) == n).all(), name
+            assert (mask.unflatten(1, (-1, m)).sum(-1) == n).all(), name
         elif group == "row":
-            assert ((~solved.mask).sum(1) == count_removed(120, sparsity)).all(), name
+            assert ((~mask).sum(1) == count_removed(120, sparsity)).all(), name
         else:
-            assert (~solved.mask).sum() == count_removed(12 * 120, sparsity), name
-        without = row_errors(weight, weight * solved.mask, gram)
+            assert (~mask).sum() == count_removed(12 * 120, sparsity), name
+        without = row_errors(weight, weight * mask, gram)
         errors = row_errors(weight, solved.weight, gram)
         if name == "fisher":  # rows make up for one another, so a row's own error may rise
             errors, without = errors.sum(), without.sum()
         assert (errors <= without * (1 + 1e-6)).all(), name
-        changed = (solved.weight != weight * solved.mask).any(1)  # the update was applied
+        changed = (solved.weight != weight * mask).any(1)  # the update was applied
         assert solved.unchanged == (~changed).sum() <= 1, name
-        error, by_mask = layer_errors(weight, [solved.weight, weight * solved.mask], gram)
+        error, by_mask = layer_errors(weight, [solved.weight, weight * mask], gram)
         assert error < 0.9 * by_mask, name
         assert (solved.dead, solved.raised) == (0, False), name
 
@@ -241,8 +257,9 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
     weight, gram = problem(out=8, features=64)
     keep, expected = paper_sparsegpt(weight, gram, sparsity, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
-    solved = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", columns=16)
-    assert np.array_equal(solved.mask.numpy(), keep)
+    mask = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", columns=16)
+    assert np.array_equal(mask.numpy(), keep)
+    solved = sparsegpt_update(weight, mask, GramFactors(gram))
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
     assert solved.unchanged == 0
@@ -250,7 +267,7 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
 
 
 def paper_admm(weight, gram, sparsities, damping=0.1):
-    """Arxiv 2401.02938 as `methods.md` has it, in numpy and float64, a row a group."""
+    """The mask of arXiv 2401.02938 as `methods.md` has it, in numpy and float64, a row a group."""
     g = gram.double().numpy()
     scale = np.sqrt(np.diag(g))
     g = g / scale / scale[:, None] + damping * np.eye(len(g))
@@ -258,21 +275,18 @@ def paper_admm(weight, gram, sparsities, damping=0.1):
     k, w, u = np.linalg.inv(g + np.eye(len(g))), w0, np.zeros_like(w0)
     mask = np.ones(w0.shape, dtype=bool)
     for go in sparsities:
-        if go is not None:
-            np.put_along_axis(mask, np.argsort(abs(w + u), axis=1), np.arange(mask.shape[1]) >= go, axis=1)
+        np.put_along_axis(mask, np.argsort(abs(w + u), axis=1), np.arange(mask.shape[1]) >= go, axis=1)
         z = (w + u) * mask
         u = u + w - z
         w = (w0 @ g + z - u) @ k
-    return mask, (w + u) * mask / scale
+    return mask
 
 
 def test_admm_is_the_papers_algorithm():
     weight, gram = problem(out=6, features=40)
-    sparsities = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)] + [None] * 5
-    keep, expected = paper_admm(weight, gram, sparsities)
-    solved = admm(weight, GramFactors(gram), sparsity=HALF)
-    assert np.array_equal(solved.mask.numpy(), keep)
-    np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
+    sparsities = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)]
+    mask = admm(weight, GramFactors(gram), sparsity=HALF)
+    assert np.array_equal(mask.numpy(), paper_admm(weight, gram, sparsities))
 
 
 def best_mask_error(weight: torch.Tensor, gram: torch.Tensor, go: int) -> float:
@@ -291,9 +305,8 @@ def test_admm_is_near_the_best_of_all_masks():
     ratios = []
     for seed in range(6):
         weight, gram = problem(out=1, features=8, seed=seed)
-        prepared = GramFactors(gram)
-        solved = admm(weight, prepared, sparsity=HALF)
-        polished = least_squares(weight, solved.mask, GramFactors(gram, damping=0), steps=30)
+        mask = admm(weight, GramFactors(gram), sparsity=HALF)
+        polished = least_squares(weight, mask, GramFactors(gram, damping=0), steps=30)
         ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
     assert min(ratios) > 0.999
     assert sorted(ratios)[4] < 1.001
@@ -304,9 +317,9 @@ def test_admm_is_near_the_best_of_all_masks():
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
 def test_scaling_all_inputs_changes_nothing(name, factor):
     weight, gram = problem()
-    one, other = (METHODS[name](weight, GramFactors(g), sparsity=HALF) for g in (gram, gram * factor))
-    assert torch.equal(one.mask, other.mask)
-    torch.testing.assert_close(one.weight, other.weight)
+    one, other = (solve(name, weight, GramFactors(g)) for g in (gram, gram * factor))
+    assert torch.equal(one[0], other[0])
+    torch.testing.assert_close(one[1].weight, other[1].weight)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -315,28 +328,24 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     """Their order changes nothing, nor does their number, nor the slice that they are solved in."""
     weight, gram = problem()
     prepared, order = GramFactors(gram), torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    solve = METHODS[name]
-    complete = solve(weight, prepared, sparsity=HALF, pattern=pattern, group=group)
-    mixed = solve(weight[order], prepared, sparsity=HALF, pattern=pattern, group=group)
+    words = {"pattern": pattern, "group": group}
+    mask, complete = solve(name, weight, prepared, **words)
+    mixed = solve(name, weight[order], prepared, **words)
     monkeypatch.setattr(solvers, "ROWS_AT_A_TIME", 1)
-    sliced = solve(weight, prepared, sparsity=HALF, pattern=pattern, group=group)
-    for other, expected in ((mixed, order), (sliced, torch.arange(12))):
-        assert torch.equal(other.mask, complete.mask[expected])
-        torch.testing.assert_close(other.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
-    few = least_squares(weight, complete.mask, prepared)
-    monkeypatch.undo()
-    torch.testing.assert_close(few.weight, least_squares(weight, complete.mask, prepared).weight, rtol=1e-3, atol=1e-4)
+    sliced = solve(name, weight, prepared, **words)
+    for (chosen, solved), expected in ((mixed, order), (sliced, torch.arange(12))):
+        assert torch.equal(chosen, mask[expected])
+        torch.testing.assert_close(solved.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
 def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group, sparsity):
     weight, _ = problem()
-    solved = sparsegpt(
-        weight, GramFactors(3 * torch.eye(120)), sparsity=Fraction(sparsity), pattern=pattern, group=group
-    )
-    assert torch.equal(solved.mask, select(weight.abs(), sparsity=Fraction(sparsity), pattern=pattern, group=group))
-    assert torch.equal(solved.weight, weight * solved.mask)
-    assert torch.equal(least_squares(weight, solved.mask, GramFactors(torch.eye(120))).weight, weight * solved.mask)
+    words = {"sparsity": Fraction(sparsity), "pattern": pattern, "group": group}
+    mask, solved = solve("sparsegpt", weight, GramFactors(3 * torch.eye(120)), **words)
+    assert torch.equal(mask, select(weight.abs(), **words))
+    assert torch.equal(solved.weight, weight * mask)
+    assert torch.equal(least_squares(weight, mask, GramFactors(torch.eye(120))).weight, weight * mask)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -344,37 +353,33 @@ def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
     weight, gram = problem()
     dead = torch.tensor([3, 7, 11])
     gram[dead] = gram[:, dead] = 0
-    solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF)
+    mask, solved = solve(name, weight, GramFactors(gram))
     assert solved.dead == 3
-    assert not solved.mask[:, dead].any()
-    few = METHODS[name](weight, GramFactors(gram), sparsity=Fraction(1, 120))
-    assert torch.equal(few.weight[:, dead], (weight * few.mask)[:, dead])
-    assert few.mask[:, dead].sum() == 2 * 12
-    assert torch.equal(few.weight != 0, few.mask)
+    assert not mask[:, dead].any()
+    mask, few = solve(name, weight, GramFactors(gram), Fraction(1, 120))
+    torch.testing.assert_close(few.weight[:, dead], (weight * mask)[:, dead])
+    assert mask[:, dead].sum() == 2 * 12
+    assert torch.equal(few.weight != 0, mask)
     assert few.weight.isfinite().all()
-    kept = least_squares(weight, few.mask, GramFactors(gram, damping=0))
-    assert torch.equal(kept.weight[:, dead], (weight * few.mask)[:, dead])
-    every = METHODS[name](weight, GramFactors(torch.zeros(120, 120)), sparsity=HALF)  # an input of zeros
+    kept = least_squares(weight, mask, GramFactors(gram, damping=0))
+    assert torch.equal(kept.weight[:, dead], (weight * mask)[:, dead])
+    mask, every = solve(name, weight, GramFactors(torch.zeros(120, 120)))  # an input of zeros
     assert every.dead == 120
-    assert torch.equal(every.weight, weight * every.mask)
+    assert torch.equal(every.weight, weight * mask)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "least squares"])
-def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
+@pytest.mark.parametrize("update", [sparsegpt_update, least_squares])
+def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(update):
     weight, gram = problem()
     root = gram.diagonal().sqrt()
     gram = gram - 0.5 * torch.outer(root, root)  # one eigenvalue far below zero
-    prepared = GramFactors(gram, damping=0.001)
-    if name == "least squares":
-        solved = least_squares(weight, wanda(weight, gram), prepared)
-    else:
-        solved = METHODS[name](weight, prepared, sparsity=HALF)
+    mask = wanda(weight, gram)
+    solved = update(weight, mask, GramFactors(gram, damping=0.001))
     assert solved.raised
     assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
-    if name == "least squares":  # what is told is what was used
-        again = least_squares(weight, solved.mask, GramFactors(gram, damping=solved.damping))
-        assert not again.raised
-        assert torch.equal(again.weight, solved.weight)
+    again = update(weight, mask, GramFactors(gram, damping=solved.damping))  # what is told is what was used
+    assert not again.raised
+    assert torch.equal(again.weight, solved.weight)
     assert solved.weight.isfinite().all()
 
 
@@ -387,7 +392,7 @@ def test_damping_starts_at_a_ten_thousandth_and_grows_tenfold(off: float, dampin
 
 def test_fewer_tokens_than_features_solve_without_raising():
     weight, gram = problem(tokens=20)
-    for solved in every_method(weight, GramFactors(gram), HALF, "unstructured", "row").values():
+    for _, solved in every_method(weight, GramFactors(gram), HALF, "unstructured", "row").values():
         assert not solved.raised
         assert solved.weight.isfinite().all()
     zero = least_squares(weight, wanda(weight, gram), GramFactors(gram, damping=0))
@@ -405,8 +410,8 @@ def test_a_matrix_without_a_factor_is_refused():
 def test_half_precision_weights_are_solved_in_float32(name, dtype):
     weight, gram = problem()
     weight = weight.to(dtype)
-    solved, exact = (METHODS[name](w, GramFactors(gram), sparsity=HALF) for w in (weight, weight.float()))
-    assert solved.weight.dtype == torch.float32
+    (mask, solved), (_, exact) = (solve(name, w, GramFactors(gram)) for w in (weight, weight.float()))
+    assert (mask.dtype, solved.weight.dtype) == (torch.bool, torch.float32)
     assert torch.equal(solved.weight, exact.weight)
 
 
@@ -435,7 +440,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()
-    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, columns=16).mask
+    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, columns=16)
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
@@ -444,10 +449,10 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
     weight, gram = problem()
     dead = torch.arange(4, 8)
     gram[dead] = gram[:, dead] = 0
-    solved = METHODS[name](weight, GramFactors(gram), sparsity=HALF, pattern="2:4")
+    mask, solved = solve(name, weight, GramFactors(gram), pattern="2:4")
     assert solved.unchanged == 0
-    assert torch.equal(solved.weight[:, dead], (weight * solved.mask)[:, dead])
-    assert (solved.mask[:, dead].sum(1) == 2).all()
+    torch.testing.assert_close(solved.weight[:, dead], (weight * mask)[:, dead])
+    assert (mask[:, dead].sum(1) == 2).all()
 
 
 def test_the_corrected_target_leaves_the_weights_of_dead_features():
@@ -459,10 +464,10 @@ def test_the_corrected_target_leaves_the_weights_of_dead_features():
 
 
 SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
-    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF).weight,
-    "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF).weight,
+    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF),
+    "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF),
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
-    "sparsegpt_update": lambda weight, prepared: solvers.sparsegpt_update(weight, weight > 0, prepared).weight,
+    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared).weight,
     "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
     "target_weight": lambda weight, prepared: target_weight(weight, prepared, prepared.gram + 1),
 }

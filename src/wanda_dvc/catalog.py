@@ -36,11 +36,11 @@ class Method(Choice):
 
     paper: str  # a link in Markdown
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
-    # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → SolverResult.
+    # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
     # "": the package of a stored method is not installed; a call raises UserError.
     function: str
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix. A method
-    # that needs the Gram matrix is a solver: it chooses the mask itself, because it changes weights meanwhile.
+    # that needs the Gram matrix is a solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram"]
     # groups: every group (a row, a linear, m neighbours) loses the same number of lowest scores.
     # rows: each row loses the same fraction of its total score, so rows lose different numbers of weights.
@@ -89,7 +89,7 @@ _METHODS = {row.name: row for row in (
     Method("sparsegpt", needs="gram", function="wanda_dvc.pruning.solvers:sparsegpt",
            about="W² over the inverse Gram matrix's diagonal, 128 inputs at a time, later ones updated in between",
            paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
-    Method("admm", "20 alternating updates of mask and weights; the mask grows over the first 15", needs="gram",
+    Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
     Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", competition="experts",
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),

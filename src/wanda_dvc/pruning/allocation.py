@@ -5,7 +5,7 @@ Sparsities are exact fractions in [0, 1]. `round_to_total` corrects the counts o
 
 import bisect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
-from wanda_dvc.pruning.gram import Weight, rows_at_a_time
+from wanda_dvc.pruning.gram import Weight, row_slices
 from wanda_dvc.pruning.masks import BlockSparsity
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import count_removed
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats
 
 DIGITS = 10**6  # sparsities are rounded to this fraction before they are shifted
 MEANS_OF_AN_OUTLIER = 5  # OWL's M for LLaMA: an outlier's score is above this multiple of the mean
@@ -74,13 +74,22 @@ def allocate(
 
 
 def outlier_rating(weights: Mapping[str, Weight], block: BlockStats) -> list[float]:
-    """Return the percentage of outliers among a block's Wanda scores, for OWL, which allocates by block."""
+    """Return the percentage of a block's Wanda scores that are above 5 times their mean: OWL's D.
+
+    Scores are computed twice, in slices: memory does not grow with the linear. The host waits for a GPU twice.
+    """
 
     def scores() -> Iterator[Float[Tensor, "rows in"]]:
         for linear, x in block.by_linear.items():
-            yield from _wanda_scores(weights[linear], x)
+            weight = weights[linear]
+            stats = x.to(weight.device)
+            for rows in row_slices(weight):
+                yield wanda(weight[rows], stats)
 
-    return [outlier_ratio(scores)]
+    count = sum(weight.numel() for weight in weights.values())
+    mean = sum(torch.stack([score.sum(dtype=torch.float64) for score in scores()]).tolist()) / count
+    outliers = torch.stack([(score > MEANS_OF_AN_OUTLIER * mean).sum() for score in scores()])
+    return [100 * int(outliers.sum()) / count]
 
 
 def sensitivity_rating(weights: Mapping[str, Weight], block: BlockStats) -> list[Tensor | None]:
@@ -94,25 +103,18 @@ def sensitivity_rating(weights: Mapping[str, Weight], block: BlockStats) -> list
         if linear not in block.fisher or not total:
             histograms.append(None)
             continue
-        row_factors = (block.fisher[linear] / total).sqrt().float().to(weights[linear].device)
-        slices = row_factors[:, None].split(rows_at_a_time(weights[linear]))
-        scores = _wanda_scores(weights[linear], x)
-        counts = [count_scores(rows * factors) for rows, factors in zip(scores, slices, strict=True)]
+        weight = weights[linear]
+        row_factors = (block.fisher[linear] / total).sqrt().float().to(weight.device)[:, None]
+        stats = x.to(weight.device)
+        counts = [count_scores(wanda(weight[rows], stats) * row_factors[rows]) for rows in row_slices(weight)]
         histograms.append(torch.stack(counts).sum(dim=0, dtype=torch.int32).cpu())
     return histograms
-
-
-def _wanda_scores(weight: Weight, x: InputStats) -> Iterator[Float[Tensor, "rows in"]]:
-    """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
-    x = x.to(weight.device)
-    for rows in weight.split(rows_at_a_time(weight)):
-        yield wanda(rows, x)
 
 
 def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
     """Return OWL's sparsities: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
 
-    The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
+    The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_rating`, λ the spread.
     """
     largest, smallest = max(outliers), min(outliers)
     scale = 2 * spread / (largest - smallest) if largest > smallest else 0.0
@@ -160,19 +162,6 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
     """Count positive scores by their exponent and the first four bits of their fraction."""
     bits = score.float().contiguous().flatten().view(torch.int32) >> BIN_BITS
     return torch.bincount(bits, minlength=1 << (31 - BIN_BITS)).int()
-
-
-def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], multiple: float = MEANS_OF_AN_OUTLIER) -> float:
-    """Return the percentage of a block's scores that are above a multiple of their mean: OWL's D.
-
-    `scores` yields the scores in slices, and is called twice. At most two slices are in memory at a time. The host
-    waits for a GPU twice.
-    """
-    sums = [(score.numel(), score.sum(dtype=torch.float64)) for score in scores()]
-    count = sum(size for size, _ in sums)
-    mean = sum(torch.stack([total for _, total in sums]).tolist()) / count
-    outliers = torch.stack([(score > multiple * mean).sum() for score in scores()])
-    return 100 * int(outliers.sum()) / count
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:

@@ -102,10 +102,12 @@ def panels(matrix: Square) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
 
 
-def rows_at_a_time(weight: Weight) -> int:
-    """Return the rows of a slice of a weight: of about 2²⁰ weights on a CPU, and 2²⁶ elsewhere."""
-    weights = WEIGHTS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
-    return max(1, weights // weight.shape[1])
+def row_slices(weight: Weight, size: int | None = None) -> list[slice]:
+    """Return slices of `size` rows, by default of about 2²⁰ weights; of 64 times as many on a GPU. It bounds memory."""
+    size = size or max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+    if weight.device.type != "cpu":
+        size *= 64
+    return [slice(begin, begin + size) for begin in range(0, len(weight), size)]
 
 
 def layer_errors(
@@ -129,9 +131,7 @@ def layer_errors(
     if dead is not None:
         exact.diagonal()[dead] = 0
     energies = torch.zeros(1 + len(pruned), dtype=torch.float64, device=gram.device)
-    size = rows_at_a_time(dense)
-    for begin in range(0, len(dense), size):
-        rows = slice(begin, begin + size)
+    for rows in row_slices(dense):
         w = dense[rows].to(dtype)
         energies[0] += _energy(w, exact)
         for index, weight in enumerate(pruned, 1):

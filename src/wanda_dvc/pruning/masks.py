@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import Gram, rows_at_a_time
+from wanda_dvc.pruning.gram import Gram, row_slices
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
@@ -88,7 +88,7 @@ def choose_linear(
     elif isinstance(x, GramFactors):
         group = "row" if rule.group == "row" else "linear"  # solvers know these two
         sparsity = linear_sparsity(rule.sparsity, linear)
-        mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group).mask
+        mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group)
     else:
         mask = choose_by_score(weight, x, rule, row_factors, linear)
     return oriented(mask, transposed).contiguous()
@@ -123,14 +123,13 @@ def choose_by_score(
     """
     method, sparsity = rule.method, linear_sparsity(rule.sparsity, linear)
     by_row = method.selects_by_row(rule.pattern, rule.group) and row_factors is None
-    size = rows_at_a_time(weight) if by_row else len(weight)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    for rows, mask_rows in zip(weight.split(size), mask.split(size), strict=True):
-        score = scores_of(rows.contiguous(), x, method, row_factors, linear)
+    for rows in row_slices(weight, None if by_row else len(weight)):
+        score = scores_of(weight[rows].contiguous(), x, method, row_factors, linear)
         if method.competition == "rows":
-            mask_rows.copy_(keep_by_score_fraction(score, float(sparsity)))
+            mask[rows] = keep_by_score_fraction(score, float(sparsity))
         else:
-            mask_rows.copy_(select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group))
+            mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     return mask
 
 

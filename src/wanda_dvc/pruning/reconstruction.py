@@ -67,7 +67,7 @@ def reconstruct(
     result: SolverResult = solve(
         oriented(weight, transposed).to(device), oriented(mask, transposed).to(device), factors, **kwargs
     )
-    return replace(result, mask=mask, weight=oriented(result.weight, transposed).contiguous().to(weight))
+    return replace(result, weight=oriented(result.weight, transposed).contiguous().to(weight))
 
 
 def check_new_weight(linear: str, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Solvers: compute masks and weights with a small layer error tr(ΔGΔᵀ), Δ = W − Ŵ, from a linear's Gram matrix G.
+"""Solvers: compute masks, or weights on a mask, with a small layer error tr(ΔGΔᵀ), Δ = W − Ŵ, from a Gram matrix G.
 
 On the host, matrix products and single-threaded LAPACK calls on panels of 128 rows compute the factors of G. LAPACK's
 last digits depend on the number of threads. Products do not if all sizes are multiples of 64, as in most models. For
@@ -23,17 +23,15 @@ from torch import Tensor
 from wanda_dvc.catalog import RECONSTRUCTIONS, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import add_product, multiply
-from wanda_dvc.pruning.gram import Square, Weight, panels
+from wanda_dvc.pruning.gram import Square, Weight, panels, row_slices
 from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
 Mask = Bool[Tensor, "out in"]  # True is kept
-SolveRows = Callable[[Weight, slice], tuple[Tensor, Tensor]]  # some rows' weights, and the rows → a mask and weights
-ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
+ROWS_AT_A_TIME = 256  # a slice fits a core's cache
+SPARSEGPT_COLUMNS = 128  # of a panel
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 LARGEST_DAMPING = 1e6
-# Of ADMM: the penalty ρ, the iterations, how many of them, the first, prune more weights each time, and the damping.
-PENALTY, ITERATIONS, GROWING = 1.0, 20, 15
-ADMM_DAMPING = 0.1
+PENALTY, ITERATIONS, ADMM_DAMPING = 1.0, 15, 0.1  # of ADMM: ρ, updates of the mask, damping
 
 
 class GramFactors:
@@ -85,11 +83,10 @@ class GramFactors:
 
 @dataclass(frozen=True)
 class SolverResult:
-    """A linear's mask and weights, and solver diagnostics."""
+    """A linear's new weights on a given mask, and solver diagnostics."""
 
-    mask: Mask
     weight: Weight  # zero off the mask
-    unchanged: int  # rows that keep their start, because the solver's error is not lower
+    unchanged: int  # rows that keep their dense values, because the solver's error is not lower
     dead: int  # features that no token excites
     damping: float  # that was used
     raised: bool  # whether G needed more than the requested damping to be positive definite
@@ -98,7 +95,7 @@ class SolverResult:
     @property
     def diagnostics(self) -> dict[str, float]:
         """The numbers that apply to the solver."""
-        return {name: x for name, x in vars(self).items() if name not in ("mask", "weight") and x is not None}
+        return {name: x for name, x in vars(self).items() if name != "weight" and x is not None}
 
 
 def least_squares(
@@ -107,19 +104,17 @@ def least_squares(
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ).
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
-    Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
+    Damping pulls weights towards the dense ones. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall.
     """
     matrix, scale, damping = factors.preconditioned
-    new = torch.empty(weight.shape, device=weight.device)
-    unchanged = 0
-    for rows in _slices(weight):
-        w = weight[rows].float()
-        start = w * mask[rows]
+
+    def solve(w: Weight, mask: Mask) -> Weight:
         v = _conjugate_gradients(
-            w / scale, mask[rows], start / scale, lambda x: multiply(x, matrix), rows_are_coupled=False, steps=steps
+            w / scale, mask, w * mask / scale, lambda x: multiply(x, matrix), rows_are_coupled=False, steps=steps
         )
-        unchanged += write_better_rows(w, start, v.mul_(scale), factors, new[rows])
-    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
+        return v.mul_(scale)
+
+    return _solve_slices(weight, mask, factors, damping, solve)
 
 
 def fisher_least_squares(
@@ -184,61 +179,83 @@ def sparsegpt(
     weight: Weight,
     factors: GramFactors,
     *,
-    sparsity: Fraction = Fraction(0),
+    sparsity: Fraction,
     pattern: str = "unstructured",
     group: str = "row",
-    columns: int = 128,
-    fixed: Mask | None = None,
-) -> SolverResult:
-    """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
+    columns: int = SPARSEGPT_COLUMNS,
+) -> Mask:
+    """Return SparseGPT's mask. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
     In panels of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
     right compensate for the error. Weights compete within the panel's columns of a row, or in all rows of the panel if
     `group` is `linear`, as in the paper; the count up to each panel's end is exact. With n:m they compete within m
-    neighbours, when the sweep reaches the first; a panel is then the largest multiple of m up to 128, at least m. A
-    `fixed` mask is used as it is.
+    neighbours, when the sweep reaches the first; a panel is then the largest multiple of m up to 128, at least m.
 
-    Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
+    Deviation: exact counts instead of a threshold with its ties.
     """
-    root, damping = factors.inverse_root
-    root_diagonal = root.diagonal().clone()[:, None]
     n_of_m = parse_pattern(pattern)
     if n_of_m:
         columns = max(1, columns // n_of_m[1]) * n_of_m[1]
 
-    def solve_rows(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        w = w.T.contiguous()  # [in, out]: an input's weights lie together
-        mask = torch.empty_like(w, dtype=torch.bool) if fixed is None else fixed[rows].T.contiguous()
-        for begin in range(0, len(w), columns):
-            end = min(begin + columns, len(w))
-            panel = w[begin:end]
-            panel_mask = mask[begin:end]
-            diagonal = root_diagonal[begin:end]
-            if fixed is None and not n_of_m:
-                score = (panel / diagonal).square_().T.contiguous()
-                panel_mask.copy_(_panel_mask(score, begin, end, sparsity, group).T)
-            errors = torch.empty_like(panel)
-            for j in range(end - begin):
-                if n_of_m and j % n_of_m[1] == 0:
-                    neighbours = slice(j, j + n_of_m[1])
-                    score = (panel[neighbours] / diagonal[neighbours]).square_().T.contiguous()
-                    panel_mask[neighbours] = keep_n_of_m(score, *n_of_m).T
-                torch.div(panel[j].masked_fill(panel_mask[j], 0), diagonal[j], out=errors[j])
-                panel[j:].addr_(root[begin + j, begin + j : end], errors[j], alpha=-1)
-            w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
-        return mask.T, w.T
+    def choose(score: Weight, begin: int) -> Mask:
+        return keep_n_of_m(score, *n_of_m) if n_of_m else _panel_mask(score, begin, sparsity, group)
 
-    raised, rows_compete = damping > factors.damping, not n_of_m and group != "row"
-    return _solve_slices(weight, factors, solve_rows, damping, raised=raised, rows_compete=rows_compete)
+    root, _ = factors.inverse_root
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    rows_compete = not n_of_m and group != "row"
+    for rows in row_slices(weight, len(weight) if rows_compete else ROWS_AT_A_TIME):
+        w = weight[rows].float().masked_fill(factors.dead, 0)
+        _sweep(w, mask[rows], root, columns, choose, n_of_m[1] if n_of_m else columns)
+    return mask
 
 
 def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
-    """Return the weights of SparseGPT's sweep on a fixed mask; on SparseGPT's own mask, SparseGPT's weights."""
-    return sparsegpt(weight, factors, fixed=mask)
+    """Return the weights of SparseGPT's sweep on a fixed mask. Kept weights of dead features are not zeroed."""
+    root, damping = factors.inverse_root
+
+    def solve(w: Weight, mask: Mask) -> Weight:
+        v = _sweep(w.masked_fill(factors.dead, 0), mask, root, SPARSEGPT_COLUMNS)
+        return torch.where(factors.dead, w, v) * mask
+
+    return _solve_slices(weight, mask, factors, damping, solve)
 
 
-def _panel_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: str) -> Mask:
+def _sweep(
+    weight: Weight,
+    mask: Mask,
+    root: Square,
+    columns: int,
+    choose: Callable[[Weight, int], Mask] | None = None,
+    chosen_at_a_time: int = 1,
+) -> Weight:
+    """Return the weights of SparseGPT's sweep, which are valid on the mask.
+
+    The mask is given, or `choose` returns that of the next `chosen_at_a_time` inputs: from their scores, and the number
+    of the first one.
+    """
+    w = weight.T.contiguous()  # [in, out]: an input's weights lie together
+    for begin in range(0, len(w), columns):
+        end = min(begin + columns, len(w))
+        panel = w[begin:end]
+        panel_mask = mask[:, begin:end].T.contiguous()
+        diagonal = root.diagonal()[begin:end, None]
+        errors = torch.empty_like(panel)
+        for j in range(end - begin):
+            if choose and j % chosen_at_a_time == 0:
+                chosen = slice(j, j + chosen_at_a_time)
+                score = (panel[chosen] / diagonal[chosen]).square_().T.contiguous()
+                panel_mask[chosen] = choose(score, begin + j).T
+            torch.div(panel[j].masked_fill(panel_mask[j], 0), diagonal[j], out=errors[j])
+            panel[j:].addr_(root[begin + j, begin + j : end], errors[j], alpha=-1)
+        w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
+        if choose:
+            mask[:, begin:end] = panel_mask.T
+    return w.T
+
+
+def _panel_mask(score: Weight, begin: int, sparsity: Fraction, group: str) -> Mask:
     """Keep the highest scores of a panel; with the panels before it, ⌊size · sparsity⌋ of each group are pruned."""
+    end = begin + score.shape[1]
     groups = score if group == "row" else score.reshape(1, -1)
     size = groups.shape[1]
     per_input = size // (end - begin)  # weights of a group at one input
@@ -248,44 +265,41 @@ def _panel_mask(score: Weight, begin: int, end: int, sparsity: Fraction, group: 
 
 def admm(
     weight: Weight, factors: GramFactors, *, sparsity: Fraction, pattern: str = "unstructured", group: str = "row"
-) -> SolverResult:
-    """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
+) -> Mask:
+    """Return the mask of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
 
     Inputs are scaled so that G's diagonal is 1, and damped. With K = (G+ρI)⁻¹, ρ the penalty: Z = (W+U) on the mask,
-    U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For the first 15 iterations the mask keeps the
-    highest |W+U| at sparsity s − s(1 − (t+1)/15)³, then it is fixed. The result is Z. With n:m the n highest of m
+    U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For 15 iterations the mask keeps the highest
+    |W+U| at sparsity s − s(1 − t/15)³. The paper's further iterations change only weights. With n:m the n highest of m
     neighbours are always kept; the iteration's sparsity determines how many of the rest are pruned.
     """
-    inverse, damping = factors.admm_inverse
+    inverse, _ = factors.admm_inverse
     root_diagonal = factors.gram.diagonal().sqrt()
     n_of_m = parse_pattern(pattern)
     if n_of_m:
         sparsity, group = 1 - Fraction(*n_of_m), "row"
-
-    def solve_rows(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        dense = w * root_diagonal
-        mask = torch.ones_like(w, dtype=torch.bool)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for rows in row_slices(weight, ROWS_AT_A_TIME if group == "row" else len(weight)):
+        dense = weight[rows].float().masked_fill(factors.dead, 0) * root_diagonal
         total = dense.clone()  # W + U
         step = torch.empty_like(dense)  # Z − U − W₀
         pruned = torch.zeros_like(dense)  # 1 where pruned, else 0
         sign = torch.ones_like(dense)  # −1 where pruned, else 1
-        for iteration in range(ITERATIONS):
-            if iteration < GROWING:
-                growth = 1 - (1 - Fraction(iteration + 1, GROWING)) ** 3
-                score = total.abs()
-                if n_of_m:
-                    score.masked_fill_(keep_n_of_m(score, *n_of_m), torch.inf)
-                mask = select(score, sparsity=growth * sparsity, group=group)
-                # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
-                pruned.copy_(~mask)
-                torch.sub(1, pruned, alpha=2, out=sign)
+        for iteration in range(1, ITERATIONS + 1):
+            growth = 1 - (1 - Fraction(iteration, ITERATIONS)) ** 3
+            score = total.abs()
+            if n_of_m:
+                score.masked_fill_(keep_n_of_m(score, *n_of_m), torch.inf)
+            mask[rows] = select(score, sparsity=growth * sparsity, group=group)
+            if iteration == ITERATIONS:
+                break
+            # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
+            pruned.copy_(~mask[rows])
+            torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=step).sub_(dense)
             add_product(total.mul_(pruned).add_(dense), step, inverse, alpha=PENALTY)
-        return mask, total.div_(root_diagonal)
-
-    raised = damping > ADMM_DAMPING
-    return _solve_slices(weight, factors, solve_rows, damping, raised=raised, rows_compete=group != "row")
+    return mask
 
 
 def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[Square, float]:
@@ -382,18 +396,16 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tu
 
 
 def _solve_slices(
-    weight: Weight, factors: GramFactors, solve_rows: SolveRows, damping: float, *, raised: bool, rows_compete: bool
+    weight: Weight, mask: Mask, factors: GramFactors, damping: float, solve: Callable[[Weight, Mask], Weight]
 ) -> SolverResult:
-    """Return the mask and weights of a linear. Weights that `solve_rows` returns are read on its mask only."""
-    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    """Return the new weights of a linear; `solve` returns those of some rows, given their dense weights and mask."""
     new = torch.empty(weight.shape, device=weight.device)
     unchanged = 0
-    for rows in _slices(weight, rows_compete):
+    for rows in row_slices(weight, ROWS_AT_A_TIME):
         w = weight[rows].float()
-        mask[rows], v = solve_rows(w.masked_fill(factors.dead, 0), rows)
-        v = torch.where(factors.dead, w, v) * mask[rows]
-        unchanged += write_better_rows(w, w * mask[rows], v, factors, new[rows])
-    return SolverResult(mask, new, unchanged, int(factors.dead.sum()), damping, raised)
+        solved = solve(w, mask[rows])
+        unchanged += write_better_rows(w, w * mask[rows], solved, factors, new[rows])
+    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
 
 
 def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> int:
@@ -412,11 +424,3 @@ def _error_change(dense: Weight, start: Weight, new: Weight, factors: GramFactor
 def _sum_of_all(x: Weight) -> Float64[Tensor, ""]:
     """Return the sum, row by row, in an order independent of the number of threads."""
     return x.sum(dim=1).double().sum()
-
-
-def _slices(weight: Weight, rows_compete: bool = False) -> Iterator[slice]:
-    rows = len(weight)
-    size = ROWS_AT_A_TIME if weight.device.type == "cpu" else 64 * ROWS_AT_A_TIME
-    if rows_compete:
-        size = rows
-    return (slice(begin, begin + size) for begin in range(0, rows, size))

@@ -131,7 +131,7 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     start = w * mask
     dead = int(factors.dead.sum())
     if kept.all():
-        return SolverResult(mask, start, len(w), dead, factors.damping, False)
+        return SolverResult(start, len(w), dead, factors.damping, False)
     inverse, damping = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()
@@ -139,4 +139,4 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     solved[~kept_rows] = 0
     new = torch.empty_like(start)
     unchanged = write_better_rows(w, start, solved, factors, new)
-    return SolverResult(mask, new, unchanged, dead, damping, damping > factors.damping)
+    return SolverResult(new, unchanged, dead, damping, damping > factors.damping)
