@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.engine import activations
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import FisherSums
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.structure import Linear
+from wanda_dvc.engine.sums import FisherSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import row_factors_of
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
     return {
-        name: sums for _, found in backward(ModelRunner(decoder, work), tokens) for name, sums in found.sums.items()
+        name: sums for _, found in backward(ModelRunner(decoder, work), tokens) for name, sums in found.squares.items()
     }
 
 
@@ -68,7 +68,7 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
     blocks = [block for _, block in backward(ModelRunner(decoder, tmp_path / "work"), tokens)]
-    sums_of = {name: sums for block in blocks for name, sums in block.sums.items()}
+    sums_of = {name: sums for block in blocks for name, sums in block.squares.items()}
     grams = {name: gram.matrix() for block in blocks for name, gram in block.grams.items()}
     for name, gram in grams.items():  # of experts and of parts of a weight too
         torch.testing.assert_close(gram.diagonal().double(), sums_of[name], rtol=1e-5, atol=0)
@@ -110,7 +110,7 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
     decoder = Decoder(save("llama", tmp_path / "model", num_hidden_layers=1), dtype=torch.float32, device=CPU)
     ((index, found),) = backward(ModelRunner(decoder, tmp_path / "work"), torch.tensor([[17, 101, 5]]))
     assert index == 0
-    assert found.sums
+    assert found.squares
 
 
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
@@ -158,9 +158,9 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_kept(
 def alike(found: list[tuple[int, FisherSums]], expected: list[tuple[int, FisherSums]]) -> None:
     assert [index for index, _ in found] == [index for index, _ in expected] == [2, 1, 0]
     for (_, ours), (_, wanted) in zip(found, expected, strict=True):
-        assert ours.sums.keys() == wanted.sums.keys() == ours.grams.keys() == wanted.grams.keys()
-        assert all(torch.equal(ours.sums[name], wanted.sums[name]) for name in wanted.sums)
-        assert all(torch.equal(ours.grams[name].upper, wanted.grams[name].upper) for name in wanted.sums)
+        assert ours.squares.keys() == wanted.squares.keys() == ours.grams.keys() == wanted.grams.keys()
+        assert all(torch.equal(ours.squares[name], wanted.squares[name]) for name in wanted.squares)
+        assert all(torch.equal(ours.grams[name].upper, wanted.grams[name].upper) for name in wanted.squares)
 
 
 def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder], tmp_path: Path):

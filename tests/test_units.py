@@ -7,7 +7,6 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +24,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.finders import block_lists
 from wanda_dvc.engine.probe import probe
-from wanda_dvc.engine.removal import Removal, UnitTensor
-from wanda_dvc.engine.smaller import SmallerCheckpoint
+from wanda_dvc.engine.removal import Removal, SmallerCheckpoint, UnitTensor
 from wanda_dvc.engine.structure import build_empty, find_blocks, find_linears, find_slices
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
@@ -293,8 +291,8 @@ def test_a_family_that_cannot_be_smaller_is_refused_with_the_reason(pattern: str
 
 def test_a_list_of_block_indices_is_no_list_with_an_entry_for_each_block():
     """As `moe_layers` of Llama 4, where all blocks are mixtures."""
-    text: Any = SimpleNamespace(to_dict=lambda: {"moe_layers": [0, 1, 2], "layer_types": ["a", "b", "a"]})
-    assert block_lists(text, 3) == {"layer_types": ["a", "b", "a"]}
+    content = {"moe_layers": [0, 1, 2], "layer_types": ["a", "b", "a"]}
+    assert block_lists(content, 3) == {"layer_types": ["a", "b", "a"]}
 
 
 def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):

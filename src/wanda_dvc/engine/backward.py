@@ -7,10 +7,10 @@ import torch
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import FisherSums, GradientRecorder
 from wanda_dvc.engine.forward import ModelInput, ModelRunner, in_smaller_batches
+from wanda_dvc.engine.record import GradientRecorder
 from wanda_dvc.engine.sequences import Chunk, States
-from wanda_dvc.engine.sums import check_finite
+from wanda_dvc.engine.sums import FisherSums, check_finite
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         what = f"backward pass, block {run.index}, chunk"
         total = runner.merge(run_backward, run, runner.chunks, FisherSums(), what)
         where = f"{runner.decoder.checkpoint}: block {run.index}, output"
-        check_finite(total.sums, where, "gradients")
+        check_finite(total.squares, where, "gradients")
         yield run.index, total
 
 

@@ -7,8 +7,7 @@ Their results are byte-identical to those of one process, and arrive in the same
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +31,7 @@ from wanda_dvc.machine import omp_threads, usable_cores
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
 SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
-AHEAD = 2  # tasks per worker that run, or have unread results
-STORE = 0.5  # of the memory of Ray's object store, for unread results: beyond its size, Ray writes them to disk
+AHEAD = 2  # tasks per worker that run, or have unread results; Ray writes those beyond its object store to disk
 RETRIES = 3  # of a task after its process or node died
 # Results depend on these.
 VERSIONS = {"wanda-dvc": wanda_dvc.__version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}
@@ -87,17 +85,6 @@ def run_on_node(
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def call_with_model(
-    model: tuple[Path, torch.dtype, str],
-    function: Callable[[Decoder, Any, TaskInput], TaskResult],
-    job: Any,
-    device: torch.device,
-    value: TaskInput,
-) -> TaskResult:
-    """Return function(model, job, value), with a model opened on a device."""
-    return function(open_model(*model, device), job, value)
-
-
 @lru_cache(maxsize=1)
 def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch.device) -> Decoder:
     """Open a model. The process keeps it, and its current block, for the next tasks of the same cluster object.
@@ -105,6 +92,17 @@ def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch
     For another cluster object it opens the model again: its files may have changed.
     """
     return Decoder(folder, dtype=dtype, device=device)
+
+
+def call_with_model(
+    model: tuple[Path, torch.dtype, str],  # the first arguments of `open_model`
+    function: Callable[[Decoder, Any, TaskInput], TaskResult],
+    job: Any,
+    device: torch.device,
+    value: TaskInput,
+) -> TaskResult:
+    """Return function(model, job, value), with a model opened on a device."""
+    return function(open_model(*model, device), job, value)
 
 
 def task_device(device: str) -> torch.device:
@@ -173,7 +171,6 @@ class Cluster:
         resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
         self._id = uuid4().hex
-        self._largest_result = 0  # bytes
 
     @property
     def workers(self) -> int:
@@ -197,24 +194,19 @@ class Cluster:
     def map(
         self, function: Callable[[torch.device, TaskInput], TaskResult], inputs: Iterable[TaskInput], what: str = "task"
     ) -> Iterator[TaskResult]:
-        """Yield function(device, input) for each input, in order; messages name an input by `what` and its number.
-
-        A few tasks are started ahead, and fewer if their results would fill Ray's object store: the size of results is
-        known from the first one on.
-        """
+        """Yield function(device, input) for each input, in order; messages name an input by `what` and its number."""
         shared = ray.put(function)
-        tasks, store = AHEAD * max(1, self.workers), STORE * ray.cluster_resources().get("object_store_memory", 0)
         unread = deque[tuple[Any, str]]()
         for number, value in enumerate(inputs):
             unread.append((self._task.remote(self._expected, shared, value), f"{what} {number}"))
-            while len(unread) >= max(1, min(tasks, store // max(1, self._largest_result))):
+            if len(unread) >= AHEAD * max(1, self.workers):
                 yield self._get(*unread.popleft())
         while unread:
             yield self._get(*unread.popleft())
 
     def _get(self, reference: Any, name: str) -> Any:
         try:
-            result = ray.get(reference)
+            return ray.get(reference)
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:
@@ -223,18 +215,3 @@ class Cluster:
                 f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc doctor`, and run the "
                 "stage again"
             ) from None
-        self._largest_result = max(self._largest_result, tensor_bytes(result))
-        return result
-
-
-def tensor_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in a value of lists, tuples, dictionaries and dataclasses."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif is_dataclass(value):
-        value = vars(value).values()
-    elif not isinstance(value, (list, tuple)):
-        return 0
-    return sum(map(tensor_bytes, value))

@@ -29,7 +29,7 @@ from wanda_dvc.engine.structure import (
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
-TRIAL = 8  # the width of a trial for a field that the configuration leaves open
+TRIAL_WIDTH = 8  # for a field that the configuration leaves open
 Slices = Mapping[str, list[ParameterSlice]]  # by parameter
 
 
@@ -62,11 +62,12 @@ def _size_changes(
 
 
 def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
-    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    """Build the model with other values of some fields, without weights."""
+    values = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
-        return build_empty(with_fields(source.config, fields), f"{source} with {text}")
+        return build_empty(with_fields(source.config, fields), f"{source} with {values}")
     except Exception as error:  # each model's configuration raises exceptions of its own choice
-        raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+        raise refused(structure, source, f"transformers builds no model with {values} ({reason(error)})") from error
 
 
 # --- neurons and heads: inputs of a linear ---
@@ -95,7 +96,7 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction, de
     slices, text = find_slices(full, source), source.config.get_text_config()
     scaled = {name: getattr(text, name) for name in structure.scaled if getattr(text, name, None)}
     fixed = {}
-    if scaled:
+    if scaled:  # by default, the size of a head follows from the number of heads
         heads = next(iter(scaled.values()))
         fixed["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
     dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
@@ -129,10 +130,10 @@ def _field_dimensions(
         value = getattr(text, field, 0)
         if value == 0:
             continue
-        trial = TRIAL if value is None else 0
-        if isinstance(value, int):
-            trial = value // 2
-        if not trial or (value is None and scaled):  # null has no proportion
+        trial = value // 2 if isinstance(value, int) else 0
+        if value is None and not scaled:  # nothing is in proportion to null
+            trial = TRIAL_WIDTH
+        if not trial:
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         fields = {field: trial, **fixed}
         for name, scaled_value in scaled.items():
@@ -141,8 +142,8 @@ def _field_dimensions(
             number = trial * size // trial_size if value is None else value
             experts = count_experts(_owner(full, parameter))
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
-            for part in split_by_expert(slices[parameter], experts):
-                address = part.address
+            for parameter_slice in split_by_expert(slices[parameter], experts):
+                address = parameter_slice.address
                 stored_size = source.read(address).shape[stored_dim]
                 parent = address.linear.removesuffix(".bias").rpartition(".")[0]
                 dimension = FieldDimension(address, stored_dim, stored_size, parent, field, number)
@@ -164,16 +165,17 @@ def _unit_sets(
     linears = {name: linear for block in blocks for name, linear in block.items()}
     unit_sets: dict[str, Units] = {}  # one linear reads each
     consumers: dict[str, UnitDimension] = {}
-    for address, dim, size, name, _, value in dimensions:
+    for dimension in dimensions:
+        address, dim, name, value = dimension.address, dimension.dim, dimension.unit_set, dimension.value
         linear = linears.get(address.linear)
         if linear is None or dim != (0 if linear.transposed else 1):
             continue  # not an input of a linear: a bias or an output, which computes the units
         if name in unit_sets:
             raise refused(structure, source, f"several linears of {name} read them")
         # Units are heads, of size / value features each, or single features, whose number may be a multiple of value.
-        total = value if structure.scaled else size
+        total = value if structure.scaled else dimension.size
         kept = total * count_kept(value, sparsity, structure.multiple) // value
-        unit_sets[name] = Units(total, kept, (size // total,))
+        unit_sets[name] = Units(total, kept, (dimension.size // total,))
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:
         units = unit_sets.get(dimension.unit_set)
@@ -191,11 +193,11 @@ def _with_dimensions(
     half of the units, for any sparsity: so a wrong layout shows.
     """
     unit_dimensions = []
-    for address, dim, size, name, _, _ in dimensions:
-        units = removal.unit_sets[name]
-        places = size // units.total
+    for dimension in dimensions:
+        units = removal.unit_sets[dimension.unit_set]
+        places = dimension.size // units.total
         layout = _sections(places, sum(units.layout)) if in_sections else (places,)
-        unit_dimensions.append(UnitDimension(address, dim, name, layout))
+        unit_dimensions.append(UnitDimension(dimension.address, dimension.dim, dimension.unit_set, layout))
     complete = replace(removal, dimensions=tuple(unit_dimensions))
     generator = torch.Generator().manual_seed(0)
     kept = {}
@@ -224,11 +226,13 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
     full = build_empty(source.config, source)
     blocks_name, blocks = find_blocks(full)
-    linears, text = _linears(full, find_slices(full, source)), source.config.get_text_config()
-    content, total = text.to_dict(), len(blocks)
+    linears, content = _linears(full, find_slices(full, source)), source.config.get_text_config().to_dict()
+    total = len(blocks)
     config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
     if not config_fields:
         raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
+    for name, entries in block_lists(content, total).items():
+        config_fields[name] = ConfigField(entries, blocks_name)
     # Another part of the model may have blocks too, such as a vision tower.
     prefix = next(iter(linears[0])).partition(".0.")[0] + "."
     unit_tensors = {}
@@ -241,20 +245,17 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         structure=structure,
         unit_sets={blocks_name: Units(total, kept, members=[[*names] for names in linears])},
         config_fields=config_fields,
-        config_lists=block_lists(text, total),
         unit_tensors=unit_tensors,
     )
 
 
-def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
+def block_lists(content: Mapping[str, Any], blocks: int) -> dict[str, list[Any]]:
     """Return a configuration's lists with an entry for each block, such as `layer_types`, but no list of all blocks."""
+    lists = {name: list(entries) for name, entries in content.items() if isinstance(entries, (list, tuple))}
     return {
-        name: list(entries)
-        for name, entries in text.to_dict().items()
-        if "layer" in name
-        and isinstance(entries, (list, tuple))
-        and len(entries) == blocks
-        and list(entries) != [*range(blocks)]
+        name: entries
+        for name, entries in lists.items()
+        if "layer" in name and len(entries) == blocks and entries != [*range(blocks)]
     }
 
 
@@ -280,22 +281,20 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _
     dimensions, unit_tensors = [], {}
     mixture_of: dict[str, str] = {}  # by stored tensor
     for parameter, mixture in mixtures.items():
-        for part in slices[parameter]:
-            name = part.address.tensor
-            mixture_of[name] = mixture
-            if part.expert is None:
-                dimensions.append(UnitDimension(part.address, dims[parameter], mixture, (1,)))
+        for parameter_slice in slices[parameter]:
+            tensor, expert = parameter_slice.address.tensor, parameter_slice.expert
+            mixture_of[tensor] = mixture
+            if expert is None:
+                dimensions.append(UnitDimension(parameter_slice.address, dims[parameter], mixture, (1,)))
             else:  # the last such number in its name is the expert's
-                prefix, _, suffix = name.rpartition(f".{part.expert}.")
-                unit_tensors[name] = UnitTensor(mixture, part.expert, f"{prefix}.", f".{suffix}")
-    members: dict[str, list[list[str]]] = {}
-    for mixture in sorted(set(mixture_of.values())):
-        members[mixture] = [[] for _ in range(total)]
+                prefix, _, suffix = tensor.rpartition(f".{expert}.")
+                unit_tensors[tensor] = UnitTensor(mixture, expert, f"{prefix}.", f".{suffix}")
+    members: dict[str, list[list[str]]] = {}  # by mixture: the linears of each expert
     for block in _linears(full, slices):
         for name, linear in block.items():
-            expert, tensor = linear.slice.expert, linear.slice.address.tensor
-            if expert is not None and tensor in mixture_of:
-                members[mixture_of[tensor]][expert].append(name)
+            mixture, expert = mixture_of.get(linear.slice.address.tensor, ""), linear.slice.expert
+            if mixture and expert is not None:
+                members.setdefault(mixture, [[] for _ in range(total)])[expert].append(name)
     return Removal(
         structure=structure,
         unit_sets={name: Units(total, kept, members=linears, groups=groups) for name, linears in members.items()},

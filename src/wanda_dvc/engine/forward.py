@@ -18,11 +18,10 @@ from torch import Tensor
 
 from wanda_dvc.engine.activations import ActivationStore, PassProgress
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import FisherSums
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden, States, TokenSequence, cut_into_chunks
-from wanda_dvc.engine.sums import BlockRecord, InputSums, check_finite
+from wanda_dvc.engine.sums import BlockRecord, FisherSums, InputSums, check_finite
 from wanda_dvc.errors import FIX, UserError, is_out_of_memory, notice
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from torch.overrides import TorchFunctionMode
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.load import WeightChange
-from wanda_dvc.engine.removal import Removal, dimension_mask, refused
+from wanda_dvc.engine.removal import Removal, SmallerCheckpoint, dimension_mask, refused
 from wanda_dvc.engine.sequences import States, TokenSequence
-from wanda_dvc.engine.smaller import SmallerCheckpoint
 from wanda_dvc.errors import UserError
 
 TOKENS = 32

@@ -1,4 +1,4 @@
-"""Records statistics of the inputs of a block's linears while the block runs."""
+"""Records statistics of a block's linears: of inputs while it runs forward, of gradients while it runs backward."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.experts import ALL_ROWS, ExpertProducts, OnGatedOutput, OnProduct
 from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.engine.sums import InputSums, group_by_matrix, merge_by_name
+from wanda_dvc.engine.sums import FisherSums, InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum
@@ -130,3 +130,53 @@ def observing(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class GradientRecorder:
+    """Sums of the gradients of the outputs of a block's linears, which grow while passes run backward."""
+
+    def __init__(self, linears: dict[str, Linear]) -> None:
+        self.linears = linears
+        self._totals = FisherSums()
+        self._tokens: dict[str, Tensor] = {}  # tokens of the passes with a gradient, on the device
+
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        """Record the gradients of the linears' outputs in every pass inside."""
+        return observing(self.linears, self._see_output)
+
+    def _see_output(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
+        """Wait for the gradient of an output [..., out] of the linears that are rows of one matrix."""
+        if not y.requires_grad:
+            return
+        inputs = x.detach().flatten(0, -2)[tokens].float()
+        norms = vector_norm(inputs, dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
+
+        def on_gradient(gradient: Tensor) -> None:
+            self._add(names, gradient.flatten(0, -2)[tokens].float().mul(norms))
+
+        y.register_hook(on_gradient)
+
+    def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
+        squares_of, grams, device = self._totals.squares, self._totals.grams, float64_device(gradient.device)
+        squares = gradient.square().sum(dim=0).to(device).double()
+        for name in names:
+            begin, end = self.linears[name].slice.rows or (0, len(squares))
+            if name not in self._tokens:
+                squares_of[name] = torch.zeros_like(squares[begin:end])
+                grams[name] = Gram.empty(end - begin, device)
+                self._tokens[name] = torch.zeros((), dtype=torch.int64, device=device)
+            has_gradient = squares[begin:end].any()
+            squares_of[name] += squares[begin:end]
+            grams[name].add(gradient[:, begin:end].to(device))
+            self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
+
+    def result(self) -> FisherSums:
+        """Return the sums of the linears with a gradient, and Gram matrices, which stay on the device, to be merged."""
+        # The host waits for a GPU once.
+        counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []
+        result = FisherSums()
+        for name, count in zip(self._tokens, counts, strict=True):
+            if count:
+                result.squares[name] = self._totals.squares[name].cpu()
+                result.grams[name] = Gram(self._totals.grams[name].upper, count)
+        return result

@@ -1,22 +1,25 @@
-"""What a pattern removes from a model: units in sets, the dimensions and tensors that hold them, and config.json.
+"""What a pattern removes from a model, and a view of the checkpoint without it. No family-specific code.
 
-A finder (engine/finders.py) makes the record, and a probe (engine/probe.py) confirms it. No family-specific code.
+A finder (engine/finders.py) makes the `Removal`, and a probe (engine/probe.py) confirms it.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, with_fields
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, expand, unit_index
+from wanda_dvc.reading import Entry
 
 KeptUnits = Mapping[str, Bool[Tensor, " units"]]  # masks of units, by set
 
@@ -40,10 +43,10 @@ class UnitTensor(NamedTuple):
 
 
 class ConfigField(NamedTuple):
-    """A field of config.json: a number of units, or a number in proportion to it."""
+    """A field of config.json: a number in proportion to a number of units, or a list with an entry for each unit."""
 
-    value: int  # of the dense model
-    unit_set: str | None  # a set whose units it counts; None: its value stays, and is written even if it is a default
+    value: int | list[Any]  # of the dense model
+    unit_set: str | None  # None: its value stays, and is written even if it is a default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,6 @@ class Removal:
     structure: Structure
     unit_sets: Mapping[str, Units]
     config_fields: Mapping[str, ConfigField]
-    config_lists: Mapping[str, list[Any]] = field(default_factory=dict)  # with an entry for each unit of the only set
     consumers: Mapping[str, UnitDimension] = field(default_factory=dict)  # by linear: its inputs, which are units
     dimensions: tuple[UnitDimension, ...] = ()  # of all tensors
     unit_tensors: Mapping[str, UnitTensor] = field(default_factory=dict)  # by stored name
@@ -72,15 +74,13 @@ class Removal:
     def config_changes(self) -> dict[str, Any]:
         """The new values in the configuration; those of lists once units are chosen."""
         values: dict[str, Any] = {}
-        for name, config_field in self.config_fields.items():
-            values[name] = config_field.value
-            if config_field.unit_set is not None:
-                units = self.unit_sets[config_field.unit_set]
-                values[name] = config_field.value * units.kept // units.total
-        if self.config_lists and self.kept_masks:
-            (kept,) = self.kept_masks.values()
-            for name, entries in self.config_lists.items():
-                values[name] = [entry for entry, is_kept in zip(entries, kept.tolist(), strict=True) if is_kept]
+        for name, (value, unit_set) in self.config_fields.items():
+            if unit_set is None:
+                values[name] = value
+            elif isinstance(value, int):
+                values[name] = value * self.unit_sets[unit_set].kept // self.unit_sets[unit_set].total
+            elif self.kept_masks:
+                values[name] = list(itertools.compress(value, self.kept_masks[unit_set].tolist()))
         return values
 
     @property
@@ -90,17 +90,13 @@ class Removal:
         return 1 - kept / sum(units.total for units in self.unit_sets.values())
 
     def describe(self, sparsity: Fraction) -> str:
-        """Describe the removal, and the rounding of the requested sparsity."""
-        values = self.config_changes
+        """Describe the removal before units are chosen, and the rounding of the requested sparsity."""
         numbers = [
-            f"{name} from {config_field.value} to {values[name]}"
-            for name, config_field in self.config_fields.items()
-            if config_field.unit_set is not None
+            f"{name} from {self.config_fields[name].value} to {value}"
+            for name, value in self.config_changes.items()
+            if self.config_fields[name].unit_set is not None
         ]
         text = f"pattern {self.structure.name}: {', '.join(numbers)}"
-        groups = max(units.groups for units in self.unit_sets.values())
-        if groups > 1:
-            text += f", the same number from each of {groups} groups"
         if abs(self.sparsity - sparsity) > 1e-9:
             text += f"; rounded: {self.sparsity:.4g} instead of {float(sparsity):g}"
         return text
@@ -115,6 +111,7 @@ class Removal:
 
     @cached_property
     def _unit_of(self) -> dict[str, tuple[str, int]]:
+        """The set and the number of the unit whose member each linear is."""
         unit_of = dict[str, tuple[str, int]]()
         for name, units in self.unit_sets.items():
             for unit, linears in enumerate(units.members):
@@ -172,3 +169,61 @@ def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
     return UserError(
         f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern or sparsity"
     )
+
+
+class SmallerCheckpoint(EditedCheckpoint):
+    """A view of a checkpoint without removed units: smaller tensors, and a configuration to match."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        removal: Removal,
+        read: Callable[[Address], Tensor] | None = None,
+        replaced: Collection[Address] = (),
+    ) -> None:
+        super().__init__(source, read or source.read, replaced)
+        self.removal = removal
+        self.config_changes = removal.config_changes
+        self.source_names = removal.renumbered(source.file_of)
+        # The tensors that hold the matrices of several experts, with dimensions that have units.
+        self._stacked = {dimension.address.tensor for dimension in removal.dimensions if dimension.address.expert == 0}
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype, shape and length of each tensor; places in files are the source's."""
+        entries = {}
+        for name, source_name in self.source_names.items():
+            entry, shape = self.source.entries[source_name], list(self.source.entries[source_name].shape)
+            address, expert_axes = Address(source_name), 0
+            if source_name in self._stacked:  # [experts, out, in]
+                address, expert_axes = Address(source_name, 0), 1
+            for dimension in self.removal.dimensions_of.get(address.linear, ()):
+                kept = self.removal.unit_sets[dimension.unit_set].kept
+                shape[expert_axes + dimension.dim] = sum(dimension.layout) * kept
+            length = entry.length * math.prod(shape) // max(1, math.prod(entry.shape))
+            entries[name] = entry._replace(shape=shape, length=length)
+        return entries
+
+    @property
+    def config(self) -> Any:
+        """The configuration with the new numbers of units."""
+        return with_fields(self.source.config, self.config_changes)
+
+    def read(self, address: Address) -> Tensor:
+        """Return the tensor, or one expert's matrix in it, without removed units."""
+        name, expert = self.source_names[address.tensor], address.expert
+        if expert is None and name in self._stacked:  # some units of each expert's matrix are removed
+            experts = range(self.source.entries[name].shape[0])
+            return torch.stack([self.read(Address(address.tensor, expert)) for expert in experts])
+        dimensions_of = self.removal.dimensions_of
+        of_tensor = dimensions_of.get(Address(name).linear, [])
+        if expert is not None and of_tensor:  # some experts of the tensor are removed
+            expert = int(self._kept_indices(of_tensor[0])[expert])
+        source = Address(name, expert)
+        tensor = self._read(source)
+        for dimension in dimensions_of.get(source.linear, []):
+            tensor = tensor.index_select(dimension.dim, self._kept_indices(dimension).to(tensor.device))
+        return tensor
+
+    def _kept_indices(self, dimension: UnitDimension) -> Int[Tensor, " kept"]:
+        return expand(self.removal.kept_masks[dimension.unit_set], dimension.layout).nonzero()[:, 0]

@@ -26,7 +26,7 @@ from wanda_dvc.errors import UserError, reason
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """A slice of a parameter (some rows, or one expert's matrix, or all), and the stored weight that fills it."""
+    """A slice of a parameter (some rows, one expert's matrix, or all), and the stored weight that fills it."""
 
     address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
@@ -38,7 +38,7 @@ class ParameterSlice:
         return self.rows is None and self.expert is None
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Return a view of this slice of the parameter."""
+        """Return this slice of the parameter, as a view."""
         matrix = parameter if self.expert is None else parameter[self.expert]
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
@@ -106,10 +106,9 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_weights(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a block's prunable weights, by the name of the parameter.
+    """Return the modules of a block's prunable weights, by the name of the parameter: all linears but gates of experts.
 
-    A linear is torch's `Linear`, transformers' `Conv1D` (with a transposed weight), or one matrix of a parameter
-    [experts, ·, ·]. The gates of experts do not count as linears, even if they are `Linear` modules.
+    A linear is torch's `Linear`, transformers' `Conv1D` (with a transposed weight), or a matrix of [experts, ·, ·].
     """
     weights: dict[str, nn.Module] = {}
     mixtures: dict[str, int] = {}  # the number of experts, by the parent of their module
@@ -120,22 +119,16 @@ def find_weights(block: nn.Module) -> dict[str, nn.Module]:
         elif holds_experts(module, parameter):
             weights[name] = module
             mixtures[_parent(_parent(name))] = len(parameter)
-    siblings = Counter(_parent(_parent(name)) for name in weights)  # weights by the parent of their module
-
-    def is_gate(name: str, module: nn.Module) -> bool:
-        """Whether a linear chooses experts, such as Mixtral's `gate`, or weights the shared expert.
-
-        It has one output, or one per expert. It is a sibling of the experts, such as Qwen 2's `shared_expert_gate`, or
-        the only linear in a sibling, such as JetMoE's `router.layer`.
-        """
-        parent = _parent(_parent(name))
-        for mixture, experts in mixtures.items():
-            is_near = parent == mixture or (_parent(parent) == mixture and siblings[parent] == 1)
+    weights_below = Counter(_parent(_parent(name)) for name in weights)  # by the parent of their module
+    # A gate chooses experts or weights the shared expert, so it has one output, or one per expert. It is a sibling of
+    # the experts, such as Mixtral's `gate`, or the only linear in a sibling, such as JetMoE's `router.layer`.
+    for mixture, experts in mixtures.items():
+        for name, module in list(weights.items()):
+            parent = _parent(_parent(name))
+            is_near = parent == mixture or (_parent(parent) == mixture and weights_below[parent] == 1)
             if is_near and isinstance(module, nn.Linear) and module.out_features in (1, experts):
-                return True
-        return False
-
-    return {name: module for name, module in weights.items() if not is_gate(name, module)}
+                del weights[name]
+    return weights
 
 
 def holds_experts(module: nn.Module, parameter: Tensor) -> bool:
@@ -158,14 +151,13 @@ def find_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[Parame
     linears: dict[str, Linear] = {}
     for name, module in find_weights(block).items():
         leaf = name.rpartition(".")[2]
-        shape = module.get_parameter(leaf).shape
-        for part in split_by_expert(slices[prefix + name], shape[0] if len(shape) == 3 else 0):
-            linears[part.address.linear] = Linear(module, leaf, part)
+        for parameter_slice in split_by_expert(slices[prefix + name], count_experts(module)):
+            linears[parameter_slice.address.linear] = Linear(module, leaf, parameter_slice)
     return linears
 
 
 def split_by_expert(slices: list[ParameterSlice], experts: int) -> list[ParameterSlice]:
-    """Return a parameter's slices: one for each of its `experts`, if any, also where one tensor has all."""
+    """Return a parameter's slices: if it has experts, one for each, also where one tensor has all."""
     if not experts or slices[0].expert is not None:
         return slices
     tensor = slices[0].address.tensor
@@ -180,26 +172,24 @@ def check_model(folder: Path) -> None:
 
 
 def find_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[ParameterSlice]]:
-    """Map each parameter and buffer to its stored weights, by transformers' own rules.
+    """Map each parameter and buffer to its stored weights, by transformers' own rules. No weight is read.
 
     Stored names may differ: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack the base model's
-    prefix, and each expert's matrix may be a tensor. UserError if a parameter is not stored completely, or in an
-    unsupported dtype; of tied ones, one is enough. No weight is read.
+    prefix, and each expert's matrix may be a tensor. UserError if a parameter is not stored in a supported form.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
     slices: dict[str, list[ParameterSlice]] = {}
-    # By parameter: the tensors that a conversion rule joins to it, and the pattern of the rule that each name matches.
-    joined: dict[str, dict[str, str]] = {}
+    joined: dict[str, dict[str, str]] = {}  # the tensors of each parameter, with the converter's pattern of each
     for tensor in sorted(checkpoint.file_of, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor in state:  # a rule for other names matches this one: so does transformers
             name, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if name not in state:
-            _check_is_no_block(name, model, checkpoint)
-        elif pattern is None:
+            _check_block_exists(name, model, checkpoint)
+        elif pattern is None:  # of no converter
             slices[name] = [ParameterSlice(Address(tensor))]
         else:
             joined.setdefault(name, {})[tensor] = pattern
@@ -216,45 +206,44 @@ def find_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[ParameterS
 def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[str, Sequence[ParameterSlice]]) -> None:
     """Raise UserError if a parameter is not stored, or in another dtype or shape, or blocks share one."""
     in_blocks = f"{find_blocks(model)[0]}."
-    aliases: dict[int, list[str]] = {}
+    aliases: dict[int, list[str]] = {}  # the names of each parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
+        expected = [*parameter.shape]
+        for parameter_slice in slices.get(name, ()):
+            tensor = parameter_slice.address.tensor
+            entry = checkpoint.entries[tensor]
+            if entry.dtype not in SAFETENSORS_NAMES.values():
+                raise UserError(
+                    f"{checkpoint.file_of[tensor]}: {tensor} is {entry.dtype}, expected F32, F16, BF16; "
+                    "name the model before it was quantized, or convert it"
+                )
+            if parameter_slice.is_complete and entry.shape != expected:
+                what = f"{tensor} is {entry.shape}, expected {expected} by config.json"
+                raise UserError(f"{checkpoint}: {what}; copy both again")
     for names in aliases.values():
-        stored = [name for name in names if name in slices]
-        if not stored:
+        if not any(name in slices for name in names):
             raise UserError(
                 f"{checkpoint}: no tensor for {names[0]}, which config.json asks for; copy the checkpoint again, or "
                 "choose a model of a tested family (docs/data.md)"
             )
         if any(name.startswith(in_blocks) and name not in slices for name in names):
             raise unsupported(checkpoint, f"blocks share {names[0]}")
-        for name in stored:
-            expected = [*model.get_parameter(name).shape]
-            for part in slices[name]:
-                tensor = part.address.tensor
-                entry = checkpoint.entries[tensor]
-                if entry.dtype not in SAFETENSORS_NAMES.values():
-                    raise UserError(
-                        f"{checkpoint.file_of[tensor]}: {tensor} is {entry.dtype}, expected F32, F16, BF16; "
-                        "name the model before it was quantized, or convert it"
-                    )
-                if part.is_complete and entry.shape != expected:
-                    what = f"{tensor} is {entry.shape}, expected {expected} by config.json"
-                    raise UserError(f"{checkpoint}: {what}; copy both again")
 
 
-def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
+def _check_block_exists(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
     """Raise UserError if a stored tensor belongs to a block after the last one that config.json has."""
-    name, blocks = find_blocks(model)
-    base = model.base_model_prefix
-    number = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
+    blocks_name, blocks = find_blocks(model)
+    base = f"{model.base_model_prefix}."
+    prefix, name = f"{blocks_name.removeprefix(base)}.", tensor.removeprefix(base)
+    number = name.removeprefix(prefix).partition(".")[0]
     # Blocks for multi-token prediction do not count; the configuration or transformers declares them.
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-    if number and int(number[1]) >= len(blocks) + ahead and not ignored:
+    if name.startswith(prefix) and number.isdecimal() and int(number) >= len(blocks) + ahead and not ignored:
         raise UserError(
-            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(number[1]) + 1} or more: the "
-            f"checkpoint stores {tensor}; copy both again"
+            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(number) + 1} or more: the checkpoint "
+            f"stores {tensor}; copy both again"
         )
 
 

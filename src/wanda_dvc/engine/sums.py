@@ -1,4 +1,4 @@
-"""Sums over the inputs of a block's linears."""
+"""Sums over the inputs of a block's linears, and over the gradients of their outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
-S = TypeVar("S", InputStats, Gram, TokenSum)
+Sums = TypeVar("Sums", InputStats, Gram, TokenSum)
 
 
 class BlockRecord(NamedTuple):
@@ -63,27 +63,25 @@ class InputSums:
         UserError if the model does not call a linear, or does not multiply by a matrix of experts.
         """
         stats, input_of = dict(self.stats), dict(self.input_of)
-        seen = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
+        used_parameters = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
         for matrix, names in group_by_matrix(linears).items():
             first = names[0]
             if first in input_of:
                 continue
             if matrix.expert is None:
                 raise unsupported(first, "the model does not call this linear")
-            if (matrix.module, matrix.leaf) not in seen:
+            if (matrix.module, matrix.leaf) not in used_parameters:
                 raise unsupported(first, "its experts do not multiply by the stored matrices")
             stats[first] = InputStats.empty(linears[first].features)
             input_of |= dict.fromkeys(names, first)
-        for name, linear in linears.items():
-            if linear.slice.expert is not None:  # experts last, by number, not in the order of their first tokens
-                input_of[name] = input_of.pop(name)
+        # In the order of their first tokens; experts last, by number.
+        ordered = [name for name in input_of if linears[name].slice.expert is None]
+        ordered += [name for name, linear in linears.items() if linear.slice.expert is not None]
         consumers: dict[str, list[str]] = {}
-        for name, source in input_of.items():
-            consumers.setdefault(source, []).append(name)
-        outputs = {}
-        for name in linears:
-            if name in self.outputs:
-                outputs[name] = replace(self.outputs[name], sum=self.outputs[name].sum.cpu())
+        for name in ordered:
+            consumers.setdefault(input_of[name], []).append(name)
+        of_experts = {name: self.outputs[name] for name in linears if name in self.outputs}
+        outputs = {name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()}
         measured = BlockStats(
             inputs={name: stats[name].to("cpu") for name in consumers},
             consumers=consumers,
@@ -95,6 +93,24 @@ class InputSums:
         return BlockRecord(measured, self.grams, crosses)
 
 
+@dataclass(kw_only=True)
+class FisherSums:
+    """Sums over some sequences of the gradients ∂ℓ/∂y of a block's linears. Sums of several chunks merge.
+
+    A token's gradient is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient of the
+    weights is (∂ℓ/∂y) xᵀ. Linears without a gradient are missing, such as experts without tokens.
+    """
+
+    squares: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal
+
+    def merge(self, sums: "FisherSums") -> None:
+        """Add the sums of other sequences."""
+        for name, squares in sums.squares.items():
+            self.squares[name] = self.squares.get(name, 0) + squares
+        merge_by_name(self.grams, sums.grams)
+
+
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
     """Raise UserError if sums of some linears are not finite. The host waits for a GPU once."""
     finite = torch.stack([x.isfinite().all() for x in sums.values()]).tolist() if sums else []
@@ -103,7 +119,7 @@ def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
             raise UserError(f"{where} of {name}: {what} that are not finite; {FIX}")
 
 
-def merge_by_name(totals: dict[str, S], sums: Mapping[str, S]) -> None:
+def merge_by_name(totals: dict[str, Sums], sums: Mapping[str, Sums]) -> None:
     """Merge each of `sums` into the total of its name. A name without a total gets the sums themselves."""
     for name, addend in sums.items():
         if name in totals:

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from wanda_dvc.engine.accelerator import float64_device, product_dtype
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
-from wanda_dvc.engine.smaller import SmallerCheckpoint
+from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.gram import Gram
@@ -37,9 +37,6 @@ from wanda_dvc.study.artifact import (
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_weights
-
-if TYPE_CHECKING:
-    from wanda_dvc.engine.removal import Removal
 
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
@@ -241,7 +238,7 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     return measures, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
 
 
-def kept_units_of(study: Study, removal: "Removal") -> dict[str, Tensor]:
+def kept_units_of(study: Study, removal: Removal) -> dict[str, Tensor]:
     """Return the kept units of each set, a mask of units, from the masks of weights of all blocks.
 
     A set may span blocks, as that of the blocks does: each block's masks tell of some of its units.
