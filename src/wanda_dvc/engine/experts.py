@@ -35,12 +35,10 @@ class RoutedCall(NamedTuple):
 class ExpertProducts(TorchFunctionMode):
     """Calls functions for each product of experts, and for their gated outputs, while it is active.
 
-    Results do not change. Models pass tokens and a view of the parameter to torch functions: a `linear` or `matmul` for
-    each expert, or one grouped product for all experts.
-
-    An expert adds gate · output to its tokens, whose norms REAP needs. The gates are an argument of the module. A
-    product's rows are the pairs of token and expert in the order of transformers' `eager` or `grouped_mm`; the rows of
-    the first product, which are the tokens, prove it. No norm is reported for another signature or order.
+    Models pass tokens and a view of the parameter to torch functions: a `linear` or `matmul` for each expert, or one
+    grouped product for all. REAP needs the norms of gate · output, which an expert adds to its tokens. A product's rows
+    are the pairs of token and expert in the order of transformers' `eager` or `grouped_mm`; the rows of the first
+    product, which are the tokens, prove it. No norm is reported for another order, or signature of the module.
     """
 
     def __init__(self, linears: dict[Matrix, list[str]], on_product: OnProduct, on_gated_output: OnGatedOutput) -> None:
@@ -70,8 +68,8 @@ class ExpertProducts(TorchFunctionMode):
         result = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             rows = self._rows(args[1], kwargs.get("offs"))
-            for matrix, its_rows in rows.items():
-                self.on_product(self.linears[matrix], args[0], result, its_rows)
+            for matrix, matrix_rows in rows.items():
+                self.on_product(self.linears[matrix], args[0], result, matrix_rows)
             if rows:
                 self._see_rows(rows, args[0], result)
         return result
@@ -112,10 +110,9 @@ class ExpertProducts(TorchFunctionMode):
                 y = y + bias[call.experts.flatten()[pairs]]
             if norm is not None:
                 y = norm(y)
-            gated = y * call.gates.flatten()[pairs, None]
-            norms = vector_norm(gated.float(), dim=-1)
-            for matrix, its_rows in rows.items():
-                self.on_gated_output(self.linears[matrix][0], norms[its_rows])
+            gated_norms = vector_norm((y * call.gates.flatten()[pairs, None]).float(), dim=-1)
+            for matrix, matrix_rows in rows.items():
+                self.on_gated_output(self.linears[matrix][0], gated_norms[matrix_rows])
 
 
 def _pairs(call: RoutedCall, rows: dict[Matrix, slice]) -> Int[Tensor, " rows"]:

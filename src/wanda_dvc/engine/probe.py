@@ -1,7 +1,6 @@
 """Compares a smaller model with the full model that computes without the removed units."""
 
 import gc
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,11 @@ PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weig
 
 
 class MaskedRun(NamedTuple):
-    """A block's run in the full model. If blocks are removed, `dense` is `before`: the effect is all that it adds."""
+    """A block's run in the full model."""
 
     block: int  # its number in the smaller model
     before: States
-    dense: States  # after the block with all units
+    dense: States  # after the block with all units; if blocks are removed, `before`: the effect is all that it adds
     masked: States  # after the block without the removed units
 
 
@@ -33,20 +32,19 @@ class MaskedRun(NamedTuple):
 def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
     """Raise UserError if a smaller model differs from the full model without the removed units.
 
-    Random tokens run through blocks of both on a device, in float32: one block of each kind, or all if blocks are
-    removed. One of the models is in memory at a time.
+    Random tokens run through one block of each kind in both models, or through all if blocks are removed, on a device
+    and in float32. One of the models is in memory at a time.
     """
-    problem = ""
     try:
         full = Decoder(source, dtype=torch.float32, device=device)
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
-        removes_blocks = full.weights.blocks_name in removal.unit_sets
-        run_blocks = _run_kept_blocks if removes_blocks else _run_each_kind
-        runs = list(run_blocks(full, removal, sequence))
-        # Relative to the effect of the removed units. For blocks it is smaller, to refuse those that depend on the
-        # number of blocks, which differ by little.
-        tolerance = 1e-3 if removes_blocks else 1e-2
+        # The tolerance is relative to the effect of the removed units. It is smaller for blocks, to refuse those that
+        # depend on the number of blocks, which differ by little.
+        if full.weights.blocks_name in removal.unit_sets:
+            runs, tolerance = _run_kept_blocks(full, removal, sequence), 1e-3
+        else:
+            runs, tolerance = _run_each_kind(full, removal, sequence), 1e-2
         del full
         gc.collect()
         small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=device)
@@ -56,27 +54,26 @@ def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
             effect = vector_norm(run.masked - run.dense).item()
             size = vector_norm(run.dense).item()
             if not difference <= tolerance * max(effect, 1e-4 * size):
-                problem = f"its block {run.block} computes something else without them ({difference:.2g})"
-                break
+                raise ValueError(f"its block {run.block} computes something else without them: off by {difference:.2g}")
     except (UserError, RuntimeError, ValueError, IndexError) as error:
-        problem = f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
-    if problem:
-        raise refused(removal.structure, source, problem)
+        problem = f"a smaller model fails its trial ({' '.join(str(error).split())[:200]})"
+        raise refused(removal.structure, source, problem) from error
 
 
-def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
-    hidden = full.embed(sequence)
+def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> list[MaskedRun]:
+    hidden, runs = full.embed(sequence), []
     kept = removal.kept_masks[full.weights.blocks_name].nonzero()[:, 0].tolist()
     for number, index in enumerate(kept):
         full.load(index, -1)
         after = full.run(index, hidden, sequence)
-        yield MaskedRun(number, hidden, hidden, after)
+        runs.append(MaskedRun(number, hidden, hidden, after))
         hidden = after
+    return runs
 
 
-def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> Iterator[MaskedRun]:
+def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> list[MaskedRun]:
     """Run a block of each kind on the embeddings: consumers read zeros, and routers never choose removed experts."""
-    hidden = full.embed(sequence)
+    hidden, runs = full.embed(sequence), []
     for index in full.one_of_each_kind:
         full.load(index, -1)
         dense = full.run(index, hidden, sequence)
@@ -85,7 +82,8 @@ def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> 
         full.load(index, -1, WeightChange(masks, {}))
         with MaskedRouters(full.model, removal):
             masked = full.run(index, hidden, sequence)
-        yield MaskedRun(index, hidden, dense, masked)
+        runs.append(MaskedRun(index, hidden, dense, masked))
+    return runs
 
 
 class MaskedRouters(TorchFunctionMode):

@@ -26,17 +26,15 @@ class InputRecorder:
     """Sums over the inputs of a block's linears that grow while the block runs.
 
     Each distinct input is counted once. Two linears share an input if, within one batch, both receive the same memory
-    in the same state. For X_denseᵀX, [in, in], each batch's dense sequences run first, inside `dense`. Routed experts
-    have none: the dense model may send other tokens to an expert, or in another order.
+    in the same state. For X_denseᵀX, [in, in], each batch's dense sequences run first, inside `dense`.
     """
 
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    # The left factors of `crosses`, [tokens, _]: the dense model's inputs in this batch, or the numbers of `cross`.
-    _left: dict[str, Tensor] = field(default_factory=dict)
-    _left_tokens: int = 0
-    _is_dense: bool = False
+    # Of this batch, by linear, [tokens, _]: the dense model's inputs, or the numbers of `cross`.
+    _left_factors: dict[str, Tensor] = field(default_factory=dict)
+    _is_dense: bool = False  # while the dense sequences run
     # The name of each input of a batch, by memory and state. The tensor stays alive: no other gets its address.
     _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
@@ -58,7 +56,7 @@ class InputRecorder:
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         if self._is_dense:
-            self._left[name] = x
+            self._left_factors[name] = x
             return
         sums, device = self.sums, float64_device(x.device)
         if name not in sums.stats:
@@ -68,9 +66,9 @@ class InputRecorder:
             if name not in sums.grams:
                 sums.grams[name] = Gram.empty(x.shape[-1], device)
             sums.grams[name].add(x)
-        dense = self._left.get(name)
-        if dense is not None and self.linears[name].slice.expert is None and len(dense) == len(x) == self._left_tokens:
-            product = multiply_in_float32(dense.T, x).to(device).double()
+        left = self._left_factors.get(name)
+        if left is not None and len(left) == len(x):
+            product = multiply_in_float32(left.T, x).to(device).double()
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
@@ -81,14 +79,18 @@ class InputRecorder:
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
         """Record the inputs of the batch inside, of `tokens` tokens, as the dense model's."""
-        self._left_tokens, self._is_dense = tokens, True
+        self._is_dense = True
         yield
         self._is_dense = False
         self._seen.clear()
+        for name, x in list(self._left_factors.items()):
+            # The dense model may send other tokens to an expert, or in another order.
+            if self.linears[name].slice.expert is not None or len(x) != tokens:
+                del self._left_factors[name]
 
     def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
         """Sum the products of these numbers, of each token, and the next batch's input of a linear, in `crosses`."""
-        self._left[name], self._left_tokens = numbers, len(numbers)
+        self._left_factors[name] = numbers
 
     def see_block(self, before: States, after: States) -> None:
         """Add the influence of the block on a batch: 1 − cosine of its hidden states before and after the block."""
@@ -102,7 +104,7 @@ class InputRecorder:
     def end_batch(self) -> None:
         """Free the batch's inputs."""
         self._seen.clear()
-        self._left.clear()
+        self._left_factors.clear()
 
 
 @contextlib.contextmanager
@@ -138,7 +140,7 @@ class GradientRecorder:
     def __init__(self, linears: dict[str, Linear]) -> None:
         self.linears = linears
         self._totals = FisherSums()
-        self._tokens: dict[str, Tensor] = {}  # tokens of the passes with a gradient, on the device
+        self._tokens: dict[str, Tensor] = {}  # of the passes with a gradient, on the device: the host does not wait
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the gradients of the linears' outputs in every pass inside."""
@@ -171,9 +173,8 @@ class GradientRecorder:
             self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
     def result(self) -> FisherSums:
-        """Return the sums of the linears with a gradient, and Gram matrices, which stay on the device, to be merged."""
-        # The host waits for a GPU once.
-        counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []
+        """Return the sums of the linears with a gradient. Gram matrices stay on the device, to be merged."""
+        counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []  # the host waits for a GPU once
         result = FisherSums()
         for name, count in zip(self._tokens, counts, strict=True):
             if count:
