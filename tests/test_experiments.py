@@ -134,7 +134,7 @@ def test_a_repository_is_reported(repository: Repository, tmp_path: Path):
     repository.run("dvc", "exp", "branch", "middling", "kept")  # one experiment under two names
     said = report(study=Study(repository.root), output=output)
     repository.run("git", "branch", "-D", "kept")
-    assert said == f"{output}: 2 experiments, 2 excluded"
+    assert said == f"{output}: 2 of 4 experiments"
     text = output.read_text(encoding="utf-8")
     assert re.search(r": wanda, sparsity 0.5 against [^:]+: magnitude-rows, sparsity 0.5", text)
     assert str(repository.root) not in text

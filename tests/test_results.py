@@ -14,7 +14,7 @@ from scipy import stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten
 from wanda_dvc.results import intervals, listing
-from wanda_dvc.results.compare import compare, not_comparable, records, side_by_side
+from wanda_dvc.results.compare import not_comparable, paired_tests, records, side_by_side
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import ListedRevision, flat_records
@@ -91,8 +91,8 @@ def test_values_of_other_libraries_are_not_compared(here: Study, library: str):
     if library != "lm_eval":
         changes["windows"] = WINDOWS | {"libraries": {key: libraries[key] for key in ("torch", "transformers")}}
     pruned, dense = both(here, **changes)
-    (tests,) = compare([(pruned, dense)])
-    assert set(tests) == ({("perplexity", "embedded")} if library == "lm_eval" else set())
+    tests = paired_tests({"pruned": pruned, "dense": dense}, "dense")
+    assert [key[2:] for key in tests] == ([("perplexity", "embedded")] if library == "lm_eval" else [])
     of_tasks = dict.fromkeys(["piqa, acc, %", "mean acc, %"], "libraries")
     assert not_comparable(pruned, dense) == of_tasks | ({} if library == "lm_eval" else {"perplexity": "libraries"})
 
@@ -162,7 +162,7 @@ def test_one_number_that_is_not_finite_is_said_of_the_whole_measure(here: Study)
     _, rows = side_by_side({"dense": dense, "pruned": pruned}, base="dense")
     assert {row[0]: row[2] for row in rows}["mean acc, %"] == "diverged"
     assert {row[0] for row in rows if row[2] == "diverged"} >= {"perplexity", "divergence, nats", "right → wrong"}
-    assert compare([(pruned, dense)]) == [{}]
+    assert paired_tests({"pruned": pruned, "dense": dense}, "dense") == {}
 
 
 def test_metrics_without_details_are_shown_and_not_compared(here: Study):
@@ -171,7 +171,8 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Study):
     for model in ("dense", "pruned"):
         here.details(model, "perplexity/embedded").unlink()
     pruned, dense = (Results.of(here, model) for model in ("pruned", "dense"))
-    assert compare([(pruned, dense)])[0].keys() == {("acc", "piqa"), ("mean_acc", "")}
+    tests = paired_tests({"pruned": pruned, "dense": dense}, "dense")
+    assert [key[2:] for key in tests] == [("acc", "piqa"), ("mean_acc", "")]
     assert not_comparable(pruned, dense) == {"perplexity": "missing details"}
     said = next(notes({}, {"dense": dense, "pruned": pruned}))
     assert said.startswith("pruned not compared with dense: perplexity (missing details). `dvc pull` fetches")
@@ -191,10 +192,10 @@ def test_what_is_not_known_is_left_out_of_json(here: Study):
 
 def test_p_values_are_adjusted_for_the_tests_of_all_pairs(here: Study):
     pruned, dense = both(here)
-    (locked,) = compare([(pruned, dense)])
-    again, _ = compare([(pruned, dense), (pruned, dense)])
-    assert again["acc", "piqa"].p == pytest.approx(2 * locked["acc", "piqa"].p)
-    assert isinstance(locked["acc", "piqa"], Estimate)
+    models = {"dense": dense, "pruned": pruned, "again": pruned}
+    alone, both_pairs = paired_tests({"dense": dense, "pruned": pruned}, "dense"), paired_tests(models, "dense")
+    key = ("pruned", "dense", "acc", "piqa")
+    assert both_pairs[key].p == pytest.approx(2 * alone[key].p)
     dense.metrics["zero_shot"]["boolq"] = {"acc": 0.5}
     assert not_comparable(pruned, dense) == {"mean acc, %": "tasks"}
 
@@ -272,9 +273,9 @@ def test_a_shorter_window_counts_by_its_predictions(here: Study):
     said = list(notes({"dense": here.params}, {"dense": dense, "pruned": pruned}))
     assert any("3 windows of 64 tokens and one of 8 of a" in one for one in said)
     assert any("the first 40 items of each" in one for one in said)  # as measured, whatever params.yaml has now
-    (tests,) = compare([(pruned, dense)])
+    tests = paired_tests({"pruned": pruned, "dense": dense}, "dense")
     mean = (63 * (0.52 + 0.48 + 0.48) + 7 * 0.52) / (3 * 63 + 7)
-    assert tests["perplexity", "embedded"].value == pytest.approx(math.exp(mean), rel=1e-9)
+    assert tests["pruned", "dense", "perplexity", "embedded"].value == pytest.approx(math.exp(mean), rel=1e-9)
 
 
 def test_nothing_is_said_of_what_is_not_finite_or_alone():

@@ -7,28 +7,27 @@ dtype, prompts, and versions of the libraries that computed them.
 from collections.abc import Iterator, Mapping, Sequence
 
 from wanda_dvc.results.intervals import Estimate, holm
-from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
+from wanda_dvc.results.measures import MEASURES, Measure, PairedTest, Results, figures
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known
-Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
-Pair = tuple[str, str]  # the names of a model and its base
 Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
-def _tested(results: Results, base: Results) -> Iterator[tuple[Measure, str, str | None]]:
-    """Yield each tested measure of two models, the text or task, and the reason why they may not be compared."""
+def _tested(results: Results, base: Results) -> Iterator[tuple[Measure, PairedTest, str]]:
+    """Yield each measure that two models have and that has a test: the measure, its test, and the text or task."""
     for measure in MEASURES:
-        for target in measure.where(results):
-            if measure.test and target in measure.where(base):
-                yield measure, target, why_not_comparable(measure, results, base, target)
+        if measure.paired_test:
+            for target in measure.where(results):
+                if target in measure.where(base):
+                    yield measure, measure.paired_test, target
 
 
 def why_not_comparable(measure: Measure, results: Results, base: Results, target: str) -> str | None:
     """Return the reason why two models' values may not be compared: the first key that differs; None if they may."""
-    protocols, base_protocols = measure.protocols(results, target), measure.protocols(base, target)
+    protocols, base_protocols = measure.protocols_of(results, target), measure.protocols_of(base, target)
     if protocols.keys() != base_protocols.keys():
         return "tasks"
     for name, protocol in protocols.items():
@@ -41,46 +40,41 @@ def why_not_comparable(measure: Measure, results: Results, base: Results, target
     return None
 
 
-def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
-    """Return the paired tests of each pair's model against its base, with p-values adjusted for all tests."""
-    all_tests = [_tests(results, base) for results, base in pairs]
-    keys = [(tests, key) for tests in all_tests for key in tests]
-    adjusted = holm([tests[key].p for tests, key in keys])
-    for (tests, key), p in zip(keys, adjusted, strict=True):
-        tests[key] = tests[key]._replace(p=p)
-    return all_tests
-
-
-def _tests(results: Results, base: Results) -> Tests:
-    tests: Tests = {}
-    for measure, target, reason in _tested(results, base):
-        test = measure.test.run(results, base, target) if measure.test and not reason else None
-        if test:
-            tests[measure.name, target] = test
-    return tests
-
-
 def not_comparable(results: Results, base: Results) -> dict[str, str]:
     """Return the reason of each value of two models that may not be compared, by heading."""
     one_text = len({*results.texts, *base.texts}) <= 1
-    tested = _tested(results, base)
-    return {measure.heading(target, one_text=one_text): reason for measure, target, reason in tested if reason}
+    reasons = {}
+    for measure, _, target in _tested(results, base):
+        reason = why_not_comparable(measure, results, base, target)
+        if reason:
+            reasons[measure.heading(target, one_text=one_text)] = reason
+    return reasons
 
 
-def paired_tests(models: Mapping[str, Results], base: str, pairs: Sequence[Pair]) -> dict[Pair, Tests]:
-    """Return the paired tests of each model but the dense one against `base`, and of further pairs of names."""
-    pairs = [*((name, base) for name in models if name not in (base, DENSE)), *pairs]
-    return dict(zip(pairs, compare([(models[name], models[other]) for name, other in pairs]), strict=True))
+def paired_tests(
+    models: Mapping[str, Results], base: str, further: Sequence[tuple[str, str]] = ()
+) -> dict[tuple[str, str, str, str], Estimate]:
+    """Return the tests of each model but the dense one against `base`, and of `further` pairs of a model and its base.
+
+    They are listed by the names of model, base and measure, and the text or task. P-values are adjusted for all tests.
+    """
+    tests = {}
+    for name, base_name in [*((name, base) for name in models if name not in (base, DENSE)), *further]:
+        results, base_results = models[name], models[base_name]
+        for measure, paired_test, target in _tested(results, base_results):
+            if why_not_comparable(measure, results, base_results, target) is None:
+                estimate = paired_test.run(results, base_results, target)
+                if estimate:
+                    tests[name, base_name, measure.name, target] = estimate
+    adjusted = holm([estimate.p for estimate in tests.values()])
+    return {key: estimate._replace(p=p) for (key, estimate), p in zip(tests.items(), adjusted, strict=True)}
 
 
 def records(models: Mapping[str, Results], *, base: str) -> Json:
     """Return by model its measures, and its paired tests against `base`."""
-    tests_of = paired_tests(models, base, [])
-    content: Json = {}
-    for name, results in models.items():
-        tests = tests_of.get((name, base), {}).items()
-        listed = [{"measure": measure, "on": target, **test.record} for (measure, target), test in tests]
-        content[name] = {"results": figures(results), "tests": listed}
+    content: Json = {name: {"results": figures(results), "tests": []} for name, results in models.items()}
+    for (name, _, measure, target), test in paired_tests(models, base).items():
+        content[name]["tests"].append({"measure": measure, "on": target, **test.record})
     return content
 
 
@@ -102,18 +96,19 @@ def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = T
 
 
 def side_by_side(
-    models: Mapping[str, Results], *, base: str, pairs: Sequence[Pair] = ()
+    models: Mapping[str, Results], *, base: str, further: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[str], list[list[str]]]:
     """Return the headers and rows of a table: a row for each measure, a column for each model.
 
-    Further columns have paired tests: of each model but the dense one against `base`, and of the `pairs`.
+    More columns have the paired tests: of each model but the dense one against `base`, and of `further` pairs.
     """
-    tests_of = {pair: tests for pair, tests in paired_tests(models, base, pairs).items() if tests}
+    tests = paired_tests(models, base, further)
+    pairs = list(dict.fromkeys((name, base_name) for name, base_name, _, _ in tests))
     rows = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
         row = [heading, *(measure.text(measure.read(results, target)) for results in models.values())]
-        for (_, other), tests in tests_of.items():
-            tested = measure.read(models[other], target) is not None  # the dense model has no divergence from itself
-            row.append(measure.test_text(tests.get((measure.name, target))) if tested else "")
+        for name, base_name in pairs:
+            has_value = measure.read(models[base_name], target) is not None  # the dense model has no divergence
+            row.append(measure.test_text(tests.get((name, base_name, measure.name, target))) if has_value else "")
         rows.append(row)
-    return ["", *models, *(f"{name} against {other}" for name, other in tests_of)], rows
+    return ["", *models, *(f"{name} against {base_name}" for name, base_name in pairs)], rows

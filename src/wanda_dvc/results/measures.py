@@ -74,7 +74,7 @@ class Results:
             self._details[name] = load_json(self.folder / f"{name}.json") if self.folder else {}
         return self._details[name]
 
-    def protocols(self, name: str) -> list[Json]:
+    def protocols_in(self, name: str) -> list[Json]:
         """Return the protocols in a file's details: one, or one for each task."""
         details = self.details(name)
         return [part.get("protocol", {}) for part in details.get("tasks", {"": details}).values()]
@@ -83,7 +83,7 @@ class Results:
         """Leave out results whose details name another model than the one with this digest; return their names."""
         others = []
         for name in ("layer_error", "continuations", *self.metrics):
-            if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols(name)):
+            if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols_in(name)):
                 others.append(name)
                 self._details[name] = {}
                 self.metrics.pop(name, None)
@@ -242,7 +242,7 @@ def _nats(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-class Test(NamedTuple):
+class PairedTest(NamedTuple):
     """A paired test of two models with equal protocols; `form` and `unit` are of its value and interval."""
 
     run: Callable[[Results, Results, str], Estimate | None]  # of a model, a base, and a text, a task or ""
@@ -261,10 +261,10 @@ class Measure:
     form: Callable[[float], str] = "{:.4f}".format  # formats a number
     per: str = PER_MODEL  # or PER_TEXT, PER_TASK, OF_TASKS
     brief: bool = False  # whether `list` shows it; the other views show every measure
-    test: Test | None = None  # None: the values are only shown
+    paired_test: PairedTest | None = None  # None: the values are only shown
     drawn: str = ""  # the scale of the report's picture of it, LINEAR or LOG; "": no picture
 
-    def protocols(self, results: Results, target: str) -> dict[str, Json | None]:
+    def protocols_of(self, results: Results, target: str) -> dict[str, Json | None]:
         """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""
         if self.per == PER_TEXT:
             return {target: results.details(TEXT_PREFIX + target).get("protocol")}
@@ -293,10 +293,10 @@ class Measure:
 
     def test_text(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
-        if self.test is None:
+        if self.paired_test is None:
             return ""
         mark = " *" if test is not None and test.p < ALPHA else ""
-        return _formatted(test, self.test.form, self.test.unit) + mark
+        return _formatted(test, self.paired_test.form, self.paired_test.unit) + mark
 
 
 def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, interval: bool = True) -> str:
@@ -315,21 +315,21 @@ _mean_divergence = partial(_divergence, part="mean", windows="divergences")
 _agreement = partial(read_text_number, name="top1_agreement", part="mean", windows="agreements", largest=1)
 _rms_change = partial(read_text_number, name="rms_probability_change")
 _removed = partial(read_weights_number, name="removed_parameters")
-_ratio_test = Test(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
-_divergence_test = Test(partial(compare_by_window, name="divergences"), _nats, " nats")
-_agreement_test = Test(partial(compare_by_window, name="agreements"), _points, " points")
-_accuracy_test = Test(compare_answers, _points, " points")
-_mean_test = Test(compare_mean_accuracy, _points, " points")
+_ratios = PairedTest(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
+_divergence_test = PairedTest(partial(compare_by_window, name="divergences"), _nats, " nats")
+_agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _points, " points")
+_accuracy_test = PairedTest(compare_answers, _points, " points")
+_mean_test = PairedTest(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
-    _text("divergence", "divergence", "nats", _mean_divergence, brief=True, test=_divergence_test),
-    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, test=_agreement_test),
-    _text("perplexity", "perplexity", "", read_perplexity, perplexity_text, brief=True, test=_ratio_test, drawn=LOG),
+    _text("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
+    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
+    _text("perplexity", "perplexity", "", read_perplexity, perplexity_text, brief=True, paired_test=_ratios, drawn=LOG),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
     _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
     _text("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
-    Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, test=_accuracy_test),
-    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, test=_mean_test, drawn=LINEAR),
+    Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, paired_test=_accuracy_test),
+    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_mean_test, drawn=LINEAR),
     _tasks("lost", "right → wrong", "", partial(read_changed_answers, way="lost"), "{:.0f}".format, brief=True),
     _tasks("gained", "wrong → right", "", partial(read_changed_answers, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(read_changed_answers, way="swapped"), "{:.0f}".format),

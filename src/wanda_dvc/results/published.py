@@ -1,4 +1,4 @@
-"""Published rows, and the comparison of experiments with published rows of the same protocol."""
+"""Published figures next to those of experiments with the same protocol."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -10,15 +10,12 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.params import Settings
-from wanda_dvc.results.compare import DENSE
+from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment
-from wanda_dvc.results.intervals import Estimate
-from wanda_dvc.results.markup import DASH
-from wanda_dvc.results.measures import Value, read_accuracy, read_perplexity
+from wanda_dvc.results.measures import PER_TASK, PER_TEXT
 from wanda_dvc.study.files import Json
 
 OF_STATISTICS = ("calibration.", "propagation")  # settings that do not count for methods without statistics
-UNLESS_NAMED = {"reconstruction": "none", "allocation": "uniform"}  # of a pruned row
 
 
 @cache
@@ -29,57 +26,45 @@ def published_tables() -> Any:
 
 
 def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
-    """Return for each published figure of an experiment's protocol: model, source, measure, theirs, ours, ratio."""
+    """Return for each published figure of an experiment's protocol: model, measure, source, their and our figure."""
     rows: list[list[str]] = []
     for name, experiment in experiments.items():
-        for model, measure, value, settings in _measured(experiment):
-            title = DENSE if model == DENSE else f"{name}, pruned"  # another model than after a training
-            for source, published in matching_figures(settings, model, measure):
-                ours, ratio = f"{value or DASH}", DASH
-                if isinstance(value, Estimate):
-                    number = value.value if measure == "perplexity" else 100 * value.value
-                    ours = f"{number:.4g}"
-                    ratio = DASH if isinstance(published, str) else f"{number / published:.3f}"
-                row = [title, source, measure, f"{published}", ours, ratio]
-                if row not in rows:  # several experiments have one dense model
-                    rows.append(row)
+        for model, title in ((DENSE, DENSE), ("pruned", f"{name}, pruned")):  # before a training
+            results = experiment.results[model]
+            for heading, (measure, target) in headings([results], brief=False).items():
+                settings = experiment.settings
+                if measure.per == PER_TEXT:
+                    filled = experiment.params.perplexity.texts[target].filled
+                    settings = settings | {f"perplexity.text.{key}": value for key, value in filled.items()}
+                key = target if measure.per == PER_TASK else measure.name
+                for source, figure in matching_figures(settings, key, dense=model == DENSE):
+                    row = [title, heading, source, f"{figure}", measure.text(measure.read(results, target))]
+                    if row not in rows:  # several experiments have one dense model
+                        rows.append(row)
     return rows
 
 
-def _measured(experiment: Experiment) -> Iterator[tuple[str, str, Value, Settings]]:
-    for model in (DENSE, "pruned"):
-        results = experiment.results[model]
-        for task in results.tasks:
-            yield model, task, read_accuracy(results, task), experiment.settings
-        for text in results.texts:
-            filled = experiment.params.perplexity.texts[text].filled
-            of_text = {f"perplexity.text.{key}": value for key, value in filled.items()}
-            yield model, "perplexity", read_perplexity(results, text), experiment.settings | of_text
+def matching_figures(settings: Settings, key: str, *, dense: bool) -> Iterator[tuple[str, float | str]]:
+    """Yield the sources and published figures of a protocol: the perplexity or a task of the dense or a pruned model.
 
-
-def matching_figures(settings: Settings, model: str, measure: str) -> Iterator[tuple[str, float | str]]:
-    """Yield the sources and published figures of a protocol: of the dense or a pruned model, perplexity or a task.
-
-    The model's name may be a Hub id at any revision, or a directory of this name. A figure may be `diverged`.
+    Of the model's Hub id or directory, the last part counts. A figure may be `diverged`.
     """
-    name = settings["model"].partition("@")[0]
+    model = settings["model"].partition("@")[0]
     for table in published_tables():
-        protocol = table.get("perplexity" if measure == "perplexity" else "zero_shot")
-        is_folder = name.startswith("/") and Path(name).name == Path(table["model"]).name
-        if protocol is None or not (is_folder or name == table["model"]):
+        protocol = table.get("perplexity" if key == "perplexity" else "zero_shot")
+        if protocol is None or Path(model).name != Path(table["model"]).name:
             continue
         for row in table["rows"]:
             is_dense = row["method"] == DENSE
-            expected = protocol if is_dense else protocol | _pruning(table, row)
-            lists = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
-            has_protocol = all(key in settings and settings[key] in values for key, values in lists.items())
-            if has_protocol and measure in row and is_dense == (model == DENSE):
-                yield table["source"], row[measure]
+            expected = protocol if is_dense else protocol | _pruning(table["pruning"], row, settings)
+            allowed = {name: value if isinstance(value, list) else [value] for name, value in expected.items()}
+            if key in row and is_dense == dense and all(settings[name] in values for name, values in allowed.items()):
+                yield table["source"], row[key]
 
 
-def _pruning(table: Json, row: Json) -> Json:
-    settings = UNLESS_NAMED | table["pruning"]
-    settings |= {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
+def _pruning(protocol: Json, row: Json, settings: Settings) -> Json:
+    """Return the settings of a published row: those of its table's protocol, and its own."""
+    pruning = protocol | {name: value for name, value in row.items() if name in settings}
     if methods()[row["method"]].needs == "weights":
-        return {key: value for key, value in settings.items() if not key.startswith(OF_STATISTICS)}
-    return settings
+        return {name: value for name, value in pruning.items() if not name.startswith(OF_STATISTICS)}
+    return pruning
