@@ -1,7 +1,6 @@
 """The procedure as the paper's text has it, in plain loops; nothing here is shared with what it checks."""
 
 import math
-from itertools import accumulate
 
 
 def scores(weight, inputs=None):
@@ -37,29 +36,3 @@ def keep_n_of_m(score, n, m):
             kept += [j not in removed for j in range(m)]
         keep.append(kept)
     return keep
-
-
-def keep_by_score_fraction(score, sparsity):
-    """The appendix's variant: of every row's lowest scores as many go as hold at most α of its sum."""
-
-    def removed(alpha):
-        rows = []
-        for row in score:
-            order = sorted(range(len(row)), key=lambda position: (row[position], position))
-            sums = list(accumulate(row[position] for position in order))
-            rows.append({position for position, so_far in zip(order, sums, strict=True) if so_far <= alpha * sums[-1]})
-        return rows
-
-    size = sum(len(row) for row in score)
-    chosen: list[set[int]] = [set() for _ in score]
-    low, high = 0.0, 0.8
-    for _ in range(50):
-        if sparsity == 0:
-            break
-        alpha = (low + high) / 2
-        chosen = removed(alpha)
-        off = sum(map(len, chosen)) / size - sparsity
-        if abs(off) <= 0.001:
-            break
-        low, high = (low, alpha) if off > 0 else (alpha, high)
-    return [[j not in out for j in range(len(row))] for row, out in zip(score, chosen, strict=True)]

@@ -16,7 +16,7 @@ from conftest import ROOT, Make, Patch, calibrate, fetch, planned, write_setting
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
-from wanda_dvc.catalog import STRUCTURES, Method, methods
+from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import MaskRule, choose_by_score
 from wanda_dvc.pruning.statistics import InputStats
@@ -30,7 +30,7 @@ from wanda_dvc.study.tensors import read_masks, read_stats
 def test_a_method_is_a_row_and_a_function(method: Method, study: Make):
     assert callable(resolve_name(method.function))
     assert re.fullmatch(r"\[.+\]\(https://\S+\)", method.paper)
-    pattern = method.competition if method.competition in STRUCTURES else "unstructured"
+    pattern = method.pattern or "unstructured"
     made = study(method=method.name, pattern=pattern, calibration__statistics="gram")
     assert made.params.method == method.name
 

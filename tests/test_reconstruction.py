@@ -90,7 +90,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
             moved.append(not torch.equal(after[keep], before[keep]))
             if m:
                 assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
-            elif methods()[method].competition != "rows":
+            else:
                 groups = keep if pattern.get("group", "row") == "row" else keep.reshape(1, -1)
                 assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
             if propagation == "dense":

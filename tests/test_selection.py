@@ -14,17 +14,9 @@ from operations import Operations
 from simulated_gpu import OnDevice, simulated_gpu
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
 from wanda_dvc.pruning.masks import MaskRule, choose_by_score
-from wanda_dvc.pruning.selection import (
-    count_removed,
-    keep_by_score_fraction,
-    keep_highest,
-    pack_bits,
-    select,
-    unpack_bits,
-)
+from wanda_dvc.pruning.selection import count_removed, keep_highest, pack_bits, select, unpack_bits
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, unit_index, unit_scores
 from wanda_dvc.study.tensors import pack_masks
@@ -89,39 +81,17 @@ def test_n_of_m_equals_the_loops(n_of_m, data):
     assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
 
 
-@given(matrices(), SHARE)
-def test_the_variant_equals_the_loops(weight, sparsity):
-    score = oracle.scores(weight.tolist())
-    try:
-        keep = keep_by_score_fraction(scores.magnitude(weight), float(sparsity))
-    except UserError:  # at the largest share too little goes
-        largest = oracle.keep_by_score_fraction(score, 1)
-        assert sum(row.count(False) for row in largest) < float(sparsity) * weight.numel()
-        return
-    assert keep.tolist() == oracle.keep_by_score_fraction(score, float(sparsity))
-
-
-def test_the_variant_says_what_it_cannot_reach():
-    with pytest.raises(UserError, match=r"got 0.95 of some linear with method wanda-variant, expected at most 0.800"):
-        keep_by_score_fraction(torch.ones(2, 100), 0.95)
-
-
 @pytest.mark.parametrize("layout", [(3,), (1, 1), (8, 2), (64,)])
 def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(layout: tuple[int, ...]):
     """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
-    expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0)), keep_by_score_fraction(score, 0.5)
+    expected = torch.zeros(7).index_add_(0, unit_index(7, layout), score.sum(dim=0))
     with simulated_gpu(), Operations(of_gpu=True) as noted:
-        there = score.to("cuda")
-        found = unit_scores(there, units).cpu(), keep_by_score_fraction(there, 0.5).cpu()
-    for one, other, host in zip(
-        found, expected, (unit_scores(score, units), keep_by_score_fraction(score, 0.5)), strict=True
-    ):
-        assert torch.equal(one, other)
-        assert torch.equal(host, other)
+        on_gpu = unit_scores(score.to("cuda"), units).cpu()
+    assert torch.equal(on_gpu, expected)
+    assert torch.equal(unit_scores(score, units), expected)
     assert not noted.counts.keys() & {"cumsum", "index_add_"}
-    assert "sort" in noted.counts
 
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -232,8 +202,7 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     direct = choose_by_score(weight, x, rule)
     monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
     assert torch.equal(choose_by_score(weight, x, rule), direct)
-    if methods()[name].competition == "groups":
-        assert direct.sum() == 13 * 12
+    assert direct.sum() == 13 * 12
 
 
 @given(matrices(), st.sampled_from([1.0, 4.0]))

@@ -456,9 +456,7 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "method", [name for name, row in methods().items() if row.competition == "groups" and row.needs != "gram"]
-)
+@pytest.mark.parametrize("method", [name for name, row in methods().items() if not row.pattern and row.needs != "gram"])
 @pytest.mark.parametrize(
     ("pattern", "consumer", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
 )

@@ -42,10 +42,8 @@ class Method(Choice):
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix. A method
     # that needs the Gram matrix is a solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram"]
-    # groups: every group (a row, a linear, m neighbours) loses the same number of lowest scores.
-    # rows: each row loses the same fraction of its total score, so rows lose different numbers of weights.
-    # experts, blocks: the function scores complete ones: (TokenSum or BlockStats) → score; with that pattern alone.
-    competition: Literal["groups", "rows", "experts", "blocks"] = "groups"
+    # The pattern whose units the function scores, from the TokenSum of an expert or the BlockStats; "": it scores weights.
+    pattern: Literal["", "experts", "blocks"] = ""
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
     package: str = ""  # the installed package that the method is from, if not this one
@@ -71,7 +69,7 @@ class Method(Choice):
 
     def selects_by_row(self, pattern: str, group: str) -> bool:
         """Whether each row's mask depends on that row alone."""
-        return self.scores_by_row and self.competition == "groups" and (pattern != "unstructured" or group == "row")
+        return self.scores_by_row and (pattern != "unstructured" or group == "row")
 
 
 # Baselines first: reports compare a later method with an earlier one.
@@ -80,9 +78,6 @@ _METHODS = {row.name: row for row in (
            function="wanda_dvc.pruning.scores:magnitude", scores_by_row=True),
     Method("wanda", "|W| · ‖X‖₂", paper="[Sun et al. 2024](https://arxiv.org/abs/2306.11695)", needs="norms",
            function="wanda_dvc.pruning.scores:wanda", scores_by_row=True),
-    Method("wanda-variant", "|W| · ‖X‖₂, and each row loses the same fraction of its total score", needs="norms",
-           paper="[Sun et al. 2024, appendix](https://arxiv.org/abs/2306.11695)",
-           function="wanda_dvc.pruning.scores:wanda", competition="rows", scores_by_row=True),
     Method("ria", "(|W| over its row's sum + |W| over its column's sum) · ‖X‖₂^½", needs="norms",
            paper="[Zhang et al. 2024](https://openreview.net/forum?id=Tr0lPx9woF)",
            function="wanda_dvc.pruning.scores:ria"),
@@ -91,11 +86,11 @@ _METHODS = {row.name: row for row in (
            paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
     Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
-    Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", competition="experts",
+    Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", pattern="experts",
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
     Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
            paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
-           competition="blocks"),
+           pattern="blocks"),
 )}  # fmt: skip
 
 

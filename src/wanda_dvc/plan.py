@@ -177,10 +177,8 @@ class Plan:
         method, pattern, structure = self.method, self.pattern, self.structure
         has_own_scores = structure is not None and bool(structure.method)  # experts and blocks
         of_method = f"method: found {method.name} with pattern {pattern}"
-        if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
-            yield f"{of_method} and group {self.group}, expected unstructured and row: each row loses its own number"
-        if method.competition in catalog.STRUCTURES and method.competition != pattern:
-            yield f"{of_method}, expected pattern {method.competition}"
+        if method.pattern not in ("", pattern):
+            yield f"{of_method}, expected pattern {method.pattern}"
         if has_own_scores and method.needs == "gram":
             yield f"{of_method}, expected a method that scores {pattern}"
         for excluded, choice, name, expected in (

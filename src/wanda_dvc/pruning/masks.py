@@ -14,9 +14,9 @@ from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, row_slices
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
-from wanda_dvc.pruning.selection import keep_by_score_fraction, keep_highest, select
+from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
 
 # The sparsity of all linears of a block, or of each.
@@ -78,20 +78,18 @@ def choose_linear(
         weight = weight.to(x.gram.device)
         if row_factors is not None:  # a factor changes nothing within its row, only how the rows compete
             weight = weight.float() * row_factors.to(weight.device)[:, None]
-    if units is not None:
-        if isinstance(x, GramFactors):
-            kept = greedy_obs(weight, x, units)
+        if units:
+            mask = expand(greedy_obs(weight, x, units), units.layout)
         else:
-            score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
-            kept = keep_highest(unit_scores(score, units)[None], units.kept)[0]
-        mask = expand(kept, units.layout).expand(weight.shape)
-    elif isinstance(x, GramFactors):
-        group = "row" if rule.group == "row" else "linear"  # solvers know these two
-        sparsity = linear_sparsity(rule.sparsity, linear)
-        mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group)
+            group = "row" if rule.group == "row" else "linear"  # solvers know these two
+            sparsity = linear_sparsity(rule.sparsity, linear)
+            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group)
+    elif units:
+        score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
+        mask = expand(keep_highest(unit_scores(score, units)[None], units.kept)[0], units.layout)
     else:
         mask = choose_by_score(weight, x, rule, row_factors, linear)
-    return oriented(mask, transposed).contiguous()
+    return oriented(mask.expand(weight.shape), transposed).contiguous()  # a mask of inputs is that of each row
 
 
 def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
@@ -119,17 +117,14 @@ def choose_by_score(
     """Return the mask of the highest scores, on the weight's device; `row_factors` multiply the scores of each row.
 
     Where rows do not compete, a slice of rows is scored at a time: memory does not grow with the linear.
-    UserError, with the linear's name, if a score is not finite, or the sparsity is out of reach.
+    UserError, with the linear's name, if a score is not finite.
     """
-    method, sparsity = rule.method, linear_sparsity(rule.sparsity, linear)
-    by_row = method.selects_by_row(rule.pattern, rule.group) and row_factors is None
+    sparsity = linear_sparsity(rule.sparsity, linear)
+    by_row = rule.method.selects_by_row(rule.pattern, rule.group) and row_factors is None
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows in row_slices(weight, None if by_row else len(weight)):
-        score = scores_of(weight[rows].contiguous(), x, method, row_factors, linear)
-        if method.competition == "rows":
-            mask[rows] = keep_by_score_fraction(score, float(sparsity))
-        else:
-            mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
+        score = scores_of(weight[rows].contiguous(), x, rule.method, row_factors, linear)
+        mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     return mask
 
 
@@ -181,7 +176,7 @@ def choose_units(
             for linears in units.members:
                 if linears[0] not in inputs:  # of another block
                     continue
-                score = _unit_score(linears, read_weight, stats, inputs, method=method, dtype=dtype, device=device)
+                score = _unit_score(linears, read_weight, stats, method, dtype, device)
                 if not math.isfinite(score):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
@@ -190,12 +185,9 @@ def choose_units(
                 scores[name].append(score)
     masks = {}
     for name, units in sets.items():
+        groups = torch.tensor(scores[name], dtype=dtype).view(units.groups, -1)
         kept = units.kept // units.groups
-        masks_of_groups = []
-        for group in torch.tensor(scores[name], dtype=dtype).chunk(units.groups):
-            mask = remove_neighbours(group, kept) if neighbours else keep_highest(group[None], kept)[0]
-            masks_of_groups.append(mask)
-        masks[name] = torch.cat(masks_of_groups)
+        masks[name] = remove_neighbours(groups[0], kept) if neighbours else keep_highest(groups, kept).flatten()
     return masks
 
 
@@ -203,25 +195,23 @@ def _unit_score(
     linears: Sequence[str],
     read_weight: ReadWeight,
     stats: BlockStats,
-    inputs: Mapping[str, InputStats],
-    *,
     method: Method,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    if method.competition == "blocks":
+    if method.pattern == "blocks":
         return float(method(stats))
-    if method.competition == "experts":
+    inputs = stats.by_linear
+    if method.pattern == "experts":
         tokens = max(inputs[linear].count for linear in linears)
         recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
-        recorded = recorded or [TokenSum(torch.zeros((), dtype=torch.float64), 0)]  # no token reached this expert
-        counts = [outputs.count for outputs in recorded]
-        if counts != [tokens]:  # one linear has the gated outputs of all tokens
+        gates = sum(outputs.count for outputs in recorded)
+        if gates != tokens:  # one linear has the gated outputs of all tokens
             raise UserError(
-                f"method: {method.name}: {linears[0]}: calibration recorded {sum(counts)} gates for {tokens} tokens of "
-                "this expert, expected as many; set method=wanda"
+                f"method: {method.name}: {linears[0]}: calibration recorded {gates} gates for {tokens} tokens of this "
+                "expert, expected as many; set method=wanda"
             )
-        return float(method(recorded[0]))
+        return float(method(recorded[0])) if tokens else 0.0
     total = 0.0
     for linear in linears:
         weight = oriented(read_weight(linear).to(device), linear in stats.transposed)

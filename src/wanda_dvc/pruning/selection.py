@@ -11,10 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from wanda_dvc.catalog import parse_pattern
-from wanda_dvc.errors import UserError
 
-LARGEST_ALPHA = 0.8  # of Wanda's variant: the largest fraction of a row's scores to prune, as in its authors' code
-SPARSITY_TOLERANCE = 0.001  # likewise
 LARGEST_COUNTED_M = 16  # the largest m for counting ranks; uint8 overflows at 257
 
 
@@ -57,40 +54,6 @@ def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, 
         rank = ties.cumsum(dim=1, dtype=torch.int32)
         mask[rows] |= ties & (rank > rank[:, -1:] - missing[rows])
     return mask
-
-
-def keep_by_score_fraction(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """Return the mask of Wanda's variant: every row loses the same fraction α of its summed scores.
-
-    Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
-    the matrix's fraction removed is within 0.001 of `sparsity`, unless ties prevent it. Sun et al. 2024,
-    arXiv 2306.11695, appendix; their code prunes all ties at a threshold. UserError where α = 0.8 removes too little.
-    """
-    if sparsity == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    lowest_first = score.sort(dim=1, stable=True)
-    # On the host: on CUDA the order in which floats are summed is not fixed.
-    sums = lowest_first.values.double().cpu().cumsum(dim=1).to(score.device)
-
-    def pruned_of(alpha: float) -> Int[Tensor, "out 1"]:
-        return (sums <= alpha * sums[:, -1:]).sum(dim=1, keepdim=True)
-
-    low, high = 0.0, LARGEST_ALPHA
-    largest = pruned_of(high).sum().item() / score.numel()
-    if largest < sparsity - SPARSITY_TOLERANCE:
-        raise UserError(
-            f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most {largest:.3f}, "
-            f"which is what a fraction of {LARGEST_ALPHA:g} of its scores removes; use method=wanda"
-        )
-    for _ in range(50):
-        alpha = (low + high) / 2
-        pruned = pruned_of(alpha)
-        error = pruned.sum().item() / score.numel() - sparsity
-        if abs(error) <= SPARSITY_TOLERANCE:
-            break
-        low, high = (low, alpha) if error > 0 else (alpha, high)
-    sorted_mask = torch.arange(score.shape[1], device=score.device) >= pruned
-    return torch.empty_like(sorted_mask).scatter_(1, lowest_first.indices, sorted_mask)
 
 
 def kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:

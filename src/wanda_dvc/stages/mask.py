@@ -148,7 +148,7 @@ def allocate_sparsities(
 ) -> Sequence[BlockSparsity]:
     """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
     plan = study.plan
-    if plan.sparsity and plan.pattern == UNSTRUCTURED and plan.method.competition == "groups":
+    if plan.sparsity and plan.pattern == UNSTRUCTURED:
         inputs_of = tensors.read_stats(study.stats, 0).by_linear
         if plan.group == "row":
             size = max(len(x.sum) for x in inputs_of.values())
