@@ -42,7 +42,7 @@ class Method(Choice):
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix. A method
     # that needs the Gram matrix is a solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram"]
-    # The pattern whose units the function scores, from the TokenSum of an expert or the BlockStats; "": it scores weights.
+    # The pattern whose units the function scores, from an expert's TokenSum or a BlockStats; "": it scores weights.
     pattern: Literal["", "experts", "blocks"] = ""
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
