@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 from checkpoints import CONFIGS, make_checkpoint
 from origin import HERE, ROOT, origin, read_rows, write_row
+from tqdm import tqdm
 
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.forward import ModelRunner
@@ -35,9 +36,8 @@ from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.machine import processor
 from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages import STAGES, process, run
 from wanda_dvc.stages.needs import TRAINING_WAYS, requirements
-from wanda_dvc.stages.process import Progress, progress
 from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings, new_params
@@ -126,22 +126,26 @@ class Bench:
         Also the peak of a GPU's memory, and what the stage needs by the formula, in bytes.
         """
         times = defaultdict[str, list[tuple[int, float]]](list)
-        show, run_forward = Progress.show, ModelRunner.forward
+        run_forward, wait = ModelRunner.forward, self.wait
 
-        def note(shown: Progress, done: int) -> None:
-            self.wait()
-            times[shown.what].append((done, time.perf_counter()))
-            show(shown, done)
+        class TimedBar(tqdm):  # type: ignore[type-arg]
+            def update(self, n: float | None = 1) -> bool | None:
+                wait()
+                shown = super().update(n)
+                times[self.desc].append((int(self.n), time.perf_counter()))
+                return shown
 
         def forward(runner: ModelRunner, *args: Any, **kwargs: Any) -> Any:
             steps = run_forward(runner, *args, **kwargs)
-            return progress(steps, total=0, what="forward") if "stored" in kwargs else steps  # `backward` shows none
+            return (
+                process.progress(steps, total=0, what="forward") if "stored" in kwargs else steps
+            )  # `backward` shows none
 
         needed = requirements(study, stage, ModelSizes.read(study.model("dense"))).memory
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with mock.patch.object(Progress, "show", note), mock.patch.object(ModelRunner, "forward", forward):
+        with mock.patch.object(process, "tqdm", TimedBar), mock.patch.object(ModelRunner, "forward", forward):
             run(stage, study=study, variant=variant)
             self.wait()
         seconds = time.perf_counter() - began

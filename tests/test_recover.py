@@ -1,6 +1,5 @@
 """`recover`: zeros stay, a killed run ends with the same weights, two processes are one, and validation."""
 
-import io
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from wanda_dvc.results.show import show
 from wanda_dvc.stages import needs, run
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import Run, choose_training, requirements
-from wanda_dvc.stages.process import Progress
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
@@ -188,16 +186,6 @@ def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer, "mean_divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(UserError, match="^memory: CUDA out of memory"):
         train(dense, pruned, tmp_path / "work")
-
-
-def test_the_bar_of_a_resumed_training_starts_at_its_step(monkeypatch: pytest.MonkeyPatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr", terminal)
-    shown = Progress(20, "steps")
-    for number in range(9, 21):
-        shown.show(number)
-    assert " 20/20 " in terminal.getvalue().split("\r")[-1]
 
 
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}

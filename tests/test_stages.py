@@ -1,6 +1,7 @@
 """The stages on a tiny model, called as plain functions."""
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -38,7 +39,7 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import process, run, times
+from wanda_dvc.stages import process, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
@@ -217,15 +218,6 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(study: Make):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
 
 
-def test_gram_matrices_that_nobody_fetches_do_not_stay(calibrated_study: Make):
-    """Norms and Gram matrices are measured together. DVC may restore the latter, or force the former alone."""
-    made = calibrated_study(recipe="admm")
-    run("calibrate", study=made, variant="norms")
-    assert work_of(made)
-    mask(study=made)
-    assert not [path for path in made.work_root.iterdir() if path.is_dir()]
-
-
 def test_times_are_those_of_the_last_run_and_lie_in_no_output(study: Make):
     made = fetch(study(), "model", "calibration")
     with process.timed(made, "calibrate-norms"):
@@ -247,15 +239,16 @@ def flip(path: Path) -> int:
     return path.write_bytes(content)
 
 
-def test_the_time_left_follows_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for item in process.progress(range(10), total=10, what="steps"):
-        now[0] += 100 * (item > 3)  # a resumed stage has the first ones
-    assert "steps: 6 of 10, 200 s, about 400 s left" in capsys.readouterr().err
-    for _ in process.progress((7, 8, 9), total=10, what="blocks", at=lambda block: block):
-        now[0] += 100  # of a resumed walk
-    assert "blocks: 9 of 10, 200 s, about 100 s left\nblocks: 10 of 10, 300 s\n" in capsys.readouterr().err
+def test_progress_is_a_bar_on_a_terminal_and_a_line_a_minute_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    shown = []
+    for is_terminal in (True, False):
+        terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert list(process.progress((7, 8, 9), total=10, what="blocks", at=lambda block: block)) == [7, 8, 9]
+        shown.append(terminal.getvalue())
+    assert " 10/10 " in shown[0].split("\r")[-1]  # of a resumed pass
+    assert not shown[1]
 
 
 @pytest.mark.parametrize(

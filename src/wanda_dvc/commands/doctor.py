@@ -75,7 +75,7 @@ def _needs(study: Study) -> dict[str, Requirements]:
         sizes = ModelSizes.read(study.model("dense"))
         for stage in MEMORY_AND_DISK:
             if any(variant.wanted(study.params) for variant in STAGES[stage].variants.values()):
-                needs[stage] = requirements(study, stage, sizes)
+                needs[stage] = requirements(study, stage, sizes, free(study)["memory"])
     return needs
 
 

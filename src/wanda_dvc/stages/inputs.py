@@ -17,16 +17,8 @@ from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study.artifact import (
-    MODEL_COMMANDS,
-    PROVENANCE,
-    Work,
-    check_source,
-    digest,
-    file_digest,
-    read_provenance,
-)
-from wanda_dvc.study.files import Documents, Json, load_json
+from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
+from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
@@ -86,12 +78,6 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
-    # One pass measures norms and Gram matrices, which wait for the next run, `calibrate gram`. It does not take them if
-    # DVC restores its output from the cache.
-    gram_from = {name: value for name, value in load_json(study.gram / PROVENANCE).items() if name != "blocks"}
-    if is_there(study.work_path(gram_from)):
-        with study.work(gram_from) as work:
-            work.discard()
     return norms, digests
 
 

@@ -28,10 +28,10 @@ class Requirements(NamedTuple):
 
 
 class Run:
-    """What the needs of a stage's run follow from: the study, the sizes of the model, dtype and device."""
+    """What the needs of a stage's run follow from: the study, the sizes of the model, dtype, device, free memory."""
 
-    def __init__(self, study: Study, sizes: ModelSizes) -> None:
-        self.study, self.params, self.sizes = study, study.params, sizes
+    def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0) -> None:
+        self.study, self.params, self.sizes, self.free_memory = study, study.params, sizes, free_memory
         self.dtype = sizes.dtype if study.params.dtype == "auto" else study.params.dtype
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
@@ -49,19 +49,21 @@ class Run:
         return path.stat().st_size if path.is_file() else 0
 
 
-def requirements(study: Study, stage: str, sizes: ModelSizes) -> Requirements:
-    """Return what a stage needs for a model of these sizes, and for the largest of several texts."""
-    memory, disk = MEMORY_AND_DISK[stage](Run(study, sizes))
+def requirements(study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0) -> Requirements:
+    """Return what a stage needs for a model of these sizes, and for the largest of several texts.
+
+    `recover` trains in the fastest way that fits the free memory; by default, in the way with the least need.
+    """
+    memory, disk = MEMORY_AND_DISK[stage](Run(study, sizes, free_memory))
     return Requirements(FIXED + memory, disk)
 
 
 def announce(study: Study, stage: str, sizes: ModelSizes) -> None:
     """Print a stage's needs and what is free to stderr."""
-    need = requirements(study, stage, sizes)
-    free_sizes = " and ".join(gigabytes(size) for size in free(study).values())
-    notice(
-        f"{stage} needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk; free: {free_sizes}"
-    )
+    memory, disk = free(study).values()
+    need = requirements(study, stage, sizes, memory)
+    needed = f"{gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
+    notice(f"{stage} needs about {needed}; free: {gigabytes(memory)} and {gigabytes(disk)}")
 
 
 def free(study: Study) -> dict[str, int]:
@@ -128,18 +130,26 @@ def training_memory(run: Run, way: TrainingWay) -> int:
     return weights + activations + gradient + max(gradient, 24 * min(logits, LOGITS_OF_SLICE))
 
 
-def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
-    """Return the fastest training that fits the free memory. UserError if none does."""
-    run, size_free = Run(study, sizes), free(study)["memory"]
+def fastest_way(run: Run) -> TrainingWay:
+    """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
     ways = TRAINING_WAYS if os.environ.get("WORLD_SIZE", "1") == "1" else TRAINING_WAYS[:2]  # of `accelerate launch`
-    needs = {way: FIXED + training_memory(run, way) for way in ways}
-    for way, need in needs.items():
-        if need <= size_free:
+    for way in ways:
+        if FIXED + training_memory(run, way) <= run.free_memory:
             return way
-    raise UserError(
-        f"recovery.tokens: found {gigabytes(size_free)}, expected {gigabytes(min(needs.values()))} of memory; "
-        "set it to 0, or free some memory"
-    )
+    return ways[-1]
+
+
+def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
+    """Return the fastest way of training that fits the free memory. UserError if none does."""
+    run = Run(study, sizes, free(study)["memory"])
+    way = fastest_way(run)
+    need = FIXED + training_memory(run, way)
+    if need > run.free_memory:
+        raise UserError(
+            f"recovery.tokens: found {gigabytes(run.free_memory)}, expected {gigabytes(need)} of memory; "
+            "set it to 0, or free some memory"
+        )
+    return way
 
 
 def _needs_of_calibrate(run: Run) -> tuple[int, int]:
@@ -202,6 +212,14 @@ def _trial(run: Run) -> int:
     return 4 * (sizes.other_parameters + 2 * sizes.block_parameters) if run.params.plan.structure else 0
 
 
+def _needs_of_recover(run: Run) -> tuple[int, int]:
+    from wanda_dvc.training.compact import BYTES  # imports torch
+
+    way = fastest_way(run)
+    checkpoint = (BYTES if way.low_memory else 12) * run.sizes.parameters  # weights and moments
+    return training_memory(run, way), round(3 * checkpoint) + run.sizes.stored
+
+
 def _needs_of_perplexity(run: Run) -> tuple[int, int]:
     from wanda_dvc.engine import divergence  # imports transformers
 
@@ -230,8 +248,7 @@ MEMORY_AND_DISK: dict[str, Callable[[Run], tuple[int, int]]] = {
     "calibrate": _needs_of_calibrate,
     "mask": _needs_of_mask,
     "apply": _needs_of_apply,
-    # The least memory. Three checkpoints of the training, and the model.
-    "recover": lambda run: (training_memory(run, TRAINING_WAYS[-1]), 36 * run.sizes.parameters + run.sizes.stored),
+    "recover": _needs_of_recover,
     "perplexity": _needs_of_perplexity,
     "zero-shot": _needs_of_zero_shot,
 }

@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 from tqdm import tqdm
 
 from wanda_dvc import machine
-from wanda_dvc.errors import notice
 from wanda_dvc.stages.device import device_name
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
@@ -69,47 +68,23 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
             signal.signal(number, handler)
 
 
-class Progress:
-    """A progress bar on a terminal, else a line a minute."""
+def progress_bar(total: int, what: str, *, disable: bool = False) -> "tqdm[NoReturn]":
+    """Return a progress bar; off a terminal, it writes a line a minute, and none in shorter runs."""
+    seconds = 0 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    return tqdm(total=total, desc=what, mininterval=seconds or 0.1, delay=seconds, miniters=1, disable=disable)
 
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self.what = total, what
-        self.bar = tqdm(total=total, desc=what, disable=not sys.stderr.isatty())
-        self.began = time.monotonic()
-        self.last_line = self.began
-        self.done_at_last_line: int | None = None
 
-    def show(self, done: int) -> None:
-        """Show the number of finished steps. The first call has those that an interrupted run has finished."""
-        if self.done_at_last_line is None:
-            self.done_at_last_line = self.bar.initial = self.bar.n = done
-            return
-        self.bar.update(done - self.bar.n)
-        if done == self.total:
-            self.bar.close()
-        if not self.bar.disable:
-            return
-        now = time.monotonic()
-        if done == self.total:
-            if now - self.began >= 10:
-                notice(f"{self.what}: {done} of {self.total}, {now - self.began:.0f} s")
-        elif now - self.last_line >= SECONDS_BETWEEN_LINES:
-            # At the speed since the last line: the first steps of a resumed training take no time.
-            left = (now - self.last_line) / (done - self.done_at_last_line) * (self.total - done)
-            notice(f"{self.what}: {done} of {self.total}, {now - self.began:.0f} s, about {left:.0f} s left")
-            self.last_line, self.done_at_last_line = now, done
+def start_at(bar: "tqdm[NoReturn]", finished: int) -> None:
+    """Set the number of items that an interrupted run has finished: they do not count for the time that is left."""
+    bar.initial = bar.last_print_n = bar.n = finished
 
 
 def progress(items: Iterable[T], *, total: int, what: str, at: Callable[[T], int] = lambda _: 0) -> Iterator[T]:
-    """Yield the items and show their number.
-
-    `at` returns the number of items before the first one, which an interrupted run has finished.
-    """
-    shown, done = Progress(total, what), 0
-    for number, item in enumerate(items):
-        if number == 0:
-            done = at(item)
-            shown.show(done)
+    """Yield the items and show their number. `at` returns how many items an interrupted run finished before one."""
+    bar = progress_bar(total, what)
+    for item in items:
+        if bar.n == 0:
+            start_at(bar, at(item))
         yield item
-        done += 1
-        shown.show(done)
+        bar.update()
+    bar.close()

@@ -20,7 +20,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, windows_of_documents
 from wanda_dvc.stages.needs import announce, choose_training, trained_in
-from wanda_dvc.stages.process import Progress
+from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
@@ -39,7 +39,8 @@ def recover(*, study: Study) -> None:
     dense_provenance = read_provenance(study.model("dense"), "download model")
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
-    device, way = own_device(study.params.runtime), choose_training(study, sizes)
+    device = own_device(study.params.runtime)
+    way = choose_training(study, sizes)
     dtype_name = "bfloat16" if way.low_memory else trained_in(dtype_name, device.type)
     windows, validation = training_windows(study)
     provenance = pruned_provenance | describe(
@@ -60,8 +61,14 @@ def recover(*, study: Study) -> None:
             notice("recover: weights in bfloat16 and optimizer states in 8 bits: training in float32 needs more memory")
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
-    with unfinished as work:
-        show_step = Progress(len(windows) // settings["batch"], "recover, steps").show if is_first else lambda _: None
+    steps = len(windows) // settings["batch"]
+    with unfinished as work, progress_bar(steps, "recover, steps", disable=not is_first) as bar:
+
+        def show_step(step: int) -> None:
+            if bar.n == 0:
+                start_at(bar, step - 1)
+            bar.update()
+
         recovered, curve = train(
             study.model("dense"), study.model("pruned"), windows=windows, validation=validation,
             batch=settings["batch"], rate=settings["rate"], dtype=getattr(torch, dtype_name), device=device,
