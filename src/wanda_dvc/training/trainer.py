@@ -3,10 +3,10 @@
 Ours are the loss (the divergence from the dense model), the mask (pruned weights stay zero) and the validation.
 """
 
+import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -190,17 +190,15 @@ def train(
     """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
     A step has `batch` windows over all processes, and an evaluation has all validation windows, by text. `rate` is the
-    highest learning rate of a step of two windows, relative to the root mean square of a parameter's nonzero values; it
-    grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Products are in
-    `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of kept. `on_step`
-    gets the number of each step.
+    highest learning rate of a step of two windows, relative to the root mean square of a parameter's nonzero values.
+    Products are in `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of
+    kept. `on_step` gets the number of each step.
 
     With `low_memory`, `dtype` is bfloat16 and also that of the trained weights; `CompactAdamW` takes the steps, without
     clipped gradients, and logits exist for some positions at a time.
 
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
-    and takes its part of a step's windows. This removes accelerate's choices of precision and compiler from
-    `os.environ`, and names the GPU there.
+    and takes its part of a step's windows.
 
     Returns the checkpoint with the weights of the lowest score, or None if no score is below the pruned model's; and
     all evaluations. UserError if the model cannot be trained, or the choices of `accelerate launch` do not fit.
@@ -209,7 +207,6 @@ def train(
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
     windows_per_process = _windows_per_process(batch)
-    rate *= math.sqrt(batch / RECOVERY_BATCH)
     logging.set_verbosity_error()
     divergence = sliced_divergence if low_memory else divergence_of_windows
     if low_memory:
@@ -217,8 +214,8 @@ def train(
     model = load_for_training(pruned, dtype if low_memory else torch.float32, device)
     dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
-        for linears in (model, dense_model):
-            install_faster_linears(linears)
+        install_faster_linears(model)
+        install_faster_linears(dense_model)
     try:
         tokens = windows[:1, :8].to(device)
         divergence(dense_model, model.train(), tokens).backward()
@@ -233,19 +230,22 @@ def train(
         enable({"use_reentrant": False})
     checkpoint = Checkpoint(pruned)
     slices = find_slices(model, checkpoint)
-    # Views of files: no weight is read.
-    stored_dtypes = {name: checkpoint.read(stored[-1].address).dtype for name, stored in slices.items()}
-    groups = [
-        {"params": [parameter], "lr": rate * root_mean_square(parameter.detach())} for parameter in model.parameters()
-    ]
+    stored_dtypes: dict[str, torch.dtype] = {}
+    if not low_memory:  # else weights are trained as they are stored: in bfloat16
+        for name, parts in slices.items():  # the tensors of a parameter have one dtype
+            stored_dtypes[name] = checkpoint.read(parts[0].address).dtype  # of a view of the file: no weight is read
+    # It grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
+    relative_rate = rate * math.sqrt(batch / RECOVERY_BATCH)
+    groups = [{"params": [x], "lr": relative_rate * root_mean_square(x.detach())} for x in model.parameters()]
     # torch's fused one is its fastest, on each device.
     optimizer = CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     dataset = [{"input_ids": window} for window in windows]
     cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
     trainer = RecoveryTrainer(
-        dense_model, validation, {} if low_memory else stored_dtypes, on_step, divergence,
-        model=model, train_dataset=dataset, eval_dataset=dataset, optimizers=(optimizer, None),
-        args=_arguments(work, len(windows), windows_per_process, batch=batch, rate=rate, dtype=cast_to, device=device),
+        dense_model, validation, stored_dtypes, on_step, divergence,
+        model=model, train_dataset=dataset, optimizers=(optimizer, None),
+        eval_dataset=dataset,  # Trainer requires one; `evaluate` reads the validation windows instead
+        args=_arguments(work, len(windows), windows_per_process, batch=batch, dtype=cast_to, device=device),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     best = trainer.state.best_metric
@@ -260,25 +260,24 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
     for section in (config, config.get_text_config()):
         section.use_cache = False
         for name, value in list(vars(section).items()):
-            if isinstance(value, float) and any(rate in name for rate in ("drop", "jitter")):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(section, name, 0.0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
     return model.eval().to(device)
 
 
 def _arguments(
-    work: Path, windows: int, windows_per_process: int, *, batch: int, rate: float, dtype: torch.dtype,
-    device: torch.device,
+    work: Path, windows: int, windows_per_process: int, *, batch: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingArguments:  # fmt: skip
     steps_between_evaluations = math.ceil(windows / batch / EVALUATIONS)
-    # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a rate of 0: a
-    # single step would train nothing.
+    # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a learning rate of
+    # 0: a single step would train nothing.
     warm_up = WARM_UP if windows > batch else 0
     if device.type == "cuda" and windows_per_process == batch:  # in a single process
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
-        train_sampling_strategy="sequential", learning_rate=rate, lr_scheduler_type="linear", warmup_steps=warm_up,
+        train_sampling_strategy="sequential", lr_scheduler_type="linear", warmup_steps=warm_up,
         eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=steps_between_evaluations,
         save_steps=steps_between_evaluations, save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="score", greater_is_better=False, use_cpu=device.type == "cpu",
@@ -319,14 +318,10 @@ def _windows_per_process(batch: int) -> int:
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """Return the last complete checkpoint, if any, and remove incomplete ones. A checkpoint's state is written last."""
+    """Return the last complete checkpoint, if any. Each is written in place, its trainer_state.json last."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
-        try:
-            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):  # a kill may have left some
-                (folder / name).stat()
-            complete[step] = str(folder.absolute())
-        except (OSError, ValueError, KeyError):  # missing or damaged
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError, ValueError):  # missing, or cut
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            complete[state["global_step"]] = str(folder.absolute())
     return complete[max(complete)] if complete else None
