@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from wanda_dvc.engine import attention, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import sequences as calls
-from wanda_dvc.engine.attention import attend, attending_within, mask_pairs
+from wanda_dvc.engine.attention import attend, mask_pairs, running
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.questions import Prediction, Request, loglikelihoods, one_per_sequence, pack_questions
@@ -66,12 +66,12 @@ def test_a_token_sees_its_context_and_its_own_choice(
     sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
     q, k, v = heads(len(places), keys=keys)
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    with attending_within(PackedQuestions(positions, question, choice)):
-        mask = mask_pairs(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
-        ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
+    running.set(PackedQuestions(positions, question, choice))
+    mask = mask_pairs(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
+    ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
     expected = oracle(q, k, v, torch.tensor(sees), scale or 8**-0.5, softcap)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    with simulated_gpu(), attending_within(PackedQuestions(positions, question, choice)):
+    with simulated_gpu():
         mask = mask_pairs(1, len(places), len(places), kind, "cuda", attention_mask=None, allow_is_causal_skip=True)
         assert (~mask[0, 0]).cpu().tolist() == sees
         on_gpu, _ = attend(MODULE, q.to("cuda"), k.to("cuda"), v.to("cuda"), mask, scaling=scale, softcap=softcap)

@@ -107,7 +107,7 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(
     for step in steps:
         if step.index == finished:
             (tmp_path / "killed/own").mkdir(parents=True, exist_ok=True)
-            for name in ("-0000.npy", "-0001.npy-a.part"):  # in the middle of its block
+            for name in ("-0000.bin", "-0001.bin-a.part"):  # in the middle of its block
                 (tmp_path / f"killed/own/{finished + 1:04d}{name}").write_bytes(b"torn")
             break
         step.run()

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Patch
@@ -149,9 +148,9 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_kept(
     again = list(backward(ModelRunner(decoder, tmp_path / "work"), rows, finished=kept))
     assert len(again) == left
     alike(found[: 3 - left] + again, expected)
-    damaged = np.load(tmp_path / "work/own/0001-0000.npy", mmap_mode="r+")  # the backward pass reads it
-    damaged[:] = 0  # by a power cut, after which the machine starts again
-    monkeypatch.setattr(activations, "boot_id", lambda: "another")
+    damaged = tmp_path / "work/own/0001-0000.bin"  # the backward pass reads it
+    damaged.write_bytes(bytes(damaged.stat().st_size))  # by a power cut, after which the machine starts again
+    monkeypatch.setattr(activations, "BOOT_ID", "another")
     alike(list(backward(ModelRunner(llama(), tmp_path / "work"), rows)), expected)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import activations, repair
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.units import remove_neighbours
@@ -102,12 +102,12 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(study: Make
 def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch):
     """The hidden states before the kill are then in files, and those after it on the GPU."""
     repaired = fetch(study(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
-    hold = Decoder.load
+    hold = BlockLoader.load
 
-    def killed(decoder: Decoder, index: int, *rest: Any) -> None:
+    def killed(loader: BlockLoader, index: int, *rest: Any) -> None:
         if index == 2:
             raise KeyboardInterrupt
-        hold(decoder, index, *rest)
+        hold(loader, index, *rest)
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
     with simulated_gpu():
@@ -116,7 +116,7 @@ def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make,
         expected = tree(repaired.root, "masks", "weights")
         for folder in (repaired.masks, repaired.weights):
             remove(folder)
-        with mock.patch.object(Decoder, "load", killed), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(BlockLoader, "load", killed), pytest.raises(KeyboardInterrupt):
             mask(study=repaired)
         mask(study=repaired)
     assert tree(repaired.root, "masks", "weights") == expected

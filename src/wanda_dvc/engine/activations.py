@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,20 +19,16 @@ from wanda_dvc.engine.sequences import Batch, Hidden, States
 
 SAVED_EVERY = 60  # seconds, if a GPU holds all sequences
 PROGRESS = "progress.json"
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-@lru_cache(maxsize=1)
-def boot_id() -> str:
-    """Return an id that changes with each start of this machine; empty if the system has none (macOS)."""
-    return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else ""
+# An id that changes with each start of this machine; empty if the system has none (macOS).
+BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = BOOT_FILE.read_text(encoding="ascii").strip() if BOOT_FILE.exists() else ""
 
 
 @dataclass
 class ActivationStore:
     """The activations of all sequences before the last few blocks that ran. After block b they are before block b + 1.
 
-    Each chunk has a .npy file for each such block: the tokens of its sequences by the model's width, bfloat16 as int16.
+    Each chunk has a file for each such block: the numbers [tokens, width] of its sequences, as they are in memory.
     Reads use a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive a
     killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
 
@@ -91,51 +86,40 @@ class ActivationStore:
 
         A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
         """
-        for path in self.folder.glob("[0-9]*-[0-9]*.npy*"):
+        for path in self.folder.glob("[0-9]*-[0-9]*.bin*"):
             if path.suffix == ".part" or int(path.name.partition("-")[0]) < self.oldest_needed(block):
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:
-        """Whether there are files for these sequences, of all stored blocks up to a block.
-
-        OSError, ValueError or EOFError if a file is missing, cut or empty.
-        """
+        """Whether the files of all stored blocks up to a block have the right size. OSError if one is missing."""
         for stored in range(self.oldest_needed(block), block + 1):
             for chunk, lengths in enumerate(self.lengths):
-                content = np.load(self._path(stored, chunk), mmap_mode="r")
-                if content.shape != (sum(lengths), self.width):
+                if self._path(stored, chunk).stat().st_size != sum(lengths) * self.width * self.dtype.itemsize:
                     return False
         return True
 
     def _content(self, block: int, chunk: int) -> Float[Tensor, "tokens width"]:
         if (block, chunk) in self._in_memory:
             return self._in_memory[block, chunk]
-        content = np.load(self._path(block, chunk), mmap_mode="c")  # writable, as torch demands, but not the file
-        return torch.from_numpy(content).view(self.dtype)
+        content = np.memmap(self._path(block, chunk), np.uint8, "c")  # writable, as torch demands, but not the file
+        return torch.from_numpy(content).view(self.dtype).view(-1, self.width)
 
     def _save(self, block: int, chunk: int, batches: Iterable[Tensor]) -> None:
         """Write a chunk's file. Another process may write the same bytes at the same time."""
         path = self._path(block, chunk)
         part = path.with_name(f"{path.name}-{uuid4().hex}.part")
         self.folder.mkdir(parents=True, exist_ok=True)
-        as_numpy = torch.int16 if self.dtype is torch.bfloat16 else self.dtype
-        header = {
-            "descr": torch.empty(0, dtype=as_numpy).numpy().dtype.str,
-            "fortran_order": False,
-            "shape": (sum(self.lengths[chunk]), self.width),
-        }
         with part.open("wb") as file:  # a mapped write to a full disk would kill the process
-            np.lib.format.write_array_header_1_0(file, header)
             use_on_host(
                 (x.to(self.dtype).contiguous() for x in batches), lambda x: file.write(x.view(torch.uint8).numpy().data)
             )
-            if not boot_id():  # nothing would show a power cut, which loses files that are not on the disk
+            if not BOOT_ID:  # nothing would show a power cut, which loses files that are not on the disk
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
 
     def _path(self, block: int, chunk: int) -> Path:
-        return self.folder / f"{block:04d}-{chunk:04d}.npy"
+        return self.folder / f"{block:04d}-{chunk:04d}.bin"
 
 
 class PassProgress:
@@ -147,9 +131,9 @@ class PassProgress:
         self.finished = -1
         self.first_not_finite: str | None = None  # the first block with activations that are not finite
         self._saved = time.monotonic()
-        with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):  # missing or damaged files
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged files
             content = json.loads((folder / PROGRESS).read_bytes())
-            is_usable = content["boot"] == boot_id() and 0 <= content["finished"] <= most
+            is_usable = content["boot"] == BOOT_ID and 0 <= content["finished"] <= most
             if is_usable and all(store.is_complete(content["finished"]) for store in stores):
                 self.finished, self.first_not_finite = content["finished"], content["not_finite"]
 
@@ -162,7 +146,7 @@ class PassProgress:
         for store in self.stores:
             store.flush(self.finished)
         self._saved = time.monotonic()
-        content = {"finished": self.finished, "boot": boot_id(), "not_finite": self.first_not_finite}
+        content = {"finished": self.finished, "boot": BOOT_ID, "not_finite": self.first_not_finite}
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / "progress.part"
         part.write_text(json.dumps(content), encoding="utf-8")

@@ -3,8 +3,7 @@
 Each question has a mask of its own. Windows, sequences of one text, run through the model's own attention.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,17 +19,7 @@ from wanda_dvc.engine.sequences import PackedQuestions
 NAME = "wanda_dvc"
 IGNORED = ("position_ids", "cache_position")  # tensor arguments without an effect on attention
 
-_questions: ContextVar[PackedQuestions] = ContextVar("questions")  # of the sequence that runs
-
-
-@contextlib.contextmanager
-def attending_within(questions: PackedQuestions) -> Iterator[None]:
-    """Set the questions of the sequence that runs inside."""
-    token = _questions.set(questions)
-    try:
-        yield
-    finally:
-        _questions.reset(token)
+running: ContextVar[PackedQuestions] = ContextVar("running")  # the questions of the sequence that runs; set before
 
 
 def mask_pairs(
@@ -41,7 +30,7 @@ def mask_pairs(
     True is masked. On a CPU bool [1, 1, 1, pairs]: `PackedQuestions.masked_pairs` of the mask by position. On a GPU
     [1, 1, length, length]: of all pairs of a sequence.
     """
-    questions = _questions.get()
+    questions = running.get()
     positions = int(questions.positions.max()) + 1
     kwargs |= {"attention_mask": None, "q_offset": 0, "kv_offset": 0}
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -84,7 +73,7 @@ def attend(
     q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
     outputs = q.new_empty(query.shape[2], kv_heads, queries, v.shape[-1])
-    questions = _questions.get().slices if is_cpu else [slice(0, query.shape[2])]
+    questions = running.get().slices if is_cpu else [slice(0, query.shape[2])]
     lengths = [tokens.stop - tokens.start for tokens in questions]
     masks = attention_mask.flatten().split([length**2 for length in lengths])
     for tokens, length, mask in zip(questions, lengths, masks, strict=True):

@@ -5,9 +5,9 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from wanda_dvc.engine.accelerator import one_ahead
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.reading import COPY, Entry, is_there, read_header, read_object
 
@@ -49,7 +50,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.header = cache(read_header)  # of one shard: its tensors, of which an index may omit some
+        self.header = cache(read_header)  # of one shard: its tensors
         self._opened = cache(partial(safe_open, framework="pt"))
 
     def __str__(self) -> str:
@@ -65,30 +66,28 @@ class Checkpoint:
         return read_config(self.folder)
 
     @cached_property
-    def file_of(self) -> dict[str, Path]:
-        """The file of each tensor."""
+    def shards(self) -> list[Path]:
+        """The files with tensors, sorted."""
         if not is_there(self.folder / "config.json"):
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
-        if not is_there(self.folder / INDEX):
-            if not is_there(self.folder / SINGLE):
-                files = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
-                raise UserError(f"{self.folder}: found {files}, expected {SINGLE} or {INDEX}; save it as safetensors")
-            return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
-        paths = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
-        for name, path in paths.items():
-            if name not in self.header(path):
-                raise UserError(f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {COPY}")
-        return paths
+        if is_there(self.folder / INDEX):
+            return [self.folder / name for name in read_index(self.folder / INDEX)]
+        if is_there(self.folder / SINGLE):
+            return [self.folder / SINGLE]
+        raise UserError(f"{self.folder}: found no {SINGLE} and no {INDEX}, expected one; save it as safetensors")
+
+    @cached_property
+    def file_of(self) -> dict[str, Path]:
+        """The file of each tensor."""
+        files: dict[str, Path] = {}
+        for shard in self.shards:
+            files |= dict.fromkeys(self.header(shard), shard)
+        return files
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and place in its file of each tensor."""
         return {name: self.header(path)[name] for name, path in self.file_of.items()}
-
-    @property
-    def shards(self) -> list[Path]:
-        """The files with tensors, sorted."""
-        return sorted(set(self.file_of.values()))
 
     def read(self, address: Address) -> Tensor:
         """Return a tensor, or one expert's matrix in it, in its stored dtype."""
@@ -151,16 +150,15 @@ class EditedCheckpoint(Checkpoint):
         return [Address(name, expert) for expert in range(self.entries[name].shape[0])]
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
+def read_index(path: Path) -> list[str]:
+    """Read an index; return the names of the shards, sorted. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{path}: weight_map: found {shards!r:.40}, expected a file for each tensor; {COPY}")
-    for name, shard in shards.items():
-        if not isinstance(shard, str) or not FILE_NAME.fullmatch(shard):
-            expected = "expected the name of a file in this folder"
-            raise UserError(f"{path}: weight_map: {name}: found {shard!r:.200}, {expected}; {COPY}")
-    return shards
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    unusable = [name for name in names if not isinstance(name, str) or not FILE_NAME.fullmatch(name)]
+    if not names or unusable:
+        what = f"found {unusable[0] if unusable else shards!r:.200}, expected names of files in this folder"
+        raise UserError(f"{path}: weight_map: {what}; {COPY}")
+    return sorted(set(names))
 
 
 # --- config.json ---
@@ -198,13 +196,9 @@ def dtype_of(model: Path, wanted: str) -> str:
     """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the checkpoint's own."""
     if wanted != "auto":
         return wanted
-    config = read_object(model / "config.json")
-    for content in (config, config.get("text_config")):
-        for key in ("dtype", "torch_dtype"):
-            dtype = str(content.get(key)).removeprefix("torch.") if isinstance(content, dict) else ""
-            if dtype in ITEMSIZE:
-                return dtype
-    return "float32"
+    config = read_config(model)
+    dtype = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
+    return dtype if dtype in ITEMSIZE else "float32"
 
 
 def max_positions(config: Any) -> int | None:
@@ -215,8 +209,6 @@ def max_positions(config: Any) -> int | None:
 
 # --- writing ---
 
-Piece = tuple[list[memoryview], str | None]  # the next bytes of a shard, and the new tensor that ends here, if any
-
 
 def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
     """Write a view of a checkpoint into an empty folder; yield the name of each new tensor once it is written.
@@ -225,8 +217,8 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
     configuration changes. All other files are copied, except those named in `without` and hidden files, in which the
     Hub's client stores times.
 
-    Every file is written once, from beginning to end. A thread makes the next piece while one is written, so memory is
-    bounded by the two largest pieces. UserError if a piece has another shape or dtype than expected.
+    Every file is written once, from beginning to end. A thread reads the next new weight while one is written, so
+    memory is bounded by the two largest ones. UserError if a new weight has another shape or dtype than expected.
     """
     source, folder = view.source, view.source.folder
     differing = view.changed.keys() | (source.file_of.keys() - view.source_names.values())  # new ones, and left out
@@ -267,13 +259,19 @@ def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[st
     safetensors' own writer does not serve: it needs all tensors of a shard in memory, and sorts them by dtype and name.
     """
     tensors, header = _layout(view, shard)
+    original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
+    addresses = {tensor: view.addresses(view.changed[tensor]) for tensor in tensors if tensor in view.changed}
+    weights = one_ahead(partial(_read_checked, view, shard), chain.from_iterable(addresses.values()))
     with path.open("wb") as file:
         file.write(header)
-        for buffers, completed in _read_ahead(_pieces(view, shard, tensors)):
-            file.writelines(buffers)
-            if completed:
-                yield completed
-            del buffers  # before the next piece arrives
+        for tensor in tensors:
+            if tensor not in addresses:
+                begin = stored[tensor].begin
+                file.write(original[begin : begin + stored[tensor].length].data)
+                continue
+            for _ in addresses[tensor]:
+                file.write(next(weights))
+            yield view.changed[tensor]
 
 
 def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
@@ -299,24 +297,7 @@ def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
     return tensors, len(content).to_bytes(8, "little") + content
 
 
-def _pieces(view: EditedCheckpoint, shard: Path, tensors: list[str]) -> Iterator[Piece]:
-    """Yield the bytes of each new tensor, or of each of its experts, with those of the unchanged tensors before it."""
-    original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
-    copied: list[memoryview] = []  # since the last new tensor
-    for tensor in tensors:
-        name = view.changed.get(tensor)
-        if name is None:
-            begin = stored[tensor].begin
-            copied.append(original[begin : begin + stored[tensor].length].data)
-            continue
-        addresses = view.addresses(name)
-        for address in addresses:
-            yield [*copied, _read_checked(view, address, shard)], name if address == addresses[-1] else None
-            copied = []
-    yield copied, None
-
-
-def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memoryview:
+def _read_checked(view: EditedCheckpoint, shard: Path, address: Address) -> memoryview:
     """Return the bytes of a new weight. UserError if it has another shape or dtype than stored."""
     weight, entry = view.read(address), view.entries[address.tensor]
     shape = entry.shape if address.expert is None else entry.shape[1:]
@@ -327,19 +308,6 @@ def _read_checked(view: EditedCheckpoint, address: Address, shard: Path) -> memo
             f"{entry.dtype}, as {shard} stores it"
         )
     return weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Yield the pieces; a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        future = executor.submit(next, pieces, None)
-        while True:
-            piece = future.result()
-            if piece is None:
-                return
-            future = executor.submit(next, pieces, None)
-            yield piece
-            del piece  # before the next one arrives
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.load import BlockLoader, WeightChange, set_parameter
+from wanda_dvc.engine.load import BlockLoader, set_parameter
 from wanda_dvc.engine.memory import ARGUMENTS_BYTES, LOGITS_AT_A_TIME, ForwardMemory, ModelSizes
 from wanda_dvc.engine.sequences import LARGEST_CHUNK, Batch, PackedQuestions, States, TokenSequence
 from wanda_dvc.engine.structure import build_empty, unsupported
@@ -43,7 +43,7 @@ class Decoder:
         self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.weights = BlockLoader(self.model, self.checkpoint, device=device)
-        self.linears, self.blocks = self.weights.linears, self.weights.blocks
+        self.blocks, self.linears, self.load = self.weights.blocks, self.weights.linears, self.weights.load
         self.copies = accelerator.Copies(device)  # of activations
         self.largest_batch, self.batch_limit = 1, LARGEST_CHUNK  # sequences: in the last chunk, and allowed
         # Of all blocks, with their bytes, by the shape of a batch, or by the content of its packed questions.
@@ -67,11 +67,6 @@ class Decoder:
             names = tuple(name for name, _ in block.named_parameters())
             first.setdefault((type(block), names, tuple(types[index : index + 1])), index)
         return list(first.values())
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of tokens with a logit."""
-        return self.model.get_output_embeddings().weight.shape[0]
 
     @cached_property
     def sizes(self) -> ModelSizes:
@@ -123,10 +118,6 @@ class Decoder:
 
     # --- one block ---
 
-    def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
-        """Load a block, as `BlockLoader.load`."""
-        self.weights.load(index, then, change)
-
     def unload(self) -> None:
         """Free the memory of the loaded block, and of the recorded arguments."""
         self.weights.unload()
@@ -140,8 +131,8 @@ class Decoder:
         """Run a sequence, or a batch of texts of its length, through a block, which must be loaded."""
         args, kwargs = self.block_arguments(sequence, len(hidden))[index]
         contents, version = list(contents_of([*args, kwargs])), hidden._version
-        with self._attending(sequence.questions):
-            output = self.blocks[index](hidden, *args, **kwargs)
+        self._set_attention(sequence.questions)
+        output = self.blocks[index](hidden, *args, **kwargs)
         after = hidden_states_of(output)
         if hidden._version != version or list(contents_of([*args, kwargs])) != contents:  # a second run reads them too
             what = "changes its input in place, or passes on more than hidden states"
@@ -209,8 +200,9 @@ class Decoder:
             inputs["position_ids"] = questions.positions[None].to(self.device)
             # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             inputs["attention_mask"] = torch.ones_like(tokens).to(self.device)
+        self._set_attention(questions)
         try:
-            with self._attending(questions), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+            with self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=tokens.to(self.device), use_cache=False, **inputs)
         except ValueError as error:
             what = f"its forward pass fails ({reason(error)}), or blocks pass on more than hidden states"
@@ -252,13 +244,12 @@ class Decoder:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    @contextlib.contextmanager
-    def _attending(self, questions: PackedQuestions | None) -> Iterator[None]:
+    def _set_attention(self, questions: PackedQuestions | None) -> None:
         name = self._stock_attention if questions is None else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
-        with attention.attending_within(questions) if questions else contextlib.nullcontext():
-            yield
+        if questions is not None:
+            attention.running.set(questions)
 
     # --- after the last block ---
 
@@ -281,7 +272,7 @@ class Decoder:
         return gradient
 
     def _positions_at_a_time(self, length: int) -> Iterator[slice]:
-        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        size = max(1, LOGITS_AT_A_TIME // self.sizes.vocabulary)
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))
 
@@ -292,7 +283,8 @@ class Decoder:
             called.append(index)
             return self._as_output(hidden)
 
-        with self._attending(None), self._instead_of_blocks(return_hidden):
+        self._set_attention(None)
+        with self._instead_of_blocks(return_hidden):
             logits = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0]
         if called != list(range(len(self.blocks))):
             raise unsupported(self.checkpoint, f"it calls {len(called)} blocks and has {len(self.blocks)}")
@@ -321,7 +313,12 @@ class Decoder:
         sequences = [*(TokenSequence(tokens[places]) for places in texts), TokenSequence(tokens, questions)]
         self._arguments.clear()
         try:
-            with self._short_windows():
+            with contextlib.ExitStack() as restored:
+                config = self.model.config.get_text_config()
+                for name in ("sliding_window", "attention_chunk_size"):
+                    if size := getattr(config, name, None):
+                        restored.callback(setattr, config, name, size)
+                        setattr(config, name, min(size, TRIAL_WINDOW))  # shorter than the texts
                 *results, packed = self._run_one_of_each_kind(sequences)
         except (TypeError, ValueError, RuntimeError, UserError) as error:
             if is_out_of_memory(error):
@@ -347,20 +344,6 @@ class Decoder:
             hidden = [self.run(index, x, sequence) for x, sequence in zip(hidden, sequences, strict=True)]
         return [x[0] for x in hidden]
 
-    @contextlib.contextmanager
-    def _short_windows(self) -> Iterator[None]:
-        """Limit the windows and chunks of the model's masks to `TRIAL_WINDOW`."""
-        config = self.model.config.get_text_config()
-        names = ("sliding_window", "attention_chunk_size")
-        sizes = {name: getattr(config, name) for name in names if getattr(config, name, None)}
-        try:
-            for name, size in sizes.items():
-                setattr(config, name, min(size, TRIAL_WINDOW))
-            yield
-        finally:
-            for name, size in sizes.items():
-                setattr(config, name, size)
-
 
 def contents_of(value: Any) -> Iterator[int]:
     """Yield the contents of a container, by identity, to detect blocks that change a container."""
@@ -378,13 +361,12 @@ def hidden_states_of(output: Any) -> Tensor:
 
 
 def are_equal(first: list[Arguments], second: list[Arguments]) -> bool:
-    """Whether two lists of arguments have the same structure, types and values."""
+    """Whether two lists of arguments have the same structure and values."""
     (values, structure), (other_values, other_structure) = tree_flatten(first), tree_flatten(second)
     if structure != other_structure:
         return False
-    for value, other_value in zip(values, other_values, strict=True):
-        if type(value) is not type(other_value):
-            return False
-        if not (torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value):
+    for value, other in zip(values, other_values, strict=True):
+        both_tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+        if not (torch.equal(value, other) if both_tensors else value == other):
             return False
     return True

@@ -181,7 +181,7 @@ def predict(
             by_position.setdefault((number, prediction.position), []).append(prediction)
     positions = sorted(by_position)
     # At most the model's number of positions at a time: some models look positions up even in the head.
-    count = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
+    count = max(1, min(LOGITS_AT_A_TIME // decoder.sizes.vocabulary, length))
     for start in range(0, len(positions), count):
         selected = positions[start : start + count]
         by_sequence = groupby(selected, key=itemgetter(0))

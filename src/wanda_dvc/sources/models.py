@@ -60,7 +60,7 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     check_decoder(fetched, names, where)
     if INDEX in names:
         repository.fetch(fetched, INDEX)
-        weights = [INDEX, *sorted(set(read_index(fetched / INDEX).values()))]
+        weights = [INDEX, *read_index(fetched / INDEX)]
     elif SINGLE in names:
         weights = [SINGLE]
     else:

@@ -59,7 +59,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         write_json(study.details(model, f"perplexity/{text}"), details)
         write_json(study.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":
-            vocabulary = run.decoder.vocabulary
+            vocabulary = run.decoder.sizes.vocabulary
             made_from = describe("perplexity dense", protocol=protocol, vocabulary=vocabulary, top=TOP, drawn=DRAWN)
             finish(work.out, made_from, unit="rows")
             work.commit(study.reference(text))
