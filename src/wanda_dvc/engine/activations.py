@@ -32,23 +32,23 @@ class ActivationStore:
     Reads use a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive a
     killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
 
-    If the memory budget of a GPU fits all sequences, their activations also stay on the device. With two blocks stored,
-    files are then written later, once a minute and at the end: writing to disk takes longer than computing a block.
+    If the memory budget of a GPU fits all sequences, their activations also stay on the device. If one block's are
+    kept, files are then written later, once a minute and at the end: writing takes longer than computing a block.
     """
 
     folder: Path
     lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    stored: int  # the number of blocks whose activations are there while the last of them is written
+    kept: int  # the number of blocks, up to the newest, whose activations stay once the newest are complete
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
     _in_memory: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tokens = sum(map(sum, self.lengths))
-        self.on_device = 0 < self.stored * tokens * self.width * self.dtype.itemsize <= self.memory_budget
-        self.written_later = self.on_device and self.stored == 2
+        need = (self.kept + 1) * sum(map(sum, self.lengths)) * self.width * self.dtype.itemsize
+        self.on_device = 0 < need <= self.memory_budget
+        self.written_later = self.on_device and self.kept == 1
 
     def read(self, block: int, chunk: int) -> Hidden:
         """Return the activations of a chunk's sequences before a block: on the device, or views of a file."""
@@ -64,7 +64,7 @@ class ActivationStore:
 
     def write(self, block: int, chunk: int, batches: Iterable[Float[Tensor, "*batch length width"]]) -> None:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
-        self._in_memory.pop((block - self.stored, chunk), None)  # read for the last time; `drop` removes its file
+        self._in_memory.pop((block - self.kept - 1, chunk), None)  # read for the last time; `drop` removes its file
         if self.on_device:
             content = torch.cat([x.to(self.device, self.dtype).flatten(0, -2) for x in batches])
             self._in_memory[block, chunk], batches = content, [content]
@@ -77,24 +77,24 @@ class ActivationStore:
             for chunk in range(len(self.lengths)):
                 self._save(block, chunk, [self._content(block, chunk)])
 
-    def oldest_needed(self, block: int) -> int:
-        """Return the first block whose activations stay once those before `block` are complete; of 2, `block`."""
-        return max(0, block - self.stored + 2)
+    def oldest_kept(self, block: int) -> int:
+        """Return the first block whose activations stay once those before `block` are complete."""
+        return max(0, block - self.kept + 1)
 
     def drop(self, block: int) -> None:
-        """Remove the files that are not needed once the activations before a block are stored, and interrupted writes.
+        """Remove the files that are not kept once the activations before a block are complete, and interrupted writes.
 
         A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
         """
         for path in self.folder.glob("[0-9]*-[0-9]*.bin*"):
-            if path.suffix == ".part" or int(path.name.partition("-")[0]) < self.oldest_needed(block):
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) < self.oldest_kept(block):
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:
-        """Whether the files of all stored blocks up to a block have the right size. OSError if one is missing."""
-        for stored in range(self.oldest_needed(block), block + 1):
+        """Whether the files of all kept blocks up to a block have the right size. OSError if one is missing."""
+        for kept in range(self.oldest_kept(block), block + 1):
             for chunk, lengths in enumerate(self.lengths):
-                if self._path(stored, chunk).stat().st_size != sum(lengths) * self.width * self.dtype.itemsize:
+                if self._path(kept, chunk).stat().st_size != sum(lengths) * self.width * self.dtype.itemsize:
                     return False
         return True
 

@@ -35,9 +35,9 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
     gradient is not finite.
     """
     blocks = len(runner.decoder.blocks)
-    for step in runner.forward(sequences, stored=blocks + 2):
+    for step in runner.forward(sequences, kept=blocks + 1):
         step.run()
-    gradients = runner.new_store("gradients", dtype=torch.float32, stored=2, budget_parts=2)
+    gradients = runner.new_store("gradients", dtype=torch.float32, kept=1, budget_parts=2)
     progress = PassProgress(runner.work / "back", [gradients], finished)
     if progress.finished < 0:
         run = BackwardRun(blocks, runner.store, gradients)

@@ -178,18 +178,24 @@ def read_config(place: Path) -> Any:
         ) from error
 
 
-def text_key(config: Any) -> str | None:
-    """Return the key of a configuration's text part; None if all of it describes the text model."""
-    text = config.get_text_config()
-    return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
-
-
 def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a configuration with other values in some fields of its text part."""
-    content, key = config.to_dict(), text_key(config)
-    text = content[key] if key else content
-    text.update(fields)
-    return type(config).from_dict(content)
+    return type(config).from_dict(set_fields(config.to_dict(), config, fields))
+
+
+def set_fields(content: dict[str, Any], config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Set fields of the text part in a configuration's content, under the names that it has for them; return it."""
+    part = config.get_text_config()
+    aliases = getattr(part, "attribute_map", {})
+    text = content
+    if part is not config:
+        text = next(content[key] for key in config.to_dict() if getattr(config, key, None) is part)
+    for field, value in fields.items():
+        name = aliases.get(field, field)  # such as GPT-2's n_layer for num_hidden_layers
+        names = {name, *(alias for alias in aliases if aliases[alias] == name)}
+        for stored_name in names & text.keys() or {field}:
+            text[stored_name] = value
+    return content
 
 
 def dtype_of(model: Path, wanted: str) -> str:
@@ -238,19 +244,8 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
             total = sum(entry.length for entry in view.entries.values())
             shard_names = {name: shard.name for name, shard in sorted(view.file_of.items())}
             _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_names})
-        _write_config(view, target / "config.json")
-
-
-def _write_config(view: EditedCheckpoint, path: Path) -> None:
-    content, config = read_object(view.source.folder / "config.json"), view.source.config
-    key, aliases = text_key(config), getattr(config.get_text_config(), "attribute_map", {})
-    text = content[key] if key else content
-    for field, value in view.config_changes.items():
-        name = aliases.get(field, field)  # such as GPT-2's n_layer for num_hidden_layers
-        names = {name, *(alias for alias in aliases if aliases[alias] == name)}
-        for stored_name in names & text.keys() or {field}:
-            text[stored_name] = value
-    _write_json(path, content)
+        config = set_fields(read_object(folder / "config.json"), source.config, view.config_changes)
+        _write_json(target / "config.json", config)
 
 
 def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Decoder:
         self.copies = accelerator.Copies(device)  # of activations
         self.largest_batch, self.batch_limit = 1, LARGEST_CHUNK  # sequences: in the last chunk, and allowed
         # Of all blocks, with their bytes, by the shape of a batch, or by the content of its packed questions.
-        self._arguments: dict[tuple[int, int] | str, tuple[list[Arguments], int]] = {}
+        self._arguments: dict[tuple[int, int] | bytes, tuple[list[Arguments], int]] = {}
         self._batch_memory = self.memory_budget()
         self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)
         self._stock_attention = self.model.config._attn_implementation
@@ -220,7 +220,7 @@ class Decoder:
         """
         hidden, [(args, kwargs)] = self._record(torch.zeros(1, 2, dtype=torch.long), until=0)
         with_another_end = torch.cat([hidden[:, :1], 1 - hidden[:, 1:]], dim=1)
-        self.weights.load(0, -1)
+        self.load(0, -1)
         output = self.blocks[0](hidden, *args, **kwargs)
         first = hidden_states_of(output)[0, 0].float()
         first_again = hidden_states_of(self.blocks[0](with_another_end, *args, **kwargs))[0, 0].float()

@@ -114,10 +114,11 @@ def run_batches(
     copies = 2 if block.dense_store else 1
     batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
-    dense_store = block.dense_store if recorder else None
-    dense = dense_store.read_batches(block.index, chunk.number, batches, model.copies) if dense_store else iter(())
+    dense: Iterator[States] | None = None
+    if recorder and block.dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
+        dense = block.dense_store.read_batches(block.index, chunk.number, batches, model.copies)
     for batch, states in zip(batches, before, strict=True):
-        if recorder and dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
+        if recorder and dense:
             with recorder.dense(states.shape[:2].numel()):
                 model.run(block.index, next(dense), batch[0])
         after = model.run(block.index, states, batch[0])
@@ -177,22 +178,22 @@ class ModelRunner:
         return total
 
     def forward(
-        self, sequences: ModelInput, *, finished: int | None = None, with_dense: bool = False, stored: int = 2
+        self, sequences: ModelInput, *, finished: int | None = None, with_dense: bool = False, kept: int = 1
     ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run all sequences through the block.
 
         The pass resumes after the last finished block in `work`. From an interrupted run the caller has the results of
         `finished` blocks, and the pass starts again if more blocks are finished; None: the caller needs no results of
-        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The
-        activations before the last `stored` blocks stay.
+        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The newest
+        activations stay, and those before as many blocks as `kept` says.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
         self.chunks = cut_into_chunks(sequences)
-        # A part for the dense activations, or for the gradients of the backward pass that follows if more are stored.
-        budget_parts = 2 if with_dense or stored > 2 else 1
-        self.store = self.new_store("own", stored=stored, budget_parts=budget_parts)
-        dense_store = self.new_store("dense", stored=stored, budget_parts=budget_parts) if with_dense else None
+        # A part for the dense activations, or for the gradients of the backward pass that follows if more are kept.
+        budget_parts = 2 if with_dense or kept > 1 else 1
+        self.store = self.new_store("own", kept=kept, budget_parts=budget_parts)
+        dense_store = self.new_store("dense", kept=kept, budget_parts=budget_parts) if with_dense else None
         stores = [store for store in (self.store, dense_store) if store is not None]
         if finished == blocks:  # `map_outputs` and `backward` may still read the stores
             return
@@ -206,7 +207,7 @@ class ModelRunner:
             yield BlockStep(self, BlockRun(index, self.store, dense_store))
 
     def new_store(
-        self, name: str, *, dtype: torch.dtype | None = None, stored: int, budget_parts: int
+        self, name: str, *, dtype: torch.dtype | None = None, kept: int, budget_parts: int
     ) -> ActivationStore:
         """Return a store of the sequences' activations, by default in the model's dtype.
 
@@ -219,7 +220,7 @@ class ModelRunner:
             lengths,
             self.decoder.model.config.get_text_config().hidden_size,
             dtype or self.decoder.dtype,
-            stored=stored,
+            kept=kept,
             device=self.decoder.device,
             memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // budget_parts,
         )

@@ -88,12 +88,11 @@ class BlockLoader:
         """
         if self._loaded == (index, then, change):
             return
-        is_unchanged_block = self._loaded == (index, then, None)  # it gets the change, and is not read again
-        if not is_unchanged_block:
+        if self._loaded != (index, then, None):  # else the loaded block gets the change, and is not read again
             self.unload()
             ahead = self._read_ahead.pop(index, None)
-            for unneeded in self._read_ahead.keys() - {then}:
-                del self._read_ahead[unneeded]  # frees its memory before the next read
+            if then not in self._read_ahead:
+                self._read_ahead.clear()  # frees memory before the next read
             tensors = ahead.result() if ahead else self.read_block(index)
             self._copies.finish(tensors.values())
             if 0 <= then < len(self.blocks) and then not in self._read_ahead:

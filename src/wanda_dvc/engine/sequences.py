@@ -4,7 +4,6 @@ The cut into chunks depends only on the number of sequences, and sums are merged
 byte-identical for any assignment of chunks to processes, and for any order of completion.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,10 +31,9 @@ class PackedQuestions:
     choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
 
     @cached_property
-    def key(self) -> str:
-        """Return a digest of the content. Each Ray task has its own copy, so identity is no key."""
-        content = torch.stack([self.positions, self.question, self.choice]).numpy()
-        return hashlib.sha256(content.tobytes()).hexdigest()
+    def key(self) -> bytes:
+        """Return the content as a key. Each Ray task has its own copy, so identity is no key."""
+        return torch.stack([self.positions, self.question, self.choice]).numpy().tobytes()
 
     @cached_property
     def slices(self) -> list[slice]:

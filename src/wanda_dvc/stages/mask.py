@@ -274,8 +274,8 @@ def repair_before_removed_blocks(
         name for name in tensors.read_stats(study.stats, block).by_linear if linears[name].slice.expert is None
     ]
     last = candidates[-1]
-    # The repair reads the activations before `block` to `end`. Of n stored blocks n − 1 are finished, one is written.
-    steps = itertools.takewhile(lambda step: step.index < end, run.forward(windows, stored=end - block + 2))
+    # The repair reads the activations before `block` to `end`.
+    steps = itertools.takewhile(lambda step: step.index < end, run.forward(windows, kept=end - block + 1))
     what = "mask, blocks run for the repair"
     for step in process.progress(steps, total=end, what=what, at=lambda step: step.index):
         step.run()
