@@ -85,10 +85,12 @@ def explain(error: Exception) -> tuple[str, ...]:
 
 def _system_error(error: Exception) -> OSError | None:
     """Return the error of the operating system behind an error, if there is one."""
-    if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
-        match = re.search(r"\[Errno (\d+)\] [^']*'(?:[^']*' -> ')?([^']*)'", str(error.args[0]))
-        return OSError(int(match[1]), os.strerror(int(match[1])), match[2]) if match else None
-    match = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors and hf_xet
-    if match:
-        return OSError(int(match[1]), os.strerror(int(match[1])))
-    return error if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    # Libraries have it in their text: shutil of a folder's copy, safetensors and hf_xet.
+    match = re.search(r"(?:\[Errno |\(os error )(\d+)", str(error))
+    if match is None:
+        return None
+    number = int(match[1])
+    place = error.args[0][0][1] if isinstance(error, shutil.Error) else None  # of its first file
+    return OSError(number, os.strerror(number), place)

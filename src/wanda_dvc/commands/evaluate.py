@@ -100,7 +100,7 @@ def _write_variant(study: Study, path: Path, folder: Path) -> None:
             (folder / file.name).symlink_to(file.resolve())
     provenance = read_provenance(dense, "download model")
     compared = {"source": provenance["source"], "sha256": provenance["sha256"]}
-    write_provenance(folder, describe("evaluate", model=compared, sha256=sha256))
+    write_provenance(folder, describe("apply", model=compared, sha256=sha256))
 
 
 def _check_tokenizer(study: Study, folder: Path, path: Path) -> None:

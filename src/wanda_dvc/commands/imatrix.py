@@ -96,12 +96,8 @@ def names_in_gguf(model_type: str, blocks: int) -> tuple[str, Callable[[str], se
 
     def names_of(linear: str) -> set[str]:
         name = re.sub(r"experts\.\d+\.", "experts.", linear).replace("language_model.", "")
-        names = set()
-        for projection in GATE_AND_UP:
-            in_gguf = table.get_name(name) or table.get_name(name.replace(FUSED, projection))
-            if in_gguf is None or REORDERED in name:
-                return set()
-            names.add(in_gguf)
-        return names
+        stored = [name] if table.get_name(name) else [name.replace(FUSED, projection) for projection in GATE_AND_UP]
+        names = {table.get_name(name) or "" for name in stored}
+        return names if all(names) and REORDERED not in linear else set()
 
     return MODEL_ARCH_NAMES[archs[0]], names_of

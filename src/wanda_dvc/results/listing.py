@@ -56,8 +56,8 @@ def listed_revisions(study: Study) -> list[ListedRevision]:
     """
     Lock.read(study.root)  # UserError if it is damaged: DVC has an empty record then
     records = dvc.list_revisions(study.root)
-    git_root, _ = dvc.repository_roots(study.root)
-    prefix = dvc.prefix_of(study.root, git_root)  # of the study's files in DVC's records
+    dvc_root, _ = dvc.repository_roots(study.root)
+    prefix = dvc.prefix_of(study.root, dvc_root)  # of the study's files in DVC's records
     listed: list[ListedRevision] = []
     for index, record in enumerate(records):
         if record["rev"] == WORKSPACE:  # DVC lists it before its base commit; without one, it has no changes

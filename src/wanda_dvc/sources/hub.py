@@ -56,17 +56,9 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
 def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Iterable[Json]:
     """Load one split of a data set with `datasets`. UserError, with the existing names, for an unknown split."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
-    where, name = repository.where, repository.name
-    with _user_errors(where, name):
-        try:
-            return load_dataset(name, config, split=split, revision=repository.commit, **options)
-        except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
-            if isinstance(error.__cause__, OSError):  # such as a full disk, inside a DatasetGenerationError
-                raise error.__cause__ from None
-            message = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{where}: {name}, config {config}, split {split}: {message}") from error
+    with _user_errors(repository.where, f"{repository.name}, config {config}, split {split}"):
+        return load_dataset(repository.name, config, split=split, revision=repository.commit, **options)
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:
@@ -82,20 +74,21 @@ def in_mirror(mirror: str | None, *parts: str) -> Path | None:
 
 @contextlib.contextmanager
 def _user_errors(where: str, name: str) -> Iterator[None]:
-    """Convert errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
-    from huggingface_hub import errors as hub
+    """Convert errors of the Hub's client and of `datasets` into a UserError. Explained ones, as a full disk, pass."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    of_hub = (hub.HTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError)  # type: ignore[attr-defined]
     try:
         yield
-    except (*of_hub, OSError, RuntimeError) as raised:  # RuntimeError: of hf_xet; OSError: of a file cut short too
-        if explain(raised):
-            raise
+    except Exception as raised:  # the libraries raise exceptions of many classes
+        cause = raised.__cause__
+        for error in (raised, cause):
+            if isinstance(error, Exception) and explain(error):
+                raise error from None
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
-        error = raised.__cause__ if isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ else raised
+        error = cause if isinstance(raised, LocalEntryNotFoundError) and cause else raised
         message = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
         raise UserError(
             f"{where}: {name}: {type(error).__name__}: {message:.200}; correct its id or revision, accept its "
             "conditions on the Hub and log in (`hf auth login`), or unset HF_HUB_OFFLINE and connect this machine "
             "(finished files are kept), or name a directory, a file or a runtime.mirror"
-        ) from error
+        ) from raised

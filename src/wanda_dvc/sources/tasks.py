@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from functools import cache, partial
@@ -75,9 +74,9 @@ def task_definition(name: str) -> tuple[str, Json] | None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     root, texts = _task_files()
-    mention, index = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)".encode()), dict[str, Entry]()
+    index = dict[str, Entry]()
     for path, text in texts.items():
-        if mention.search(text):
+        if name.encode() in text:
             with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
                 TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
     entry = index.get(name)

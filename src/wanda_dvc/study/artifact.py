@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 PROVENANCE = "provenance.json"
 MODEL_COMMANDS = {"dense": "download model", "pruned": "apply", "recovered": "recover"}  # the command behind each model
-# `evaluate` puts the model that it measures in the place of the pruned one: a command, and the command that may replace
-# it in a provenance.
-SUBSTITUTES = {"apply": "evaluate"}
 
 
 # --- format: one file a block ---
@@ -150,7 +147,7 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     if not is_there(path):
         raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     content = read_object(path, todo)
-    if content.get("made_by") not in (made_by, SUBSTITUTES.get(made_by)):
+    if content.get("made_by") != made_by:
         raise UserError(f"{path}: made by {content.get('made_by')}, expected {made_by}; {todo}")
     return content
 
@@ -233,12 +230,13 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
 
 def remove(path: Path) -> None:
     """Remove a folder or a file, if it exists. A kill leaves a folder complete, or under another name."""
-    removed = path.with_name(path.name + ".gone")
-    for place in (removed, path):  # first the remains of a killed removal
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place.rename(removed))
-        else:
-            place.unlink(missing_ok=True)
+    renamed = path.with_name(path.name + ".gone")
+    if renamed.is_dir():  # left by a killed removal
+        shutil.rmtree(renamed)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path.rename(renamed))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def temporary_place(target: Path) -> Path:

@@ -19,22 +19,16 @@ from wanda_dvc.study.files import Json
 
 TIMEOUT = 600  # seconds of `dvc exp show`
 
-# Beginnings of lines of `dvc repro` that are not a stage's; the last is about the locks of a run that was killed.
-DVCS_OWN = (
-    "Stage ", "Updating lock", "Generating lock", "To track", "To enable", "\tgit add", "\tdvc config", "Use `dvc",
-    "WARNING: Process '",
-)  # fmt: skip
-
 
 def repository_roots(root: Path) -> tuple[Path, Path]:
     """Return the root of a study's DVC repository, and of its git repository. UserError without one of them."""
-    around = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), None)
-    if around is None:
+    dvc_root = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), None)
+    if dvc_root is None:
         raise UserError(f"{root}: no DVC repository; `show`, and `export` without --rev, need none")
-    top = git(root, "rev-parse", "--show-toplevel")
-    if top.returncode:  # stages run by hand leave .dvc/
+    top_level = git(root, "rev-parse", "--show-toplevel")
+    if top_level.returncode:  # stages run by hand leave .dvc/
         raise UserError(f"{root}: no git repository; `wanda-dvc init DIR --from {quote(str(root))}` makes one")
-    return around, Path(top.stdout.strip())
+    return dvc_root, Path(top_level.stdout.strip())
 
 
 def prefix_of(root: Path, repository: Path) -> str:
@@ -112,9 +106,9 @@ class Revision:
 
         # Private: pygit2's own reader waits for ever if git lacks a blob.
         vars(pygit2)["BlobIO"] = lambda blob, **_: io.BytesIO(blob.data)
-        around, git_root = repository_roots(root)
+        dvc_root, git_root = repository_roots(root)
         try:
-            files = DVCFileSystem(str(around), rev=name, subrepos=True)  # its paths begin at git's root
+            files = DVCFileSystem(str(dvc_root), rev=name, subrepos=True)  # its paths begin at git's root
             commit = str(files.repo.get_rev())  # an unknown name fails here, and not at the first file
             return cls(commit, files, prefix_of(root, git_root))
         except SCMError:
@@ -162,24 +156,18 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
     With `shown` the stages write to this process's stderr; in a terminal they draw progress bars.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    messages: list[str] = []  # of the current stage
+    problem = f"{root}: `dvc repro {' '.join(stages)}` failed; the messages above give the reason"
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE, stderr=None if shown else subprocess.STDOUT, encoding="utf-8", errors="replace",
+        stdout=subprocess.DEVNULL,  # DVC's messages about stages and git; the stages' are on stderr
+        stderr=None if shown else subprocess.PIPE, encoding="utf-8", errors="replace",
     ) as process:  # fmt: skip
-        assert process.stdout
-        for line in map(str.rstrip, process.stdout):
-            if line.startswith("> "):
-                messages.clear()
-            elif line and not line.startswith(DVCS_OWN):
-                messages.append(line)
-                notice(line)
+        for line in map(str.rstrip, process.stderr or ()):
+            notice(line)
+            if line and not line.startswith("ERROR:"):  # which is DVC's, after the stage's own message
+                problem = line
     if process.returncode:
-        failed = f"{root}: `dvc repro {' '.join(stages)}` failed"
-        if shown:
-            raise UserError(f"{failed}; the messages above give the reason")
-        of_stage = [line for line in messages if not line.startswith("ERROR:")]  # the others are DVC's
-        raise UserError(*(of_stage or messages or [failed]))
+        raise UserError(problem)
 
 
 def checkout(root: Path) -> None:

@@ -70,18 +70,16 @@ class Documents(Sequence[str]):
     """
 
     def __init__(self, shard: Path, column: str, scratch: IO[bytes]) -> None:
-        starts, blank = array("q", [0]), 0
+        self.starts = array("q", [0])  # and the end of the last
         check_file(shard)
         try:
             with gzip.open(shard) as packed:
                 for line in packed:
                     scratch.write(line)
-                    starts.append(starts[-1] + len(line))
-                    blank = 0 if line.strip() else blank + 1
+                    self.starts.append(self.starts[-1] + len(line))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
         self.shard, self.column, self.lines = shard, column, scratch
-        self.starts = starts[: len(starts) - blank]  # and the end of the last; blank lines at the end are no documents
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -52,7 +52,7 @@ class Study:
     def with_params(self, params: Params) -> "Study":
         """Return the study with other settings than its `params.yaml`."""
         study = Study(self.root)
-        study.__dict__["params"] = params
+        study.params = params
         return study
 
     def link_to(self, source_study: "Study", *names: str) -> None:

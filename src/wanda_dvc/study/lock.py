@@ -4,9 +4,9 @@
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -69,22 +69,19 @@ class Lock:
         current = dict(self.digests)
         for name, content in plan.items():
             current[f"plan/{name}.json"] = md5(f"{json_text(content)}\n".encode())
-        stale: list[str] = []
-        while True:  # the stages of a lock have no order: each pass finds the next ones
-            outdated = [name for name in self.stages if self._is_stale(name, current, stale)]
-            if outdated == stale:
-                return stale
-            stale = outdated
 
-    def _is_stale(self, stage: str, current: Mapping[str, str | None], stale: Collection[str]) -> bool:
-        for dep in self.stages[stage].get("deps", []):
-            path, digest_when_read = dep["path"], dep.get("md5")
-            if current.get(path, digest_when_read) != digest_when_read:
-                return True
-            for place in (path, *map(str, PurePath(path).parents)):
-                if self.writers.get(place) in stale:
+        @cache
+        def is_stale(stage: str) -> bool:
+            for dep in self.stages[stage].get("deps", []):
+                path, digest_when_read = dep["path"], dep.get("md5")
+                if current.get(path, digest_when_read) != digest_when_read:
                     return True
-        return False
+                places = (path, *map(str, PurePath(path).parents))  # the input, or a folder around it, is an output
+                if any(is_stale(self.writers[place]) for place in places if place in self.writers):
+                    return True
+            return False
+
+        return list(filter(is_stale, self.stages))
 
 
 def md5(content: bytes) -> str:

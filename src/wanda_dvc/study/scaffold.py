@@ -4,6 +4,7 @@ The files are in `template/`. The wanda-dvc repository is also a study; a test k
 """
 
 import io
+import json
 import os
 import shlex
 import shutil
@@ -145,13 +146,13 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     return params, output.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """Return settings with Python's own numbers in place of NumPy's and torch's."""
-    if isinstance(value, dict):
-        return {name: _plain(setting) for name, setting in value.items()}
-    if isinstance(value, list):
-        return [_plain(setting) for setting in value]
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+def _plain(settings: Settings) -> Any:
+    """Return settings as JSON has them: numbers of NumPy and torch as Python's own."""
+
+    def number_or_text(value: Any) -> object:
+        return value.item() if getattr(value, "ndim", None) == 0 else str(value)
+
+    return json.loads(json.dumps(settings, default=number_or_text))
 
 
 def source_settings(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
