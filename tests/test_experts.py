@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import RECIPES, methods
-from wanda_dvc.commands.imatrix import importance
+from wanda_dvc.commands.imatrix import write_imatrix
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import observing
@@ -114,7 +114,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
     assert ("method wanda ignored (recipe wanda)" in said) == (method is None)
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert (pruned.config.num_experts, pruned.config.shared_expert_intermediate_size) == (6, 24)
-    importance(made, made.root / "x.gguf")
+    write_imatrix(made, made.root / "x.gguf")
     imatrix = {one.name: one.data for one in GGUFReader(made.root / "x.gguf").tensors}
     params = read_provenance(made.masks, "mask")
     assert (params["params"]["method"], params["config"]) == (method or "reap", {"num_experts": 6})

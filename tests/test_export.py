@@ -15,7 +15,7 @@ from test_families import save
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.commands import check_new_file, check_target
 from wanda_dvc.commands.export import export, sections, settings_of
-from wanda_dvc.commands.imatrix import importance
+from wanda_dvc.commands.imatrix import write_imatrix
 from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, parse_yaml, resolved
@@ -181,9 +181,9 @@ def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Study, tmp
     def overtaken(calibrated_study: Study, target: Path) -> str:
         new.mkdir()
         (new / "config.json").write_text("the other's")
-        return importance(calibrated_study, target)
+        return write_imatrix(calibrated_study, target)
 
-    monkeypatch.setattr("wanda_dvc.commands.export.importance", overtaken)
+    monkeypatch.setattr("wanda_dvc.commands.export.write_imatrix", overtaken)
     with pytest.raises(UserError, match="new: exists already"):
         export(study=pruned, experiment=None, target=new, imatrix=file)
     assert [path.read_text() for path in new.iterdir()] == ["the other's"]
@@ -215,7 +215,7 @@ LLAMA |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, study: Make, tmp_path: Path):
     """Blocks, neurons and heads that stay are found by the smaller model's values. Experts: test_experts.py."""
     calibrated_study = prune(fetch(study(save("mistral", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
-    importance(calibrated_study, tmp_path / "x.gguf")
+    write_imatrix(calibrated_study, tmp_path / "x.gguf")
     file = GGUFReader(tmp_path / "x.gguf")
     assert [int(file.fields[f"imatrix.chunk_{name}"].parts[-1][0]) for name in ("count", "size")] == [3, 64]
     found = {one.name: one.data for one in file.tensors}
@@ -238,12 +238,12 @@ def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str
             assert found[f"blk.{after}.{gguf}.weight.counts"].tolist() == [[x.count]]
     write_provenance(calibrated_study.stats, read_provenance(calibrated_study.stats, "calibrate") | {"version": 0})
     with pytest.raises(UserError, match="stats/norms: found another calibration than the masks have"):
-        importance(calibrated_study, tmp_path / "y.gguf")
+        write_imatrix(calibrated_study, tmp_path / "y.gguf")
 
 
 def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(study: Make, tmp_path: Path):
     calibrated_study = prune(fetch(study(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
-    importance(calibrated_study, tmp_path / "x.gguf")
+    write_imatrix(calibrated_study, tmp_path / "x.gguf")
     with pytest.raises(UserError, match=r"x.gguf: lacks token_embd.weight, expected all weights of a model"):
         read_model(tmp_path / "x.gguf", tmp_path / "no")
     found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}

@@ -52,12 +52,11 @@ def test_options_and_presets_are_settings(tmp_path: Path):
     text.write_text('{"text": "a"}\n')
     for name in PRESETS:
         calibrated_study = tmp_path / name
-        init(folder=calibrated_study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
+        init(folder=calibrated_study, preset=name, model="org/name@main", calibration=str(text))
         given = dict(flatten(read_params(calibrated_study / "params.yaml").model_dump(mode="json")))
         named = {"model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None}
         found = {key: value for key, value in given.items() if not key.startswith("runtime.")}
         assert found == read_preset(name) | named
-        assert given["runtime.mirror"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +72,10 @@ def test_options_and_presets_are_settings(tmp_path: Path):
         ({"calibration": "org/text:good@v1"}, "calibration.text.source", "org/text:good@v1"),
         ({"calibration": "embedded", "preset": "smollm2-135m-wikitext2"}, "calibration.text.split", None),
         ({"calibration": "my.txt"}, "calibration.text.source", "{cwd}/my.txt"),
-        ({"mirror": Path("mirror")}, "runtime.mirror", "{cwd}/mirror"),
     ],
 )
 def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
-    (tmp_path / "mirror").mkdir()
     (tmp_path / "c4").mkdir()  # a directory with the name of a text
     (tmp_path / "my.txt").touch()
     monkeypatch.chdir(tmp_path)

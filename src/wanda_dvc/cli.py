@@ -222,15 +222,12 @@ def init(
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     calibration: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
-    mirror: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="A folder of data sets.")] = None,
     study: Annotated[Path | None, typer.Option("--from", help="Begin with a study's settings and results.")] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make_study
 
-    typer.echo(
-        make_study(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, study=study)
-    )
+    typer.echo(make_study(folder=directory, preset=preset, model=model, calibration=calibration, study=study))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

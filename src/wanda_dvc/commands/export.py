@@ -7,7 +7,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from wanda_dvc.commands import check_target
-from wanda_dvc.commands.imatrix import importance
+from wanda_dvc.commands.imatrix import write_imatrix
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, download_sources, flatten, nested
 from wanda_dvc.plan import Plan
@@ -69,7 +69,7 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
         (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
         lines = [f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"]
         if imatrix:
-            lines.append(f"{imatrix}: {importance(exported.study, temporary_place(imatrix))}")
+            lines.append(f"{imatrix}: {write_imatrix(exported.study, temporary_place(imatrix))}")
         check_target(study, target)  # another export may have written it
         work.commit(target)
         if imatrix:  # last: with the matrix alone, the same command would be refused

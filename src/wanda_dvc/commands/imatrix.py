@@ -26,7 +26,7 @@ REORDERED = "linear_attn.out_proj"  # the converter changes the order of its inp
 Array = np.ndarray[Any, Any]
 
 
-def importance(study: Study, target: Path) -> str:
+def write_imatrix(study: Study, target: Path) -> str:
     """Write the importance matrix of a study's pruned model; return a line about it.
 
     For each weight it has Σx² of each kept input, and the number of tokens, of the dense model on the calibration text.

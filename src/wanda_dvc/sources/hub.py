@@ -49,7 +49,7 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
-    license_name = info.card_data.get("license") if info.card_data else None
+    license_name = getattr(info.card_data, "license", None)
     return Repository(kind, name, str(info.sha), files, where, license_name if isinstance(license_name, str) else None)
 
 

@@ -44,15 +44,15 @@ def find_tasks(tasks: Tasks, mirror: str | None) -> Source:
 
 def _find_items(name: str, source: str, mirror: str | None) -> Items:
     where = f"params.yaml: tasks.names: {name}"
-    path, definition = task_definition(name) or ("", {})
-    metrics = [entry.get("metric") for entry in definition.get("metric_list") or [{"metric": "acc"}]]
-    role = "test" if definition.get("test_split") else "validation"
-    dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
-    is_multiple_choice = definition.get("output_type") == "multiple_choice" and "acc" in metrics
-    if not is_multiple_choice or not dataset or not split or definition.get("custom_dataset"):
+    file, content = task_definition(name) or ("", {})
+    metrics = [entry.get("metric") for entry in content.get("metric_list") or [{"metric": "acc"}]]
+    role = "test" if content.get("test_split") else "validation"
+    dataset, config, split = (content.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
+    is_multiple_choice = content.get("output_type") == "multiple_choice" and "acc" in metrics
+    if not is_multiple_choice or not dataset or not split or content.get("custom_dataset"):
         problem = f"no multiple-choice task of lm-eval {version('lm_eval')} with an accuracy (acc) and a data set"
         raise UserError(f"{where}: {problem}; see `lm-eval ls tasks`")
-    arguments = definition.get("dataset_kwargs") or {}
+    arguments = content.get("dataset_kwargs") or {}
     options = {name: value for name, value in arguments.items() if name not in NOT_FOR_DATASETS}
     folders = [dataset, config] if config else [dataset]
     if source == "embedded":  # the samples are laid out like a mirror
@@ -61,7 +61,7 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
             raise UserError(f"{where}: no embedded questions; remove this task, or set tasks.source=benchmark")
     mirrored = in_mirror(mirror, *folders, f"{split}.jsonl")
     origin = mirrored or resolve("dataset", dataset, arguments.get("revision"), where)
-    return Items(path, role, split, config, "/".join(folders), options, origin)
+    return Items(file, role, split, config, "/".join(folders), options, origin)
 
 
 def task_definition(name: str) -> tuple[str, Json] | None:

@@ -30,10 +30,8 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
         if shard is None:
             content = _write_joined(_read_rows(where, text, origin), text.join, f"{where} ({title})", out)
         else:
-            file = scratch / "hub" / shard
-            if isinstance(origin, Path):
-                file = origin
-            else:
+            file = origin if isinstance(origin, Path) else scratch / "hub" / shard
+            if isinstance(origin, Repository):
                 origin.fetch(scratch / "hub", shard)
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 documents = Documents(file, text.column, lines)

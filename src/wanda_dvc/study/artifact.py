@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,12 +74,12 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None
 
 
 def load_tensors(
-    path: Path, made_by: str, kinds: Sequence[str] = (), of: Iterable[str] | None = None, *, finite: bool = True
+    path: Path, made_by: str, kinds: Sequence[str] = (), owners: Collection[str] | None = None, *, finite: bool = True
 ) -> "tuple[dict[str, Tensor], Json]":
     """Read the tensors and the header of a safetensors file.
 
-    Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
-    the file is missing or damaged, or if numbers that have to be finite are not.
+    A tensor's name is OWNER.KIND: those of some `kinds` and `owners` are read, by default all. UserError if the file is
+    missing or damaged, or if numbers that have to be finite are not.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -90,7 +90,7 @@ def load_tensors(
             header: Json = json.loads(file.metadata()["wanda_dvc"])
             for name in file.keys():
                 owner, _, kind = name.rpartition(".")
-                if (kinds and kind not in kinds) or (of is not None and owner not in of):
+                if (kinds and kind not in kinds) or (owners is not None and owner not in owners):
                     continue
                 tensor = file.get_tensor(name)
                 if finite and tensor.is_floating_point() and not tensor.isfinite().all():

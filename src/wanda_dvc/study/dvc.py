@@ -17,8 +17,6 @@ from typing import Any
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.study.files import Json
 
-TIMEOUT = 600  # seconds of `dvc exp show`
-
 
 def repository_roots(root: Path) -> tuple[Path, Path]:
     """Return the root of a study's DVC repository, and of its git repository. UserError without one of them."""
@@ -49,15 +47,13 @@ def list_revisions(root: Path) -> list[Json]:
     for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
         command += ["--rev", commit]
     try:
-        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True, timeout=TIMEOUT)
+        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
         raise UserError(
             f"{root}: DVC can't list its experiments ({lines[-1].removeprefix('ERROR: ')}); see `dvc queue status`: "
             "`dvc queue kill NAME` clears one that was killed and still counts as running"
         ) from None
-    except subprocess.TimeoutExpired:  # DVC waits for ever for a blob of a queued experiment that ends meanwhile
-        raise UserError(f"{root}: `dvc exp show` has not ended within {TIMEOUT} s; run the command again") from None
     records: list[Json] = json.loads(shown.stdout)
     return records
 
@@ -199,8 +195,6 @@ def copy_file(source: str | Path, target: str | Path) -> None:
         system.reflink(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    else:
-        Path(target).chmod(Path(target).stat().st_mode | 0o200)  # macOS clones the permissions too
 
 
 def link_file(source: str | Path, target: str | Path) -> None:

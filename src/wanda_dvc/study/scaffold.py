@@ -59,7 +59,6 @@ def init(
     preset: str = DEFAULT,
     model: str | None = None,
     calibration: str | None = None,
-    mirror: Path | None = None,
     study: Path | None = None,
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
@@ -70,32 +69,32 @@ def init(
     names = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if names:
         raise UserError(f"{folder}: holds {shortened(names)}, expected a new or an empty directory; name another")
-    options = nested(source_settings(model, calibration, mirror))
+    options = nested(source_settings(model, calibration))
     text = read_text(study / "params.yaml", "name a study") if study else PARAMS.read_text(encoding="utf-8")
     params, text = changed(text, preset_changes(preset), options)
-    around = _repository_around(folder)
+    git_root = _repository_around(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if around is None:
+    if git_root is None:
         git(folder, "init", "--quiet", check=True)
-    init_repository(folder, inside=around is not None and around != folder.resolve())
+    init_repository(folder, inside=git_root is not None and git_root != folder.resolve())
     _write_files(folder, text)
     if study and (study / "dvc.lock").is_file():
         _copy_results(study, folder)
     git(folder, "add", "--all", ".", check=True)
     commit = ("commit", "--quiet", "--message", "Begin a pruning study")
-    committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
+    committed = git_root is None and not git(folder, *commit).returncode  # experiments start from a commit
     lines = [f"{folder}: a study of {params.model}."]
-    if around is not None:
-        lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
+    if git_root is not None:
+        lines.append(f"It is a part of the git repository {git_root}, with a DVC repository of its own.")
     lines += ["", "Run next:", f"  cd {shlex.quote(os.path.relpath(folder))}"]
     if not committed:
         lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
     return "\n".join(lines) + NEXT
 
 
-def _write_files(folder: Path, params: str) -> None:
+def _write_files(folder: Path, params_text: str) -> None:
     for name, file in FILES.items():
-        write_text(folder / name, params if name == "params.yaml" else file.read_text(encoding="utf-8"))
+        write_text(folder / name, params_text if name == "params.yaml" else file.read_text(encoding="utf-8"))
 
 
 def _copy_results(study: Path, folder: Path) -> None:
@@ -155,7 +154,7 @@ def _plain(settings: Settings) -> Any:
     return json.loads(json.dumps(settings, default=number_or_text))
 
 
-def source_settings(model: str | None, calibration: str | None, mirror: Path | None = None) -> Settings:
+def source_settings(model: str | None, calibration: str | None) -> Settings:
     """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere."""
     settings: Settings = {}
     if model is not None:
@@ -163,8 +162,6 @@ def source_settings(model: str | None, calibration: str | None, mirror: Path | N
     if calibration is not None:
         source = calibration if calibration in TEXTS else _absolute(calibration, "a .txt or .jsonl file", _is_text_file)
         settings |= {"calibration.text.source": source, "calibration.text.split": None}
-    if mirror is not None:
-        settings["runtime.mirror"] = str(mirror.absolute())
     return settings
 
 

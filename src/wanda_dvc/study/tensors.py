@@ -1,7 +1,7 @@
 """What the files of stats/, masks/, weights/ and reference/ hold: one file a block or window, for one at a time."""
 
 from collections import UserDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def write_grams(
 
 
 def read_grams(
-    folder: Path, block: int, device: torch.device | None = None, *, of: Iterable[str] | None = None
+    folder: Path, block: int, device: torch.device | None = None, *, of: Collection[str] | None = None
 ) -> Grams:
     """Read one block's Gram matrices `of` some distinct inputs or linears, or of all, onto a device, or the host."""
     kinds = ("norm", "triangle", "count", "cross")
