@@ -33,7 +33,6 @@ LINES = {
     "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
     "recovery__text: {source: embedded, split: test}": "recovery.text: found the text that perplexity is measured on",
     "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",
-    "TEXT__source: ptb, TEXT__column: body": "calibration.text: found {'source': 'ptb', 'column': 'body'}, expected",
     "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
     "tasks__names: [piqa, piqa]": "tasks.names: found piqa twice, expected each task once",
     "runtime__device: cuda:1, runtime__ray: local": "runtime.device: found cuda:1 with runtime.ray local, expected",

@@ -32,7 +32,7 @@ def uses_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b of two matrices in float32; autograd works."""
+    """Return a · b in float32, also where a is not a matrix; autograd works."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Differentiable.apply(a, b.T)
     return _linear(a, b.T)
@@ -57,23 +57,15 @@ def sums_in_float32(x: Tensor) -> bool:
     return is_half and x.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
-    """Add α · a · b to a matrix, in place."""
-    return total.add_(onednn(a, b), alpha=alpha) if uses_onednn(a, b) else total.addmm_(a, b, alpha=alpha)
-
-
 class OneDnnLinear(nn.Linear):
     """A `torch.nn.Linear` that multiplies through oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
-        weight, bias = self.weight, self.bias
-        if not _supports(x, weight):
-            return nn.functional.linear(x, weight, bias)
-        if torch.is_grad_enabled():
-            outputs = onednn(x, weight.T)
-            return outputs if bias is None else outputs + bias
-        return _linear(x, weight, bias)
+        if not _supports(x, self.weight):
+            return nn.functional.linear(x, self.weight, self.bias)
+        outputs = onednn(x, self.weight.T)
+        return outputs if self.bias is None else outputs + self.bias
 
 
 def install(model: nn.Module) -> None:
@@ -91,10 +83,10 @@ def _supports(x: Tensor, weight: Tensor) -> bool:
     return weight.numel() >= SMALLEST_WEIGHT and x.numel() > 0
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a thousand times slower
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class _Differentiable(torch.autograd.Function):

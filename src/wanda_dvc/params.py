@@ -104,7 +104,7 @@ class Text(_Section):
         """The text with its source's own values in place of nulls."""
         hub_id = catalog.HUB_TEXT.fullmatch(self.source)
         on_hub = hub_id.groupdict() if hub_id else {}
-        unnamed = catalog.NamedText(on_hub.get("dataset"), on_hub.get("config"), self.column or "text")
+        unnamed = catalog.NamedText(on_hub.get("dataset"), on_hub.get("config"))
         named = catalog.TEXTS.get(self.source, unnamed)
         split, join = ("train", " ") if self.calibrates else (named.splits[-1], named.join)
         return ChosenText(
@@ -113,7 +113,7 @@ class Text(_Section):
             config=named.config,
             revision=on_hub.get("revision"),
             split=None if Path(self.source).is_absolute() else self.split or split,
-            column=named.column,
+            column=self.column or named.column,
             join=join if self.join is None else self.join,
         )
 
@@ -128,8 +128,6 @@ class Text(_Section):
         if named:
             if self.chosen.split not in named.splits:
                 raise _refused(*(f"split {split}" for split in named.splits))
-            if self.column not in (None, named.column):
-                raise _refused(f"column null: the text of {self.source} is {named.column}")
         elif path.suffix in TEXT_SUFFIXES or path.is_absolute():
             if not path.is_absolute() or path.suffix not in TEXT_SUFFIXES or self.split is not None:
                 raise _refused("a file that ends in .txt or .jsonl, by its absolute path and with split null")

@@ -23,6 +23,18 @@ WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
 
 
+def choices_of_pattern(pattern: str, reconstructs: bool) -> dict[str, str]:
+    """Return the choices that a pattern requires, by setting; `reconstructs`: a reconstruction is requested."""
+    if pattern == UNSTRUCTURED:
+        return {}
+    choices = {"allocation": "uniform"}
+    structure = catalog.STRUCTURES.get(pattern)
+    if structure and structure.method:  # experts and blocks
+        choices["reconstruction"] = "least-squares" if pattern == "blocks" and reconstructs else "none"
+        choices["propagation"] = "dense"
+    return choices
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The choices of a pruning. Equal plans give equal masks and weights, for any spelling of the settings."""
@@ -46,18 +58,11 @@ class Plan:
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         requested: dict[str, Any] = {name: given[name] or getattr(row, name) for name in CHOICES}
-        chosen = requested.copy()
-        if pattern != UNSTRUCTURED and given["allocation"] is None:
-            chosen["allocation"] = "uniform"
-        if structure and structure.method:  # experts and blocks
-            # A recipe without a calibration keeps its method.
-            if given["method"] is None and catalog.methods()[row.method].needs != "weights":
-                chosen["method"] = structure.method
-            if given["reconstruction"] is None:
-                repairs = pattern == "blocks" and catalog.RECONSTRUCTIONS[row.reconstruction].function
-                chosen["reconstruction"] = "least-squares" if repairs else "none"
-            if given["propagation"] is None:
-                chosen["propagation"] = "dense"
+        replaced = choices_of_pattern(pattern, bool(catalog.RECONSTRUCTIONS[row.reconstruction].function))
+        # A recipe without a calibration keeps its method.
+        if structure and structure.method and catalog.methods()[row.method].needs != "weights":
+            replaced["method"] = structure.method
+        chosen = requested | {name: choice for name, choice in replaced.items() if given[name] is None}
         keeps_group = structure and not structure.method and requested["group"] == "outputs"
         if pattern != UNSTRUCTURED and not keeps_group:
             chosen["group"] = "row"
@@ -174,19 +179,15 @@ class Plan:
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
-        method, pattern, structure = self.method, self.pattern, self.structure
-        has_own_scores = structure is not None and bool(structure.method)  # experts and blocks
+        method, pattern = self.method, self.pattern
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.pattern not in ("", pattern):
             yield f"{of_method}, expected pattern {method.pattern}"
-        if has_own_scores and method.needs == "gram":
+        if self.structure and self.structure.method and method.needs == "gram":
             yield f"{of_method}, expected a method that scores {pattern}"
-        for excluded, choice, name, expected in (
-            (pattern != UNSTRUCTURED, "allocation", self.allocation.name, "uniform"),
-            (has_own_scores, "reconstruction", self.reconstruction.name, "least-squares" if self.repairs else "none"),
-            (has_own_scores, "propagation", self.propagation, "dense"),
-        ):
-            if excluded and name != expected:
-                yield f"{choice}: found {name} with pattern {pattern}, expected {expected}"
+        choices = self.to_dict()
+        for name, expected in choices_of_pattern(pattern, self.reconstructs).items():
+            if choices[name] != expected:
+                yield f"{name}: found {choices[name]} with pattern {pattern}, expected {expected}"
         if self.propagation == "corrected" and not self.reconstructs:
             yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"

@@ -1,9 +1,9 @@
-"""New values of kept weights, and the pruned weight of a linear with its layer errors."""
+"""New values of kept weights, and the layer errors of a linear."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,43 +77,32 @@ def check_new_weight(linear: str, weight: Tensor) -> Tensor:
     return weight
 
 
-class PrunedWeight(NamedTuple):
-    """One linear of a pruned model, as its weight is stored."""
-
-    weight: Tensor  # zero off the mask
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked_error: float | None  # likewise, without new values
-
-
-def prune_linear(
+def layer_errors_of(
     weight: Tensor,
     mask: Tensor,
-    factors: GramFactors | None,
-    values: Tensor | None = None,
+    pruned: Tensor,
+    factors: GramFactors,
     dtype: torch.dtype = torch.float64,
     *,
     transposed: bool = False,
     removes_units: bool = False,
-) -> PrunedWeight:
-    """Return one linear on its mask, and its layer errors, from products in `dtype`; `values` replace the kept weights.
+) -> tuple[float | None, float | None]:
+    """Return a linear's ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs, and that without new values.
 
     `removes_units`: the mask removes complete units, inputs of their consumer or rows of the linear that computes them.
     Nothing reads a removed row, so the errors are those of the other rows, and None if those rows do not change.
     """
     plain = masked(weight, mask)
-    new = plain if values is None else masked(values.to(weight.device), mask)
-    if factors is None:
-        return PrunedWeight(new, None, None)
-    weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, new)]
+    weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, pruned)]
     if removes_units:
         oriented_mask = oriented(mask, transposed)
         rows = oriented_mask.any(dim=1)
-        if not rows.any() or (oriented_mask[rows].all() and torch.equal(new, plain)):
-            return PrunedWeight(new, None, None)
+        if not rows.any() or (oriented_mask[rows].all() and torch.equal(pruned, plain)):
+            return None, None
         rows = rows.to(factors.gram.device)
         weights = [w[rows] for w in weights]
     masked_error, error = layer_errors(weights[0], weights[1:], factors.gram, factors.dead, dtype=dtype)
-    return PrunedWeight(new, error, masked_error)
+    return error, masked_error
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.kernels import add_product, multiply
+from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Square, Weight, panels, row_slices
 from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
@@ -298,7 +298,7 @@ def admm(
             torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=step).sub_(dense)
-            add_product(total.mul_(pruned).add_(dense), step, inverse, alpha=PENALTY)
+            total.mul_(pruned).add_(dense).add_(multiply(step, inverse), alpha=PENALTY)
     return mask
 
 

@@ -17,7 +17,7 @@ from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.reconstruction import check_new_weight, prune_linear, reconstruct
+from wanda_dvc.pruning.reconstruction import check_new_weight, layer_errors_of, masked, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
@@ -185,14 +185,16 @@ class DenseToPruned:
                 transposed=transposed,
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
-        pruned = prune_linear(
-            dense, mask, factors, new, self.dtype, transposed=transposed, removes_units=plan.structure is not None
-        )
-        weight = pruned.weight.to(stored.device)
+        pruned = masked(dense if new is None else new.to(dense.device), mask)
+        error = masked_error = None
+        if factors is not None:
+            removes_units = plan.structure is not None
+            error, masked_error = layer_errors_of(
+                dense, mask, pruned, factors, self.dtype, transposed=transposed, removes_units=removes_units
+            )
+        weight = pruned.to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
-        self.measures[linear] = LinearMeasures(
-            block, zeros, weight.numel(), pruned.error, pruned.masked_error, diagnostics
-        )
+        self.measures[linear] = LinearMeasures(block, zeros, weight.numel(), error, masked_error, diagnostics)
         return weight
 
 
