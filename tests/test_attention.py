@@ -209,7 +209,6 @@ def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny
 def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch, row: int, together: bool):
     monkeypatch.setattr(questions, "SEQUENCE_TOKENS", row)
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
-    monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.packs_questions
     decoder.packs_questions = together

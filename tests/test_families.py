@@ -407,7 +407,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a way to compute": (
         "mixtral",
         {"experts": "batched_mm"},
-        "experts.0.w1: its experts do not multiply by the stored matrices",
+        "experts.0.w1: the model does not multiply by this weight",
     ),
     "no expert 1": ("mixtral", {"without": "experts.1.w3"}, "experts.gate_up_proj joins 7 tensors like"),
     "no last expert": ("mixtral", {"without": "experts.3.w2"}, r"are \[3, 32, 48\], expected \[4, 32, 48\]"),
@@ -475,11 +475,11 @@ BLOCKS_OF_THEIR_OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v4": (r"hidden states of \[1, 3, 4, 32\], exp", {"head_dim": 16, "o_groups": 2, "n_routed_experts": 4}
                     | {"mlp_layer_types": ["moe"] * 3, "layer_types": ["sliding_attention"] * 3}),
     "xmod": ("forward pass fails .*Input language unknown", {}),
-    "inkling_text": ("shared_experts.0.gate_proj: its experts do not multiply",  # one, in three dimensions
+    "inkling_text": ("shared_experts.0.gate_proj: the model does not multiply",  # one, in three dimensions
                      FINE | {"n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8}),
     "bert": ("a token changes what its blocks return for the token before it", {}),
     "sarvam_moe": ("holds several parameters", {}),
-    "mamba": ("0.mixer.dt_proj: the model does not call this linear", {}),
+    "mamba": ("0.mixer.dt_proj: the model does not multiply by this weight", {}),
 }  # fmt: skip
 
 

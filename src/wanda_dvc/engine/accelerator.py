@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Bytes of a tensor whose memory is kept for the next ones. Older versions of glibc accept at most 32 MiB.
-MMAP_THRESHOLDS = (2**30, 2**25)
+MMAP_THRESHOLDS = (2**30, 2**25)  # bytes; older versions of glibc accept the second one at most
 # Compute capabilities of GPUs with one float64 unit for two float32 ones: P100, V100, A100, H100, B200. Others: for 64.
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 Copied = TypeVar("Copied")
@@ -55,12 +54,9 @@ def gpu_name(device: torch.device | str) -> str:
 
 
 def free_device_memory(device: torch.device | str) -> int:
-    """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device.
-
-    Memory that torch keeps for this process's next tensors is free.
-    """
-    free = int(torch.cuda.mem_get_info(device)[0])
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # for this process's next tensors
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def disable_tf32() -> None:
@@ -94,11 +90,7 @@ class Copies:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def copy(self, tensor: Tensor, into: Tensor) -> None:
-        """Copy a tensor into another.
-
-        From the host to CUDA it goes through pinned memory, and the call does not wait for the copy; all other copies
-        have ended on return.
-        """
+        """Copy a tensor into another. Only from the host to CUDA, through pinned memory, the call does not wait."""
         pinned = self._stream is not None and tensor.device.type == "cpu"
         into.copy_(tensor.pin_memory() if pinned else tensor, non_blocking=pinned)
 
@@ -168,9 +160,6 @@ def keep_freed_memory(largest: int = MMAP_THRESHOLDS[0]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.malloc_trim(0)  # of what is free already
-        for threshold in (largest, MMAP_THRESHOLDS[1]):
-            if library.mallopt(M_MMAP_THRESHOLD, threshold):
-                library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free
-                return
-        # Set alone, a trim threshold stops glibc from raising the other one above 128 KiB: it would map each larger
-        # tensor anew.
+        # A trim threshold alone would stop glibc from raising the other one above 128 KiB.
+        if any(library.mallopt(M_MMAP_THRESHOLD, threshold) for threshold in (largest, MMAP_THRESHOLDS[1])):
+            library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free

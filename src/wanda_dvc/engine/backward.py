@@ -30,9 +30,8 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
     (Martens and Grosse 2015, arXiv 1503.05671).
 
     Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
-    of the last `finished` blocks; if more are finished, the backward half starts again. Memory: one block, and
-    autograd's copies for one batch in it. Disk: the activations of all sequences before every block. UserError if a
-    gradient is not finite.
+    of the last `finished` blocks; if more are finished, the backward half starts again. Disk: the activations of all
+    sequences before every block. UserError if a gradient is not finite.
     """
     blocks = len(runner.decoder.blocks)
     for step in runner.forward(sequences, kept=blocks + 1):
@@ -46,10 +45,8 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         progress.finish()
     for number in runner.unfinished_blocks(progress, " of the backward pass"):
         run = BackwardRun(blocks - 1 - number, runner.store, gradients)
-        what = f"backward pass, block {run.index}, chunk"
-        total = runner.merge(run_backward, run, runner.chunks, FisherSums(), what)
-        where = f"{runner.decoder.checkpoint}: block {run.index}, output"
-        check_finite(total.squares, where, "gradients")
+        total = runner.merge(run_backward, run, runner.chunks, FisherSums(), f"backward pass, block {run.index}, chunk")
+        check_finite(total.squares, f"{runner.decoder.checkpoint}: block {run.index}, output", "gradients")
         yield run.index, total
 
 

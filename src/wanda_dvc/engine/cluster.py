@@ -59,10 +59,7 @@ class Expected(NamedTuple):
 def run_on_node(
     expected: Expected, function: Callable[[torch.device, TaskInput], TaskResult], value: TaskInput
 ) -> TaskResult | list[Any]:
-    """Run a function in this process; an iterator becomes a list. Errors name the node.
-
-    UserError if this node has other versions of libraries, or does not see the driver's files.
-    """
+    """Run a function in this process; an iterator becomes a list. Errors name the node, such as other versions."""
     register_tensor_serializer()
     torch.set_num_threads(expected.threads)
     try:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from wanda_dvc import kernels
 from wanda_dvc.engine import accelerator, attention
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint, max_positions
 from wanda_dvc.engine.load import BlockLoader, set_parameter
 from wanda_dvc.engine.memory import ARGUMENTS_BYTES, LOGITS_AT_A_TIME, ForwardMemory, ModelSizes
 from wanda_dvc.engine.sequences import LARGEST_CHUNK, Batch, PackedQuestions, States, TokenSequence
@@ -273,6 +273,7 @@ class Decoder:
 
     def _positions_at_a_time(self, length: int) -> Iterator[slice]:
         size = max(1, LOGITS_AT_A_TIME // self.sizes.vocabulary)
+        size = min(size, max_positions(self.checkpoint.config) or size)  # some models look positions up in the head too
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))
 

@@ -1,9 +1,7 @@
 """Measures a model's predictions of the next tokens: its loss, and its divergence from the dense model.
 
-A complete distribution is too large to keep. At each position, `Predictions` has the dense model's most probable
-tokens, the mass of all others (the tail), and some tokens drawn from the tail. Another model is measured at the same
-tokens.
-dev/decisions/0032-divergence.md compares this with kept hidden states and with the most probable tokens alone.
+Complete distributions are too large to keep: dev/decisions/0032-divergence.md. `Predictions` has, at each position, the
+dense model's most probable tokens, the mass of all others (the tail), and some tokens drawn from the tail.
 """
 
 import math
@@ -85,10 +83,9 @@ def measure_divergences(
 def measure(
     decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Predictions | None = None
 ) -> tuple[float, Predictions]:
-    """Return a model's mean loss on a window, in nats, and its predictions at the tokens that the dense model chose.
+    """Return a model's mean loss on a window, in nats, and its predictions on the host, from its last hidden states.
 
-    Without `dense`, the model is the dense one, and chooses. `hidden` are the hidden states after the last block. The
-    results are on the host.
+    Predictions are at the tokens that the dense model chose. Without `dense`, the model is the dense one, and chooses.
     """
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
     offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
@@ -196,13 +193,11 @@ def compute_perplexity(losses: list[float], predictions: list[int]) -> float | s
 
 
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
-    """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite.
-
-    A percentile is the smallest value with that fraction of the predictions at or below it.
-    """
+    """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite."""
     if not all(window.finite for window in windows):
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
     predictions = [len(window.kl) for window in windows]
+    # A percentile is the smallest value with that fraction of the predictions at or below it.
     values = sorted(value for window in windows for value in window.kl)
     count = len(values)
     change = math.sqrt(math.fsum(window.squared_change for window in windows) / count)

@@ -17,8 +17,6 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import (
-    Linear,
-    ParameterSlice,
     build_empty,
     count_experts,
     find_blocks,
@@ -30,44 +28,50 @@ from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
 TRIAL_WIDTH = 8  # for a field that the configuration leaves open
-Slices = Mapping[str, list[ParameterSlice]]  # by parameter
 
 
-def _linears(model: nn.Module, slices: Slices) -> list[dict[str, Linear]]:
-    name, blocks = find_blocks(model)
-    return [find_linears(block, f"{name}.{index}.", slices) for index, block in enumerate(blocks)]
+class DenseModel:
+    """The model with all units, without weights."""
 
+    def __init__(self, source: Checkpoint, structure: Structure) -> None:
+        self.source, self.structure = source, structure
+        self.config = source.config.get_text_config()
+        self.model = build_empty(source.config, source)
+        self.slices = find_slices(self.model, source)  # by parameter
+        self.blocks_name, blocks = find_blocks(self.model)
+        prefix = f"{self.blocks_name}."
+        self.linears = [find_linears(block, f"{prefix}{index}.", self.slices) for index, block in enumerate(blocks)]
 
-def _owner(model: nn.Module, parameter: str) -> nn.Module:
-    return model.get_submodule(parameter.rpartition(".")[0])
+    def refused(self, why: str) -> UserError:
+        """Return the error that the model does not support the pattern."""
+        return refused(self.structure, self.source, why)
 
+    def experts(self, parameter: str) -> int:
+        """Return the number of experts that the module of a parameter holds; 0 without experts."""
+        return count_experts(self.model.get_submodule(parameter.rpartition(".")[0]))
 
-def _size_changes(
-    source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, fields: Mapping[str, Any]
-) -> Iterator[tuple[str, int, int, int]]:
-    """Yield the dimensions that have another size in a trial model: the parameter, the dimension, and both sizes.
+    def build(self, fields: Mapping[str, Any]) -> nn.Module:
+        """Build the model with other values of some fields."""
+        values = ", ".join(f"{name}={value}" for name, value in fields.items())
+        try:
+            return build_empty(with_fields(self.source.config, fields), f"{self.source} with {values}")
+        except Exception as error:  # each model's configuration raises exceptions of its own choice
+            raise self.refused(f"transformers builds no model with {values} ({reason(error)})") from error
 
-    UserError if another part of the model than its blocks has such a dimension.
-    """
-    blocks_name, _ = find_blocks(full)
-    trial = _build(source, structure, fields).state_dict()
-    for name, tensor in full.state_dict(keep_vars=True).items():
-        trial_shape = trial[name].shape if name in trial else ()
-        for dim, (size, trial_size) in enumerate(zip(tensor.shape, trial_shape, strict=False)):
-            if size == trial_size:
-                continue
-            if not name.startswith(f"{blocks_name}.") or name not in slices:
-                raise refused(structure, source, f"{next(iter(fields))} also determines {name}")
-            yield name, dim, size, trial_size
+    def size_changes(self, fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int, int]]:
+        """Yield the dimensions that other values of fields change: the parameter, the dimension, and both sizes.
 
-
-def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
-    """Build the model with other values of some fields, without weights."""
-    values = ", ".join(f"{name}={value}" for name, value in fields.items())
-    try:
-        return build_empty(with_fields(source.config, fields), f"{source} with {values}")
-    except Exception as error:  # each model's configuration raises exceptions of its own choice
-        raise refused(structure, source, f"transformers builds no model with {values} ({reason(error)})") from error
+        UserError if another part of the model than its blocks has such a dimension.
+        """
+        trial = self.build(fields).state_dict()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            trial_shape = trial[name].shape if name in trial else ()
+            for dim, (size, trial_size) in enumerate(zip(tensor.shape, trial_shape, strict=False)):
+                if size == trial_size:
+                    continue
+                if not name.startswith(f"{self.blocks_name}.") or name not in self.slices:
+                    raise self.refused(f"{next(iter(fields))} also determines {name}")
+                yield name, dim, size, trial_size
 
 
 # --- neurons and heads: inputs of a linear ---
@@ -92,77 +96,65 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction, de
     Heads: a unit is a key head with its value head and its queries. With 3 key heads for 9 queries `o_proj` reads 3
     heads of a unit; `q_proj` computes 3, and `k_proj` and `v_proj` one each.
     """
-    full = build_empty(source.config, source)
-    slices, text = find_slices(full, source), source.config.get_text_config()
-    scaled = {name: getattr(text, name) for name in structure.scaled if getattr(text, name, None)}
+    full = DenseModel(source, structure)
+    scaled = {name: getattr(full.config, name) for name in structure.scaled if getattr(full.config, name, None)}
     fixed = {}
-    if scaled:  # by default, the size of a head follows from the number of heads
+    if scaled:  # without `head_dim`, the size of a head would follow from their number
         heads = next(iter(scaled.values()))
-        fixed["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dimensions = _field_dimensions(source, structure, full, slices, scaled, fixed)
-    unit_sets, consumers = _unit_sets(source, structure, sparsity, _linears(full, slices), dimensions)
+        fixed["head_dim"] = getattr(full.config, "head_dim", None) or full.config.hidden_size // heads
+    dimensions = _field_dimensions(full, scaled, fixed)
+    unit_sets, consumers = _unit_sets(full, sparsity, dimensions)
     config_fields = {dimension.field: ConfigField(dimension.value, dimension.unit_set) for dimension in dimensions}
     config_fields |= {name: ConfigField(value, dimensions[0].unit_set) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
     removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
-    _build(source, structure, removal.config_changes)  # UserError if the model's class refuses the configuration
+    full.build(removal.config_changes)  # UserError if the model's class refuses the configuration
     try:
         return _with_dimensions(source, removal, dimensions, device, in_sections=True)
     except UserError:
         return _with_dimensions(source, removal, dimensions, device, in_sections=False)
 
 
-def _field_dimensions(
-    source: Checkpoint,
-    structure: Structure,
-    full: nn.Module,
-    slices: Slices,
-    scaled: Mapping[str, int],
-    fixed: Mapping[str, int],
-) -> list[FieldDimension]:
+def _field_dimensions(full: DenseModel, scaled: Mapping[str, int], fixed: Mapping[str, int]) -> list[FieldDimension]:
     """Return the dimensions of stored tensors that follow the fields of a structure.
 
-    A trial sets the `scaled` fields in proportion, and the `fixed` ones to their values.
+    A trial halves a field, sets the `scaled` fields in proportion, and the `fixed` ones to their values.
     """
-    text = source.config.get_text_config()
     dimensions: dict[tuple[Address, int], FieldDimension] = {}  # a field may have two names: the last one counts
-    for field in structure.fields:
-        value = getattr(text, field, 0)
+    for field in full.structure.fields:
+        value = getattr(full.config, field, 0)
         if value == 0:
             continue
         trial = value // 2 if isinstance(value, int) else 0
         if value is None and not scaled:  # nothing is in proportion to null
             trial = TRIAL_WIDTH
         if not trial:
-            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+            raise full.refused(f"{field} is {value}, expected one number for all blocks, 2 or more")
         fields = {field: trial, **fixed}
         for name, scaled_value in scaled.items():
             fields[name] = scaled_value * trial // value
-        for parameter, dim, size, trial_size in _size_changes(source, structure, full, slices, fields):
+        for parameter, dim, size, trial_size in full.size_changes(fields):
             number = trial * size // trial_size if value is None else value
-            experts = count_experts(_owner(full, parameter))
+            experts = full.experts(parameter)
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
-            for parameter_slice in split_by_expert(slices[parameter], experts):
+            for parameter_slice in split_by_expert(full.slices[parameter], experts):
                 address = parameter_slice.address
-                stored_size = source.read(address).shape[stored_dim]
+                stored_size = full.source.read(address).shape[stored_dim]
                 parent = address.linear.removesuffix(".bias").rpartition(".")[0]
                 dimension = FieldDimension(address, stored_dim, stored_size, parent, field, number)
                 dimensions[address, stored_dim] = dimension
     if not dimensions:
-        fields_sought = ", ".join(structure.fields)
-        raise refused(structure, source, f"its configuration has no number of them (looked for {fields_sought})")
+        sought = ", ".join(full.structure.fields)
+        raise full.refused(f"its configuration has no number of them (looked for {sought})")
     return [*dimensions.values()]
 
 
 def _unit_sets(
-    source: Checkpoint,
-    structure: Structure,
-    sparsity: Fraction,
-    blocks: Sequence[Mapping[str, Linear]],
-    dimensions: Sequence[FieldDimension],
+    full: DenseModel, sparsity: Fraction, dimensions: Sequence[FieldDimension]
 ) -> tuple[dict[str, Units], dict[str, UnitDimension]]:
     """Return the sets of units, and their consumers: the linears whose inputs are such a dimension."""
-    linears = {name: linear for block in blocks for name, linear in block.items()}
+    linears = {name: linear for block in full.linears for name, linear in block.items()}
+    structure = full.structure
     unit_sets: dict[str, Units] = {}  # one linear reads each
     consumers: dict[str, UnitDimension] = {}
     for dimension in dimensions:
@@ -171,7 +163,7 @@ def _unit_sets(
         if linear is None or dim != (0 if linear.transposed else 1):
             continue  # not an input of a linear: a bias or an output, which computes the units
         if name in unit_sets:
-            raise refused(structure, source, f"several linears of {name} read them")
+            raise full.refused(f"several linears of {name} read them")
         # Units are heads, of size / value features each, or single features, whose number may be a multiple of value.
         total = value if structure.scaled else dimension.size
         kept = total * count_kept(value, sparsity, structure.multiple) // value
@@ -180,7 +172,7 @@ def _unit_sets(
     for dimension in dimensions:
         units = unit_sets.get(dimension.unit_set)
         if units is None or dimension.size % units.total or dimension.dim > 1:
-            raise refused(structure, source, f"no linear reads those of {dimension.address.tensor}")
+            raise full.refused(f"no linear reads those of {dimension.address.tensor}")
     return unit_sets, consumers
 
 
@@ -224,28 +216,23 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
 
 def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction, _device: torch.device) -> Removal:
     """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
-    full = build_empty(source.config, source)
-    blocks_name, blocks = find_blocks(full)
-    linears, content = _linears(full, find_slices(full, source)), source.config.get_text_config().to_dict()
-    total = len(blocks)
+    full = DenseModel(source, structure)
+    content, blocks_name, total = full.config.to_dict(), full.blocks_name, len(full.linears)
     config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
     if not config_fields:
-        raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
+        raise full.refused(f"its configuration has no number of them (looked for {', '.join(structure.fields)})")
     for name, entries in block_lists(content, total).items():
         config_fields[name] = ConfigField(entries, blocks_name)
     # Another part of the model may have blocks too, such as a vision tower.
-    prefix = next(iter(linears[0])).partition(".0.")[0] + "."
+    prefix = next(iter(full.linears[0])).partition(".0.")[0] + "."
     unit_tensors = {}
     for name in source.file_of:
         number, _, suffix = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal():
             unit_tensors[name] = UnitTensor(blocks_name, int(number), prefix, f".{suffix}")
-    kept = count_kept(total, sparsity, structure.multiple)
+    units = Units(total, count_kept(total, sparsity, structure.multiple), members=[[*names] for names in full.linears])
     return Removal(
-        structure=structure,
-        unit_sets={blocks_name: Units(total, kept, members=[[*names] for names in linears])},
-        config_fields=config_fields,
-        unit_tensors=unit_tensors,
+        structure=structure, unit_sets={blocks_name: units}, config_fields=config_fields, unit_tensors=unit_tensors
     )
 
 
@@ -268,20 +255,20 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _
     If routers choose from groups of experts, each group keeps the same number. A sparsity that rounds to no expert
     gives a removal without an effect. The probe needs the chosen experts: see `engine.probe`.
     """
-    full = build_empty(source.config, source)
-    slices, content = find_slices(full, source), source.config.get_text_config().to_dict()
+    full = DenseModel(source, structure)
+    content = full.config.to_dict()
     values = {name: content.get(name) for name in structure.fields}
     numbers = {name: value for name, value in values.items() if isinstance(value, int) and value > 1}
     if len(numbers) != 1:
         names, expected = ", ".join(numbers) or "none", ", ".join(structure.fields)
-        raise refused(structure, source, f"its configuration has {names}, expected one of {expected}")
+        raise full.refused(f"its configuration has {names}, expected one of {expected}")
     ((field, total),) = numbers.items()
     kept, groups = _count_kept_experts(content, total, sparsity)
-    dims, mixtures = _mixture_tensors(source, structure, full, slices, field, total)
+    dims, mixtures = _mixture_tensors(full, field, total)
     dimensions, unit_tensors = [], {}
     mixture_of: dict[str, str] = {}  # by stored tensor
     for parameter, mixture in mixtures.items():
-        for parameter_slice in slices[parameter]:
+        for parameter_slice in full.slices[parameter]:
             tensor, expert = parameter_slice.address.tensor, parameter_slice.expert
             mixture_of[tensor] = mixture
             if expert is None:
@@ -290,7 +277,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _
                 prefix, _, suffix = tensor.rpartition(f".{expert}.")
                 unit_tensors[tensor] = UnitTensor(mixture, expert, f"{prefix}.", f".{suffix}")
     members: dict[str, list[list[str]]] = {}  # by mixture: the linears of each expert
-    for block in _linears(full, slices):
+    for block in full.linears:
         for name, linear in block.items():
             mixture, expert = mixture_of.get(linear.slice.address.tensor, ""), linear.slice.expert
             if mixture and expert is not None:
@@ -301,7 +288,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _
         config_fields={field: ConfigField(total, next(iter(members)))},
         dimensions=tuple(dimensions),
         unit_tensors=unit_tensors,
-        routers={name: mixtures[name] for name in dims if not count_experts(_owner(full, name))},
+        routers={name: mixtures[name] for name in dims if not full.experts(name)},
     )
 
 
@@ -323,25 +310,19 @@ def _count_kept_experts(content: Mapping[str, Any], total: int, sparsity: Fracti
     return kept, groups
 
 
-def _mixture_tensors(
-    source: Checkpoint, structure: Structure, full: nn.Module, slices: Slices, field: str, total: int
-) -> tuple[dict[str, int], dict[str, str]]:
+def _mixture_tensors(full: DenseModel, field: str, total: int) -> tuple[dict[str, int], dict[str, str]]:
     """Return the dimension that counts experts, and the mixture, of each parameter of experts or routers.
 
     A mixture is all below the parent of a module of experts.
     """
-    dims: dict[str, int] = {}
-    parents = set()
-    for name, dim, _, _ in _size_changes(source, structure, full, slices, {field: total // 2}):
-        dims[name] = dim
-        if count_experts(_owner(full, name)):
-            parents.add(name.rpartition(".")[0].rpartition(".")[0])
+    dims = {name: dim for name, dim, _, _ in full.size_changes({field: total // 2})}
+    parents = {name.rpartition(".")[0].rpartition(".")[0] for name in dims if full.experts(name)}
     if not parents:
-        raise refused(structure, source, f"{field} determines no tensor of experts")
+        raise full.refused(f"{field} determines no tensor of experts")
     mixtures = {}
     for name in dims:
         around = [parent for parent in parents if name.startswith(f"{parent}.")]
         if not around:
-            raise refused(structure, source, f"{field} also determines {name}")
+            raise full.refused(f"{field} also determines {name}")
         mixtures[name] = max(around, key=len)
     return dims, mixtures

@@ -16,9 +16,8 @@ LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, bey
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-# Of kept arguments of blocks, at least, without those of the current sequence, which take 1 to 2 MB. Other sequences'
-# arguments are recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU core,
-# and about as long as the block itself takes on a GPU (estimated).
+# Of kept arguments of blocks, at least. Arguments of other sequences are recorded again for each block, in a few
+# milliseconds: 2 % of a block of SmolLM2-135M on one CPU core.
 ARGUMENTS_BYTES = 2**26
 
 
@@ -97,8 +96,8 @@ class ForwardMemory:
 def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
     """Return the memory to solve for a linear while the linear before it is written.
 
-    That one has 9 bytes a weight: its values, new values and mask. The solver has 8 float32 copies of the weight and 5
-    matrices [f, f], at most, of f features; Fisher information adds 5 of each.
+    That one has 9 bytes a weight: its values, new values and mask. The solver has at most 8 float32 copies of the
+    weight and 5 matrices [features, features]; Fisher information adds 5 of each.
     """
     copies, matrices = (13, 10) if uses_fisher else (8, 5)
     return (9 + 4 * copies) * model.largest_linear + 4 * matrices * model.widest**2

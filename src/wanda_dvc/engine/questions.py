@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations: a context runs once for all its continuations, many questions in one sequence.
 
-A question is a context with its continuations, which packed questions call choices; a request asks about one of them.
+A request is about one continuation of a context. A question is a context with all its continuations, or choices.
 """
 
 from collections import Counter
@@ -14,7 +14,6 @@ import torch
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
-from wanda_dvc.engine.memory import LOGITS_AT_A_TIME
 from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
 from wanda_dvc.errors import UserError, is_out_of_memory, notice
 
@@ -66,8 +65,8 @@ class Prediction(NamedTuple):
 def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
     """Return sequences of complete questions of one task, as many as fit into `tokens`, and each one's predictions.
 
-    The items of a task without contexts, such as XNLI, share one context. They are several questions of about `tokens`
-    tokens, because attention takes the square of a question.
+    The items of a task without contexts, such as XNLI, share one context: they become several questions of about
+    `tokens` tokens, because attention takes the square of a question.
     """
     questions: dict[tuple[str, Tokens, int], Question] = {}
     inputs = Counter[tuple[str, Tokens]]()  # tokens of the continuations so far, by task and context
@@ -160,7 +159,7 @@ def loglikelihoods(
         notice(f"out of GPU memory: starting again with sequences of {tokens} tokens, half of the last")
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
-    answers = runner.map_outputs(predict, lambda places: (length, predictions[places.start : places.stop]))
+    answers = runner.map_outputs(predict, lambda places: predictions[places.start : places.stop])
     for request, log_p, is_likeliest in answers:
         totals[request] += log_p
         is_greedy[request] &= is_likeliest
@@ -168,32 +167,23 @@ def loglikelihoods(
 
 
 def predict(
-    decoder: Decoder, _sequences: Sequence[TokenSequence], hidden: Hidden, inputs: tuple[int, list[list[Prediction]]]
+    decoder: Decoder, _sequences: Sequence[TokenSequence], hidden: Hidden, predictions: list[list[Prediction]]
 ) -> Iterator[tuple[int, float, bool]]:
-    """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
-
-    `inputs` are the model's number of positions, and the predictions of each sequence.
-    """
-    length, predictions = inputs
+    """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token."""
     by_position: dict[tuple[int, int], list[Prediction]] = {}  # by sequence and position
     for number, predictions_of_sequence in enumerate(predictions):
         for prediction in predictions_of_sequence:
             by_position.setdefault((number, prediction.position), []).append(prediction)
     positions = sorted(by_position)
-    # At most the model's number of positions at a time: some models look positions up even in the head.
-    count = max(1, min(LOGITS_AT_A_TIME // decoder.sizes.vocabulary, length))
-    for start in range(0, len(positions), count):
-        selected = positions[start : start + count]
-        by_sequence = groupby(selected, key=itemgetter(0))
-        states = torch.cat([hidden[number][[position for _, position in places]] for number, places in by_sequence])
-        states = states.to(decoder.device)
-        tokens = torch.zeros(len(selected), dtype=torch.long, device=decoder.device)  # not read: the head takes states
-        ((_, logits),) = decoder.logits(states[None], tokens)
+    by_sequence = groupby(positions, key=itemgetter(0))
+    states = torch.cat([hidden[number][[position for _, position in places]] for number, places in by_sequence])
+    tokens = torch.zeros(len(positions), dtype=torch.long)  # not read: the head takes states
+    for selected, logits in decoder.logits(states[None], tokens):
         log_p = logits.float().log_softmax(dim=-1)
         likeliest = log_p.argmax(dim=-1).tolist()
         rows: list[int] = []  # of the logits, by prediction
         predicted: list[Prediction] = []
-        for row, position in enumerate(selected):
+        for row, position in enumerate(positions[selected]):
             rows += [row] * len(by_position[position])
             predicted += by_position[position]
         values = log_p[rows, [prediction.target for prediction in predicted]].tolist()

@@ -34,7 +34,7 @@ class UnitDimension(NamedTuple):
 
 
 class UnitTensor(NamedTuple):
-    """A stored tensor of one unit. Its name is the prefix, the unit's number and the suffix."""
+    """A stored tensor of one unit, whose name is the prefix, the unit's number and the suffix."""
 
     unit_set: str
     unit: int

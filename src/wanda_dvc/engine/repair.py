@@ -43,9 +43,9 @@ def repair(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` are removed.
 
-    A forward pass up to `end` has stored the activations. The damping is the one with the least error on the validation
-    chunks; all chunks give the weight. The second result has the damping, and the error divided by the error without a
-    repair. UserError if no damping lowers the error, which a norm after the linear may prevent.
+    A forward pass up to `end` has stored the activations. The damping is that of the least error on the validation
+    chunks; all chunks give the weight. Diagnostics are the damping, and the error divided by that without a repair.
+    UserError if no damping lowers the error, which a norm after the linear may prevent.
     """
     transposed = runner.decoder.linears(block)[linear].transposed
     if weight.shape[1 if transposed else 0] != runner.store.width:  # JetMoE: all else is experts

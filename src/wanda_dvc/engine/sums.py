@@ -58,21 +58,16 @@ class InputSums:
             raise unsupported(linear, f"it reads the input of {before}, and in other windows of {name}")
 
     def of(self, linears: dict[str, Linear]) -> BlockRecord:
-        """Return the statistics of a block's inputs. The input of an expert without tokens has no tokens.
-
-        UserError if the model does not call a linear, or does not multiply by a matrix of experts.
-        """
+        """Return the statistics of a block's inputs. UserError if the model does not multiply by a linear's weight."""
         stats, input_of = dict(self.stats), dict(self.input_of)
         used_parameters = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
         for matrix, names in group_by_matrix(linears).items():
             first = names[0]
             if first in input_of:
                 continue
-            if matrix.expert is None:
-                raise unsupported(first, "the model does not call this linear")
             if (matrix.module, matrix.leaf) not in used_parameters:
-                raise unsupported(first, "its experts do not multiply by the stored matrices")
-            stats[first] = InputStats.empty(linears[first].features)
+                raise unsupported(first, "the model does not multiply by this weight")
+            stats[first] = InputStats.empty(linears[first].features)  # of an expert without tokens
             input_of |= dict.fromkeys(names, first)
         # In the order of their first tokens; experts last, by number.
         ordered = [name for name in input_of if linears[name].slice.expert is None]
@@ -82,7 +77,7 @@ class InputSums:
             consumers.setdefault(input_of[name], []).append(name)
         of_experts = {name: self.outputs[name] for name in linears if name in self.outputs}
         outputs = {name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()}
-        measured = BlockStats(
+        block_stats = BlockStats(
             inputs={name: stats[name].to("cpu") for name in consumers},
             consumers=consumers,
             transposed=[name for name, linear in linears.items() if linear.transposed],
@@ -90,7 +85,7 @@ class InputSums:
             influence=self.influence.cpu(),
         )
         crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
-        return BlockRecord(measured, self.grams, crosses)
+        return BlockRecord(block_stats, self.grams, crosses)
 
 
 @dataclass(kw_only=True)
