@@ -146,7 +146,7 @@ def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
     """Another calibration text, and a text of another name in the settings."""
     one, other = made(), made(calibration__text__source="wikitext2", calibration__text__split="train")
     models = {"e0": one.final, "e1": other.final}
-    first, second, *_ = notes({"e0": one.params, "e1": other.params}, models, base="e0")
+    first, _, second, *_ = notes({"e0": one.params, "e1": other.params}, models, base="e0")
     assert re.fullmatch(r"e0: Perplexity on embedded: 4 windows .* has the same source.*", first)
     assert re.fullmatch(r"e1: Perplexity on embedded: 4 windows .* has another source.", second)
     renamed = one.params.model_copy(deep=True)

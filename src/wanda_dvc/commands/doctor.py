@@ -24,20 +24,14 @@ from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements, free, gigabyte
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
-ADVICE = {
-    "memory": "free memory, set `dtype` to the checkpoint's own, or take shorter windows",
-    "disk": "free disk; for example, `dvc exp remove NAME`, then `dvc gc --all-commits --all-experiments`",
-}
-
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check, a row of the table. Stages run even if a check without `needed` fails."""
+    """A row of the table: what was checked, and the result. Stages run even if a check without `needed` fails."""
 
     what: str
     good: bool
-    found: str
-    todo: str = ""
+    result: str
     needed: bool = True
 
 
@@ -53,8 +47,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         study = Study.find(start)
         params = study.params
     except UserError as error:
-        todo = "correct it, cd into a study, or `wanda-dvc init DIR`"
-        checks += [Check("params.yaml", False, problem, todo) for problem in error.problems]
+        checks += [Check("params.yaml", False, problem) for problem in error.problems]
     else:
         needs = _needs(study)
         checks.append(Check("params.yaml", True, "valid"))
@@ -64,9 +57,9 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         sizes = {stage: {"memory_bytes": size.memory, "disk_bytes": size.disk} for stage, size in needs.items()}
         content = {"checks": [asdict(check) for check in checks], "missing": missing, "needs": sizes}
         return json_text(content), not missing
-    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
+    rows = [[check.what, "✓" if check.good else "✗", check.result] for check in checks]
     conclusion = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
-    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{conclusion}", not missing
+    return f"{table(['what', '', 'result'], rows)}\n\n{conclusion}", not missing
 
 
 def _needs(study: Study) -> dict[str, Requirements]:
@@ -87,7 +80,7 @@ def _check_machine(params: Params) -> Iterator[Check]:
         try:
             yield Check("runtime.device", True, str(own_device(params.runtime)))
         except UserError as error:
-            yield Check("runtime.device", False, str(error), "change it in params.yaml")
+            yield Check("runtime.device", False, str(error))
 
 
 def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:
@@ -98,7 +91,8 @@ def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check
         reason = "the model is not valid" if is_there(study.model("dense")) else "run `dvc repro download-model` first"
         yield Check("needs", True, f"unknown: {reason}")
     for stage, need in needs.items():
-        lacking = {what for what, size in sizes_free.items() if getattr(need, what) >= size}
-        found = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
-        todo = "; ".join(ADVICE[what] for what in sorted(lacking))
-        yield Check(stage, not lacking, found, todo, needed="disk" in lacking)  # an estimate of memory may be high
+        result = f"needs about {gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
+        lacking = [what for what, size in sizes_free.items() if getattr(need, what) >= size]
+        if lacking:
+            result += f"; not enough {' and '.join(lacking)} free"
+        yield Check(stage, not lacking, result, needed="disk" in lacking)  # an estimate of memory may be high

@@ -140,24 +140,23 @@ def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str
 
 
 def _protocols(params: Mapping[str, Params], models: dict[str, Results]) -> Iterator[str]:
-    """Yield a sentence on each text, and on the tasks; several where models were measured in several ways."""
+    """Yield a sentence on each text and on the tasks, with the names of its models if they are not all."""
     first = next(iter(params.values()))
-    sentences: dict[str, dict[str, list[str]]] = {}  # by text, "" for the tasks: the models of each sentence
+    models_of: dict[str, list[str]] = {}  # by sentence
     for name, results in models.items():
         settings = params.get(name, first)
         for text in results.texts:
             protocol = results.details(TEXT_PREFIX + text).get("protocol")
             if protocol:
-                sentences.setdefault(text, {}).setdefault(_of_text(text, protocol, settings), []).append(name)
+                models_of.setdefault(_of_text(text, protocol, settings), []).append(name)
         if results.tasks:  # one run asks all of them, with one limit and dtype
             protocol = results.answers(results.tasks[0]).get("protocol", {})
             limit, dtype = protocol.get("limit", settings.items), protocol.get("dtype", settings.dtype)
             items = f"the first {limit} items" if limit else "all items"
             sentence = f"Zero-shot: no examples in the prompt, {items} of each task, {dtype}."
-            sentences.setdefault("", {}).setdefault(sentence, []).append(name)
-    for names_of in sentences.values():
-        for sentence, names in names_of.items():
-            yield sentence if len(names_of) == 1 else f"{', '.join(names)}: {sentence}"
+            models_of.setdefault(sentence, []).append(name)
+    for sentence, names in models_of.items():
+        yield sentence if len(names) == len(models) else f"{', '.join(names)}: {sentence}"
 
 
 def _of_text(text: str, protocol: Json, settings: Params) -> str:
