@@ -11,7 +11,6 @@ import pytest
 from conftest import Factory, save_tiny_model, tree
 from repository import Repository, ran
 
-from wanda_dvc.results.markup import perplexity_text
 from wanda_dvc.sources import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.pipeline
@@ -211,7 +210,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
     measured = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
-    assert f"| {perplexity_text(measured)} (" in card  # and its interval
+    assert f"| {measured:,.2f} (" in card  # and its interval
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "model: /path/to/tiny\n" in card
     model = AutoModelForCausalLM.from_pretrained(exported)

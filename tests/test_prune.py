@@ -24,7 +24,6 @@ from wanda_dvc.commands.prune import prune_model
 from wanda_dvc.commands.request import _parse_tokens, check_request
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
-from wanda_dvc.results.markup import perplexity_text
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
@@ -91,7 +90,7 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     names = [row[0] for row in rows[2:]]
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB"]
     measured = json.loads((calibrated_study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
-    assert rows[4][2].startswith(f"{perplexity_text(measured)} (")
+    assert rows[4][2].startswith(f"{measured:,.2f} (")
     assert f"{target}: the pruned model, with a model card." in said
     assert f"wanda-dvc init my-study --from {calibrated_study}" in said
     assert not list(Path.cwd().parent.rglob("*.git"))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from wanda_dvc.catalog import HUB_ID, STRUCTURES, methods
 from wanda_dvc.plan import Plan
-from wanda_dvc.results.markup import code, inline, table
+from wanda_dvc.results.markup import inline, table
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
@@ -60,24 +60,24 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
     else:
         what = f"{percent} of the weights in the linear layers of the blocks are zero"
         limits = ZEROS
-    chosen_by = code(choices["method"])
+    chosen_by = inline(choices["method"])
     if structure and method and method.needs == "gram":
         chosen_by = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
     elif method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
     solver = Plan.from_dict(choices).reconstructor
     settings = {
-        "dense model": code(dense["source"]),
+        "dense model": dense["source"],
         "sha256 of its files": f"{dense['sha256'][:12]}…",
-        **{name: code(value) for name, value in choices.items()},
+        **choices,
         "measured sparsity": f"{metrics['sparsity']:.6f}",
         "calibration": f"{calibration['windows']} windows of {calibration['length']} tokens of "
-        f"{inline(calibration['text']['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
-        **{f"config.json: {name}": code(value) for name, value in masks.get("config", {}).items()},
+        f"{calibration['text']['source']}, seed {calibration['seed']}, {calibration['dtype']}",
+        **{f"config.json: {name}": value for name, value in masks.get("config", {}).items()},
     }
     folder, license_name = study.model("dense"), dense.get("license")
     files = [path.name for path in sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])]
-    licenses = [code(name) for name in (license_name, *files) if name]
+    licenses = [inline(name) for name in (license_name, *files) if name]
     metadata = {
         "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
         "license": license_name or ("other" if files else None),
@@ -90,8 +90,8 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
         source=inline(dense["source"]),
         what=what,
         method=chosen_by,
-        kept=f"Kept weights: {code(solver.name)}: {solver.about}.",
-        settings=table(["setting", "value"], list(settings.items())),
+        kept=f"Kept weights: {solver.name}: {solver.about}.",
+        settings=table(["setting", "value"], [(name, inline(value)) for name, value in settings.items()]),
         results="".join(f"\n## {title}\n\n{body}\n" for title, body in (results or {}).items()),
         limits=limits,
         license=f"{', '.join(licenses)}, as its files have it." if licenses else NO_LICENSE,

@@ -1,4 +1,4 @@
-"""Escapes outside text (names of models, files, experiments) for Markdown, and formats numbers."""
+"""Escapes outside text (names of models, files, experiments) for Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -13,22 +13,6 @@ MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")
 def inline(text: object) -> str:
     """Return a text with its markup escaped, for a line of Markdown or a cell of a table."""
     return MARKUP.sub(r"\\\g<0>", one_line(text))
-
-
-def code(text: object) -> str:
-    """Return a text as inline code for a cell of a table; elsewhere Markdown shows the backslash before a `|`.
-
-    A text with a backtick is escaped instead.
-    """
-    line = one_line(text).replace("|", "\\|")
-    return inline(text) if "`" in line else f"`{line}`"
-
-
-def perplexity_text(perplexity: float) -> str:
-    """Format a perplexity: two decimals, none from 1,000 on, and 1.23e+07 from ten million on."""
-    if perplexity < 1000:
-        return f"{perplexity:.2f}"
-    return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

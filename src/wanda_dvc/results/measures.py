@@ -23,7 +23,7 @@ from wanda_dvc.results.intervals import (
     perplexity_interval,
     ratio,
 )
-from wanda_dvc.results.markup import DASH, perplexity_text
+from wanda_dvc.results.markup import DASH
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 
@@ -230,16 +230,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _factor(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
-
-
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _nats(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+    return f"{100 * value:+.1f}"
 
 
 class PairedTest(NamedTuple):
@@ -315,15 +307,17 @@ _mean_divergence = partial(_divergence, part="mean", windows="divergences")
 _agreement = partial(read_text_number, name="top1_agreement", part="mean", windows="agreements", largest=1)
 _rms_change = partial(read_text_number, name="rms_probability_change")
 _removed = partial(read_weights_number, name="removed_parameters")
-_ratios = PairedTest(partial(compare_by_window, name="losses", test=ratio), _factor, " ×")
-_divergence_test = PairedTest(partial(compare_by_window, name="divergences"), _nats, " nats")
+_ratios = PairedTest(partial(compare_by_window, name="losses", test=ratio), "{:#.4g}".format, " ×")
+_divergence_test = PairedTest(partial(compare_by_window, name="divergences"), "{:+.4f}".format, " nats")
 _agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _points, " points")
 _accuracy_test = PairedTest(compare_answers, _points, " points")
 _mean_test = PairedTest(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
     _text("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
     _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
-    _text("perplexity", "perplexity", "", read_perplexity, perplexity_text, brief=True, paired_test=_ratios, drawn=LOG),
+    _text(
+        "perplexity", "perplexity", "", read_perplexity, "{:,.2f}".format, brief=True, paired_test=_ratios, drawn=LOG
+    ),
     _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
     _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
     _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
