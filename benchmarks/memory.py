@@ -80,14 +80,14 @@ def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     from wanda_dvc.engine.memory import ModelSizes
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
-    from wanda_dvc.stages.needs import Run, requirements
+    from wanda_dvc.stages.needs import Conditions, requirements
     from wanda_dvc.study.folder import Study
 
     study = Study(root)
     torch.set_num_threads(cores())
     __import__(f"wanda_dvc.stages.{stage}")  # so that the sampler counts what the run holds
     sizes = ModelSizes.read(study.model("dense"))  # this imports the family's code, as it does before a stage
-    need, needs, mapped = requirements(study, stage, sizes), Run(study, sizes), 0
+    need, needs, mapped = requirements(study, stage, sizes), Conditions(study, sizes), 0
     if stage in ("calibrate", "perplexity") and needs.dtype == sizes.dtype:
         mapped = needs.forward(1).weights  # views of the checkpoint's file, which are no anonymous memory
     with sampled() as samples:

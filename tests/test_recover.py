@@ -22,7 +22,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import needs, run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Run, choose_training, requirements
+from wanda_dvc.stages.needs import Conditions, choose_training, requirements
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json
@@ -260,7 +260,7 @@ def test_a_machine_without_the_memory_is_refused(study: Make, monkeypatch: pytes
 def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
     monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
-    sizes, run_of = ModelSizes.read(made.model("dense")), Run(made, ModelSizes.read(made.model("dense")))
+    sizes, run_of = ModelSizes.read(made.model("dense")), Conditions(made, ModelSizes.read(made.model("dense")))
     full, twice, low = (FIXED + needs.training_memory(run_of, way) for way in needs.TRAINING_WAYS)
     assert low < twice < full
     for free, expected in (
@@ -269,6 +269,7 @@ def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: py
     ):  # fmt: skip
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
         assert choose_training(made, sizes) == expected
+        assert requirements(made, "recover", sizes, free).memory == {2: full, 1: twice, 0: low}[expected.count(False)]
     assert requirements(made, "recover", sizes).memory == low
     monkeypatch.setenv("WORLD_SIZE", "2")  # processes do not share the low-memory training
     with pytest.raises(UserError, match="recovery.tokens: found"):

@@ -293,8 +293,8 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
             "tokens": recovery.tokens,
             "rate": recovery.rate,
             "batch": recovery.batch,
-            "text": recovery.text is not None,  # else the calibration's, without its windows
-            "embedded": (recovery.text or calibration.text).source == EMBEDDED,
+            "text": recovery.text is not None,  # the text is recovery.text; else the calibration's, without its windows
+            "embedded": (recovery.text or calibration.text).source == EMBEDDED,  # the text is the embedded one
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,
             "windows": calibration.windows,

@@ -27,8 +27,8 @@ class Requirements(NamedTuple):
     disk: int  # with its outputs
 
 
-class Run:
-    """What the needs of a stage's run follow from: the study, the sizes of the model, dtype, device, free memory."""
+class Conditions:
+    """What a stage's needs follow from: the study, the sizes of the model, dtype, device and free memory."""
 
     def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0) -> None:
         self.study, self.params, self.sizes, self.free_memory = study, study.params, sizes, free_memory
@@ -54,7 +54,7 @@ def requirements(study: Study, stage: str, sizes: ModelSizes, free_memory: int =
 
     `recover` trains in the fastest way that fits the free memory; by default, in the way with the least need.
     """
-    memory, disk = MEMORY_AND_DISK[stage](Run(study, sizes, free_memory))
+    memory, disk = MEMORY_AND_DISK[stage](Conditions(study, sizes, free_memory))
     return Requirements(FIXED + memory, disk)
 
 
@@ -78,16 +78,13 @@ def gigabytes(size: int) -> str:
 
 def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
     """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices."""
-    needs = {
-        # Three blocks in float32, and ten matrices of the widest input.
-        "memory": FIXED + 3 * 4 * sizes.block_parameters + 40 * sizes.widest**2,
-        "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares),
-    }
-    return [
-        f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size)} free"
-        for kind, size in free(study).items()
-        if needs[kind] > size
-    ]
+    memory = FIXED + solving_memory(sizes, uses_fisher=True)
+    needs = {"memory": memory, "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares)}
+    lacking = []
+    for kind, size in free(study).items():
+        if needs[kind] > size:
+            lacking.append(f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size)} free")
+    return lacking
 
 
 def trained_in(dtype: str, device: str) -> str:
@@ -109,7 +106,7 @@ class TrainingWay(NamedTuple):
 TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWay(True, True))  # the fastest first
 
 
-def training_memory(run: Run, way: TrainingWay) -> int:
+def training_memory(given: Conditions, way: TrainingWay) -> int:
     """Return the memory of a training step, without fixed costs.
 
     In float32 are weights, gradients and two moments; the dense model is in the dtype of the products.
@@ -117,46 +114,49 @@ def training_memory(run: Run, way: TrainingWay) -> int:
     from wanda_dvc.training.compact import BYTES  # imports torch
     from wanda_dvc.training.trainer import LOGITS_OF_SLICE
 
-    length, batch, sizes = min(RECOVERY_LENGTH, run.params.calibration.length), run.params.recovery.batch, run.sizes
+    length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
+    batch = given.params.recovery.batch
     block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
     states = (2 if way.low_memory else 4) * length * sizes.hidden * sizes.blocks
     activations = batch * (block + states if way.checkpointing else block * sizes.blocks)
     logits = batch * length * sizes.vocabulary
     if not way.low_memory:
-        return (16 + ITEMSIZE[trained_in(run.dtype, run.device)]) * sizes.parameters + activations + 24 * logits
+        return (16 + ITEMSIZE[trained_in(given.dtype, given.device)]) * sizes.parameters + activations + 24 * logits
     weights = round((ITEMSIZE["bfloat16"] + BYTES) * sizes.parameters)
     # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
     gradient = ITEMSIZE["bfloat16"] * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
     return weights + activations + gradient + max(gradient, 24 * min(logits, LOGITS_OF_SLICE))
 
 
-def fastest_way(run: Run) -> TrainingWay:
+def fastest_way(given: Conditions) -> TrainingWay:
     """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
-    ways = TRAINING_WAYS if os.environ.get("WORLD_SIZE", "1") == "1" else TRAINING_WAYS[:2]  # of `accelerate launch`
+    ways: tuple[TrainingWay, ...] = TRAINING_WAYS
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # of `accelerate launch`
+        ways = TRAINING_WAYS[:2]  # with low memory, gradients are used before processes could add them up
     for way in ways:
-        if FIXED + training_memory(run, way) <= run.free_memory:
+        if FIXED + training_memory(given, way) <= given.free_memory:
             return way
     return ways[-1]
 
 
 def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
     """Return the fastest way of training that fits the free memory. UserError if none does."""
-    run = Run(study, sizes, free(study)["memory"])
-    way = fastest_way(run)
-    need = FIXED + training_memory(run, way)
-    if need > run.free_memory:
+    given = Conditions(study, sizes, free(study)["memory"])
+    way = fastest_way(given)
+    need = FIXED + training_memory(given, way)
+    if need > given.free_memory:
         raise UserError(
-            f"recovery.tokens: found {gigabytes(run.free_memory)}, expected {gigabytes(need)} of memory; "
+            f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
             "set it to 0, or free some memory"
         )
     return way
 
 
-def _needs_of_calibrate(run: Run) -> tuple[int, int]:
-    calibration, statistics, sizes = run.params.calibration, run.params.statistics, run.sizes
-    forward = run.forward(calibration.length)
-    memory = forward.activations + forward.norms + TEXT_IN_MEMORY * run.data_size("calibration")
-    disk = 2 * run.activations(calibration.windows * calibration.length)  # before and after a block
+def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
+    calibration, statistics, sizes = given.params.calibration, given.params.statistics, given.sizes
+    forward = given.forward(calibration.length)
+    memory = forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
+    disk = 2 * given.activations(calibration.windows * calibration.length)  # before and after a block
     if "gram" in statistics:
         memory += forward.grams
         disk += triangles_size(sizes.all_input_squares)
@@ -165,86 +165,86 @@ def _needs_of_calibrate(run: Run) -> tuple[int, int]:
         tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
         gradients = tokens * sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(sizes.all_output_squares)
-        disk += (sizes.blocks + 1) * run.activations(tokens) + 2 * gradients
+        disk += (sizes.blocks + 1) * given.activations(tokens) + 2 * gradients
     return forward.weights + memory, disk
 
 
-def _needs_of_mask(run: Run) -> tuple[int, int]:
-    plan, sizes, calibration = run.params.plan, run.sizes, run.params.calibration
+def _needs_of_mask(given: Conditions) -> tuple[int, int]:
+    plan, sizes, calibration = given.params.plan, given.sizes, given.params.calibration
     disk = sizes.linear_weights // 8
     if plan.mask_solves:
         memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
     else:
         scored = sizes.largest_linear  # weights whose scores are in memory; on a CPU, each thread has as many
-        if run.device != "cuda":
+        if given.device != "cuda":
             if plan.method.selects_by_row(plan.pattern, plan.group):
                 scored = min(scored, WEIGHTS_AT_A_TIME)
             scored *= cores()
         memory = sizes.block_parameters + SELECTION * min(scored, sizes.block_parameters)
-    memory = max(memory, _trial(run))
+    memory = max(memory, _trial(given))
     if not plan.propagates and not plan.repairs:
         return memory, disk
-    forward = run.forward(calibration.length)
-    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * run.data_size("calibration")
+    forward = given.forward(calibration.length)
+    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
     if plan.mask_solves or plan.repairs:
         memory += forward.grams
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
-    itemsizes = ITEMSIZE[run.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
+    itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
     places = 2 * models  # of activations: before and after a block
     if plan.repairs:  # and between all removed blocks
         places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
-    disk += places * run.activations(calibration.windows * calibration.length)
+    disk += places * given.activations(calibration.windows * calibration.length)
     if plan.propagates and plan.reconstructs:
         disk += sizes.stored
     return forward.weights + models * memory + sizes.block_parameters * itemsizes, disk
 
 
-def _needs_of_apply(run: Run) -> tuple[int, int]:
-    memory = 9 * run.sizes.largest_linear  # its values, new values and mask
-    if "gram" in run.params.statistics:
-        memory = solving_memory(run.sizes, uses_fisher=run.params.plan.reconstructor.uses_fisher)
-    return max(memory, _trial(run)), run.sizes.stored
+def _needs_of_apply(given: Conditions) -> tuple[int, int]:
+    memory = 9 * given.sizes.largest_linear  # its values, new values and mask
+    if "gram" in given.params.statistics:
+        memory = solving_memory(given.sizes, uses_fisher=given.params.plan.reconstructor.uses_fisher)
+    return max(memory, _trial(given)), given.sizes.stored
 
 
-def _trial(run: Run) -> int:
+def _trial(given: Conditions) -> int:
     """Return the memory of the trial of a smaller model: a block in float32, and copies of weights that lose parts."""
-    sizes = run.sizes
-    return 4 * (sizes.other_parameters + 2 * sizes.block_parameters) if run.params.plan.structure else 0
+    sizes = given.sizes
+    return 4 * (sizes.other_parameters + 2 * sizes.block_parameters) if given.params.plan.structure else 0
 
 
-def _needs_of_recover(run: Run) -> tuple[int, int]:
+def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
-    way = fastest_way(run)
-    checkpoint = (BYTES if way.low_memory else 12) * run.sizes.parameters  # weights and moments
-    return training_memory(run, way), round(3 * checkpoint) + run.sizes.stored
+    way = fastest_way(given)
+    checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
+    return training_memory(given, way), round(3 * checkpoint) + given.sizes.stored
 
 
-def _needs_of_perplexity(run: Run) -> tuple[int, int]:
+def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.engine import divergence  # imports transformers
 
-    settings, forward = run.params.perplexity, run.forward(run.params.perplexity.length)
-    size = max(run.data_size(f"perplexity/{name}") for name in settings.texts)
+    settings, forward = given.params.perplexity, given.forward(given.params.perplexity.length)
+    size = max(given.data_size(f"perplexity/{name}") for name in settings.texts)
     tokens = settings.windows * settings.length if isinstance(settings.windows, int) else size // BYTES_A_TOKEN
     compared = min(
-        divergence.AT_A_TIME["cuda" if run.device == "cuda" else "cpu"], settings.length * run.sizes.vocabulary
+        divergence.AT_A_TIME["cuda" if given.device == "cuda" else "cpu"], settings.length * given.sizes.vocabulary
     )
     memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size + divergence.TEMPORARIES * compared
     memory += divergence.REFERENCE_BYTES * max(tokens // PREFERRED_CHUNKS, settings.length)  # of a chunk
-    return forward.weights + memory, 2 * run.activations(tokens) + divergence.REFERENCE_BYTES * tokens
+    return forward.weights + memory, 2 * given.activations(tokens) + divergence.REFERENCE_BYTES * tokens
 
 
-def _needs_of_zero_shot(run: Run) -> tuple[int, int]:
+def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 
-    forward = run.forward(SEQUENCE_TOKENS)
+    forward = given.forward(SEQUENCE_TOKENS)
     memory = forward.activations + forward.logits + ARGUMENTS_BYTES
-    memory = max(memory, 4 * run.sizes.block_parameters)  # a block of each kind is tried in float32
-    size = sum(run.data_size(f"tasks/{name}", ITEMS) for name in run.params.tasks.names)
-    return forward.weights + memory, 2 * run.activations(size // BYTES_A_TOKEN)
+    memory = max(memory, 4 * given.sizes.block_parameters)  # a block of each kind is tried in float32
+    size = sum(given.data_size(f"tasks/{name}", ITEMS) for name in given.params.tasks.names)
+    return forward.weights + memory, 2 * given.activations(size // BYTES_A_TOKEN)
 
 
-MEMORY_AND_DISK: dict[str, Callable[[Run], tuple[int, int]]] = {
+MEMORY_AND_DISK: dict[str, Callable[[Conditions], tuple[int, int]]] = {
     "calibrate": _needs_of_calibrate,
     "mask": _needs_of_mask,
     "apply": _needs_of_apply,

@@ -57,7 +57,8 @@ class CompactAdamW(torch.optim.Optimizer):
         group["step"] += 1
         generator = torch.Generator(parameter.device)
         generator.manual_seed(group["step"] * len(self.param_groups) + index)  # after a resume, the same numbers
-        mean_weight, square_weight = (1 - beta ** group["step"] for beta in (BETA_1, BETA_2))  # of the steps so far
+        # As AdamW divides the moments, which begin at 0.
+        mean_correction, square_correction = (1 - beta ** group["step"] for beta in (BETA_1, BETA_2))
         weights, gradients = parameter.detach().view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
         size = UPDATED_AT_A_TIME[parameter.device.type]
         for start in range(0, len(weights), size):
@@ -71,8 +72,8 @@ class CompactAdamW(torch.optim.Optimizer):
             mean = decode(part["mean"], part["mean_scale"]).lerp_(gradient, 1 - BETA_1)
             square = decode(part["square"], part["square_scale"]).mul_(BETA_2)
             square.addcmul_(gradient, gradient, value=1 - BETA_2)
-            root = square.div(square_weight).sqrt_().add_(EPSILON)
-            value.addcdiv_(mean, root, value=-group["lr"] / mean_weight)
+            root = square.div(square_correction).sqrt_().add_(EPSILON)
+            value.addcdiv_(mean, root, value=-group["lr"] / mean_correction)
             rounded, next_bits = split(value)
             weight.copy_(rounded.view(-1)[: len(weight)])
             part["next_bits"].copy_(next_bits)

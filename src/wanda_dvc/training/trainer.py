@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -65,11 +65,12 @@ def sliced_divergence(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch len
         return total + mean_divergence(dense_logits, logits) * hidden.shape[1]
 
     positions = max(1, LOGITS_OF_SLICE // pruned.get_output_embeddings().weight.shape[0])
-    dense_slices, slices = (
-        x.last_hidden_state.reshape(1, input_ids.numel(), -1).split(positions, dim=1) for x in (dense_outputs, outputs)
-    )
+
+    def slices_of(outputs: Any) -> Sequence[Tensor]:
+        return outputs.last_hidden_state.reshape(1, input_ids.numel(), -1).split(positions, dim=1)
+
     total = torch.zeros((), device=input_ids.device)
-    for dense_hidden, hidden in zip(dense_slices, slices, strict=True):
+    for dense_hidden, hidden in zip(slices_of(dense_outputs), slices_of(outputs), strict=True):
         total = recompute(add_slice, total, dense_hidden, hidden, use_reentrant=False, preserve_rng_state=False)
     return total / input_ids.numel()
 
@@ -83,7 +84,7 @@ def logits_after(model: Any, outputs: Any) -> Float[Tensor, "1 positions vocabul
         calls.append(outputs)
         return outputs
 
-    decoder.forward = return_outputs
+    decoder.forward = return_outputs  # on this object; its class has the method
     try:
         logits = model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
     finally:
@@ -210,7 +211,7 @@ def train(
     logging.set_verbosity_error()
     divergence = sliced_divergence if low_memory else divergence_of_windows
     if low_memory:
-        keep_freed_memory(2**22)  # larger ones would leave holes that no gradient fits in
+        keep_freed_memory(2**22)  # bytes; larger freed tensors would leave holes that no gradient fits in
     model = load_for_training(pruned, dtype if low_memory else torch.float32, device)
     dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
