@@ -415,7 +415,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rows of all": (
         "dbrx",
         {"d_model": 32, "n_heads": 4, "n_layers": 3, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4}}
-        | {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+        | {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
         "ffn.experts.mlp.w1 belongs to no linear, and is larger than any",
     ),
     "one block twice": (
@@ -470,9 +470,9 @@ BLOCKS_OF_THEIR_OWN: dict[str, tuple[str, dict[str, Any]]] = {
     # Blocks return something else beside the hidden states, which the next one is given.
     "zaya": (MORE, {"num_experts": 4, "head_dim": 8}),
     "xlstm": (MORE, {"num_heads": 2, "num_blocks": 3}),
-    "xlnet": (r"block 0 hidden states of \[3, 1, 32\], exp", {"d_inner": 48, "d_model": 32, "n_head": 4, "n_layer": 3}),
+    "xlnet": (r"block 0 hidden states of \[2, 1, 32\], exp", {"d_inner": 48, "d_model": 32, "n_head": 4, "n_layer": 3}),
     # A rule of transformers for its first checkpoint's names matches `model.norm.weight` too.
-    "deepseek_v4": (r"hidden states of \[1, 3, 4, 32\], exp", {"head_dim": 16, "o_groups": 2, "n_routed_experts": 4}
+    "deepseek_v4": (r"hidden states of \[1, 2, 4, 32\], exp", {"head_dim": 16, "o_groups": 2, "n_routed_experts": 4}
                     | {"mlp_layer_types": ["moe"] * 3, "layer_types": ["sliding_attention"] * 3}),
     "xmod": ("forward pass fails .*Input language unknown", {}),
     "inkling_text": ("shared_experts.0.gate_proj: the model does not multiply",  # one, in three dimensions

@@ -273,7 +273,7 @@ class Decoder:
 
     def _positions_at_a_time(self, length: int) -> Iterator[slice]:
         size = max(1, LOGITS_AT_A_TIME // self.sizes.vocabulary)
-        size = min(size, max_positions(self.checkpoint.config) or size)  # some models look positions up in the head too
+        size = min(size, max_positions(self.model.config) or size)  # some models look positions up in the head too
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))
 
