@@ -128,12 +128,13 @@ def test_more_steps_never_hurt():
 
 
 @pytest.mark.parametrize(("damping", "output_damping"), [(0.01, 1.0), (0.1, 3.0)])
-def test_fisher_least_squares_solves_the_normal_equations(damping, output_damping):
+def test_fisher_least_squares_solves_the_normal_equations(monkeypatch, damping, output_damping):
     """All rows at once, with numpy in float64, by the Kronecker product of both matrices."""
     weight, gram = problem(out=6, features=20)
     keep, s = wanda(weight, gram), of_gradients(6).double().numpy()
-    factors, words = GramFactors(gram, damping=damping), {"steps": 300, "output_damping": output_damping}
-    solved = fisher_least_squares(weight, keep, factors, of_gradients(6), **words)
+    factors = GramFactors(gram, damping=damping)
+    monkeypatch.setattr(solvers, "OUTPUT_DAMPING", output_damping)
+    solved = fisher_least_squares(weight, keep, factors, of_gradients(6), steps=300)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
     s = s + output_damping * np.diag(np.diag(s))
@@ -186,7 +187,7 @@ def test_dead_features_do_not_slow_fisher_least_squares_down():
     torch.testing.assert_close(found, locked, rtol=1e-3, atol=1e-4)
 
 
-def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
+def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows(monkeypatch):
     weight, gram = problem()
     keep, prepared = wanda(weight, gram), GramFactors(gram)
     plain = least_squares(weight, keep, prepared)
@@ -196,7 +197,9 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
         assert stays.diagnostics == plain.diagnostics | {"step_size": 0}
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(2))
     x[:, 0] = x[:, 1:].sum(1)  # whatever row 0 gets wrong, the others can make up for, and they have large errors then
-    solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300, output_damping=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "OUTPUT_DAMPING", 1e-6)
+        solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300)
     assert 0 < (solved.step_size or 0) < 1
     error, by_mask = layer_errors(weight, [solved.weight, weight * keep], gram)
     assert error == pytest.approx(by_mask, rel=1e-5)
@@ -253,11 +256,12 @@ def paper_sparsegpt(weight, gram, sparsity, pattern, damping=0.01, block=128):
 @pytest.mark.parametrize(
     ("pattern", "sparsity"), [(None, HALF), (None, Fraction("0.75")), ((2, 4), HALF), ((4, 8), HALF)]
 )
-def test_sparsegpt_is_the_papers_algorithm(pattern, sparsity):
+def test_sparsegpt_is_the_papers_algorithm(monkeypatch, pattern, sparsity):
+    monkeypatch.setattr(solvers, "SWEEP_PANEL", 16)
     weight, gram = problem(out=8, features=64)
     keep, expected = paper_sparsegpt(weight, gram, sparsity, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
-    mask = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear", columns=16)
+    mask = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear")
     assert np.array_equal(mask.numpy(), keep)
     solved = sparsegpt_update(weight, mask, GramFactors(gram))
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
@@ -437,10 +441,11 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
 
 
 @pytest.mark.parametrize("group", ["row", "linear"])
-def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
+def test_sparsegpts_counts_are_exact_over_all_blocks_together(monkeypatch, group):
     """⌊16 · 0.37⌋ of each block would be too few."""
+    monkeypatch.setattr(solvers, "SWEEP_PANEL", 16)
     weight, gram = problem()
-    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group, columns=16)
+    keep = sparsegpt(weight, GramFactors(gram), sparsity=Fraction("0.37"), group=group)
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 

@@ -37,10 +37,10 @@ class Method(Choice):
     paper: str  # a link in Markdown
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
-    # "": the package of a stored method is not installed; a call raises UserError.
+    # "": the package that has it is not installed.
     function: str
-    # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix. A method
-    # that needs the Gram matrix is a solver: it returns the mask, because it changes weights before all are chosen.
+    # What it reads beside the weights: nothing, an InputStats, or for a solver the Gram matrix. A solver returns a mask
+    # because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram"]
     # The pattern whose units the function scores, from an expert's TokenSum or a BlockStats; "": it scores weights.
     pattern: Literal["", "experts", "blocks"] = ""

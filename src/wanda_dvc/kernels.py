@@ -5,7 +5,6 @@ a thousand rows at 220 GFLOP/s, oneDNN at 500. On two cores of a Zen 4, a stage 
 oneDNN for other dtypes. Only the last digits differ.
 """
 
-import contextlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ SMALLEST_WEIGHT = 2**16  # elements of a weight; for smaller weights the call co
 @lru_cache(maxsize=1)
 def is_faster() -> bool:
     """Whether oneDNN is faster on this CPU model. No timing decides, so that results are reproducible."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    with contextlib.suppress(OSError):
-        return torch.cpu._is_avx512_supported() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return False
+    cpu = Path("/proc/cpuinfo")
+    has_libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    has_avx512 = has_libraries and cpu.exists() and torch.cpu._is_avx512_supported()
+    return has_avx512 and "AuthenticAMD" in cpu.read_text(encoding="utf-8")
 
 
 def uses_onednn(a: Tensor, b: Tensor) -> bool:

@@ -297,9 +297,6 @@ class Params(_Section):
                     split = f", {measured.chosen.split}" if measured.chosen.split else ""
                     problem = f"found the text that perplexity is measured on ({measured.source}{split})"
                     yield f"{setting}.text: {problem}, expected another; change its source or split"
-        repeated = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
-        if repeated:
-            yield f"tasks.names: found {', '.join(repeated)} twice, expected each task once"
         device, ray = self.runtime.device, self.runtime.ray
         if ray is not None and device not in ("auto", "cpu", "cuda"):
             yield f"runtime.device: found {device} with runtime.ray {ray}, expected auto, cpu or cuda"
@@ -348,9 +345,7 @@ def _problem(problem: Any) -> str:
     if kind == "missing":
         return f"{where}: missing"
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
-    if kind in ("model_type", "dict_type"):
-        expected = "settings, a name and a value each"
-    elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
+    if kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
         expected = _meaning(problem["loc"])
     value = problem["input"]
     if isinstance(value, str | bool | None):  # as YAML writes it, with the code of a character that is not visible

@@ -59,10 +59,7 @@ class Gram:
         return matrix.add_(matrix.triu(1).T)
 
     def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
-        """Return the upper triangle by row, float32, every feature divided by `norm`.
-
-        No second matrix is in memory: 2 · in² bytes for the triangle, and about 1 · in² for a panel.
-        """
+        """Return the upper triangle by row, float32, divided by `norm`: 2 · in² bytes, and 1 · in² for a panel."""
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
         for rows, numbers, mask in _panels_of_triangle(self.upper):
@@ -76,10 +73,7 @@ class Gram:
     def from_triangle(
         cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
     ) -> "Gram":
-        """Return the statistics whose triangle this is, scaled if there is a norm, as exact as its dtype held them.
-
-        Memory in bytes: 8 · in² for the result, and about ½ · in² for a panel.
-        """
+        """Return the statistics whose triangle this is, divided by `norm`: 8 · in² bytes, and ½ · in² for a panel."""
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
         upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
         for rows, numbers, mask in _panels_of_triangle(upper):

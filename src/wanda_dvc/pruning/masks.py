@@ -12,10 +12,10 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import Gram, row_slices
+from wanda_dvc.pruning.gram import Gram, Weight, row_slices
 from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_highest, select
-from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
 
@@ -54,10 +54,10 @@ def choose_block(
 def choose_linear(
     linear: str, weight: Tensor, x: InputStats | GramFactors | None, stats: BlockStats, rule: MaskRule
 ) -> Tensor:
-    """Return the mask of one linear, oriented as its weight is stored; True is kept.
+    """Return the mask of one linear, oriented as its weight is stored.
 
-    `x` is what the method reads of the linear's input: its norms, or for a solver its factored Gram matrix; None for a
-    solver's input without tokens. UserError if the pattern does not fit the linear, or a score is not finite.
+    `x` is the input's norms, or for a solver its Gram matrix, None without tokens. UserError if the pattern does not
+    fit the linear, or a score is not finite.
     """
     if keeps_all(linear, rule.pattern, rule.units):
         return torch.ones(weight.shape, dtype=torch.bool)
@@ -108,16 +108,11 @@ def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
 
 
 def choose_by_score(
-    weight: Float[Tensor, "out in"],
-    x: InputStats,
-    rule: MaskRule,
-    row_factors: Float[Tensor, " out"] | None = None,
-    linear: str = "weight",
-) -> Bool[Tensor, "out in"]:
+    weight: Weight, x: InputStats, rule: MaskRule, row_factors: Float[Tensor, " out"] | None = None, linear: str = ""
+) -> Mask:
     """Return the mask of the highest scores, on the weight's device; `row_factors` multiply the scores of each row.
 
-    Where rows do not compete, a slice of rows is scored at a time: memory does not grow with the linear.
-    UserError, with the linear's name, if a score is not finite.
+    Rows that do not compete are scored in slices: memory does not grow with the linear.
     """
     sparsity = linear_sparsity(rule.sparsity, linear)
     by_row = rule.method.selects_by_row(rule.pattern, rule.group) and row_factors is None
@@ -129,11 +124,7 @@ def choose_by_score(
 
 
 def scores_of(
-    weight: Float[Tensor, "out in"],
-    x: InputStats,
-    method: Method,
-    row_factors: Float[Tensor, " out"] | None,
-    linear: str,
+    weight: Weight, x: InputStats, method: Method, row_factors: Float[Tensor, " out"] | None, linear: str
 ) -> Float[Tensor, "out in"]:
     """Return a method's scores times the row factors. UserError if they are not finite, or of another shape."""
     score = method(weight, x.to(weight.device))

@@ -57,11 +57,10 @@ def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, 
 
 
 def kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
-    """Return the k-th lowest score of each row, on a CPU by numpy's vectorized partition.
+    """Return the k-th lowest score of each row, on a CPU by numpy's partition: 5 times as fast as kthvalue.
 
-    It is 5 times as fast as kthvalue and 18 times as fast as a sort. Non-negative floats sort like their bit patterns,
-    and partitioning the bit patterns is nearly twice as fast. A GPU's kthvalue uses one thread block a row: many rows
-    fill the device, and one row does not.
+    Non-negative floats sort like their bit patterns, whose partition is nearly twice as fast. A GPU's kthvalue uses one
+    thread block a row: many rows fill the device, and one row does not.
     """
     if score.device.type != "cpu":
         return kth_by_bits(score, k) if len(score) == 1 else torch.kthvalue(score, k, dim=1, keepdim=True).values

@@ -1,12 +1,11 @@
 """Solvers: compute masks, or weights on a mask, with a small layer error tr(ΔGΔᵀ), Δ = W − Ŵ, from a Gram matrix G.
 
-On the host, matrix products and single-threaded LAPACK calls on panels of 128 rows compute the factors of G. LAPACK's
-last digits depend on the number of threads. Products do not if all sizes are multiples of 64, as in most models. For
-such models, masks and weights do not depend on the number of threads.
+On the host, G is factored by matrix products and single-threaded LAPACK calls on panels of 128 rows. So results do not
+depend on the number of threads if all sizes are multiples of 64, as in most models.
 
-Solvers compute in float32 on the weight's device, in slices of 256 rows (16,384 on an accelerator), or all rows at once
-if rows compete. Peak memory in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in
-for the result, and 40 per weight of a slice.
+Solvers compute in float32 on the weight's device, in slices of rows, or all rows at once if rows compete. Peak memory
+in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in for the result, and 40 per
+weight of a slice.
 """
 
 import contextlib
@@ -28,20 +27,21 @@ from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m
 
 Mask = Bool[Tensor, "out in"]  # True is kept
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache
-SPARSEGPT_COLUMNS = 128  # of a panel
+SWEEP_PANEL = 128  # inputs of a panel of SparseGPT's sweep
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 LARGEST_DAMPING = 1e6
 PENALTY, ITERATIONS, ADMM_DAMPING = 1.0, 15, 0.1  # of ADMM: ρ, updates of the mask, damping
+OUTPUT_DAMPING = 1.0  # of Fisher least squares: of the Gram matrix of gradients, whose diagonal is scaled to 1
 
 
 class GramFactors:
     """A Gram matrix G with its factors, each computed once for all linears that read the input.
 
-    A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it is
-    uncorrelated with them. Its weights are pruned first; kept ones do not change.
+    A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others. Its weights
+    are pruned first; kept ones do not change.
 
-    Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the matrix is positive
-    definite. Each comes with its damping. A factor raises UserError if no damping makes it possible.
+    Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the factor exists. Each
+    comes with its damping. UserError if no damping makes it possible.
     """
 
     def __init__(self, gram: Square, name: str = "Gram matrix", damping: float = 0.01) -> None:
@@ -103,8 +103,8 @@ def least_squares(
 ) -> SolverResult:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ).
 
-    Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
-    Damping pulls weights towards the dense ones. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall.
+    Conjugate gradients with Jacobi's preconditioner, from the masked dense weights. A row keeps its dense values if its
+    tr(ΔGΔᵀ) does not fall.
     """
     matrix, scale, damping = factors.preconditioned
 
@@ -118,23 +118,17 @@ def least_squares(
 
 
 def fisher_least_squares(
-    weight: Weight,
-    mask: Mask,
-    factors: GramFactors,
-    gradient_gram: Float[Tensor, "out out"] | None,
-    *,
-    steps: int,
-    output_damping: float = 1.0,
+    weight: Weight, mask: Mask, factors: GramFactors, gradient_gram: Float[Tensor, "out out"] | None, *, steps: int
 ) -> SolverResult:
     """Return weights V on a mask with a small tr(S(W−V)(G+λI)(W−V)ᵀ), S the Gram matrix of the output's gradients.
 
     The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
     van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` treats outputs as equal and independent; here rows
-    compensate for one another. S is scaled to a diagonal of 1, plus `output_damping`, because few windows measure S.
+    compensate for one another. S is scaled to a diagonal of 1, plus 1, because few windows measure S.
 
     Conjugate gradients for all rows together, from the weights of `least_squares`, which are the result without
-    gradients, as in an expert without tokens. The step is shortened if tr(ΔGΔᵀ) would exceed the masked dense weights'
-    error. Peak memory in bytes, in addition to the module's: 8 · out² for S, and 40 for each weight of the linear.
+    gradients. The step is shortened if tr(ΔGΔᵀ) would exceed the masked dense weights' error. Peak memory in bytes, in
+    addition to the module's: 8 · out² for S, and 40 for each weight of the linear.
     """
     plain = least_squares(weight, mask, factors)
     if gradient_gram is None:
@@ -143,7 +137,7 @@ def fisher_least_squares(
     # Scales S to a diagonal of 1; a row without gradients keeps its scale.
     row_scale = gradient_gram.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]
     coupled = gradient_gram * row_scale * row_scale.T
-    coupled.diagonal().fill_(1 + output_damping)
+    coupled.diagonal().fill_(1 + OUTPUT_DAMPING)
     scale = row_scale * input_scale
     start = plain.weight / scale
 
@@ -176,13 +170,7 @@ def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, 
 
 
 def sparsegpt(
-    weight: Weight,
-    factors: GramFactors,
-    *,
-    sparsity: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    columns: int = SPARSEGPT_COLUMNS,
+    weight: Weight, factors: GramFactors, *, sparsity: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> Mask:
     """Return SparseGPT's mask. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
@@ -193,19 +181,24 @@ def sparsegpt(
 
     Deviation: exact counts instead of a threshold with its ties.
     """
+    root, _ = factors.inverse_root
     n_of_m = parse_pattern(pattern)
-    if n_of_m:
-        columns = max(1, columns // n_of_m[1]) * n_of_m[1]
 
     def choose(score: Weight, begin: int) -> Mask:
-        return keep_n_of_m(score, *n_of_m) if n_of_m else _panel_mask(score, begin, sparsity, group)
+        if n_of_m:
+            return keep_n_of_m(score, *n_of_m)
+        end = begin + score.shape[1]
+        groups = score if group == "row" else score.reshape(1, -1)
+        size = groups.shape[1]
+        per_input = size // (end - begin)  # weights of a group at one input
+        pruned = count_removed(per_input * end, sparsity) - count_removed(per_input * begin, sparsity)
+        return keep_highest(groups, size - pruned).view(score.shape)
 
-    root, _ = factors.inverse_root
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     rows_compete = not n_of_m and group != "row"
     for rows in row_slices(weight, len(weight) if rows_compete else ROWS_AT_A_TIME):
         w = weight[rows].float().masked_fill(factors.dead, 0)
-        _sweep(w, mask[rows], root, columns, choose, n_of_m[1] if n_of_m else columns)
+        _sweep(w, mask[rows], root, choose, n_of_m[1] if n_of_m else SWEEP_PANEL)
     return mask
 
 
@@ -214,53 +207,38 @@ def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> Solver
     root, damping = factors.inverse_root
 
     def solve(w: Weight, mask: Mask) -> Weight:
-        v = _sweep(w.masked_fill(factors.dead, 0), mask, root, SPARSEGPT_COLUMNS)
+        v = _sweep(w.masked_fill(factors.dead, 0), mask, root)
         return torch.where(factors.dead, w, v) * mask
 
     return _solve_slices(weight, mask, factors, damping, solve)
 
 
 def _sweep(
-    weight: Weight,
-    mask: Mask,
-    root: Square,
-    columns: int,
-    choose: Callable[[Weight, int], Mask] | None = None,
-    chosen_at_a_time: int = 1,
+    weight: Weight, mask: Mask, root: Square, choose: Callable[[Weight, int], Mask] | None = None, inputs: int = 1
 ) -> Weight:
     """Return the weights of SparseGPT's sweep, which are valid on the mask.
 
-    The mask is given, or `choose` returns that of the next `chosen_at_a_time` inputs: from their scores, and the number
-    of the first one.
+    The mask is given, or written for some `inputs` at a time: `choose` returns it for the scores of these inputs and
+    the number of the first one.
     """
     w = weight.T.contiguous()  # [in, out]: an input's weights lie together
-    for begin in range(0, len(w), columns):
-        end = min(begin + columns, len(w))
+    size = max(1, SWEEP_PANEL // inputs) * inputs
+    for begin in range(0, len(w), size):
+        end = min(begin + size, len(w))
         panel = w[begin:end]
         panel_mask = mask[:, begin:end].T.contiguous()
         diagonal = root.diagonal()[begin:end, None]
         errors = torch.empty_like(panel)
         for j in range(end - begin):
-            if choose and j % chosen_at_a_time == 0:
-                chosen = slice(j, j + chosen_at_a_time)
-                score = (panel[chosen] / diagonal[chosen]).square_().T.contiguous()
-                panel_mask[chosen] = choose(score, begin + j).T
+            if choose and j % inputs == 0:
+                score = (panel[j : j + inputs] / diagonal[j : j + inputs]).square_().T.contiguous()
+                panel_mask[j : j + inputs] = choose(score, begin + j).T
             torch.div(panel[j].masked_fill(panel_mask[j], 0), diagonal[j], out=errors[j])
             panel[j:].addr_(root[begin + j, begin + j : end], errors[j], alpha=-1)
         w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
         if choose:
             mask[:, begin:end] = panel_mask.T
     return w.T
-
-
-def _panel_mask(score: Weight, begin: int, sparsity: Fraction, group: str) -> Mask:
-    """Keep the highest scores of a panel; with the panels before it, ⌊size · sparsity⌋ of each group are pruned."""
-    end = begin + score.shape[1]
-    groups = score if group == "row" else score.reshape(1, -1)
-    size = groups.shape[1]
-    per_input = size // (end - begin)  # weights of a group at one input
-    pruned = count_removed(per_input * end, sparsity) - count_removed(per_input * begin, sparsity)
-    return keep_highest(groups, size - pruned).view(score.shape)
 
 
 def admm(

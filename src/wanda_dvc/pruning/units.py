@@ -1,8 +1,7 @@
 """Units that are removed completely: the choice of the kept ones, and the best values of the kept weights.
 
 A unit is some inputs of one linear, its consumer: a neuron is one input of the MLP's last linear, a group of heads some
-neighbouring inputs of attention's last linear. Without its inputs a unit has no effect, so the weights that compute it
-can be removed too.
+neighbouring inputs of attention's last linear. The weights that compute these inputs are then removed too.
 """
 
 from collections.abc import Sequence
@@ -123,15 +122,12 @@ def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -
 def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
-    With r the removed inputs and k the kept ones: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
-    Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall.
+    With r the removed inputs and k the kept ones: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹. A row keeps its dense values if
+    its tr(ΔGΔᵀ) does not fall.
     """
     kept, kept_rows = mask.any(dim=0), mask.any(dim=1)
     w = weight.float()
     start = w * mask
-    dead = int(factors.dead.sum())
-    if kept.all():
-        return SolverResult(start, len(w), dead, factors.damping, False)
     inverse, damping = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()
@@ -139,4 +135,4 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     solved[~kept_rows] = 0
     new = torch.empty_like(start)
     unchanged = write_better_rows(w, start, solved, factors, new)
-    return SolverResult(new, unchanged, dead, damping, damping > factors.damping)
+    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
