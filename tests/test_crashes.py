@@ -180,9 +180,8 @@ def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, mo
     target = tmp_path / "made"
     write(target, OLD)
     monkeypatch.setattr(Path, "rename", two_file_systems(target))
-    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)) as raised:
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
         publish(Study(tmp_path), [target], NEW)
-    assert explain(raised.value)[0].startswith(f"{target}: cannot be moved (Invalid cross-device link); remove it")
     assert (tree(target), NEW) == (OLD, tree(Work(Study(tmp_path).work_path({"of": str(NEW)})).out))
 
 

@@ -14,7 +14,7 @@ NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 # In messages of Python, torch's CPU allocator and GPUs; the system refuses threads for want of memory.
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|can't start new thread")
 RUN_AGAIN = "run the command again: the earlier output and finished work are kept"
-FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
+FIX_NOT_FINITE = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 # Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray"}
 
@@ -70,8 +70,6 @@ def explain(error: Exception) -> tuple[str, ...]:
             f"memory: {text or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, or use {remedy}; in "
             "`calibrate` and `perplexity` also shorter windows"
         )
-    elif system_error is not None and number == errno.EXDEV:  # a container's image has the earlier artifact
-        problem = f"{system_error.filename}: cannot be moved ({text}); remove it and run the command again"
     elif number in NO_PLACE:
         expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
         problem = f"{place}: {text}, expected {expected}; change it or name another, and {RUN_AGAIN}"

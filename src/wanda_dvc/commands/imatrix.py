@@ -39,11 +39,10 @@ def write_imatrix(study: Study, target: Path) -> str:
         raise UserError("stats/norms: found another calibration than the masks have, expected theirs; run `dvc repro`")
     is_smaller, blocks = Plan.from_dict(masks["params"]).structure is not None, block_count(study.stats, "calibrate")
     arch, names_of = names_in_gguf(read_config(study.model("dense")).get_text_config().model_type, blocks)
-    squares, tokens = defaultdict[str, list[Array]](list), defaultdict[str, list[int]](list)  # of each expert, or one
-    for linear, linear_squares, linear_tokens in _kept_inputs(study, blocks, is_smaller=is_smaller):
+    inputs = defaultdict[str, list[tuple[Array, int]]](list)  # by weight: one, or one of each expert
+    for linear, squares, count in _kept_inputs(study, blocks, is_smaller=is_smaller):
         for name in names_of(linear):
-            squares[f"{name}.weight"].append(linear_squares)
-            tokens[f"{name}.weight"].append(linear_tokens)
+            inputs[f"{name}.weight"].append((squares, count))
 
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(target, arch)
@@ -51,14 +50,15 @@ def write_imatrix(study: Study, target: Path) -> str:
     writer.add_array("imatrix.datasets", [stats["text"]["source"]])
     writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
     writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
-    for name in sorted(squares):
-        writer.add_tensor(f"{name}.in_sum2", np.stack(squares[name]).astype(np.float32))
-        writer.add_tensor(f"{name}.counts", np.array(tokens[name], np.float32)[:, None])
+    for name in sorted(inputs):
+        sums, counts = zip(*inputs[name], strict=True)
+        writer.add_tensor(f"{name}.in_sum2", np.stack(sums).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.array(counts, np.float32)[:, None])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return f"the importance matrix of {len(squares)} weights, for `llama-quantize --imatrix`"
+    return f"the importance matrix of {len(inputs)} weights, for `llama-quantize --imatrix`"
 
 
 def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tuple[str, Array, int]]:
@@ -67,9 +67,7 @@ def _kept_inputs(study: Study, blocks: int, *, is_smaller: bool) -> Iterator[tup
     for block in range(blocks):
         stats, masks = read_stats(study.stats, block), read_masks(study.masks, block)
         inputs_of = stats.by_linear
-        kept = list(masks)
-        if is_smaller:  # without the linears of a removed expert or block
-            kept = [linear for linear in masks if masks[linear].any()]
+        kept = [linear for linear in masks if not is_smaller or masks[linear].any()]  # a removed expert has none
         for linear in kept:
             squares = inputs_of[linear].sum_squares
             if is_smaller:

@@ -22,7 +22,7 @@ from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden, States, TokenSequence, cut_into_chunks
 from wanda_dvc.engine.sums import BlockRecord, FisherSums, InputSums, check_finite
-from wanda_dvc.errors import FIX, UserError, is_out_of_memory, notice
+from wanda_dvc.errors import FIX_NOT_FINITE, UserError, is_out_of_memory, notice
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
@@ -100,7 +100,7 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     if recorder is None:
         return InputSums(is_finite=is_finite)
     if not is_finite:
-        raise UserError(f"{model.checkpoint}: block {block.index}: activations that are not finite; {FIX}")
+        raise UserError(f"{model.checkpoint}: block {block.index}: activations that are not finite; {FIX_NOT_FINITE}")
     # The squares of finite activations may still overflow.
     squares = {name: stats.sum_squares for name, stats in recorder.sums.stats.items()}
     check_finite(squares, f"block {block.index}, input", "sums of squares")

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from wanda_dvc.engine.structure import Linear, unsupported
-from wanda_dvc.errors import FIX, UserError
+from wanda_dvc.errors import FIX_NOT_FINITE, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
@@ -111,7 +111,7 @@ def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:
     finite = torch.stack([x.isfinite().all() for x in sums.values()]).tolist() if sums else []
     for name, is_finite in zip(sums, finite, strict=True):
         if not is_finite:
-            raise UserError(f"{where} of {name}: {what} that are not finite; {FIX}")
+            raise UserError(f"{where} of {name}: {what} that are not finite; {FIX_NOT_FINITE}")
 
 
 def merge_by_name(totals: dict[str, Sums], sums: Mapping[str, Sums]) -> None:

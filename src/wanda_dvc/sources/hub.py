@@ -1,7 +1,6 @@
 """The Hub, and a mirror with its layout. A revision is resolved once, to a commit, whose files or rows are fetched."""
 
 import contextlib
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,7 @@ class Repository:
         """Fetch some of its files into `target`; resume partial files of an interrupted run."""
         from huggingface_hub import snapshot_download
 
-        if not sys.stderr.isatty():  # on a terminal the client shows progress bars
-            notice(f"{self.name} at {self.commit[:12]}: fetching {', '.join(files)}")
+        notice(f"{self.name} at {self.commit[:12]}: fetching {', '.join(files)}")
         with _user_errors(self.where, self.name):
             snapshot_download(
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)

@@ -46,14 +46,13 @@ def list_revisions(root: Path) -> list[Json]:
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-branches", "--all-tags"]
     for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
         command += ["--rev", commit]
-    try:
-        shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["no message"]
+    shown = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
+    if shown.returncode:
+        problem = shown.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
         raise UserError(
-            f"{root}: DVC can't list its experiments ({lines[-1].removeprefix('ERROR: ')}); see `dvc queue status`: "
-            "`dvc queue kill NAME` clears one that was killed and still counts as running"
-        ) from None
+            f"{root}: DVC can't list its experiments ({problem}); see `dvc queue status`: `dvc queue kill NAME` clears "
+            "one that was killed and still counts as running"
+        )
     records: list[Json] = json.loads(shown.stdout)
     return records
 

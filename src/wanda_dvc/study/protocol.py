@@ -5,7 +5,7 @@ from pathlib import Path
 from wanda_dvc.study.artifact import digest, files_digest
 from wanda_dvc.study.files import Json
 
-# Keys in which comparable figures may differ. Of a text its tokens count, which are another key.
+# Keys in which comparable figures may differ: texts count by their tokens, which are another key.
 MAY_DIFFER = ("model", "reference", "wanda_dvc", "text")
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 

@@ -8,14 +8,12 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from copy import copy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
@@ -76,7 +74,7 @@ def init(
     folder.mkdir(parents=True, exist_ok=True)
     if git_root is None:
         git(folder, "init", "--quiet", check=True)
-    init_repository(folder, inside=git_root is not None and git_root != folder.resolve())
+    init_repository(folder, inside=git_root not in (None, folder.resolve()))
     _write_files(folder, text)
     if study and (study / "dvc.lock").is_file():
         _copy_results(study, folder)
@@ -114,13 +112,6 @@ def renew(folder: Path, settings: Settings) -> None:
     write_text(folder / ".dvc/config.local", LOCAL_CONFIG)  # `init --from` does not copy it
 
 
-class _Representer(RoundTripRepresenter):
-    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
-
-
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-
 def change_settings(path: Path, changes: Settings) -> None:
     """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
     _, text = changed(path.read_text(encoding="utf-8"), changes)
@@ -135,7 +126,9 @@ def new_params(*changes: Settings) -> tuple[Params, str]:
 def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     """Return the settings and the text of a params.yaml with nested changes. UserError if a setting is wrong."""
     yaml = YAML()
-    yaml.Representer = _Representer
+    yaml.representer.add_representer(  # ruamel's own writes nothing for null
+        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     yaml.width = 2**16  # long comments stay on their lines
     content = parse_yaml(text, "params.yaml", "correct it, or restore it from git", yaml)
     for change in changes:
@@ -158,25 +151,22 @@ def source_settings(model: str | None, calibration: str | None) -> Settings:
     """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere."""
     settings: Settings = {}
     if model is not None:
-        settings["model"] = _absolute(model, "a directory of safetensors", Path.is_dir)
+        settings["model"] = _absolute(model, is_text=False)
     if calibration is not None:
-        source = calibration if calibration in TEXTS else _absolute(calibration, "a .txt or .jsonl file", _is_text_file)
+        source = calibration if calibration in TEXTS else _absolute(calibration, is_text=True)
         settings |= {"calibration.text.source": source, "calibration.text.split": None}
     return settings
 
 
-def _is_text_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in TEXT_SUFFIXES
-
-
-def _absolute(source: str, expected: str, is_expected: Callable[[Path], bool]) -> str:
+def _absolute(source: str, *, is_text: bool) -> str:
     """Return a source as params.yaml names it. A path of this machine precedes a Hub id of the same name."""
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
-    if is_expected(path):
+    if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
         return str(path.resolve())
     is_in_folder = "/" in source and "@" not in source and path.parent.is_dir()
     is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES or is_in_folder
     if is_path or os.path.lexists(path):
+        expected = "a .txt or .jsonl file" if is_text else "a directory of safetensors"
         hub = f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
         raise UserError(f"{path.absolute()}: missing, or not {expected}; name one of this machine{hub}")
     return source
