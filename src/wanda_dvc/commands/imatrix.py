@@ -51,8 +51,8 @@ def write_imatrix(study: Study, target: Path) -> str:
     writer.add_uint32("imatrix.chunk_count", stats["params"]["windows"])
     writer.add_uint32("imatrix.chunk_size", stats["params"]["length"])
     for name in sorted(inputs):
-        sums, counts = zip(*inputs[name], strict=True)
-        writer.add_tensor(f"{name}.in_sum2", np.stack(sums).astype(np.float32))
+        counts = [count for _, count in inputs[name]]
+        writer.add_tensor(f"{name}.in_sum2", np.stack([squares for squares, _ in inputs[name]]).astype(np.float32))
         writer.add_tensor(f"{name}.counts", np.array(counts, np.float32)[:, None])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
