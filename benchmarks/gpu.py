@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 from checkpoints import CONFIGS, make_checkpoint
+from estimates import requirements
 from origin import HERE, ROOT, origin, read_rows, write_row
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ from wanda_dvc.machine import processor
 from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages import STAGES, process, run
-from wanda_dvc.stages.needs import TRAINING_WAYS, requirements
+from wanda_dvc.stages.needs import TRAINING_WAYS
 from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings, new_params

@@ -76,11 +76,12 @@ def sampled() -> Iterator[list[int]]:
 def measure(root: Path, stage: str, part: str) -> dict[str, float]:
     """Run one stage in this process; return its peak above the imports' memory, and the formula's bound."""
     import torch
+    from estimates import requirements
 
     from wanda_dvc.engine.memory import ModelSizes
     from wanda_dvc.machine import cores
     from wanda_dvc.stages import run
-    from wanda_dvc.stages.needs import Conditions, requirements
+    from wanda_dvc.stages.needs import Conditions
     from wanda_dvc.study.folder import Study
 
     study = Study(root)

@@ -10,11 +10,13 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from estimates import requirements
+
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.memory import ModelSizes, triangles_size
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
 from wanda_dvc.pruning.solvers import ITERATIONS
-from wanda_dvc.stages.needs import BYTES_A_TOKEN, Requirements, requirements
+from wanda_dvc.stages.needs import BYTES_A_TOKEN, Requirements
 from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.scaffold import new_params
 

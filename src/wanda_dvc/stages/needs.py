@@ -1,4 +1,4 @@
-"""The memory and disk that each stage of a study needs: estimates from above, by the terms of `engine/memory.py`."""
+"""The memory and disk that stages with a model need: estimates from above, by the terms of `engine/memory.py`."""
 
 import os
 import shutil
@@ -9,13 +9,10 @@ from wanda_dvc.engine.checkpoint import ITEMSIZE
 from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.machine import cores
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
-from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
-SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 BYTES_A_TOKEN = 4  # of English text, about
 
@@ -169,49 +166,6 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
     return forward.weights + memory, disk
 
 
-def _needs_of_mask(given: Conditions) -> tuple[int, int]:
-    plan, sizes, calibration = given.params.plan, given.sizes, given.params.calibration
-    disk = sizes.linear_weights // 8
-    if plan.mask_solves:
-        memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
-    else:
-        scored = sizes.largest_linear  # weights whose scores are in memory; on a CPU, each thread has as many
-        if given.device != "cuda":
-            if plan.method.selects_by_row(plan.pattern, plan.group):
-                scored = min(scored, WEIGHTS_AT_A_TIME)
-            scored *= cores()
-        memory = sizes.block_parameters + SELECTION * min(scored, sizes.block_parameters)
-    memory = max(memory, _trial(given))
-    if not plan.propagates and not plan.repairs:
-        return memory, disk
-    forward = given.forward(calibration.length)
-    memory += forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
-    if plan.mask_solves or plan.repairs:
-        memory += forward.grams
-    models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
-    itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
-    places = 2 * models  # of activations: before and after a block
-    if plan.repairs:  # and between all removed blocks
-        places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
-    disk += places * given.activations(calibration.windows * calibration.length)
-    if plan.propagates and plan.reconstructs:
-        disk += sizes.stored
-    return forward.weights + models * memory + sizes.block_parameters * itemsizes, disk
-
-
-def _needs_of_apply(given: Conditions) -> tuple[int, int]:
-    memory = 9 * given.sizes.largest_linear  # its values, new values and mask
-    if "gram" in given.params.statistics:
-        memory = solving_memory(given.sizes, uses_fisher=given.params.plan.reconstructor.uses_fisher)
-    return max(memory, _trial(given)), given.sizes.stored
-
-
-def _trial(given: Conditions) -> int:
-    """Return the memory of the trial of a smaller model: a block in float32, and copies of weights that lose parts."""
-    sizes = given.sizes
-    return 4 * (sizes.other_parameters + 2 * sizes.block_parameters) if given.params.plan.structure else 0
-
-
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
@@ -246,8 +200,6 @@ def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
 
 MEMORY_AND_DISK: dict[str, Callable[[Conditions], tuple[int, int]]] = {
     "calibrate": _needs_of_calibrate,
-    "mask": _needs_of_mask,
-    "apply": _needs_of_apply,
     "recover": _needs_of_recover,
     "perplexity": _needs_of_perplexity,
     "zero-shot": _needs_of_zero_shot,
