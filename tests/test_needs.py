@@ -125,7 +125,7 @@ def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], stud
 
     def counted(states: ActivationStore, *words: Any) -> None:
         write(states, *words)
-        held.append(sum(path.stat().st_size - 128 for path in states.folder.parent.glob("*/[0-9]*")))
+        held.append(sum(path.stat().st_size for path in states.folder.parent.glob("*/[0-9]*")))
 
     monkeypatch.setattr(ActivationStore, "write", counted)
     mask(study=made)
