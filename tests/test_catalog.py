@@ -113,8 +113,6 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
             r"package:thing does not load as a method \(no thing\), expected a wanda_dvc.catalog",
         ),
         (5, r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix"),
-        (Method("x", "", paper="", function="no_such.module:x", needs="weights"), r"not load as a method \(No module"),
-        (Method("x", "", paper="", function="no_such:x", needs="weights"), r"not load as a method \(no module no_such"),
         (next(iter(methods().values())), "package:thing has the taken name magnitude, expected another; fix or uninst"),
     ],
 )

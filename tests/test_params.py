@@ -34,8 +34,6 @@ LINES = {
     "recovery__text: {source: embedded, split: test}": "recovery.text: found the text that perplexity is measured on",
     "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",
     "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
-    "runtime__device: cuda:1, runtime__ray: local": "runtime.device: found cuda:1 with runtime.ray local, expected",
-    "runtime__device: mps, runtime__ray: auto": "runtime.device: found mps with runtime.ray auto, expected auto, cpu",
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
     "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",

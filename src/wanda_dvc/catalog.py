@@ -39,8 +39,8 @@ class Method(Choice):
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
     # "": the package that has it is not installed.
     function: str
-    # What it reads beside the weights: nothing, an InputStats, or for a solver the Gram matrix. A solver returns a mask
-    # because it changes weights before all are chosen.
+    # What it reads in addition to weights: nothing, an InputStats, or the Gram matrix. With the Gram matrix it is a
+    # solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram"]
     # The pattern whose units the function scores, from an expert's TokenSum or a BlockStats; "": it scores weights.
     pattern: Literal["", "experts", "blocks"] = ""
@@ -106,9 +106,6 @@ def methods() -> dict[str, Method]:
         where = f"entry point {entry.name} of {package} ({ENTRY_POINTS}): {entry.value}"
         try:
             method = replace(entry.load(), package=package)
-            module = method.function.partition(":")[0]
-            if importlib.util.find_spec(module) is None:  # it raises if a parent package is missing
-                raise ModuleNotFoundError(f"no module {module}")
             problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"
@@ -128,13 +125,9 @@ class Structure(Choice):
     fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
     # Of a kept width, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
-    # More fields of config.json, in proportion to the number of units: for heads, a unit is a key-value head with its
-    # query heads, and `num_attention_heads` falls with `num_key_value_heads`.
-    scaled: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()  # more fields, in proportion to units: query heads follow their key-value heads
     find: str = "wanda_dvc.engine.finders:find_inputs"  # (source, Structure, sparsity, device) → Removal
-    # The score of units in place of the method of a recipe that calibrates; kept weights then keep their values, and
-    # statistics are the dense model's.
-    method: str = ""
+    method: str = ""  # scores the units, in place of the method of a recipe that calibrates
 
 
 STRUCTURES = {row.name: row for row in (
@@ -168,8 +161,7 @@ class Allocation(Choice):
     # `module:function`: (sparsity, sizes of the blocks, ratings, strength) → the blocks' sparsities; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → a list with the block's rating
-    # Whether the rating needs stats/fisher. Linears then take the place of blocks: a rating and a sparsity of each.
-    uses_fisher: bool = False
+    uses_fisher: bool = False  # whether the rating needs stats/fisher; each linear then has a rating and a sparsity
     strength: float | None = None  # how far sparsities differ, as the function defines it; None: they are equal
 
 
@@ -279,8 +271,8 @@ class NamedText:
     splits: tuple[str, ...] = ("train", "validation", "test")  # perplexity is measured on the last one
     join: str = "\n\n"  # between two rows, for perplexity
     revision: str | None = None  # None: its main branch
-    # One file a split, for a data set too large to fetch completely. Its rows are documents: calibration draws windows
-    # within documents, as the Wanda authors do, and does not join them.
+    # One file a split, for a data set too large to fetch completely. Calibration draws windows within its documents, as
+    # the Wanda authors do.
     shards: dict[str, str] = field(default_factory=dict)
 
 

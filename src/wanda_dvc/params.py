@@ -297,9 +297,6 @@ class Params(_Section):
                     split = f", {measured.chosen.split}" if measured.chosen.split else ""
                     problem = f"found the text that perplexity is measured on ({measured.source}{split})"
                     yield f"{setting}.text: {problem}, expected another; change its source or split"
-        device, ray = self.runtime.device, self.runtime.ray
-        if ray is not None and device not in ("auto", "cpu", "cuda"):
-            yield f"runtime.device: found {device} with runtime.ray {ray}, expected auto, cpu or cuda"
 
 
 def _location(text: ChosenText) -> tuple[str | None, ...]:

@@ -127,9 +127,9 @@ def sensitivity(
 ) -> list[Fraction]:
     """Return each linear's sparsity when the lowest scores of all linears together are pruned.
 
-    `counts` are each linear's `count_scores`. Before the final shift to the exact mean, a linear's sparsity differs
-    from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without counts has the model's.
-    Scores are assumed to be evenly spread within a bin.
+    `counts` are each linear's `count_scores`; scores are assumed to be evenly spread within a bin. Before the final
+    shift, a sparsity differs from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without
+    counts has the model's.
     """
     counts_by_index = {index: bins for index, bins in enumerate(counts) if bins is not None}
     raw = [sparsity] * len(sizes)

@@ -118,8 +118,7 @@ def layer_errors(
     other values there in `gram`.
 
     ΔG is computed in `dtype`, and all sums over it in float64, because ΔGΔᵀ is small where Δ lies in directions of low
-    variance of X. In float32 the error of ΔGΔᵀ is at most in · 2⁻²³ · |Δ||G||Δ|ᵀ. Memory in bytes: 8 · in² for G, and
-    about 24 MiB for a slice of rows, 1.5 GiB on a GPU. The host waits for a GPU once.
+    variance of X. Memory in bytes: 8 · in² for G, and about 24 MiB for a slice of rows, 1.5 GiB on a GPU.
     """
     exact = gram.to(dtype, copy=True)
     if dead is not None:

@@ -100,8 +100,7 @@ def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
 def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     """Return F^¼ over its mean, float32: the factors of each row's scores in group `outputs`.
 
-    `allocation` multiplies by √F_i: the square of that score estimates the increase of the loss. Within a linear F^¼
-    did better.
+    `allocation` multiplies by √F: the square of that score estimates the increase of the loss. Here F^¼ did better.
     """
     row_factors = fisher.double() ** 0.25
     return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
@@ -155,10 +154,9 @@ def choose_units(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Bool[Tensor, " units"]]:
-    """Return the mask of each set's units by their scores: the highest are kept; of ties the first is removed.
+    """Return the mask of each set's units by their scores, of a dtype: the highest are kept.
 
-    With `neighbours` the removed units are neighbours, and not the first. `dtype` is that of the scores and the sums.
-    UserError if a score is not finite, or the outputs of experts were not recorded.
+    With `neighbours` the removed units are neighbours, and not the first. UserError if a score is not finite.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for stats in blocks:

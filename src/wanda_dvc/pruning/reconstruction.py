@@ -32,9 +32,8 @@ def target_weight(
     """Return a linear's target weight, float32, as stored: with it, inputs from the pruned model give dense outputs.
 
     W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens
-    (`cross`) and α the strength. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0 this is GPTAQ's
-    W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features do not change, and none without
-    `cross` or tokens.
+    (`cross`) and α the strength. For λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)), Li et al. 2025, arXiv 2504.02692. No
+    weights change without `cross` or tokens, nor those of dead features.
     """
     weight = weight.float()
     if factors is None or cross is None:

@@ -16,10 +16,7 @@ LARGEST_COUNTED_M = 16  # the largest m for counting ranks; uint8 overflows at 2
 
 
 def count_removed(size: int, sparsity: Fraction) -> int:
-    """Return the number of weights to prune out of `size`: ⌊size · sparsity⌋, exactly.
-
-    In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` removes 28. As a fraction it is 29.
-    """
+    """Return ⌊size · sparsity⌋, exactly: of 100 and 0.29 it is 29, where floating point gives 28."""
     return int(size * sparsity)
 
 
@@ -80,8 +77,8 @@ def row_counts(mask: Bool[Tensor, "group size"]) -> Int[Tensor, "group 1"]:
 def kth_by_bits(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
     """Return the k-th lowest score of each row, by one pass of the complete device for each of a number's bits.
 
-    The threshold gets its bits from the highest to the lowest; a bit is set if fewer than k scores are then lower. The
-    host waits for no pass. −0 counts as lower than 0, which are ties. Memory: an integer and a boolean a score.
+    The threshold gets its bits from the highest to the lowest; a bit is set if fewer than k scores are then lower.
+    −0 counts as lower than 0, which are ties. Memory: an integer and a boolean a score.
     """
     width = 8 * score.itemsize
     integer = torch.iinfo(getattr(torch, f"int{width}"))

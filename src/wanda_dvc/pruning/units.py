@@ -25,8 +25,8 @@ class Units(NamedTuple):
 
     total: int
     kept: int
-    # The inputs of a unit, in each section of the inputs. In most models there is one section: (2,) says that unit 0 is
-    # inputs 0 and 1. With (1, 1) it is the first input of each half, as where gate and up are one matrix.
+    # A unit's number of inputs in each section of the inputs. With (2,) unit 0 is inputs 0 and 1; with (1, 1) it is the
+    # first input of each half, as where gate and up are one matrix.
     layout: tuple[int, ...] = (1,)
     members: Sequence[Sequence[str]] = ()  # the linears of each unit: a block's, or an expert's; (): units are inputs
     groups: int = 1  # only with members: of neighbouring units; the same number is kept in each
