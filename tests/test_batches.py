@@ -96,7 +96,7 @@ def measure(decoder: Decoder, work: Path) -> list[Any]:
     """Sums, with products with a dense model's inputs, its hidden states, and sums of gradients."""
     results: list[Any] = []
     for step in walk(decoder, rows(), work / "forward", with_dense=True):
-        results += [step.record(gram=True, changes=True), hidden(step)]
+        results += [step.record(gram=True), hidden(step)]
         change(decoder, step)
     return [*results, gradients(decoder, work / "back")]
 
@@ -117,7 +117,7 @@ def test_sums_of_windows_that_run_together_are_those_of_each_alone(family: str, 
 
 
 def recorded_step(step: BlockStep) -> tuple[Any, Any]:
-    return step.record(gram=True, changes=True), hidden(step)
+    return step.record(gram=True), hidden(step)
 
 
 def both_ways(monkeypatch: Patch, function: Callable[[], Any]) -> tuple[Any, Any]:

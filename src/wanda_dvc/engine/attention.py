@@ -19,7 +19,7 @@ from wanda_dvc.engine.sequences import PackedQuestions
 NAME = "wanda_dvc"
 IGNORED = ("position_ids", "cache_position")  # tensor arguments without an effect on attention
 
-running: ContextVar[PackedQuestions] = ContextVar("running")  # the questions of the sequence that runs; set before
+running: ContextVar[PackedQuestions] = ContextVar("running")  # the questions of the sequence that runs
 
 
 def mask_pairs(
@@ -27,8 +27,8 @@ def mask_pairs(
 ) -> Tensor:
     """Return the mask of one kind of block (causal, sliding, chunked) for `attend`.
 
-    True is masked. On a CPU bool [1, 1, 1, pairs]: `PackedQuestions.masked_pairs` of the mask by position. On a GPU
-    [1, 1, length, length]: of all pairs of a sequence.
+    Bool [1, 1, 1, pairs], True is seen: on a CPU the pairs of tokens of each question, one after another; on a GPU all
+    pairs of tokens of the sequence.
     """
     questions = running.get()
     positions = int(questions.positions.max()) + 1
@@ -36,9 +36,8 @@ def mask_pairs(
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     visible = sdpa_mask(1, positions, positions, mask_function=mask_function, device=device, **kwargs)
     assert visible is not None
-    if visible.device.type == "cpu":
-        return questions.masked_pairs(visible[0, 0])[None, None, None]
-    return ~questions.seen_pairs(visible[0, 0])[None, None]
+    parts = questions.split() if visible.device.type == "cpu" else [questions]
+    return torch.cat([part.seen_pairs(visible[0, 0]).flatten() for part in parts])[None, None, None]
 
 
 def attend(
@@ -65,7 +64,8 @@ def attend(
     is_cpu = query.device.type == "cpu"
     if softcap is None and not is_cpu:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        outputs = scaled_dot_product_attention(query, key, value, attn_mask=~attention_mask, scale=scaling)
+        mask = attention_mask.view(query.shape[2], query.shape[2])
+        outputs = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return outputs.transpose(1, 2).contiguous(), None
     # The queries that share a key head form one matrix, position by position: fewer and larger multiplications.
     kv_heads, queries = key.shape[1], query.shape[1] // key.shape[1]
@@ -80,8 +80,8 @@ def attend(
         scores = q[:, tokens].flatten(1, 2) @ k[:, tokens].mT  # [kv_heads, length · queries, length]
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        bias = torch.zeros(length, 1, length, dtype=q.dtype, device=q.device)
-        bias.masked_fill_(mask.view(length, 1, length), -torch.inf)
+        bias = torch.full((length, 1, length), -torch.inf, dtype=q.dtype, device=q.device)
+        bias.masked_fill_(mask.view(length, 1, length), 0)
         scores.unflatten(1, (length, queries)).add_(bias)
         weights = torch.softmax(scores, dim=-1)  # sums in float32 for any dtype
         outputs[tokens] = (weights @ v[:, tokens]).unflatten(1, (length, queries)).transpose(0, 1)

@@ -199,7 +199,7 @@ def set_fields(content: dict[str, Any], config: Any, fields: Mapping[str, Any]) 
 
 
 def dtype_of(model: Path, wanted: str) -> str:
-    """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the checkpoint's own."""
+    """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the one that its config.json names."""
     if wanted != "auto":
         return wanted
     config = read_config(model)

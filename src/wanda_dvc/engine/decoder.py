@@ -96,7 +96,7 @@ class Decoder:
     def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, copies: int = 1) -> list[Batch]:
         """Return a chunk's sequences in batches, for a run that keeps `copies` of what its linears read and write.
 
-        `streamed`: their activations before and after the block do not stay on the GPU.
+        Packed questions run alone. `streamed`: activations before and after the block do not stay on the GPU.
         """
         batches: list[Batch] = []
         for (length, _), group in itertools.groupby(sequences, lambda x: (len(x.tokens), x.questions and id(x))):
@@ -165,7 +165,7 @@ class Decoder:
     def _record_arguments(self, sequence: TokenSequence, batch: int) -> list[Arguments]:
         """Return the arguments of all blocks. UserError if those of a text depend on its tokens."""
         last, tokens = len(self.blocks) - 1, sequence.tokens.expand(batch, -1)
-        if sequence.questions is not None:  # `packs_questions` compares results
+        if sequence.questions is not None:  # the trial of packed questions compares results instead
             return self._record(tokens, sequence.questions, until=last)[1]
         _, arguments = self._record(torch.zeros_like(tokens), until=last)
         _, arguments_of_ones = self._record(torch.ones_like(tokens), until=last)

@@ -63,7 +63,6 @@ class BlockRun:
     change: WeightChange | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
-    writes: bool = True  # the activations after the block
 
 
 @torch.no_grad()
@@ -91,11 +90,7 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram) if block.records else None
     with recorder.recording() if recorder else contextlib.nullcontext():
         after = note_finite(finite, run_batches(model, block, chunk, recorder))
-        if block.writes:
-            block.store.write(block.index + 1, chunk.number, after)
-        else:
-            for _ in after:  # runs the chunk
-                pass
+        block.store.write(block.index + 1, chunk.number, after)
     is_finite = all(torch.stack(finite).tolist())
     if recorder is None:
         return InputSums(is_finite=is_finite)
@@ -170,8 +165,7 @@ class ModelRunner:
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
     ) -> Total:
         """Add the sums run(model, job, chunk) of all chunks to `total`, in order, and return it."""
-        # With a cluster the driver adds, reading each chunk's sums once. Workers that added to the sums so far, in the
-        # same order, would read and send these too, and wait for each other; another order would give other bits.
+        # Another order would give other bits. Workers of a cluster that added in this order would wait for each other.
         for sums in self.map(run, job, chunks, what):
             total.merge(sums)
             del sums  # before the next chunk's are there
@@ -184,8 +178,8 @@ class ModelRunner:
 
         The pass resumes after the last finished block in `work`. From an interrupted run the caller has the results of
         `finished` blocks, and the pass starts again if more blocks are finished; None: the caller needs no results of
-        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The newest
-        activations stay, and those before as many blocks as `kept` says.
+        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The
+        newest activations stay, and those before the `kept` − 1 blocks up to them.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
@@ -265,13 +259,12 @@ class BlockStep:
         """Run all sequences through the block."""
         self._run(self.block)
 
-    def record(self, *, gram: bool = False, changes: bool = False) -> BlockRecord:
+    def record(self, *, gram: bool = False) -> BlockRecord:
         """Run all sequences through the block; return the statistics of its linears' inputs.
 
-        `gram` adds Gram matrices, and dense sequences add products with their inputs. With `changes` the activations
-        after the block are not written: `change` follows.
+        `gram` adds Gram matrices, and dense sequences add products with their inputs.
         """
-        sums = self._run(replace(self.block, records=True, gram=gram, writes=not changes))
+        sums = self._run(replace(self.block, records=True, gram=gram))
         return sums.of(self.runner.decoder.linears(self.index))
 
     def change(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.checkpoint import ITEMSIZE, Address, read_config
+from wanda_dvc.engine.checkpoint import ITEMSIZE, Address, dtype_of, read_config
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.gram import PANEL
 
@@ -38,14 +38,11 @@ class ModelSizes:
         input_squares = [sum(features**2 for _, features in block) for block in shapes]
         output_squares = [sum(out**2 for out, _ in block) for block in shapes]
         block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        stored_config = read_config(config)
-        dtype = stored_config.dtype or stored_config.get_text_config().dtype or "float32"
-        stored_dtype = str(dtype).removeprefix("torch.")
         text_config = model.config.get_text_config()
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
-        self.itemsize = ITEMSIZE.get(stored_dtype, 8)  # bytes of a stored weight, at most
-        self.dtype = stored_dtype if stored_dtype in ITEMSIZE else "float32"  # in which the model runs by default
+        self.dtype = dtype_of(config, "auto")  # in which the model runs by default
+        self.itemsize = ITEMSIZE[self.dtype]  # bytes of a stored weight
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.stored = self.parameters * self.itemsize  # bytes of the checkpoint
         self.blocks = len(blocks)

@@ -41,18 +41,16 @@ class PackedQuestions:
         _, counts = torch.unique_consecutive(self.question, return_counts=True)
         return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
 
-    def masked_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
-        """Return the masked pairs of tokens: [tokens, tokens] of each question, flat, one after another.
-
-        True is masked, unlike in torch's attention. `visible`, in which True is seen, is the mask by position of the
-        kind of block (causal, sliding, chunked).
-        """
+    def split(self) -> "list[PackedQuestions]":
+        """Return each question alone."""
         columns = (self.positions, self.question, self.choice)
-        questions = [PackedQuestions(*(column[tokens] for column in columns)) for tokens in self.slices]
-        return torch.cat([~question.seen_pairs(visible).flatten() for question in questions])
+        return [PackedQuestions(*(column[tokens] for column in columns)) for tokens in self.slices]
 
     def seen_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, "length length"]:
-        """Return the tokens that each token attends to, on the device of `visible`, the mask by position."""
+        """Return the tokens that each token attends to (True), on the device of `visible`.
+
+        `visible`, in which True is seen too, is the mask by position of the kind of block (causal, sliding, chunked).
+        """
         positions, question, choice = (x.to(visible.device) for x in (self.positions, self.question, self.choice))
         related = (question == question[:, None]) & ((choice == 0) | (choice == choice[:, None]))
         return visible[positions[:, None], positions] & related

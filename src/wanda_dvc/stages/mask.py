@@ -195,7 +195,7 @@ def on_pruned_blocks(
     """Yield the result of each further block, as in the paper: calibrated on the outputs of pruned blocks before it."""
     plan = job.plan
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
-        record = step.record(gram=plan.mask_solves, changes=True)
+        record = step.record(gram=plan.mask_solves)
         if plan.mask_solves:
             result = merged(step.index, solve_recorded(job, run, step.index, record, device))
         else:
