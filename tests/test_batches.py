@@ -89,7 +89,7 @@ def change(decoder: Decoder, step: BlockStep) -> None:
 def gradients(decoder: Decoder, work: Path) -> list[Any]:
     """Sums of gradients, without the numbers of tokens, which only have to be none where no pass has a gradient."""
     blocks = [sums for _, sums in backward(ModelRunner(decoder, work), rows())]
-    return [(sums.sums, {name: gram.upper for name, gram in sums.grams.items()}) for sums in blocks]
+    return [(sums.squares, {name: gram.upper for name, gram in sums.grams.items()}) for sums in blocks]
 
 
 def measure(decoder: Decoder, work: Path) -> list[Any]:

@@ -198,10 +198,8 @@ def set_fields(content: dict[str, Any], config: Any, fields: Mapping[str, Any]) 
     return content
 
 
-def dtype_of(model: Path, wanted: str) -> str:
-    """Return the dtype in which a model runs, by name: `wanted`, or for `auto` the one that its config.json names."""
-    if wanted != "auto":
-        return wanted
+def dtype_of(model: Path) -> str:
+    """Return the dtype in which a model runs by default, by name: the one in its config.json."""
     config = read_config(model)
     dtype = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
     return dtype if dtype in ITEMSIZE else "float32"
@@ -219,12 +217,11 @@ def max_positions(config: Any) -> int | None:
 def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str] = ()) -> Iterator[str]:
     """Write a view of a checkpoint into an empty folder; yield the name of each new tensor once it is written.
 
-    All other tensors are copied byte for byte, and so are headers and index while no name, shape or value of the
-    configuration changes. All other files are copied, except those named in `without` and hidden files, in which the
-    Hub's client stores times.
+    All other tensors are copied byte for byte, and so are headers and index while the configuration stays. All other
+    files are copied, except those named in `without` and hidden files, in which the Hub's client stores times.
 
-    Every file is written once, from beginning to end. A thread reads the next new weight while one is written, so
-    memory is bounded by the two largest ones. UserError if a new weight has another shape or dtype than expected.
+    A thread reads the next new weight while one is written, so memory is bounded by the two largest ones. UserError if
+    a new weight has another shape or dtype than expected.
     """
     source, folder = view.source, view.source.folder
     differing = view.changed.keys() | (source.file_of.keys() - view.source_names.values())  # new ones, and left out
@@ -272,12 +269,11 @@ def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[st
 def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
     """Return the source's names of a shard's tensors in the new order, and the new header."""
     stored = view.source.header(shard)
-    tensors = sorted(stored, key=lambda tensor: stored[tensor].begin)
+    kept = stored.keys() & view.source_names.values()
+    tensors = sorted(kept, key=lambda tensor: stored[tensor].begin)
     if not view.config_changes:
         with shard.open("rb") as file:
             return tensors, file.read(stored[tensors[0]].begin)
-    kept = set(view.source_names.values())
-    tensors = [tensor for tensor in tensors if tensor in kept]
     # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
     tensors.sort(key=lambda tensor: -stored[tensor].length / max(1, math.prod(stored[tensor].shape)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

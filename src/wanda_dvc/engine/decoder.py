@@ -138,11 +138,9 @@ class Decoder:
             what = "changes its input in place, or passes on more than hidden states"
             raise unsupported(self.checkpoint, f"block {index} {what}")
         if after.dtype is not hidden.dtype:
-            returned, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
-            raise UserError(
-                f"{self.checkpoint}: block {index} returns hidden states in {returned}, expected {expected}, "
-                f"the model's; set dtype={returned}"
-            )
+            dtype = str(after.dtype).removeprefix("torch.")
+            what = f"block {index} returns hidden states in {dtype}, expected the model's dtype"
+            raise UserError(f"{self.checkpoint}: {what}; set dtype={dtype}")
         return after
 
     def block_arguments(self, sequence: TokenSequence, batch: int = 1) -> list[Arguments]:

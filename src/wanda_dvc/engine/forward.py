@@ -85,11 +85,11 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     finite: list[Tensor] = []  # a flag for each batch, on the device: the host waits for a GPU once for all of them
     if block.dense_store is not None:
         dense_block = replace(block, store=block.dense_store, dense_store=None)
-        dense_after = note_finite(finite, run_batches(model, dense_block, chunk))
+        dense_after = run_batches(model, dense_block, chunk, finite)
         block.dense_store.write(block.index + 1, chunk.number, dense_after)
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram) if block.records else None
     with recorder.recording() if recorder else contextlib.nullcontext():
-        after = note_finite(finite, run_batches(model, block, chunk, recorder))
+        after = run_batches(model, block, chunk, finite, recorder)
         block.store.write(block.index + 1, chunk.number, after)
     is_finite = all(torch.stack(finite).tolist())
     if recorder is None:
@@ -103,9 +103,12 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
 
 
 def run_batches(
-    model: Decoder, block: BlockRun, chunk: Chunk, recorder: InputRecorder | None = None
+    model: Decoder, block: BlockRun, chunk: Chunk, finite: list[Tensor], recorder: InputRecorder | None = None
 ) -> Iterator[States]:
-    """Yield each batch's activations after a block; a recorder also sees its dense activations first, if any."""
+    """Yield each batch's activations after a block, and add to `finite` whether all of them are.
+
+    A recorder also sees a batch's dense activations first, if any.
+    """
     copies = 2 if block.dense_store else 1
     batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
@@ -120,14 +123,8 @@ def run_batches(
         if recorder:
             recorder.see_block(states, after)
             recorder.end_batch()
+        finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass over them
         yield after
-
-
-def note_finite(finite: list[Tensor], batches: Iterable[States]) -> Iterator[States]:
-    """Yield each batch's activations; add to `finite` whether all are finite, on their device."""
-    for states in batches:
-        finite.append(torch.stack(states.aminmax()).isfinite().all())  # in one pass over them
-        yield states
 
 
 def run_output_function(

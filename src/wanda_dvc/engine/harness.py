@@ -13,10 +13,7 @@ from wanda_dvc.errors import UserError
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
-    """lm-eval's model class with the engine's log-likelihoods: one pass per context, no padding, block by block.
-
-    lm-eval does the tokenization, limits positions, and chooses the prefix of an empty context.
-    """
+    """lm-eval's model class, for tokens, limits of positions and prefixes, with the engine's log-likelihoods."""
 
     def __init__(self, folder: Path, runner: ModelRunner, *, progress: ShowProgress) -> None:
         """`folder` holds the tokenizer, `progress` shows the blocks."""

@@ -50,10 +50,9 @@ class BlockLoader:
         A tied head is the embeddings' parameter. One name is stored: both get its tensor. Both are stored and equal:
         likewise. Both are stored and differ: they are separate, for any configuration, as in transformers.
         """
-        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         aliases_of: dict[int, list[str]] = {}  # the names of each parameter
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in inside:
+            if not name.startswith(f"{self.blocks_name}."):
                 aliases_of.setdefault(id(parameter), []).append(name)
         for aliases in aliases_of.values():
             stored = [name for name in aliases if name in self.slices]

@@ -41,7 +41,7 @@ class ModelSizes:
         text_config = model.config.get_text_config()
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
-        self.dtype = dtype_of(config, "auto")  # in which the model runs by default
+        self.dtype = dtype_of(config)  # in which the model runs by default
         self.itemsize = ITEMSIZE[self.dtype]  # bytes of a stored weight
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.stored = self.parameters * self.itemsize  # bytes of the checkpoint

@@ -113,7 +113,7 @@ def run_changed(
     errors = [squared_error(removed.store.read(removed.block_before + 1, chunk.number), wanted)]
     for change in changes:
         model.load(removed.block_before, -1, change)
-        outputs = itertools.chain.from_iterable(run_batches(model, block, chunk))
+        outputs = itertools.chain.from_iterable(run_batches(model, block, chunk, []))
         errors.append(squared_error(outputs, wanted))
     return torch.tensor(errors, dtype=torch.float64)
 

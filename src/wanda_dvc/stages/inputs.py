@@ -48,7 +48,8 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
 
 def model_dtype(study: Study, model: str = "dense") -> str:
     """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
-    return dtype_of(study.model(model), study.stage_input("calibrate/norms")["dtype"])
+    wanted: str = study.stage_input("calibrate/norms")["dtype"]
+    return dtype_of(study.model(model)) if wanted == "auto" else wanted
 
 
 def calibrated_with(study: Study) -> Json:
