@@ -9,7 +9,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -112,7 +112,10 @@ class Copies:
                 self.copy(tensor, on_device)
             return on_device
 
-        for tensor in (x.to(self.device) for x in tensors) if self._stream is None else one_ahead(copy, tensors):
+        if self._stream is None:
+            yield from (tensor.to(self.device) for tensor in tensors)
+            return
+        for tensor in one_ahead(copy, tensors):
             self.finish([tensor])
             yield tensor
 
@@ -120,23 +123,25 @@ class Copies:
 def use_on_host(tensors: Iterable[Tensor], use: Callable[[Tensor], object]) -> None:
     """Call a function with each tensor in main memory. From CUDA a thread does, while the next tensor is computed."""
 
-    def computed() -> Iterator[tuple[Tensor, Any]]:
-        for tensor in tensors:
-            if tensor.is_cuda:
-                stream = torch.cuda.Stream(tensor.device)
-                stream.wait_stream(torch.cuda.current_stream(tensor.device))
-                yield tensor, stream
-            else:
-                use(tensor.cpu())
-
     def copy(tensor: Tensor, stream: Any) -> None:
         with torch.cuda.stream(stream):
             host = tensor.to("cpu", non_blocking=True)  # into pinned memory
         stream.synchronize()
         use(host)
 
-    for _ in one_ahead(lambda started: copy(*started), computed()):
-        pass
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        copying: Future[None] | None = None
+        for tensor in tensors:
+            if copying:
+                copying.result()
+            if tensor.is_cuda:
+                stream = torch.cuda.Stream(tensor.device)
+                stream.wait_stream(torch.cuda.current_stream(tensor.device))
+                copying = thread.submit(copy, tensor, stream)
+            else:
+                use(tensor.cpu())
+        if copying:
+            copying.result()
 
 
 def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Iterator[Copied]:
@@ -150,14 +155,10 @@ def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Itera
 
 
 def keep_freed_memory(largest: int = MMAP_THRESHOLDS[0]) -> None:
-    """Make glibc keep the memory of freed tensors, up to `largest` bytes, instead of returning it at once.
-
-    The system clears returned memory before reuse, which takes a fifth of a small model's time, and of a training's.
-    Other allocators, and a threshold set in the environment, do not change.
-    """
+    """Make glibc keep the memory of freed tensors of up to `largest` bytes: else the system clears it before reuse."""
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # another allocator
         library = ctypes.CDLL(None)
         library.malloc_trim(0)  # of what is free already
         # A trim threshold alone would stop glibc from raising the other one above 128 KiB.

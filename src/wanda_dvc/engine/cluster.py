@@ -84,10 +84,7 @@ def run_on_node(
 
 @lru_cache(maxsize=1)
 def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch.device) -> Decoder:
-    """Open a model. The process keeps it, and its current block, for the next tasks of the same cluster object.
-
-    For another cluster object it opens the model again: its files may have changed.
-    """
+    """Open a model, which the process keeps for the next tasks of the same cluster object: files may change later."""
     return Decoder(folder, dtype=dtype, device=device)
 
 

@@ -114,14 +114,12 @@ def measure(
 
 
 def choose_tokens(log_p: LogP, offsets: Float64[Tensor, " positions"]) -> tuple[TokenChoice, TokenChoice]:
-    """Return each position's most probable tokens, and tokens drawn from its tail.
-
-    The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
-    """
+    """Return each position's most probable tokens, and tokens drawn from its tail."""
     vocabulary = log_p.shape[1]
     top = log_p.topk(min(TOP, vocabulary), -1).indices
     p = log_p.exp().scatter_(-1, top, 0)
     cumulative = sums_by_doubling(p) if p.is_cuda else p.cumsum(-1, dtype=torch.float64)
+    # The draw is systematic: at equal steps from a random offset.
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
     quantiles = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, quantiles, right=True).clamp_(max=vocabulary - 1)
@@ -181,11 +179,8 @@ def _normalized(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def compute_perplexity(losses: list[float], predictions: list[int]) -> float | str:
-    """Return exp(total loss / predictions), to six significant digits: later digits vary by machine.
-
-    `losses` are means per window. If all windows have one length, the result is the papers' exp(mean).
-    """
-    are_equal = len(set(predictions)) == 1  # weights then are too, and would only round
+    """Return exp(total loss / predictions), from each window's mean loss, to six digits: later ones vary by machine."""
+    are_equal = len(set(predictions)) == 1  # then it is the papers' exp(mean); equal weights would only round
     mean = math.fsum(losses) / len(losses) if are_equal else _weighted_mean(losses, predictions)
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED

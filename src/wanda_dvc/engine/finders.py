@@ -16,14 +16,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
-from wanda_dvc.engine.structure import (
-    build_empty,
-    count_experts,
-    find_blocks,
-    find_linears,
-    find_slices,
-    split_by_expert,
-)
+from wanda_dvc.engine.structure import build_empty, count_experts, expert_slices, find_blocks, find_linears, find_slices
 from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept
 
@@ -59,10 +52,7 @@ class DenseModel:
             raise self.refused(f"transformers builds no model with {values} ({reason(error)})") from error
 
     def size_changes(self, fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int, int]]:
-        """Yield the dimensions that other values of fields change: the parameter, the dimension, and both sizes.
-
-        UserError if another part of the model than its blocks has such a dimension.
-        """
+        """Yield the dimensions that other values of fields change: the parameter, the dimension, and both sizes."""
         trial = self.build(fields).state_dict()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             trial_shape = trial[name].shape if name in trial else ()
@@ -116,10 +106,7 @@ def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction, de
 
 
 def _field_dimensions(full: DenseModel, scaled: Mapping[str, int], fixed: Mapping[str, int]) -> list[FieldDimension]:
-    """Return the dimensions of stored tensors that follow the fields of a structure.
-
-    A trial halves a field, sets the `scaled` fields in proportion, and the `fixed` ones to their values.
-    """
+    """Return the dimensions that change if a field is halved, `scaled` ones in proportion, and `fixed` ones stay."""
     dimensions: dict[tuple[Address, int], FieldDimension] = {}  # a field may have two names: the last one counts
     for field in full.structure.fields:
         value = getattr(full.config, field, 0)
@@ -137,7 +124,7 @@ def _field_dimensions(full: DenseModel, scaled: Mapping[str, int], fixed: Mappin
             number = trial * size // trial_size if value is None else value
             experts = full.experts(parameter)
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
-            for parameter_slice in split_by_expert(full.slices[parameter], experts):
+            for parameter_slice in expert_slices(full.slices[parameter], experts):
                 address = parameter_slice.address
                 stored_size = full.source.read(address).shape[stored_dim]
                 parent = address.linear.removesuffix(".bias").rpartition(".")[0]
@@ -215,7 +202,7 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
 
 
 def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fraction, _device: torch.device) -> Removal:
-    """Return the blocks of a model, in one set. The probe needs the chosen blocks: see `engine.probe`."""
+    """Return the blocks of a model, in one set. The probe needs the chosen blocks."""
     full = DenseModel(source, structure)
     content, blocks_name, total = full.config.to_dict(), full.blocks_name, len(full.linears)
     config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
@@ -252,8 +239,7 @@ def block_lists(content: Mapping[str, Any], blocks: int) -> dict[str, list[Any]]
 def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _device: torch.device) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
-    If routers choose from groups of experts, each group keeps the same number. A sparsity that rounds to no expert
-    gives a removal without an effect. The probe needs the chosen experts: see `engine.probe`.
+    If routers choose from groups of experts, each group keeps the same number. The probe needs the chosen experts.
     """
     full = DenseModel(source, structure)
     content = full.config.to_dict()
@@ -293,10 +279,7 @@ def find_experts(source: Checkpoint, structure: Structure, sparsity: Fraction, _
 
 
 def _count_kept_experts(content: Mapping[str, Any], total: int, sparsity: Fraction) -> tuple[int, int]:
-    """Return the number of kept experts, and the number of groups, which all keep the same number.
-
-    UserError if a router then offers fewer experts to a token than it chooses.
-    """
+    """Return the number of kept experts, and of groups, which keep equal numbers. UserError if routers choose more."""
     # Fields of every family with experts so far: a router may choose `topk_group` of the groups, then experts in them.
     groups = content.get("n_group") or 1
     kept = min(total, groups * max(1, round(total * (1 - sparsity) / groups)))
@@ -311,11 +294,9 @@ def _count_kept_experts(content: Mapping[str, Any], total: int, sparsity: Fracti
 
 
 def _mixture_tensors(full: DenseModel, field: str, total: int) -> tuple[dict[str, int], dict[str, str]]:
-    """Return the dimension that counts experts, and the mixture, of each parameter of experts or routers.
-
-    A mixture is all below the parent of a module of experts.
-    """
+    """Return the dimension that counts experts, and the mixture, of each parameter of experts or routers."""
     dims = {name: dim for name, dim, _, _ in full.size_changes({field: total // 2})}
+    # A mixture is all below the parent of a module of experts.
     parents = {name.rpartition(".")[0].rpartition(".")[0] for name in dims if full.experts(name)}
     if not parents:
         raise full.refused(f"{field} determines no tensor of experts")

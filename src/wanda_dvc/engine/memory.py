@@ -25,7 +25,6 @@ class ModelSizes:
     """Counts of a model's weights and features. A tied head counts as embeddings; each expert's matrix is a linear."""
 
     def __init__(self, model: Any, config: Path) -> None:
-        """Count a model of transformers with this config.json, or the one in this directory."""
         from wanda_dvc.engine.structure import ParameterSlice, find_blocks, find_linears, find_weights
 
         blocks = find_blocks(model)[1]

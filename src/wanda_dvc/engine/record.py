@@ -32,8 +32,8 @@ class InputRecorder:
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    # Of this batch, by linear, [tokens, _]: the dense model's inputs, or the numbers of `cross`.
-    _left_factors: dict[str, Tensor] = field(default_factory=dict)
+    # Of this batch, by linear, [tokens, _]: the left factors of `sums.crosses`, such as the dense model's inputs.
+    left_factors: dict[str, Tensor] = field(default_factory=dict)
     _is_dense: bool = False  # while the dense sequences run
     # The name of each input of a batch, by memory and state. The tensor stays alive: no other gets its address.
     _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class InputRecorder:
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         if self._is_dense:
-            self._left_factors[name] = x
+            self.left_factors[name] = x
             return
         sums, device = self.sums, float64_device(x.device)
         if name not in sums.stats:
@@ -66,7 +66,7 @@ class InputRecorder:
             if name not in sums.grams:
                 sums.grams[name] = Gram.empty(x.shape[-1], device)
             sums.grams[name].add(x)
-        left = self._left_factors.get(name)
+        left = self.left_factors.get(name)
         if left is not None and len(left) == len(x):
             product = multiply_in_float32(left.T, x).to(device).double()
             merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
@@ -83,14 +83,10 @@ class InputRecorder:
         yield
         self._is_dense = False
         self._seen.clear()
-        for name, x in list(self._left_factors.items()):
+        for name, x in list(self.left_factors.items()):
             # The dense model may send other tokens to an expert, or in another order.
             if self.linears[name].slice.expert is not None or len(x) != tokens:
-                del self._left_factors[name]
-
-    def cross(self, name: str, numbers: Float[Tensor, "tokens width"]) -> None:
-        """Sum the products of these numbers, of each token, and the next batch's input of a linear, in `crosses`."""
-        self._left_factors[name] = numbers
+                del self.left_factors[name]
 
     def see_block(self, before: States, after: States) -> None:
         """Add the influence of the block on a batch: 1 − cosine of its hidden states before and after the block."""
@@ -104,17 +100,14 @@ class InputRecorder:
     def end_batch(self) -> None:
         """Free the batch's inputs."""
         self._seen.clear()
-        self._left_factors.clear()
+        self.left_factors.clear()
 
 
 @contextlib.contextmanager
 def observing(
     linears: dict[str, Linear], on_product: OnProduct, on_gated_output: OnGatedOutput | None = None
 ) -> Iterator[None]:
-    """Call a function for each product of these linears in passes inside, and a second one for experts' gated outputs.
-
-    Modules are observed by hooks, experts by the products with their matrices.
-    """
+    """Call a function for each product of these linears in passes inside, and another for experts' gated outputs."""
     matrices = group_by_matrix(linears)
     modules = {matrix.module: names for matrix, names in matrices.items() if matrix.expert is None}
     mixtures = {matrix.module for matrix in matrices if matrix.expert is not None}

@@ -93,7 +93,7 @@ def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSum
     )
     with recorder.recording():
         for batch, states_before, states_after, states_wanted in zip(batches, before, after, wanted, strict=True):
-            recorder.cross(linear, (states_wanted.float() - states_after.float()).flatten(0, 1))
+            recorder.left_factors[linear] = (states_wanted.float() - states_after.float()).flatten(0, 1)
             model.run(block, states_before, batch[0])
             recorder.end_batch()
     return recorder.sums
@@ -103,10 +103,7 @@ def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSum
 def run_changed(
     model: Decoder, job: tuple[RemovedBlocks, Sequence[WeightChange]], chunk: Chunk
 ) -> Float[Tensor, " changes"]:
-    """Return Σ ‖y − h‖² over a chunk: first of the block as it is, then for each change of its weights.
-
-    y is the block's output, h the hidden state before the block at `end`.
-    """
+    """Return ‖block's outputs − hidden states before `end`‖² of a chunk: without a change, then with each change."""
     removed, changes = job
     block = BlockRun(removed.block_before, removed.store)
     wanted = removed.store.read(removed.end, chunk.number)
@@ -119,7 +116,7 @@ def run_changed(
 
 
 def squared_error(outputs: Iterable[Tensor], wanted: Hidden) -> float:
-    """Return Σ ‖y − h‖² over some sequences."""
+    """Return ‖outputs − wanted‖² over some sequences."""
     error = 0.0
     for output, states in zip(outputs, wanted, strict=True):
         error += vector_norm(output.cpu().float() - states.cpu().float()).item() ** 2

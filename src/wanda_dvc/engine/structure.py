@@ -151,12 +151,12 @@ def find_linears(block: nn.Module, prefix: str, slices: Mapping[str, list[Parame
     linears: dict[str, Linear] = {}
     for name, module in find_weights(block).items():
         leaf = name.rpartition(".")[2]
-        for parameter_slice in split_by_expert(slices[prefix + name], count_experts(module)):
+        for parameter_slice in expert_slices(slices[prefix + name], count_experts(module)):
             linears[parameter_slice.address.linear] = Linear(module, leaf, parameter_slice)
     return linears
 
 
-def split_by_expert(slices: list[ParameterSlice], experts: int) -> list[ParameterSlice]:
+def expert_slices(slices: list[ParameterSlice], experts: int) -> list[ParameterSlice]:
     """Return a parameter's slices: if it has experts, one for each, also where one tensor has all."""
     if not experts or slices[0].expert is not None:
         return slices
