@@ -37,7 +37,7 @@ class Method(Choice):
     paper: str  # a link in Markdown
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
-    # "": the package that has it is not installed.
+    # "": the package that has it is not installed; masks of the method can still be applied.
     function: str
     # What it reads in addition to weights: nothing, an InputStats, or the Gram matrix. With the Gram matrix it is a
     # solver: it returns the mask, because it changes weights before all are chosen.
@@ -55,10 +55,7 @@ class Method(Choice):
         return (spec and spec.origin) or "none"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function. UserError, with the method's name, for an error in a package's function, or without it."""
-        if not self.function:
-            installed = ", ".join(methods())
-            raise UserError(f"method: found {self.name}, expected one of {installed}; install the package that has it")
+        """Call the function. UserError, with the method's name, for an error in a package's function."""
         try:
             return resolve_name(self.function)(*args, **kwargs)
         except Exception as error:  # any
@@ -96,10 +93,7 @@ _METHODS = {row.name: row for row in (
 
 @cache
 def methods() -> dict[str, Method]:
-    """Return every method by name: the built-in methods, then those of installed packages.
-
-    UserError for an entry point without a `Method`, or a method with an existing name.
-    """
+    """Return the built-in methods, then those of packages, by name. UserError for an entry point that is no method."""
     rows = dict(_METHODS)
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist else "a package"

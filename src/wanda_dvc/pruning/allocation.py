@@ -1,9 +1,7 @@
-"""Allocation: the sparsity of each block or linear, with the requested sparsity as the mean.
-
-Sparsities are exact fractions in [0, 1]. `round_to_total` corrects the counts of groups, which are rounded down.
-"""
+"""Allocation: the sparsity of each block or linear, an exact fraction; the requested sparsity is the mean."""
 
 import bisect
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -190,7 +188,7 @@ def round_to_total(
     `competitions` has, for each of the sparsities, those of its linears. Counts are rounded down: each group loses up
     to one weight too few.
     """
-    all_competitions = [competition for of_sparsity in competitions for competition in of_sparsity]
+    all_competitions = [*itertools.chain(*competitions)]
     total = sum(competition.groups * competition.size for competition in all_competitions)
 
     def surplus(constant: Fraction) -> Fraction:

@@ -23,9 +23,8 @@ WEIGHTS_AT_A_TIME = 2**20
 class Gram:
     """XᵀX over all tokens of one distinct input. Sums of several chunks merge.
 
-    `add` multiplies the tokens of one call in float32 and sums calls in float64: on a CPU in panels of 128 rows; on a
-    GPU by one product, of 16-bit inputs as they are. Memory in bytes: 8 · in² for the sum. While tokens are added, on a
-    CPU 12 · 128 · in, or 4 · tokens · in more where products go through oneDNN; on a GPU 4 · in².
+    `add` multiplies the tokens of one call in float32 and sums calls in float64. Memory in bytes: 8 · in² for the sum.
+    While tokens are added, on a CPU 12 · 128 · in, or 4 · tokens · in more with oneDNN; on a GPU 4 · in².
     """
 
     upper: Float64[Tensor, "in in"]  # on and above the diagonal; values below it are undefined

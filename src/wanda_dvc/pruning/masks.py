@@ -19,8 +19,7 @@ from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
 
-# The sparsity of all linears of a block, or of each.
-BlockSparsity = Fraction | Mapping[str, Fraction]
+BlockSparsity = Fraction | Mapping[str, Fraction]  # of all linears of a block, or of each
 
 
 def linear_sparsity(sparsity: BlockSparsity, linear: str) -> Fraction:

@@ -40,10 +40,7 @@ def reap(outputs: TokenSum) -> float:
 
 
 def influence(block: BlockStats) -> float:
-    """Return a block's influence: the mean over tokens of 1 − cosine of its input and output.
-
-    Men et al. 2024, ShortGPT, arXiv 2403.03853.
-    """
+    """Return the mean over tokens of 1 − cosine of a block's input and output. Men et al. 2024, arXiv 2403.03853."""
     assert block.influence is not None  # measured with the norms
     total, tokens = block.influence.tolist()
     return total / tokens

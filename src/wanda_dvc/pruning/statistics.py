@@ -88,11 +88,7 @@ class BlockStats(NamedTuple):
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""
-        experts = set()
-        for name, x in self.inputs.items():
-            if not x.count:
-                experts |= {linear.rpartition(".")[0] for linear in self.consumers[name]}
-        return experts
+        return {linear.rpartition(".")[0] for linear, x in self.by_linear.items() if not x.count}
 
 
 def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:

@@ -35,8 +35,7 @@ class Units(NamedTuple):
 def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
     """Return the number of kept units: the multiple nearest to width · (1 − sparsity), at least one multiple.
 
-    First the multiple is divided by 4 until it is at most a 16th of the width: 256 becomes 64, 16, 4 or 1 for small
-    widths. Sparsity 0 keeps all.
+    First the multiple is divided by 4 until it is at most a 16th of the width. Sparsity 0 keeps all.
     """
     if not sparsity:
         return width
