@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 MODELS = ("dense", "pruned", "recovered")
 
 
+def _always(_: "Params") -> bool:
+    return True
+
+
+def _recovers(params: "Params") -> bool:
+    return params.recovery.tokens > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One run of a stage in `dvc.yaml`: what it reads and writes, below a study; `{text}` is a text's name."""
@@ -38,7 +46,7 @@ class Variant:
     plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
     by_text: bool = False  # one run for each text of the perplexity
     # Whether the settings ask for it. If not, a run writes files without content, because DVC expects each output.
-    wanted: "Callable[[Params], bool]" = lambda _: True
+    wanted: "Callable[[Params], bool]" = _always
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -87,7 +95,7 @@ def _variant_of_perplexity(model: str) -> Variant:
         metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
         plots=PLOTS if model == "pruned" else None,
         by_text=True,
-        wanted=_recovers if model == "recovered" else Variant.wanted,
+        wanted=_recovers if model == "recovered" else _always,
     )
 
 
@@ -103,12 +111,12 @@ def _variant_of_zero_shot(model: str) -> Variant:
             f"metrics/plots/{model}/zero_shot.csv",
         ),
         metrics=(f"metrics/{model}/zero_shot.json",),
-        wanted=_recovers if model == "recovered" else Variant.wanted,
+        wanted=_recovers if model == "recovered" else _always,
     )
 
 
 def _variant_of_download(
-    source: str, out: str, *, setting: str, by_text: bool = False, wanted: "Callable[[Params], bool]" = Variant.wanted
+    source: str, out: str, *, setting: str, by_text: bool = False, wanted: "Callable[[Params], bool]" = _always
 ) -> Variant:
     deps = (f"plan/download/{source}.json", f"sources/{source}")
     return Variant(settings=(setting,), deps=deps, outs=(out,), by_text=by_text, wanted=wanted)
@@ -123,10 +131,6 @@ def _variant_of_calibrate(statistics: str) -> Variant:
         outs=(f"stats/{statistics}", *plotted),
         wanted=lambda params: statistics in params.statistics,
     )
-
-
-def _recovers(params: "Params") -> bool:
-    return params.recovery.tokens > 0
 
 
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
@@ -325,7 +329,7 @@ def run(
     for run_name, variant_name, text_name in runs:
         chosen = row.variants[variant_name]
         if not chosen.wanted(study.params):
-            if variant == variant_name:
+            if variant == variant_name:  # it was named, or is the only one
                 notice(f"{run_name}: not needed with these settings; it writes placeholders")
             _write_placeholders(study, chosen, text_name)
             continue

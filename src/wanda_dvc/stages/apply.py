@@ -133,32 +133,31 @@ class DenseToPruned:
         self.measures_errors = not self.plan.repairs and block_count(study.gram, "calibrate") > 0
         self.measures = dict[str, LinearMeasures]()
         self.files_of = lru_cache(maxsize=2)(self._open)
-        self.factors_of = lru_cache(maxsize=2)(self._prepare)
+        self.factors_of = lru_cache(maxsize=2)(self._factorize)
 
     def _open(self, block: int) -> BlockFiles:
         study, plan = self.study, self.plan
         masks = read_masks(study.masks, block)
-        weights, diagnostics, input_of = dict[str, Tensor](), Json(), dict[str, str]()
-        grams = Grams({}, {"consumers": {}, "transposed": []}, None)
+        weights, diagnostics = read_weights(study.weights, block) if plan.mask_stores_weights else ({}, {})
         gradient_grams: Mapping[str, Gram] = {}
-        if plan.mask_stores_weights:
-            weights, diagnostics = read_weights(study.weights, block)
         if plan.apply_reconstructs and plan.reconstructor.uses_fisher:
             gradient_grams = read_grams(study.fisher, block, self.device)
-        if self.measures_errors:
-            grams = read_grams(study.gram, block, self.device)
-            for name, linears in grams.consumers.items():
-                input_of |= dict.fromkeys(linears, name)
-            differing = sorted(masks.keys() ^ input_of.keys())
-            if differing:
-                raise UserError(
-                    f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, which "
-                    f"differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
-                )
+        if not self.measures_errors:
+            grams = Grams({}, {"consumers": {}, "transposed": []}, None)
+            return BlockFiles(masks, weights, diagnostics, grams, {}, gradient_grams)
+        grams, input_of = read_grams(study.gram, block, self.device), dict[str, str]()
+        for name, linears in grams.consumers.items():
+            input_of |= dict.fromkeys(linears, name)
+        differing = sorted(masks.keys() ^ input_of.keys())
+        if differing:
+            raise UserError(
+                f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, which "
+                f"differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
+            )
         return BlockFiles(masks, weights, diagnostics, grams, input_of, gradient_grams)
 
-    def _prepare(self, block: int, name: str) -> GramFactors | None:
-        """Return the Gram matrix of an input, with its factors; None if it was not measured, or no token reached it."""
+    def _factorize(self, block: int, name: str) -> GramFactors | None:
+        """Return the factors of an input's Gram matrix; None if it was not measured, or no token reached it."""
         grams = self.files_of(block).grams
         return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}") if name in grams else None
 
@@ -170,7 +169,7 @@ class DenseToPruned:
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
         files = self.files_of(block)
-        factors = self.factors_of(block, files.input_of.get(linear, ""))
+        factors = self.factors_of(block, files.input_of[linear]) if linear in files.input_of else None
         dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
         mask = files.masks.on(dense.device, linear)
         transposed = linear in files.grams.transposed

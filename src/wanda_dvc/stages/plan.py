@@ -54,12 +54,11 @@ def _link_source(study: Study, name: str, setting: str, source: str) -> None:
         return
     path = Path(source)
     if not (path.is_dir() or path.is_file()):
-        problem = f"{source} not found, or no file and no directory, expected one"
-        raise UserError(f"params.yaml: {setting}: {problem}; name another")
+        problem = "not found, or no file and no directory, expected one; name another"
+        raise UserError(f"params.yaml: {setting}: {source} {problem}")
     for file in sorted(path.glob("*")):
-        if (
-            file.suffix in (".safetensors", ".json") and file.is_symlink() and not file.exists()
-        ):  # DVC would not name it
+        is_read = file.suffix in (".safetensors", ".json")
+        if is_read and file.is_symlink() and not file.exists():  # DVC would not name it
             raise UserError(f"params.yaml: {setting}: {file} is a link to a missing file; copy the file there")
     for output in WRITTEN:  # each run would change it
         if path.resolve().is_relative_to(study.root.resolve() / output.partition("/{")[0]):
