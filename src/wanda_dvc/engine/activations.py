@@ -77,22 +77,18 @@ class ActivationStore:
             for chunk in range(len(self.lengths)):
                 self._save(block, chunk, [self._content(block, chunk)])
 
-    def oldest_kept(self, block: int) -> int:
-        """Return the first block whose activations stay once those before `block` are complete."""
-        return max(0, block - self.kept + 1)
-
     def drop(self, block: int) -> None:
         """Remove the files that are not kept once the activations before a block are complete, and interrupted writes.
 
         A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
         """
         for path in self.folder.glob("[0-9]*-[0-9]*.bin*"):
-            if path.suffix == ".part" or int(path.name.partition("-")[0]) < self.oldest_kept(block):
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) <= block - self.kept:
                 path.unlink(missing_ok=True)
 
     def is_complete(self, block: int) -> bool:
         """Whether the files of all kept blocks up to a block have the right size. OSError if one is missing."""
-        for kept in range(self.oldest_kept(block), block + 1):
+        for kept in range(max(0, block - self.kept + 1), block + 1):
             for chunk, lengths in enumerate(self.lengths):
                 if self._path(kept, chunk).stat().st_size != sum(lengths) * self.width * self.dtype.itemsize:
                     return False

@@ -253,7 +253,7 @@ def _write_shard(view: EditedCheckpoint, shard: Path, path: Path) -> Iterator[st
     tensors, header = _layout(view, shard)
     original, stored = np.memmap(shard, np.uint8, "r"), view.source.header(shard)
     addresses = {tensor: view.addresses(view.changed[tensor]) for tensor in tensors if tensor in view.changed}
-    weights = one_ahead(partial(_read_checked, view, shard), chain.from_iterable(addresses.values()))
+    weights = one_ahead(partial(_read_checked, view), chain.from_iterable(addresses.values()))
     with path.open("wb") as file:
         file.write(header)
         for tensor in tensors:
@@ -288,16 +288,14 @@ def _layout(view: EditedCheckpoint, shard: Path) -> tuple[list[str], bytes]:
     return tensors, len(content).to_bytes(8, "little") + content
 
 
-def _read_checked(view: EditedCheckpoint, shard: Path, address: Address) -> memoryview:
+def _read_checked(view: EditedCheckpoint, address: Address) -> memoryview:
     """Return the bytes of a new weight. UserError if it has another shape or dtype than stored."""
     weight, entry = view.read(address), view.entries[address.tensor]
     shape = entry.shape if address.expert is None else entry.shape[1:]
     dtype = SAFETENSORS_NAMES.get(weight.dtype, entry.dtype)  # a buffer of a renumbered block may be of any dtype
     if list(weight.shape) != shape or dtype != entry.dtype:
-        raise UserError(
-            f"{address.tensor}: its new weight is {list(weight.shape)} in {weight.dtype}, expected {shape} in "
-            f"{entry.dtype}, as {shard} stores it"
-        )
+        what = f"its new weight is {list(weight.shape)} in {weight.dtype}, expected {shape} in {entry.dtype}, as stored"
+        raise UserError(f"{address.tensor}: {what}")
     return weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

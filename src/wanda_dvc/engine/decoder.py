@@ -78,10 +78,10 @@ class Decoder:
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         largest = max((int(x.tokens.max()) for x in sequences if len(x.tokens)), default=0)
         if largest >= embeddings:
-            raise UserError(
-                f"{self.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
-                f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
+            what = (
+                f"the tokenizer gives the id {largest}, expected at most {embeddings - 1}, the model's last embedding"
             )
+            raise UserError(f"{self.checkpoint}: {what}; use the tokenizer that belongs to it")
 
     def memory_budget(self) -> int:
         """Return the GPU memory in bytes for activations that stay: half of what blocks and sums leave; 0 on a CPU.
