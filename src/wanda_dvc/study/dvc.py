@@ -40,7 +40,7 @@ def list_revisions(root: Path) -> list[Json]:
 
     The records are those of `dvc exp show --json`. Reading every commit takes minutes in a large repository.
     """
-    repository_roots(root)
+    repository_roots(root)  # UserError without one
     if git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise UserError(f"{root}: git has no commit; `git add .`, then `git commit -m Begin`")
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-branches", "--all-tags"]
