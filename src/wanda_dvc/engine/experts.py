@@ -17,7 +17,7 @@ from wanda_dvc.engine.sums import Matrix
 
 ALL_ROWS = slice(None)
 LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
-# (names, x, y, rows): the linears that share one matrix, its input and output, and the slice of their rows in both.
+# (names, x, y, tokens): the linears that share one matrix, its input and output, and the slice of their tokens in both.
 OnProduct = Callable[[list[str], Tensor, Tensor, slice], None]
 # (name, norms): an expert's last linear, and ‖gate · output‖₂ of each of its tokens.
 OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]

@@ -111,7 +111,7 @@ class Removal:
 
     @cached_property
     def _unit_of(self) -> dict[str, tuple[str, int]]:
-        """The set and the number of the unit whose member each linear is."""
+        """The set and the number of the unit that each linear belongs to, for blocks and experts."""
         unit_of = dict[str, tuple[str, int]]()
         for name, units in self.unit_sets.items():
             for unit, linears in enumerate(units.members):
