@@ -29,7 +29,6 @@ class Experiment:
     study: Study  # a folder with its params.yaml, dvc.lock and metrics/
     results: dict[str, Results]  # by model: dense, pruned, and recovered, empty without a recovery
     notes: list[str] = field(default_factory=list)  # sentences on results that are missing, stale, or of another run
-    also: list[str] = field(default_factory=list)  # other names of the same results
 
     @property
     def params(self) -> Params:
@@ -94,31 +93,27 @@ Excluded = list[tuple[str, str]]  # names, with the reasons
 def collect(*, study: Study, revs: list[str], work: Path) -> tuple[list[Experiment], Excluded]:
     """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
 
-    Also return those that are unfinished or have no results. Files from the cache are placed in `work`.
+    Also return those that are unfinished, equal or without results. Files from the cache are placed in `work`.
     """
     revisions = [ListedRevision(rev, rev, "experiment") for rev in revs] or listed_revisions(study)
     experiments: dict[str, Experiment] = {}
     excluded: Excluded = []
     for index, revision in enumerate(sorted(revisions, key=lambda revision: KINDS.index(revision.kind))):
         if revision.status != SUCCESS:
-            reason = revision.status.lower()
-            if revision.changes:
-                reason += f" ({', '.join(f'{key}={value}' for key, value in revision.changes.items())})"
-            excluded.append((revision.name, reason))
+            changes = [f"{key}={value}" for key, value in revision.changes.items()]
+            excluded.append((revision.name, ", ".join([revision.status, *changes])))
             continue
-        is_named = revision.kind != "commit"
         try:
             experiment = at(study, revision.rev, work / str(index))
-            problem = "" if experiment.final.metrics else (" ".join(experiment.notes) or "no results")
         except UserError as error:
-            problem = error.problems[0]
-        if problem:
-            if is_named:  # an old commit without results needs no note
-                excluded.append((revision.name, problem))
+            excluded.append((revision.name, error.problems[0]))
+            continue
+        if not experiment.final.metrics:
+            excluded.append((revision.name, " ".join(experiment.notes) or "no results"))
             continue
         experiment.name = revision.name  # `at` was given its commit
         measured = [experiment.settings, experiment.results[DENSE].metrics, experiment.final.metrics]
         first = experiments.setdefault(json.dumps(measured, sort_keys=True), experiment)
-        if is_named and revision.name not in (first.name, *first.also):
-            first.also.append(revision.name)
+        if revision.name != first.name:
+            excluded.append((revision.name, f"equal to {first.name}"))
     return list(experiments.values()), excluded

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import check_params, flatten, nested, resolved
+from wanda_dvc.params import Params, check_params, flatten, nested, resolved
 from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
@@ -39,7 +39,6 @@ class ListedRevision(NamedTuple):
     status: str = SUCCESS  # or the reason for missing results: `failed`, `queued`, `running`, `unreadable: …`
     settings: Mapping[str, Any] = {}  # by dotted name
     changes: Mapping[str, Any] = {}  # of the settings, against its base commit
-    stale: bool = False  # whether numbers of other settings are left out
     results: Mapping[str, Results] = {}  # by model, without details
 
     @property
@@ -90,17 +89,15 @@ def _listed(
     files = _study_files(record, "metrics", prefix)
     if status != SUCCESS or not files:
         return revision  # DVC gives an unfinished one its base commit's results
-    current = _current_files(study, record["rev"], settings)
-    prefix_of_texts = "perplexity.texts."  # then the name, which may have dots, and a setting
-    keys = [key.removeprefix(prefix_of_texts) for key in _resolved(settings) if key.startswith(prefix_of_texts)]
-    texts = {key.rpartition(".")[0] for key in keys} or None
+    current, params = _current_files(study, record["rev"], settings), _params_of(settings)
+    texts = params.perplexity.texts if params else None
     results = {model: Results({}) for model in MODELS}
     for path, content in files.items():
         model, _, file = path.removeprefix("metrics/").partition("/")
         metric = file.removesuffix(".json")
         if content and path in current and model in results and not is_of_removed_text(metric, texts):
             results[model].metrics[metric] = content
-    return revision._replace(stale=not files.keys() <= current, results=results)
+    return revision._replace(results=results)
 
 
 def _study_files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
@@ -145,21 +142,20 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         status = one_line(revision.status) if has_state else revision.kind
         rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
     text = table(["experiment", "state", "change", *columns], rows)
-    measured = [_resolved(revision.settings) for revision in revisions if revision.final.metrics]
-    different = [key for key in differing_settings(measured) if key.startswith(MEASURED_BY)]
+    measured = [(_params_of(revision.settings), revision) for revision in revisions if revision.final.metrics]
+    settings = [resolved(params) if params else revision.settings for params, revision in measured]
+    different = [key for key in differing_settings(settings) if key.startswith(MEASURED_BY)]
     if different:
         text += f"\n\nNot all comparable: {shortened(different)} differ. "
         text += "`wanda-dvc show NAME NAME` tests only equal ones."
-    stale = [revision.name for revision in revisions if revision.stale]
-    if stale:
-        text += f"\n\nSome stages have not run on the current settings: {shortened(stale, 10)}."
     return text
 
 
-def _resolved(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    with contextlib.suppress(UserError):  # of another version; else with defaults
-        return resolved(check_params(nested(settings)))
-    return settings
+def _params_of(settings: Mapping[str, Any]) -> Params | None:
+    """Return checked settings; None for those of another version."""
+    with contextlib.suppress(UserError):
+        return check_params(nested(settings))
+    return None
 
 
 def differing_settings(several: Iterable[Mapping[str, Any]]) -> list[str]:

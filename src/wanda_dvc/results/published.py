@@ -13,7 +13,6 @@ from wanda_dvc.params import Settings
 from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import PER_TASK, PER_TEXT
-from wanda_dvc.study.files import Json
 
 OF_STATISTICS = ("calibration.", "propagation")  # settings that do not count for methods without statistics
 
@@ -29,42 +28,38 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     """Return for each published figure of an experiment's protocol: model, measure, source, their and our figure."""
     rows: list[list[str]] = []
     for name, experiment in experiments.items():
-        for model, title in ((DENSE, DENSE), ("pruned", f"{name}, pruned")):  # before a training
+        for model in (DENSE, "pruned"):  # another model than after a training
             results = experiment.results[model]
+            settings = experiment.settings | ({"method": DENSE} if model == DENSE else {})
+            title = DENSE if model == DENSE else f"{name}, pruned"
             for heading, (measure, target) in headings([results], brief=False).items():
-                settings = experiment.settings
-                if measure.per == PER_TEXT:
-                    filled = experiment.params.perplexity.texts[target].filled
-                    settings = settings | {f"perplexity.text.{key}": value for key, value in filled.items()}
-                key = target if measure.per == PER_TASK else measure.name
-                for source, figure in matching_figures(settings, key, dense=model == DENSE):
+                of_text = experiment.params.perplexity.texts[target].filled if measure.per == PER_TEXT else {}
+                all_settings = settings | {f"perplexity.text.{key}": value for key, value in of_text.items()}
+                figure_name = target if measure.per == PER_TASK else measure.name
+                for source, figure in matching_figures(all_settings, figure_name):
                     row = [title, heading, source, f"{figure}", measure.text(measure.read(results, target))]
                     if row not in rows:  # several experiments have one dense model
                         rows.append(row)
     return rows
 
 
-def matching_figures(settings: Settings, key: str, *, dense: bool) -> Iterator[tuple[str, float | str]]:
-    """Yield the sources and published figures of a protocol: the perplexity or a task of the dense or a pruned model.
+def matching_figures(settings: Settings, figure_name: str) -> Iterator[tuple[str, float | str]]:
+    """Yield the sources and published values of a figure, `perplexity` or a task, with the same protocol.
 
-    Of the model's Hub id or directory, the last part counts. A figure may be `diverged`.
+    Of the model's Hub id or directory, the last part counts. The method of the dense model is `dense`. A value may be
+    `diverged`.
     """
     model = settings["model"].partition("@")[0]
     for table in published_tables():
-        protocol = table.get("perplexity" if key == "perplexity" else "zero_shot")
+        protocol = table.get("perplexity" if figure_name == "perplexity" else "zero_shot")
         if protocol is None or Path(model).name != Path(table["model"]).name:
             continue
         for row in table["rows"]:
-            is_dense = row["method"] == DENSE
-            expected = protocol if is_dense else protocol | _pruning(table["pruning"], row, settings)
-            allowed = {name: value if isinstance(value, list) else [value] for name, value in expected.items()}
-            if key in row and is_dense == dense and all(settings[name] in values for name, values in allowed.items()):
-                yield table["source"], row[key]
-
-
-def _pruning(protocol: Json, row: Json, settings: Settings) -> Json:
-    """Return the settings of a published row: those of its table's protocol, and its own."""
-    pruning = protocol | {name: value for name, value in row.items() if name in settings}
-    if methods()[row["method"]].needs == "weights":
-        return {name: value for name, value in pruning.items() if not name.startswith(OF_STATISTICS)}
-    return pruning
+            expected = protocol | {name: value for name, value in row.items() if name in settings}
+            if row["method"] != DENSE:
+                expected = table["pruning"] | expected
+                if methods()[row["method"]].needs == "weights":
+                    expected = {key: value for key, value in expected.items() if not key.startswith(OF_STATISTICS)}
+            allowed = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
+            if figure_name in row and all(settings[key] in values for key, values in allowed.items()):
+                yield table["source"], row[figure_name]

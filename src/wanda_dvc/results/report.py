@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment
 
 from wanda_dvc import __version__
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.compare import DENSE, MISSING, headings, not_comparable, side_by_side
@@ -48,23 +48,19 @@ def report(*, study: Study, output: Path, revs: list[str] | None = None) -> str:
             waiting = "".join(f"\n{name}: {reason}" for name, reason in excluded)
             raise UserError(f"{study.root}: no experiment with results{waiting or '; run `dvc repro`'}")
         write_text(output, page(f"Pruning study: {study.root.name}", experiments, excluded))
-    return f"{output}: {len(experiments)} of {len(experiments) + len(excluded)} experiments"
+    return f"{output}: {shortened([experiment.name for experiment in experiments], 10)}"
 
 
 def page(title: str, experiments: Sequence[Experiment], excluded: Excluded) -> str:
     """Return the page in HTML, byte-identical for equal results."""
     source = (files("wanda_dvc.results") / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_without_folders)
-    remarks = list(excluded)
-    for experiment in experiments:
-        remarks += [(experiment.name, note) for note in experiment.notes]
-        if experiment.also:
-            remarks.append((experiment.name, f"equal to {', '.join(experiment.also)}"))
+    notes_of_all = [(experiment.name, note) for experiment in experiments for note in experiment.notes]
     return environment.from_string(source).render(
         title=title,
         version=__version__,
         sections=[section(members, first=experiments[0]) for members in group(experiments)],
-        remarks=remarks,
+        remarks=[*excluded, *notes_of_all],
         sign=SIGN,
     )
 
@@ -105,6 +101,7 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     """Return what a section of the page shows: experiments that may be compared, and differences from the `first`."""
     different = differing_settings([experiment.settings for experiment in members])
     in_labels = [key for key in different if not key.startswith(MEASURED_BY) and key not in IN_NAMES]
+
     experiments: dict[str, Experiment] = {}
     points = []
     for experiment in sorted(members, key=lambda member: (pruning(member.params), member.settings["sparsity"])):
@@ -114,6 +111,7 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         commit = f" [{experiment.commit[:7]}]" if experiment.commit else ""
         experiments[f"{experiment.name}{commit}: {label}, sparsity {sparsity:g}"] = experiment
         points.append((label, sparsity, experiment.final))
+
     # All members have equal figures of the dense model; one may have more texts.
     dense = max((experiment.results[DENSE] for experiment in members), key=lambda results: len(results.metrics))
     models = {DENSE: dense} | {name: experiment.final for name, experiment in experiments.items()}
@@ -123,10 +121,12 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         if differing and set(differing) <= set(CHOICES):
             other_recipes.append((name, base_name))
     headers, rows = side_by_side(models, base=DENSE, further=other_recipes)
+
     charts = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
         if measure.drawn:
             charts.append((heading, svg(chart(measure, target, points, dense))))
+
     calibration = []
     for key, value in members[0].settings.items():
         if key.startswith("calibration.") and key not in different:

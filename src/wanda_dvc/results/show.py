@@ -29,8 +29,6 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
     """
     if DENSE in names:
         raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
-    if as_json and text:
-        raise UserError("--json: given with --text; metrics/details/MODEL/continuations.json has the texts")
     base = names[0] if len(names) > 1 else DENSE
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         experiments = [at(study, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
@@ -81,8 +79,6 @@ def title(experiment: Experiment, *, named: bool) -> str:
         return f"{experiment.name}: {sentence}"
     if not is_there(experiment.study.masks / PROVENANCE):
         return f"{params.model}: no masks yet; `dvc repro` makes them."
-    if not is_there(experiment.study.model("pruned") / PROVENANCE):
-        return f"{sentence}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
     return sentence
 
 

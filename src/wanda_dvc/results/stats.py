@@ -66,12 +66,5 @@ def _row(record: Mapping[str, Any]) -> list[str]:
         cells.append("  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]))
     if "layer_error" in record:
         cells.append(", ".join(f"{100 * error:.2f} %" for error in record["layer_error"].values()))
-    consumers = ", ".join(map(_short_name, record["linears"]))
+    consumers = ", ".join(".".join(linear.split(".")[-2:]) for linear in record["linears"])
     return [str(record["block"]), consumers, str(record["tokens"]), *cells]
-
-
-def _short_name(linear: str) -> str:
-    """Return the last part of a linear's name, with an expert's number before it."""
-    parts = linear.split(".")
-    is_expert = parts[-2].isdecimal() and sum(part.isdecimal() for part in parts) > 1  # its first number is the block's
-    return ".".join(parts[-2:] if is_expert else parts[-1:])
