@@ -195,9 +195,9 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["out", "--recover", "1G"], "--recover: found 1G, expected a number of tokens, such as 200k or 1M"),
         (["out", "--recover", "٣"], "--recover: found ٣, expected a number of tokens"),
         (["out", "--recover", "9" * 20 + "M"], "recovery.tokens: found 99999999999999999999000000, expected less"),
-        (["out", "--recipe", ""], "out --recipe '': ends in an empty value, such as an unset variable; give"),
-        (["out", "--recipe="], "out --recipe=: ends in an empty value"),
-        ([""], " '': ends in an empty value"),
+        (["out", "--recipe", ""], "'': has no value; give one, or leave"),
+        (["out", "--recipe="], "--recipe=: has no value"),
+        ([""], "'': has no value"),
         (["/proc/x"], "/proc/x: /proc is no directory with permission to write, expected one"),
     ],
 )  # fmt: skip

@@ -5,7 +5,6 @@ import gc
 import io
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,13 +264,6 @@ for _stage in STAGES.values():  # last in --help
     app.command(_stage.name, help=_stage.about, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
-def _refuse_empty(arguments: list[str]) -> None:  # an unset variable of the shell must not choose a default
-    for position, argument in enumerate(arguments, start=1):
-        if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):
-            command = shlex.join(["wanda-dvc", *arguments[:position]])
-            raise UserError(f"{command}: ends in an empty value, such as an unset variable; give one, or leave it out")
-
-
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks. `--help` has the exit codes."""
     # Torch and transformers make a million objects that stay. The garbage collector would visit them again and again
@@ -280,7 +272,9 @@ def run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have UTF-8
     try:
-        _refuse_empty(sys.argv[1:])
+        for argument in sys.argv[1:]:
+            if argument == "" or re.fullmatch(r"--[a-z-]+=", argument):  # an unset variable must not choose a default
+                raise UserError(f"{argument or repr('')}: has no value; give one, or leave the argument out")
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

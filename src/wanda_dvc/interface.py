@@ -98,9 +98,6 @@ def calibrate(
             reference to the result.
         tokenizer: The tokenizer of a model in memory.
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
-
-    Raises:
-        UserError: A wrong argument or setting, an unsupported model, or activations that are not finite.
     """
     new_params(settings)  # a wrong setting or argument makes no study
     in_memory = not isinstance(model, str | os.PathLike)

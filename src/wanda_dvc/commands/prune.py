@@ -14,7 +14,7 @@ from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import notice
 from wanda_dvc.params import Params, Settings, nested
 from wanda_dvc.plan import TOKENS_A_FEATURE
-from wanda_dvc.results.compare import cells, headings
+from wanda_dvc.results.compare import headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.show import notes, title
@@ -80,8 +80,9 @@ def _paragraphs(experiment: Experiment, *, evaluate: bool) -> list[str]:
     """Return the settings of an experiment, its results in a table, and what a reader of the table has to know."""
     models = experiment.models
     measures = headings(list(models.values())) if evaluate else {}
-    values = {name: cells(results, measures) for name, results in models.items()}
-    rows = [[heading, *(values[name][index] for name in models)] for index, heading in enumerate(measures)]
+    rows = []
+    for heading, (measure, target) in measures.items():
+        rows.append([heading, *(measure.text(results, target) for results in models.values())])
     folders = [experiment.study.model(name) for name in models]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])

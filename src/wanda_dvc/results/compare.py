@@ -13,7 +13,6 @@ from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known
-Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
 def _tested(results: Results, base: Results) -> Iterator[tuple[Measure, PairedTest, str]]:
@@ -78,8 +77,8 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
     return content
 
 
-def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:
-    """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
+def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tuple[Measure, str]]:
+    """Return by heading the measures that a model has, each with a text, a task or ""; `brief`: of a short table."""
     one_text = len({text for results in models for text in results.texts}) <= 1
     columns = {}
     for measure in MEASURES:
@@ -88,11 +87,6 @@ def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Colu
         for target in measure.where(*models):
             columns[measure.heading(target, one_text=one_text)] = measure, target
     return columns
-
-
-def cells(results: Results, columns: Mapping[str, Column], *, interval: bool = True) -> list[str]:
-    """Return a row of a table: a model's values."""
-    return [measure.text(measure.read(results, target), interval=interval) for measure, target in columns.values()]
 
 
 def side_by_side(
@@ -106,7 +100,7 @@ def side_by_side(
     pairs = list(dict.fromkeys((name, base_name) for name, base_name, _, _ in tests))
     rows = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
-        row = [heading, *(measure.text(measure.read(results, target)) for results in models.values())]
+        row = [heading, *(measure.text(results, target) for results in models.values())]
         for name, base_name in pairs:
             has_value = measure.read(models[base_name], target) is not None  # the dense model has no divergence
             row.append(measure.test_text(tests.get((name, base_name, measure.name, target))) if has_value else "")

@@ -61,12 +61,10 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
     has_other_masks = _has_other_input(study.model("pruned"), "masks", study.masks)
     if has_other_masks:
         reasons.append("models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's.")
+    elif _has_other_input(study.model("recovered"), "pruned", study.model("pruned")):
+        reasons.append("models/recovered was trained from another models/pruned than the one here: run `dvc repro`.")
     if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
-    if not reasons and _has_other_input(study.model("recovered"), "pruned", study.model("pruned")):
-        reasons.append("models/recovered was trained from another models/pruned than the one here: run `dvc repro`.")
-        if not lock.stages:
-            results["recovered"] = Results({})
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
         if not provenance or (model == "pruned" and has_other_masks):  # the lock says which figures are current

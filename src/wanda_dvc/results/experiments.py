@@ -56,7 +56,7 @@ def workspace(study: Study) -> Experiment:
     experiment = _read(study, WORKSPACE, None)
     not_run = Lock.read(study.root).not_run(study.params)
     if not_run:
-        requested = ", ".join(f"{name}={value}".replace("\n", "\\n") for name, value in not_run.items())
+        requested = ", ".join(f"{name}={value!r}" for name, value in not_run.items())
         experiment.notes.insert(0, f"params.yaml has {requested}, which has not run: `dvc repro` runs it.")
     return experiment
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import Params, check_params, flatten, nested, resolved
-from wanda_dvc.results.compare import cells, headings
+from wanda_dvc.results.compare import headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
@@ -140,7 +140,8 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         change = one_line(", ".join(f"{key}={value}" for key, value in revision.changes.items()))
         has_state = revision.kind == "experiment" or revision.status != SUCCESS
         status = one_line(revision.status) if has_state else revision.kind
-        rows.append([revision.name, status, change, *cells(revision.final, columns, interval=False)])
+        values = [measure.text(revision.final, target, interval=False) for measure, target in columns.values()]
+        rows.append([revision.name, status, change, *values])
     text = table(["experiment", "state", "change", *columns], rows)
     measured = [(_params_of(revision.settings), revision) for revision in revisions if revision.final.metrics]
     settings = [resolved(params) if params else revision.settings for params, revision in measured]

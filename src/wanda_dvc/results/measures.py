@@ -279,9 +279,9 @@ class Measure:
             title = f"{title}, {target}"
         return f"{title}, {self.unit}" if self.unit else title
 
-    def text(self, value: Value, *, interval: bool = True) -> str:
-        """Format a value, with its interval if known; `diverged` stays, and a dash means not measured."""
-        return _formatted(value, self.form, interval=interval)
+    def text(self, results: Results, target: str, *, interval: bool = True) -> str:
+        """Format a model's value, with its interval if known; `diverged` stays, and a dash means not measured."""
+        return _formatted(self.read(results, target), self.form, interval=interval)
 
     def test_text(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""

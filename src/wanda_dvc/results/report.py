@@ -127,10 +127,8 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         if measure.drawn:
             charts.append((heading, svg(chart(measure, target, points, dense))))
 
-    calibration = []
-    for key, value in members[0].settings.items():
-        if key.startswith("calibration.") and key not in different:
-            calibration.append(f"{key.removeprefix('calibration.')}={value!r}")
+    shared = {key: value for key, value in members[0].settings.items() if key not in different}
+    calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
     libraries: Json = {}
     for name in dense.metrics:
         for protocol in dense.protocols_in(name):
@@ -140,7 +138,7 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         "differences": differences(members[0], first),
         "protocol": [
             *notes({name: experiment.params for name, experiment in experiments.items()}, models),
-            f"Calibration: {', '.join(calibration)}.",
+            f"Settings: {', '.join(calibration)}.",
             f"Libraries: {', '.join(f'{name} {version}' for name, version in libraries.items()) or 'not known'}.",
         ],
         "results": np.transpose([headers, *rows]).tolist(),  # a row for each model, and each pair

@@ -40,10 +40,7 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             continuations = continuations_table(models)
             if continuations:
                 return continuations
-            raise UserError(
-                "continuations: missing; `dvc repro` writes them, of each line of prompts.txt. If a model did not fit "
-                "in memory, run `dvc repro --force --single-item zero-shot-MODEL` where there is more"
-            )
+            raise UserError("continuations: missing; `dvc repro` writes them, of prompts.txt, if there is the memory")
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
@@ -74,17 +71,12 @@ def continuations_table(models: dict[str, Results], form: Callable[[object], str
 def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
-    sentence = f"{params.model}: {description(params)}"
+    sentence = f"{params.model}: {pruning(params)}, sparsity {float(params.plan.sparsity):g}"
     if named:
         return f"{experiment.name}: {sentence}"
     if not is_there(experiment.study.masks / PROVENANCE):
         return f"{params.model}: no masks yet; `dvc repro` makes them."
     return sentence
-
-
-def description(params: Params) -> str:
-    """Return the settings of a pruning in short."""
-    return f"{pruning(params)}, sparsity {float(params.plan.sparsity):g}"
 
 
 def pruning(params: Params) -> str:
