@@ -80,7 +80,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     text = card(made, load_json(made.metrics("pruned", "sparsity")))
-    assert f"`{reconstruction}`: {RECONSTRUCTIONS[reconstruction].about}" in text
+    assert f"{reconstruction}: {RECONSTRUCTIONS[reconstruction].about}" in text
     moved = []
     for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
