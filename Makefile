@@ -34,8 +34,8 @@ coverage: install ## the tests of `make test`, with a table of the lines and bra
 bench: install ## measure against the published procedure, stock lm-eval and the floor; BENCH="--mirror DIR --rows calibrate"
 	python benchmarks/peers.py $(BENCH)
 
-demo: install ## run the README's demo, five minutes on two cores, and write the table that it prints into the README
-	folder=$$(mktemp -d) && (cd $$folder && XDG_CACHE_HOME=$$folder wanda-dvc prune) | grep '^|' | grep -v seconds > $$folder/table && mv $$folder/table benchmarks/demo.txt && rm -r $$folder
+demo: install ## run the README's demo, minutes on two cores, and write what it prints into the README
+	python benchmarks/demo.py
 	python scripts/figures.py
 
 gpu: install ## time each stage on a GPU and compare its results with the CPU's, in 15 minutes; GPU="--device cpu --tiny" tries it

@@ -16,9 +16,11 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import floors  # noqa: E402 - a folder of scripts
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
-from recipes import SMALLER, TOKENS  # noqa: E402
+from recipes import LONGER, SMALLER, TOKENS  # noqa: E402
 
-DOCUMENTS = ("README.md", "docs/results.md", "docs/deploy.md", "docs/limits.md")
+from wanda_dvc import catalog  # noqa: E402
+
+DOCUMENTS = ("README.md", "docs/results.md", "docs/smaller.md", "docs/limits.md", "benchmarks/README.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ AUTHORS = {
     ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.70, 1),
 }  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
-ENDS = ("", *(f" {tokens}" for tokens in TOKENS))
+MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
 
 
 def measured(name: str) -> dict[str, Row]:
@@ -66,7 +68,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
         headers = [headers[0] + MARK, *headers[1:]]
         rows = [[*row[:left], *(cell.removesuffix(MARK) for cell in row[left:])] for row in rows]
     rule = ["---"] * left + ["---:"] * (len(headers) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
+    return "\n".join(f"|{'|'.join(row)}|" for row in [headers, rule, *rows])
 
 
 def figure(value: float | str | None, row: Row | None = None) -> str:
@@ -78,13 +80,16 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
 
 
 def by_recipe(gemma: Sequence[str] = ()) -> str:
-    """Return the recipes' perplexity on WikiText-2, of SmolLM2 and at some amounts of Gemma."""
+    """Return the recipes' perplexity on WikiText-2, of SmolLM2 and at some amounts of Gemma, or the papers."""
     rows, lines = measured("recipes"), []
     for recipe in RECIPES:
         names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, AMOUNTS), (GEMMA, gemma)) for amount in some]
-        lines.append([NAMES[recipe], *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
+        paper = [] if gemma else [catalog.methods()[catalog.RECIPES[recipe].method].paper]
+        lines.append([NAMES[recipe], *paper, *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
     heads = ["`recipe`", *AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
-    return table([head.replace("%", " %") for head in heads], lines)
+    if not gemma:
+        heads.insert(1, "masks")
+    return table([head.replace("%", " %") for head in heads], lines, left=1 if gemma else 2)
 
 
 def seconds() -> str:
@@ -125,9 +130,9 @@ def memory() -> str:
 
 
 def by_text() -> str:
-    """Return the perplexity and the divergence on both texts of the rows that were measured."""
+    """Return the perplexity and the divergence on both texts of untrained rows that were measured."""
     rows, lines = measured("recipes"), []
-    for key in ("dense", *(" ".join(row) + end for row in MODELS for end in ENDS)):
+    for key in ("dense", *map(" ".join, MODELS)):
         if (row := rows.get(f"{SMALL} {key}")) and row["value"].keys() >= TEXTS.keys():
             cells = [key.replace("%", " %")]
             for text in TEXTS:
@@ -137,6 +142,29 @@ def by_text() -> str:
             lines.append(cells)
     heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
     return table(["model", *heads], lines)
+
+
+def recovered() -> str:
+    """Return both measures on both texts of the trained models, from before the training to its last length."""
+    rows, lines = measured("recipes"), []
+    short = [tokens for tokens in TOKENS if tokens != LONGER]
+    for model, row, lengths in product((SMALL, GEMMA), MODELS, (short, [LONGER])):
+        untrained = " ".join((model, *row))
+        trained = [tokens for tokens in lengths if f"{untrained} {tokens}" in rows]
+        if trained:
+            steps = [rows[untrained], *(rows[f"{untrained} {tokens}"] for tokens in trained)]
+            title = untrained.removeprefix(f"{SMALL} ").replace(GEMMA, "Gemma").replace("%", " %")
+            lines.append([f"{title} → {' → '.join(trained)}", *_from_to(steps)])
+    return table(["model", *(f"{measure}, {TEXTS[text]}" for text, measure in MEASURES)], lines)
+
+
+def _from_to(steps: Sequence[Row]) -> list[str]:
+    mark, cells = MARK * any(map(is_old, steps)), []
+    for text, measure in MEASURES:
+        values = [value(step, text, measure) for step in steps]
+        shown = [figure(number) if measure == "perplexity" else f"{number['mean']:.3f}" for number in values]
+        cells.append(" → ".join(shown) + mark)
+    return cells
 
 
 def authors() -> str:
@@ -161,7 +189,7 @@ def runtimes() -> str:
         speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
         lines.append([*key.rsplit(" ", 1), f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
     model = "model" + MARK * any(map(is_old, found.values()))
-    return table([model, "format", "MB", "divergence", "prompt, tokens/s", "written, tokens/s"], lines, left=2)
+    return table([model, "format", "MB", "divergence", "prompt, tokens/s", "generation, tokens/s"], lines, left=2)
 
 
 def gpu(rows: dict[str, Row]) -> str:
@@ -190,7 +218,7 @@ def gpu(rows: dict[str, Row]) -> str:
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": by_recipe, "recipes": lambda: by_recipe(AMOUNTS), "texts": by_text,
-    "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
+    "recovered": recovered, "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
     "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")), "floors": floors.table,
 }  # fmt: skip
 

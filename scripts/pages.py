@@ -1,8 +1,8 @@
 """Write the pages of the documentation site into .site: python scripts/pages.py; `make docs` then builds them.
 
 The Markdown of this repository is the source, and works on GitHub as it is. For the site,
-- a paragraph that is a link with the title "include" becomes what it leads to: a section of the README, or the
-  reference of a Python module's `__all__`;
+- the README is the first page;
+- a paragraph that is a link to a Python module with the title "include" becomes the reference of its `__all__`;
 - a link to a file that is no page of the site leads to the file in the repository;
 - a <picture> becomes two images, of which the site's own mode shows one.
 
@@ -21,8 +21,7 @@ from urllib.parse import unquote
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "zensical.toml"
 TARGET = ROOT / ".site"
-# Pages of the site that lie outside docs/; they keep their path.
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 FENCED = re.compile(r"^( *)```.*?^\1```\s*?$", flags=re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n)[^\0])+?(?<!`)\1(?!`)")  # without blocks, which are \0NUMBER\0 by then
 LINK = re.compile(
@@ -37,13 +36,13 @@ PICTURE = re.compile(
 def pages() -> dict[str, str]:
     """Return every page of the site, by the path of its source in the repository."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-    return {page: page.removeprefix("docs/") for page in found} | {page: page for page in OUTSIDE}
+    return {page: page.removeprefix("docs/") for page in found} | OUTSIDE
 
 
 def build(target: Path, repository: str | None) -> None:
     """Write all pages, their pictures and the generator's settings into an empty `target`.
 
-    SystemExit for a link that leads nowhere, an unknown section, and a page that the list of pages leaves out.
+    SystemExit for a link that leads nowhere, and a page that the list of pages leaves out.
     """
     published, config = pages(), CONFIG.read_text(encoding="utf-8")
     listed, made = set(re.findall(r'"(\S+\.md)"', config)), set(published.values())
@@ -78,10 +77,10 @@ class Site:
 
     def page(self, source: str) -> str:
         """Return the text of a page as the site's generator reads it."""
-        return self._rewrite((ROOT / source).read_text(encoding="utf-8"), source, source)
+        return self._rewrite((ROOT / source).read_text(encoding="utf-8"), source)
 
-    def _rewrite(self, text: str, source: str, page: str) -> str:
-        """Return text of one file as it stands on the page of another: links, pictures and code in tables."""
+    def _rewrite(self, text: str, source: str) -> str:
+        """Return the text of a file as its page has it: links, pictures and code in tables."""
         code: list[str] = []
 
         def keep(found: re.Match[str]) -> str:
@@ -91,10 +90,9 @@ class Site:
 
         def link(found: re.Match[str]) -> str:
             if found["title"] == ' "include"':
-                path, _, anchor = self._resolve(source, found["to"])
-                return reference(path) if path.endswith(".py") else self._rewrite(section(path, anchor), path, page)
+                return reference(self._resolve(source, found["to"])[0])
             text = LINK.sub(link, found["text"])
-            to = self._link(found["to"], source, page)
+            to = self._link(found["to"], source)
             return text if to is None else f"{found['image']}[{text}]({to}{found['title'] or ''})"
 
         def picture(found: re.Match[str]) -> str:
@@ -105,8 +103,8 @@ class Site:
         text = LINK.sub(link, PICTURE.sub(picture, text))
         return re.sub("\0(\\d+)\0", lambda found: code[int(found[1])], text)
 
-    def _link(self, to: str, source: str, page: str) -> str | None:
-        """Return where a link of `source` leads on the page of `page`; None where the site has no address for it."""
+    def _link(self, to: str, source: str) -> str | None:
+        """Return where a link of a page leads on the site; None where the site has no address for it."""
         if re.match(r"[a-z]+:", to):
             return to
         path, kind, anchor = self._resolve(source, to)
@@ -118,7 +116,7 @@ class Site:
             self.assets.add(path)
         else:
             return f"{self.repository}/{kind}/main/{path}{fragment}" if self.repository else None
-        here = self.published[page]
+        here = self.published[source]
         return fragment if fragment and path == here else posixpath.relpath(path, posixpath.dirname(here)) + fragment
 
     def _resolve(self, source: str, to: str) -> tuple[str, str, str]:
@@ -128,17 +126,6 @@ class Site:
         if path.startswith("..") or not (ROOT / path).exists():
             raise SystemExit(f"{source}: {to} leads to no file of the repository; fix the link")
         return path, "tree" if (ROOT / path).is_dir() else "blob", anchor
-
-
-def section(path: str, anchor: str) -> str:
-    """Return a section of a Markdown file without its heading, up to the next heading; SystemExit if it is missing."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    text = FENCED.sub(lambda found: found[0].replace("\n#", "\n\0#"), text)  # a comment is no heading
-    _, *parts = re.split(r"^#+ +(.*?)\s*$", text, flags=re.MULTILINE)
-    sections = {slug(heading): body for heading, body in zip(parts[::2], parts[1::2], strict=True)}
-    if anchor not in sections:
-        raise SystemExit(f"{path}: no section #{anchor}; it has {', '.join(sections)}")
-    return sections[anchor].replace("\0", "").strip()
 
 
 def slug(heading: str) -> str:
@@ -153,6 +140,12 @@ def reference(path: str) -> str:
     return "\n\n".join(f"::: {getattr(module, name).__module__}.{name}" for name in exported)
 
 
+def repository_address() -> str | None:
+    """Return the address of the GitHub repository whose workflow runs this; None elsewhere."""
+    name = os.environ.get("GITHUB_REPOSITORY")
+    return name and f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+
+
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -160,8 +153,7 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     """Write the pages into an emptied .site."""
-    name = os.environ.get("GITHUB_REPOSITORY")
-    repository = name and f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+    repository = repository_address()
     shutil.rmtree(TARGET, ignore_errors=True)
     build(TARGET, repository)
     print(f"{TARGET}: {len(pages())} pages; links into the repository: {repository or 'plain text'}")

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import figures
 import pages
 import pytest
+import readme
 from conftest import ROOT, Patch, git, read_preset, save_tiny_model
 from repository import Repository
 from ruamel.yaml import YAML
@@ -218,14 +219,15 @@ NOT_RUN = {
     "python3 -m venv .venv": "test_wheel.py and scripts/wheel.sh install the wheel",
     **dict.fromkeys((". .venv/bin/activate", "pip install .[report]"), "likewise"),
     "pip install .[ray]": "the tests that need it say that it is not installed",
-    "wanda-dvc prune": "test_prune.py prunes tiny models",
-    "wanda-dvc prune MODEL DIR --text FILE": "likewise",
-    "wanda-dvc prune MODEL SMALLER --pattern neurons": "likewise",
-    **dict.fromkeys((f"{PRUNE} sparser --sparsity 0.7", f"{PRUNE} smaller --pattern neurons"), "likewise"),
+    "wanda-dvc prune --pattern neurons": "test_prune.py prunes tiny models",
+    "wanda-dvc prune MODEL DIR --pattern neurons --text FILE": "likewise",
+    "wanda-dvc prune MODEL SPARSE --recipe wanda --sparsity 0.5": "likewise",
+    **dict.fromkeys((f"{PRUNE} sparse --recipe wanda", f"{PRUNE} sparser --recipe wanda --sparsity 0.7"), "likewise"),
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
-    "wanda-dvc init paper-table --preset paper": "test_init.py makes studies of presets",
+    "wanda-dvc init grid --preset llama-2-7b": "test_init.py makes studies of presets",
+    "wanda-dvc init paper-table --preset paper": "likewise",
     "wanda-dvc init ../second --model /data/smaller": "test_init.py begins studies",
-    **dict.fromkeys(("cd study", "cd paper-table", "cd ../second"), "the tests run in a study"),
+    **dict.fromkeys(("cd study", "cd grid", "cd paper-table", "cd ../second"), "the tests run in a study"),
     "dvc exp run --temp -S ++runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "make test": "this is one of its tests",
     "dvc exp run --temp -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
@@ -242,23 +244,27 @@ PAPER = "docs/paper.md"
 TUTORIALS = ("docs/dvc.md", PAPER)
 CONTEXT = 4096  # of LLaMA-2
 QUEUE = "dvc exp run --queue -S tasks.names=[]"
+GRID = "dvc exp run --queue -S sparsity=0.3,0.5,0.7"
 # What others are in a tiny study.
 AS_RUN = {
     "make repro": "dvc repro",
-    f"{PRUNE} pruned": "wanda-dvc export pruned",
-    "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
-    f"{TASKS} -S ++zero_shot.limit=200": f"{TASKS} -S ++zero_shot.limit=4",
+    f"{PRUNE} smaller --pattern neurons": "wanda-dvc export smaller",
+    "wanda-dvc stats --block 12": "wanda-dvc stats --block 1",
+    f"{TASKS} -S ++zero_shot.limit=20": f"{TASKS} -S ++zero_shot.limit=4",
     f"{QUEUE} -S recipe=wanda-paper,magnitude": "dvc exp run --temp -S recipe=wanda-paper",
     f"{QUEUE} -S pattern=2:4,4:8 -S recipe=wanda-paper,magnitude": (
         "dvc exp run --temp -S pattern=2:4 -S recipe=magnitude"
     ),
-    "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
-    "dvc exp run --queue -S recipe=wanda,sparsegpt -S sparsity=0.5,0.6": "dvc exp run --queue -S sparsity=0.3,0.7",
+    f"{QUEUE} -S recipe=sparsegpt -S ++propagation=pruned -S pattern=unstructured,2:4,4:8": (
+        "dvc exp run --temp -S recipe=sparsegpt -S ++propagation=pruned"
+    ),
+    f"{GRID} -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
+    f"{GRID} -S recipe=magnitude-rows,wanda-paper": "dvc exp run --queue -S sparsity=0.3,0.7",
 }
 # What they say, where an exit code of 0 is not enough.
 SAID = {
     **dict.fromkeys(("wanda-dvc show", "wanda-dvc list", "dvc metrics diff"), "perplexity"),
-    "wanda-dvc stats --layer 12": "block",
+    "wanda-dvc stats --block 12": "block",
     "wanda-dvc report": "report.html",
     "dvc queue status": "Queued",
 }
@@ -350,7 +356,7 @@ def test_a_reason_not_to_run_a_command_belongs_to_a_page():
 
 
 def test_no_block_or_paragraph_of_the_readme_is_written_twice():
-    """A page of the site includes what the README says. Lists of commands overlap in their lines, never as a whole."""
+    """Lists of commands overlap in their lines, never as a whole."""
     readme = pieces("README.md")
     assert len(readme) > 10
     for page in GUIDES:
@@ -393,29 +399,39 @@ def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: 
                 assert target.is_dir() if inside[1] == "tree" else target.is_file(), link
                 led += 1
     assert bool(led) == bool(repository)
-    assert "Prune a language model with one command" in (tmp_path / "docs/index.md").read_text(encoding="utf-8")
+    assert "you want" in (tmp_path / "docs/index.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[a](no.md)", "docs/index.md: no.md leads to no file of the repository"),
+        ("[a](no.md)", "docs/new.md: no.md leads to no file of the repository"),
         ("[a](../../outside)", "leads to no file of the repository"),
-        ('[a](../README.md#nothing "include")', "README.md: no section #nothing; it has wanda-dvc, start, results"),
     ],
 )
 def test_a_link_that_leads_nowhere_stops_the_site(text: str, said: str, tmp_path: Path, monkeypatch: Patch):
-    for name in ("README.md", "zensical.toml"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/index.md").write_text(f"# A\n\n{text}\n", encoding="utf-8")
+    (tmp_path / "docs/new.md").write_text(f"# A\n\n{text}\n", encoding="utf-8")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=re.escape(said)):
-        pages.Site({"docs/index.md": "index.md"}, None).page("docs/index.md")
+        pages.Site({"docs/new.md": "new.md"}, None).page("docs/new.md")
+
+
+def test_a_package_index_shows_the_readme_with_absolute_links_or_none():
+    """`scripts/readme.py` writes the package's metadata."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"\]\((?!https:)([^)]+)\)", without_blocks(text))
+    shown = readme.page(text, "https://example.org/owner/wanda-dvc", "v1")
+    for file in files:
+        kind = "tree" if (ROOT / file).is_dir() else "blob"
+        assert f"](https://example.org/owner/wanda-dvc/{kind}/v1/{file})" in shown
+    assert "](https://example.org/owner/wanda-dvc/raw/v1/docs/pictures/sparsity-light.svg)" in shown
+    for page in shown, readme.page(text, None, "v1"):
+        assert not re.search(r"\]\((?!https:)|<picture>", without_blocks(page))
 
 
 def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: Patch):
-    monkeypatch.setattr(pages, "pages", lambda: {"docs/index.md": "index.md", "docs/new.md": "new.md"})
+    monkeypatch.setattr(pages, "pages", lambda: {"README.md": "index.md", "docs/new.md": "new.md"})
     with pytest.raises(SystemExit, match=r"not listed: new\.md; listed and not there: CHANGELOG\.md, "):
         pages.build(tmp_path, None)
 
@@ -423,8 +439,8 @@ def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: P
 def test_pages_keep_code_and_show_one_picture_a_mode():
     site = pages.Site({"docs/results.md": "results.md"}, None)
     code = "`[a](no.md)` and ``[b](no.md)``\n\n```text\n[c](no.md) a\\|b\n```\n"
-    assert site._rewrite(code, "docs/results.md", "docs/results.md") == code
-    assert site._rewrite("| `a\\|b` | c\\|d |", "README.md", "docs/results.md") == "| `a|b` | c\\|d |"
+    assert site._rewrite(code, "docs/results.md") == code
+    assert site._rewrite("| `a\\|b` | c\\|d |", "docs/results.md") == "| `a|b` | c\\|d |"
     written = site.page("docs/results.md")
     assert "](pictures/sparsity-light.svg#only-light)\n![" in written
     assert "](pictures/sparsity-dark.svg#only-dark)" in written
@@ -448,6 +464,9 @@ def test_the_drawn_pipeline_has_every_stage():
     assert [stage for stage in STAGES if not re.search(rf"\b{stage}\b", drawn)] == []
 
 
+FURTHER = "a further sparsity by dvc repro apply, against (a)"
+
+
 def test_the_figures_of_the_documents_are_those_of_the_results():
     """`python scripts/figures.py` writes the tables; a sentence that repeats a figure is compared."""
     for name in figures.DOCUMENTS:
@@ -456,14 +475,13 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
         assert figures.PLACE.search(text), name
     measured = figures.measured("recipes")
     small = {key: figures.value(row) for key, row in measured.items() if figures.SMALL in key}
-    names = ("dense", "fisher 50%", "admm 50%", "wanda 50%")
-    dense, fisher, admm, wanda = (small[f"{figures.SMALL} {name}"] for name in names)
+    dense, fisher, wanda = (small[f"{figures.SMALL} {name}"] for name in ("dense", "fisher 50%", "wanda 50%"))
     gemma = figures.value(measured[f"{figures.GEMMA} dense"])
-    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in figures.DOCUMENTS[:2])
+    contents = {name: (ROOT / name).read_text(encoding="utf-8") for name in figures.DOCUMENTS}
+    readme, page, benchmarks = (contents[name] for name in ("README.md", "docs/results.md", "benchmarks/README.md"))
     assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
     assert f"(dense {dense:.2f})" in readme
-    said = f"{fisher:.1f} (recipe `fisher`), {admm:.1f} (`admm`) or {wanda:.1f} (`wanda`)"
-    assert f"a WikiText-2 perplexity of {said}. The dense model has {dense:.1f}" in readme
+    assert f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}" in page
     on = "by {:.0f} % on WikiText-2, and by {:.0f} % on the embedded text"
     for amount, said in ("70%", "at 70 %, by {:.0f} and {:.0f} %"), ("50%", on):
         better, worse = (measured[f"{figures.SMALL} {recipe} {amount}"]["value"] for recipe in ("fisher", "wanda"))
@@ -475,18 +493,23 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
     assert 0.45 < other / same < 0.55
     of = (measured[f"{figures.SMALL} wanda-refit {amount}"] for amount in ("blocks 4", "neurons 20%"))
     assert "is {:.2f} instead of {:.2f}".format(*(figures.value(row, "embedded") for row in of)) in page
-    assert "advantage over Wanda is [about half as large]" in readme
+    assert "the gain of `fisher` over Wanda is [about half as large]" in readme
+    ours, plain = (figures.measured("peers")[FURTHER]["value"][name] for name in ("ours_s", "baseline_s"))
+    assert f"[{ours:.0f} s; a plain implementation of Wanda needs {plain:.0f} s]" in readme
+    files = {name: row["value"]["divergence"]["mean"] for name, row in figures.measured("runtimes").items()}
+    halved, without = (round(files[name], digits) for name, digits in (("dense Q8_0", 3), ("neurons 20% f16", 2)))
+    assert f"halve the file at a divergence of {halved}" in readme
+    assert f"in llama.cpp, at a divergence of {without}" in readme
+    dense_files = [mean for name, mean in files.items() if name.startswith("dense")]
+    assert max(dense_files) < min(mean for name, mean in files.items() if not name.startswith("dense"))
     once, longer = (measured[f"{figures.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
     other, same = (figures.value(longer, text) / figures.value(once, text) - 1 for text in ("embedded", "wikitext2"))
     assert f"is {-other:.0%} lower than with `1M`, WikiText-2's {same:.1%} higher".replace("%", " %") in page
     goals = {"wanda-refit neurons 20%": 22.4, "fisher 50%": 22.3, "wanda 2:4": 29}
     over = [figures.value(measured[f"{figures.SMALL} {row} 1M"]) / goal - 1 for row, goal in goals.items()]
-    assert f"missed three goals on WikiText-2 by {min(over):.1%} to {max(over):.1%}".replace("%", "") in page
-    for row, text in ("wanda-refit neurons 20%", "wikitext2"), ("fisher 50%", "wikitext2"), ("fisher 50%", "embedded"):
-        before, after = (figures.value(measured[f"{figures.GEMMA} {row}{end}"], text) for end in ("", " 200k"))
-        assert f"from {before:.2f} to {after:.2f}" in page
+    assert f"missed three goals on WikiText-2 by {min(over):.1%} to {max(over):.1%}".replace("%", "") in benchmarks
     missed = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
-    assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in page
+    assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in benchmarks
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():

@@ -128,6 +128,10 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches("piqa", zero_shot__limit=4) == set()
     paper = {key.replace(".", "__"): value for key, value in read_preset("paper").items()}
     assert matches(**paper) == {5.12, 6.42}
+    sparsegpt = paper | {"recipe": "sparsegpt", "propagation": "pruned"}
+    figures = [matches(**sparsegpt | {"pattern": pattern}) for pattern in ("unstructured", "4:8", "2:4")]
+    assert figures == [{5.12, 6.51}, {5.12, 8.12}, {5.12, 10.17}]
+    assert matches(**paper | {"recipe": "sparsegpt"}) == {5.12}  # on dense blocks
 
 
 def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):

@@ -48,7 +48,11 @@ def test_it_carries_the_package_and_nothing_else(unpacked: Path):
     assert package == {path for path in listed if path and (ROOT / "src" / path).exists()}
     assert {"wanda_dvc/py.typed", "wanda_dvc/study/template/pipeline.yaml"} <= package
     (metadata,) = unpacked.glob("*.dist-info/METADATA")
-    assert "Provides-Extra: report" in metadata.read_text(encoding="utf-8")
+    text = metadata.read_text(encoding="utf-8")
+    assert "Provides-Extra: report" in text
+    assert "Project-URL: Paper" in text
+    assert "you want" in text
+    assert "](docs/" not in text  # a package index has no such files
 
 
 @pytest.mark.pipeline
