@@ -12,10 +12,11 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import Plan
+from wanda_dvc.plan import UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.masks import BlockSparsity, choose_units
 from wanda_dvc.pruning.reconstruction import masked
+from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
 from wanda_dvc.stages.solving import BlockResult, MaskJob, merged, score_block, solve, solve_from_file, solver_tasks
@@ -145,8 +146,17 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
 def allocate_sparsities(
     study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device
 ) -> Sequence[BlockSparsity]:
-    """Return the sparsity of each block, or of its linears."""
+    """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
     plan = study.plan
+    if plan.sparsity and plan.pattern == UNSTRUCTURED:
+        inputs_of = tensors.read_stats(study.stats, 0).by_linear
+        if plan.group == "row":
+            largest_group = max(len(x.sum) for x in inputs_of.values())
+        else:
+            largest_group = max(checkpoint.weight(linear).numel() for linear in inputs_of)
+        if not count_removed(largest_group, plan.sparsity):
+            problem = f"sparsity: got {float(plan.sparsity):g}, which removes no weight"
+            raise UserError(f"{problem}; set a higher sparsity")
     fisher = study.fisher if plan.mask_reads_gradient_squares else None
     stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
     return allocate(
