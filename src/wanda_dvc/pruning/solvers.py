@@ -124,7 +124,7 @@ def fisher_least_squares(
 
     The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
     van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` treats outputs as equal and independent; here rows
-    compensate for one another. S is scaled to a diagonal of 1, plus 1, because few windows measure S.
+    compensate for one another. S is scaled to a diagonal of 1, plus OUTPUT_DAMPING, because few windows measure S.
 
     Conjugate gradients for all rows together, from the weights of `least_squares`, which are the result without
     gradients. The step is shortened if tr(ΔGΔᵀ) would exceed the masked dense weights' error. Peak memory in bytes, in
