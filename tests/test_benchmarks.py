@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import breadth
 import figures
 import floors
 import gpu
@@ -16,6 +17,7 @@ import origin
 import peers
 import pytest
 import recipes
+import texts
 import torch
 from conftest import ROOT, calibrate, fetch
 from simulated_gpu import simulated_gpu
@@ -115,6 +117,50 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], calibrated_study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
+
+
+# --- texts ---
+
+
+def test_no_calibration_reads_a_text_for_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(breadth, "make", lambda name, folder: folder / f"{name}.txt")
+    for calibration in breadth.CALIBRATIONS:
+        settings = breadth.settings(calibration, "64-windows", tmp_path)
+        chosen = settings["calibration"]["text"]
+        sources = [text["source"] for text in (chosen if isinstance(chosen, list) else [chosen])]
+        assert len(set(sources)) == int(calibration[0])
+        evaluated = {name: text["source"] for name, text in settings["perplexity"]["texts"].items()}
+        assert set(sources) & set(evaluated.values()) == {"wikitext2"}
+        assert {evaluated[name] for name in breadth.UNSEEN} == {
+            str(tmp_path / f"{name}.txt") for name in breadth.UNSEEN
+        }
+
+
+def test_each_row_of_breadth_names_a_pruning():
+    rows = list(breadth.wanted())
+    assert len(rows) == len(set(rows)) == 1 + 6 * len(breadth.PRUNED)
+    for _, _, _, recipe, amount, *tokens in rows[1:]:
+        assert recipe in recipes.RECIPES
+        assert amount in recipes.AMOUNTS | recipes.SMALLER
+        assert set(tokens) <= set(recipes.TOKENS)
+
+
+def test_an_email_is_what_its_sender_wrote(tmp_path: Path):
+    prose = "I have read the whole thread twice, and I still think that the old server was easier to run than this one."
+    body = f"On Monday Ann wrote:\n> {prose[:60]}\n> {prose[60:]}\n\n{prose[:70]}\n{prose[70:]}\n\n-- \n{prose} Ann."
+    for number, subject in enumerate(["[list] Re: servers", "Fwd: the news"]):
+        path = tmp_path / f"data/easy-ham-1/{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"Subject: {subject}\nContent-Type: text/plain\n\n{body}\n")
+    assert [" ".join(paragraph.split()) for paragraph in texts.emails(tmp_path)] == [
+        f"{prose[:70]} {prose[70:].strip()}"
+    ]
+
+
+def test_a_text_of_another_version_is_refused(tmp_path: Path):
+    (tmp_path / "news.txt").write_text("Another article.")
+    with pytest.raises(RuntimeError, match="sha256"):
+        texts.make("news", tmp_path)
 
 
 # --- the peers ---
