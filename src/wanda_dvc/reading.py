@@ -6,6 +6,7 @@ Any problem of a file raises a UserError: *where: found, expected, what to do*. 
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +35,18 @@ def is_there(path: Path) -> bool:
 
 
 def check_place(path: Path, todo: str = "name another") -> Path:
-    """Return the absolute path of a directory to write, new or existing. UserError if no directory can be there."""
+    """Return the absolute path of a directory to write, new or existing. UserError if no directory can be there.
+
+    It makes a directory there and removes it: `os.access` says that root may write where no file can be made.
+    """
     path = path.absolute()
     is_there(Path(f"{path}.part"))  # the longest name that is written
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+    try:
+        Path(tempfile.mkdtemp(prefix=".wanda-dvc-", dir=nearest)).rmdir()
+    except OSError:
         problem = f"{nearest} is no directory with permission to write, expected one"
-        raise UserError(f"{path}: {problem}; {todo}")
+        raise UserError(f"{path}: {problem}; {todo}") from None
     return path
 
 
