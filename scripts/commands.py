@@ -8,6 +8,7 @@ from typer.cli import get_docs_for_click
 from typer.main import get_command
 
 from wanda_dvc.cli import app
+from wanda_dvc.stages import STAGES
 
 TARGET = Path(__file__).parents[1] / "docs" / "commands.md"
 # What typer repeats for each command, in the order in which it goes.
@@ -29,7 +30,10 @@ def page() -> str:
     for repeated in WITHOUT:
         text = re.sub(repeated, "", text)
     text = re.sub(r"(\n\* `\[?[A-Za-z][^ `]*) <[^`]*>", r"\1", text)  # the types of arguments
-    return text.rstrip() + "\n"
+    for stage in STAGES:
+        text = text.replace(f"## `wanda-dvc {stage}`", f"### `wanda-dvc {stage}`")
+    before, first, after = text.partition(f"### `wanda-dvc {next(iter(STAGES))}`")
+    return f"{before}## Stages\n\nIn the order of the pipeline. `dvc repro` runs them.\n\n{first}{after.rstrip()}\n"
 
 
 if __name__ == "__main__":

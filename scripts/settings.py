@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
 from wanda_dvc.params import flatten, read_params, settings
 from wanda_dvc.plan import CHOICES
@@ -43,7 +41,7 @@ def page() -> str:
     allocations = [[x.name, x.about] for x in ALLOCATIONS.values()]
     sections = {
         "Recipes": _table(["`recipe`", "result", *CHOICES], recipes),
-        "Methods": _choices("method", methods()),
+        "Methods": _table(["`method`", "meaning", "paper"], [(x.name, x.about, x.paper) for x in methods().values()]),
         "Groups": _table(["`group`", "meaning"], GROUPS.items()),
         "Allocations": _table(["`allocation`", "sparsities"], allocations),
         "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
@@ -57,7 +55,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     quoted = [
         [row[0] if "`" in row[0] else f"`{row[0]}`", *(cell.replace("|", "\\|") for cell in row[1:])] for row in rows
     ]
-    return tabulate(quoted, headers, tablefmt="github", disable_numparse=True)
+    return "\n".join(f"|{'|'.join(row)}|" for row in [headers, ["---"] * len(headers), *quoted])
 
 
 def _choices(setting: str, table: Mapping[str, Any]) -> str:
