@@ -263,7 +263,7 @@ AS_RUN = {
 }
 # What they say, where an exit code of 0 is not enough.
 SAID = {
-    **dict.fromkeys(("wanda-dvc show", "wanda-dvc list", "dvc metrics diff"), "perplexity"),
+    **dict.fromkeys(("wanda-dvc show", "wanda-dvc list"), "perplexity"),
     "wanda-dvc stats --block 12": "block",
     "wanda-dvc report": "report.html",
     "dvc queue status": "Queued",
