@@ -72,8 +72,15 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def mentions(page: str) -> Iterator[list[str]]:
-    """The commands that a page's sentences give with options; others are named, like `dvc plots`, not given."""
+    """The commands that a page's sentences give with options; others are named, like `dvc plots`, not given.
+
+    Options alone are those of an experiment or of `prune`.
+    """
     text = without_blocks((ROOT / page).read_text(encoding="utf-8"))
+    of_prune = "--(?:recipe|pattern|recover) "
+    for options, command in ("-S ", "dvc exp run --temp"), (of_prune, "wanda-dvc prune MODEL DIR"):
+        for span in re.findall(rf"`({options}[^`\n<]+)`", text):
+            yield from split(f"{command} {span}")
     for span in re.findall(r"`((?:wanda-dvc|dvc|make) [^`\n]+)`", text):
         if (" -" in span or span.startswith("make")) and not {"…", "["} & set(span):
             yield from split(span)
