@@ -340,7 +340,7 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Study):
     *_, row = show(study=here, text=True).splitlines()
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
     here.details("pruned", "continuations").unlink()
-    with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes them"):
+    with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes those"):
         show(study=here, text=True)
 
 

@@ -359,7 +359,7 @@ def test_a_model_that_does_not_fit_in_memory_has_no_continuations(study: Make, m
     )
     assert re.search(report, capsys.readouterr().err)
     assert load_json(measured.details("dense", "continuations"))["prompts"] == []
-    with pytest.raises(UserError, match="^continuations: missing; .* fit in memory"):
+    with pytest.raises(UserError, match="^continuations: missing; .* fits in memory"):
         show(study=measured, text=True)
 
 

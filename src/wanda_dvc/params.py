@@ -342,7 +342,9 @@ def _problem(problem: Any) -> str:
     if kind == "missing":
         return f"{where}: missing"
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
-    if kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
+    if kind in ("model_type", "dict_type"):
+        expected = "settings, a name and a value each"
+    elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
         expected = _meaning(problem["loc"])
     value = problem["input"]
     if isinstance(value, str | bool | None):  # as YAML writes it, with the code of a character that is not visible

@@ -40,7 +40,7 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             continuations = continuations_table(models)
             if continuations:
                 return continuations
-            raise UserError("continuations: missing; `dvc repro` writes them, of prompts.txt, if there is the memory")
+            raise UserError("continuations: missing; `dvc repro` writes those of prompts.txt, if the model fits in memory")
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}

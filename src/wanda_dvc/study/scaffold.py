@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
@@ -112,6 +113,13 @@ def renew(folder: Path, settings: Settings) -> None:
     write_text(folder / ".dvc/config.local", LOCAL_CONFIG)  # `init --from` does not copy it
 
 
+class _Representer(RoundTripRepresenter):
+    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
+
+
+_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
 def change_settings(path: Path, changes: Settings) -> None:
     """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
     _, text = changed(path.read_text(encoding="utf-8"), changes)
@@ -126,9 +134,7 @@ def new_params(*changes: Settings) -> tuple[Params, str]:
 def changed(text: str, *changes: Settings) -> tuple[Params, str]:
     """Return the settings and the text of a params.yaml with nested changes. UserError if a setting is wrong."""
     yaml = YAML()
-    yaml.representer.add_representer(  # ruamel's own writes nothing for null
-        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
     content = parse_yaml(text, "params.yaml", "correct it, or restore it from git", yaml)
     for change in changes:
