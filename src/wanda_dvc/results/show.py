@@ -40,7 +40,8 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             continuations = continuations_table(models)
             if continuations:
                 return continuations
-            raise UserError("continuations: missing; `dvc repro` writes those of prompts.txt, if the model fits in memory")
+            todo = "`dvc repro` writes those of prompts.txt if the model fits in memory"
+            raise UserError(f"continuations: missing; {todo}")
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
