@@ -129,7 +129,7 @@ class Bench:
         times = defaultdict[str, list[tuple[int, float]]](list)
         run_forward, wait = ModelRunner.forward, self.wait
 
-        class TimedBar(tqdm):  # type: ignore[type-arg]
+        class TimedBar(tqdm):  # type: ignore[misc]
             def update(self, n: float | None = 1) -> bool | None:
                 wait()
                 shown = super().update(n)
@@ -138,9 +138,8 @@ class Bench:
 
         def forward(runner: ModelRunner, *args: Any, **kwargs: Any) -> Any:
             steps = run_forward(runner, *args, **kwargs)
-            return (
-                process.progress(steps, total=0, what="forward") if "stored" in kwargs else steps
-            )  # `backward` shows none
+            is_backward = kwargs.get("kept", 1) > 1  # it shows no bar for its own forward pass
+            return process.progress(steps, total=0, what="forward") if is_backward else steps
 
         needed = requirements(study, stage, ModelSizes.read(study.model("dense"))).memory
         if self.device.type == "cuda":

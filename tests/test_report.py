@@ -196,7 +196,7 @@ def test_the_picture_shows_what_the_table_says(made: Callable[..., Experiment]):
         models = (dense, less.final, more.final)
         read: list[Any] = [measure.read(one, on) for one in models]
         x = np.array([[100 * sparsity, *one[:3]] for sparsity, one in zip((0.07, 0.5), read[1:], strict=True)])
-        np.testing.assert_allclose(ax.lines[0].get_xydata(), x[:, :2])
+        np.testing.assert_allclose(np.array(ax.lines[0].get_xydata()), x[:, :2])
         np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], x[:, 2:])
         assert ax.lines[-1].get_ydata()[0] == read[0].value  # type: ignore[index]
         assert ax.get_yscale() == scale
