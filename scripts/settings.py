@@ -14,8 +14,8 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-`params.yaml` must name `model` and the texts. Defaults are a new study's; if missing, `recipe` is `wanda`,
-`perplexity.windows` null, `tasks.names` `[]`. A change reruns the stages named and those after them.
+`params.yaml` must name `model` and the texts. Defaults are a new study's; if missing,
+`perplexity.windows` is null, `tasks.names` `[]`. A change reruns the stages named and those after them.
 
 """
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")

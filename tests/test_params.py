@@ -150,6 +150,16 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
         assert (given.group, f"group {group}" in given.left_out) == ("row", group != "row")
 
 
+@pytest.mark.parametrize("pattern", STRUCTURES)
+@pytest.mark.parametrize("recipe", [name for name, row in RECIPES.items() if row.for_units])
+def test_a_recipe_for_zeros_has_the_choices_of_another_for_units(recipe: str, pattern: str):
+    for choices in ({}, {"group": "outputs"}, {"reconstruction": "none"}):
+        plan, other = (asked(name, pattern, **choices).plan for name in (recipe, RECIPES[recipe].for_units or ""))
+        assert plan.to_dict() == other.to_dict()
+    assert asked(recipe, pattern).plan.left_out == ()  # it fits units by itself
+    assert asked(recipe, pattern, group="linear").plan.left_out == ("group linear",)
+
+
 NEEDS = {
     "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
     "admm": "gram", "fisher": "fisher", "wanda-paper": "norms",

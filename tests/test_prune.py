@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.commands import prune as module
 from wanda_dvc.commands.prune import prune_model
-from wanda_dvc.commands.request import _parse_tokens, check_request
+from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, default_texts, parse_changes
+from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
 from wanda_dvc.stages import STAGES, run
@@ -52,7 +53,7 @@ def model(tmp_path: Path, texts: dict[str, str], monkeypatch: Patch) -> Path:
     """A tiny model in an empty current directory, with a cache folder of its own and short texts."""
     here = tmp_path / "here"
     here.mkdir()
-    write_settings(tmp_path, "org/name", **texts)
+    write_settings(tmp_path, "org/name", **texts, recipe="fisher")
     monkeypatch.setattr(scaffold, "PARAMS", tmp_path / "params.yaml")
     monkeypatch.setattr(module, "reproduce", in_this_process)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -61,7 +62,7 @@ def model(tmp_path: Path, texts: dict[str, str], monkeypatch: Patch) -> Path:
 
 
 def prune(**options: Any) -> str:
-    return prune_model(check_request(**options))
+    return prune_model(check_request(**options)).text
 
 
 def studies(model: Path) -> list[Path]:
@@ -85,7 +86,14 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     (calibrated_study,) = studies(model)
     assert not (calibrated_study / "models/pruned").exists()
     assert f"The study: {calibrated_study}. " in said
+    summary = said.splitlines()[0]
+    assert re.fullmatch(
+        r"Size unchanged: 50\.0 % of the linears' weights are zeros; perplexity on embedded: [\d.,]+ → [\d.,]+; "
+        r"divergence \d\.\d{4} nats\.",
+        summary,
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert summary.partition(" → ")[2].startswith(rows[4][2].partition(" ")[0])
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB"]
@@ -110,7 +118,9 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
     said = pruned(model, "--pattern", "neurons", "--no-eval")
     smaller, dense = (path / "model.safetensors" for path in (Path("tiny-neurons-0.2"), model))
     assert smaller.stat().st_size < dense.stat().st_size
-    assert "tiny: wanda-refit, pattern neurons, sparsity 0.2" in said
+    dense_size, size = (ModelSizes.read(folder).parameters for folder in (model, Path("tiny-neurons-0.2")))
+    assert said.startswith(f"Parameters: {dense_size:,} → {size:,} (−{100 * (1 - size / dense_size):.1f} %).\n\n")
+    assert "tiny: fisher, pattern neurons, sparsity 0.2" in said
     assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
 
 
@@ -121,7 +131,8 @@ def test_a_recovered_model_is_the_one_that_is_written(model: Path):
         Path("out/model.safetensors").read_bytes()
         == (calibrated_study / "models/recovered/model.safetensors").read_bytes()
     )
-    header, _, divergence, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:])
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    header, _, divergence, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert header == ["", "dense", "pruned", "recovered"]
     assert "–" not in divergence[2:]
     assert "out: the recovered model, with a model card." in said
@@ -139,6 +150,34 @@ def test_a_model_and_a_text_have_one_study(model: Path):
     assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
 
 
+def test_a_further_text_is_measured_and_a_setting_overrides_an_option(model: Path):
+    text = model.with_name("my notes.txt")
+    text.write_text("The sea is deep and blue, and nobody knows its end. " * 60)
+    said = pruned(
+        model, "out", "--eval-text", str(text), "--recipe", "wanda", "--sparsity", "30%",
+        "--set", "calibration.windows=5", "--set", "calibration={seed: 7}", "--set", "pattern=2:4",
+    )  # fmt: skip
+    (study,) = studies(model)
+    params = read_params(study / "params.yaml")
+    assert (params.calibration.windows, params.calibration.seed, params.pattern, params.sparsity) == (5, 7, "2:4", 0.3)
+    assert [*params.perplexity.texts] == ["embedded", "my-notes"]
+    assert params.perplexity.texts["my-notes"].source == str(text)
+    assert "; perplexity on embedded: " in said
+    assert "; perplexity on my-notes: " in said
+
+
+def test_names_and_values_of_options():
+    requested = check_request(
+        target=Path("/tmp/new-model"), eval_texts=["ptb", "org/data:a@b", "org/data", "embedded"],
+        changes=parse_changes(["recipe=wanda"]),
+    )  # fmt: skip
+    texts = {name: text.source for name, text in requested.params.perplexity.texts.items()}
+    assert texts == {"embedded": "embedded", "ptb": "ptb", "data": "org/data:a@b", "data-2": "org/data"}
+    assert [default_texts(name) for name in (None, "org/name", "package:a==1", "/tmp")] == [[], ["c4"], [], []]
+    assert [_parse_sparsity(text) for text in ("57%", "0.7 %", "0.3", 0.2)] == [0.57, 0.007, 0.3, 0.2]
+    assert parse_changes(["a.b={c: 1, d: [2]}", "e=2:4", "f="]) == {"a.b.c": 1, "a.b.d": [2], "e": "2:4", "f": None}
+
+
 def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch):
     def download_alone(root: Path, stage: str, part: str = "", *, shown: bool) -> None:
         if stage != "download":
@@ -149,36 +188,37 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch
     for width, length in ((192, 64), (256, 32)):  # another model at the same path, of fewer positions
         save_tiny_model(model, num_hidden_layers=2, intermediate_size=width, max_position_embeddings=length)
         with pytest.raises(KeyboardInterrupt):
-            prune(model=str(model), target=None, recipe="wanda")
+            prune(model=str(model), recipe="wanda")
         drawn = read_params(studies(model)[0] / "params.yaml").calibration
         assert (drawn.length, drawn.windows * length) == (length, width * 10)
-
-
-@pytest.mark.parametrize(
-    ("memory", "disk", "recipe", "said"),
-    [
-        (10**12, 10**12, "fisher", "recipe: fisher, recommended for pattern unstructured"),
-        (10**6, 10**12, "wanda", "recommended fisher needs .* of memory, 1.0 MB free"),
-        (10**12, 10**4, "wanda", "recommended fisher needs .* of disk, 0.1 MB free"),
-    ],
-)
-def test_the_recipe_is_the_recommended_one_if_it_fits(
-    model: Path, monkeypatch: Patch, capsys: Capture, memory: int, disk: int, recipe: str, said: str
-):
-    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: memory)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
-    assert "size, MB" in prune(model=str(model), target=None, evaluate=False)
-    assert re.search(said, capsys.readouterr().err)
-    assert read_params(studies(model)[0] / "params.yaml").recipe == recipe
 
 
 # --- refused before any work ---
 
 
+@pytest.mark.parametrize(
+    ("memory", "disk", "lacking"),
+    [(10**6, 10**12, "1.0 MB of memory, expected .* [GM]B;"), (10**12, 10**4, "0.1 MB of disk, expected .* MB;")],
+)
+def test_a_recipe_that_does_not_fit_is_refused_with_the_need(
+    model: Path, monkeypatch: Patch, memory: int, disk: int, lacking: str
+):
+    """Free memory never changes the method."""
+    monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
+    for recipe in (None, "admm"):
+        with pytest.raises(UserError, match=f"recipe: {recipe or 'fisher'}: found {lacking}.*`--recipe wanda`"):
+            prune(model=str(model), recipe=recipe, evaluate=False)
+    (refused,) = studies(model)
+    assert not (refused / "models").exists()
+    assert "Size unchanged" in prune(model=str(model), recipe="wanda", evaluate=False)
+    assert read_params(refused / "params.yaml").recipe == "wanda"
+
+
 def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: Patch):
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: 10**6)
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
-        prune(model=str(model), target=None, recover="200k")
+        prune(model=str(model), recipe="wanda", recover="200k")
     assert not (studies(model)[0] / "stats").exists()
     assert [_parse_tokens(text) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
 
@@ -192,6 +232,13 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
         (["out", "--text", "./missing.txt"], "missing.txt: missing, or not a .txt or .jsonl file"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
+        (["out", "--sparsity", "half"], "--sparsity: found half, expected a fraction or a percentage"),
+        (["out", "--sparsity", "20"], "sparsity: found 20.0, expected less than 1"),
+        (["out", "--set", "windows"], "--set: found windows, expected KEY=VALUE, such as"),
+        (["out", "--set", "calibration.window=2"], "calibration.window: no such setting; did you mean"),
+        (["out", "--set", "recipe.x=2"], "recipe: found {'x': 2}, expected"),
+        (["out", "--set", "sparsity={"], "--set sparsity: not valid YAML"),
+        (["out", "--eval-text", "./missing.txt"], "missing.txt: missing, or not a .txt or .jsonl file"),
         (["out", "--recover", "1G"], "--recover: found 1G, expected a number of tokens, such as 200k or 1M"),
         (["out", "--recover", "٣"], "--recover: found ٣, expected a number of tokens"),
         (["out", "--recover", "9" * 20 + "M"], "recovery.tokens: found 99999999999999999999000000, expected less"),

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.download import download
+from wanda_dvc.stages.download import download, find_model_config
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.recover import training_windows
 from wanda_dvc.study.artifact import write_provenance
@@ -125,20 +125,29 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Hub]:
 # --- models ---
 
 
-def test_a_model_is_what_is_needed_of_a_commit(study: Make, hub: Hub, tiny: Path):
+def test_a_model_is_what_is_needed_of_a_commit(study: Make, hub: Hub, tiny: Path, tmp_path: Path):
     made = study(model="org/tiny@v1")
     doubles = ("pytorch_model.bin", "consolidated.safetensors", "original__model.pth", "README.md")
     tiny, hub.card = shutil.copytree(tiny, made.root / "source"), {"license": "mit"}
     (tiny / "chat_template.jinja").write_text("{{ messages }}")
     hub.add("models/org/tiny", tiny, **dict.fromkeys(doubles, b"x"))
+    config = find_model_config(made)
+    assert config is not None
+    assert hub.fetched == ["config.json"]
+    assert config.read_bytes() == (tiny / "config.json").read_bytes()
     download(study=made, source="model")
+    cached = {path.stat().st_ino for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert {(made.model("dense") / path.name).stat().st_ino for path in tiny.iterdir()} <= cached  # no second copy
+    asked = len(hub.asked)
+    assert find_model_config(made) == made.model("dense") / "config.json"
+    assert len(hub.asked) == asked
     names = {path.name for path in tiny.iterdir()}
     assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
     assert set(hub.fetched) == names
     assert all((made.model("dense") / name).read_bytes() == (tiny / name).read_bytes() for name in names)
     found = load_json(made.model("dense") / "provenance.json")
     assert (found["source"], found["revision"], found["license"]) == ("org/tiny", OLDER, "mit")
-    assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
+    assert len([path for _, path in hub.asked if "/revision/" in path]) == 2  # resolved once for each call
     assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
     before = (made.model("dense") / "provenance.json").read_bytes()
     download(study=study(model=f"org/tiny@{OLDER}"), source="model")

@@ -226,6 +226,7 @@ class Recipe(Choice):
     allocation: str = "uniform"
     reconstruction: str = "none"
     propagation: str = "dense"
+    for_units: str | None = None  # the recipe whose choices it has with a pattern of units; None: its own
 
 
 RECIPES = {row.name: row for row in (
@@ -235,8 +236,8 @@ RECIPES = {row.name: row for row in (
     Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares"),
     Recipe("sparsegpt", "SparseGPT's masks and weights", "sparsegpt", group="linear", reconstruction="sparsegpt"),
     Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares"),
-    Recipe("fisher", "ADMM, with gradients of the loss", "admm", group="outputs", allocation="sensitivity",
-           reconstruction="output-weighted"),
+    Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`", "admm", group="outputs",
+           allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit"),
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
 )}  # fmt: skip
 

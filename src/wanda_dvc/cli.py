@@ -123,14 +123,25 @@ def _command(stage: Stage) -> Callable[..., None]:
 def prune(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A new or an empty directory.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="wanda, admm, fisher, …; by default the recommended one.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="By default 0.5 of the weights, or 0.2 of units.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="By default fisher; `wanda-dvc recipes` lists all.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="0.3 or 30%, …; by default 50% of the weights, or 20% of units.")
+    ] = None,
     pattern: Annotated[
         str, typer.Option(help="2:4 and other n:m; or neurons, heads, blocks, experts: a smaller model.")
     ] = "unstructured",
-    text: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{TEXT_HELP} By default c4 for a Hub id, else the embedded text. Repeatable."),
+    ] = None,
+    eval_text: Annotated[
+        list[str] | None, typer.Option(help="A further text to measure perplexity on. Repeatable.")
+    ] = None,
     recover: Annotated[str | None, typer.Option(help="Train the pruned model on this many tokens, such as 1M.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of params.yaml. Repeatable.")
+    ] = None,
 ) -> None:
     """Prune a model into an ordinary Hugging Face directory, and compare it with the dense model.
 
@@ -142,18 +153,18 @@ def prune(
     give the directory its name. It measures perplexity and divergence;
     `dvc repro` in the study also runs the zero-shot tasks.
     """
-    from wanda_dvc.commands.request import check_request
+    from wanda_dvc.commands.request import check_request, parse_changes
     from wanda_dvc.stages.process import stoppable
 
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
         request = check_request(
-            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text,
-            recover=recover, evaluate=not no_eval,
+            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, texts=text or [],
+            eval_texts=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
         )  # fmt: skip
         from wanda_dvc.commands.prune import prune_model  # imports torch, which takes seconds
 
-        typer.echo(prune_model(request))
+        typer.echo(prune_model(request).text)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -220,13 +231,13 @@ def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[str, typer.Option("--preset", help="Named settings; an unknown name lists them.")] = "default",
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
-    calibration: Annotated[str | None, typer.Option(help=TEXT_HELP)] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help=TEXT_HELP)] = None,
     study: Annotated[Path | None, typer.Option("--from", help="Begin with a study's settings and results.")] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make_study
 
-    typer.echo(make_study(folder=directory, preset=preset, model=model, calibration=calibration, study=study))
+    typer.echo(make_study(folder=directory, preset=preset, model=model, calibration=calibration or [], study=study))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

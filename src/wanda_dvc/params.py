@@ -229,7 +229,7 @@ class Params(_Section):
         "auto", description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
     )
     calibration: Calibration
-    recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
+    recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("fisher", description="how the model is pruned; see below")
     sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units to remove; n:m has its own")
     pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
         UNSTRUCTURED,

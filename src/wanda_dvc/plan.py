@@ -57,6 +57,9 @@ class Plan:
         multiplies the scores of each row.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
+        recipe_for_units = row.for_units if structure else None
+        if recipe_for_units:
+            row = catalog.RECIPES[recipe_for_units]
         requested: dict[str, Any] = {name: given[name] or getattr(row, name) for name in CHOICES}
         replaced = choices_of_pattern(pattern, bool(catalog.RECONSTRUCTIONS[row.reconstruction].function))
         # A recipe without a calibration keeps its method.
@@ -66,7 +69,8 @@ class Plan:
         keeps_group = structure and not structure.method and requested["group"] == "outputs"
         if pattern != UNSTRUCTURED and not keeps_group:
             chosen["group"] = "row"
-        left_out = tuple(f"{name} {requested[name]}" for name in CHOICES if requested[name] != chosen[name])
+        reported = [name for name in CHOICES if given[name] is not None or not recipe_for_units]
+        left_out = tuple(f"{name} {requested[name]}" for name in reported if requested[name] != chosen[name])
         return replace(cls.from_dict(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
 
     @classmethod

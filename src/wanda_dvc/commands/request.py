@@ -2,20 +2,21 @@
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.catalog import HUB_ID, STRUCTURES
 from wanda_dvc.commands import check_target
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import FILE, Params, Settings, nested
+from wanda_dvc.params import FILE, TEXT_SUFFIXES, Params, Settings, flatten, nested, parse_yaml
 from wanda_dvc.plan import UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.artifact import digest
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import new_params, source_settings
+from wanda_dvc.study.scaffold import new_params, source_settings, text_source
 
-FALLBACK = "wanda"  # needs the least memory and disk
 TOKEN_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
 
 
@@ -27,26 +28,40 @@ class PruneRequest:
     params: Params  # these settings, checked
     root: Path  # the study of the model and its calibration text, in the user's cache folder
     target: Path  # the new directory
-    recipe: str | None  # as given; None: the recommended one
     evaluate: bool
 
 
 def check_request(
     *,
-    model: str | None,
-    target: Path | None,
+    model: str | None = None,
+    target: Path | None = None,
     recipe: str | None = None,
-    sparsity: float | None = None,
+    sparsity: str | float | None = None,
     pattern: str = UNSTRUCTURED,
-    text: str | None = None,
+    texts: Sequence[str] = (),
+    eval_texts: Sequence[str] = (),
     recover: str | None = None,
     evaluate: bool = True,
+    changes: Settings | None = None,
 ) -> PruneRequest:
-    """Check the options of `wanda-dvc prune`, and that it may write its target and the cache folder."""
-    if sparsity is None:
-        sparsity = 0.2 if pattern in STRUCTURES else 0.5
-    settings = source_settings(model, text) | {"recipe": recipe or FALLBACK, "sparsity": sparsity, "pattern": pattern}
+    """Check the options of `wanda-dvc prune`, and that it may write its target and the cache folder.
+
+    `changes` are settings by dotted name, which replace those of the options.
+    """
+    settings = source_settings(model, texts or default_texts(model)) | {"pattern": pattern}
+    if recipe is not None:
+        settings["recipe"] = recipe
+    if sparsity is not None:
+        settings["sparsity"] = _parse_sparsity(sparsity)
     settings["recovery.tokens"] = _parse_tokens(recover) if recover else 0
+    if eval_texts:
+        settings["perplexity.texts"] = _perplexity_texts(eval_texts)
+    for name, value in (changes or {}).items():
+        for section in [name[:index] for index, letter in enumerate(name) if letter == "."]:
+            if not isinstance(settings.get(section, {}), dict):  # such as a list of texts
+                del settings[section]
+        settings[name] = value
+    settings.setdefault("sparsity", 0.2 if str(settings["pattern"]) in STRUCTURES else 0.5)
     try:
         params, _ = new_params(nested(settings))
     except UserError as error:
@@ -57,11 +72,52 @@ def check_request(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"  # keeps statistics
     root = check_place(cache, "set XDG_CACHE_HOME to a writable folder") / f"{name}-{key}"
     if target is None:
-        amount = None if ":" in pattern else f"{sparsity:g}"
-        kind = None if pattern == UNSTRUCTURED else pattern.replace(":", "-")
+        amount = None if ":" in params.pattern else f"{params.sparsity:g}"
+        kind = None if params.pattern == UNSTRUCTURED else params.pattern.replace(":", "-")
         target = Path("-".join(filter(None, [name, recipe, kind, amount, recover])))
     target = check_target(Study(root), target)
-    return PruneRequest(settings=settings, params=params, root=root, target=target, recipe=recipe, evaluate=evaluate)
+    return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate)
+
+
+def default_texts(model: str | None) -> list[str]:
+    """Return the calibration text of a model without another: C4 of one on the Hub, else [], the embedded text."""
+    is_on_hub = model is not None and HUB_ID.fullmatch(model) is not None and not os.path.lexists(model)
+    return ["c4"] if is_on_hub else []
+
+
+def parse_changes(assignments: Iterable[str]) -> Settings:
+    """Parse settings such as `calibration.windows=128`, by dotted name; values are YAML."""
+    changes: Settings = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not name or not equals:
+            raise UserError(f"--set: found {assignment}, expected KEY=VALUE, such as calibration.windows=128")
+        changes[name] = parse_yaml(value, f"--set {name}", "correct the value")
+    return dict(flatten(changes))
+
+
+def _perplexity_texts(names: Sequence[str]) -> Settings:
+    """Return the texts of a new study and further ones, by the name of the text, its file or its data set."""
+    texts: Settings = new_params()[0].perplexity.model_dump(exclude_unset=True)["texts"]
+    for name in names:
+        source = text_source(name)
+        file = Path(source if Path(source).is_absolute() else re.split("[:@]", source)[0])
+        stem = file.stem if file.suffix in TEXT_SUFFIXES else file.name
+        label = re.sub(r"[^A-Za-z0-9_-]", "-", stem)[:50]
+        if not label[:1].isalpha():
+            label = f"text-{label}"
+        while label in texts and texts[label]["source"] != source:
+            label += "-2"
+        texts[label] = {"source": source}
+    return texts
+
+
+def _parse_sparsity(text: str | float) -> float:
+    percent = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", text) if isinstance(text, str) else None
+    try:
+        return float(Fraction(percent[1]) / 100) if percent else float(text)
+    except (TypeError, ValueError):
+        raise UserError(f"--sparsity: found {text}, expected a fraction or a percentage, such as 0.5 or 50%") from None
 
 
 def _parse_tokens(text: str) -> int:

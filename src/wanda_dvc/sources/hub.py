@@ -22,19 +22,28 @@ class Repository:
     where: str  # its setting
     license: str | None = None  # the Hub's name of the licence, from the model card
 
-    def fetch(self, target: Path, *files: str) -> None:
-        """Fetch some of its files into `target`; resume partial files of an interrupted run."""
+    @property
+    def top_level(self) -> list[str]:
+        """The names of the files outside folders."""
+        return [name for name in self.files if "/" not in name]
+
+    def fetch(self, *files: str) -> Path:
+        """Fetch some of its files into the Hub's own cache, unless it has them. Return their folder there.
+
+        The cache shares files with transformers, and resumes partial files of an interrupted run.
+        """
         from huggingface_hub import snapshot_download
 
         notice(f"{self.name} at {self.commit[:12]}: fetching {', '.join(files)}")
         with _user_errors(self.where, self.name):
-            snapshot_download(
-                self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)
+            folder = Path(
+                snapshot_download(self.name, repo_type=self.kind, revision=self.commit, allow_patterns=list(files))
             )
-        missing = [file for file in files if not (target / file).is_file()]
+        missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             problem = f"{self.name} has no {', '.join(missing)} at {self.commit}"
             raise UserError(f"{self.where}: {problem}; name another revision")
+        return folder
 
 
 def resolve(kind: str, name: str, revision: str | None, where: str) -> Repository:

@@ -39,8 +39,7 @@ def find_model(source: str) -> Source:
         return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE_PREFIX)))
     if Path(source).is_absolute():
         return Source({"source": source}, partial(_write_local, Path(source)))
-    name, _, revision = source.partition("@")
-    repository = resolve("model", name, revision or None, SETTING)
+    repository = _resolve_model(source)
     key = {"source": repository.name, "revision": repository.commit}
     return Source(key, partial(_write_hub, repository, key))
 
@@ -49,23 +48,51 @@ def _write_provenance(out: Path, origin: Json, libraries: tuple[str, ...] = ()) 
     write_provenance(out, describe("download model", libraries=libraries, **origin, sha256=files_digest(out)))
 
 
-def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
-    """Fetch the model's files: small ones first, and no second copy of the weights in another format."""
-    where, fetched = f"{repository.where}: {repository.name}", scratch / "hub"
-    names = [name for name in repository.files if "/" not in name]
-    repository.fetch(fetched, "config.json")
-    check_decoder(fetched, names, where)
+def find_config(source: str) -> Path | None:
+    """Return the config.json of a model that the setting `model` names; from the Hub it is fetched alone.
+
+    None of a package, whose file has it. UserError if the model is no decoder of transformers.
+    """
+    if source.startswith(PACKAGE_PREFIX):
+        return None
+    if Path(source).is_absolute():
+        folder = Path(source)
+        check_decoder(folder, [path.name for path in folder.iterdir()], source)
+    else:
+        folder = _fetch_config(_resolve_model(source))
+    return folder / "config.json"
+
+
+def _resolve_model(source: str) -> Repository:
+    name, _, revision = source.partition("@")
+    return resolve("model", name, revision or None, SETTING)
+
+
+def _fetch_config(repository: Repository) -> Path:
+    """Fetch config.json, check it, and return its folder in the Hub's cache."""
+    folder = repository.fetch("config.json")
+    check_decoder(folder, repository.top_level, f"{repository.where}: {repository.name}")
+    return folder
+
+
+def _write_hub(repository: Repository, key: Json, out: Path, _: Path) -> None:
+    """Fetch the model's files: small ones first, and no second copy of the weights in another format.
+
+    DVC's outputs are real files: these are hard links to the Hub's cache, or copies if it is on another file system.
+    """
+    where, names = f"{repository.where}: {repository.name}", repository.top_level
+    fetched = _fetch_config(repository)
     if INDEX in names:
-        repository.fetch(fetched, INDEX)
+        repository.fetch(INDEX)
         weights = [INDEX, *read_index(fetched / INDEX)]
     elif SINGLE in names:
         weights = [SINGLE]
     else:
         raise UserError(f"{where}: found neither {SINGLE} nor {INDEX} (pickles are never opened); name another")
     needed = [name for name in names if _matches(name, MODEL_FILES)] + weights
-    repository.fetch(fetched, *needed)
+    repository.fetch(*needed)
     for name in needed:
-        link_file(fetched / name, out / name)  # a killed run must find the fetched file
+        link_file((fetched / name).resolve(), out / name)  # the cache has links to its files
     check_model(out)
     _write_provenance(out, key | ({"license": repository.license} if repository.license else {}))
 

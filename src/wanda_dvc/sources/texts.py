@@ -30,9 +30,7 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
         if shard is None:
             content = _write_joined(_read_rows(where, text, origin), text.join, f"{where} ({title})", out)
         else:
-            file = origin if isinstance(origin, Path) else scratch / "hub" / shard
-            if isinstance(origin, Repository):
-                origin.fetch(scratch / "hub", shard)
+            file = origin if isinstance(origin, Path) else origin.fetch(shard) / shard
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 documents = Documents(file, text.column, lines)
                 if section == "perplexity":

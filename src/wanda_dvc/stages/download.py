@@ -1,6 +1,9 @@
 """Fetch the model, the texts and the tasks. The only stage that may touch a network."""
 
+from pathlib import Path
+
 from wanda_dvc.params import ChosenText, Tasks
+from wanda_dvc.reading import is_there
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
@@ -24,3 +27,13 @@ def download(*, study: Study, source: str, text: str = "") -> None:
     with study.work(describe(f"download {source}", version=STAGES["download"].version, **fetched.key)) as work:
         fetched.write(work.new(), work.path)
         work.commit(study.model("dense") if source == "model" else study.data(name))
+
+
+def find_model_config(study: Study) -> Path | None:
+    """Return the config.json of a study's model, before its download too; None of a package before its download."""
+    from wanda_dvc.sources.models import find_config  # imports transformers, which takes seconds
+
+    source, downloaded = study.params.model, study.model("dense") / "config.json"
+    if is_there(downloaded) and not Path(source).is_absolute():  # a directory may have changed; the Hub is not asked
+        return downloaded
+    return find_config(source)

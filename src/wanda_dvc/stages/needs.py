@@ -10,7 +10,9 @@ from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, Model
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
+from wanda_dvc.reading import is_there
 from wanda_dvc.stages.device import device_name, free_memory_of
+from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
@@ -73,15 +75,33 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{max(size / 1e6, 0.1):.1f} MB"
 
 
-def lacking_for_solver(study: Study, sizes: ModelSizes) -> list[str]:
-    """Return what a recipe with a solver needs and this machine lacks: memory, disk for Gram matrices."""
-    memory = FIXED + solving_memory(sizes, uses_fisher=True)
-    needs = {"memory": memory, "disk": triangles_size(sizes.all_input_squares + sizes.all_output_squares)}
-    lacking = []
+def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
+    """Return what the settings' solver needs, and the disk for Gram matrices to measure; None without a solver."""
+    plan = study.params.plan
+    if plan.statistics == "norms":
+        return None
+    squares = 0
+    for name, folder, size in (
+        ("gram", study.gram, sizes.all_input_squares),
+        ("fisher", study.fisher, sizes.all_output_squares),
+    ):
+        if name in study.params.statistics and not is_there(folder / PROVENANCE):
+            squares += size
+    memory = FIXED + solving_memory(sizes, uses_fisher=plan.reconstructor.uses_fisher)
+    return Requirements(memory, triangles_size(squares))
+
+
+def check_solver(study: Study, sizes: ModelSizes) -> None:
+    """Raise UserError if this machine lacks the memory or disk that the settings' recipe needs to solve."""
+    needs, lacking = solver_requirements(study, sizes), []
     for kind, size in free(study).items():
-        if needs[kind] > size:
-            lacking.append(f"{gigabytes(needs[kind])} of {kind}, {gigabytes(size)} free")
-    return lacking
+        if needs is not None and getattr(needs, kind) > size:
+            lacking.append(f"{gigabytes(size)} of {kind}, expected {gigabytes(getattr(needs, kind))}")
+    if lacking:
+        raise UserError(
+            f"recipe: {study.params.recipe}: found {' and '.join(lacking)}; free some, or use `--recipe wanda`, which "
+            "needs less"
+        )
 
 
 def trained_in(dtype: str, device: str) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
 from copy import copy
 from importlib.resources import files
 from pathlib import Path
@@ -57,7 +58,7 @@ def init(
     folder: Path,
     preset: str = DEFAULT,
     model: str | None = None,
-    calibration: str | None = None,
+    calibration: str | Sequence[str] = (),
     study: Path | None = None,
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
@@ -153,15 +154,23 @@ def _plain(settings: Settings) -> Any:
     return json.loads(json.dumps(settings, default=number_or_text))
 
 
-def source_settings(model: str | None, calibration: str | None) -> Settings:
-    """Return the settings of the options that name sources. Paths become absolute: queued experiments run elsewhere."""
+def source_settings(model: str | None, calibration: str | Sequence[str]) -> Settings:
+    """Return the settings of a model and of calibration texts. Paths become absolute: experiments run elsewhere."""
     settings: Settings = {}
     if model is not None:
         settings["model"] = _absolute(model, is_text=False)
-    if calibration is not None:
-        source = calibration if calibration in TEXTS else _absolute(calibration, is_text=True)
-        settings |= {"calibration.text.source": source, "calibration.text.split": None}
+    names = [calibration] if isinstance(calibration, str) else calibration
+    sources = [text_source(name) for name in names]
+    if len(sources) == 1:
+        settings |= {"calibration.text.source": sources[0], "calibration.text.split": None}
+    elif sources:
+        settings["calibration.text"] = [{"source": source} for source in sources]
     return settings
+
+
+def text_source(name: str) -> str:
+    """Return the source of a text as params.yaml names it: a named text, a Hub id, or the absolute path of a file."""
+    return name if name in TEXTS else _absolute(name, is_text=True)
 
 
 def _absolute(source: str, *, is_text: bool) -> str:
