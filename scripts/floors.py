@@ -15,7 +15,7 @@ from estimates import requirements
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.memory import ModelSizes, triangles_size
 from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
-from wanda_dvc.pruning.solvers import ITERATIONS
+from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
 from wanda_dvc.stages.needs import BYTES_A_TOKEN, Requirements
 from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.scaffold import new_params
@@ -98,7 +98,7 @@ def work_of_stages(config: dict[str, Any], protocol: Protocol) -> dict[str, Work
     backward = 3 * forward(back, length) + attention(back, length) + 4 * back * head
     gradients = Work(half=backward, single=back * output_squares, link=model + moved(back, 2 * blocks))
     mask = Work(single=linears, link=2 * linears + masks, disk=2 * linears + masks)
-    admm = mask.plus(Work(single=cubes + products(ITERATIONS - 1), link=grams, disk=grams))
+    admm = mask.plus(Work(single=cubes + products(ADMM_ITERATIONS - 1), link=grams, disk=grams))
     write = Work(disk=2 * model + masks)
     refit = Work(single=cubes / 3 + products(least_squares + 4), link=4 * linears + grams, disk=grams)
     coupled = fisher.plus(Work(single=products(weighted + 2, weighted)))

@@ -51,7 +51,7 @@ def multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
 def sums_in_float32(x: Tensor) -> bool:
     """Whether the device multiplies 16-bit matrices like this one exactly, and sums in float32: CUDA's tensor cores."""
     is_half = x.dtype in (torch.bfloat16, torch.float16)
-    # Some versions of torch for ROCm, whose devices are named `cuda` too, raise an error.
+    # `dtype`: this torch has `mm(out_dtype=)`. Some for ROCm, whose devices are named `cuda` too, raise an error.
     return is_half and x.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 

@@ -38,7 +38,7 @@ class Gram:
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add the tokens of one or more windows."""
         features = (x if kernels.sums_in_float32(x) else x.float()).T
-        if kernels.uses_onednn(features, features):  # its row slices multiply faster so
+        if kernels.uses_onednn(features, features):  # the products below, of its row slices, are then faster
             features = features.contiguous()
         for begin, end in panels(self.upper):
             panel = kernels.multiply_in_float32(features[begin:end], features[begin:].T)
@@ -58,26 +58,26 @@ class Gram:
         return matrix.add_(matrix.triu(1).T)
 
     def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
-        """Return the upper triangle by row, float32, divided by `norm`: 2 · in² bytes, and 1 · in² for a panel."""
+        """Return G's upper triangle by row, float32, or of G_ij / (norm_i · norm_j): 2 · in² bytes, in² for a panel."""
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
         for rows, numbers, mask in _panels_of_triangle(self.upper):
             panel = self.upper[rows, rows.start :]
             if norm is not None:
                 panel = (panel / norm[rows.start :]).div_(norm[rows, None])
-            _indexed(packed)[numbers] = _indexed(panel)[_indexed(mask)]
+            _numpy_on_cpu(packed)[numbers] = _numpy_on_cpu(panel)[_numpy_on_cpu(mask)]
         return packed
 
     @classmethod
     def from_triangle(
         cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
     ) -> "Gram":
-        """Return the statistics whose triangle this is, divided by `norm`: 8 · in² bytes, and ½ · in² for a panel."""
+        """Return the statistics of a triangle; `norm` undoes the division by it. 8 · in² bytes, ½ · in² for a panel."""
         features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
         upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
         for rows, numbers, mask in _panels_of_triangle(upper):
             panel = torch.zeros(mask.shape, device=packed.device)
-            _indexed(panel)[_indexed(mask)] = _indexed(packed[numbers].float())
+            _numpy_on_cpu(panel)[_numpy_on_cpu(mask)] = _numpy_on_cpu(packed[numbers].float())
             if norm is not None:
                 panel.mul_(norm[rows.start :]).mul_(norm[rows, None])
             upper[rows, rows.start :] = panel
@@ -95,9 +95,9 @@ def panels(matrix: Square) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
 
 
-def row_slices(weight: Weight, size: int | None = None) -> list[slice]:
-    """Return slices of `size` rows, by default of about 2²⁰ weights; of 64 times as many on a GPU. It bounds memory."""
-    size = size or max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+def row_slices(weight: Weight, cpu_rows: int | None = None) -> list[slice]:
+    """Return slices of rows, by default of about 2²⁰ weights; of 64 times as many on a GPU. It bounds memory."""
+    size = cpu_rows or max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
     if weight.device.type != "cpu":
         size *= 64
     return [slice(begin, begin + size) for begin in range(0, len(weight), size)]
@@ -148,6 +148,6 @@ def _panels_of_triangle(matrix: Square) -> Iterator[tuple[slice, slice, Bool[Ten
         yield slice(row, row + len(mask)), slice(begin, end), mask
 
 
-def _indexed(x: Tensor) -> Any:
+def _numpy_on_cpu(x: Tensor) -> Any:
     """Return a CPU's tensor as numpy's, which copies runs of a boolean index several times as fast as torch."""
     return x.numpy() if x.device.type == "cpu" else x

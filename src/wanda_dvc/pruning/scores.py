@@ -25,10 +25,11 @@ def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in
 
     The fractions: |W_ij| among its output's and its input's weights. Zhang et al., "Plug-and-Play", ICLR 2024.
     """
-    size = weight.abs().float()
+    magnitudes = weight.abs().float()
     tiny = finfo(float32).tiny  # all-zero rows and columns give 0 / 0
-    of_input, of_output = size.sum(dim=0).clamp_(min=tiny), size.sum(dim=1, keepdim=True).clamp_(min=tiny)
-    return (size / of_input).add_(size / of_output).mul_(x.norm.sqrt())
+    of_input = magnitudes.sum(dim=0).clamp_(min=tiny)
+    of_output = magnitudes.sum(dim=1, keepdim=True).clamp_(min=tiny)
+    return (magnitudes / of_input).add_(magnitudes / of_output).mul_(x.norm.sqrt())
 
 
 def reap(outputs: TokenSum) -> float:

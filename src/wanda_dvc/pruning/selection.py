@@ -77,18 +77,19 @@ def row_counts(mask: Bool[Tensor, "group size"]) -> Int[Tensor, "group 1"]:
 def kth_by_bits(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
     """Return the k-th lowest score of each row, by one pass of the complete device for each of a number's bits.
 
-    The threshold gets its bits from the highest to the lowest; a bit is set if fewer than k scores are then lower.
-    −0 counts as lower than 0, which are ties. Memory: an integer and a boolean a score.
+    The threshold rises from the lowest integer by steps of one bit each, the largest first: it takes a step if fewer
+    than k scores are then lower. −0 counts as lower than 0, which are ties. Memory: an integer and a boolean a score.
     """
     width = 8 * score.itemsize
-    integer = torch.iinfo(getattr(torch, f"int{width}"))
+    limits = torch.iinfo(getattr(torch, f"int{width}"))
 
     def reversed_below_zero(bits: Tensor) -> Tensor:  # sorts bit patterns like their numbers; its own inverse
-        return (bits >> width - 1).bitwise_and_(integer.max).bitwise_xor_(bits)
+        return (bits >> width - 1).bitwise_and_(limits.max).bitwise_xor_(bits)
 
-    order = reversed_below_zero(score.contiguous().view(getattr(torch, integer.dtype)))
-    threshold = torch.full_like(order[:, :1], integer.min)
-    for bit in (integer.min, *(1 << position for position in reversed(range(width - 1)))):
+    order = reversed_below_zero(score.contiguous().view(getattr(torch, limits.dtype)))
+    threshold = torch.full_like(order[:, :1], limits.min)
+    # The first step clears the sign bit, the others set a bit.
+    for bit in (limits.min, *(1 << position for position in reversed(range(width - 1)))):
         raised = threshold ^ bit
         lower = (order < raised).sum(dim=1, keepdim=True)
         threshold = raised.where(lower < k, threshold)

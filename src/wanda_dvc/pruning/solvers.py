@@ -28,9 +28,9 @@ from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m
 Mask = Bool[Tensor, "out in"]  # True is kept
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache
 SWEEP_PANEL = 128  # inputs of a panel of SparseGPT's sweep
-RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
+DAMPING_GROWTH, FIRST_DAMPING = 10, 1e-4  # damping rises until G is positive definite, from 0 to the latter
 LARGEST_DAMPING = 1e6
-PENALTY, ITERATIONS, ADMM_DAMPING = 1.0, 15, 0.1  # of ADMM: ρ, updates of the mask, damping
+ADMM_PENALTY, ADMM_ITERATIONS, ADMM_DAMPING = 1.0, 15, 0.1  # ρ, updates of the mask, damping
 OUTPUT_DAMPING = 1.0  # of Fisher least squares: of the Gram matrix of gradients, whose diagonal is scaled to 1
 
 
@@ -74,10 +74,10 @@ class GramFactors:
 
     @cached_property
     def admm_inverse(self) -> tuple[Square, float]:
-        """ADMM's K = (SGS + (damping + penalty) I)⁻¹, where S scales G's diagonal to 1; and the damping."""
+        """ADMM's K = (SGS + (λ + ρ) I)⁻¹, where S scales G's diagonal to 1; and λ, from ADMM_DAMPING."""
         root_diagonal = self.gram.diagonal().sqrt()
         matrix = self.gram / root_diagonal[:, None] / root_diagonal
-        matrix.diagonal().add_(PENALTY)
+        matrix.diagonal().add_(ADMM_PENALTY)
         return factor_inverse(matrix, ADMM_DAMPING, 1.0, self.name)
 
 
@@ -146,7 +146,7 @@ def fisher_least_squares(
 
     solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
     v = _conjugate_gradients(weight.float() / scale, solvable, start, product, rows_are_coupled=True, steps=steps)
-    change = torch.where(factors.dead, 0, v.sub_(start).mul_(scale))
+    change = v.sub_(start).mul_(scale)
     step_size = _largest_step(weight.float(), weight * mask, plain.weight, change, factors)
     if not step_size:
         return replace(plain, step_size=0.0)
@@ -214,15 +214,15 @@ def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> Solver
 
 
 def _sweep(
-    weight: Weight, mask: Mask, root: Square, choose: Callable[[Weight, int], Mask] | None = None, inputs: int = 1
+    weight: Weight, mask: Mask, root: Square, choose: Callable[[Weight, int], Mask] | None = None, at_a_time: int = 1
 ) -> Weight:
     """Return the weights of SparseGPT's sweep, which are valid on the mask.
 
-    The mask is given, or written for some `inputs` at a time: `choose` returns it for the scores of these inputs and
+    The mask is given, or written for some inputs `at_a_time`: `choose` returns it for the scores of these inputs and
     the number of the first one.
     """
     w = weight.T.contiguous()  # [in, out]: an input's weights lie together
-    size = max(1, SWEEP_PANEL // inputs) * inputs
+    size = max(1, SWEEP_PANEL // at_a_time) * at_a_time
     for begin in range(0, len(w), size):
         end = min(begin + size, len(w))
         panel = w[begin:end]
@@ -230,9 +230,9 @@ def _sweep(
         diagonal = root.diagonal()[begin:end, None]
         errors = torch.empty_like(panel)
         for j in range(end - begin):
-            if choose and j % inputs == 0:
-                score = (panel[j : j + inputs] / diagonal[j : j + inputs]).square_().T.contiguous()
-                panel_mask[j : j + inputs] = choose(score, begin + j).T
+            if choose and j % at_a_time == 0:
+                score = (panel[j : j + at_a_time] / diagonal[j : j + at_a_time]).square_().T.contiguous()
+                panel_mask[j : j + at_a_time] = choose(score, begin + j).T
             torch.div(panel[j].masked_fill(panel_mask[j], 0), diagonal[j], out=errors[j])
             panel[j:].addr_(root[begin + j, begin + j : end], errors[j], alpha=-1)
         w[end:].addmm_(root[begin:end, end:].T, errors, alpha=-1)
@@ -263,20 +263,20 @@ def admm(
         step = torch.empty_like(dense)  # Z − U − W₀
         pruned = torch.zeros_like(dense)  # 1 where pruned, else 0
         sign = torch.ones_like(dense)  # −1 where pruned, else 1
-        for iteration in range(1, ITERATIONS + 1):
-            growth = 1 - (1 - Fraction(iteration, ITERATIONS)) ** 3
+        for iteration in range(1, ADMM_ITERATIONS + 1):
+            growth = 1 - (1 - Fraction(iteration, ADMM_ITERATIONS)) ** 3
             score = total.abs()
             if n_of_m:
                 score.masked_fill_(keep_n_of_m(score, *n_of_m), torch.inf)
             mask[rows] = select(score, sparsity=growth * sparsity, group=group)
-            if iteration == ITERATIONS:
+            if iteration == ADMM_ITERATIONS:
                 break
             # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
             pruned.copy_(~mask[rows])
             torch.sub(1, pruned, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=step).sub_(dense)
-            total.mul_(pruned).add_(dense).add_(multiply(step, inverse), alpha=PENALTY)
+            total.mul_(pruned).add_(dense).add_(multiply(step, inverse), alpha=ADMM_PENALTY)
     return mask
 
 
@@ -288,7 +288,7 @@ def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[S
         lower = _lower(damped)
         if lower is not None:
             return lower, damping
-        damping = max(RAISE * damping, FIRST_RAISE)
+        damping = max(DAMPING_GROWTH * damping, FIRST_DAMPING)
     raise UserError(f"{name}: it cannot be factored with any damping; calibrate on more or other text")
 
 
