@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
-from wanda_dvc.params import flatten, read_params, settings
+from wanda_dvc.params import Text, flatten, read_params, settings
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.scaffold import PARAMS
@@ -33,8 +33,11 @@ def page() -> str:
     for name, field in settings():
         if not name.startswith(TEXTS[1]):  # a text's settings are described once
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
-            shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
-            stages = _stages(name)[: 1 if name.startswith(TEXTS[0]) else None]  # the first stage of both texts
+            is_of_both = name.startswith(TEXTS[0]) and leaf in Text.model_fields
+            shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if is_of_both else f"`{name}`"
+            stages = _stages(name)[:1] if is_of_both else _stages(name)  # the first stage of both texts
+            if leaf == "windows":  # `download` gets all of a text's settings but these
+                stages = [stage for stage in stages if stage != "`download`"]
             meaning = f"{field.description[0].upper()}{field.description[1:]}."
             rows.append([shown, meaning, f"`{default}`", ", ".join(stages) or "`plan`"])
     recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]

@@ -60,6 +60,11 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
     content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl", "recovery.tokens": 1000}
     changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
     changed |= {"allocation": None} if name == "pattern" else {}
+    if name == "calibration.text.windows":
+        shared = [{"source": "org/prose", "windows": OTHERS[name]}, {"source": "org/verses"}]
+        content = {key: value for key, value in content.items() if key != "calibration.text.source"}
+        changed = content | {"calibration.text": shared}
+        content |= {"calibration.text": [{"source": text["source"]} for text in shared]}
     one, two = (stage_inputs(check_params(nested(dict(content)))) for content in (content, changed))
     files = {f"plan/{file}.json" for file in one if one[file] != two[file]}
     for row in STAGES.values():
@@ -72,6 +77,7 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
 OTHERS = {
     "model": "org/other", "dtype": "bfloat16", "calibration.text.source": "wikitext2",
     "calibration.text.split": "test", "calibration.text.column": "body", "calibration.text.join": "-",
+    "calibration.text.windows": 7,
     "calibration.windows": 7, "calibration.length": 7, "calibration.seed": 7, "calibration.statistics": "fisher",
     "recipe": "fisher", "sparsity": 0.7, "pattern": "2:4", "method": "ria", "group": "linear",
     "allocation": "uniform", "reconstruction": "none", "propagation": "pruned",

@@ -408,7 +408,7 @@ def test_documents_of_each_length_are_drawn_as_the_authors_draw():
     tokens = {text: [1, *text.encode()] for text in texts}  # a token before the text, as Llama has it
     kwargs: dict[str, Any] = {"samples": 30, "length": 10, "seed": 3}
     drawn = draw_from_documents(texts, lambda text: torch.tensor(tokens[text]), **kwargs, setting="recovery.text")
-    assert drawn.tolist() == authors_windows(texts, lambda text: {"input_ids": tokens[text]}, **kwargs)
+    assert drawn.tokens.tolist() == authors_windows(texts, lambda text: {"input_ids": tokens[text]}, **kwargs)
 
 
 @pytest.mark.parametrize("texts", [[], ["short", "b" * 64]])
@@ -449,7 +449,7 @@ def test_draw_is_the_authors_draw_and_leaves_the_global_generator_alone():
     random.seed(7)
     expected = [random.randint(0, 13 - 10 - 1) for _ in range(50)]
     before = random.getstate()
-    assert draw(tokens, samples=50, length=10, seed=7)[:, 0].tolist() == expected
+    assert draw(tokens, samples=50, length=10, seed=7).tokens[:, 0].tolist() == expected
     assert random.getstate() == before
 
 
@@ -521,4 +521,4 @@ def test_windows_are_those_of_the_reference():
     assert (len(test), len(cut(test, length=2048, windows=None))) == (304986, 148)
     assert torch.equal(torch.stack(cut(test, length=2048, windows=16)), reference["evaluation"].long())
     drawn = draw(tokenize(text("validation", " "), tokenizer), samples=32, length=2048, seed=0)
-    assert torch.equal(drawn, reference["calibration"].long())
+    assert torch.equal(drawn.tokens, reference["calibration"].long())

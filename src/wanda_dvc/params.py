@@ -7,18 +7,28 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
 from wanda_dvc import catalog
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import CHOICES, RECOVERY_BATCH, UNSTRUCTURED, Plan
+from wanda_dvc.plan import CHOICES, RECOVERY_BATCH, UNSTRUCTURED, WINDOWS_BACK, Plan
 from wanda_dvc.reading import read_text
 
 MAX_WINDOWS = MAX_LENGTH = 2**20  # far above any real study
@@ -137,15 +147,37 @@ class Text(_Section):
 
 
 class CalibrationText(Text):
-    """The text of a calibration."""
+    """A text of a calibration or a recovery."""
 
+    windows: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_WINDOWS,
+        description="of several texts: windows of this one; null: an equal share of `calibration.windows`. In "
+        "`recovery.text`, shares of the training are in proportion",
+    )
     calibrates: ClassVar[bool] = True
+
+
+ONE, SEVERAL = "[one]", "[several]"  # pydantic has these tags in the places of problems
+# One text, or a list of texts. The backward pass reads few windows, and these must have each text.
+Texts = Annotated[
+    Annotated[CalibrationText, Tag(ONE)]
+    | Annotated[list[CalibrationText], Field(min_length=1, max_length=WINDOWS_BACK), Tag(SEVERAL)],
+    Discriminator(lambda text: SEVERAL if isinstance(text, list) else ONE),
+]
+
+
+def _as_list(text: CalibrationText | list[CalibrationText] | None) -> list[CalibrationText]:
+    if text is None:
+        return []
+    return text if isinstance(text, list) else [text]
 
 
 class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
-    text: CalibrationText
+    text: Texts = Field(description=f"a text, with a `source`, or a list of texts, at most {WINDOWS_BACK}")
     windows: int = Field(32, ge=1, le=MAX_WINDOWS, description="number of windows, drawn at random")
     length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
@@ -154,6 +186,19 @@ class Calibration(_Section):
         description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
         "`gram` (also XᵀX of each input) or `fisher` (also gradients of eight windows)",
     )
+
+    @property
+    def texts(self) -> list[CalibrationText]:
+        """The texts; most calibrations have one."""
+        return _as_list(self.text)
+
+    @property
+    def shares(self) -> list[int]:
+        """The number of windows of each text."""
+        named = [text.windows for text in self.texts if text.windows]
+        unnamed = len(self.texts) - len(named)
+        equal = iter(apportion(self.windows - sum(named), [1] * unnamed))
+        return [text.windows or next(equal) for text in self.texts]
 
 
 class Perplexity(_Section):
@@ -193,11 +238,18 @@ class Recovery(_Section):
     tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="tokens to train the pruned model on, towards the dense model; 0: none"
     )
-    text: CalibrationText | None = Field(None, description="training text, with a `source`; null: the calibration's")
+    text: Texts | None = Field(
+        None, description="training text, with a `source`, or a list of texts; null: the calibration's"
+    )
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
     batch: int = Field(
         RECOVERY_BATCH, ge=1, le=1024, description="windows of a step; the rate is multiplied by √(batch / 2)"
     )
+
+    @property
+    def texts(self) -> list[CalibrationText]:
+        """The texts of `text`; [] if it is null."""
+        return _as_list(self.text)
 
 
 class Runtime(_Section):
@@ -275,12 +327,23 @@ class Params(_Section):
         """The number of items of each task; None: all."""
         return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == catalog.EMBEDDED else None)
 
+    @property
+    def training_texts(self) -> list[CalibrationText]:
+        """The texts of a recovery."""
+        return self.recovery.texts or self.calibration.texts
+
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
-        calibrated, measured = self.calibration.text.chosen, self.perplexity.texts[name].chosen
-        if (calibrated.dataset or calibrated.source) != (measured.dataset or measured.source):
-            return "The calibration text has another source"
-        return "The calibration text has the same source: on text from other sources, a solver gains less"
+        calibrated = [text.chosen for text in self.calibration.texts]
+        measured = self.perplexity.texts[name].chosen
+        is_same = (measured.dataset or measured.source) in [text.dataset or text.source for text in calibrated]
+        if len(calibrated) > 1:
+            subject = f"{'One' if is_same else 'None'} of the calibration texts"
+            names = ", ".join(Path(text.source).name for text in calibrated)
+            sentence = f"{subject} ({names}) has the same source"
+        else:
+            sentence = f"The calibration text has {'the same' if is_same else 'another'} source"
+        return f"{sentence}: on text from other sources, a solver gains less" if is_same else sentence
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -290,13 +353,38 @@ class Params(_Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        trained_on = {"calibration": self.calibration.text, "recovery": self.recovery.text}
-        for measured in self.perplexity.texts.values():
-            for setting, text in trained_on.items():
-                if text and _location(text.chosen) == _location(measured.chosen):
-                    split = f", {measured.chosen.split}" if measured.chosen.split else ""
-                    problem = f"found the text that perplexity is measured on ({measured.source}{split})"
-                    yield f"{setting}.text: {problem}, expected another; change its source or split"
+        measured = {_location(text.chosen): text for text in self.perplexity.texts.values()}
+        for section, texts in (("calibration", self.calibration.texts), ("recovery", self.recovery.texts)):
+            setting_of: dict[tuple[str | None, ...], str] = {}  # by place of the text
+            for setting, text in zip(numbered(f"{section}.text", ".", len(texts)), texts, strict=True):
+                place, todo = _location(text.chosen), "expected another; change its source or split"
+                if place in measured:
+                    split = f", {text.chosen.split}" if text.chosen.split else ""
+                    problem = f"found the text that perplexity is measured on ({measured[place].source}{split})"
+                    yield f"{setting}: {problem}, {todo}"
+                if place in setting_of:
+                    yield f"{setting}: found the text of {setting_of[place]}, {todo}"
+                setting_of[place] = setting
+        shares, windows = self.calibration.shares, self.calibration.windows
+        if min(shares) < 1 or sum(shares) != windows:
+            yield (
+                f"calibration.text: found {shares} windows by text, expected 1 or more of each, and {windows}, "
+                "calibration.windows, in all; change them"
+            )
+        if len({text.windows is None for text in self.recovery.texts}) > 1:
+            yield "recovery.text: found windows of some texts, expected them of all or none; add or remove some"
+
+
+def apportion(count: int, shares: Sequence[int]) -> list[int]:
+    """Return a count of windows for each text, in proportion to its share; the first texts get what is left over."""
+    counts = [count * share // sum(shares) for share in shares]
+    rest = count - sum(counts)
+    return [number + (index < rest) for index, number in enumerate(counts)]
+
+
+def numbered(name: str, separator: str, count: int) -> list[str]:
+    """Return a name for each of several texts, such as `calibration.text.0`; of one text, the name alone."""
+    return [name] if count == 1 else [f"{name}{separator}{index}" for index in range(count)]
 
 
 def _location(text: ChosenText) -> tuple[str | None, ...]:
@@ -330,7 +418,7 @@ def check_params(content: object) -> Params:
 
 
 def _problem(problem: Any) -> str:
-    setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    setting = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", ONE, SEVERAL))
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
     if kind in ("extra_forbidden", "invalid_key"):
         names = [*dict(settings()), *Params.model_fields, "perplexity.texts"]
@@ -344,7 +432,14 @@ def _problem(problem: Any) -> str:
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
     if kind in ("model_type", "dict_type"):
         expected = "settings, a name and a value each"
-    elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
+    elif kind in (
+        "value_error",
+        "string_pattern_mismatch",
+        "string_too_short",
+        "string_too_long",
+        "too_long",
+        "too_short",
+    ):
         expected = _meaning(problem["loc"])
     value = problem["input"]
     if isinstance(value, str | bool | None):  # as YAML writes it, with the code of a character that is not visible
@@ -357,8 +452,8 @@ def _meaning(path: tuple[int | str, ...]) -> str:
     meaning = ""
     for key in path:
         field = getattr(section, "model_fields", {}).get(key)
-        if field is None:  # below `texts`: the name of a text
-            section = Text
+        if field is None:  # the name or number of a text
+            section = CalibrationText
         else:
             section, meaning = field.annotation, field.description
     return meaning.replace("`", "")
@@ -367,7 +462,9 @@ def _meaning(path: tuple[int | str, ...]) -> str:
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every setting's dotted name and its field, in order; of the texts as `perplexity.texts.NAME.source`."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if model is Calibration and name == "text":
+            yield from settings(CalibrationText, f"{prefix}{name}.")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, f"{prefix}{name}.")
         elif name == "texts":
             yield from settings(Text, f"{prefix}{name}.NAME.")
@@ -403,20 +500,35 @@ def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.to_dict()
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
-    recovery = params.recovery.text
-    content["calibration"]["text"] = params.calibration.text.filled
-    content["recovery"]["text"] = recovery.filled if recovery else dict.fromkeys(Text.model_fields)
+    content["calibration"]["text"] = _filled(params.calibration.texts, params.calibration.shares)
+    recovery = params.recovery.texts
+    content["recovery"]["text"] = _filled(recovery, [text.windows or 1 for text in recovery])
     content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
     return dict(flatten(content))
 
 
-def download_sources(params: Params) -> dict[str, tuple[str, str]]:
-    """Return by variant of `download`, and by text as `perplexity/NAME`, the setting of its source, and the source."""
-    texts, recovery = params.perplexity.texts.items(), params.recovery.text
+def _filled(texts: Sequence[CalibrationText], shares: Sequence[int]) -> Settings:
+    """Return the settings of a text, with nulls replaced; of several texts by number, with their shares."""
+    if not texts:
+        return dict.fromkeys(Text.model_fields)
+    if len(texts) == 1:
+        return texts[0].filled
     return {
-        "model": ("model", params.model),
-        "calibration": ("calibration.text.source", params.calibration.text.source),
-        **{f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source) for name, text in texts},
-        "recovery": ("recovery.text.source", recovery.source if recovery else "none"),
-        "tasks": ("tasks.source", params.tasks.source),
+        str(index): text.filled | {"windows": share}
+        for index, (text, share) in enumerate(zip(texts, shares, strict=True))
     }
+
+
+def download_sources(params: Params) -> dict[str, tuple[str, str]]:
+    """Return by source, such as `perplexity/NAME` or `calibration/0`, the setting that names it, and its value."""
+    sources = {"model": ("model", params.model)}
+    for name, text in params.perplexity.texts.items():
+        sources[f"perplexity/{name}"] = f"perplexity.texts.{name}.source", text.source
+    for section, texts in (("calibration", params.calibration.texts), ("recovery", params.recovery.texts)):
+        settings_of = numbered(f"{section}.text", ".", len(texts))
+        for name, setting, text in zip(numbered(section, "/", len(texts)), settings_of, texts, strict=True):
+            sources[name] = f"{setting}.source", text.source
+    if not params.recovery.texts:
+        sources["recovery"] = "recovery.text.source", "none"
+    sources["tasks"] = "tasks.source", params.tasks.source
+    return sources

@@ -21,6 +21,7 @@ RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
+FEW_TOKENS, TOO_FEW_TOKENS = 9, 5  # distinct ones for each feature: fewer are reported, or refused (docs/data.md)
 
 
 def choices_of_pattern(pattern: str, reconstructs: bool) -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 import io
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from wanda_dvc.commands import check_target
 from wanda_dvc.commands.imatrix import write_imatrix
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, download_sources, flatten, nested
+from wanda_dvc.params import Params, download_sources
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.card import card
@@ -165,8 +167,8 @@ def sections(experiment: Experiment) -> dict[str, str]:
     if params.recovery.tokens:
         provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
         training = f"on {provenance['tokens']:,} tokens towards the dense model"
-        text = params.recovery.text or params.calibration.text
-        sentence = f"All parameters but the zeros were then trained {training}, of {Path(text.source).name}."
+        names = " and ".join(Path(text.source).name for text in params.training_texts)
+        sentence = f"All parameters but the zeros were then trained {training}, of {names}."
         if not provenance["trained"]:
             sentence = f"A training {training} did not help: its weights are not used."
         sentences.append(sentence)
@@ -182,11 +184,18 @@ def sections(experiment: Experiment) -> dict[str, str]:
 
 def settings_of(params: Params) -> str:
     """Return a params.yaml with the given settings. Paths are local, so only their last part is kept."""
-    settings = dict(flatten(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)))
-    for setting, source in download_sources(params).values():
-        if Path(source).is_absolute():
-            settings[setting] = f"/path/to/{Path(source).name}"
+    settings = params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)
+    sources = {source for _, source in download_sources(params).values() if Path(source).is_absolute()}
     text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.dump(nested(settings), text)
+    yaml.dump(_with_places(settings, sources), text)
     return text.getvalue()
+
+
+def _with_places(value: Any, sources: Collection[str]) -> Any:
+    """Return settings in which local sources have a folder to fill in."""
+    if isinstance(value, dict):
+        return {key: _with_places(content, sources) for key, content in value.items()}
+    if isinstance(value, list):
+        return [_with_places(content, sources) for content in value]
+    return f"/path/to/{Path(value).name}" if value in sources else value

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,13 @@ from torch import Tensor
 from wanda_dvc.errors import UserError, notice, reason
 
 FAR = 2**40  # tokens: more than a document has
+
+
+class DrawnWindows(NamedTuple):
+    """Windows that were drawn from a text, or from several."""
+
+    tokens: Int[Tensor, "windows length"]
+    distinct: int  # tokens of the text in these windows; one in several windows counts once
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -29,25 +36,27 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "windows length"]:
-    """Draw windows of the calibration text as the Wanda authors do: each starts at `randint(0, tokens − length − 1)`.
+def draw(
+    tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int, setting: str = "calibration.text"
+) -> DrawnWindows:
+    """Draw windows of a text as the Wanda authors do: each starts at `randint(0, tokens − length − 1)`.
 
-    UserError if the text has too few tokens.
+    UserError, with the `setting` that names the text, if it has too few tokens.
     """
     if len(tokens) <= length:
         raise UserError(
-            f"calibration.text: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer "
-            "text, or lower calibration.length"
+            f"{setting}: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer text, or "
+            "lower calibration.length"
         )
     rng = random.Random(seed)
     starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-    _report_repeats(torch.tensor(starts), length, "calibration.text")
-    return torch.stack([tokens[start : start + length] for start in starts])
+    windows = torch.stack([tokens[start : start + length] for start in starts])
+    return _drawn(windows, torch.tensor(starts), setting)
 
 
 def draw_from_documents(
     documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int, setting: str
-) -> Int[Tensor, "windows length"]:
+) -> DrawnWindows:
     """Draw windows within documents, as the Wanda authors do from C4: documents until one is long enough, and a start.
 
     But the search ends if no document is long enough: UserError, with the `setting` that names the text.
@@ -72,18 +81,31 @@ def draw_from_documents(
         start = rng.randint(0, len(tokens) - length - 1)
         starts.append(index * FAR + start)
         windows.append(tokens[start : start + length])
-    _report_repeats(torch.tensor(starts), length, setting)
-    return torch.stack(windows)
+    return _drawn(torch.stack(windows), torch.tensor(starts), setting)
 
 
-def _report_repeats(starts: Int[Tensor, " windows"], length: int, setting: str) -> None:
-    """Say so if fewer than half of the drawn tokens are distinct. Starts are positions of windows' first tokens."""
+def _drawn(windows: Int[Tensor, "windows length"], starts: Int[Tensor, " windows"], setting: str) -> DrawnWindows:
+    """Count the distinct tokens of windows by their positions, and say so if fewer than half are distinct."""
+    length = windows.shape[1]
     distinct = (starts[:, None] + torch.arange(length)).unique().numel()
-    if 2 * distinct < len(starts) * length:
+    if 2 * distinct < windows.numel():
         notice(
-            f"{setting}: {len(starts)} windows of {length} tokens have only {distinct:,} distinct tokens of the text; "
+            f"{setting}: {len(windows)} windows of {length} tokens have only {distinct:,} distinct tokens of the text; "
             "take a longer text"
         )
+    return DrawnWindows(windows, distinct)
+
+
+def interleaved(counts: Sequence[int]) -> list[int]:
+    """Return an order of the windows of several texts, which follow one another, by their numbers of windows.
+
+    Each text is among the first windows, and the first windows have the texts in proportion: some steps read only
+    these. The order of texts changes from round to round, because other steps read every fourth chunk.
+    """
+    keys = []
+    for text, count in enumerate(counts):
+        keys += [(index / count, (text - index) % len(counts)) for index in range(count)]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def cut(

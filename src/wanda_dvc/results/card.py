@@ -66,12 +66,13 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
     elif method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
     solver = Plan.from_dict(choices).reconstructor
+    counts = calibration.get("shares", [calibration["windows"]])  # of each text
     settings = {
         "dense model": dense["source"],
         "sha256 of its files": f"{dense['sha256'][:12]}…",
         **choices,
         "measured sparsity": f"{metrics['sparsity']:.6f}",
-        "calibration": f"{calibration['windows']} windows of {calibration['length']} tokens of "
+        "calibration": f"{' + '.join(map(str, counts))} windows of {calibration['length']} tokens of "
         f"{calibration['text']['source']}, seed {calibration['seed']}, {calibration['dtype']}",
         **{f"config.json: {name}": value for name, value in masks.get("config", {}).items()},
     }

@@ -61,5 +61,5 @@ def matching_figures(settings: Settings, figure_name: str) -> Iterator[tuple[str
                 if methods()[row["method"]].needs == "weights":
                     expected = {key: value for key, value in expected.items() if not key.startswith(OF_STATISTICS)}
             allowed = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
-            if figure_name in row and all(settings[key] in values for key, values in allowed.items()):
+            if figure_name in row and all(settings.get(key) in values for key, values in allowed.items()):
                 yield table["source"], row[figure_name]

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +12,34 @@ from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED_FOLDER, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
-from wanda_dvc.study.artifact import describe, file_digest, write_provenance
+from wanda_dvc.study.artifact import describe, digest, file_digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Documents, Json, text_in
 from wanda_dvc.study.folder import DOCUMENTS, TEXT
 
 
+def find_texts(setting: str, texts: Sequence[ChosenText], mirror: str | None) -> Source:
+    """Find the text of a setting, such as `calibration.text`; or several, which are written to a folder each."""
+    if len(texts) == 1:
+        return find_text(setting, texts[0], mirror)
+    sources = [find_text(f"{setting}.{index}", text, mirror) for index, text in enumerate(texts)]
+
+    def write(out: Path, scratch: Path) -> None:
+        """Write each text to a folder of its number, and a provenance that names all."""
+        made_by = f"download {setting.partition('.')[0]}"
+        written = []
+        for index, source in enumerate(sources):
+            folder = out / str(index)
+            folder.mkdir()
+            source.write(folder, scratch)
+            written.append(read_provenance(folder, made_by))
+        names = "; ".join(text["source"] for text in written)
+        write_provenance(out, describe(made_by, source=names, sha256=digest([text["sha256"] for text in written])))
+
+    return Source({"texts": [source.key for source in sources]}, write)
+
+
 def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
-    """Find the text of a setting, such as `calibration.text`."""
+    """Find one text of a setting, such as `calibration.text.0`."""
     where, named = f"params.yaml: {setting}", TEXTS.get(text.source)
     shard = named.shards.get(text.split or "") if named else None
     origin, title = _locate(setting, text, mirror, shard)

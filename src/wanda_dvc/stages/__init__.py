@@ -5,7 +5,7 @@ A row has everything that `dvc.yaml` says of the stage; `stage_inputs` has what 
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,7 +19,7 @@ from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import Json, load_json, write_text
 
 if TYPE_CHECKING:
-    from wanda_dvc.params import Params
+    from wanda_dvc.params import Params, Text
     from wanda_dvc.study.folder import Study
 
 
@@ -274,9 +274,10 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     needs. A file is empty if the settings do not ask for the run.
     """
     calibration, recovery, perplexity = params.calibration, params.recovery, params.perplexity
+    has_own_text = bool(recovery.texts)
     inputs: dict[str, Json] = {
         "download/model": {"source": params.model},
-        "download/calibration": asdict(calibration.text.chosen),
+        "download/calibration": _chosen(calibration.texts),
         "download/recovery": {},
         "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
         "mask": params.plan.to_dict(),
@@ -286,26 +287,37 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     }
     for name, text in perplexity.texts.items():
         inputs[f"download/perplexity/{name}"] = asdict(text.chosen)
-    windows = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
+    windows: Json = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
+    if len(calibration.texts) > 1:
+        windows["shares"] = calibration.shares
     for statistics in STATISTICS:
         is_read = statistics in params.statistics
         inputs[f"calibrate/{statistics}"] = windows | {"dtype": params.dtype} if is_read else {}
     if recovery.tokens:
-        if recovery.text:
-            inputs["download/recovery"] = asdict(recovery.text.chosen)
+        if has_own_text:
+            inputs["download/recovery"] = _chosen(recovery.texts)
         inputs["recover"] = {
             "tokens": recovery.tokens,
             "rate": recovery.rate,
             "batch": recovery.batch,
-            "text": recovery.text is not None,  # the text is recovery.text; else the calibration's, without its windows
-            "embedded": (recovery.text or calibration.text).source == EMBEDDED,  # the text is the embedded one
+            "text": has_own_text,  # the text is recovery.text; else the calibration's, without its windows
+            "embedded": any(text.source == EMBEDDED for text in params.training_texts),  # a text is the embedded one
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,
             "windows": calibration.windows,
             "calibration_length": calibration.length,
             "seed": calibration.seed,
         }
+        if len(params.training_texts) > 1:
+            shares = [text.windows or 1 for text in recovery.texts]
+            inputs["recover"]["shares"] = shares or calibration.shares
     return inputs
+
+
+def _chosen(texts: "Sequence[Text]") -> Json:
+    """Return what `download` is given of a text, or of several."""
+    chosen = [asdict(text.chosen) for text in texts]
+    return chosen[0] if len(chosen) == 1 else {"texts": chosen}
 
 
 def run(

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from wanda_dvc.errors import notice
-from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
+from wanda_dvc.engine.windows import DrawnWindows
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOO_FEW_TOKENS, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, runner
+from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, draw_calibration, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact, tensors
@@ -82,15 +83,12 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     run = runner(study, "dense", works[0])
     sizes = run.decoder.sizes
     announce(study, "calibrate", sizes)
-    windows = calibration_windows(study)
-    if gram and windows.numel() < TOKENS_A_FEATURE * sizes.widest:
-        notice(
-            f"calibrate: {windows.numel():,} tokens, expected {TOKENS_A_FEATURE * sizes.widest:,} or more for solvers, "
-            f"{TOKENS_A_FEATURE} for each of {sizes.widest:,} features; raise calibration.length or calibration.windows"
-        )
+    drawn = draw_calibration(study)
+    if gram:
+        _check_distinct(study, drawn, sizes.widest)
     finished = min(artifact.finished_blocks(work.out) for work in works)
     unreached = 0  # experts of the blocks that this run measures
-    steps = run.forward(windows, finished=finished)
+    steps = run.forward(drawn.tokens, finished=finished)
     for step in progress(steps, total=sizes.blocks, what="calibrate, blocks", at=lambda step: step.index):
         measured, grams, _ = step.record(gram=gram is not None)
         unreached += len(measured.unreached())
@@ -104,6 +102,22 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
             f"calibrate: no calibration token reached {unreached} experts; Wanda judges their weights by magnitude, "
             "and REAP removes them first. More calibration windows reach more experts."
         )
+
+
+def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
+    """Report few distinct tokens for solvers. UserError if it is the text that has too few for the plan's solver.
+
+    Windows that ask for fewer tokens are a choice of the user.
+    """
+    needed = TOKENS_A_FEATURE * widest
+    found = f"{drawn.distinct:,} distinct tokens, expected {needed:,} for solvers"
+    expected = f"{TOKENS_A_FEATURE} for each of {widest:,} features"
+    is_text_short = drawn.tokens.numel() >= needed and drawn.distinct < TOO_FEW_TOKENS * widest
+    if is_text_short and study.plan.statistics != "norms":
+        raise UserError(f"calibration.text: {found}, {expected}; take a longer text, several texts, or recipe wanda")
+    if drawn.distinct < FEW_TOKENS * widest:
+        todo = "raise calibration.length or calibration.windows, or take a longer text"
+        notice(f"calibrate: {found}, {expected}; {todo}")
 
 
 def _backward(study: Study, work: Work) -> None:

@@ -5,14 +5,17 @@ from pathlib import Path
 from wanda_dvc.params import ChosenText, Tasks
 from wanda_dvc.reading import is_there
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.sources.texts import find_text
+from wanda_dvc.sources.texts import find_texts
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.artifact import describe
 from wanda_dvc.study.folder import Study
 
 
 def download(*, study: Study, source: str, text: str = "") -> None:
-    """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks."""
+    """Sources → models/dense, data/calibration, data/recovery, data/perplexity/NAME or data/tasks.
+
+    Several texts of a calibration or a recovery are in a folder each, by their numbers.
+    """
     name = f"{source}/{text}" if text else source
     mirror, settings = study.params.runtime.mirror, study.stage_input(f"download/{name}")
     if source == "model":
@@ -23,7 +26,8 @@ def download(*, study: Study, source: str, text: str = "") -> None:
         fetched = find_tasks(Tasks(**settings), mirror)
     else:
         setting = f"perplexity.texts.{text}" if text else f"{source}.text"
-        fetched = find_text(setting, ChosenText(**settings), mirror)
+        chosen = [ChosenText(**chosen_text) for chosen_text in settings.get("texts", [settings])]
+        fetched = find_texts(setting, chosen, mirror)
     with study.work(describe(f"download {source}", version=STAGES["download"].version, **fetched.key)) as work:
         fetched.write(work.new(), work.path)
         work.commit(study.model("dense") if source == "model" else study.data(name))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from wanda_dvc.engine.accelerator import multiplies_natively
 from wanda_dvc.engine.checkpoint import dtype_of, max_positions, read_config
-from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+from wanda_dvc.engine.windows import DrawnWindows, draw, draw_from_documents, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import numbered
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
@@ -98,29 +99,49 @@ def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norm
 
 def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:
     """Draw windows from data/calibration, with the dense model's tokenizer."""
+    return draw_calibration(study).tokens
+
+
+def draw_calibration(study: Study) -> DrawnWindows:
+    """Draw `calibration_windows`, and count their distinct tokens.
+
+    Each of several texts is drawn from alone, with the same seed; then windows of all texts take turns.
+    """
     settings = study.stage_input("calibrate/norms")
-    samples, length, seed = settings["windows"], settings["length"], settings["seed"]
-    drawn = windows_of_documents(study, "calibration", samples=samples, length=length, seed=seed)
+    shares = settings.get("shares", [settings["windows"]])
+    drawn = []
+    for source, samples in zip(numbered("calibration", "/", len(shares)), shares, strict=True):
+        drawn.append(_draw_from(study, source, samples=samples, length=settings["length"], seed=settings["seed"]))
+    tokens = torch.cat([windows.tokens for windows in drawn])
+    return DrawnWindows(tokens[interleaved(shares)], sum(windows.distinct for windows in drawn))
+
+
+def _draw_from(study: Study, source: str, *, samples: int, length: int, seed: int) -> DrawnWindows:
+    drawn = draw_documents(study, source, samples=samples, length=length, seed=seed)
     if drawn is not None:
         return drawn
-    tokens = tokenize(study.text("calibration"), load_tokenizer(study.model("dense")))
-    return draw(tokens, samples=samples, length=length, seed=seed)
+    tokens = tokenize(study.text(source), load_tokenizer(study.model("dense")))
+    return draw(tokens, samples=samples, length=length, seed=seed, setting=setting_of(source))
 
 
-def windows_of_documents(
-    study: Study, source: str, *, samples: int, length: int, seed: int
-) -> Int[Tensor, "windows length"] | None:
-    """Draw windows from a text of separate documents, of `calibration` or `recovery`; None of another text."""
+def setting_of(source: str) -> str:
+    """Return the setting of a text in `data/`: `calibration.text.0` of `calibration/0`."""
+    section, *number = source.split("/")
+    return ".".join([section, "text", *number])
+
+
+def draw_documents(study: Study, source: str, *, samples: int, length: int, seed: int) -> DrawnWindows | None:
+    """Draw windows from a text of separate documents in `data/`, such as `calibration/0`; None of another text."""
     folder = study.data(source)
     if not is_there(folder / DOCUMENTS):
         return None
-    column = read_provenance(folder, f"download {source}")["column"]
+    column = read_provenance(folder, f"download {source.partition('/')[0]}")["column"]
     tokens_of = partial(tokenize, tokenizer=load_tokenizer(study.model("dense")))
     study.work_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=study.work_root) as scratch:  # the system's own folder may be in memory
         documents = Documents(folder / DOCUMENTS, column, scratch)
         return draw_from_documents(
-            documents, tokens_of, samples=samples, length=length, seed=seed, setting=f"{source}.text"
+            documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
         )
 
 

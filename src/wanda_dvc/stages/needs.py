@@ -43,9 +43,8 @@ class Conditions:
         return tokens * self.sizes.hidden * ITEMSIZE[self.dtype]
 
     def data_size(self, name: str, file: str = TEXT) -> int:
-        """Return the bytes of a file in `data/`, by default of a text; 0 if it is not fetched, or has no such file."""
-        path = self.study.data(name) / file
-        return path.stat().st_size if path.is_file() else 0
+        """Return the bytes of the largest such file in a folder of `data/`, by default of a text; 0 without one."""
+        return max((path.stat().st_size for path in self.study.data(name).rglob(file)), default=0)
 
 
 def requirements(study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0) -> Requirements:

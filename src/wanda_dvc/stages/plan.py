@@ -16,14 +16,19 @@ from wanda_dvc.study.folder import Study
 
 
 def plan(*, study: Study) -> None:
-    """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method."""
+    """params.yaml → plan/, sources/: model, calibration, perplexity/NAME, recovery, tasks, method.
+
+    Several texts of a calibration or a recovery are in a folder, by their numbers.
+    """
     params = study.params
     sources = download_sources(params)
     for name, (setting, source) in sources.items():
         _link_source(study, name, setting, source)
-    for path in study.source("perplexity").iterdir():
-        if f"perplexity/{path.name}" not in sources:  # of a removed text
-            remove(path)
+    for section in ("calibration", "perplexity", "recovery"):
+        folder = study.source(section)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if f"{section}/{path.name}" not in sources:  # of a removed text
+                remove(path)
     plan = params.plan
     pattern, sparsity = plan.pattern, float(plan.sparsity)
     _link_source(study, "method", "method", plan.method.file)
@@ -44,6 +49,10 @@ def plan(*, study: Study) -> None:
 def _link_source(study: Study, name: str, setting: str, source: str) -> None:
     """Make `sources/<name>`. UserError if the local source is missing, or a model has dangling links."""
     place = study.source(name)
+    if place.is_dir() and not place.is_symlink():  # of several texts
+        remove(place)
+    if "/" in name and not place.parent.is_dir():
+        remove(place.parent)  # of one text
     if not Path(source).is_absolute():
         if name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
             raise UserError(

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import EditedCheckpoint, write_model
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
+from wanda_dvc.engine.windows import cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import apportion, numbered
 from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.stages.inputs import check_ready, windows_of_documents
+from wanda_dvc.stages.inputs import check_ready, draw_documents, setting_of
 from wanda_dvc.stages.needs import announce, choose_training, trained_in
 from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
@@ -26,7 +27,7 @@ from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.training.trainer import Curve, Windows, train
 
-VALIDATION_WINDOWS = 4  # of the training text, and of the embedded text
+VALIDATION_WINDOWS = 4  # of each training text, and of the embedded text
 VALIDATION_TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # by column of the plot
 # A validation text of another kind than the training's. `perplexity` reads another split of the embedded text, `test`.
 EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
@@ -101,15 +102,29 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
 
 
 def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
-    """Return the windows to train on, in order, and the validation windows by text."""
+    """Return the windows to train on, in order, and the validation windows by text.
+
+    Several texts have windows in proportion to their shares, by turns. All of their validation windows are `text`.
+    """
     settings = study.stage_input("recover")
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
-    windows = _windows_of_text(study, settings, count + VALIDATION_WINDOWS)
-    if len(windows) <= VALIDATION_WINDOWS:
-        name = "recovery.text" if settings["text"] else "calibration.text"
-        raise UserError(f"{name}: {len(windows)} windows of {length} tokens, expected more; take a longer text")
-    validation, windows = {"text": windows[:VALIDATION_WINDOWS]}, windows[VALIDATION_WINDOWS:]
+    shares = settings.get("shares", [settings["windows"]])
+    counts = apportion(count, shares)
+    training, held_out = [], []
+    section = "recovery" if settings["text"] else "calibration"
+    for source, share, samples in zip(numbered(section, "/", len(shares)), shares, counts, strict=True):
+        windows = _windows_of_text(study, source, settings | {"windows": share}, samples + VALIDATION_WINDOWS)
+        if len(windows) <= VALIDATION_WINDOWS:
+            problem = f"{len(windows)} windows of {length} tokens, expected more; take a longer text"
+            raise UserError(f"{setting_of(source)}: {problem}")
+        held_out.append(windows[:VALIDATION_WINDOWS])
+        windows = windows[VALIDATION_WINDOWS:]
+        if samples > len(windows):
+            text = "the text" if len(shares) == 1 else setting_of(source)
+            notice(f"recover: {text} repeats after {windows.numel():,} tokens; recovery.text names a longer one")
+        training.append(windows.repeat(math.ceil(samples / len(windows)), 1)[:samples])
+    validation = {"text": torch.cat(held_out)}
     if settings["embedded"]:
         notice("recover: validation has no other source: the text is the embedded one; recovery.text names another")
     else:
@@ -117,31 +132,28 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
         tokens = tokenize(text, load_tokenizer(study.model("dense")))
         embedded = cut(tokens, length=length, windows=VALIDATION_WINDOWS, name="the embedded validation text")
         validation["embedded"] = torch.stack(embedded)
-    if count > len(windows):
-        notice(f"recover: the text repeats after {windows.numel():,} tokens; recovery.text names a longer one")
-    return windows.repeat(math.ceil(count / len(windows)), 1)[:count], validation
+    return torch.cat(training)[interleaved(counts)], validation
 
 
-def _windows_of_text(study: Study, settings: Json, count: int) -> Tensor:
-    """Return windows of the training text in random order: `count` of separate documents, or all of one text.
+def _windows_of_text(study: Study, source: str, settings: Json, count: int) -> Tensor:
+    """Return windows of a training text in random order: `count` of separate documents, or all of one text.
 
     The order of one text's windows does not depend on the seed. If it is the calibration's text, windows that share
     tokens with the calibration are last.
     """
-    source = "recovery" if settings["text"] else "calibration"
     length, seed = settings["length"], settings["seed"]
     # The next seed: with the calibration's, windows of one text would be the calibration's own.
-    drawn = windows_of_documents(study, source, samples=count, length=length, seed=seed + 1)
+    drawn = draw_documents(study, source, samples=count, length=length, seed=seed + 1)
     if drawn is not None:
-        return drawn
+        return drawn.tokens
     tokens = tokenize(study.text(source), load_tokenizer(study.model("dense")))
-    windows = torch.stack(cut(tokens, length=length, windows=None, name=f"{source}.text"))
+    windows = torch.stack(cut(tokens, length=length, windows=None, name=setting_of(source)))
     order = random.Random(0).sample(range(len(windows)), len(windows))
-    if source == "calibration":
+    if source.startswith("calibration"):
         positions = torch.arange(len(tokens))
         # The same draw as the calibration's, of positions instead of tokens.
         calibrated = draw(positions, samples=settings["windows"], length=settings["calibration_length"], seed=seed)
-        is_calibrated = torch.isin(positions, calibrated)
+        is_calibrated = torch.isin(positions, calibrated.tokens)
         is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()  # windows follow one another
         order.sort(key=lambda window: is_seen[window])
     return windows[order]

@@ -72,13 +72,13 @@ class Study:
         return self.root / "sources" / name
 
     def data(self, name: str) -> Path:
-        """Return the folder of `calibration`, `recovery`, `tasks`, or a text of the perplexity, `perplexity/NAME`."""
+        """Return a folder of `data/`: `tasks`, or a text: `calibration`, `calibration/0` or `perplexity/NAME`."""
         return self.root / "data" / name
 
     def text(self, name: str) -> str:
-        """Return the text of `calibration`, `recovery` or `perplexity/NAME`."""
-        source = name.replace("/", " ")
-        return read_text(self.data(name) / TEXT, f"run `dvc repro` or `wanda-dvc download {source}` again")
+        """Return a text of a folder of `data/`, such as `calibration` or `perplexity/NAME`."""
+        todo = f"run `dvc repro` or `wanda-dvc download {name.partition('/')[0]}` again"
+        return read_text(self.data(name) / TEXT, todo)
 
     @property
     def repository(self) -> Path:
