@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from unittest import mock
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import Factory, Patch, write_settings
+from conftest import ROOT, Factory, Patch, write_settings
 from repository import Repository
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from wanda_dvc.catalog import methods
+from wanda_dvc.catalog import RECIPES, methods
 from wanda_dvc.cli import _prepare, app
 from wanda_dvc.reading import check_place
 from wanda_dvc.stages import STAGES
@@ -24,7 +25,7 @@ from wanda_dvc.study.folder import Study
 # Every command but the stages: those that print a table have --json; the others write files and say which.
 TABLES = {
     "show": ["show"], "list": ["list"], "stats": ["stats", "--layer", "1"], "doctor": ["doctor"],
-    "evaluate": ["evaluate", "models/pruned"],
+    "evaluate": ["evaluate", "models/pruned"], "recipes": ["recipes"],
 }  # fmt: skip
 WRITE = {"report", "export", "init", "prune"}
 
@@ -92,6 +93,25 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, 
             assert [row.split("|")[-2].strip() for row in rows] == [", ".join(one) for one in shown]
         case "doctor":
             assert [record["what"] for record in content["checks"]] == first
+        case "recipes":
+            assert [record["name"] for record in content] == first == [*RECIPES]
+            for record, row in zip(content, rows, strict=True):
+                cells = [cell.strip() for cell in row.split("|")[1:-1]]
+                assert cells[1:4] == [
+                    record["about"],
+                    record["reads"],
+                    "new" if record["changes_weights"] else "unchanged",
+                ]
+                assert len(record["papers"]) == len(cells[-1].split("; ")) == cells[-1].count("(arXiv ")
+
+
+def test_the_seconds_of_recipes_are_about_those_of_the_page():
+    """The page's are of the last benchmark; the command's may be of the one before."""
+    table = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("<!-- figures: seconds -->")[2]
+    published = dict(re.findall(r"^\|\W*`([a-z-]+)`\**\|(\d+)", table.partition("<!--")[0], flags=re.MULTILINE))
+    listed = {recipe.name: recipe.seconds for recipe in RECIPES.values() if recipe.seconds}
+    assert listed.keys() == published.keys()
+    assert all(2 / 3 < listed[name] / int(seconds) < 3 / 2 for name, seconds in published.items())
 
 
 def test_show_as_json_holds_the_files_own_numbers(there: Study):

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc import interface
+from wanda_dvc.study.dvc import repro
+from wanda_dvc.study.scaffold import init
 
 
 def refused(call: Any, *arguments: Any, says: str, **settings: Any) -> None:
@@ -86,3 +88,15 @@ def test_a_wrong_setting_is_refused_before_libraries_are_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "params.yaml: sparsity: found 2, expected less than 1\n"
     assert not SLOW_TO_IMPORT & set(done.stdout.split())
+
+
+@pytest.mark.pipeline
+def test_all_problems_of_a_stage_that_dvc_runs_are_in_the_error(tmp_path: Path):
+    init(folder=tmp_path / "study")
+    params = tmp_path / "study/params.yaml"
+    params.write_text(params.read_text().replace("sparsity: 0.5", "sparsity: 2\nseed: 1"))
+    with pytest.raises(wd.UserError) as caught:
+        repro(tmp_path / "study", ["plan"])
+    assert [problem.partition(": found")[0] for problem in caught.value.problems] == [
+        "params.yaml: sparsity", "params.yaml: seed: no such setting; remove it",
+    ]  # fmt: skip

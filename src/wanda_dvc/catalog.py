@@ -25,6 +25,7 @@ class Choice:
 
     name: str  # as params.yaml writes it
     about: str  # in one line
+    paper: str = field(default="", kw_only=True)  # a link in Markdown
 
 
 # --- methods ---
@@ -34,7 +35,7 @@ class Choice:
 class Method(Choice):
     """A pruning method: the score of weights, and the selection by score."""
 
-    paper: str  # a link in Markdown
+    paper: str
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
     # "": the package that has it is not installed; masks of the method can still be applied.
@@ -161,13 +162,14 @@ class Allocation(Choice):
 
 ALLOCATIONS = {row.name: row for row in (
     Allocation("uniform", "the same sparsity in every block"),
-    # Yin et al. 2024, arXiv 2310.05175
     Allocation("owl", function="wanda_dvc.pruning.allocation:owl", strength=0.08,
+               paper="[Yin et al. 2024](https://arxiv.org/abs/2310.05175)",
                rating="wanda_dvc.pruning.allocation:outlier_rating",
                about="the more outlying Wanda scores a block has, the lower its sparsity; they differ by up to 0.16 "
                "(λ = 0.08)"),
-    # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
+    # Fisher information of outputs, as in K-FAC
     Allocation("sensitivity", function="wanda_dvc.pruning.allocation:sensitivity", uses_fisher=True, strength=0.2,
+               paper="[Martens and Grosse 2015](https://arxiv.org/abs/1503.05671)",
                rating="wanda_dvc.pruning.allocation:sensitivity_rating",
                about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; a "
                "linear's sparsity differs from the model's by up to 0.2, and is at most 0.97"),
@@ -188,16 +190,16 @@ class Reconstruction(Choice):
 
 RECONSTRUCTIONS = {row.name: row for row in (
     Reconstruction("none", "unchanged"),
-    # Meng et al. 2024, ALPS, arXiv 2406.07831
     Reconstruction("least-squares", function="wanda_dvc.pruning.solvers:least_squares", steps=10,
+                   paper="[Meng et al. 2024](https://arxiv.org/abs/2406.07831)",  # ALPS
                    about="least squares by conjugate gradients: the output of each linear closest to the dense output"),
-    # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244. It starts from the weights of `least-squares`. With
-    # n:m it converges more slowly: dev/decisions/0028-fisher-least-squares.md.
+    # As LLM Surgeon; it starts from the weights of `least-squares`. With n:m it converges more slowly:
+    # dev/decisions/0028-fisher-least-squares.md.
     Reconstruction("output-weighted", function="wanda_dvc.pruning.solvers:fisher_least_squares", uses_fisher=True,
-                   steps=15, steps_n_of_m=30,
+                   steps=15, steps_n_of_m=30, paper="[van der Ouderaa et al. 2024](https://arxiv.org/abs/2312.17244)",
                    about="least squares, weighted by gradients of the loss; rows compensate for each other"),
-    # Frantar and Alistarh 2023, arXiv 2301.00774
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
+                   paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
                    about="input by input: the weights to the right compensate for each removed weight"),
 )}  # fmt: skip
 # Where complete inputs are removed, one solution is the best for all outputs, so all solvers become this one.
@@ -226,18 +228,20 @@ class Recipe(Choice):
     allocation: str = "uniform"
     reconstruction: str = "none"
     propagation: str = "dense"
+    seconds: int | None = None  # of `mask` and `apply`, about, as docs/results.md has them for SmolLM2-135M
     for_units: str | None = None  # the recipe whose choices it has with a pattern of units; None: its own
 
 
 RECIPES = {row.name: row for row in (
     Recipe("magnitude", "the paper's baseline", "magnitude", group="linear"),
-    Recipe("magnitude-rows", "the simplest baseline", "magnitude"),
-    Recipe("wanda", "the paper's method, on dense blocks", "wanda"),
-    Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares"),
+    Recipe("magnitude-rows", "the simplest baseline", "magnitude", seconds=12),
+    Recipe("wanda", "the paper's method, on dense blocks", "wanda", seconds=10),
+    Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares",
+           seconds=30),
     Recipe("sparsegpt", "SparseGPT's masks and weights", "sparsegpt", group="linear", reconstruction="sparsegpt"),
-    Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares"),
+    Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares", seconds=62),
     Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`", "admm", group="outputs",
-           allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit"),
+           allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit", seconds=103),
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
 )}  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wanda_dvc import __version__
-from wanda_dvc.errors import UserError, explain, notice
+from wanda_dvc.errors import PROBLEMS, UserError, explain, notice
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.stages import run as run_stage
 
@@ -189,7 +189,7 @@ def list_experiments(as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(
-    block: Annotated[int | None, typer.Option("--layer", "--block", help="Only this block, counted from 0.")] = None,
+    block: Annotated[int | None, typer.Option("--block", "--layer", help="Only this block, counted from 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
@@ -224,6 +224,14 @@ def evaluate(
 
     with stoppable("evaluate"):
         typer.echo(compare_models(study=study, paths=paths, as_json=as_json))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes: what each reads, whether it changes kept weights, its cost and papers."""
+    from wanda_dvc.commands.recipes import recipes_text
+
+    typer.echo(recipes_text(as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -301,5 +309,8 @@ def run() -> None:
             "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback.",
         )
         problems = explain(error)
-        notice("\n".join(problems or bug))
+        message = "\n".join(problems or bug)
+        notice(message)
+        if PROBLEMS in os.environ:
+            Path(os.environ[PROBLEMS]).write_text(message, encoding="utf-8")
         sys.exit(2 if problems else 1)

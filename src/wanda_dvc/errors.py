@@ -15,6 +15,7 @@ NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|can't start new thread")
 RUN_AGAIN = "run the command again: the earlier output and finished work are kept"
 FIX_NOT_FINITE = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
+PROBLEMS = "WANDA_DVC_PROBLEMS"  # of a stage that DVC starts for another command: the file for its error's lines
 # Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray"}
 

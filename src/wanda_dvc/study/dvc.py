@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import PROBLEMS, UserError, notice
 from wanda_dvc.study.files import Json
 
 
@@ -151,18 +152,20 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
     With `shown` the stages write to this process's stderr; in a terminal they draw progress bars.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    problem = f"{root}: `dvc repro {' '.join(stages)}` failed; the messages above give the reason"
-    with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
-        stdout=subprocess.DEVNULL,  # DVC's messages about stages and git; the stages' are on stderr
-        stderr=None if shown else subprocess.PIPE, encoding="utf-8", errors="replace",
-    ) as process:  # fmt: skip
-        for line in map(str.rstrip, process.stderr or ()):
-            notice(line)
-            if line and not line.startswith("ERROR:"):  # which is DVC's, after the stage's own message
-                problem = line
-    if process.returncode:
-        raise UserError(problem)
+    failed = f"{root}: `dvc repro {' '.join(stages)}` failed; the messages above give the reason"
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
+        file = Path(folder, "problems")
+        with subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", *stages], cwd=root,
+            env=os.environ | {"PATH": path, PROBLEMS: str(file)},
+            stdout=subprocess.DEVNULL,  # DVC's messages about stages and git; the stages' are on stderr
+            stderr=None if shown else subprocess.PIPE, encoding="utf-8", errors="replace",
+        ) as process:  # fmt: skip
+            for line in map(str.rstrip, process.stderr or ()):
+                notice(line)
+        if process.returncode:
+            problems = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            raise UserError(*([failed] if shown else problems or [failed]))
 
 
 def checkout(root: Path) -> None:
