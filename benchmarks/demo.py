@@ -37,8 +37,9 @@ def main() -> None:
 
 
 def write_demo(printed: str, dense: Path, pruned: Path) -> None:
-    """Write the table that the command printed, without its times, and the continuations."""
-    rows = [line for line in printed.splitlines() if line.startswith("|") and "seconds" not in line]
+    """Write the first sentence and the table that the command printed, without times, and the continuations."""
+    summary, *lines = printed.splitlines()
+    rows = [summary, "", *(line for line in lines if line.startswith("|") and "seconds" not in line)]
     texts = [f"{title} {continuation(model)} …" for title, model in (("dense: ", dense), ("pruned:", pruned))]
     (HERE / "demo.txt").write_text("\n".join([*rows, "", f"{PROMPT} …", *texts]) + "\n", encoding="utf-8")
 

@@ -77,7 +77,7 @@ def mentions(page: str) -> Iterator[list[str]]:
     Options alone are those of an experiment or of `prune`.
     """
     text = without_blocks((ROOT / page).read_text(encoding="utf-8"))
-    of_prune = "--(?:recipe|pattern|recover) "
+    of_prune = "--(?:recipe|pattern|recover|text|eval-text|set|sparsity) "
     for options, command in ("-S ", "dvc exp run --temp"), (of_prune, "wanda-dvc prune MODEL DIR"):
         for span in re.findall(rf"`({options}[^`\n<]+)`", text):
             yield from split(f"{command} {span}")
@@ -228,8 +228,8 @@ NOT_RUN = {
     "pip install .[ray]": "the tests that need it say that it is not installed",
     "wanda-dvc prune --pattern neurons": "test_prune.py prunes tiny models",
     "wanda-dvc prune MODEL DIR --pattern neurons --text FILE": "likewise",
-    "wanda-dvc prune MODEL SPARSE --recipe wanda --sparsity 0.5": "likewise",
-    **dict.fromkeys((f"{PRUNE} sparse --recipe wanda", f"{PRUNE} sparser --recipe wanda --sparsity 0.7"), "likewise"),
+    "wanda-dvc prune MODEL SPARSE --sparsity 50%": "likewise",
+    **dict.fromkeys((f"{PRUNE} sparse --recipe wanda", f"{PRUNE} sparser --recipe wanda --sparsity 70%"), "likewise"),
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
     "wanda-dvc init grid --preset llama-2-7b": "test_init.py makes studies of presets",
     "wanda-dvc init paper-table --preset paper": "likewise",
