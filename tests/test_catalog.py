@@ -50,6 +50,16 @@ def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: st
     assert torch.equal(given, expected)
 
 
+def logarithms(weight: torch.Tensor, x: InputStats) -> torch.Tensor:
+    return weight.abs().log()
+
+
+def test_scores_of_minus_infinity_are_refused():
+    logarithm = dataclasses.replace(methods()["magnitude"], function=f"{__name__}:logarithms")
+    with pytest.raises(UserError, match="scores of method magnitude that are not finite"):
+        choose_by_score(torch.tensor([[0.0, 1.0]]), InputStats.empty(2), MaskRule(logarithm, Fraction(1, 2)))
+
+
 def install(page: str, site: Path) -> None:
     """Install the package that a page of the documentation writes, as pip would: its module and its metadata."""
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -177,4 +177,4 @@ def test_a_rows_worth_has_no_unit():
     torch.testing.assert_close(
         row_factors_of(fisher) / row_factors_of(fisher)[0], ((fisher / fisher[0]) ** 0.25).float()
     )
-    assert not row_factors_of(torch.zeros(3, dtype=torch.float64)).any()
+    assert row_factors_of(torch.zeros(3, dtype=torch.float64)).tolist() == [1, 1, 1]  # a linear without influence

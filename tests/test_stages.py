@@ -41,7 +41,7 @@ from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import process, times
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.mask import mask, removal_of
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.solving import MaskJob, score_block
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -195,6 +195,19 @@ def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_stu
         masks = score_block(job, 1, block, device).masks
     assert len(copied) == len(linears)
     assert all(torch.equal(masks[linear].cpu(), expected[linear]) for linear in linears)
+
+
+def test_only_weights_that_are_scored_reach_the_device(calibrated_study: Make, monkeypatch: Patch):
+    made = calibrated_study(pattern="neurons")
+    device, checkpoint = torch.device("cpu"), Checkpoint(made.model("dense"))
+    removal = removal_of(checkpoint, made.plan, device)
+    job = MaskJob(made.plan, checkpoint, [Fraction(1, 2)] * 4, removal, made.fisher)
+    copied = list[torch.Tensor]()
+    monkeypatch.setattr(Copies, "to_device", lambda _, weights: [copied.append(weight) or weight for weight in weights])
+    block = read_stats(made.stats, 1)
+    masks = score_block(job, 1, block, device).masks
+    assert [weight.shape for weight in copied] == [checkpoint.weight("model.layers.1.mlp.down_proj").shape]
+    assert list(masks) == list(block.by_linear)
 
 
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):

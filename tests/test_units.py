@@ -89,6 +89,11 @@ def test_the_width_is_the_nearest_multiple(width: int, sparsity: str, stay: int)
     assert count_kept(width, Fraction(sparsity), STRUCTURES["neurons"].multiple) == stay
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 3, 6, 48])
+def test_every_multiple_leaves_units(multiple: int):
+    assert count_kept(16, Fraction("0.5"), multiple) == 8
+
+
 def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(inputs, inputs, generator=generator)
@@ -145,6 +150,16 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
         return ((off @ gram.double()) * off).sum(dim=1)
 
     assert (error(solved.weight) <= error(weight * keep) * (1 + 1e-6)).all()
+
+
+def test_a_linear_that_reads_no_removed_unit_is_not_solved(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("wanda_dvc.pruning.units.factor_inverse")  # its cost grows with in³
+    weight, x = linear(2)
+    keep = torch.ones(12, 24, dtype=torch.bool)
+    keep[5] = False
+    solved = least_squares_of_units(weight, keep, GramFactors(x.T @ x))
+    assert torch.equal(solved.weight, weight * keep)
+    assert solved.diagnostics == {"unchanged": 12, "dead": 0, "damping": 0.01, "raised": False}
 
 
 # --- families ---

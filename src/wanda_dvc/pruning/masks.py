@@ -37,16 +37,21 @@ class MaskRule(NamedTuple):
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}
 
+    @property
+    def competing(self) -> str:
+        """The weights that compete: those of a `row`, or of the `linear`, also in group `outputs`."""
+        return "row" if self.group == "row" else "linear"
+
 
 def choose_block(
     weights: Iterable[tuple[str, Tensor]], stats: BlockStats, rule: MaskRule, *, threads: int = 1
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores, oriented as their weights, which may be read lazily."""
-    x = stats.by_linear
+    inputs = stats.by_linear
     if threads == 1:
-        return {linear: choose_linear(linear, weight, x[linear], stats, rule) for linear, weight in weights}
+        return {linear: choose_linear(linear, weight, inputs[linear], stats, rule) for linear, weight in weights}
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {linear: pool.submit(choose_linear, linear, w, x[linear], stats, rule) for linear, w in weights}
+        jobs = {linear: pool.submit(choose_linear, linear, w, inputs[linear], stats, rule) for linear, w in weights}
         return {linear: job.result() for linear, job in jobs.items()}
 
 
@@ -62,13 +67,13 @@ def choose_linear(
         return torch.ones(weight.shape, dtype=torch.bool)
     transposed = linear in stats.transposed
     weight = oriented(weight, transposed)
-    inputs = weight.shape[1]
+    features = weight.shape[1]
     n_of_m = parse_pattern(rule.pattern)
-    if n_of_m and inputs % n_of_m[1]:
-        mismatch = f"{linear} has {inputs} inputs, expected a multiple of {n_of_m[1]}"
+    if n_of_m and features % n_of_m[1]:
+        mismatch = f"{linear} has {features} inputs, expected a multiple of {n_of_m[1]}"
         raise UserError(f"pattern: got {rule.pattern}, but {mismatch}; choose another m")
     if x is None:  # an expert without tokens
-        x = GramFactors(Gram.empty(inputs).matrix(), linear)
+        x = GramFactors(Gram.empty(features).matrix(), linear)
     row_factors = None
     if rule.group == "outputs" and linear in stats.fisher:
         row_factors = row_factors_of(stats.fisher[linear])
@@ -80,9 +85,8 @@ def choose_linear(
         if units:
             mask = expand(greedy_obs(weight, x, units), units.layout)
         else:
-            group = "row" if rule.group == "row" else "linear"  # solvers know these two
             sparsity = linear_sparsity(rule.sparsity, linear)
-            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=group)
+            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.competing)
     elif units:
         score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
         mask = expand(keep_highest(unit_scores(score, units)[None], units.kept)[0], units.layout)
@@ -97,12 +101,12 @@ def keeps_all(linear: str, pattern: str, units: Mapping[str, Units]) -> bool:
 
 
 def row_factors_of(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-    """Return F^¼ over its mean, float32: the factors of each row's scores in group `outputs`.
+    """Return F^¼ over its mean, float32, or 1 if all F are 0: the factors of each row's scores in group `outputs`.
 
     `allocation` multiplies by √F: the square of that score estimates the increase of the loss. Here F^¼ did better.
     """
     row_factors = fisher.double() ** 0.25
-    return (row_factors / row_factors.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
+    return (row_factors / row_factors.mean()).nan_to_num_(nan=1.0).float()
 
 
 def choose_by_score(
@@ -113,11 +117,11 @@ def choose_by_score(
     Rows that do not compete are scored in slices: memory does not grow with the linear.
     """
     sparsity = linear_sparsity(rule.sparsity, linear)
-    by_row = rule.method.selects_by_row(rule.pattern, rule.group) and row_factors is None
+    by_row = rule.method.selects_by_row(rule.pattern, rule.group)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows in row_slices(weight, None if by_row else len(weight)):
         score = scores_of(weight[rows].contiguous(), x, rule.method, row_factors, linear)
-        mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
+        mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.competing)
     return mask
 
 
@@ -135,7 +139,7 @@ def scores_of(
         score = score.float()
     if row_factors is not None:
         score = score * row_factors.to(score)[:, None]
-    if not score.amax().isfinite():
+    if not torch.stack(score.aminmax()).isfinite().all():
         raise UserError(
             f"{linear}: scores of method {method.name} that are not finite: weights or activations overflow; set "
             "dtype=float32 or bfloat16"

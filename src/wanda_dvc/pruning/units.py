@@ -40,7 +40,7 @@ def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
     if not sparsity:
         return width
     while multiple > max(1, width // MULTIPLES_OF_A_WIDTH):
-        multiple //= 4
+        multiple = max(1, multiple // 4)
     return min(width, multiple * max(1, round(width * (1 - sparsity) / multiple)))
 
 
@@ -60,11 +60,11 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
     Inputs are added one after another: the order of `index_add_` is not fixed on CUDA.
     """
     input_scores = score.sum(dim=0, dtype=torch.float32)
-    of_units = torch.zeros(units.total, device=score.device)
+    totals = torch.zeros(units.total, device=score.device)
     for section in input_scores.split([units.total * size for size in units.layout]):
-        for inputs in section.view(units.total, -1).T:
-            of_units += inputs
-    return of_units
+        for scores in section.view(units.total, -1).T:
+            totals += scores
+    return totals
 
 
 def remove_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Tensor, " units"]:
@@ -88,16 +88,16 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tenso
     root, _ = factors.inverse_root
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(factors.dead, 0)
-    inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
+    unit_inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
     mask = torch.ones(units.total, dtype=torch.bool, device=w.device)
-    at_a_time = max(1, INPUTS_AT_A_TIME // inputs.shape[1])
+    at_a_time = max(1, INPUTS_AT_A_TIME // unit_inputs.shape[1])
     to_remove = units.total - units.kept
     while to_remove > 0:
-        cost = _costs(w, inverse, inputs).masked_fill(~mask, torch.inf)
+        cost = _costs(w, inverse, unit_inputs).masked_fill(~mask, torch.inf)
         lowest = cost.sort(stable=True).indices[: min(at_a_time, to_remove)]
         mask[lowest] = False
         to_remove -= len(lowest)
-        columns = inputs[lowest].flatten()
+        columns = unit_inputs[lowest].flatten()
         rows = inverse[columns]
         solved = torch.linalg.solve(rows[:, columns], rows)
         w -= multiply(w[:, columns].contiguous(), solved)
@@ -109,12 +109,12 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tenso
     return mask
 
 
-def _costs(weight: Weight, inverse: Square, inputs: Int[Tensor, "units size"]) -> Float[Tensor, " units"]:
+def _costs(weight: Weight, inverse: Square, unit_inputs: Int[Tensor, "units size"]) -> Float[Tensor, " units"]:
     """Return tr(W_J (H_JJ)⁻¹ W_Jᵀ) of each unit's inputs J."""
-    if inputs.shape[1] == 1:
-        return (weight.square().sum(dim=0) / inverse.diagonal())[inputs[:, 0]]
-    inverses = inverse[inputs[:, :, None], inputs[:, None, :]]  # [units, size, size]
-    weights = weight.T[inputs]  # [units, size, out]
+    if unit_inputs.shape[1] == 1:
+        return (weight.square().sum(dim=0) / inverse.diagonal())[unit_inputs[:, 0]]
+    inverses = inverse[unit_inputs[:, :, None], unit_inputs[:, None, :]]  # [units, size, size]
+    weights = weight.T[unit_inputs]  # [units, size, out]
     return (torch.linalg.solve(inverses, weights) * weights).sum(dim=(1, 2))
 
 
@@ -127,6 +127,8 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     kept, kept_rows = mask.any(dim=0), mask.any(dim=1)
     w = weight.float()
     start = w * mask
+    if kept.all():  # it reads no removed unit
+        return SolverResult(start, len(w), int(factors.dead.sum()), factors.damping, False)
     inverse, damping = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()

@@ -19,7 +19,7 @@ from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
-from wanda_dvc.stages.solving import BlockResult, MaskJob, merged, score_block, solve, solve_from_file, solver_tasks
+from wanda_dvc.stages.solving import BlockResult, MaskJob, combine, score_block, solve, solve_from_file, solver_tasks
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import Work, check_source, describe, digest, read_provenance
 from wanda_dvc.study.files import Json
@@ -196,7 +196,7 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
         results = cluster.map(solve_task, tasks, "solver")
     # They come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
-        yield remove_units(job, merged(block, itertools.islice(results, len(stats.consumers))))
+        yield remove_units(job, combine(block, itertools.islice(results, len(stats.consumers))))
 
 
 def on_pruned_blocks(
@@ -207,7 +207,7 @@ def on_pruned_blocks(
     for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
         record = step.record(gram=plan.mask_solves)
         if plan.mask_solves:
-            result = merged(step.index, solve_recorded(job, run, step.index, record, device))
+            result = combine(step.index, solve_recorded(job, run, step.index, record, device))
         else:
             result = score_block(job, step.index, record.stats, device)
         del record  # before the next block's

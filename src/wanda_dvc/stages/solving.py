@@ -30,7 +30,7 @@ class MaskJob(NamedTuple):
     checkpoint: Checkpoint  # of the dense model
     sparsities: Sequence[BlockSparsity]  # by block
     removal: "Removal | None"  # None: the pattern sets weights to zero
-    fisher: Path  # the folder stats/fisher
+    fisher_folder: Path
 
     @property
     def units(self) -> dict[str, Units]:
@@ -86,10 +86,10 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
     rule = job.rule(task.block)
     # A task travels to a cluster's node without them.
     if plan.mask_reads_gradient_squares:
-        stats = stats._replace(fisher=tensors.read_fisher(job.fisher, task.block))
+        stats = stats._replace(fisher=tensors.read_fisher(job.fisher_folder, task.block))
     gradient_grams: Mapping[str, Gram] = {}
     if plan.mask_reads_gradient_grams:
-        gradient_grams = tensors.read_grams(job.fisher, task.block, of=linears)
+        gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
     factors = None
     if gram is not None:
         factors = GramFactors(gram.matrix().to(device), f"Gram matrix of the input of {task.name}")
@@ -97,15 +97,16 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
     for linear in linears:
         transposed = linear in stats.transposed
         stored = job.checkpoint.weight(linear)
+        if keeps_all(linear, plan.pattern, rule.units) and not plan.corrects:
+            masks[linear] = torch.ones(stored.shape, dtype=torch.bool)
+            continue
         weight = stored.to(device)
         if plan.corrects:
             weight = target_weight(weight, factors, cross, strength=CORRECTION, transposed=transposed)
         masks[linear] = choose_linear(
             linear, weight, factors if plan.method.needs == "gram" else stats.inputs[task.name], stats, rule
         )
-        # A linear that keeps all its weights needs new ones only for a corrected target.
-        changes = plan.corrects or not keeps_all(linear, plan.pattern, job.units)
-        if plan.mask_stores_weights and factors is not None and changes:
+        if plan.mask_stores_weights and factors is not None:
             result = reconstruct(
                 weight,
                 masks[linear],
@@ -119,7 +120,7 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
     return BlockResult(task.block, tensors.pack_masks(masks), weights, diagnostics)
 
 
-def merged(block: int, results: Iterable[BlockResult]) -> BlockResult:
+def combine(block: int, results: Iterable[BlockResult]) -> BlockResult:
     """Return a block's result from the results of its solver tasks."""
     whole = BlockResult(block, tensors.Masks(), {}, {})
     for result in results:
@@ -132,9 +133,15 @@ def merged(block: int, results: Iterable[BlockResult]) -> BlockResult:
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
     """Return the result of a block whose masks are chosen by scores."""
     if job.plan.mask_reads_gradient_squares:
-        stats = stats._replace(fisher=tensors.read_fisher(job.fisher, block))
+        stats = stats._replace(fisher=tensors.read_fisher(job.fisher_folder, block))
     threads = torch.get_num_threads() if device.type == "cpu" else 1
+    rule = job.rule(block)
+    scored = [linear for linear in stats.by_linear if not keeps_all(linear, rule.pattern, rule.units)]
     # On a GPU the next weight is copied while one is scored.
-    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, stats.by_linear))
-    masks = choose_block(zip(stats.by_linear, weights, strict=True), stats, job.rule(block), threads=threads)
+    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
+    chosen = choose_block(zip(scored, weights, strict=True), stats, rule, threads=threads)
+    masks = {}
+    for linear in stats.by_linear:
+        shape = job.checkpoint.weight(linear).shape
+        masks[linear] = chosen[linear] if linear in chosen else torch.ones(shape, dtype=torch.bool)
     return BlockResult(block, tensors.pack_masks(masks), {}, {})
