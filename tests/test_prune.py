@@ -12,20 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import floors
 import pytest
 from command_line import wanda_dvc
-from conftest import Capture, Patch, git, save_tiny_model, without_privilege, write_settings
+from conftest import ROOT, Capture, Patch, git, save_tiny_model, without_privilege, write_settings
 from repository import Repository
 from test_shape import SLOW_TO_IMPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.commands import prune as module
+from wanda_dvc.commands.dry_run import _operations, describe_run
 from wanda_dvc.commands.prune import prune_model
 from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, default_texts, parse_changes
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
 from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.needs import requirements
 from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
 from wanda_dvc.study.artifact import locked
@@ -191,6 +194,46 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch
             prune(model=str(model), recipe="wanda")
         drawn = read_params(studies(model)[0] / "params.yaml").calibration
         assert (drawn.length, drawn.windows * length) == (length, width * 10)
+
+
+# --- a dry run ---
+
+
+def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
+    text = model.with_name("text.txt")
+    text.write_text("The sea is deep and blue, and nobody knows its end. " * 40)
+    request = check_request(model=str(model), target=Path("out"), texts=[str(text)], eval_texts=["ptb"], recover="1k")
+    lines = describe_run(request).splitlines()
+    assert not [*Path().iterdir(), *studies(model)]
+    assert lines[0].startswith(f"{model}: fisher, recovery.tokens 1,000, sparsity 0.5, into ")
+    assert lines[1] == "Fetched: ptb (perplexity/ptb)."
+    sizes = ModelSizes.read(model)
+    assert f"{sizes.parameters:,} parameters" in lines[2]
+    prune(model=str(model), recipe="fisher", texts=[str(text)], evaluate=False)
+    (calibrated_study,) = studies(model)
+    drawn = read_params(calibrated_study / "params.yaml").calibration
+    assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens, ")
+    known = describe_run(check_request(model=str(model), target=Path("out"), texts=[str(text)])).splitlines()
+    assert known[1] == "Fetched: nothing."
+    needed = max(requirements(Study(calibrated_study), stage, sizes).memory for stage in ("calibrate", "perplexity"))
+    assert f"Memory: about {needed / 1e6:.1f} MB" in known[4] or f"Memory: about {needed / 1e9:.1f} GB" in known[4]
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "fisher"])
+def test_the_operations_of_a_dry_run_are_about_those_of_the_table_of_floors(recipe: str):
+    """The table counts a Llama's products by its shapes, with attention."""
+    config = ROOT / "tests/configs/llama-2-7b.json"
+    protocol = floors.Protocol()
+    work = floors.work_of_stages(json.loads(config.read_text()), protocol)
+    windows = {"windows": protocol.windows, "length": protocol.length}
+    evaluated = windows | {"windows": protocol.evaluated // protocol.length}
+    params, _ = scaffold.new_params({"recipe": recipe, "calibration": windows, "perplexity": evaluated})
+    stages = {
+        "wanda": ("calibrate norms", "mask wanda", "perplexity", "perplexity"),
+        "fisher": ("calibrate gram", "calibrate fisher", "mask fisher", "apply fisher", "perplexity", "perplexity"),
+    }[recipe]
+    expected = sum(work[stage].half + work[stage].single for stage in stages)
+    assert sum(_operations(params, ModelSizes.read(config), evaluate=True)) == pytest.approx(expected, rel=0.2)
 
 
 # --- refused before any work ---

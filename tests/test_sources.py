@@ -21,6 +21,8 @@ import torch
 from conftest import ROOT, Capture, Make, Patch, fetch, save_tiny_model, shared
 from safetensors.torch import load_file
 
+from wanda_dvc.commands.dry_run import describe_run
+from wanda_dvc.commands.request import check_request
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download, find_model_config
@@ -155,6 +157,15 @@ def test_a_model_is_what_is_needed_of_a_commit(study: Make, hub: Hub, tiny: Path
     download(study=(made := study(model="org/tiny")), source="model")
     assert load_json(made.model("dense") / "provenance.json")["revision"] == COMMIT
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
+
+
+def test_a_dry_run_fetches_the_config_alone(study: Make, hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    hub.add("models/org/tiny", tiny)
+    request = check_request(model="org/tiny", target=tmp_path / "out")
+    assert "Fetched: org/tiny (model), c4 (calibration)." in describe_run(request)
+    assert hub.fetched == ["config.json"]
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def prune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of params.yaml. Repeatable.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it fetches and needs, and stop.")] = False,
 ) -> None:
     """Prune a model into an ordinary Hugging Face directory, and compare it with the dense model.
 
@@ -162,9 +163,10 @@ def prune(
             model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, texts=text or [],
             eval_texts=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
         )  # fmt: skip
-        from wanda_dvc.commands.prune import prune_model  # imports torch, which takes seconds
+        from wanda_dvc.commands.dry_run import describe_run  # imports torch, which takes seconds
+        from wanda_dvc.commands.prune import prune_model
 
-        typer.echo(prune_model(request).text)
+        typer.echo(describe_run(request) if dry_run else prune_model(request).text)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)

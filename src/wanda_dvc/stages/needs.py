@@ -66,7 +66,8 @@ def announce(study: Study, stage: str, sizes: ModelSizes) -> None:
 
 def free(study: Study) -> dict[str, int]:
     """Return the free bytes of memory, the GPU's if stages run there, and of disk."""
-    return {"memory": free_memory_of(device_name(study.params.runtime)), "disk": shutil.disk_usage(study.root).free}
+    folder = next(folder for folder in (study.root, *study.root.parents) if folder.is_dir())  # of a new study
+    return {"memory": free_memory_of(device_name(study.params.runtime)), "disk": shutil.disk_usage(folder).free}
 
 
 def gigabytes(size: int) -> str:
