@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from wanda_dvc.engine import attention, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import sequences as calls
-from wanda_dvc.engine.attention import attend, mask_pairs, running
+from wanda_dvc.engine.attention import attend, mask_pairs, running_questions
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.questions import Prediction, Request, loglikelihoods, one_per_sequence, pack_questions
@@ -66,7 +66,7 @@ def test_a_token_sees_its_context_and_its_own_choice(
     sees = [[q == r and d in (0, c) and 0 <= p - e < (window or 99) for r, d, e in places] for q, c, p in places]
     q, k, v = heads(len(places), keys=keys)
     kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    running.set(PackedQuestions(positions, question, choice))
+    running_questions.set(PackedQuestions(positions, question, choice))
     mask = mask_pairs(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
     ours, _ = attend(MODULE, q, k, v, mask, scaling=scale, softcap=softcap)
     expected = oracle(q, k, v, torch.tensor(sees), scale or 8**-0.5, softcap)
@@ -146,7 +146,7 @@ def places_of(asked: list[Request], predictions: list[list[Prediction]]) -> list
 @given(requests, st.integers(1, 20))
 def test_a_sequence_holds_each_context_once_and_every_prediction_has_its_place(drawn: Drawn, tokens: int):
     asked = [Request(*pair) for pair in drawn]
-    sequences, predictions = pack_questions(asked, tokens=tokens)
+    sequences, predictions = pack_questions(asked, limit=tokens)
     inputs = sum(len(sequence.tokens) for sequence in sequences)
     asked_of = Counter[tuple[int, ...]]()  # inputs of its continuations, by context
     for request in asked:
@@ -224,7 +224,7 @@ def test_items_without_a_context_of_their_own_are_several_questions(monkeypatch:
     """BLiMP's and XNLI's: all of a task have the context of a BOS token, and attention takes a question's square."""
     monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 60)
     asked = [Request((1,), (number, 5, 6, 7)) for number in range(100)]
-    sequences, predictions = pack_questions(asked, tokens=60)
+    sequences, predictions = pack_questions(asked, limit=60)
     lengths = [part.stop - part.start for one in sequences if one.questions for part in one.questions.slices]
     assert max(lengths) <= 1 + 60 + 3
     inputs = [sequences[number].tokens[positions].tolist() for number, positions in places_of(asked, predictions)]

@@ -18,6 +18,7 @@ from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
+from wanda_dvc.engine.load import BlockLoader, WeightChange
 from wanda_dvc.engine.memory import ForwardMemory
 from wanda_dvc.engine.sequences import PackedQuestions, TokenSequence
 
@@ -210,3 +211,54 @@ def test_tensors_come_to_the_host_in_order_while_the_next_are_computed():
         assert [int(x[0]) for x in Copies(CUDA).to_device(torch.tensor([[3], [4], [5]]))] == [3, 4, 5]
         with pytest.raises(OSError, match="No space"):
             accelerator.use_on_host(results(), mock.Mock(side_effect=OSError(28, "No space left on device")))
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_masks_count_though_memory_ends_while_they_are_applied(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    """The block does not pass for masked when its chunk runs again in smaller batches."""
+    apply, tries = BlockLoader._apply, list[int]()
+
+    def third_mask_fails(self: BlockLoader, index: int, change: WeightChange) -> None:
+        tries.append(index)
+        if len(tries) > 1:
+            return apply(self, index, change)
+        apply(self, index, WeightChange(dict(list(change.masks.items())[:2]), {}))
+        raise OUT_OF_MEMORY
+
+    def masked_block(device: torch.device) -> list[torch.Tensor]:
+        decoder = Decoder(tiny, dtype=torch.float32, device=device)
+        step = next(iter(walk(decoder, rows()[:8], tmp_path / device.type)))
+        step.run()
+        generator = torch.Generator().manual_seed(0)
+        linears = decoder.linears(0).items()
+        masks = {name: torch.rand(x.weight.shape, generator=generator) < 0.5 for name, x in linears}
+        step.change(masks, {})
+        return [x.cpu() for chunk in step.runner.chunks for x in step.runner.store.read(1, chunk.number)]
+
+    expected = masked_block(CPU)
+    with simulated_gpu():
+        monkeypatch.setattr(BlockLoader, "_apply", third_mask_fails)
+        check_alike(expected, masked_block(CUDA))
+    assert len(tries) == 2
+
+
+def test_a_block_that_a_gpu_cannot_hold_ends_the_run(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    """Smaller batches do not help; the batch of the chunk before allows a few tries."""
+    tries = list[int]()
+
+    def read_block(self: BlockLoader, index: int) -> None:
+        tries.append(index)
+        assert len(tries) < 20
+        raise OUT_OF_MEMORY
+
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+        steps = iter(walk(decoder, rows()[:8], tmp_path))
+        next(steps).run()
+        step = next(steps)
+        decoder.loader._read_ahead.clear()
+        monkeypatch.setattr(BlockLoader, "read_block", read_block)
+        with pytest.raises(torch.OutOfMemoryError):
+            step.run()

@@ -491,25 +491,28 @@ def test_families_of_another_structure_are_refused_with_the_reason(family: str, 
 
 
 @pytest.mark.parametrize(
-    ("times", "factor", "message"),
+    ("order", "factor", "message"),
     [
-        (1, 0.5, "changes hidden states between block 0 and block 1"),
-        (2, 1, "calls 6 blocks and has 3"),
-        (0, 1, "called 0 of its 3 blocks"),
-        (1, 1, "other arguments depend on the tokens"),
+        ([0, 1, 2], 0.5, "changes hidden states between block 0 and block 1"),
+        ([0, 1, 2, 0, 1, 2], 1, "calls 6 blocks and has 3"),
+        ([], 1, r"calls blocks \[\] of its 3"),
+        ([0, 0, 1, 2], 1, r"calls blocks \[0, 0\] of its 3"),
+        ([1, 0, 2], 1, r"calls blocks \[1\] of its 3"),
+        ([0, 1, 3], 1, r"forward pass fails \(.*list index out of range"),
+        ([0, 1, 2], 0, "other arguments depend on the tokens"),
     ],
 )
 def test_a_model_that_does_more_than_run_its_blocks_is_refused(
-    times: int, factor: float, message: str, tmp_path: Path, monkeypatch: Patch
+    order: list[int], factor: float, message: str, tmp_path: Path, monkeypatch: Patch
 ):
     """As RWKV does, which halves hidden states after some blocks, or a model that loops."""
 
     def forward(self: LlamaModel, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
         hidden = self.embed_tokens(input_ids)
-        shift = input_ids[0, 0] * (times == factor)
+        shift = input_ids[0, 0] * (factor == 0)
         places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None] + shift)
-        for block in [*self.layers] * times:
-            hidden = block(hidden, position_embeddings=places) * factor
+        for number in order:
+            hidden = [*self.layers][number](hidden, position_embeddings=places) * (factor or 1)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
     folder = save("llama", tmp_path / "model")

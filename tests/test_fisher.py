@@ -115,13 +115,13 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: Patch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
     rows = [TokenSequence(torch.tensor([17, 101, 5]))] * 2  # a shard each
-    original = decoder.weights.read_block
+    original = decoder.loader.read_block
 
     def read_block(index: int) -> dict[str, Tensor]:
         read.append(index)
         return original(index)
 
-    monkeypatch.setattr(decoder.weights, "read_block", read_block)
+    monkeypatch.setattr(decoder.loader, "read_block", read_block)
     list(backward(ModelRunner(decoder, tmp_path / "work"), rows))
     assert read == [0, 1, 2, 2, 1, 0]
 

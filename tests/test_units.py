@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -354,6 +355,14 @@ def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: P
     folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
     with pytest.raises(UserError, match="computes something else"):
         probe(Checkpoint(folder), drawn(removal_of(folder, "experts")), CPU)
+
+
+def test_a_probe_without_memory_does_not_refuse_the_pattern(tmp_path: Path, monkeypatch: Patch):
+    folder = save("llama", tmp_path / "model")
+    removal = drawn(removal_of(folder, "neurons"))
+    monkeypatch.setattr(Decoder, "run", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(Checkpoint(folder), removal, CPU)
 
 
 # Torch makes a mask for keys and values of two sizes, as of deepseek_v3, on the host that the simulated GPU has.

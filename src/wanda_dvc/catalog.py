@@ -121,7 +121,7 @@ class Structure(Choice):
     # Of a kept width, at most: llama.cpp's K-quants need rows of 256 weights.
     multiple: int = 1
     scaled: tuple[str, ...] = ()  # more fields, in proportion to units: query heads follow their key-value heads
-    find: str = "wanda_dvc.engine.finders:find_inputs"  # (source, Structure, sparsity, device) → Removal
+    find: str = "wanda_dvc.engine.finders:find_input_units"  # (source, Structure, sparsity, device) → Removal
     method: str = ""  # scores the units, in place of the method of a recipe that calibrates
 
 

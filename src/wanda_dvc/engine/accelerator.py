@@ -73,7 +73,7 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for products of which float32 loses digits: float64 where it is at least half as fast."""
+    """Return the dtype on a `float64_device` for products of which float32 loses digits: float64 if half as fast."""
     slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
     return torch.float32 if slow else torch.float64
 

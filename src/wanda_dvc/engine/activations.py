@@ -64,7 +64,8 @@ class ActivationStore:
 
     def write(self, block: int, chunk: int, batches: Iterable[Float[Tensor, "*batch length width"]]) -> None:
         """Store the activations of a chunk's sequences before a block. OSError if the disk is full."""
-        self._in_memory.pop((block - self.kept - 1, chunk), None)  # read for the last time; `drop` removes its file
+        # With kept=1, those before block 4 follow from those before block 3, so nothing reads those before block 2.
+        self._in_memory.pop((block - self.kept - 1, chunk), None)  # `drop` removes their file
         if self.on_device:
             content = torch.cat([x.to(self.device, self.dtype).flatten(0, -2) for x in batches])
             self._in_memory[block, chunk], batches = content, [content]
@@ -133,7 +134,7 @@ class PassProgress:
             if is_usable and all(store.is_complete(content["finished"]) for store in stores):
                 self.finished, self.first_not_finite = content["finished"], content["not_finite"]
 
-    def finish(self, *, is_last: bool = False) -> None:
+    def count_block(self, *, is_last: bool = False) -> None:
         """Count the next block, whose outputs are stored; write the progress if their files are, or are due."""
         self.finished += 1
         written_later = any(store.written_later for store in self.stores)

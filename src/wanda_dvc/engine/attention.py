@@ -19,7 +19,7 @@ from wanda_dvc.engine.sequences import PackedQuestions
 NAME = "wanda_dvc"
 IGNORED = ("position_ids", "cache_position")  # tensor arguments without an effect on attention
 
-running: ContextVar[PackedQuestions] = ContextVar("running")  # the questions of the sequence that runs
+running_questions: ContextVar[PackedQuestions] = ContextVar("running_questions")  # of the sequence that runs
 
 
 def mask_pairs(
@@ -30,7 +30,7 @@ def mask_pairs(
     Bool [1, 1, 1, pairs], True is seen: on a CPU the pairs of tokens of each question, one after another; on a GPU all
     pairs of tokens of the sequence.
     """
-    questions = running.get()
+    questions = running_questions.get()
     positions = int(questions.positions.max()) + 1
     kwargs |= {"attention_mask": None, "q_offset": 0, "kv_offset": 0}
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -73,7 +73,7 @@ def attend(
     q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
     outputs = q.new_empty(query.shape[2], kv_heads, queries, v.shape[-1])
-    questions = running.get().slices if is_cpu else [slice(0, query.shape[2])]
+    questions = running_questions.get().slices if is_cpu else [slice(0, query.shape[2])]
     lengths = [tokens.stop - tokens.start for tokens in questions]
     masks = attention_mask.flatten().split([length**2 for length in lengths])
     for tokens, length, mask in zip(questions, lengths, masks, strict=True):

@@ -42,9 +42,9 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         run = BackwardRun(blocks, runner.store, gradients)
         for _ in runner.map(run_loss, run, runner.chunks, "output head back, chunk"):
             pass
-        progress.finish()
-    for number in runner.unfinished_blocks(progress, " of the backward pass"):
-        run = BackwardRun(blocks - 1 - number, runner.store, gradients)
+        progress.count_block()
+    for place in runner.unfinished_blocks(progress, " of the backward pass"):
+        run = BackwardRun(blocks - 1 - place, runner.store, gradients)
         total = runner.merge(run_backward, run, runner.chunks, FisherSums(), f"backward pass, block {run.index}, chunk")
         check_finite(total.squares, f"{runner.decoder.checkpoint}: block {run.index}, output", "gradients")
         yield run.index, total

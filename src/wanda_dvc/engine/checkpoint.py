@@ -193,7 +193,7 @@ def set_fields(content: dict[str, Any], config: Any, fields: Mapping[str, Any]) 
     for field, value in fields.items():
         name = aliases.get(field, field)  # such as GPT-2's n_layer for num_hidden_layers
         names = {name, *(alias for alias in aliases if aliases[alias] == name)}
-        for stored_name in names & text.keys() or {field}:
+        for stored_name in (names & text.keys()) or {field}:
             text[stored_name] = value
     return content
 

@@ -89,14 +89,14 @@ def open_model(folder: Path, dtype: torch.dtype, _cluster_id: str, device: torch
 
 
 def call_with_model(
-    model: tuple[Path, torch.dtype, str],  # the first arguments of `open_model`
+    folder_dtype_id: tuple[Path, torch.dtype, str],  # the first arguments of `open_model`
     function: Callable[[Decoder, Any, TaskInput], TaskResult],
     job: Any,
     device: torch.device,
     value: TaskInput,
 ) -> TaskResult:
     """Return function(model, job, value), with a model opened on a device."""
-    return function(open_model(*model, device), job, value)
+    return function(open_model(*folder_dtype_id, device), job, value)
 
 
 def task_device(device: str) -> torch.device:
@@ -182,8 +182,8 @@ class Cluster:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
         if isinstance(decoder.checkpoint, EditedCheckpoint):
             raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
-        model = (decoder.checkpoint.folder, decoder.dtype, self._id)
-        return self.map(partial(call_with_model, model, function, job), inputs, what)
+        folder_dtype_id = (decoder.checkpoint.folder, decoder.dtype, self._id)
+        return self.map(partial(call_with_model, folder_dtype_id, function, job), inputs, what)
 
     def map(
         self, function: Callable[[torch.device, TaskInput], TaskResult], inputs: Iterable[TaskInput], what: str = "task"

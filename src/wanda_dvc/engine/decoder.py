@@ -42,19 +42,19 @@ class Decoder:
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
-        self.weights = BlockLoader(self.model, self.checkpoint, device=device)
-        self.blocks, self.linears, self.load = self.weights.blocks, self.weights.linears, self.weights.load
+        self.loader = BlockLoader(self.model, self.checkpoint, device=device)
+        self.blocks, self.linears, self.load = self.loader.blocks, self.loader.linears, self.loader.load  # two methods
         self.copies = accelerator.Copies(device)  # of activations
         self.largest_batch, self.batch_limit = 1, LARGEST_CHUNK  # sequences: in the last chunk, and allowed
         # Of all blocks, with their bytes, by the shape of a batch, or by the content of its packed questions.
         self._arguments: dict[tuple[int, int] | bytes, tuple[list[Arguments], int]] = {}
         self._batch_memory = self.memory_budget()
-        self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)
+        self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)  # batches keep most of it
         self._stock_attention = self.model.config._attn_implementation
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
         accelerator.keep_freed_memory()
-        self._extra_outputs = self._find_extra_outputs()
+        self._extra_outputs = self._try_first_block()
 
     # --- what the model is ---
 
@@ -78,9 +78,7 @@ class Decoder:
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         largest = max((int(x.tokens.max()) for x in sequences if len(x.tokens)), default=0)
         if largest >= embeddings:
-            what = (
-                f"the tokenizer gives the id {largest}, expected at most {embeddings - 1}, the model's last embedding"
-            )
+            what = f"the tokenizer gives the id {largest}, expected at most the model's last one, {embeddings - 1}"
             raise UserError(f"{self.checkpoint}: {what}; use the tokenizer that belongs to it")
 
     def memory_budget(self) -> int:
@@ -120,7 +118,7 @@ class Decoder:
 
     def unload(self) -> None:
         """Free the memory of the loaded block, and of the recorded arguments."""
-        self.weights.unload()
+        self.loader.unload()
         self._arguments.clear()
 
     def embed(self, *batch: TokenSequence) -> States:
@@ -177,6 +175,7 @@ class Decoder:
     ) -> tuple[States, list[Arguments]]:
         """Return the hidden states before the first block, and the arguments of the blocks up to `until`."""
         hidden: list[States] = []
+        called: list[int] = []
         arguments: list[Arguments] = []
 
         def record(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -188,8 +187,9 @@ class Decoder:
                 what = f"gives block {index} hidden states of {[*hidden_states.shape]}, expected {[*expected]}"
                 raise unsupported(self.checkpoint, f"the model {what}")
             hidden.append(hidden_states)
+            called.append(index)
             arguments.append((args, kwargs))
-            if index == until:
+            if index == until or index != len(called) - 1:  # of a pass in another order
                 raise _Stop
             return self._as_output(hidden_states)
 
@@ -202,16 +202,16 @@ class Decoder:
         try:
             with self._instead_of_blocks(record), contextlib.suppress(_Stop):
                 self.model(input_ids=tokens.to(self.device), use_cache=False, **inputs)
-        except ValueError as error:
+        except (LookupError, TypeError, ValueError) as error:
             what = f"its forward pass fails ({reason(error)}), or blocks pass on more than hidden states"
             raise unsupported(self.checkpoint, what) from error
-        if len(arguments) != until + 1:
-            what = f"{len(arguments)} of its {len(self.blocks)} blocks, expected each once and in order"
-            raise unsupported(self.checkpoint, f"the model's forward pass called {what}")
+        if called != [*range(until + 1)]:
+            what = f"calls blocks {called} of its {len(self.blocks)} first, expected each once and in order"
+            raise unsupported(self.checkpoint, f"the model's forward pass {what}")
         return hidden[0], arguments
 
     @torch.no_grad()
-    def _find_extra_outputs(self) -> tuple[None, ...] | None:
+    def _try_first_block(self) -> tuple[None, ...] | None:
         """Return the Nones that follow the hidden states in a block's output; None if it is no tuple.
 
         UserError if a block's result for a token depends on the token after it.
@@ -222,7 +222,7 @@ class Decoder:
         output = self.blocks[0](hidden, *args, **kwargs)
         first = hidden_states_of(output)[0, 0].float()
         first_again = hidden_states_of(self.blocks[0](with_another_end, *args, **kwargs))[0, 0].float()
-        self.weights.unload()
+        self.loader.unload()
         if torch.dist(first, first_again) > 0.02 * first.norm():  # far above rounding
             raise unsupported(self.checkpoint, "a token changes what its blocks return for the token before it")
         if not isinstance(output, (tuple, list)):
@@ -247,7 +247,7 @@ class Decoder:
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
         if questions is not None:
-            attention.running.set(questions)
+            attention.running_questions.set(questions)
 
     # --- after the last block ---
 

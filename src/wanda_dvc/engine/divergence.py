@@ -178,32 +178,32 @@ def _normalized(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
     return top - total, tail - total, predictions.drawn_log_p.double() - total
 
 
-def compute_perplexity(losses: list[float], predictions: list[int]) -> float | str:
-    """Return exp(total loss / predictions), from each window's mean loss, to six digits: later ones vary by machine."""
-    are_equal = len(set(predictions)) == 1  # then it is the papers' exp(mean); equal weights would only round
-    mean = math.fsum(losses) / len(losses) if are_equal else _weighted_mean(losses, predictions)
+def compute_perplexity(losses: list[float], counts: list[int]) -> float | str:
+    """Return exp(total loss / predictions), from each window's mean loss and number of predictions."""
+    are_equal = len(set(counts)) == 1  # then it is the papers' exp(mean); equal weights would only round
+    mean = math.fsum(losses) / len(losses) if are_equal else _weighted_mean(losses, counts)
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED
-    return _six_digits(math.exp(mean))
+    return _six_digits(math.exp(mean))  # later digits vary by machine
 
 
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
     """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite."""
     if not all(window.finite for window in windows):
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
-    predictions = [len(window.kl) for window in windows]
+    counts = [len(window.kl) for window in windows]
     # A percentile is the smallest value with that fraction of the predictions at or below it.
     values = sorted(value for window in windows for value in window.kl)
-    count = len(values)
-    change = math.sqrt(math.fsum(window.squared_change for window in windows) / count)
+    total = len(values)
+    change = math.sqrt(math.fsum(window.squared_change for window in windows) / total)
     return {
         "divergence": {
-            "mean": _six_digits(_weighted_mean([window.mean for window in windows], predictions)),
-            "median": _six_digits(values[math.ceil(0.5 * count) - 1]),
-            "p99": _six_digits(values[math.ceil(0.99 * count) - 1]),
+            "mean": _six_digits(_weighted_mean([window.mean for window in windows], counts)),
+            "median": _six_digits(values[math.ceil(0.5 * total) - 1]),
+            "p99": _six_digits(values[math.ceil(0.99 * total) - 1]),
             "largest": _six_digits(values[-1]),
         },
-        "top1_agreement": {"mean": _six_digits(_weighted_mean([window.agreement for window in windows], predictions))},
+        "top1_agreement": {"mean": _six_digits(_weighted_mean([window.agreement for window in windows], counts))},
         "rms_probability_change": _six_digits(change),
     }
 

@@ -24,7 +24,7 @@ TRIAL_WIDTH = 8  # for a field that the configuration leaves open
 
 
 class DenseModel:
-    """The model with all units, without weights."""
+    """The model with all units: its structure, without weights."""
 
     def __init__(self, source: Checkpoint, structure: Structure) -> None:
         self.source, self.structure = source, structure
@@ -78,7 +78,7 @@ class FieldDimension(NamedTuple):
     value: int  # of the field, or the value that null means
 
 
-def find_inputs(source: Checkpoint, structure: Structure, sparsity: Fraction, device: torch.device) -> Removal:
+def find_input_units(source: Checkpoint, structure: Structure, sparsity: Fraction, device: torch.device) -> Removal:
     """Return the neurons or heads of a model. A sparsity that rounds to no unit gives a removal without an effect.
 
     Neurons: `intermediate_size` of Llama determines the inputs of `mlp.down_proj`, which are the units of a set `mlp`,
@@ -117,18 +117,17 @@ def _field_dimensions(full: DenseModel, scaled: Mapping[str, int], fixed: Mappin
             trial = TRIAL_WIDTH
         if not trial:
             raise full.refused(f"{field} is {value}, expected one number for all blocks, 2 or more")
-        fields = {field: trial, **fixed}
-        for name, scaled_value in scaled.items():
-            fields[name] = scaled_value * trial // value
-        for parameter, dim, size, trial_size in full.size_changes(fields):
-            number = trial * size // trial_size if value is None else value
+        in_proportion = {name: scaled_value * trial // value for name, scaled_value in scaled.items()}
+        for parameter, dim, size, trial_size in full.size_changes({field: trial, **fixed, **in_proportion}):
+            # If a trial of 8 for null makes the size 16, and null makes it 96, null means 48.
+            meaning = trial * size // trial_size if value is None else value
             experts = full.experts(parameter)
             stored_dim = dim - 1 if experts else dim  # of one expert's matrix
             for parameter_slice in expert_slices(full.slices[parameter], experts):
                 address = parameter_slice.address
                 stored_size = full.source.read(address).shape[stored_dim]
                 parent = address.linear.removesuffix(".bias").rpartition(".")[0]
-                dimension = FieldDimension(address, stored_dim, stored_size, parent, field, number)
+                dimension = FieldDimension(address, stored_dim, stored_size, parent, field, meaning)
                 dimensions[address, stored_dim] = dimension
     if not dimensions:
         sought = ", ".join(full.structure.fields)
@@ -151,7 +150,8 @@ def _unit_sets(
             continue  # not an input of a linear: a bias or an output, which computes the units
         if name in unit_sets:
             raise full.refused(f"several linears of {name} read them")
-        # Units are heads, of size / value features each, or single features, whose number may be a multiple of value.
+        # 9 key heads (value) and 576 inputs (size): 9 units of 64. Neurons are single inputs, whose number may be a
+        # multiple of the value: two shared experts of 1,408 neurons as one MLP have 2,816 units.
         total = value if structure.scaled else dimension.size
         kept = total * count_kept(value, sparsity, structure.multiple) // value
         unit_sets[name] = Units(total, kept, (dimension.size // total,))

@@ -36,18 +36,19 @@ Total = TypeVar("Total", InputSums, FisherSums)
 OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
 
-def in_smaller_batches(work: Callable[[Decoder, Job, Chunk], Total]) -> Callable[[Decoder, Job, Chunk], Total]:
+def in_smaller_batches(work: Callable[[Decoder, Job, Chunk], Result]) -> Callable[[Decoder, Job, Chunk], Result]:
     """Repeat a unit of work in batches of half as many windows, each time that a GPU's memory does not suffice."""
 
     @wraps(work)
-    def repeated(model: Decoder, job: Job, chunk: Chunk) -> Total:
+    def repeated(model: Decoder, job: Job, chunk: Chunk) -> Result:
         while True:
             try:
                 return work(model, job, chunk)
             except RuntimeError as error:
                 if model.largest_batch == 1 or not is_out_of_memory(error):
                     raise
-            model.batch_limit = model.largest_batch // 2
+            # Both, so that this ends: where a block does not fit, the next try fails before it counts its batches.
+            model.batch_limit = model.largest_batch = model.largest_batch // 2
             notice(f"out of GPU memory: continuing with batches of {model.batch_limit} windows, half of the last")
 
     return repeated
@@ -65,6 +66,7 @@ class BlockRun:
     gram: bool = False  # Gram matrices too
 
 
+@in_smaller_batches
 @torch.no_grad()
 def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> None:
     """Write a chunk's activations before the first block to each store."""
@@ -78,8 +80,9 @@ def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> No
 def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
     """Run a chunk through a block, and write its activations after the block.
 
-    With a dense store the chunk also runs through the dense model's block, from and to that store. Returns sums over
-    the inputs of the block's linears with `records`, else only whether all activations are finite.
+    With a dense store the chunk also runs through the dense model's block, from and to that store; and once more, batch
+    by batch, where their inputs are recorded: so memory holds those of one batch. Returns sums over the inputs of the
+    block's linears with `records`, else only whether all activations are finite.
     """
     model.load(block.index, block.index + 1, block.change)
     finite: list[Tensor] = []  # a flag for each batch, on the device: the host waits for a GPU once for all of them
@@ -113,7 +116,7 @@ def run_batches(
     batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
     dense: Iterator[States] | None = None
-    if recorder and block.dense_store:  # they ran in `run_block` too: here memory holds the inputs of one batch
+    if recorder and block.dense_store:
         dense = block.dense_store.read_batches(block.index, chunk.number, batches, model.copies)
     for batch, states in zip(batches, before, strict=True):
         if recorder and dense:
@@ -173,10 +176,11 @@ class ModelRunner:
     ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run all sequences through the block.
 
-        The pass resumes after the last finished block in `work`. From an interrupted run the caller has the results of
-        `finished` blocks, and the pass starts again if more blocks are finished; None: the caller needs no results of
-        blocks. With `with_dense` each sequence also runs through the dense model, without changes of blocks. The
-        newest activations stay, and those before the `kept` − 1 blocks up to them.
+        The pass resumes after the last finished block in `work`. `finished` is the number of blocks whose results the
+        caller has from an interrupted run: if more are finished, results are missing, and the pass starts again. None:
+        the caller needs no results. With `with_dense` each sequence also runs through the dense model, without changes
+        of blocks. `kept` is the number of blocks whose activations stay: 1: those after the last block that ran; 3:
+        also those before that block, and before the block before it.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
@@ -193,7 +197,7 @@ class ModelRunner:
         if self.progress.finished < 0:
             for _ in self.map(embed, stores, self.chunks, "embeddings, chunk"):
                 pass
-            self.progress.finish()
+            self.progress.count_block()
         for index in self.unfinished_blocks(self.progress):
             yield BlockStep(self, BlockRun(index, self.store, dense_store))
 
@@ -217,25 +221,25 @@ class ModelRunner:
         )
 
     def unfinished_blocks(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
-        """Yield the number of each unfinished block; the block is finished when the caller asks for the next one."""
+        """Yield each unfinished block's place in the pass; the block is finished when the caller asks for the next."""
         blocks = len(self.decoder.blocks)
         if progress.finished > 0:
             notice(f"resuming after {progress.finished} of {blocks} blocks{direction}")
         try:
-            for number in range(progress.finished, blocks):
-                yield number
-                progress.finish(is_last=number == blocks - 1)
+            for place in range(progress.finished, blocks):
+                yield place
+                progress.count_block(is_last=place == blocks - 1)
         finally:
             self.decoder.unload()
 
     def map_outputs(
-        self, function: OutputFunction[Input, Result], inputs: Callable[[range], Input]
+        self, function: OutputFunction[Input, Result], input_of: Callable[[range], Input]
     ) -> Iterator[Result]:
         """Yield what a function yields for each chunk, in order, from the activations after the last block.
 
-        `inputs` returns the function's last argument for a chunk, given the places of its sequences.
+        `input_of` returns the function's last argument for a chunk, given the places of its sequences.
         """
-        chunks_and_inputs = ((chunk, inputs(chunk.places)) for chunk in self.chunks)
+        chunks_and_inputs = ((chunk, input_of(chunk.places)) for chunk in self.chunks)
         for results in self.map(run_output_function, (self.store, function), chunks_and_inputs, "output head, chunk"):
             yield from results
 

@@ -24,7 +24,7 @@ ARGUMENTS_BYTES = 2**26
 class ModelSizes:
     """Counts of a model's weights and features. A tied head counts as embeddings; each expert's matrix is a linear."""
 
-    def __init__(self, model: Any, config: Path) -> None:
+    def __init__(self, model: Any, place: Path) -> None:  # the model's config.json, or its directory
         from wanda_dvc.engine.structure import ParameterSlice, find_blocks, find_linears, find_weights
 
         blocks = find_blocks(model)[1]
@@ -40,7 +40,7 @@ class ModelSizes:
         text_config = model.config.get_text_config()
         heads: int = getattr(text_config, "num_attention_heads", None) or 0  # Mamba has none
 
-        self.dtype = dtype_of(config)  # in which the model runs by default
+        self.dtype = dtype_of(place)  # in which the model runs by default
         self.itemsize = ITEMSIZE[self.dtype]  # bytes of a stored weight
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
         self.stored = self.parameters * self.itemsize  # bytes of the checkpoint
@@ -103,5 +103,5 @@ def solving_memory(model: ModelSizes, *, uses_fisher: bool = False) -> int:
 
 
 def triangles_size(squares: int) -> int:
-    """Return the bytes of stored Gram matrices with `squares` elements in all, at most."""
+    """Return the bytes of stored Gram matrices with `squares` elements in all, but for half of their diagonals."""
     return squares // 2 * ITEMSIZE[GRAM_DTYPE]

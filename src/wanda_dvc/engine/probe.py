@@ -13,7 +13,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint, dimension_mask, refused
 from wanda_dvc.engine.sequences import States, TokenSequence
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, is_out_of_memory
 
 TOKENS = 32
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
@@ -41,7 +41,7 @@ def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
         sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         # The tolerance is relative to the effect of the removed units. It is smaller for blocks, to refuse those that
         # depend on the number of blocks, which differ by little.
-        if full.weights.blocks_name in removal.unit_sets:
+        if full.loader.blocks_name in removal.unit_sets:
             runs, tolerance = _run_kept_blocks(full, removal, sequence), 1e-3
         else:
             runs, tolerance = _run_each_kind(full, removal, sequence), 1e-2
@@ -56,13 +56,15 @@ def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
             if not difference <= tolerance * max(effect, 1e-4 * size):
                 raise ValueError(f"its block {run.block} computes something else without them: off by {difference:.2g}")
     except (UserError, RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         problem = f"a smaller model fails its trial ({' '.join(str(error).split())[:200]})"
         raise refused(removal.structure, source, problem) from error
 
 
 def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> list[MaskedRun]:
     hidden, runs = full.embed(sequence), []
-    kept = removal.kept_masks[full.weights.blocks_name].nonzero()[:, 0].tolist()
+    kept = removal.kept_masks[full.loader.blocks_name].nonzero()[:, 0].tolist()
     for number, index in enumerate(kept):
         full.load(index, -1)
         after = full.run(index, hidden, sequence)
@@ -87,9 +89,9 @@ def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> 
 
 
 class MaskedRouters(TorchFunctionMode):
-    """Sets the logits of removed experts to −∞ in a loaded model, and the numbers that routers add to their scores.
+    """Sets the scores of removed experts to −∞ in a loaded model: where a router multiplies tokens, or adds a bias.
 
-    A router computes logits and chooses experts in one call, so no hook of a module sees the logits before the choice.
+    A router computes scores and chooses experts in one call, so no hook of a module sees the scores before the choice.
     """
 
     def __init__(self, model: nn.Module, removal: Removal) -> None:
@@ -108,7 +110,7 @@ class MaskedRouters(TorchFunctionMode):
             removed = self._removed.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
             if removed is None or result.shape[-1:] != removed.shape:
                 continue
-            is_bias = operand.dim() == 1 or min(operand.shape) == 1
+            is_bias = operand.numel() == len(removed)  # [experts] or [1, experts]; the weight is [experts, width]
             if is_bias or function.__name__ in PRODUCTS:
                 return result.masked_fill(removed, -torch.inf)
         return result

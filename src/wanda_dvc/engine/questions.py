@@ -62,24 +62,24 @@ class Prediction(NamedTuple):
     target: int  # the token's id
 
 
-def pack_questions(requests: Sequence[Request], *, tokens: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
-    """Return sequences of complete questions of one task, as many as fit into `tokens`, and each one's predictions.
+def pack_questions(requests: Sequence[Request], *, limit: int) -> tuple[list[TokenSequence], list[list[Prediction]]]:
+    """Return sequences of complete questions of one task, as many as fit into `limit` tokens, and their predictions.
 
     The items of a task without contexts, such as XNLI, share one context: they become several questions of about
-    `tokens` tokens, because attention takes the square of a question.
+    `limit` tokens, because attention takes the square of a question.
     """
     questions: dict[tuple[str, Tokens, int], Question] = {}
-    inputs = Counter[tuple[str, Tokens]]()  # tokens of the continuations so far, by task and context
+    continued = Counter[tuple[str, Tokens]]()  # tokens of the continuations so far, by task and context
     for index, request in enumerate(requests):
-        continuation, context = request.continuation[:-1], (request.task, request.context)
-        question = questions.setdefault((*context, inputs[context] // tokens), Question(request.context))
+        continuation, key = request.continuation[:-1], (request.task, request.context)
+        question = questions.setdefault((*key, continued[key] // limit), Question(request.context))
         question.indices.setdefault(continuation, []).append(index)
-        inputs[context] += len(continuation)
+        continued[key] += len(continuation)
 
     groups: list[list[Question]] = []
     size, last = 0, ""  # of the last group: its tokens, its task
     for (task, _, _), question in questions.items():
-        if not groups or task != last or size + question.size > tokens:
+        if not groups or task != last or size + question.size > limit:
             groups.append([])
             size, last = 0, task
         groups[-1].append(question)
@@ -98,19 +98,19 @@ def join_questions(
     choices: list[int] = []  # of each token's continuation; 0: the context
     predictions: list[Prediction] = []
     for number, question in enumerate(questions):
-        context = len(question.context)
+        context_size = len(question.context)
         tokens += question.context
-        positions += range(context)
+        positions += range(context_size)
         numbers += [number] * question.size
-        choices += [0] * context
+        choices += [0] * context_size
         last_of_context = len(tokens) - 1  # predicts the first token of each choice
         for choice, (continuation, indices) in enumerate(question.indices.items(), start=1):
-            inputs = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
+            places = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation
-            positions += range(context, context + len(continuation))
+            positions += range(context_size, context_size + len(continuation))
             choices += [choice] * len(continuation)
             for index in indices:
-                predictions += predictions_of(index, inputs, requests[index].continuation)
+                predictions += predictions_of(index, places, requests[index].continuation)
     packed = PackedQuestions(torch.tensor(positions), torch.tensor(numbers), torch.tensor(choices))
     return TokenSequence(torch.tensor(tokens), packed, requests[predictions[0].request].task), predictions
 
@@ -120,8 +120,8 @@ def one_per_sequence(requests: Sequence[Request]) -> tuple[list[TokenSequence], 
     predictions: dict[tuple[str, Tokens], list[Prediction]] = {}  # by task and input
     for index, request in enumerate(requests):
         tokens = request.context + request.continuation[:-1]
-        inputs = range(len(request.context) - 1, len(tokens))
-        predictions.setdefault((request.task, tokens), []).extend(predictions_of(index, inputs, request.continuation))
+        places = range(len(request.context) - 1, len(tokens))
+        predictions.setdefault((request.task, tokens), []).extend(predictions_of(index, places, request.continuation))
     sequences = [TokenSequence(torch.tensor(tokens), task=task) for task, tokens in predictions]
     return sequences, list(predictions.values())
 
@@ -144,19 +144,19 @@ def loglikelihoods(
     if too_long:
         problem = f"a choice has no token, or more than the model's {length}"
         raise UserError(f"tasks.names: {too_long[0]}: {problem}; remove it")
-    tokens, packs = SEQUENCE_TOKENS, runner.decoder.packs_questions
+    limit, packs = SEQUENCE_TOKENS, runner.decoder.packs_questions
     while True:
-        sequences, predictions = pack_questions(requests, tokens=tokens) if packs else one_per_sequence(requests)
+        sequences, predictions = pack_questions(requests, limit=limit) if packs else one_per_sequence(requests)
         try:
             for step in progress(runner.forward(sequences)):
                 step.run()
             break
         except RuntimeError as error:
-            can_be_shorter = runner.decoder.device.type != "cpu" and packs and tokens >= 2 * FEWEST_TOKENS
+            can_be_shorter = runner.decoder.device.type != "cpu" and packs and limit >= 2 * FEWEST_TOKENS
             if not can_be_shorter or not is_out_of_memory(error):
                 raise
-        tokens //= 2
-        notice(f"out of GPU memory: starting again with sequences of {tokens} tokens, half of the last")
+        limit //= 2
+        notice(f"out of GPU memory: starting again with sequences of {limit} tokens, half of the last")
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
     answers = runner.map_outputs(predict, lambda places: predictions[places.start : places.stop])

@@ -49,7 +49,7 @@ class PackedQuestions:
     def seen_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, "length length"]:
         """Return the tokens that each token attends to (True), on the device of `visible`.
 
-        `visible`, in which True is seen too, is the mask by position of the kind of block (causal, sliding, chunked).
+        visible[p, q]: whether position p of a text attends to position q in this kind of block (such as sliding).
         """
         positions, question, choice = (x.to(visible.device) for x in (self.positions, self.question, self.choice))
         related = (question == question[:, None]) & ((choice == 0) | (choice == choice[:, None]))

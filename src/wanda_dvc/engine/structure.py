@@ -215,8 +215,8 @@ def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[s
             entry = checkpoint.entries[tensor]
             if entry.dtype not in SAFETENSORS_NAMES.values():
                 raise UserError(
-                    f"{checkpoint.file_of[tensor]}: {tensor} is {entry.dtype}, expected F32, F16, BF16; "
-                    "name the model before it was quantized, or convert it"
+                    f"{checkpoint.file_of[tensor]}: {tensor} is {entry.dtype}, expected "
+                    f"{', '.join(SAFETENSORS_NAMES.values())}; name the model before it was quantized, or convert it"
                 )
             if parameter_slice.is_complete and entry.shape != expected:
                 what = f"{tensor} is {entry.shape}, expected {expected} by config.json"

@@ -58,7 +58,29 @@ class InputSums:
             raise unsupported(linear, f"it reads the input of {before}, and in other windows of {name}")
 
     def of(self, linears: dict[str, Linear]) -> BlockRecord:
-        """Return the statistics of a block's inputs. UserError if the model does not multiply by a linear's weight."""
+        """Return the statistics of a block's inputs. UserError if the model does not multiply by a linear's weight.
+
+        Inputs are in the order of their first products; those of experts last, by number.
+        """
+        stats, input_of = self._with_unused_experts(linears)
+        ordered = [name for name in input_of if linears[name].slice.expert is None]
+        ordered += [name for name, linear in linears.items() if linear.slice.expert is not None]
+        consumers: dict[str, list[str]] = {}
+        for name in ordered:
+            consumers.setdefault(input_of[name], []).append(name)
+        of_experts = {name: self.outputs[name] for name in linears if name in self.outputs}
+        block_stats = BlockStats(
+            inputs={name: stats[name].to("cpu") for name in consumers},
+            consumers=consumers,
+            transposed=[name for name, linear in linears.items() if linear.transposed],
+            outputs={name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()},
+            influence=self.influence.cpu(),
+        )
+        crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
+        return BlockRecord(block_stats, self.grams, crosses)
+
+    def _with_unused_experts(self, linears: dict[str, Linear]) -> tuple[dict[str, InputStats], dict[str, str]]:
+        """Return `stats` and `input_of` with the experts that got no token. UserError if no product used a weight."""
         stats, input_of = dict(self.stats), dict(self.input_of)
         used_parameters = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
         for matrix, names in group_by_matrix(linears).items():
@@ -67,25 +89,9 @@ class InputSums:
                 continue
             if (matrix.module, matrix.leaf) not in used_parameters:
                 raise unsupported(first, "the model does not multiply by this weight")
-            stats[first] = InputStats.empty(linears[first].features)  # of an expert without tokens
+            stats[first] = InputStats.empty(linears[first].features)
             input_of |= dict.fromkeys(names, first)
-        # In the order of their first tokens; experts last, by number.
-        ordered = [name for name in input_of if linears[name].slice.expert is None]
-        ordered += [name for name, linear in linears.items() if linear.slice.expert is not None]
-        consumers: dict[str, list[str]] = {}
-        for name in ordered:
-            consumers.setdefault(input_of[name], []).append(name)
-        of_experts = {name: self.outputs[name] for name in linears if name in self.outputs}
-        outputs = {name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()}
-        block_stats = BlockStats(
-            inputs={name: stats[name].to("cpu") for name in consumers},
-            consumers=consumers,
-            transposed=[name for name, linear in linears.items() if linear.transposed],
-            outputs=outputs,
-            influence=self.influence.cpu(),
-        )
-        crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
-        return BlockRecord(block_stats, self.grams, crosses)
+        return stats, input_of
 
 
 @dataclass(kw_only=True)
