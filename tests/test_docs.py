@@ -77,7 +77,7 @@ def mentions(page: str) -> Iterator[list[str]]:
     Options alone are those of an experiment or of `prune`.
     """
     text = without_blocks((ROOT / page).read_text(encoding="utf-8"))
-    of_prune = "--(?:recipe|pattern|recover|text|eval-text|set|sparsity) "
+    of_prune = "--(?:recipe|pattern|recover|text|eval-text|sparsity) "
     for options, command in ("-S ", "dvc exp run --temp"), (of_prune, "wanda-dvc prune MODEL DIR"):
         for span in re.findall(rf"`({options}[^`\n<]+)`", text):
             yield from split(f"{command} {span}")

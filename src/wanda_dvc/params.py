@@ -179,7 +179,7 @@ class Calibration(_Section):
 
     text: Texts = Field(description=f"a text, with a `source`, or a list of texts, at most {WINDOWS_BACK}")
     windows: int = Field(32, ge=1, le=MAX_WINDOWS, description="number of windows, drawn at random")
-    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens a window")
+    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens per window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
     statistics: Literal["auto", "norms", "gram", "fisher"] = Field(
         "auto",
@@ -207,7 +207,7 @@ class Perplexity(_Section):
     texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$", max_length=64)], Text] = Field(
         min_length=1, description="the texts by name: a letter, then letters, digits, - and _"
     )
-    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens a window; windows follow one another")
+    length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens per window; windows follow one another")
     windows: Annotated[int | Literal["all"] | None, PlainValidator(_check_windows)] = Field(
         None, description="number of windows, 1 or more; null: every complete window; `all`: every token"
     )
