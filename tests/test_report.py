@@ -18,8 +18,8 @@ from wanda_dvc.results import published
 from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import MEASURES, Results
-from wanda_dvc.results.report import differences, group, page, report
-from wanda_dvc.results.show import notes, title
+from wanda_dvc.results.report import group, page, report, why_separate
+from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
@@ -150,17 +150,20 @@ def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):
     """Another calibration text, and a text of another name in the settings."""
     one, other = made(), made(calibration__text__source="wikitext2", calibration__text__split="train")
     models = {"e0": one.final, "e1": other.final}
-    first, _, second, *_ = notes({"e0": one.params, "e1": other.params}, models, base="e0")
+    first, _, second, *_ = table_notes({"e0": one.params, "e1": other.params}, models, base="e0")
     assert re.fullmatch(r"e0: Perplexity on embedded: 4 windows .* has the same source.*", first)
     assert re.fullmatch(r"e1: Perplexity on embedded: 4 windows .* has another source.", second)
     renamed = one.params.model_copy(deep=True)
     renamed.perplexity.texts["docs"] = renamed.perplexity.texts.pop("embedded")
-    assert next(notes({"e0": renamed}, models)).endswith("float32.")
+    assert next(table_notes({"e0": renamed}, models, base="e0")).endswith("float32.")
 
 
 def test_only_comparable_results_are_compared(made: Callable[..., Experiment]):
     said = said_of(made(), made("magnitude-rows", loss=3.5, right=4, text="1"))
-    assert title(made(sparsity=0.7, pattern="2:4"), named=True) == "e2: /models/tiny: wanda, pattern 2:4, sparsity 0.5"
+    assert (
+        settings_line(made(sparsity=0.7, pattern="2:4"), named=True)
+        == "e2: /models/tiny: wanda, pattern 2:4, sparsity 0.5"
+    )
     assert "\ntiny (differs in tokens_sha256)\n" in said
     assert "against magnitude-rows" not in said
     assert "| e0: wanda, sparsity 0.5 against dense | | | 1.649 ×" in said
@@ -175,8 +178,8 @@ def test_a_protocol_that_is_not_known_matches_all_and_joins_none(made: Callable[
             results.details(name).clear()
     other.final.details("perplexity/embedded")["protocol"]["tokens_sha256"] = "1"
     assert group([unknown, one, other]) == [[unknown, one], [other]]
-    assert differences(one, made(dtype="bfloat16")) == ["dtype"]
-    assert differences(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
+    assert why_separate(one, made(dtype="bfloat16")) == ["dtype"]
+    assert why_separate(unknown, made(perplexity__length=65)) == ["perplexity.length"]  # then the settings say it
 
 
 def test_the_picture_has_room_for_the_names_of_many_experiments():

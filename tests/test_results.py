@@ -19,10 +19,10 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import ListedRevision, flat_records
 from wanda_dvc.results.measures import MEASURES, Results, figures
-from wanda_dvc.results.show import notes, show
+from wanda_dvc.results.show import show, table_notes
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.protocol import differing
+from wanda_dvc.study.protocol import first_difference
 
 WINDOWS = {
     "model": "dense", "version": 4, "libraries": {"torch": "2.9", "transformers": "5.1"}, "dtype": "float32",
@@ -105,10 +105,10 @@ def test_each_key_of_a_protocol_counts_but_those_of_the_measured_model(finished:
         counts = key not in ("model", "reference", "wanda_dvc", "text")
         changed, without = own | {key: {"torch": "0"}}, {name: own[name] for name in own if name != key}
         for one, other in ((own, changed), (own, without), (without, own)):
-            assert differing(one, other) == (key if counts else None)
+            assert first_difference(one, other) == (key if counts else None)
     for version, alike in (("+cu128", True), (".1", False)):
         versions = own["libraries"] | {"torch": own["libraries"]["torch"].partition("+")[0] + version}
-        assert (differing(own, own | {"libraries": versions}) is None) == alike
+        assert (first_difference(own, own | {"libraries": versions}) is None) == alike
 
 
 # --- the table ---
@@ -136,7 +136,7 @@ def test_every_measure_is_read_and_formatted(here: Study):
         ["parameters removed, %", "–", "25.0", ""],
     ]
     (perplexity,) = (one for one in MEASURES if one.name == "perplexity")
-    texts = [perplexity.test_text(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
+    texts = [perplexity.formatted_test(Estimate(x)) for x in (0.003069, 0.00005, 0.98, 1.0234, 324.2)]
     assert texts == ["0.003069 ×", "5.000e-05 ×", "0.9800 ×", "1.023 ×", "324.2 ×"]
 
 
@@ -171,7 +171,7 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Study):
     tests = paired_tests({"pruned": pruned, "dense": dense}, "dense")
     assert [key[2:] for key in tests] == [("acc", "piqa"), ("mean_acc", "")]
     assert not_comparable(pruned, dense) == {"perplexity": "missing details"}
-    said = next(notes({}, {"dense": dense, "pruned": pruned}))
+    said = next(table_notes({}, {"dense": dense, "pruned": pruned}))
     assert said.startswith("pruned not compared with dense: perplexity (missing details). `dvc pull` fetches")
     assert figures(pruned)["perplexity"] == {"embedded": {"value": 12.1825}}
 
@@ -267,7 +267,7 @@ def test_a_shorter_window_counts_by_its_predictions(here: Study):
     assert got.value == pytest.approx(math.exp((10 + 20 + 30) / 25))
     words: Json = {"windows": WINDOWS | {"windows": 3, "rest": 8}}  # the last window has 8 tokens
     dense, pruned = (write_results(here, model, loss, 36, **words) for model, loss in (("dense", 2.0), ("pruned", 2.5)))
-    said = list(notes({"dense": here.params}, {"dense": dense, "pruned": pruned}))
+    said = list(table_notes({"dense": here.params}, {"dense": dense, "pruned": pruned}))
     assert any("3 windows of 64 tokens and one of 8 of a" in one for one in said)
     assert any("the first 40 items of each" in one for one in said)  # as measured, whatever params.yaml has now
     tests = paired_tests({"pruned": pruned, "dense": dense}, "dense")
@@ -337,11 +337,11 @@ def test_show_leads_with_the_distance_and_has_every_measure(here: Study):
 
 def test_show_has_the_texts_of_both_models_side_by_side(here: Study):
     both(here)
-    *_, row = show(study=here, text=True).splitlines()
+    *_, row = show(study=here, continuations=True).splitlines()
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
     here.details("pruned", "continuations").unlink()
     with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes those"):
-        show(study=here, text=True)
+        show(study=here, continuations=True)
 
 
 def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monkeypatch: pytest.MonkeyPatch):

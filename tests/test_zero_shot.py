@@ -360,7 +360,7 @@ def test_a_model_that_does_not_fit_in_memory_has_no_continuations(study: Make, m
     assert re.search(report, capsys.readouterr().err)
     assert load_json(measured.details("dense", "continuations"))["prompts"] == []
     with pytest.raises(UserError, match="^continuations: missing; .* fits in memory"):
-        show(study=measured, text=True)
+        show(study=measured, continuations=True)
 
 
 def test_without_prompts_no_model_is_loaded(study: Make, monkeypatch: Patch):

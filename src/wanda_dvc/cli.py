@@ -178,7 +178,7 @@ def show(
     """Show the last results of each model, or several experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as show_results
 
-    typer.echo(show_results(study=_find_study(), names=names or [], as_json=as_json, text=text))
+    typer.echo(show_results(study=_find_study(), names=names or [], as_json=as_json, continuations=text))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)

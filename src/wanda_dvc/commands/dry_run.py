@@ -15,7 +15,7 @@ from wanda_dvc.params import Params, download_sources, nested
 from wanda_dvc.plan import WINDOWS_BACK
 from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
 from wanda_dvc.reading import is_there
-from wanda_dvc.results.show import pruning
+from wanda_dvc.results.show import pruning_label
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
 from wanda_dvc.stages.needs import Conditions, free, gigabytes, requirements, solver_requirements
@@ -38,7 +38,7 @@ def describe_run(request: PruneRequest) -> str:
         needs = _needs(study, sizes, evaluate=request.evaluate)
     params = study.params
     lines = [
-        f"{params.model}: {pruning(params)}, sparsity {float(params.plan.sparsity):g}, into {request.target}",
+        f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}, into {request.target}",
         f"Fetched: {', '.join(_fetched(study, config)) or 'nothing'}.",
         *needs,
         "This was a dry run: nothing was pruned.",

@@ -16,7 +16,7 @@ from wanda_dvc.results.compare import DENSE, records, side_by_side
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.show import notes
+from wanda_dvc.results.show import table_notes
 from wanda_dvc.sources.models import GGUF, read_model
 from wanda_dvc.stages import check_stage_inputs
 from wanda_dvc.stages.inputs import model_dtype
@@ -49,7 +49,7 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
             name = str(path.absolute() if str(path) == DENSE else path)  # the dense model has that name
             models[name] = _measure(study, path, Study(work.path / str(number)))
         compared = records(models, base=DENSE)  # read before the work folder is removed
-        paragraphs = [table(*side_by_side(models, base=DENSE)), *notes({DENSE: study.params}, models)]
+        paragraphs = [table(*side_by_side(models, base=DENSE)), *table_notes({DENSE: study.params}, models)]
         work.discard()
     if not as_json:
         return "\n\n".join(paragraphs)

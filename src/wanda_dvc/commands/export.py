@@ -17,10 +17,10 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.card import card
 from wanda_dvc.results.compare import DENSE, side_by_side
 from wanda_dvc.results.current import other_settings, stale_stages
-from wanda_dvc.results.experiments import Experiment, at, workspace
+from wanda_dvc.results.experiments import Experiment, read_at, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
-from wanda_dvc.results.show import continuations_table, notes
+from wanda_dvc.results.show import continuations_table, table_notes
 from wanda_dvc.stages.apply import describe_pruned, write_pruned
 from wanda_dvc.study.artifact import (
     MODEL_COMMANDS,
@@ -106,7 +106,7 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
         names = ("models/dense", "models/recovered", "masks", "stats", "weights", "params.yaml", LOCK)
         links.link_to(study, *names)
     else:
-        experiment = at(study, revision, links.root)
+        experiment = read_at(study, revision, links.root)
         recovers = experiment.params.recovery.tokens > 0
         _take_inputs(study, links, revision, recovers=recovers, with_norms=with_norms)
     params = experiment.params.model_copy(update={"runtime": study.params.runtime})
@@ -163,7 +163,7 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models, params = experiment.models, experiment.params
-    sentences = list(notes({experiment.name: params}, models))
+    sentences = list(table_notes({experiment.name: params}, models))
     if params.recovery.tokens:
         provenance = read_provenance(experiment.study.model("recovered"), MODEL_COMMANDS["recovered"])
         training = f"on {provenance['tokens']:,} tokens towards the dense model"

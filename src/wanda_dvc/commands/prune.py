@@ -19,7 +19,7 @@ from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import MEASURES, figures
-from wanda_dvc.results.show import notes, title
+from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages.download import find_model_config
 from wanda_dvc.stages.needs import check_solver, choose_training
 from wanda_dvc.study.artifact import locked
@@ -109,10 +109,11 @@ def _summary(experiment: Experiment, dense: int, final: int, *, evaluate: bool) 
     perplexity, divergence = measures["perplexity"], measures["divergence"]
     for text in experiment.final.texts if evaluate else ():
         values = [
-            perplexity.text(results, text, interval=False) for results in (experiment.results[DENSE], experiment.final)
+            perplexity.formatted(results, text, interval=False)
+            for results in (experiment.results[DENSE], experiment.final)
         ]
         parts.append(f"perplexity on {text}: {' → '.join(values)}")
-        parts.append(f"divergence {divergence.text(experiment.final, text, interval=False)} nats")
+        parts.append(f"divergence {divergence.formatted(experiment.final, text, interval=False)} nats")
     return f"{'; '.join(parts)}."
 
 
@@ -133,13 +134,13 @@ def _paragraphs(experiment: Experiment, *, evaluate: bool) -> list[str]:
     measures = headings(list(models.values())) if evaluate else {}
     rows = []
     for heading, (measure, target) in measures.items():
-        rows.append([heading, *(measure.text(results, target) for results in models.values())])
+        rows.append([heading, *(measure.formatted(results, target) for results in models.values())])
     folders = [experiment.study.model(name) for name in models]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])
-    paragraphs = [title(experiment, named=False), table(["", *models], rows)]
+    paragraphs = [settings_line(experiment, named=False), table(["", *models], rows)]
     if evaluate:  # else earlier results may be of another model
-        sentences = notes({experiment.name: experiment.params}, models)
+        sentences = table_notes({experiment.name: experiment.params}, models)
         paragraphs += [sentence for sentence in sentences if sentence.startswith("Perplexity on")]
         paragraphs += experiment.notes
     return paragraphs

@@ -46,8 +46,8 @@ up GPU inference; a pattern such as 2:4 does with hardware and kernels for it, w
 NO_LICENSE = "Unknown: the files of the dense model name none. Find it, and comply, before you share the model."
 
 
-def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) -> str:
-    """Return the model card of a pruned model, with the `metrics` of `apply`, and `results`, more sections by title."""
+def card(study: Study, metrics: Json, sections: Mapping[str, str] | None = None) -> str:
+    """Return the model card of a pruned model, with the `metrics` of `apply`, and more sections by title."""
     dense = read_provenance(study.model("dense"), "download model")
     masks = read_provenance(study.masks, "mask")
     choices, calibration = masks["params"], masks["calibration"]
@@ -61,11 +61,11 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
         what = f"{percent} of the weights in the linear layers of the blocks are zero"
         limits = ZEROS
     chosen_by = inline(choices["method"])
-    if structure and method and method.needs == "gram":
+    if structure and method and method.needs == "gram":  # `greedy_obs` chooses units in place of every reconstruction
         chosen_by = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
     elif method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
-    solver = Plan.from_dict(choices).reconstructor
+    reconstruction = Plan.from_dict(choices).reconstructor
     counts = calibration.get("shares", [calibration["windows"]])  # of each text
     settings = {
         "dense model": dense["source"],
@@ -91,9 +91,9 @@ def card(study: Study, metrics: Json, results: Mapping[str, str] | None = None) 
         source=inline(dense["source"]),
         what=what,
         method=chosen_by,
-        kept=f"Kept weights: {solver.name}: {solver.about}.",
+        kept=f"Kept weights: {reconstruction.name}: {reconstruction.about}.",
         settings=table(["setting", "value"], [(name, inline(value)) for name, value in settings.items()]),
-        results="".join(f"\n## {title}\n\n{body}\n" for title, body in (results or {}).items()),
+        results="".join(f"\n## {title}\n\n{body}\n" for title, body in (sections or {}).items()),
         limits=limits,
         license=f"{', '.join(licenses)}, as its files have it." if licenses else NO_LICENSE,
     )

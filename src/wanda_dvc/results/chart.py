@@ -39,8 +39,8 @@ def chart(measure: Measure, target: str, points: Sequence[tuple[str, float, Resu
     value = measure.read(dense, target)
     if isinstance(value, Estimate):
         ax.axhline(value.value, color="grey", label="dense")
-    ax.set_yscale(measure.drawn)
-    if measure.drawn == LOG:
+    ax.set_yscale(measure.scale)
+    if measure.scale == LOG:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter(lambda tick, _: measure.form(tick))
     ax.minorticks_off()

@@ -1,7 +1,7 @@
 """Compare the results of models: which values may be compared, and their paired tests.
 
-One function on protocols, `study.protocol.differing`, says whether values may be compared: the same windows or items,
-dtype, prompts, and versions of the libraries that computed them.
+One function on protocols, `study.protocol.first_difference`, says whether values may be compared: the same windows or
+items, dtype, prompts, and versions of the libraries that computed them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from wanda_dvc.results.intervals import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, PairedTest, Results, figures
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.protocol import differing
+from wanda_dvc.study.protocol import first_difference
 
 DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known
@@ -33,7 +33,7 @@ def why_not_comparable(measure: Measure, results: Results, base: Results, target
         base_protocol = base_protocols[name]
         if protocol is None or base_protocol is None:
             return MISSING
-        key = differing(protocol, base_protocol)
+        key = first_difference(protocol, base_protocol)
         if key:
             return key
     return None
@@ -100,9 +100,9 @@ def side_by_side(
     pairs = list(dict.fromkeys((name, base_name) for name, base_name, _, _ in tests))
     rows = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
-        row = [heading, *(measure.text(results, target) for results in models.values())]
+        row = [heading, *(measure.formatted(results, target) for results in models.values())]
         for name, base_name in pairs:
             has_value = measure.read(models[base_name], target) is not None  # the dense model has no divergence
-            row.append(measure.test_text(tests.get((name, base_name, measure.name, target))) if has_value else "")
+            row.append(measure.formatted_test(tests.get((name, base_name, measure.name, target))) if has_value else "")
         rows.append(row)
     return ["", *models, *(f"{name} against {base_name}" for name, base_name in pairs)], rows

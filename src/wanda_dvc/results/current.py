@@ -23,10 +23,10 @@ from wanda_dvc.study.lock import Lock, md5
 
 def stale_stages(lock: Lock, settings: Mapping[str, Any]) -> list[str]:
     """Return the stages of a lock that have not run on the current inputs, and on these settings, by dotted name."""
-    plan: dict[str, Json] = {}
+    inputs: dict[str, Json] = {}  # by stage
     with contextlib.suppress(UserError):  # of another version: then DVC's digests alone decide
-        plan = stage_inputs(check_params(nested(settings)))
-    return lock.stale(plan)
+        inputs = stage_inputs(check_params(nested(settings)))
+    return lock.stale(inputs)
 
 
 def changed_files(lock: Lock, root: Path) -> set[str]:
@@ -49,9 +49,9 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
         stale = stale_stages(lock, lock.settings)
         changed = changed_files(lock, study.root)
         left_out = changed | {path for path, stage in lock.writers.items() if stage in stale}
-        rerun = [*stale, *(lock.writers.get(name, name) for name in sorted(changed) if name.endswith(".json"))]
-        if rerun:
-            names = shortened(list(dict.fromkeys(rerun)))
+        to_run = [*stale, *(lock.writers.get(name, name) for name in sorted(changed) if name.endswith(".json"))]
+        if to_run:
+            names = shortened(list(dict.fromkeys(to_run)))
             notes.append(
                 f"Left out, because inputs or files have changed since the run: {names}; run `dvc repro`, or "
                 "`dvc checkout` after `git checkout`."
@@ -67,7 +67,8 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
         results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        if not provenance or (model == "pruned" and has_other_masks):  # the lock says which figures are current
+        # DVC does not cache models/pruned: it may be of another experiment than masks/ and the figures of the lock.
+        if not provenance or (model == "pruned" and has_other_masks):
             continue
         others = results[model].leave_out_others(digest(provenance))
         if others:
@@ -86,15 +87,15 @@ def _has_other_input(artifact: Path, key: str, source: Path) -> bool:
 
 def other_settings(study: Study) -> list[str]:
     """Return sentences if masks/ or models/recovered have other settings than the study, as after a stage by hand."""
-    plan, sentences = stage_inputs(study.params), list[str]()
+    inputs, sentences = stage_inputs(study.params), list[str]()  # by stage
     for what, folder, stage, key in (
         ("masks/ were", study.masks, "mask", "params"),
         ("models/recovered was", study.model("recovered"), "recover", "recovery"),
     ):
-        if not (plan[stage] and is_there(folder / PROVENANCE)):
+        if not (inputs[stage] and is_there(folder / PROVENANCE)):
             continue
         ran = read_provenance(folder, stage)[key]
-        different = [f"{name}={value}" for name, value in ran.items() if plan[stage].get(name, value) != value]
+        different = [f"{name}={value}" for name, value in ran.items() if inputs[stage].get(name, value) != value]
         if different:
             sentences.append(f"{what} made with other settings: {', '.join(different)}; run `dvc repro`.")
     return sentences

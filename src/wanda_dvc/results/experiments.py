@@ -61,7 +61,7 @@ def workspace(study: Study) -> Experiment:
     return experiment
 
 
-def at(study: Study, name: str, folder: Path) -> Experiment:
+def read_at(study: Study, name: str, folder: Path) -> Experiment:
     """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache; or the workspace.
 
     UserError for an unknown name, one without settings, or with those of another version.
@@ -104,14 +104,14 @@ def collect(*, study: Study, revs: list[str], work: Path) -> tuple[list[Experime
             excluded.append((revision.name, ", ".join([revision.status, *changes])))
             continue
         try:
-            experiment = at(study, revision.rev, work / str(index))
+            experiment = read_at(study, revision.rev, work / str(index))
         except UserError as error:
             excluded.append((revision.name, error.problems[0]))
             continue
         if not experiment.final.metrics:
             excluded.append((revision.name, " ".join(experiment.notes) or "no results"))
             continue
-        experiment.name = revision.name  # `at` was given its commit
+        experiment.name = revision.name  # it was read by its commit
         measured = [experiment.settings, experiment.results[DENSE].metrics, experiment.final.metrics]
         first = experiments.setdefault(json.dumps(measured, sort_keys=True), experiment)
         if revision.name != first.name:

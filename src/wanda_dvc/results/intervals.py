@@ -40,7 +40,7 @@ def perplexity_interval(losses: Sequence[float], predictions: Sequence[int]) -> 
     `losses` are windows' means in nats. None if one is not finite, for fewer than two, or if all are equal and not 0.
     """
     interval = ratio(losses, [0.0] * len(losses), predictions)
-    return interval and interval.within(1, math.inf)
+    return interval and interval.within(1, math.inf)  # a mean loss is at least 0
 
 
 def ratio(losses: Sequence[float], base_losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:

@@ -24,7 +24,7 @@ from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
 
 WORKSPACE = "workspace"
-MEASURED_BY = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")  # settings of measurements
+MEASUREMENT_SETTINGS = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
 SUCCESS = "success"
 # Of a revision; `branch` is also a tag, and `commit` has neither. Equal results get the name of the first kind.
 KINDS = ("experiment", "branch", WORKSPACE, "commit")
@@ -119,7 +119,7 @@ def _current_files(study: Study, rev: str, settings: Mapping[str, Any]) -> set[s
         changed = changed_files(lock, study.root)
     else:
         with contextlib.suppress(UserError):
-            lock = Lock.parse(dvc.git(study.root, "show", f"{rev}:./{LOCK}").stdout)  # empty without a lock
+            lock = Lock.parse(dvc.git(study.root, "show", f"{rev}:./{LOCK}").stdout)  # git prints "" without a lock
     stale = stale_stages(lock, settings)
     return {path for path, stage in lock.writers.items() if stage not in stale} - changed
 
@@ -140,14 +140,14 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         change = one_line(", ".join(f"{key}={value}" for key, value in revision.changes.items()))
         has_state = revision.kind == "experiment" or revision.status != SUCCESS
         status = one_line(revision.status) if has_state else revision.kind
-        values = [measure.text(revision.final, target, interval=False) for measure, target in columns.values()]
+        values = [measure.formatted(revision.final, target, interval=False) for measure, target in columns.values()]
         rows.append([revision.name, status, change, *values])
     text = table(["experiment", "state", "change", *columns], rows)
     measured = [(_params_of(revision.settings), revision) for revision in revisions if revision.final.metrics]
     settings = [resolved(params) if params else revision.settings for params, revision in measured]
-    different = [key for key in differing_settings(settings) if key.startswith(MEASURED_BY)]
-    if different:
-        text += f"\n\nNot all comparable: {shortened(different)} differ. "
+    keys = [key for key in differing_settings(settings) if key.startswith(MEASUREMENT_SETTINGS)]
+    if keys:
+        text += f"\n\nNot all comparable: {shortened(keys)} differ. "
         text += "`wanda-dvc show NAME NAME` tests only equal ones."
     return text
 
@@ -159,13 +159,13 @@ def _params_of(settings: Mapping[str, Any]) -> Params | None:
     return None
 
 
-def differing_settings(several: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the settings that have several values, by dotted name. One that is not everywhere may have one value."""
+def differing_settings(experiments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the settings that have several values, by dotted name. A missing one has no value."""
     values: dict[str, set[str]] = {}
-    for settings in several:
+    for settings in experiments:
         for key, value in settings.items():
             values.setdefault(key, set()).add(repr(value))
-    return [key for key, different in values.items() if len(different) > 1]
+    return [key for key, several in values.items() if len(several) > 1]
 
 
 def flat_records(revisions: Sequence[ListedRevision]) -> list[dict[str, Any]]:
@@ -176,8 +176,7 @@ def flat_records(revisions: Sequence[ListedRevision]) -> list[dict[str, Any]]:
         record = {"experiment": revision.name, "commit": commit, "state": revision.status, **revision.settings}
         for model, results in revision.results.items():
             for measure in MEASURES:
-                # A value that is not finite must rank last, also where a lower one is better.
-                not_finite = math.inf if measure.name.startswith(("perplexity", "divergence")) else math.nan
+                not_finite = math.inf if measure.lower_is_better else math.nan  # it must rank last
                 for target in measure.where(results):
                     value = measure.read(results, target)
                     name = ".".join(part for part in (model, measure.name, target) if part)

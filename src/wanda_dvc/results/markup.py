@@ -23,4 +23,4 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def one_line(text: object) -> str:
     """Return the text in one line, without invisible characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or "–"
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or DASH

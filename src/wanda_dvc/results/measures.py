@@ -252,9 +252,10 @@ class Measure:
     read: Callable[[Results, str], Value]  # a model's value on a text, on a task, or on ""
     form: Callable[[float], str] = "{:.4f}".format  # formats a number
     per: str = PER_MODEL  # or PER_TEXT, PER_TASK, OF_TASKS
+    lower_is_better: bool = False
     brief: bool = False  # whether `list` shows it; the other views show every measure
     paired_test: PairedTest | None = None  # None: the values are only shown
-    drawn: str = ""  # the scale of the report's picture of it, LINEAR or LOG; "": no picture
+    scale: str = ""  # of the report's picture of it, LINEAR or LOG; "": no picture
 
     def protocols_of(self, results: Results, target: str) -> dict[str, Json | None]:
         """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""
@@ -279,11 +280,11 @@ class Measure:
             title = f"{title}, {target}"
         return f"{title}, {self.unit}" if self.unit else title
 
-    def text(self, results: Results, target: str, *, interval: bool = True) -> str:
+    def formatted(self, results: Results, target: str, *, interval: bool = True) -> str:
         """Format a model's value, with its interval if known; `diverged` stays, and a dash means not measured."""
         return _formatted(self.read(results, target), self.form, interval=interval)
 
-    def test_text(self, test: Estimate | None) -> str:
+    def formatted_test(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
         if self.paired_test is None:
             return ""
@@ -300,7 +301,8 @@ def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, in
     return text
 
 
-_text = partial(Measure, per=PER_TEXT)
+_text_row = partial(Measure, per=PER_TEXT)
+_loss_row = partial(_text_row, lower_is_better=True)
 _tasks = partial(Measure, per=OF_TASKS)
 _divergence = partial(read_text_number, name="divergence")
 _mean_divergence = partial(_divergence, part="mean", windows="divergences")
@@ -313,17 +315,17 @@ _agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _poi
 _accuracy_test = PairedTest(compare_answers, _points, " points")
 _mean_test = PairedTest(compare_mean_accuracy, _points, " points")
 MEASURES: tuple[Measure, ...] = (
-    _text("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
-    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
-    _text(
-        "perplexity", "perplexity", "", read_perplexity, "{:,.2f}".format, brief=True, paired_test=_ratios, drawn=LOG
+    _loss_row("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
+    _text_row("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
+    _loss_row(
+        "perplexity", "perplexity", "", read_perplexity, "{:,.2f}".format, brief=True, paired_test=_ratios, scale=LOG
     ),
-    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
-    _text("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
-    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
-    _text("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
+    _loss_row("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
+    _loss_row("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
+    _loss_row("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
+    _loss_row("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, paired_test=_accuracy_test),
-    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_mean_test, drawn=LINEAR),
+    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_mean_test, scale=LINEAR),
     _tasks("lost", "right → wrong", "", partial(read_changed_answers, way="lost"), "{:.0f}".format, brief=True),
     _tasks("gained", "wrong → right", "", partial(read_changed_answers, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(read_changed_answers, way="swapped"), "{:.0f}".format),

@@ -37,7 +37,7 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
                 all_settings = settings | {f"perplexity.text.{key}": value for key, value in of_text.items()}
                 figure_name = target if measure.per == PER_TASK else measure.name
                 for source, figure in matching_figures(all_settings, figure_name):
-                    row = [title, heading, source, f"{figure}", measure.text(results, target)]
+                    row = [title, heading, source, f"{figure}", measure.formatted(results, target)]
                     if row not in rows:  # several experiments have one dense model
                         rows.append(row)
     return rows

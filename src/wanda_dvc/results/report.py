@@ -19,9 +19,9 @@ from wanda_dvc.plan import CHOICES
 from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.compare import DENSE, MISSING, headings, not_comparable, side_by_side
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
-from wanda_dvc.results.listing import MEASURED_BY, differing_settings
+from wanda_dvc.results.listing import MEASUREMENT_SETTINGS, differing_settings
 from wanda_dvc.results.published import published_rows
-from wanda_dvc.results.show import notes, pruning
+from wanda_dvc.results.show import pruning_label, table_notes
 from wanda_dvc.stages import check_outside
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.folder import Study
@@ -67,7 +67,7 @@ def page(title: str, experiments: Sequence[Experiment], excluded: Excluded) -> s
 
 def _without_folders(text: object) -> object:
     """Leave out the folders of local paths in a text of the page: pages are shared."""
-    return text if hasattr(text, "__html__") else FOLDERS.sub("", str(text))  # all but markup of the template
+    return text if hasattr(text, "__html__") else FOLDERS.sub("", str(text))  # markup of the template has it
 
 
 def group(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
@@ -78,7 +78,7 @@ def group(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     groups: list[list[Experiment]] = []
     for experiment in experiments:
         for members in groups:
-            if not any(differences(experiment, member) for member in members):
+            if not any(why_separate(experiment, member) for member in members):
                 members.append(experiment)
                 break
         else:
@@ -86,27 +86,27 @@ def group(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     return groups
 
 
-def differences(experiment: Experiment, base: Experiment) -> list[str]:
-    """Return what keeps the results of two experiments from being compared; [] if nothing does."""
+def why_separate(experiment: Experiment, base: Experiment) -> list[str]:
+    """Return why two experiments are in different sections: settings, or reasons; [] if they may be compared."""
     reasons = [
         *not_comparable(experiment.results[DENSE], base.results[DENSE]).values(),
         *not_comparable(experiment.final, base.final).values(),
     ]
-    different = differing_settings([experiment.settings, base.settings])
-    keys = [key for key in different if key.startswith(MEASURED_BY)]
+    settings = differing_settings([experiment.settings, base.settings])
+    keys = [key for key in settings if key.startswith(MEASUREMENT_SETTINGS)]
     return [key for key in dict.fromkeys([*keys, *reasons]) if key != MISSING]
 
 
 def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     """Return what a section of the page shows: experiments that may be compared, and differences from the `first`."""
-    different = differing_settings([experiment.settings for experiment in members])
-    in_labels = [key for key in different if not key.startswith(MEASURED_BY) and key not in IN_NAMES]
+    varying = differing_settings([experiment.settings for experiment in members])
+    in_labels = [key for key in varying if not key.startswith(MEASUREMENT_SETTINGS) and key not in IN_NAMES]
 
     experiments: dict[str, Experiment] = {}
     points = []
-    for experiment in sorted(members, key=lambda member: (pruning(member.params), member.settings["sparsity"])):
+    for experiment in sorted(members, key=lambda member: (pruning_label(member.params), member.settings["sparsity"])):
         settings = [f"{key}={experiment.settings[key]!r}" for key in in_labels]
-        label = FOLDERS.sub("", ", ".join([pruning(experiment.params), *settings]))
+        label = FOLDERS.sub("", ", ".join([pruning_label(experiment.params), *settings]))
         sparsity = experiment.settings["sparsity"]
         commit = f" [{experiment.commit[:7]}]" if experiment.commit else ""
         experiments[f"{experiment.name}{commit}: {label}, sparsity {sparsity:g}"] = experiment
@@ -115,19 +115,19 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     # All members have equal figures of the dense model; one may have more texts.
     dense = max((experiment.results[DENSE] for experiment in members), key=lambda results: len(results.metrics))
     models = {DENSE: dense} | {name: experiment.final for name, experiment in experiments.items()}
-    other_recipes = []  # pairs at equal other settings
+    other_recipes = []  # pairs of experiments that differ only in choices of a recipe
     for (base_name, base), (name, experiment) in combinations(experiments.items(), 2):
-        differing = differing_settings([base.settings, experiment.settings])
-        if differing and set(differing) <= set(CHOICES):
+        keys = differing_settings([base.settings, experiment.settings])
+        if keys and set(keys) <= set(CHOICES):
             other_recipes.append((name, base_name))
     headers, rows = side_by_side(models, base=DENSE, further=other_recipes)
 
     charts = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
-        if measure.drawn:
+        if measure.scale:
             charts.append((heading, svg(chart(measure, target, points, dense))))
 
-    shared = {key: value for key, value in members[0].settings.items() if key not in different}
+    shared = {key: value for key, value in members[0].settings.items() if key not in varying}
     calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
     libraries: Json = {}
     for name in dense.metrics:
@@ -135,9 +135,9 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
             libraries |= protocol.get("libraries", {})
     return {
         "model": members[0].params.model,
-        "differences": differences(members[0], first),
+        "differences": why_separate(members[0], first),
         "protocol": [
-            *notes({name: experiment.params for name, experiment in experiments.items()}, models),
+            *table_notes({name: experiment.params for name, experiment in experiments.items()}, models),
             f"Settings: {', '.join(calibration)}.",
             f"Libraries: {', '.join(f'{name} {version}' for name, version in libraries.items()) or 'not known'}.",
         ],

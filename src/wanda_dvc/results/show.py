@@ -10,7 +10,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, MISSING, not_comparable, records, side_by_side
-from wanda_dvc.results.experiments import Experiment, at
+from wanda_dvc.results.experiments import Experiment, read_at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import TEXT_PREFIX, Results
@@ -22,24 +22,24 @@ from wanda_dvc.study.folder import Study
 BOS = {"first window": ", BOS token in the first window only", "none": ", no BOS token"}  # by a protocol's entry
 
 
-def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text: bool = False) -> str:
+def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, continuations: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
 
-    A row is a measure; with `text`, a prompt. Paired tests compare with the dense model, or the first of several names.
+    A row is a measure; with `continuations`, a prompt. Tests compare with the dense model, or the first of the names.
     """
     if DENSE in names:
         raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
     base = names[0] if len(names) > 1 else DENSE
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        experiments = [at(study, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
+        experiments = [read_at(study, name, Path(work, str(place))) for place, name in enumerate(names or [WORKSPACE])]
         models = experiments[0].models
         if names:
             models = {DENSE: experiments[0].results[DENSE]}
             models |= {experiment.name: experiment.final for experiment in experiments}
-        if text:
-            continuations = continuations_table(models)
-            if continuations:
-                return continuations
+        if continuations:
+            texts = continuations_table(models)
+            if texts:
+                return texts
             todo = "`dvc repro` writes those of prompts.txt if the model fits in memory"
             raise UserError(f"continuations: missing; {todo}")
         if as_json:
@@ -48,10 +48,10 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, text
             return json_text(content if names else content | {"times": times(study)})
         params = {experiment.name: experiment.params for experiment in experiments}
         parts = [
-            "\n".join(title(experiment, named=bool(names)) for experiment in experiments),
+            "\n".join(settings_line(experiment, named=bool(names)) for experiment in experiments),
             "\n".join(note for experiment in experiments for note in experiment.notes),
             table(*side_by_side(models, base=base)),
-            *notes(params, models, base=base),
+            *table_notes(params, models, base=base),
         ]
         if len({settings.model for settings in params.values()}) > 1:
             parts.append(f"The experiments have different dense models: {DENSE} is that of {names[0]}.")
@@ -69,10 +69,10 @@ def continuations_table(models: dict[str, Results], form: Callable[[object], str
     return table(["prompt", *models], rows) if rows else ""
 
 
-def title(experiment: Experiment, *, named: bool) -> str:
+def settings_line(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
     params = experiment.params
-    sentence = f"{params.model}: {pruning(params)}, sparsity {float(params.plan.sparsity):g}"
+    sentence = f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}"
     if named:
         return f"{experiment.name}: {sentence}"
     if not is_there(experiment.study.masks / PROVENANCE):
@@ -80,7 +80,7 @@ def title(experiment: Experiment, *, named: bool) -> str:
     return sentence
 
 
-def pruning(params: Params) -> str:
+def pruning_label(params: Params) -> str:
     """Return the recipe, with the choices that were set separately, the pattern and the training."""
     parts = [params.recipe]
     for name in CHOICES:
@@ -94,13 +94,13 @@ def pruning(params: Params) -> str:
     return ", ".join(parts)
 
 
-def notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
+def table_notes(params: Mapping[str, Params], models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
     """Yield what a reader of the table has to know: the texts, the items, the tests, and limits of the values.
 
     `params` has each experiment's settings by name; those of other models are the first's.
     """
     for name, results in models.items():
-        if base not in models or name in (base, DENSE):
+        if name in (base, DENSE):
             continue
         keys = not_comparable(results, models[base])
         if keys:

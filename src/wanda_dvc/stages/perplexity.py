@@ -25,7 +25,7 @@ from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, finish, read_provenance
 from wanda_dvc.study.files import Json, json_number, write_csv, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.protocol import differing, identity
+from wanda_dvc.study.protocol import first_difference, identity
 from wanda_dvc.study.tensors import read_window, write_window
 
 
@@ -149,7 +149,7 @@ def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence
 def _reference_provenance(study: Study, text: str, protocol: Json) -> Json:
     """Return the provenance of a text's reference. UserError if another model's `protocol` is not comparable."""
     provenance = read_provenance(study.reference(text), "perplexity dense")
-    key = differing(provenance["protocol"], protocol)
+    key = first_difference(provenance["protocol"], protocol)
     if key:
         raise UserError(
             f"reference/{text}: measured with {key} {provenance['protocol'].get(key)}, expected {protocol.get(key)}, "

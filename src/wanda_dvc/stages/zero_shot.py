@@ -24,7 +24,7 @@ from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import ITEMS, Study
-from wanda_dvc.study.protocol import differing, identity
+from wanda_dvc.study.protocol import first_difference, identity
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
@@ -65,7 +65,7 @@ def zero_shot(*, study: Study, model: str) -> None:
 
 def flips(before: Json, after: Json, run_name: str) -> Json:
     """Return by metric the dense model's answers to a task that pruning changed, in each direction; {} without any."""
-    key = differing(before["protocol"], after["protocol"])
+    key = first_difference(before["protocol"], after["protocol"])
     if key:
         notice(
             f"{run_name}: not compared with the dense model's answers, which are of another {key}; "

@@ -17,7 +17,7 @@ def identity(version: int, provenance: Json, model: Path) -> Json:
     return {"version": version, "model": digest(provenance), "dense": dense, "tokenizer_sha256": tokenizer}
 
 
-def differing(protocol: Json, expected: Json) -> str | None:
+def first_difference(protocol: Json, expected: Json) -> str | None:
     """Return the first key that makes two results incomparable; None if they may be compared.
 
     Builds of one version of a library, such as `+cpu` and `+cu128` of torch, count as equal.
