@@ -19,7 +19,7 @@ class Inline:
     ran: list[tuple[str, Any]] = field(default_factory=list)
     models: dict[Decoder, Decoder] = field(default_factory=dict)  # the worker's, by the driver's
 
-    workers = 1
+    workers, device = 1, CPU
 
     def map(self, function: Callable[..., Any], inputs: Iterable[Any], what: str = "task") -> Iterator[Any]:
         sent = pickle.dumps(function)

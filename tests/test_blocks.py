@@ -172,11 +172,14 @@ def test_a_structure_that_is_not_understood_says_so():
         structure.find_blocks(module)
 
 
-@given(st.integers(0, 20_000))
-def test_shards_hold_every_row_once_and_in_order(number: int):
-    cut = [chunk.places for chunk in cut_into_chunks([TokenSequence(torch.arange(1))] * number)]
+@given(st.integers(0, 20_000), st.sampled_from([("cpu", 1), ("cuda", 8), ("mps", 1)]))
+def test_shards_hold_every_row_once_and_in_order(number: int, kind_and_least: tuple[str, int]):
+    """A GPU has at least eight to run together."""
+    kind, least = kind_and_least
+    cut = [chunk.places for chunk in cut_into_chunks([TokenSequence(torch.arange(1))] * number, kind)]
     assert [row for shard in cut for row in shard] == list(range(number))
-    assert len(cut) >= min(number, sequences.PREFERRED_CHUNKS)
+    assert len(cut) >= min(number // least, sequences.PREFERRED_CHUNKS)
+    assert all(len(shard) >= least for shard in cut[:-1])
     assert all(1 <= len(shard) <= sequences.LARGEST_CHUNK for shard in cut)
     assert len({len(shard) for shard in cut[:-1]}) <= 1
     assert all(len(after) <= len(before) for before, after in pairwise(cut))

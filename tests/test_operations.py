@@ -30,19 +30,16 @@ SIZES = {"width": 64, "length": 32, "windows": 2, "questions": 2}
 # What is doubled, the other sizes, and the recipes: masks follow from sums, whatever the number of tokens.
 DOUBLED: dict[str, tuple[dict[str, int], list[str]]] = {
     "width": (SIZES, [*RECIPES]),
-    "windows": (SIZES | {"windows": 32, "length": 8}, ["wanda"]),  # two in each of 16 chunks
+    "windows": (SIZES | {"windows": 4, "length": 8}, ["wanda"]),  # one chunk
     "length": (SIZES, ["wanda"]),
     "questions": (SIZES, ["wanda"]),
     "experts": (SIZES | {"experts": 4}, ["wanda", "fisher"]),
 }
 # What may grow, at most how many times as a size doubles, and why.
-WINDOW = "a window's logits fill a GPU: they are measured one window at a time"
 EXPERT = "each expert's matrix is a linear, with an input, a Gram matrix and a mask of its own"
 MAY_GROW: dict[tuple[str, str], tuple[float, str]] = {
     ("width", "mask sparsegpt"): (2.0, "the sweep goes input by input"),
     ("width", "apply sparsegpt"): (2.0, "the same sweep gives the new values"),
-    ("windows", "perplexity dense"): (2.0, WINDOW),
-    ("windows", "perplexity pruned"): (2.0, WINDOW),
 }
 for _stage in ("calibrate norms", "calibrate fisher", "mask wanda", "mask fisher", "apply wanda", "apply fisher"):
     MAY_GROW["experts", _stage] = (2.0, EXPERT)

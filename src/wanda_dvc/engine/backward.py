@@ -53,10 +53,10 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
 @torch.no_grad()
 def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
     """Write the gradients of each sequence's loss with respect to its activations after the last block."""
-    alone = [[sequence] for sequence in chunk.sequences]
-    after = run.activations.read_batches(len(model.blocks), chunk.number, alone, model.copies)
-    gradients = (model.loss_gradient(states, x.tokens) for x, states in zip(chunk.sequences, after, strict=True))
-    run.gradients.write(0, chunk.number, gradients)
+    batches = model.batches(chunk.sequences, streamed=True)
+    after = run.activations.read_batches(len(model.blocks), chunk.number, batches, model.copies)
+    tokens = (torch.stack([x.tokens for x in batch]) for batch in batches)
+    run.gradients.write(0, chunk.number, map(model.loss_gradient, after, tokens))
 
 
 @in_smaller_batches

@@ -160,6 +160,7 @@ class Cluster:
             where = f"got {device} with workers of {address}"
             raise UserError(f"runtime.device: {where}, expected a node with a GPU; set auto")
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
+        self.device = torch.device("cuda" if self._kind == "GPU" else "cpu")  # of tasks; which GPU: `task_device`
         self._threads = min(omp_threads() or THREADS, smallest)
         self._expected = Expected(VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu")
         resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}

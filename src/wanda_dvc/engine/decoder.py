@@ -257,17 +257,19 @@ class Decoder:
         for positions in self._positions_at_a_time(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 
-    def loss_gradient(self, hidden: States, tokens: Int[Tensor, " length"]) -> States:
-        """Return the gradient of the loss, summed over all tokens but the first, with respect to `hidden`."""
-        tokens = tokens.to(self.device)
-        targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
+    def loss_gradient(self, hidden: States, tokens: Int[Tensor, "batch length"]) -> States:
+        """Return the gradient of the loss, summed over all tokens but each text's first, with respect to `hidden`."""
+        ignored = -100  # cross_entropy's target of no token, after each text's last one
+        targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=ignored).flatten()[:-1].to(self.device)
+        joined, tokens = hidden.flatten(0, 1)[None], tokens.flatten().to(self.device)
+        gradient = torch.zeros(joined.shape, device=self.device)
         for positions in self._positions_at_a_time(len(targets)):
-            states = hidden[:, positions].to(self.device).detach().requires_grad_()
+            states = joined[:, positions].to(self.device).detach().requires_grad_()
             with torch.enable_grad():
                 logits = self._logits(states, tokens[positions])
                 loss = nn.functional.cross_entropy(logits.float(), targets[positions], reduction="sum")
             gradient[:, positions] = torch.autograd.grad(loss, states)[0].float()
-        return gradient
+        return gradient.view(hidden.shape)
 
     def _positions_at_a_time(self, length: int) -> Iterator[slice]:
         size = max(1, LOGITS_AT_A_TIME // self.sizes.vocabulary)

@@ -184,7 +184,7 @@ class ModelRunner:
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
-        self.chunks = cut_into_chunks(sequences)
+        self.chunks = cut_into_chunks(sequences, (self.cluster or self.decoder).device.type)
         # A part for the dense activations, or for the gradients of the backward pass that follows if more are kept.
         budget_parts = 2 if with_dense or kept > 1 else 1
         self.store = self.new_store("own", kept=kept, budget_parts=budget_parts)

@@ -1,7 +1,7 @@
 """Token sequences, the model's input: one text, or several questions one after another; and chunks of sequences.
 
-The cut into chunks depends only on the number of sequences, and sums are merged in the chunks' order. So sums are
-byte-identical for any assignment of chunks to processes, and for any order of completion.
+The cut into chunks depends only on the number of sequences and the kind of device, and sums are merged in the chunks'
+order. So sums are byte-identical for any assignment of chunks to processes, and for any order of completion.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 Hidden = Sequence[Float[Tensor, "_ width"]]  # the hidden states of several sequences
 States = Float[Tensor, "batch length width"]  # of the sequences that run together
 PREFERRED_CHUNKS, LARGEST_CHUNK = 16, 100  # number of chunks; sequences of a chunk
+SMALLEST_CHUNK = {"cpu": 1, "cuda": 8}  # sequences, if a task has as many: a GPU runs those of a chunk together
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +77,15 @@ class Chunk(NamedTuple):
     sequences: Sequence[TokenSequence]
 
 
-def cut_into_chunks(sequences: Sequence[TokenSequence]) -> list[Chunk]:
-    """Return the sequences of each task, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100."""
+def cut_into_chunks(sequences: Sequence[TokenSequence], kind: str = "cpu") -> list[Chunk]:
+    """Return the sequences of each task, cut into chunks: 128 make 16 chunks of 8, ten thousand 100 of 100.
+
+    `kind` of device: 8 sequences make 8 chunks on a CPU, and one on `cuda`.
+    """
+    smallest = SMALLEST_CHUNK.get(kind, 1)
     places: list[range] = []
     for _, of_task in groupby(range(len(sequences)), key=lambda number: sequences[number].task):
         numbers = list(of_task)
-        size, end = min(max(len(numbers) // PREFERRED_CHUNKS, 1), LARGEST_CHUNK), numbers[-1] + 1
+        size, end = min(max(len(numbers) // PREFERRED_CHUNKS, smallest), LARGEST_CHUNK), numbers[-1] + 1
         places += [range(start, min(start + size, end)) for start in range(numbers[0], end, size)]
     return [Chunk(number, each, sequences[each.start : each.stop]) for number, each in enumerate(places)]

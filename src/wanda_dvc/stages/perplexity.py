@@ -72,7 +72,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
 def _write_predictions(run: ModelRunner, windows: int, work: Work, run_name: str) -> list[float]:
     """Write the dense model's predictions of each window; return each window's mean loss."""
     losses: list[float] = []
-    results = run.map_outputs(measure_windows, lambda _: None)
+    results = run.map_outputs(measure_windows, lambda _: ())
     shown = progress(results, total=windows, what=f"{run_name}, output head, windows")
     for window, (loss, predictions) in enumerate(shown):
         losses.append(loss)
