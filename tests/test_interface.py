@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc import interface
+from wanda_dvc.params import read_params
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.scaffold import init
 
@@ -56,6 +57,105 @@ def test_a_model_or_a_text_that_a_study_does_not_have_is_refused_before_a_settin
     with pytest.raises(wd.UserError, match="text: found x, expected embedded"):
         wd.perplexity(study, text="x", sparsity=0.7)
     assert (study.path / "params.yaml").read_bytes() == before
+
+
+def settings_now(study: wd.Study) -> tuple[str, str, float]:
+    params = read_params(study.path / "params.yaml")
+    return params.recipe, params.pattern, params.sparsity
+
+
+def test_no_setting_of_a_call_stays_for_the_next_one(calibrated: Path, tmp_path: Path, monkeypatch: Patch):
+    study = wd.Study(shutil.copytree(calibrated, tmp_path / "study", symlinks=True))
+    monkeypatch.setattr(interface, "reproduce", lambda *_: None)
+    monkeypatch.setattr(wd.Study, "masks", lambda _: {})
+    wd.mask(study, pattern="2:4", recipe="admm")
+    assert settings_now(study) == ("admm", "2:4", 0.5)
+    wd.mask(study, sparsity=0.6)
+    assert settings_now(study) == ("wanda", "unstructured", 0.6)
+    with interface._changed(wd.Study(study.path), {"perplexity": {"windows": 3}}, from_last=True):
+        assert settings_now(study) == ("wanda", "unstructured", 0.6)  # that `perplexity` measures
+    wd.mask(study)
+    assert settings_now(study) == ("wanda", "unstructured", 0.5)
+    assert read_params(study.path / "params.yaml").perplexity.windows != 3
+    path = study.path / "params.yaml"
+    path.write_text(path.read_text().replace("sparsity: 0.5", "sparsity: 0.4"))  # an edit by hand stays
+    wd.mask(study, pattern="2:4")
+    wd.mask(study)
+    assert settings_now(study) == ("wanda", "unstructured", 0.4)
+
+
+def test_calibrating_again_reopens_the_study(tmp_path: Path, monkeypatch: Patch):
+    """Also after a call that failed, of a wrong id."""
+
+    def missing(*_: object) -> None:
+        raise wd.UserError("model: org/wrong: no such repository")
+
+    monkeypatch.setattr(interface, "reproduce", missing)
+    refused(wd.calibrate, "org/wrong", tmp_path / "study", says="org/wrong: no such")
+    monkeypatch.setattr(interface, "reproduce", lambda *_: None)
+    study = wd.calibrate("org/right", tmp_path / "study", sparsity=0.3)
+    first = (study.path / "params.yaml").read_bytes()
+    assert read_params(study.path / "params.yaml").model == "org/right"
+    monkeypatch.setattr(wd.Study, "masks", lambda _: {})
+    wd.mask(study, pattern="2:4")
+    assert settings_now(study) == ("fisher", "2:4", 0.3)
+    again = wd.calibrate("org/right", tmp_path / "study", sparsity=0.3)
+    assert (again.path / "params.yaml").read_bytes() == first
+    wd.calibrate("org/right", tmp_path / "study", recipe="admm")
+    assert settings_now(study) == ("admm", "unstructured", 0.5)
+    (study.path / "params.yaml").write_text((study.path / "params.yaml").read_text().replace("seed: 0", "seed: 7"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").touch()
+    refused(wd.calibrate, "org/right", tmp_path / "other", says="other: holds thesis.txt, expected a new or an empty")
+
+
+def linear_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(32, generator=generator) * 3 + 0.1
+    mixing = torch.eye(32) + 0.3 * torch.randn(32, 32, generator=generator)
+    return torch.randn(24, 32, generator=generator), (torch.randn(400, 32, generator=generator) * scale) @ mixing
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wanda_on_one_linear_is_its_formula(pattern: str, dtype: torch.dtype):
+    weight, inputs = (tensor.to(dtype) for tensor in linear_inputs())
+    pruned, mask = wd.prune_linear(weight, inputs, sparsity=0.5, pattern=pattern)
+    score = weight.float().abs() * inputs.float().norm(dim=0)
+    groups = score.unflatten(1, (-1, 4 if pattern == "2:4" else 32))
+    lowest = groups.argsort(dim=2)[:, :, : groups.shape[2] // 2]
+    expected = torch.ones_like(groups, dtype=torch.bool).scatter(2, lowest, False).flatten(1)
+    assert torch.equal(mask, expected)
+    assert pruned.dtype == dtype
+    assert torch.equal(pruned, weight * mask)
+
+
+@pytest.mark.parametrize("recipe", ["wanda-refit", "sparsegpt", "admm"])
+def test_a_solver_on_one_linear_is_closer_to_its_output(recipe: str):
+    weight, inputs = linear_inputs()
+    before = weight.clone()
+    pruned, mask = wd.prune_linear(weight, inputs, recipe=recipe)
+    assert torch.equal(weight, before)
+    assert float(mask.float().mean()) == 0.5
+    assert not pruned[~mask].any()
+    errors = [((weight - new) @ inputs.T).norm() for new in (pruned, weight * mask)]
+    assert errors[0] < 0.9 * errors[1]
+    by_gram, gram_mask = wd.prune_linear(weight, gram=inputs.T @ inputs, recipe=recipe)
+    assert torch.equal(gram_mask, mask)
+    torch.testing.assert_close(by_gram, pruned, rtol=1e-3, atol=1e-3)
+
+
+def test_what_one_linear_cannot_have_is_refused():
+    weight, inputs = linear_inputs()
+    refused(wd.prune_linear, weight, inputs, recipe="fisher", says="recipe: found fisher, which reads gradients")
+    refused(
+        wd.prune_linear, weight, inputs, pattern="neurons", says="pattern: found neurons, expected one for a linear"
+    )
+    refused(wd.prune_linear, weight, inputs, sparsity=2, says="sparsity: found 2, expected less than 1")
+    refused(wd.prune_linear, weight, says="inputs, gram: found both or none")
+    refused(wd.prune_linear, weight, inputs.T, says=r"found shapes \[24, 32\] and \[32, 400\], expected")
+    refused(wd.prune_linear, weight, gram=inputs, says=r"found shapes \[24, 32\] and \[400, 32\], expected")
+    refused(wd.prune_linear, weight, inputs / 0, says="values that are not finite")
 
 
 def test_functions_on_one_study_run_one_after_the_other(calibrated: Path, tmp_path: Path, monkeypatch: Patch):

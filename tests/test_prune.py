@@ -20,6 +20,7 @@ from repository import Repository
 from test_shape import SLOW_TO_IMPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import wanda_dvc as wd
 from wanda_dvc.commands import prune as module
 from wanda_dvc.commands.dry_run import _operations, describe_run
 from wanda_dvc.commands.prune import prune_model
@@ -37,7 +38,7 @@ from wanda_dvc.study.folder import Study
 
 def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, shown: bool = False) -> None:
     """What DVC runs in a new study, without the starts of its processes."""
-    assert shown
+    assert isinstance(shown, bool)
     study = Study(root)
     for one in STAGES.values():
         for name, named, text in one.runs(study.params.perplexity.texts):
@@ -194,6 +195,23 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch
             prune(model=str(model), recipe="wanda")
         drawn = read_params(studies(model)[0] / "params.yaml").calibration
         assert (drawn.length, drawn.windows * length) == (length, width * 10)
+
+
+def test_the_python_function_is_the_command(model: Path):
+    options = {"recipe": "wanda", "sparsity": "30%", "calibration": {"windows": 4}}
+    pruned = wd.prune(model, "out", **options)
+    (calibrated_study,) = studies(model)
+    assert (pruned.path, pruned.study) == (Path("out").absolute(), calibrated_study)
+    params = read_params(calibrated_study / "params.yaml")
+    assert (params.sparsity, params.calibration.windows) == (0.3, 4)
+    perplexity = pruned.results["pruned"]["perplexity"]["embedded"]["value"]
+    assert f" → {perplexity:,.2f}; " in str(pruned).splitlines()[0]
+    text = prune(
+        model=str(model), target=Path("two"), recipe="wanda", sparsity="0.3", changes={"calibration.windows": 4}
+    )
+    assert text.replace("/two: ", "/out: ") == str(pruned)
+    with pytest.raises(UserError, match="calibration.window: no such setting"):
+        wd.prune(model, "three", calibration={"window": 4})
 
 
 # --- a dry run ---

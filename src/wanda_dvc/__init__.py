@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanda_dvc.errors import UserError
-    from wanda_dvc.interface import Study, calibrate, mask, perplexity, prune
+    from wanda_dvc.interface import Study, calibrate, mask, perplexity, prune, prune_linear
 
 __version__ = "0.1.0"
-__all__ = ["Study", "UserError", "calibrate", "mask", "perplexity", "prune"]
+__all__ = ["Study", "UserError", "calibrate", "mask", "perplexity", "prune", "prune_linear"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,29 +4,35 @@
 other functions take that study. They change its settings and let DVC run the stages that the change affects, so masks,
 weights and figures are the pipeline's. Keyword arguments are the settings of `params.yaml`, sections as dictionaries:
 `calibration={"windows": 128}`.
+
+`mask` and `prune` start from the settings that `calibrate` made, or from `params.yaml` if you have edited it since: no
+setting of an earlier call stays. `perplexity` measures the models of the last call.
 """
 
 import contextlib
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from wanda_dvc.commands import reproduce
+from wanda_dvc.commands.request import check_request
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import flatten
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
-from wanda_dvc.study.artifact import block_count, locked
-from wanda_dvc.study.files import load_json
-from wanda_dvc.study.scaffold import change_settings, changed, init, new_params
+from wanda_dvc.study.artifact import block_count, locked, remove
+from wanda_dvc.study.files import load_json, write_json, write_text
+from wanda_dvc.study.scaffold import PARAMS, changed, init, new_params, source_settings
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
+    from jaxtyping import Bool, Float
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from wanda_dvc.commands.prune import PrunedModel
     from wanda_dvc.pruning.statistics import BlockStats
 
 
@@ -89,12 +95,14 @@ def calibrate(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     **settings: Any,
 ) -> Study:
-    """Make a study of a model, and measure the inputs of its linears, once for every later question.
+    """Make or reopen a study of a model, and measure the inputs of its linears, once for every later question.
+
+    A study with these settings is not measured again; other settings replace its own.
 
     Args:
         model: A directory of safetensors, a Hub id (`ORG/NAME`), `package:NAME==VERSION`, or a causal language model
             of transformers in memory, which is saved into the study and does not change.
-        directory: The new study, in an empty or a new directory; None: a temporary one, which is removed with the last
+        directory: The study, or a new or empty directory; None: a temporary one, which is removed with the last
             reference to the result.
         tokenizer: The tokenizer of a model in memory.
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
@@ -113,47 +121,105 @@ def calibrate(
         raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
     root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
-    source = str(model.expanduser().absolute()) if isinstance(model, Path) else model
-    init(folder=root, model=None if in_memory else str(source))
+    saved = root / "model"
+    source = str(saved) if in_memory else source_settings(_source(model), ())["model"]  # type: ignore[arg-type]
+    if not (root / "params.yaml").is_file():
+        init(folder=root, model=None if in_memory else source)
     study = Study(root)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
-    if in_memory:
-        saved = root / "model"
-        model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
-        tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
-        (saved / ".gitignore").write_text("*\n", encoding="utf-8")
-        settings = {"model": str(saved)} | settings
-    with _changed(study, settings):
+    with _only_function(study):
+        if in_memory:
+            remove(saved)  # of an earlier call
+            model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
+            tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
+            (saved / ".gitignore").write_text("*\n", encoding="utf-8")
+        state = _State(study)
+        base = state.params if state.is_edited else PARAMS.read_text(encoding="utf-8")
+        _, text = changed(base, {"model": source}, settings)
+        state.write(text, calibrated=text)
         reproduce(study.path, "calibrate")
     return study
 
 
 def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
-    """Change settings of a study and choose the weights to keep; return the masks, as `Study.masks`."""
+    """Choose the weights to keep, with `calibrate`'s settings and these; return the masks, as `Study.masks`."""
     with _changed(study, settings):
         reproduce(study.path, "mask")
         return study.masks()
 
 
-def prune(study: Study, **settings: Any) -> "PreTrainedModel":
-    """Change settings of a study, prune its model, and return the pruned model, an ordinary one of transformers.
+@overload
+def prune(model: Study, /, **settings: Any) -> "PreTrainedModel": ...
 
-    The dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
+
+@overload
+def prune(
+    model: str | Path | None = None,
+    directory: str | Path | None = None,
+    /,
+    *,
+    text: str | Sequence[str] = (),
+    eval_text: str | Sequence[str] = (),
+    recover: str | None = None,
+    evaluate: bool = True,
+    **settings: Any,
+) -> "PrunedModel": ...
+
+
+def prune(
+    model: Study | str | Path | None = None, directory: str | Path | None = None, /, **settings: Any
+) -> "PreTrainedModel | PrunedModel":
+    """Prune the model of a study, or any model into a directory.
+
+    Of a study, with `calibrate`'s settings and these, it returns the pruned model, an ordinary one of transformers. The
+    dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
+
+    Of a model, a path or a Hub id, it does what `wanda-dvc prune MODEL DIR` does, in a study in the user's cache
+    folder. `text`, `eval_text` and `recover` are that command's options; `evaluate=False` is its `--no-eval`. The
+    result has the directory, `path`, which may be too large for memory, the measures of each model, `results`, and
+    the folder of the `study`; printed, it is what the command prints.
     """
-    with _changed(study, settings):
+    if not isinstance(model, Study):
+        return _prune_into(_source(model), directory, **settings)
+    if directory is not None:
+        raise UserError(f"directory: found {directory}, expected none: a study has its own; copy its `models/pruned`")
+    with _changed(model, settings):
         from transformers import AutoModelForCausalLM  # its import takes seconds
 
-        reproduce(study.path, "apply")
-        pruned = folder.Study(study.path).model("pruned")
+        reproduce(model.path, "apply")
+        pruned = folder.Study(model.path).model("pruned")
         return AutoModelForCausalLM.from_pretrained(pruned, dtype="auto", trust_remote_code=False)
 
 
-def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
-    """Change settings of a study and measure a model's perplexity: exp(mean loss over its windows' predictions).
+def _prune_into(
+    model: str | None,
+    directory: str | Path | None,
+    *,
+    text: str | Sequence[str] = (),
+    eval_text: str | Sequence[str] = (),
+    **settings: Any,
+) -> "PrunedModel":
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    request = check_request(
+        model=model,
+        target=None if directory is None else Path(directory),
+        texts=[text] if isinstance(text, str) else text,
+        eval_texts=[eval_text] if isinstance(eval_text, str) else eval_text,
+        changes=dict(flatten(settings)),
+        **options,
+    )
+    from wanda_dvc.commands.prune import prune_model  # imports torch
 
-    The model is `dense`, `pruned` or `recovered`; the text is one of the study's `perplexity.texts`, by default the
-    first. The perplexity has six significant digits; it is infinity if a loss is not finite.
+    return prune_model(request, shown=False)
+
+
+def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
+    """Measure a model's perplexity, exp(mean loss over its windows' predictions), with the last call's settings.
+
+    Further settings, such as `perplexity={"windows": 8}`, change those. The model is `dense`, `pruned` or `recovered`;
+    the text is one of the study's `perplexity.texts`, by default the first. The perplexity has six significant digits;
+    it is infinity if a loss is not finite.
     """
     params, _ = changed((study.path / "params.yaml").read_text(encoding="utf-8"), settings)
     text = text or next(iter(params.perplexity.texts))
@@ -161,16 +227,91 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
     for name, value, known in (("model", model, models), ("text", text, list(params.perplexity.texts))):
         if value not in known:
             raise UserError(f"{name}: found {value}, expected {', '.join(known)}, as these settings have it")
-    with _changed(study, settings):
+    with _changed(study, settings, from_last=True):
         reproduce(study.path, "perplexity", model, text)
         measured = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
         return measured if isinstance(measured, float) else float("inf")
 
 
+def prune_linear(
+    weight: 'Float[Tensor, "out in"]',
+    inputs: 'Float[Tensor, "tokens in"] | None' = None,
+    *,
+    gram: 'Float[Tensor, "in in"] | None' = None,
+    recipe: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    **choices: str,
+) -> 'tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]':
+    """Prune one linear: return its new weight, in the same dtype, and its mask; True is kept.
+
+    Args:
+        weight: [out, in], as `torch.nn.Linear` has it. It does not change.
+        inputs: [tokens, in], what the linear reads.
+        gram: XᵀX of the inputs, in place of them.
+        recipe: One that reads no gradients of a model.
+        sparsity: The fraction that is removed.
+        pattern: `unstructured` or n:m.
+        **choices: Separately set choices, such as `method="ria"`.
+    """
+    of_model = {"propagation": "dense", "allocation": "uniform"}  # choices that one linear does not have
+    params, _ = new_params({"recipe": recipe, "sparsity": sparsity, "pattern": pattern} | choices | of_model)
+    plan = params.plan
+    if plan.structure or plan.statistics == "fisher":
+        problem = f"pattern: found {pattern}" if plan.structure else f"recipe: found {recipe}, which reads gradients"
+        raise UserError(f"{problem}, expected one for a linear alone, such as admm, unstructured; use `wd.prune`")
+    given = inputs if gram is None else gram
+    if given is None or (inputs is not None and gram is not None):
+        raise UserError("inputs, gram: found both or none, expected one of them")
+    tokens = weight.shape[-1] if gram is not None else len(given)
+    if weight.ndim != 2 or given.shape != (tokens, weight.shape[-1]):
+        shapes = f"{list(weight.shape)} and {list(given.shape)}"
+        raise UserError(f"weight, inputs: found shapes {shapes}, expected [out, in] and [tokens, in], or [in, in]")
+    if not given.isfinite().all():
+        raise UserError("inputs, gram: found values that are not finite; remove these tokens")
+    from wanda_dvc.pruning.linear import prune_weight  # these import torch
+    from wanda_dvc.pruning.masks import MaskRule
+
+    rule = MaskRule(plan.method, plan.sparsity, plan.pattern, plan.group)
+    return prune_weight(weight, rule, plan.reconstructor, inputs=inputs, gram=gram)
+
+
+OPTIONS = ("recipe", "sparsity", "pattern", "recover", "evaluate")  # of `wanda-dvc prune`, apart from texts
+
+
+def _source(model: str | Path | None) -> str | None:
+    return str(model.expanduser().absolute()) if isinstance(model, Path) else model
+
+
+class _State:
+    """The settings of a study that functions start from, and those that they have left."""
+
+    def __init__(self, study: Study) -> None:
+        self.place, self.file = study.path / "params.yaml", folder.Study(study.path).python_state
+        self.params = self.place.read_text(encoding="utf-8")
+        stored = load_json(self.file)
+        self.is_edited = stored.get("last") != self.params  # also of a study that another interface made
+        self.calibrated: str = self.params if self.is_edited else stored["calibrated"]
+
+    def write(self, params: str, *, calibrated: str) -> None:
+        """Write `params.yaml`, and the settings that `calibrate` made."""
+        write_json(self.file, {"calibrated": calibrated, "last": params})
+        write_text(self.place, params)
+
+
 @contextlib.contextmanager
-def _changed(study: Study, settings: dict[str, Any]) -> Iterator[None]:
-    """Let one function at a time change and read a study; others wait. Its settings change first."""
+def _only_function(study: Study) -> Iterator[None]:
+    """Let one function at a time change and read a study; others wait."""
     lock = folder.Study(study.path).work_root / "interface"
     with locked(lock, f"waiting for another function on {study.path} …"):
-        change_settings(study.path / "params.yaml", settings)
+        yield
+
+
+@contextlib.contextmanager
+def _changed(study: Study, settings: dict[str, Any], *, from_last: bool = False) -> Iterator[None]:
+    """Hold a study, after a change of `calibrate`'s settings, or of the last call's."""
+    with _only_function(study):
+        state = _State(study)
+        _, text = changed(state.params if from_last else state.calibrated, settings)
+        state.write(text, calibrated=state.calibrated)
         yield

@@ -35,7 +35,7 @@ def describe_run(request: PruneRequest) -> str:
     else:
         sizes = ModelSizes.read(config)
         study = study.with_params(new_params(nested(settings_for_model(request, config, sizes)))[0])
-        needs = _needs(study, sizes, evaluate=request.evaluate)
+        needs = _needs_of_run(study, sizes, evaluate=request.evaluate)
     params = study.params
     lines = [
         f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}, into {request.target}",
@@ -60,7 +60,7 @@ def _fetched(study: Study, config: Path | None) -> list[str]:
     return fetched
 
 
-def _needs(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[str]:
+def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[str]:
     params, available = study.params, free(study)
     stages = ["calibrate", *(["recover"] if params.recovery.tokens else []), *(["perplexity"] if evaluate else [])]
     needs = {stage: requirements(study, stage, sizes, available["memory"]) for stage in stages}

@@ -41,8 +41,11 @@ class PrunedModel:
         return self.text
 
 
-def prune_model(request: PruneRequest) -> PrunedModel:
-    """Run the stages of a request's study and move the model to its target. UserError, early, if it does not fit."""
+def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
+    """Run the stages of a request's study and move the model to its target. UserError, early, if it does not fit.
+
+    With `shown` the stages write to this process's stderr themselves.
+    """
     with locked(request.root, f"waiting for another `wanda-dvc prune` of this model, in {request.root} …"):
         study = Study(request.root).with_params(request.params)
         check_target(study, request.target)  # another command may have written it meanwhile
@@ -51,13 +54,13 @@ def prune_model(request: PruneRequest) -> PrunedModel:
         config = find_model_config(study)
         if config:
             _check_that_it_fits(study, ModelSizes.read(config))
-        reproduce(study.root, "download", "model", shown=True)
+        reproduce(study.root, "download", "model", shown=shown)
         sizes = ModelSizes.read(study.model("dense"))
         if not config:
             _check_that_it_fits(study, sizes)
         renew(study.root, nested(settings_for_model(request, study.model("dense"), sizes)))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
-        reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=True)
+        reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=shown)
         experiment = workspace(Study(request.root))
         models = experiment.models if request.evaluate else {}  # else earlier results may be of another model
         results = {name: figures(measured) for name, measured in models.items()}

@@ -111,6 +111,11 @@ class Study:
         return self.repository / ".dvc" / "tmp" / "wanda-dvc-times" / f"{run}.json"
 
     @property
+    def python_state(self) -> Path:
+        """The file of the settings that the functions of the Python interface start from."""
+        return self.work_root.with_name("wanda-dvc-python.json")
+
+    @property
     def answers(self) -> Path:
         """The folder of zero-shot answers by task: a run with one more task evaluates only the new task."""
         return self.work_root.with_name("wanda-dvc-answers")
