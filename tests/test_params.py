@@ -29,7 +29,7 @@ LINES = {
     "method: wands": 'method: found "wands", expected magnitude, wanda, ria, sparsegpt, admm, reap or',
     "recovery__tokens: 1000000001": "recovery.tokens: found 1000000001, expected less than or equal to 1000000000",
     "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
-    "calibration: 3": "calibration: found 3, expected a valid dictionary or instance of Calibration",
+    "calibration: 3": "calibration: found 3, expected settings",
     "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
     "recovery__text: {source: embedded, split: test}": "recovery.text: found the text that perplexity is measured on",
     "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",

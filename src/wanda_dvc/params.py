@@ -154,7 +154,7 @@ class CalibrationText(Text):
         ge=1,
         le=MAX_WINDOWS,
         description="of several texts: windows of this one; null: an equal share of `calibration.windows`. In "
-        "`recovery.text`, shares of the training are in proportion",
+        "`recovery.text`: its share of the training, in proportion to the others'; null: 1",
     )
     calibrates: ClassVar[bool] = True
 
@@ -334,16 +334,11 @@ class Params(_Section):
 
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
-        calibrated = [text.chosen for text in self.calibration.texts]
-        measured = self.perplexity.texts[name].chosen
-        is_same = (measured.dataset or measured.source) in [text.dataset or text.source for text in calibrated]
-        if len(calibrated) > 1:
-            subject = f"{'One' if is_same else 'None'} of the calibration texts"
-            names = ", ".join(Path(text.source).name for text in calibrated)
-            sentence = f"{subject} ({names}) has the same source"
-        else:
-            sentence = f"The calibration text has {'the same' if is_same else 'another'} source"
-        return f"{sentence}: on text from other sources, a solver gains less" if is_same else sentence
+        texts, measured = self.calibration.texts, self.perplexity.texts[name].chosen
+        names = f" ({', '.join(Path(text.source).name for text in texts)})" if len(texts) > 1 else ""
+        if (measured.dataset or measured.source) not in [text.chosen.dataset or text.source for text in texts]:
+            return f"The calibration text{names} has another source"
+        return f"The calibration text{names} has the same source: on text from other sources, a solver gains less"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -353,26 +348,21 @@ class Params(_Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        measured = {_location(text.chosen): text for text in self.perplexity.texts.values()}
+        measured = [_location(text.chosen) for text in self.perplexity.texts.values()]
         for section, texts in (("calibration", self.calibration.texts), ("recovery", self.recovery.texts)):
-            setting_of: dict[tuple[str | None, ...], str] = {}  # by place of the text
+            used = dict.fromkeys(measured, "the text that perplexity is measured on")
             for setting, text in zip(numbered(f"{section}.text", ".", len(texts)), texts, strict=True):
-                place, todo = _location(text.chosen), "expected another; change its source or split"
-                if place in measured:
-                    split = f", {text.chosen.split}" if text.chosen.split else ""
-                    problem = f"found the text that perplexity is measured on ({measured[place].source}{split})"
-                    yield f"{setting}: {problem}, {todo}"
-                if place in setting_of:
-                    yield f"{setting}: found the text of {setting_of[place]}, {todo}"
-                setting_of[place] = setting
+                place, split = _location(text.chosen), text.chosen.split
+                if place in used:
+                    problem = f"found {used[place]} ({text.source}{f', {split}' if split else ''})"
+                    yield f"{setting}: {problem}, expected another; change its source or split"
+                used[place] = f"the text of {setting}"
         shares, windows = self.calibration.shares, self.calibration.windows
         if min(shares) < 1 or sum(shares) != windows:
             yield (
                 f"calibration.text: found {shares} windows by text, expected 1 or more of each, and {windows}, "
                 "calibration.windows, in all; change them"
             )
-        if len({text.windows is None for text in self.recovery.texts}) > 1:
-            yield "recovery.text: found windows of some texts, expected them of all or none; add or remove some"
 
 
 def apportion(count: int, shares: Sequence[int]) -> list[int]:

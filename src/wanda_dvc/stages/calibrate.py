@@ -110,14 +110,15 @@ def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
     Windows that ask for fewer tokens are a choice of the user.
     """
     needed = TOKENS_A_FEATURE * widest
-    found = f"{drawn.distinct:,} distinct tokens, expected {needed:,} for solvers"
-    expected = f"{TOKENS_A_FEATURE} for each of {widest:,} features"
+    problem = (
+        f"{drawn.distinct:,} distinct tokens, expected {needed:,} for solvers, {TOKENS_A_FEATURE} for each of "
+        f"{widest:,} features"
+    )
     is_text_short = drawn.tokens.numel() >= needed and drawn.distinct < TOO_FEW_TOKENS * widest
     if is_text_short and study.plan.statistics != "norms":
-        raise UserError(f"calibration.text: {found}, {expected}; take a longer text, several texts, or recipe wanda")
+        raise UserError(f"calibration.text: {problem}; take a longer text, such as c4, more texts, or recipe wanda")
     if drawn.distinct < FEW_TOKENS * widest:
-        todo = "raise calibration.length or calibration.windows, or take a longer text"
-        notice(f"calibrate: {found}, {expected}; {todo}")
+        notice(f"calibrate: {problem}; raise calibration.length or calibration.windows, or take a longer text")
 
 
 def _backward(study: Study, work: Work) -> None:

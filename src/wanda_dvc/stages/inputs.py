@@ -109,19 +109,15 @@ def draw_calibration(study: Study) -> DrawnWindows:
     """
     settings = study.stage_input("calibrate/norms")
     shares = settings.get("shares", [settings["windows"]])
-    drawn = []
+    length, seed, texts = settings["length"], settings["seed"], []
     for source, samples in zip(numbered("calibration", "/", len(shares)), shares, strict=True):
-        drawn.append(_draw_from(study, source, samples=samples, length=settings["length"], seed=settings["seed"]))
-    tokens = torch.cat([windows.tokens for windows in drawn])
-    return DrawnWindows(tokens[interleaved(shares)], sum(windows.distinct for windows in drawn))
-
-
-def _draw_from(study: Study, source: str, *, samples: int, length: int, seed: int) -> DrawnWindows:
-    drawn = draw_documents(study, source, samples=samples, length=length, seed=seed)
-    if drawn is not None:
-        return drawn
-    tokens = tokenize(study.text(source), load_tokenizer(study.model("dense")))
-    return draw(tokens, samples=samples, length=length, seed=seed, setting=setting_of(source))
+        drawn = draw_documents(study, source, samples=samples, length=length, seed=seed)
+        if drawn is None:
+            tokens = tokenize(study.text(source), load_tokenizer(study.model("dense")))
+            drawn = draw(tokens, samples=samples, length=length, seed=seed, setting=setting_of(source))
+        texts.append(drawn)
+    windows = torch.cat([drawn.tokens for drawn in texts])[interleaved(shares)]
+    return DrawnWindows(windows, sum(drawn.distinct for drawn in texts))
 
 
 def setting_of(source: str) -> str:
