@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,7 +74,7 @@ def test_divergence_falls_and_zeros_stay(tied: bool, changes: dict[str, Any], tm
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
     with mock.patch.object(trainer, "RecoveryTrainer", wraps=trainer.RecoveryTrainer) as trainers:
         weights, curve = train(dense, pruned, tmp_path / "work", steps=19, **changes)
-    assert all(one.grad is None for one in trainers.call_args.args[0].parameters())  # of the dense model: no memory
+    assert all(one.grad is None for one in trainers.call_args.kwargs["dense"].parameters())  # of the dense model: no memory
     assert curve[-1]["tokens"] == 19 * 2 * 16  # also after a last step between two evaluations
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["embedded"] < curve[0]["embedded"]
@@ -125,33 +127,84 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(stor
         assert weights is None  # there is nothing to gain, or nothing is gained
 
 
-def test_two_processes_make_the_weights_of_one(tmp_path: Path):
-    """Also if the GPU of one has memory for all activations, and that of the other has not."""
-    dense, pruned = pair(tmp_path)
-    one, curve = train(dense, pruned, tmp_path / "one", steps=4)
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # of `accelerate launch --use_fsdp --fsdp_version 2`
+
+
+def launch(processes: int, environ: dict[str, str], function: Callable[[int], object]) -> list[int]:
+    """Run a function of the rank in processes as `accelerate launch` starts them; return their exit codes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
-    shared["ACCELERATE_MIXED_PRECISION"] = "bf16"  # of an `accelerate config`
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}  # of an `accelerate config`
     children = []
-    for rank in ("0", "1"):
+    for rank in range(processes):
         if not (child := os.fork()):
-            os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
+            os.environ.update(shared | environ, RANK=str(rank), LOCAL_RANK=str(rank))
             code = 1
             try:
-                made, seen = train(dense, pruned, tmp_path / "two", steps=4, checkpointing=rank == "1")
-                written(made, tmp_path / rank)
-                (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
+                function(rank)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    first, second = (load_file(tmp_path / rank / "model.safetensors") for rank in "01")
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.parametrize(
+    ("environ", "dtype", "rtol"),
+    [({}, torch.float32, 1e-4), (FSDP, torch.bfloat16, 2**-7)],  # a value in bfloat16 may be rounded up and down
+    ids=["copies", "split"],
+)
+def test_two_processes_make_the_weights_of_one(
+    environ: dict[str, str], dtype: torch.dtype, rtol: float, tmp_path: Path
+):
+    """Also if the GPU of one has memory for all activations, and that of the other has not."""
+    dense, pruned = pair(tmp_path, dtype=dtype)
+    one, curve = train(dense, pruned, tmp_path / "one", steps=4)
+
+    def run(rank: int) -> None:
+        made, seen = train(dense, pruned, tmp_path / "two", steps=4, checkpointing=rank == 1)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
+        if rank == 0 or not environ:
+            written(made, tmp_path / str(rank))
+
+    assert launch(2, environ, run) == [0, 0]
+    first = load_file(tmp_path / "0" / "model.safetensors")
     for name, weight in written(one, tmp_path / "made").items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "0.json").read_text())[-1]["text"] == pytest.approx(curve[-1]["text"], rel=1e-3)
+        torch.testing.assert_close(first[name], weight, rtol=rtol, atol=1e-5)
+        if not environ:
+            assert torch.equal(first[name], load_file(tmp_path / "1" / "model.safetensors")[name])
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert seen[0] == seen[1]
+    for ours, theirs in zip(seen[0], curve, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.full  # three launches
+def test_a_killed_training_of_split_models_resumes_and_ends_with_the_same_weights(tmp_path: Path):
+    dense, pruned = pair(tmp_path)
+
+    def run(place: str, **changes: Any) -> Callable[[int], None]:
+        def run_rank(rank: int) -> None:
+            made, _ = train(dense, pruned, tmp_path / place, steps=12, **changes)
+            if rank == 0:
+                written(made, tmp_path / f"{place}-model")
+
+        return run_rank
+
+    assert launch(2, FSDP, run("whole")) == [0, 0]
+    assert launch(2, FSDP, run("killed", on_step=mock.Mock(side_effect=[*[None] * 6, KeyboardInterrupt]))) == [1, 1]
+    (last,) = (tmp_path / "killed").glob("checkpoint-*")
+    assert {path.name for path in last.glob("shard-*")} == {"shard-0.pt", "shard-1.pt"}
+    with pytest.raises(UserError, match="got no --use_fsdp, expected 2 processes with --use_fsdp as in"):
+        train(dense, pruned, tmp_path / "killed")
+    assert launch(2, FSDP, run("killed")) == [0, 0]
+    whole, resumed = (load_file(tmp_path / f"{place}-model" / "model.safetensors") for place in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole | resumed)
+    before = load_file(pruned / "model.safetensors")
+    assert all(torch.equal(weight == 0, resumed[name] == 0) for name, weight in before.items() if weight.dim() > 1)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -171,9 +224,13 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
 
 def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pair(tmp_path)
-    refused = {"4 processes, expected a divisor": ("WORLD_SIZE", "4"), "FSDP splits": ("ACCELERATE_USE_FSDP", "true")}
-    for said, (name, value) in refused.items():
-        with mock.patch.dict(os.environ, {name: value}), pytest.raises(UserError, match=f"accelerate launch: {said}"):
+    refused = {
+        "4 processes, expected a divisor": {"WORLD_SIZE": "4"},
+        "DeepSpeed hides": {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "FSDP1 joins weights, .* add --fsdp_version 2": {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"},
+    }
+    for said, environ in refused.items():
+        with mock.patch.dict(os.environ, environ), pytest.raises(UserError, match=f"accelerate launch: {said}"):
             train(dense, pruned, tmp_path / "work")
     monkeypatch.setattr(trainer, "mean_divergence", lambda *_: torch.ones(1))  # without gradients
     with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set recovery.tokens to 0"):

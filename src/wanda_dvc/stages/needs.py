@@ -1,6 +1,6 @@
 """The memory and disk that stages with a model need: estimates from above, by the terms of `engine/memory.py`."""
 
-import os
+import math
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -124,21 +124,29 @@ TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWa
 
 
 def training_memory(given: Conditions, way: TrainingWay) -> int:
-    """Return the memory of a training step, without fixed costs.
+    """Return the memory of a training step in one process, without fixed costs.
 
     In float32 are weights, gradients and two moments; the dense model is in the dtype of the products.
     """
     from wanda_dvc.training.compact import BYTES  # imports torch
+    from wanda_dvc.training.sharding import launched_processes
     from wanda_dvc.training.trainer import LOGITS_OF_SLICE
 
+    processes, is_sharded = launched_processes()
+
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
-    batch = given.params.recovery.batch
+    batch = math.ceil(given.params.recovery.batch / processes)
     block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
     states = (2 if way.low_memory else 4) * length * sizes.hidden * sizes.blocks
     activations = batch * (block + states if way.checkpointing else block * sizes.blocks)
     logits = batch * length * sizes.vocabulary
     if not way.low_memory:
-        return (16 + ITEMSIZE[trained_in(given.dtype, given.device)]) * sizes.parameters + activations + 24 * logits
+        itemsize = ITEMSIZE[trained_in(given.dtype, given.device)]
+        weights = (16 + itemsize) * sizes.parameters
+        if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
+            gathered = 2 * sizes.block_parameters + sizes.other_parameters
+            weights = weights // processes + (8 + itemsize) * gathered
+        return weights + activations + 24 * logits
     weights = round((ITEMSIZE["bfloat16"] + BYTES) * sizes.parameters)
     # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
     gradient = ITEMSIZE["bfloat16"] * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
@@ -147,8 +155,10 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
 
 def fastest_way(given: Conditions) -> TrainingWay:
     """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
+    from wanda_dvc.training.sharding import launched_processes  # imports torch
+
     ways: tuple[TrainingWay, ...] = TRAINING_WAYS
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # of `accelerate launch`
+    if launched_processes()[0] > 1:
         ways = TRAINING_WAYS[:2]  # with low memory, gradients are used before processes could add them up
     for way in ways:
         if FIXED + training_memory(given, way) <= given.free_memory:

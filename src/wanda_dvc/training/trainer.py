@@ -8,11 +8,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,11 +29,13 @@ from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install as install_faster_linears
 from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.training.compact import CompactAdamW
+from wanda_dvc.training.sharding import gathered, launched_processes, local, shard
 
 WARM_UP = 0.05  # of the steps
 LOGITS_OF_SLICE = 2**24  # elements, with `low_memory`
 EVALUATIONS = 10  # per training, at most, on the validation windows; each also writes a checkpoint
 Windows = Int[Tensor, "windows length"]
+SHARD = "shard"  # of a checkpoint: the files of processes, by their number
 Curve = list[dict[str, float]]  # by evaluation: tokens, the divergence on each text, and the score
 
 
@@ -132,7 +136,7 @@ class RecoveryTrainer(Trainer):
         loss: Tensor = super().training_step(model, *inputs, **kwargs)
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.grad is not None:
-                parameter.grad.mul_(parameter.detach() != 0)
+                local(parameter.grad).mul_(local(parameter) != 0)
         self.on_step(self.state.global_step + 1)
         return loss
 
@@ -162,18 +166,20 @@ class RecoveryTrainer(Trainer):
     def _divergences(self) -> dict[str, float]:
         """Return the mean divergence on the validation windows, by text, of weights rounded as they will be stored."""
         model, divergences = self.model.eval(), {}
-        trained = {name: parameter.data for name, parameter in model.named_parameters()}
+        parameters = {name: local(parameter) for name, parameter in model.named_parameters()}
+        stored_dtypes = {name: self.stored_dtypes.get(name, values.dtype) for name, values in parameters.items()}
+        rounded = [name for name, values in parameters.items() if values.dtype != stored_dtypes[name]]
+        trained = {name: parameters[name].clone() for name in rounded}
         try:
-            for name, parameter in model.named_parameters():  # without a copy, if the dtypes are equal
-                stored_dtype = self.stored_dtypes.get(name, parameter.dtype)
-                parameter.data = trained[name].to(stored_dtype).to(parameter.dtype)
+            for name in rounded:
+                parameters[name].copy_(trained[name].to(stored_dtypes[name]))
             with torch.no_grad(), self.autocast_smart_context_manager():
                 for text, windows in self.validation.items():
                     batches = [{"input_ids": window[None].to(self.args.device)} for window in windows]
                     divergences[text] = fmean(self.compute_loss(model, inputs).item() for inputs in batches)
         finally:
-            for name, parameter in model.named_parameters():
-                parameter.data = trained[name]
+            for name in rounded:
+                parameters[name].copy_(trained[name])
         return divergences
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
@@ -181,6 +187,58 @@ class RecoveryTrainer(Trainer):
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(dict(self.model.named_parameters()), Path(output_dir) / "model.safetensors")
+
+
+class ShardedTrainer(RecoveryTrainer):
+    """A trainer of a model that is split over processes. Each writes a file of a checkpoint, and its optimizer.
+
+    The optimizer's parameters are this process's parts of the model's, without what torch would do for them as parts.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)  # the model adds up its gradients
+        vars(self.accelerator)["prepare_model"] = prepare
+
+    def training_step(self, model: Any, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Compute this process's parts of the gradients."""
+        self.optimizer.zero_grad()
+        loss = super().training_step(model, *inputs, **kwargs)
+        for group, parameter in zip(self.optimizer.param_groups, model.parameters(), strict=True):
+            part = group["params"][0]
+            part.data = local(parameter)  # again, as modules that move to a device get other memory
+            part.grad = None if parameter.grad is None else local(parameter.grad)
+        return loss
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        """Make the folder; `_save_optimizer_and_scheduler` writes the weights too."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
+        weights = {name: local(parameter) for name, parameter in self.model.named_parameters()}
+        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+        torch.save({"weights": weights} | states, self._file(output_dir))
+        torch.distributed.barrier()  # before the first process calls the checkpoint complete
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        weights = torch.load(self._file(resume_from_checkpoint), weights_only=True, mmap=True)["weights"]
+        for name, parameter in self.model.named_parameters():
+            local(parameter).copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint is not None:
+            states = torch.load(self._file(checkpoint), weights_only=True, map_location="cpu")
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.lr_scheduler.load_state_dict(states["scheduler"])
+
+    def _file(self, folder: Any) -> Path:
+        return Path(folder) / f"{SHARD}-{self.args.process_index}.pt"
 
 
 def train(
@@ -201,25 +259,32 @@ def train(
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
     and takes its part of a step's windows.
 
+    With `--use_fsdp` processes split both models; only the first returns weights that can be read.
+
     Returns the checkpoint with the weights of the lowest score, or None if no score is below the pruned model's; and
     all evaluations. UserError if the model cannot be trained, or the choices of `accelerate launch` do not fit.
     """
-    # Choices of the user's `accelerate config`, which no artifact names, must not change the result.
-    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
-        os.environ.pop(f"ACCELERATE_{choice}", None)
-    windows_per_process = _windows_per_process(batch)
+    processes, is_sharded = _processes(batch, dtype)
+    last_checkpoint = _last_checkpoint(work, processes if is_sharded else 0)
+    cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
+    # This connects the processes.
+    arguments = _arguments(work, len(windows), batch // processes, batch=batch, dtype=cast_to, device=device)
     logging.set_verbosity_error()
     divergence = sliced_divergence if low_memory else divergence_of_windows
     if low_memory:
         keep_freed_memory(2**22)  # bytes; larger freed tensors would leave holes that no gradient fits in
-    model = load_for_training(pruned, dtype if low_memory else torch.float32, device)
-    dense_model = load_for_training(dense, dtype, device).requires_grad_(False)
+    read_on = torch.device("cpu") if is_sharded else device  # no GPU needs to hold all of a split model
+    model = load_for_training(pruned, dtype if low_memory else torch.float32, read_on)
+    dense_model = load_for_training(dense, dtype, read_on).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
         install_faster_linears(model)
         install_faster_linears(dense_model)
+    sizes = [root_mean_square(parameter.detach()) for parameter in model.parameters()]
     try:
-        tokens = windows[:1, :8].to(device)
-        divergence(dense_model, model.train(), tokens).backward()
+        if is_sharded:
+            shard(model, device)
+            shard(dense_model, device)
+        divergence(dense_model, model.train(), windows[:1, :8].to(device)).backward()
     except Exception as error:  # a model's class may raise any exception
         family = model.config.model_type
         unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
@@ -237,18 +302,17 @@ def train(
             stored_dtypes[name] = checkpoint.read(parts[0].address).dtype  # of a view of the file: no weight is read
     # It grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
     relative_rate = rate * math.sqrt(batch / RECOVERY_BATCH)
-    groups = [{"params": [x], "lr": relative_rate * root_mean_square(x.detach())} for x in model.parameters()]
+    parameters = [torch.nn.Parameter(local(x)) for x in model.parameters()] if is_sharded else model.parameters()
+    groups = [{"params": [x], "lr": relative_rate * size} for x, size in zip(parameters, sizes, strict=True)]
     # torch's fused one is its fastest, on each device.
     optimizer = CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     dataset = [{"input_ids": window} for window in windows]
-    cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
-    trainer = RecoveryTrainer(
-        dense_model, validation, stored_dtypes, on_step, divergence,
-        model=model, train_dataset=dataset, optimizers=(optimizer, None),
+    trainer = (ShardedTrainer if is_sharded else RecoveryTrainer)(
+        dense=dense_model, validation=validation, stored_dtypes=stored_dtypes, on_step=on_step, divergence=divergence,
+        model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
         eval_dataset=dataset,  # Trainer requires one; `evaluate` reads the validation windows instead
-        args=_arguments(work, len(windows), windows_per_process, batch=batch, dtype=cast_to, device=device),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=last_checkpoint)
     best = trainer.state.best_metric
     if best is None or best >= 1:
         return None, trainer.curve
@@ -296,7 +360,7 @@ def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[
     weights: dict[Address, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for stored in slices.get(name, []):  # a tied name need not be stored
-            weights[stored.address] = stored.of(parameter.detach())
+            weights[stored.address] = stored.of(gathered(parameter))
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
@@ -308,21 +372,40 @@ def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[
     return EditedCheckpoint(checkpoint, read, weights)
 
 
-def _windows_per_process(batch: int) -> int:
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
-            raise UserError(f"accelerate launch: {name} splits gradients, so no mask can act; add --multi_gpu")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Return the number of processes, and whether they split the model. UserError if they cannot train so."""
+    processes, is_sharded = launched_processes()
     if batch % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected a divisor of recovery.batch, {batch}")
-    return batch // processes
+    if is_sharded and dtype is torch.float16:
+        raise UserError(
+            "accelerate launch: --use_fsdp: got a GPU without bfloat16, expected one with it; add --multi_gpu"
+        )
+    # Choices of the user's `accelerate config`, which no artifact names, must not change the result. `shard` splits
+    # models: accelerate splits none on CPUs, and not the dense one.
+    for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP"):
+        os.environ.pop(f"ACCELERATE_{choice}", None)
+    return processes, is_sharded
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """Return the last complete checkpoint, if any. Each is written in place, its trainer_state.json last."""
+def _last_checkpoint(work: Path, shards: int) -> str | None:
+    """Return the last complete checkpoint, if any. Each is written in place, its trainer_state.json last.
+
+    UserError if it is not in as many files of processes (0 for a model that is not split).
+    """
     complete = {}
     for folder in work.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError):  # missing, or cut
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            complete[state["global_step"]] = str(folder.absolute())
-    return complete[max(complete)] if complete else None
+            complete[state["global_step"]] = folder.absolute()
+    if not complete:
+        return None
+    last = complete[max(complete)]
+    before = len(list(last.glob(f"{SHARD}-*")))
+    if before != shards:
+        runs = [f"{count} processes with --use_fsdp" if count else "no --use_fsdp" for count in (shards, before)]
+        raise UserError(
+            f"accelerate launch: got {runs[0]}, expected {runs[1]} as in the interrupted training; "
+            f"launch it so, or remove {work}"
+        )
+    return str(last)

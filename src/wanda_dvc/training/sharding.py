@@ -1,0 +1,64 @@
+"""A model whose parameters are split over processes, by torch's FSDP2.
+
+accelerate splits models on GPUs alone, and transformers those few whose authors say how. torch splits any module, on
+CPUs too, so a test runs the code that several GPUs run.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from wanda_dvc.engine.structure import find_blocks
+from wanda_dvc.errors import UserError
+
+
+def launched_processes() -> tuple[int, bool]:
+    """Return the number of processes of `accelerate launch`, 1 without it, and whether they split a model (FSDP2).
+
+    UserError if they would split it in another way.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "accelerate launch: DeepSpeed hides gradients, so no mask can act; add --use_fsdp or --multi_gpu"
+        )
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and processes > 1
+    if is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate launch: FSDP1 joins weights, so no mask can act; add --fsdp_version 2")
+    return processes, is_sharded
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Move a model to a device, and keep this process's part of each parameter: rows of its first dimension.
+
+    Other parts are gathered for a block's forward pass, and for its backward pass. Gradients are means over processes.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in find_blocks(model)[1]:
+        fully_shard(block, mesh=mesh)
+    # By default the rest stays gathered after a forward pass, and a later change of its parts would have no effect.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, as a view without gradients; of a tensor that is not split, all."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; of a split one, in the memory of the first process's CPU. Others get a tensor on `meta`.
+
+    Each process must call this.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    complete: Tensor = tensor.full_tensor()
+    return complete.to("cpu" if torch.distributed.get_rank() == 0 else "meta")
