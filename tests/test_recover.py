@@ -74,7 +74,7 @@ def test_divergence_falls_and_zeros_stay(tied: bool, changes: dict[str, Any], tm
     dense, pruned = pair(tmp_path, tie_word_embeddings=tied, attention_bias=True)  # biases of 0 change
     with mock.patch.object(trainer, "RecoveryTrainer", wraps=trainer.RecoveryTrainer) as trainers:
         weights, curve = train(dense, pruned, tmp_path / "work", steps=19, **changes)
-    assert all(one.grad is None for one in trainers.call_args.kwargs["dense"].parameters())  # of the dense model: no memory
+    assert all(one.grad is None for one in trainers.call_args.kwargs["dense"].parameters())  # no memory
     assert curve[-1]["tokens"] == 19 * 2 * 16  # also after a last step between two evaluations
     assert curve[-1]["text"] < curve[0]["text"]
     assert curve[-1]["embedded"] < curve[0]["embedded"]
