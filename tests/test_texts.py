@@ -13,6 +13,7 @@ from conftest import calibrate as calibrate_all
 from hypothesis import given
 from hypothesis import strategies as st
 from repository import Repository
+from test_sources import SHARD, documents, packed
 
 from wanda_dvc.engine.windows import DrawnWindows, cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -187,6 +188,18 @@ def test_windows_of_a_text_depend_on_no_other_text(study: Make, sources: list[di
     assert len(drawn) == 4
 
 
+def test_documents_in_a_list_are_drawn_as_alone(study: Make, sources: list[dict[str, Any]], tmp_path: Path):
+    shard = tmp_path / "mirror/allenai/c4" / SHARD
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(packed(documents()))
+    windows = []
+    for texts, count in (({"source": "c4"}, 6), ([sources[0], {"source": "c4"}], 12)):
+        made = study(calibration__text=texts, calibration__windows=count, runtime__mirror=str(tmp_path / "mirror"))
+        windows.append(calibration_windows(fetch(made, "model", "calibration")).tolist())
+    assert windows[0] == [window for window in windows[1] if window in windows[0]]
+    assert len(windows[1]) == 12
+
+
 def test_provenance_of_the_statistics_names_all_texts(study: Make, sources: list[dict[str, Any]]):
     texts = [sources[0] | {"windows": 3}, sources[1]]
     made = study(calibration__text=texts, calibration__windows=4, recipe="admm")
@@ -278,7 +291,18 @@ def test_only_what_depends_on_a_text_or_its_share_runs_again(
 WIDEST = 100  # features: solvers want 1,000 tokens
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "admm", "fisher"])
+@pytest.mark.parametrize(
+    ("settings", "solves"),
+    [
+        ({"recipe": "wanda"}, None),
+        ({"recipe": "wanda", "calibration__statistics": "gram"}, False),
+        ({"recipe": "wanda", "group": "outputs"}, False),
+        ({"recipe": "wanda-refit"}, True),
+        ({"recipe": "admm"}, True),
+        ({"recipe": "fisher"}, True),
+        ({"recipe": "sparsegpt", "propagation": "pruned"}, True),
+    ],
+)
 @pytest.mark.parametrize(
     ("drawn", "distinct", "result"),
     [
@@ -292,16 +316,19 @@ WIDEST = 100  # features: solvers want 1,000 tokens
         (64000, 64000, "silent"),
     ],
 )
-def test_distinct_tokens_for_solvers(study: Make, recipe: str, drawn: int, distinct: int, result: str, capsys: Capture):
+def test_distinct_tokens_for_solvers(
+    study: Make, settings: dict[str, str], solves: bool | None, drawn: int, distinct: int, result: str, capsys: Capture
+):
     windows = DrawnWindows(torch.zeros(1, drawn, dtype=torch.long), distinct)
-    made = study(recipe=recipe, calibration__statistics="gram")
+    made = study(**settings)
     capsys.readouterr()
-    if result == "refused" and recipe != "wanda":
+    if result == "refused" and solves:
         with pytest.raises(UserError, match=rf"calibration.text: {distinct} distinct tokens, expected 1,000 .* recipe"):
             _check_distinct(made, windows, WIDEST)
     else:
         _check_distinct(made, windows, WIDEST)
-        assert ("distinct tokens, expected 1,000" in capsys.readouterr().err) == (result != "silent")
+        is_reported = result != "silent" and solves is not None
+        assert ("distinct tokens, expected 1,000" in capsys.readouterr().err) == is_reported
 
 
 def test_tokens_that_several_windows_have_count_once(study: Make, sources: list[dict[str, Any]], monkeypatch: Patch):

@@ -84,8 +84,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     sizes = run.decoder.sizes
     announce(study, "calibrate", sizes)
     drawn = draw_calibration(study)
-    if gram:
-        _check_distinct(study, drawn, sizes.widest)
+    _check_distinct(study, drawn, sizes.widest)
     finished = min(artifact.finished_blocks(work.out) for work in works)
     unreached = 0  # experts of the blocks that this run measures
     steps = run.forward(drawn.tokens, finished=finished)
@@ -109,13 +108,17 @@ def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
 
     Windows that ask for fewer tokens are a choice of the user.
     """
+    plan = study.plan
+    solves = plan.mask_solves or plan.apply_reconstructs
+    if not solves and not study.stage_input("calibrate/gram"):
+        return
     needed = TOKENS_A_FEATURE * widest
     problem = (
         f"{drawn.distinct:,} distinct tokens, expected {needed:,} for solvers, {TOKENS_A_FEATURE} for each of "
         f"{widest:,} features"
     )
     is_text_short = drawn.tokens.numel() >= needed and drawn.distinct < TOO_FEW_TOKENS * widest
-    if is_text_short and study.plan.statistics != "norms":
+    if is_text_short and solves:
         raise UserError(f"calibration.text: {problem}; take a longer text, such as c4, more texts, or recipe wanda")
     if drawn.distinct < FEW_TOKENS * widest:
         notice(f"calibrate: {problem}; raise calibration.length or calibration.windows, or take a longer text")
