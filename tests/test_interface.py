@@ -72,11 +72,13 @@ def test_no_setting_of_a_call_stays_for_the_next_one(calibrated: Path, tmp_path:
     assert settings_now(study) == ("admm", "2:4", 0.5)
     wd.mask(study, sparsity=0.6)
     assert settings_now(study) == ("wanda", "unstructured", 0.6)
-    with interface._changed(wd.Study(study.path), {"perplexity": {"windows": 3}}, from_last=True):
+    with interface._changed(wd.Study(study.path), {"perplexity": {"windows": 3}}, start="prune"):
         assert settings_now(study) == ("wanda", "unstructured", 0.6)  # that `perplexity` measures
+    with interface._changed(study, {}, start="prune"):
+        assert settings_now(study) == ("wanda", "unstructured", 0.6)
+        assert read_params(study.path / "params.yaml").perplexity.windows != 3
     wd.mask(study)
     assert settings_now(study) == ("wanda", "unstructured", 0.5)
-    assert read_params(study.path / "params.yaml").perplexity.windows != 3
     path = study.path / "params.yaml"
     path.write_text(path.read_text().replace("sparsity: 0.5", "sparsity: 0.4"))  # an edit by hand stays
     wd.mask(study, pattern="2:4")

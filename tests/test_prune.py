@@ -172,7 +172,7 @@ def test_a_further_text_is_measured_and_a_setting_overrides_an_option(model: Pat
 
 def test_names_and_values_of_options():
     requested = check_request(
-        target=Path("/tmp/new-model"), eval_texts=["ptb", "org/data:a@b", "org/data", "embedded"],
+        target=Path("/tmp/new-model"), eval_text=["ptb", "org/data:a@b", "org/data", "embedded"],
         changes=parse_changes(["recipe=wanda"]),
     )  # fmt: skip
     texts = {name: text.source for name, text in requested.params.perplexity.texts.items()}
@@ -220,18 +220,18 @@ def test_the_python_function_is_the_command(model: Path):
 def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     text = model.with_name("text.txt")
     text.write_text("The sea is deep and blue, and nobody knows its end. " * 40)
-    request = check_request(model=str(model), target=Path("out"), texts=[str(text)], eval_texts=["ptb"], recover="1k")
+    request = check_request(model=str(model), target=Path("out"), text=[str(text)], eval_text=["ptb"], recover="1k")
     lines = describe_run(request).splitlines()
     assert not [*Path().iterdir(), *studies(model)]
     assert lines[0].startswith(f"{model}: fisher, recovery.tokens 1,000, sparsity 0.5, into ")
     assert lines[1] == "Fetched: ptb (perplexity/ptb)."
     sizes = ModelSizes.read(model)
     assert f"{sizes.parameters:,} parameters" in lines[2]
-    prune(model=str(model), recipe="fisher", texts=[str(text)], evaluate=False)
+    prune(model=str(model), recipe="fisher", text=[str(text)], evaluate=False)
     (calibrated_study,) = studies(model)
     drawn = read_params(calibrated_study / "params.yaml").calibration
     assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens, ")
-    known = describe_run(check_request(model=str(model), target=Path("out"), texts=[str(text)])).splitlines()
+    known = describe_run(check_request(model=str(model), target=Path("out"), text=[str(text)])).splitlines()
     assert known[1] == "Fetched: nothing."
     needed = max(requirements(Study(calibrated_study), stage, sizes).memory for stage in ("calibrate", "perplexity"))
     assert f"Memory: about {needed / 1e6:.1f} MB" in known[4] or f"Memory: about {needed / 1e9:.1f} GB" in known[4]

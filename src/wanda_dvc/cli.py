@@ -160,8 +160,8 @@ def prune(
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
         request = check_request(
-            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, texts=text or [],
-            eval_texts=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
+            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text or [],
+            eval_text=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
         )  # fmt: skip
         from wanda_dvc.commands.dry_run import describe_run  # imports torch, which takes seconds
         from wanda_dvc.commands.prune import prune_model

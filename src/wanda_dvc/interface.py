@@ -6,14 +6,14 @@ weights and figures are the pipeline's. Keyword arguments are the settings of `p
 `calibration={"windows": 128}`.
 
 `mask` and `prune` start from the settings that `calibrate` made, or from `params.yaml` if you have edited it since: no
-setting of an earlier call stays. `perplexity` measures the models of the last call.
+setting of an earlier call stays. `perplexity` starts from those of the last `mask` or `prune`.
 """
 
 import contextlib
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from wanda_dvc.commands.prune import PrunedModel
     from wanda_dvc.pruning.statistics import BlockStats
+
+# Of the command `prune`; other keyword arguments are settings.
+OPTIONS = ("recipe", "sparsity", "pattern", "text", "eval_text", "recover", "evaluate")
 
 
 class Study:
@@ -134,10 +137,10 @@ def calibrate(
             model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
             tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
             (saved / ".gitignore").write_text("*\n", encoding="utf-8")
-        state = _State(study)
-        base = state.params if state.is_edited else PARAMS.read_text(encoding="utf-8")
+        texts = _read_settings(study)
+        base = PARAMS.read_text(encoding="utf-8") if texts["file"] else texts["calibrate"]  # the user's, if edited
         _, text = changed(base, {"model": source}, settings)
-        state.write(text, calibrated=text)
+        _write_settings(study, {"calibrate": text, "prune": text, "file": text})
         reproduce(study.path, "calibrate")
     return study
 
@@ -154,17 +157,7 @@ def prune(model: Study, /, **settings: Any) -> "PreTrainedModel": ...
 
 
 @overload
-def prune(
-    model: str | Path | None = None,
-    directory: str | Path | None = None,
-    /,
-    *,
-    text: str | Sequence[str] = (),
-    eval_text: str | Sequence[str] = (),
-    recover: str | None = None,
-    evaluate: bool = True,
-    **settings: Any,
-) -> "PrunedModel": ...
+def prune(model: str | Path | None = None, directory: str | Path | None = None, /, **options: Any) -> "PrunedModel": ...
 
 
 def prune(
@@ -176,12 +169,17 @@ def prune(
     dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
 
     Of a model, a path or a Hub id, it does what `wanda-dvc prune MODEL DIR` does, in a study in the user's cache
-    folder. `text`, `eval_text` and `recover` are that command's options; `evaluate=False` is its `--no-eval`. The
-    result has the directory, `path`, which may be too large for memory, the measures of each model, `results`, and
-    the folder of the `study`; printed, it is what the command prints.
+    folder. `text`, `eval_text` (a text or a list) and `recover` are that command's options; `evaluate=False` is its
+    `--no-eval`. The result has the directory, `path`, of a model that may be too large for memory, the measures of each
+    model, `results`, and the folder of the `study`; printed, it is what the command prints.
     """
     if not isinstance(model, Study):
-        return _prune_into(_source(model), directory, **settings)
+        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+        target = None if directory is None else Path(directory)
+        request = check_request(model=_source(model), target=target, **options, changes=dict(flatten(settings)))
+        from wanda_dvc.commands.prune import prune_model  # imports torch
+
+        return prune_model(request, shown=False)
     if directory is not None:
         raise UserError(f"directory: found {directory}, expected none: a study has its own; copy its `models/pruned`")
     with _changed(model, settings):
@@ -192,42 +190,20 @@ def prune(
         return AutoModelForCausalLM.from_pretrained(pruned, dtype="auto", trust_remote_code=False)
 
 
-def _prune_into(
-    model: str | None,
-    directory: str | Path | None,
-    *,
-    text: str | Sequence[str] = (),
-    eval_text: str | Sequence[str] = (),
-    **settings: Any,
-) -> "PrunedModel":
-    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-    request = check_request(
-        model=model,
-        target=None if directory is None else Path(directory),
-        texts=[text] if isinstance(text, str) else text,
-        eval_texts=[eval_text] if isinstance(eval_text, str) else eval_text,
-        changes=dict(flatten(settings)),
-        **options,
-    )
-    from wanda_dvc.commands.prune import prune_model  # imports torch
-
-    return prune_model(request, shown=False)
-
-
 def perplexity(study: Study, model: str = "pruned", *, text: str = "", **settings: Any) -> float:
-    """Measure a model's perplexity, exp(mean loss over its windows' predictions), with the last call's settings.
+    """Measure a model's perplexity, exp(mean loss over its windows' predictions), of the last `mask` or `prune`.
 
-    Further settings, such as `perplexity={"windows": 8}`, change those. The model is `dense`, `pruned` or `recovered`;
-    the text is one of the study's `perplexity.texts`, by default the first. The perplexity has six significant digits;
-    it is infinity if a loss is not finite.
+    Settings, such as `perplexity={"windows": 8}`, change those of that call. The model is `dense`, `pruned` or
+    `recovered`; the text is one of the study's `perplexity.texts`, by default the first. The perplexity has six
+    significant digits; it is infinity if a loss is not finite.
     """
-    params, _ = changed((study.path / "params.yaml").read_text(encoding="utf-8"), settings)
+    params, _ = changed(_read_settings(study)["prune"], settings)
     text = text or next(iter(params.perplexity.texts))
     models = [name for name, variant in STAGES["perplexity"].variants.items() if variant.wanted(params)]
     for name, value, known in (("model", model, models), ("text", text, list(params.perplexity.texts))):
         if value not in known:
             raise UserError(f"{name}: found {value}, expected {', '.join(known)}, as these settings have it")
-    with _changed(study, settings, from_last=True):
+    with _changed(study, settings, start="prune"):
         reproduce(study.path, "perplexity", model, text)
         measured = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
         return measured if isinstance(measured, float) else float("inf")
@@ -276,27 +252,8 @@ def prune_linear(
     return prune_weight(weight, rule, plan.reconstructor, inputs=inputs, gram=gram)
 
 
-OPTIONS = ("recipe", "sparsity", "pattern", "recover", "evaluate")  # of `wanda-dvc prune`, apart from texts
-
-
 def _source(model: str | Path | None) -> str | None:
     return str(model.expanduser().absolute()) if isinstance(model, Path) else model
-
-
-class _State:
-    """The settings of a study that functions start from, and those that they have left."""
-
-    def __init__(self, study: Study) -> None:
-        self.place, self.file = study.path / "params.yaml", folder.Study(study.path).python_state
-        self.params = self.place.read_text(encoding="utf-8")
-        stored = load_json(self.file)
-        self.is_edited = stored.get("last") != self.params  # also of a study that another interface made
-        self.calibrated: str = self.params if self.is_edited else stored["calibrated"]
-
-    def write(self, params: str, *, calibrated: str) -> None:
-        """Write `params.yaml`, and the settings that `calibrate` made."""
-        write_json(self.file, {"calibrated": calibrated, "last": params})
-        write_text(self.place, params)
 
 
 @contextlib.contextmanager
@@ -307,11 +264,29 @@ def _only_function(study: Study) -> Iterator[None]:
         yield
 
 
+def _read_settings(study: Study) -> dict[str, str]:
+    """Return each params.yaml that functions start from: of `calibrate`, and of the last `mask` or `prune`.
+
+    Both are the user's, if the file is not as a function left it.
+    """
+    stored, text = load_json(folder.Study(study.path).python_state), (study.path / "params.yaml").read_text("utf-8")
+    if stored.get("file") == text:
+        return {"calibrate": stored["calibrate"], "prune": stored["prune"], "file": text}
+    return {"calibrate": text, "prune": text, "file": ""}
+
+
+def _write_settings(study: Study, texts: dict[str, str]) -> None:
+    write_json(folder.Study(study.path).python_state, texts)
+    write_text(study.path / "params.yaml", texts["file"])
+
+
 @contextlib.contextmanager
-def _changed(study: Study, settings: dict[str, Any], *, from_last: bool = False) -> Iterator[None]:
-    """Hold a study, after a change of `calibrate`'s settings, or of the last call's."""
+def _changed(study: Study, settings: dict[str, Any], *, start: str = "calibrate") -> Iterator[None]:
+    """Hold a study, with a change of the settings of `calibrate`, or of the last call that pruned."""
     with _only_function(study):
-        state = _State(study)
-        _, text = changed(state.params if from_last else state.calibrated, settings)
-        state.write(text, calibrated=state.calibrated)
+        texts = _read_settings(study)
+        _, texts["file"] = changed(texts[start], settings)
+        if start == "calibrate":
+            texts["prune"] = texts["file"]
+        _write_settings(study, texts)
         yield

@@ -38,8 +38,8 @@ def check_request(
     recipe: str | None = None,
     sparsity: str | float | None = None,
     pattern: str = UNSTRUCTURED,
-    texts: Sequence[str] = (),
-    eval_texts: Sequence[str] = (),
+    text: str | Sequence[str] = (),
+    eval_text: str | Sequence[str] = (),
     recover: str | None = None,
     evaluate: bool = True,
     changes: Settings | None = None,
@@ -48,14 +48,14 @@ def check_request(
 
     `changes` are settings by dotted name, which replace those of the options.
     """
-    settings = source_settings(model, texts or default_texts(model)) | {"pattern": pattern}
+    settings = source_settings(model, text or default_texts(model)) | {"pattern": pattern}
     if recipe is not None:
         settings["recipe"] = recipe
     if sparsity is not None:
         settings["sparsity"] = _parse_sparsity(sparsity)
     settings["recovery.tokens"] = _parse_tokens(recover) if recover else 0
-    if eval_texts:
-        settings["perplexity.texts"] = _perplexity_texts(eval_texts)
+    if eval_text:
+        settings["perplexity.texts"] = _perplexity_texts([eval_text] if isinstance(eval_text, str) else eval_text)
     for name, value in (changes or {}).items():
         for section in [name[:index] for index, letter in enumerate(name) if letter == "."]:
             if not isinstance(settings.get(section, {}), dict):  # such as a list of texts
