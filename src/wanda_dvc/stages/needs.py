@@ -76,7 +76,7 @@ def gigabytes(size: int) -> str:
 
 
 def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
-    """Return what the settings' solver needs, and the disk for Gram matrices to measure; None without a solver."""
+    """Return what the settings' solver needs, with Gram matrices that are still to measure; None without a solver."""
     plan = study.params.plan
     if plan.statistics == "norms":
         return None
@@ -88,6 +88,8 @@ def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
         if name in study.params.statistics and not is_there(folder / PROVENANCE):
             squares += size
     memory = FIXED + solving_memory(sizes, uses_fisher=plan.reconstructor.uses_fisher)
+    if squares:
+        memory = max(memory, requirements(study, "calibrate", sizes).memory)
     return Requirements(memory, triangles_size(squares))
 
 
