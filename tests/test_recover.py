@@ -27,7 +27,7 @@ from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.needs import Conditions, choose_training, requirements
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
-from wanda_dvc.study.files import load_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.training import trainer
 
 CPU = torch.device("cpu")
@@ -341,6 +341,36 @@ def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: py
     monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: low - 1)
     with pytest.raises(UserError, match="recovery.tokens: found"):
         choose_training(made, sizes)
+
+
+def test_an_interrupted_training_keeps_its_way_where_it_fits(
+    study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    made = prune(fetch(study(**SMALL)))
+    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
+    given = Conditions(made, ModelSizes.read(made.model("dense")))
+    full, _, low = (FIXED + needs.training_memory(given, way) for way in needs.TRAINING_WAYS)
+    ways = []
+
+    def interrupted(*_: Any, low_memory: bool, work: Path, **__: Any) -> Any:
+        ways.append(low_memory)
+        write_json(work / "checkpoint-8" / "trainer_state.json", {"global_step": 8})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wanda_dvc.stages.recover.train", interrupted)
+    for free, is_low in ((low, True), (full, True)):
+        monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
+        with pytest.raises(KeyboardInterrupt):
+            recover(study=made)
+        assert ways[-1] is is_low
+    shutil.rmtree(made.work_root)
+    for free, is_low in ((full, False), (low, True)):
+        monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
+        assert "begins anew" not in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            recover(study=made)
+        assert ways[-1] is is_low
+    assert "the interrupted training needs more memory than is free: this one begins anew" in capsys.readouterr().err
 
 
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):

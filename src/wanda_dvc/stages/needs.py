@@ -135,7 +135,6 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     from wanda_dvc.training.trainer import LOGITS_OF_SLICE
 
     processes, is_sharded = launched_processes()
-
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
     block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
@@ -155,30 +154,38 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     return weights + activations + gradient + max(gradient, 24 * min(logits, LOGITS_OF_SLICE))
 
 
-def fastest_way(given: Conditions) -> TrainingWay:
-    """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
+def fitting_ways(given: Conditions) -> list[TrainingWay]:
+    """Return the ways of training that fit the free memory, the fastest first."""
+    return [way for way in _possible_ways() if FIXED + training_memory(given, way) <= given.free_memory]
+
+
+def _possible_ways() -> tuple[TrainingWay, ...]:
     from wanda_dvc.training.sharding import launched_processes  # imports torch
 
-    ways: tuple[TrainingWay, ...] = TRAINING_WAYS
-    if launched_processes()[0] > 1:
-        ways = TRAINING_WAYS[:2]  # with low memory, gradients are used before processes could add them up
-    for way in ways:
-        if FIXED + training_memory(given, way) <= given.free_memory:
-            return way
-    return ways[-1]
+    # With low memory, gradients are used before several processes could add them up.
+    return TRAINING_WAYS if launched_processes()[0] == 1 else TRAINING_WAYS[:2]
 
 
-def choose_training(study: Study, sizes: ModelSizes) -> TrainingWay:
-    """Return the fastest way of training that fits the free memory. UserError if none does."""
+def fastest_way(given: Conditions) -> TrainingWay:
+    """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
+    return (*fitting_ways(given), _possible_ways()[-1])[0]
+
+
+def choose_training(study: Study, sizes: ModelSizes, low_memory: bool | None = None) -> TrainingWay:
+    """Return the fastest way of training that fits the free memory; with this `low_memory`, if any such way fits.
+
+    UserError if no way fits.
+    """
     given = Conditions(study, sizes, free(study)["memory"])
-    way = fastest_way(given)
-    need = FIXED + training_memory(given, way)
-    if need > given.free_memory:
+    ways = fitting_ways(given)
+    if not ways:
+        need = FIXED + training_memory(given, fastest_way(given))
         raise UserError(
             f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
             "set it to 0, or free some memory"
         )
-    return way
+    preferred = [way for way in ways if way.low_memory == low_memory]
+    return (preferred or ways)[0]
 
 
 def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.training.trainer import Curve, Windows, train
+from wanda_dvc.training.trainer import Curve, Windows, last_checkpoint, train
 
 VALIDATION_WINDOWS = 4  # of each training text, and of the embedded text
 VALIDATION_TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # by column of the plot
@@ -42,19 +42,25 @@ def recover(*, study: Study) -> None:
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
     way = choose_training(study, sizes)
-    dtype_name = "bfloat16" if way.low_memory else trained_in(dtype_name, device.type)
     windows, validation = training_windows(study)
-    provenance = pruned_provenance | describe(
-        "recover",
-        version=STAGES["recover"].version,
-        libraries=("torch", "transformers", "accelerate"),
-        recovery=settings,
-        pruned=digest(pruned_provenance),
-        windows_sha256=digest(windows.tolist()),
-        trained_in=dtype_name,
-    )
-    if way.low_memory:
-        provenance |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
+    provenances: dict[bool, Json] = {}  # by `low_memory`
+    for low_memory in (False, True):
+        provenances[low_memory] = pruned_provenance | describe(
+            "recover",
+            version=STAGES["recover"].version,
+            libraries=("torch", "transformers", "accelerate"),
+            recovery=settings,
+            pruned=digest(pruned_provenance),
+            windows_sha256=digest(windows.tolist()),
+            trained_in="bfloat16" if low_memory else trained_in(dtype_name, device.type),
+        )
+    provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
+    started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
+    if started and way.low_memory not in started:
+        way = choose_training(study, sizes, started[0])
+        if way.low_memory not in started:
+            notice("recover: the interrupted training needs more memory than is free: this one begins anew")
+    provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
         announce(study, "recover", sizes)
@@ -72,8 +78,8 @@ def recover(*, study: Study) -> None:
 
         recovered, curve = train(
             study.model("dense"), study.model("pruned"), windows=windows, validation=validation,
-            batch=settings["batch"], rate=settings["rate"], dtype=getattr(torch, dtype_name), device=device,
-            work=work.path / "training", on_step=show_step, **way._asdict(),
+            batch=settings["batch"], rate=settings["rate"], dtype=getattr(torch, provenance["trained_in"]),
+            device=device, work=_training(work.path), on_step=show_step, **way._asdict(),
         )  # fmt: skip
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
@@ -82,6 +88,10 @@ def recover(*, study: Study) -> None:
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
+
+
+def _training(work: Path) -> Path:
+    return work / "training"
 
 
 def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:

@@ -265,7 +265,9 @@ def train(
     all evaluations. UserError if the model cannot be trained, or the choices of `accelerate launch` do not fit.
     """
     processes, is_sharded = _processes(batch, dtype)
-    last_checkpoint = _last_checkpoint(work, processes if is_sharded else 0)
+    checkpoint_before = last_checkpoint(work)
+    if checkpoint_before is not None:
+        _check_launch(checkpoint_before, shards=processes if is_sharded else 0)
     cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
     # This connects the processes.
     arguments = _arguments(work, len(windows), batch // processes, batch=batch, dtype=cast_to, device=device)
@@ -312,7 +314,7 @@ def train(
         model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
         eval_dataset=dataset,  # Trainer requires one; `evaluate` reads the validation windows instead
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint_before is None else str(checkpoint_before))
     best = trainer.state.best_metric
     if best is None or best >= 1:
         return None, trainer.curve
@@ -388,24 +390,22 @@ def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
     return processes, is_sharded
 
 
-def _last_checkpoint(work: Path, shards: int) -> str | None:
-    """Return the last complete checkpoint, if any. Each is written in place, its trainer_state.json last.
-
-    UserError if it is not in as many files of processes (0 for a model that is not split).
-    """
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the last complete checkpoint, if any. Each is written in place, its trainer_state.json last."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError):  # missing, or cut
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             complete[state["global_step"]] = folder.absolute()
-    if not complete:
-        return None
-    last = complete[max(complete)]
-    before = len(list(last.glob(f"{SHARD}-*")))
-    if before != shards:
-        runs = [f"{count} processes with --use_fsdp" if count else "no --use_fsdp" for count in (shards, before)]
+    return complete[max(complete)] if complete else None
+
+
+def _check_launch(checkpoint: Path, shards: int) -> None:
+    """Raise UserError unless a checkpoint has files of so many processes (0 of a model that is not split)."""
+    written = len(list(checkpoint.glob(f"{SHARD}-*")))
+    if written != shards:
+        runs = [f"{count} processes with --use_fsdp" if count else "no --use_fsdp" for count in (shards, written)]
         raise UserError(
             f"accelerate launch: got {runs[0]}, expected {runs[1]} as in the interrupted training; "
-            f"launch it so, or remove {work}"
+            f"launch it so, or remove {checkpoint.parent}"
         )
-    return str(last)
