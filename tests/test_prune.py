@@ -175,6 +175,12 @@ def test_names_and_values_of_options():
         target=Path("/tmp/new-model"), eval_text=["ptb", "org/data:a@b", "org/data", "embedded"],
         changes=parse_changes(["recipe=wanda"]),
     )  # fmt: skip
+    several = check_request(model="org/name", target=Path("/tmp/new-model"), text=["wikitext2", "ptb"])
+    one = check_request(model="org/name", target=Path("/tmp/new-model"))
+    assert [[text.source for text in run.params.calibration.texts] for run in (several, one)] == [
+        ["wikitext2", "ptb"], ["c4"],
+    ]  # fmt: skip
+    assert several.root != one.root  # another text, another study
     texts = {name: text.source for name, text in requested.params.perplexity.texts.items()}
     assert texts == {"embedded": "embedded", "ptb": "ptb", "data": "org/data:a@b", "data-2": "org/data"}
     assert [default_texts(name) for name in (None, "org/name", "package:a==1", "/tmp")] == [[], ["c4"], [], []]
