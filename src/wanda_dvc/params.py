@@ -368,8 +368,9 @@ class Params(_Section):
 def apportion(count: int, shares: Sequence[int]) -> list[int]:
     """Return a count of windows for each text, in proportion to its share; the first texts get what is left over."""
     counts = [count * share // sum(shares) for share in shares]
-    rest = count - sum(counts)
-    return [number + (index < rest) for index, number in enumerate(counts)]
+    for index in range(min(len(counts), count - sum(counts))):
+        counts[index] += 1
+    return counts
 
 
 def numbered(name: str, separator: str, count: int) -> list[str]:
@@ -422,14 +423,7 @@ def _problem(problem: Any) -> str:
     expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
     if kind in ("model_type", "dict_type"):
         expected = "settings, a name and a value each"
-    elif kind in (
-        "value_error",
-        "string_pattern_mismatch",
-        "string_too_short",
-        "string_too_long",
-        "too_long",
-        "too_short",
-    ):
+    elif kind in ("value_error", "string_pattern_mismatch") or kind.endswith(("too_short", "too_long")):
         expected = _meaning(problem["loc"])
     value = problem["input"]
     if isinstance(value, str | bool | None):  # as YAML writes it, with the code of a character that is not visible
