@@ -102,7 +102,7 @@ def test_shares_are_in_proportion_and_sum_up(count: int, shares: list[int]):
 
 REFUSED: list[tuple[object, str]] = [
     ([], "calibration.text: found [], expected a text"),
-    ([{"source": "org/a"}] * 2, "calibration.text.1: found the text of calibration.text.0, expected another"),
+    ([{"source": "org/a"}] * 2, "calibration.text.1: found the text of calibration.text.0 (org/a, train), expected"),
     ([{"source": "c4"}, {"source": "embedded", "split": "test"}], "calibration.text.1: found the text that perplexity"),
     ([{"source": "c4"}, {"source": "a.txt"}], "calibration.text.1: found {'source': 'a.txt'}, expected a file"),
     ([{"source": "c4"}, {"sorce": "ptb"}], "calibration.text.1.source: missing"),
