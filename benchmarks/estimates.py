@@ -47,7 +47,7 @@ def of_mask(given: Conditions) -> tuple[int, int]:
     places = 2 * models  # of activations: before and after a block
     if plan.repairs:  # and between all removed blocks
         places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
-    disk += places * given.activations(calibration.windows * calibration.length)
+    disk += places * given.stored_activations(calibration.windows * calibration.length)
     if plan.propagates and plan.reconstructs:
         disk += sizes.stored
     return forward.weights + models * memory + sizes.block_parameters * itemsizes, disk

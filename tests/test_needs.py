@@ -1,6 +1,7 @@
 """The formulas of memory and disk: counts from a config alone, the terms of each stage, and the line before a stage."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,13 @@ from wanda_dvc.engine import divergence
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.memory import ForwardMemory, ModelSizes
+from wanda_dvc.engine.memory import FIXED, ForwardMemory, ModelSizes
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs, run
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements
-from wanda_dvc.study.folder import Study
+from wanda_dvc.study.folder import TEXT, Study
 from wanda_dvc.study.tensors import read_masks
 
 CONFIGS = ROOT / "tests/configs"
@@ -132,6 +133,15 @@ def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], stud
     stored = ModelSizes.read(made.model("dense")).stored * made.params.plan.propagates
     kept = sum(keep.numel() for block in range(4) for keep in read_masks(made.masks, block).values())
     assert needed(made, "mask").disk == max(held) + stored + kept // 8
+
+
+def test_a_recovery_needs_the_memory_of_its_text(config_only: Make):
+    made = config_only(recovery__tokens=512)
+    text = made.data("calibration") / TEXT
+    text.parent.mkdir(parents=True)
+    text.touch()
+    os.truncate(text, 10**9)
+    assert needed(made, "recover").memory == FIXED + needs.TEXT_IN_MEMORY * 10**9
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):

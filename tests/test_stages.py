@@ -203,7 +203,7 @@ def test_only_weights_that_are_scored_reach_the_device(calibrated_study: Make, m
     removal = removal_of(checkpoint, made.plan, device)
     job = MaskJob(made.plan, checkpoint, [Fraction(1, 2)] * 4, removal, made.fisher)
     copied = list[torch.Tensor]()
-    monkeypatch.setattr(Copies, "to_device", lambda _, weights: [copied.append(weight) or weight for weight in weights])
+    monkeypatch.setattr(Copies, "to_device", lambda _, weights: iter([copied.append(x) or x for x in weights]))
     block = read_stats(made.stats, 1)
     masks = score_block(job, 1, block, device).masks
     assert [weight.shape for weight in copied] == [checkpoint.weight("model.layers.1.mlp.down_proj").shape]

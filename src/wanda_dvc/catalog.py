@@ -51,7 +51,7 @@ class Method(Choice):
 
     @property
     def file(self) -> str:
-        """The file with the function of a package: an edit changes masks. `none` of a built-in method."""
+        """The file with the function of a package, for `plan`: an edit changes masks. `none` of a built-in method."""
         spec = importlib.util.find_spec(self.function.partition(":")[0]) if self.package else None
         return (spec and spec.origin) or "none"
 
@@ -59,7 +59,7 @@ class Method(Choice):
         """Call the function. UserError, with the method's name, for an error in a package's function."""
         try:
             return resolve_name(self.function)(*args, **kwargs)
-        except Exception as error:  # any
+        except Exception as error:  # a package may raise any
             if not self.package or isinstance(error, UserError):
                 raise
             where = f"method {self.name}: {self.function} of {self.package}"

@@ -22,7 +22,7 @@ from wanda_dvc.pruning.statistics import BlockStats
 
 DIGITS = 10**6  # sparsities are rounded to this fraction before they are shifted
 MEANS_OF_AN_OUTLIER = 5  # OWL's M for LLaMA: an outlier's score is above this multiple of the mean
-STEPS = 40  # of a bisection
+STEPS = 40  # of a bisection of fractions; twice as many take floats to neighbouring ones
 BIN_BITS = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
 LARGEST_SPARSITY = 0.97  # of a linear in the sensitivity allocation: a linear without weights has no output
 
@@ -32,6 +32,11 @@ class Competition(NamedTuple):
 
     groups: int  # their number
     size: int
+
+
+def count_weights(competitions: Iterable[Competition]) -> int:
+    """Return the number of weights that compete."""
+    return sum(competition.groups * competition.size for competition in competitions)
 
 
 def allocate(
@@ -52,18 +57,17 @@ def allocate(
         return [sparsity] * count
     rate, allocate_by_rating = resolve_name(allocation.rating), resolve_name(allocation.function)
     ratings: list[object] = []  # of each block, or of each linear where the allocation uses Fisher information
-    competitions: list[list[Competition]] = []  # of the linears that share a rating
+    competitions: list[list[Competition]] = []  # for each rating, of the linears that share it
     linears: list[list[str]] = []  # of each block
     for block in blocks:
         weights = {
             linear: oriented(read_weight(linear).to(device), linear in block.transposed) for linear in block.by_linear
         }
-        of_linears = [Competition(*w.shape) if group == "row" else Competition(1, w.numel()) for w in weights.values()]
+        by_linear = [Competition(*w.shape) if group == "row" else Competition(1, w.numel()) for w in weights.values()]
         linears.append(list(weights))
-        competitions += [[competition] for competition in of_linears] if allocation.uses_fisher else [of_linears]
+        competitions += [[competition] for competition in by_linear] if allocation.uses_fisher else [by_linear]
         ratings += rate(weights, block)
-    sizes = [sum(competition.groups * competition.size for competition in of_rating) for of_rating in competitions]
-    raw = allocate_by_rating(sparsity, sizes, ratings, allocation.strength)
+    raw = allocate_by_rating(sparsity, [*map(count_weights, competitions)], ratings, allocation.strength)
     sparsities = round_to_total(raw, sparsity, competitions)
     if not allocation.uses_fisher:
         return sparsities
@@ -129,14 +133,14 @@ def sensitivity(
     shift, a sparsity differs from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without
     counts has the model's.
     """
-    counts_by_index = {index: bins for index, bins in enumerate(counts) if bins is not None}
+    counts_by_index = {index: count for index, count in enumerate(counts) if count is not None}
     raw = [sparsity] * len(sizes)
     if not counts_by_index or not 0 < sparsity < 1:
         return shift(raw, sparsity, sizes)
     requested = float(sparsity)
-    bins = torch.stack([*counts_by_index.values()])
-    bins = bins[:, bins.any(dim=0)]  # without those that are empty in all linears
-    up_to = bins.cumsum(dim=1, dtype=torch.int64)
+    bin_counts = torch.stack([*counts_by_index.values()])
+    bin_counts = bin_counts[:, bin_counts.any(dim=0)]  # without those that are empty in all linears
+    up_to = bin_counts.cumsum(dim=1, dtype=torch.int64)
     size = torch.tensor([sizes[index] for index in counts_by_index], dtype=torch.float64)
     smallest = max(requested - spread, 0.0)
     largest = max(min(requested + spread, LARGEST_SPARSITY), requested)
@@ -144,10 +148,10 @@ def sensitivity(
     def pruned_fractions(position: float) -> Float[Tensor, " linears"]:
         """Return what is pruned of each linear: at position 3.25, bins 0 to 2 and a quarter of bin 3."""
         bin_number = int(position)
-        below = up_to[:, bin_number] - bins[:, bin_number] * (1 - (position - bin_number))
+        below = up_to[:, bin_number] - bin_counts[:, bin_number] * (1 - (position - bin_number))
         return (below / size).clamp(smallest, largest)
 
-    low, high = 0.0, bins.shape[1] - 1e-6
+    low, high = 0.0, bin_counts.shape[1] - 1e-6
     for _ in range(2 * STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if pruned_fractions(middle) @ size < requested * size.sum() else (low, middle)
@@ -189,13 +193,13 @@ def round_to_total(
     to one weight too few.
     """
     all_competitions = [*itertools.chain(*competitions)]
-    total = sum(competition.groups * competition.size for competition in all_competitions)
+    total = count_weights(all_competitions)
 
     def surplus(constant: Fraction) -> Fraction:
         removed = 0
-        for value, of_sparsity in zip(sparsities, competitions, strict=True):
+        for value, sharing in zip(sparsities, competitions, strict=True):
             raised = min(value + constant, Fraction(1))
-            for competition in of_sparsity:
+            for competition in sharing:
                 removed += competition.groups * count_removed(competition.size, raised)
         return removed - sparsity * total
 

@@ -33,14 +33,10 @@ class MaskRule(NamedTuple):
     method: Method
     sparsity: BlockSparsity  # the fraction that is removed
     pattern: str = "unstructured"
-    group: str = "row"
+    group: str = "row"  # or `linear`
+    weighs_rows: bool = False  # by factors of the scores of each row: the group `outputs` of settings
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}
-
-    @property
-    def competing(self) -> str:
-        """The weights that compete: those of a `row`, or of the `linear`, also in group `outputs`."""
-        return "row" if self.group == "row" else "linear"
 
 
 def choose_block(
@@ -75,7 +71,7 @@ def choose_linear(
     if x is None:  # an expert without tokens
         x = GramFactors(Gram.empty(features).matrix(), linear)
     row_factors = None
-    if rule.group == "outputs" and linear in stats.fisher:
+    if rule.weighs_rows and linear in stats.fisher:
         row_factors = row_factors_of(stats.fisher[linear])
     units = rule.units.get(linear)
     if isinstance(x, GramFactors):
@@ -86,7 +82,7 @@ def choose_linear(
             mask = expand(greedy_obs(weight, x, units), units.layout)
         else:
             sparsity = linear_sparsity(rule.sparsity, linear)
-            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.competing)
+            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     elif units:
         score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
         mask = expand(keep_highest(unit_scores(score, units)[None], units.kept)[0], units.layout)
@@ -121,7 +117,7 @@ def choose_by_score(
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows in row_slices(weight, None if by_row else len(weight)):
         score = scores_of(weight[rows].contiguous(), x, rule.method, row_factors, linear)
-        mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.competing)
+        mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     return mask
 
 

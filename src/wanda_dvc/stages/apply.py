@@ -54,7 +54,7 @@ class LinearMeasures(NamedTuple):
 
 def apply(*, study: Study) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
-    own_device(study.params.runtime)  # refused before any file is read
+    own_device(study.params.runtime)  # UserError for a device that this machine lacks, before any file is read
     made_from = describe_pruned(study)
     with study.work(made_from) as work:
         folder = work.new()
@@ -79,12 +79,12 @@ def describe_pruned(study: Study) -> Json:
     dense, masks = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     plan = Plan.from_dict(masks["params"])
     check_source("masks", masks["model"], dense, "mask")
-    digests: dict[str, str] = {}
+    entries: dict[str, str] = {}  # digests of inputs, and the version of the solvers
     if plan.mask_stores_weights:
         weights = read_provenance(study.weights, "mask")
         if weights != masks:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
-        digests["weights"] = digest(weights)
+        entries["weights"] = digest(weights)
     params = {name: value for name, value in masks["calibration"].items() if name != "text"}
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
     if plan.apply_reconstructs:
@@ -92,14 +92,14 @@ def describe_pruned(study: Study) -> Json:
         if plan.reconstructor.uses_fisher:
             folders.append(study.fisher)
         for folder in folders:
-            digests[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
-        digests["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
+            entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
+        entries["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
     elif block_count(study.gram, "calibrate"):  # read for layer errors
         statistics_provenance(study.gram, calibrated, "masks/")
     # No versions of this run's libraries: they would give equal models different provenance.
     described = {name: value for name, value in masks.items() if name != "blocks"}
     described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
-    return described | digests
+    return described | entries
 
 
 class BlockFiles(NamedTuple):
@@ -109,7 +109,6 @@ class BlockFiles(NamedTuple):
     weights: Mapping[str, Tensor]  # new weights from weights/, by linear
     diagnostics: Json  # likewise
     grams: Grams  # of inputs
-    input_of: Mapping[str, str]  # each linear's input
     gradient_grams: Mapping[str, Gram]  # by linear
 
 
@@ -143,18 +142,15 @@ class DenseToPruned:
         if plan.apply_reconstructs and plan.reconstructor.uses_fisher:
             gradient_grams = read_grams(study.fisher, block, self.device)
         if not self.measures_errors:
-            grams = Grams({}, {"consumers": {}, "transposed": []}, None)
-            return BlockFiles(masks, weights, diagnostics, grams, {}, gradient_grams)
-        grams, input_of = read_grams(study.gram, block, self.device), dict[str, str]()
-        for name, linears in grams.consumers.items():
-            input_of |= dict.fromkeys(linears, name)
-        differing = sorted(masks.keys() ^ input_of.keys())
+            return BlockFiles(masks, weights, diagnostics, Grams({}, {}, None), gradient_grams)
+        grams = read_grams(study.gram, block, self.device)
+        differing = sorted(masks.keys() ^ grams.input_of.keys())
         if differing:
             raise UserError(
                 f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, which "
                 f"differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
             )
-        return BlockFiles(masks, weights, diagnostics, grams, input_of, gradient_grams)
+        return BlockFiles(masks, weights, diagnostics, grams, gradient_grams)
 
     def _factorize(self, block: int, name: str) -> GramFactors | None:
         """Return the factors of an input's Gram matrix; None if it was not measured, or no token reached it."""
@@ -169,7 +165,8 @@ class DenseToPruned:
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
         files = self.files_of(block)
-        factors = self.factors_of(block, files.input_of[linear]) if linear in files.input_of else None
+        name = files.grams.input_of.get(linear)
+        factors = None if name is None else self.factors_of(block, name)
         dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
         mask = files.masks.on(dense.device, linear)
         transposed = linear in files.grams.transposed

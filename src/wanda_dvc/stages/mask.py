@@ -38,7 +38,7 @@ def mask(*, study: Study) -> None:
     do not follow from the statistics of the dense model.
     """
     plan = study.plan
-    device = accelerator.float64_device(devices.own_device(study.params.runtime))  # refused before any file is read
+    device = accelerator.float64_device(devices.own_device(study.params.runtime))  # UserError before any file is read
     norms, digests = inputs.statistics(study)
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
@@ -149,6 +149,7 @@ def allocate_sparsities(
     """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
     plan = study.plan
     if plan.sparsity and plan.pattern == UNSTRUCTURED:
+        # Only of block 0: the groups of other blocks have about the same size.
         inputs_of = tensors.read_stats(study.stats, 0).by_linear
         if plan.group == "row":
             largest_group = max(len(x.sum) for x in inputs_of.values())

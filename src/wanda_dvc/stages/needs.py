@@ -26,11 +26,25 @@ class Requirements(NamedTuple):
     disk: int  # with its outputs
 
 
-class Conditions:
-    """What a stage's needs follow from: the study, the sizes of the model, dtype, device and free memory."""
+class TrainingWay(NamedTuple):
+    """How `recover` trains; the keyword arguments of `train`."""
 
-    def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0) -> None:
+    low_memory: bool  # weights in bfloat16, moments in 8 bits, logits in slices
+    checkpointing: bool  # activations of one block
+
+
+TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWay(True, True))  # the fastest first
+
+
+class Conditions:
+    """What a stage's needs follow from: the study, the sizes of the model, dtype, device and free memory.
+
+    `recover` trains in a given way, else in the fastest that fits; with 0 free bytes, in the one with the least need.
+    """
+
+    def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0, way: TrainingWay | None = None) -> None:
         self.study, self.params, self.sizes, self.free_memory = study, study.params, sizes, free_memory
+        self.way = way
         self.dtype = sizes.dtype if study.params.dtype == "auto" else study.params.dtype
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
@@ -38,8 +52,8 @@ class Conditions:
         """Return the memory of a forward pass with windows of `length` tokens."""
         return ForwardMemory(self.sizes, dtype=self.dtype, length=length, device=self.device)
 
-    def activations(self, tokens: int) -> int:
-        """Return the bytes of the activations of some tokens before a block."""
+    def stored_activations(self, tokens: int) -> int:
+        """Return the bytes on disk of the activations of some tokens before a block."""
         return tokens * self.sizes.hidden * ITEMSIZE[self.dtype]
 
     def data_size(self, name: str, file: str = TEXT) -> int:
@@ -47,19 +61,18 @@ class Conditions:
         return max((path.stat().st_size for path in self.study.data(name).rglob(file)), default=0)
 
 
-def requirements(study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0) -> Requirements:
-    """Return what a stage needs for a model of these sizes, and for the largest of several texts.
-
-    `recover` trains in the fastest way that fits the free memory; by default, in the way with the least need.
-    """
-    memory, disk = MEMORY_AND_DISK[stage](Conditions(study, sizes, free_memory))
+def requirements(
+    study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0, way: TrainingWay | None = None
+) -> Requirements:
+    """Return what a stage needs for a model of these sizes. Of several texts, one is in memory: the largest counts."""
+    memory, disk = MEMORY_AND_DISK[stage](Conditions(study, sizes, free_memory, way))
     return Requirements(FIXED + memory, disk)
 
 
-def announce(study: Study, stage: str, sizes: ModelSizes) -> None:
+def announce(study: Study, stage: str, sizes: ModelSizes, way: TrainingWay | None = None) -> None:
     """Print a stage's needs and what is free to stderr."""
     memory, disk = free(study).values()
-    need = requirements(study, stage, sizes, memory)
+    need = requirements(study, stage, sizes, memory, way)
     needed = f"{gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
     notice(f"{stage} needs about {needed}; free: {gigabytes(memory)} and {gigabytes(disk)}")
 
@@ -106,7 +119,7 @@ def check_solver(study: Study, sizes: ModelSizes) -> None:
         )
 
 
-def trained_in(dtype: str, device: str) -> str:
+def training_dtype(dtype: str, device: str) -> str:
     """Return the dtype of the products in `recover`, whose weights are in float32: bfloat16 if the processor has it."""
     from wanda_dvc.engine.accelerator import has_bfloat16
 
@@ -115,21 +128,8 @@ def trained_in(dtype: str, device: str) -> str:
     return "float16" if (device, dtype) == ("cuda", "float16") else "float32"
 
 
-class TrainingWay(NamedTuple):
-    """How `recover` trains; the keyword arguments of `train`."""
-
-    low_memory: bool  # weights in bfloat16, moments in 8 bits, logits in slices
-    checkpointing: bool  # activations of one block
-
-
-TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWay(True, True))  # the fastest first
-
-
 def training_memory(given: Conditions, way: TrainingWay) -> int:
-    """Return the memory of a training step in one process, without fixed costs.
-
-    In float32 are weights, gradients and two moments; the dense model is in the dtype of the products.
-    """
+    """Return the memory of a training step in one process, without fixed costs."""
     from wanda_dvc.training.compact import BYTES  # imports torch
     from wanda_dvc.training.sharding import launched_processes
     from wanda_dvc.training.trainer import LOGITS_OF_SLICE
@@ -137,21 +137,25 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     processes, is_sharded = launched_processes()
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
-    block = 8 * length * sizes.features + 12 * length**2 * sizes.heads_with_scores
-    states = (2 if way.low_memory else 4) * length * sizes.hidden * sizes.blocks
-    activations = batch * (block + states if way.checkpointing else block * sizes.blocks)
+    float32, bfloat16 = ITEMSIZE["float32"], ITEMSIZE["bfloat16"]
+    # Features and their gradients; attention's scores, their softmax and its gradient.
+    block = float32 * (2 * length * sizes.features + 3 * length**2 * sizes.heads_with_scores)
+    states = (bfloat16 if way.low_memory else float32) * length * sizes.hidden * sizes.blocks
+    activations = batch * ((block + states) if way.checkpointing else (block * sizes.blocks))
     logits = batch * length * sizes.vocabulary
+    bytes_a_logit = 6 * float32  # logits and log-softmax of both models, the divergence, a gradient
     if not way.low_memory:
-        itemsize = ITEMSIZE[trained_in(given.dtype, given.device)]
-        weights = (16 + itemsize) * sizes.parameters
+        itemsize = ITEMSIZE[training_dtype(given.dtype, given.device)]
+        # Weights, gradients and two moments; the dense model's weights.
+        weights = (4 * float32 + itemsize) * sizes.parameters
         if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
             gathered = 2 * sizes.block_parameters + sizes.other_parameters
-            weights = weights // processes + (8 + itemsize) * gathered
-        return weights + activations + 24 * logits
-    weights = round((ITEMSIZE["bfloat16"] + BYTES) * sizes.parameters)
+            weights = weights // processes + (2 * float32 + itemsize) * gathered
+        return weights + activations + bytes_a_logit * logits
+    weights = round((bfloat16 + BYTES) * sizes.parameters)
     # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
-    gradient = ITEMSIZE["bfloat16"] * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
-    return weights + activations + gradient + max(gradient, 24 * min(logits, LOGITS_OF_SLICE))
+    gradient = bfloat16 * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
+    return weights + activations + gradient + max(gradient, bytes_a_logit * min(logits, LOGITS_OF_SLICE))
 
 
 def fitting_ways(given: Conditions) -> list[TrainingWay]:
@@ -192,7 +196,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
     calibration, statistics, sizes = given.params.calibration, given.params.statistics, given.sizes
     forward = given.forward(calibration.length)
     memory = forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
-    disk = 2 * given.activations(calibration.windows * calibration.length)  # before and after a block
+    disk = 2 * given.stored_activations(calibration.windows * calibration.length)  # before and after a block
     if "gram" in statistics:
         memory += forward.grams
         disk += triangles_size(sizes.all_input_squares)
@@ -201,16 +205,18 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
         tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
         gradients = tokens * sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(sizes.all_output_squares)
-        disk += (sizes.blocks + 1) * given.activations(tokens) + 2 * gradients
+        disk += (sizes.blocks + 1) * given.stored_activations(tokens) + 2 * gradients
     return forward.weights + memory, disk
 
 
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
-    way = fastest_way(given)
+    way = given.way or fastest_way(given)
     checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
-    return training_memory(given, way), round(3 * checkpoint) + given.sizes.stored
+    text = TEXT_IN_MEMORY * given.data_size("recovery" if given.params.recovery.text else "calibration")
+    # Windows are cut before the training. On disk are the best checkpoint, the last one and the one being written.
+    return max(text, training_memory(given, way)), round(3 * checkpoint) + given.sizes.stored
 
 
 def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
@@ -224,7 +230,7 @@ def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
     )
     memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size + divergence.TEMPORARIES * compared
     memory += divergence.REFERENCE_BYTES * max(tokens // PREFERRED_CHUNKS, settings.length)  # of a chunk
-    return forward.weights + memory, 2 * given.activations(tokens) + divergence.REFERENCE_BYTES * tokens
+    return forward.weights + memory, 2 * given.stored_activations(tokens) + divergence.REFERENCE_BYTES * tokens
 
 
 def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
@@ -234,7 +240,7 @@ def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
     memory = forward.activations + forward.logits + ARGUMENTS_BYTES
     memory = max(memory, 4 * given.sizes.block_parameters)  # a block of each kind is tried in float32
     size = sum(given.data_size(f"tasks/{name}", ITEMS) for name in given.params.tasks.names)
-    return forward.weights + memory, 2 * given.activations(size // BYTES_A_TOKEN)
+    return forward.weights + memory, 2 * given.stored_activations(size // BYTES_A_TOKEN)
 
 
 MEMORY_AND_DISK: dict[str, Callable[[Conditions], tuple[int, int]]] = {

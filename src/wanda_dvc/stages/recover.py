@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import EditedCheckpoint, write_model
+from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
@@ -20,7 +20,7 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, draw_documents, setting_of
-from wanda_dvc.stages.needs import announce, choose_training, trained_in
+from wanda_dvc.stages.needs import announce, choose_training, training_dtype
 from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
@@ -36,7 +36,7 @@ EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
 def recover(*, study: Study) -> None:
     """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
     settings = study.stage_input("recover")
-    pruned_provenance, dtype_name = check_ready(study, "pruned")
+    pruned_provenance, model_dtype = check_ready(study, "pruned")
     dense_provenance = read_provenance(study.model("dense"), "download model")
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
@@ -52,7 +52,7 @@ def recover(*, study: Study) -> None:
             recovery=settings,
             pruned=digest(pruned_provenance),
             windows_sha256=digest(windows.tolist()),
-            trained_in="bfloat16" if low_memory else trained_in(dtype_name, device.type),
+            trained_in="bfloat16" if low_memory else training_dtype(model_dtype, device.type),
         )
     provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
@@ -63,9 +63,11 @@ def recover(*, study: Study) -> None:
     provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
-        announce(study, "recover", sizes)
+        announce(study, "recover", sizes, way)
         if way.low_memory:
-            notice("recover: weights in bfloat16 and optimizer states in 8 bits: training in float32 needs more memory")
+            rounded = "" if sizes.dtype == "bfloat16" else f"; {sizes.dtype} is rounded before the first evaluation"
+            reason = "training in float32 needs more memory"
+            notice(f"recover: weights in bfloat16 and optimizer states in 8 bits: {reason}{rounded}")
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     steps = len(windows) // settings["batch"]
@@ -87,7 +89,7 @@ def recover(*, study: Study) -> None:
         columns = ("tokens", *VALIDATION_TEXTS)
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
-        write_json(study.metrics("recovered", "sparsity"), load_json(study.metrics("pruned", "sparsity")))
+        write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study))
 
 
 def _training(work: Path) -> Path:
@@ -106,9 +108,20 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
         for text, about in VALIDATION_TEXTS.items():
             if text in best and best[text] >= curve[0][text]:
                 notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
-    tokens = int(best["tokens"] or curve[-1]["tokens"])  # of the best weights; all tokens if none was better
+    tokens = int((curve[-1] if recovered is None else best)["tokens"])  # all of them, if no weights were better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
     work.commit(study.model("recovered"))
+
+
+def _measured_sparsity(study: Study) -> Json:
+    """Return the metrics of the pruned model, with the recovered model's zeros: small float16 weights become zero."""
+    metrics = load_json(study.metrics("pruned", "sparsity"))
+    if "removed_parameters" in metrics:  # the sparsity is that of units
+        return metrics
+    checkpoint = Checkpoint(study.model("recovered"))
+    weights = [checkpoint.weight(linear) for linear in load_json(study.details("pruned", "sparsity"))]
+    kept = sum(int(weight.count_nonzero()) for weight in weights)
+    return metrics | {"sparsity": round(1 - kept / sum(weight.numel() for weight in weights), 6)}
 
 
 def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
@@ -146,9 +159,9 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
 
 def _windows_of_text(study: Study, source: str, settings: Json, count: int) -> Tensor:
-    """Return windows of a training text in random order: `count` of separate documents, or all of one text.
+    """Return windows of a training text: `count` from separate documents, or all of a plain text in random order.
 
-    The order of one text's windows does not depend on the seed. If it is the calibration's text, windows that share
+    The order of a plain text's windows does not depend on the seed. If it is the calibration's text, windows that share
     tokens with the calibration are last.
     """
     length, seed = settings["length"], settings["seed"]

@@ -43,7 +43,8 @@ class MaskJob(NamedTuple):
     def rule(self, block: int) -> MaskRule:
         """Return how masks of a block are chosen."""
         plan = self.plan
-        return MaskRule(plan.method, self.sparsities[block], plan.pattern, plan.group, self.units)
+        group = "row" if plan.group == "row" else "linear"
+        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, plan.group == "outputs", self.units)
 
 
 class SolverTask(NamedTuple):

@@ -60,9 +60,12 @@ class Grams(UserDict[str, Any]):
 
     def __init__(self, tensors: Mapping[str, Tensor], header: Json, device: torch.device | None) -> None:
         super().__init__()
-        self.consumers, self.transposed, self.device = header["consumers"], header["transposed"], device
+        self.transposed: list[str] = header.get("transposed", [])
+        self.device = device
+        self.input_of: dict[str, str] = {}  # by linear
         self.crosses: dict[str, Tensor] = {}
-        for name in self.consumers:
+        for name, linears in header.get("consumers", {}).items():
+            self.input_of |= dict.fromkeys(linears, name)
             if f"{name}.count" in tensors:
                 self.data[name] = (tensors[f"{name}.triangle"], tensors[f"{name}.count"], tensors.get(f"{name}.norm"))
             if f"{name}.cross" in tensors:

@@ -24,7 +24,7 @@ POWER = 4  # code = (|value| / scale)^(1/4): 8 bits resolve a second moment to 5
 
 
 class CompactAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay for weights in bfloat16. One parameter's gradient at a time exists, before it is used.
+    """AdamW without weight decay for weights in bfloat16. A gradient exists until its parameter is updated.
 
     The gradient of each zero in a matrix is ignored, so zeros stay zero. Groups have one parameter each.
     """
@@ -51,9 +51,9 @@ class CompactAdamW(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         group = self.param_groups[index]
         if not state:
-            bits = _by_block(torch.zeros(parameter.numel(), dtype=torch.int8, device=parameter.device))
-            state |= {"next_bits": bits, "mean": bits.clone(), "square": bits.to(torch.uint8)}
-            state |= {name: torch.zeros(len(bits), 1, device=bits.device) for name in ("mean_scale", "square_scale")}
+            zeros = _by_block(torch.zeros(parameter.numel(), dtype=torch.int8, device=parameter.device))
+            state |= {"next_bits": zeros, "mean": zeros.clone(), "square": zeros.to(torch.uint8)}
+            state |= {name: torch.zeros(len(zeros), 1, device=zeros.device) for name in ("mean_scale", "square_scale")}
         group["step"] += 1
         generator = torch.Generator(parameter.device)
         generator.manual_seed(group["step"] * len(self.param_groups) + index)  # after a resume, the same numbers
@@ -108,10 +108,10 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, generator: torch.Gener
     levels = torch.iinfo(codes.dtype).max
     scales.copy_(values.abs().amax(1, keepdim=True))
     ratio = values.abs().div_(scales.clamp_min(torch.finfo(torch.float32).tiny))
-    lower = ratio.sqrt().sqrt_().mul_(levels).floor_()
-    start, end = lower.div(levels).pow_(POWER), lower.add(1).div_(levels).pow_(POWER)
+    code = ratio.sqrt().sqrt_().mul_(levels).floor_()  # two square roots, for POWER
+    start, end = code.div(levels).pow_(POWER), code.add(1).div_(levels).pow_(POWER)
     is_up = torch.rand(values.shape, generator=generator, device=values.device) < (ratio - start) / (end - start)
-    magnitude = torch.maximum(lower + is_up, ratio > 0).clamp_(max=levels)
+    magnitude = torch.maximum(code + is_up, ratio > 0).clamp_(max=levels)
     codes.copy_(magnitude.copysign_(values))
 
 

@@ -49,7 +49,7 @@ def mean_divergence(
 
 
 def divergence_of_windows(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
-    """Return `mean_divergence` of two models on windows. The dense model runs too: its logits would fill a disk."""
+    """Return `mean_divergence` of two models on windows. The dense model runs too: stored logits would fill a disk."""
     with torch.no_grad():
         dense_logits = dense(input_ids=input_ids).logits
     return mean_divergence(dense_logits, pruned(input_ids=input_ids).logits)
@@ -249,9 +249,10 @@ def train(
     """Train a pruned model on windows of tokens, in their order, towards the dense model.
 
     A step has `batch` windows over all processes, and an evaluation has all validation windows, by text. `rate` is the
-    highest learning rate of a step of two windows, relative to the root mean square of a parameter's nonzero values.
-    Products are in `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of
-    kept. `on_step` gets the number of each step.
+    highest learning rate of a step of RECOVERY_BATCH windows, relative to the root mean square of a parameter's nonzero
+    values; it grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Products
+    are in `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of kept.
+    `on_step` gets the number of each step.
 
     With `low_memory`, `dtype` is bfloat16 and also that of the trained weights; `CompactAdamW` takes the steps, without
     clipped gradients, and logits exist for some positions at a time.
@@ -299,10 +300,9 @@ def train(
     checkpoint = Checkpoint(pruned)
     slices = find_slices(model, checkpoint)
     stored_dtypes: dict[str, torch.dtype] = {}
-    if not low_memory:  # else weights are trained as they are stored: in bfloat16
+    if not low_memory:  # else all evaluations are of weights in bfloat16, also of those that are stored in float16
         for name, parts in slices.items():  # the tensors of a parameter have one dtype
             stored_dtypes[name] = checkpoint.read(parts[0].address).dtype  # of a view of the file: no weight is read
-    # It grows with the square root of the batch (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
     relative_rate = rate * math.sqrt(batch / RECOVERY_BATCH)
     parameters = [torch.nn.Parameter(local(x)) for x in model.parameters()] if is_sharded else model.parameters()
     groups = [{"params": [x], "lr": relative_rate * size} for x, size in zip(parameters, sizes, strict=True)]
@@ -359,19 +359,19 @@ def _arguments(
 
 
 def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[ParameterSlice]]) -> EditedCheckpoint:
-    weights: dict[Address, Tensor] = {}
+    views: dict[Address, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for stored in slices.get(name, []):  # a tied name need not be stored
-            weights[stored.address] = stored.of(gathered(parameter))
+            views[stored.address] = stored.of(gathered(parameter))
 
     def read(address: Address) -> Tensor:
         before = checkpoint.read(address)
-        trained = weights[address].to("cpu", before.dtype)
+        trained = views[address].to("cpu", before.dtype)
         if before.dim() > 1 and trained[before == 0].count_nonzero():
             raise RuntimeError(f"{address.tensor}: the training moved zeros")
         return trained
 
-    return EditedCheckpoint(checkpoint, read, weights)
+    return EditedCheckpoint(checkpoint, read, views)
 
 
 def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
