@@ -1,7 +1,8 @@
-"""The model card of a pruned model, in Markdown with the Hub's metadata."""
+"""The model card of a pruned model, in Markdown with the Hub's metadata, by the template card.md."""
 
 import json
 from collections.abc import Mapping
+from importlib.resources import files
 
 from wanda_dvc.catalog import HUB_ID, STRUCTURES, methods
 from wanda_dvc.plan import Plan
@@ -10,36 +11,6 @@ from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
-CARD_TEMPLATE = """\
----
-{metadata}
----
-# {source}, pruned
-
-{what}, chosen by {method}. {kept}
-
-## Pruning
-
-{settings}
-{results}
-## Load the model
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-where = "path/to/this/directory"  # or its id on the Hub
-model = AutoModelForCausalLM.from_pretrained(where)
-tokenizer = AutoTokenizer.from_pretrained(where)
-```
-
-## Limits
-
-{limits}
-
-## Licence of the dense model
-
-{license}
-"""
 ZEROS = """\
 Zeros are stored like any number: the files are no smaller than the dense model's. Unstructured sparsity does not speed
 up GPU inference; a pattern such as 2:4 does with hardware and kernels for it, which are not included."""
@@ -77,16 +48,17 @@ def card(study: Study, metrics: Json, sections: Mapping[str, str] | None = None)
         **{f"config.json: {name}": value for name, value in masks.get("config", {}).items()},
     }
     folder, license_name = study.model("dense"), dense.get("license")
-    files = [path.name for path in sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])]
-    licenses = [inline(name) for name in (license_name, *files) if name]
+    names = [path.name for path in sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])]
+    licenses = [inline(name) for name in (license_name, *names) if name]
     metadata = {
         "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
-        "license": license_name or ("other" if files else None),
+        "license": license_name or ("other" if names else None),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pruned", choices["method"], "wanda-dvc"],
     }
-    return CARD_TEMPLATE.format(
+    template = (files("wanda_dvc.results") / "card.md").read_text(encoding="utf-8")
+    return template.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),
         what=what,
