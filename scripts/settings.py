@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, PROPAGATIONS, RECIPES, RECONSTRUCTIONS, methods
 from wanda_dvc.params import Text, flatten, read_params, settings
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
@@ -19,11 +19,6 @@ HEAD = """\
 
 """
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
-PROPAGATIONS = (
-    ("dense", "each block is calibrated on the outputs of dense blocks, which are cached"),
-    ("pruned", "on the outputs of the pruned blocks before it, as in the paper"),
-    ("corrected", "as `pruned`, and the reconstruction aims at the dense model's outputs"),
-)
 
 
 def page() -> str:
@@ -48,7 +43,7 @@ def page() -> str:
         "Groups": _table(["`group`", "meaning"], GROUPS.items()),
         "Allocations": _table(["`allocation`", "sparsities"], allocations),
         "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
-        "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS),
+        "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS.items()),
     }
     tables = [f"## {title}\n\n{table}\n" for title, table in sections.items()]
     return "\n".join([f"{HEAD}{_table(['setting', 'meaning', 'default', 'stage'], rows)}\n", *tables])

@@ -122,7 +122,7 @@ class Structure(Choice):
     multiple: int = 1
     scaled: tuple[str, ...] = ()  # more fields, in proportion to units: query heads follow their key-value heads
     find: str = "wanda_dvc.engine.finders:find_input_units"  # (source, Structure, sparsity, device) → Removal
-    method: str = ""  # scores the units, in place of the method of a recipe that calibrates
+    method: str = ""  # scores units of complete linears, in place of a calibrating recipe's; "": units are inputs
 
 
 STRUCTURES = {row.name: row for row in (
@@ -146,6 +146,11 @@ GROUPS = {
     "row": "one output's weights",
     "linear": "the linear's weights",
     "outputs": "the linear's weights; a row weighs more if the loss depends more on its output",
+}
+PROPAGATIONS = {
+    "dense": "each block is calibrated on the outputs of dense blocks, which are cached",
+    "pruned": "on the outputs of the pruned blocks before it, as in the paper",
+    "corrected": "as `pruned`, and the reconstruction aims at the dense model's outputs",
 }
 
 

@@ -249,7 +249,7 @@ def prune_linear(
     from wanda_dvc.pruning.masks import MaskRule
 
     rule = MaskRule(plan.method, plan.sparsity, plan.pattern, plan.group)
-    return prune_weight(weight, rule, plan.reconstructor, inputs=inputs, gram=gram)
+    return prune_weight(weight, rule, plan.used_reconstruction, inputs=inputs, gram=gram)
 
 
 def _source(model: str | Path | None) -> str | None:

@@ -300,7 +300,7 @@ class Params(_Section):
     reconstruction: Annotated[str, _one_of(catalog.RECONSTRUCTIONS)] | None = Field(
         None, description="new values of the weights that stay"
     )
-    propagation: Literal["dense", "pruned", "corrected"] | None = Field(
+    propagation: Annotated[str, _one_of(catalog.PROPAGATIONS)] | None = Field(
         None, description="the outputs that a block is calibrated on"
     )
     perplexity: Perplexity

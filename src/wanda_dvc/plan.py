@@ -44,7 +44,7 @@ class Plan:
     group: str
     allocation: Allocation
     reconstruction: Reconstruction
-    propagation: str
+    propagation: str  # of catalog.PROPAGATIONS
     pattern: str
     sparsity: Fraction  # the fraction of weights that is pruned
     left_out: tuple[str, ...] = field(default=(), compare=False)  # choices that the pattern replaces: "allocation owl"
@@ -61,16 +61,17 @@ class Plan:
         recipe_for_units = row.for_units if structure else None
         if recipe_for_units:
             row = catalog.RECIPES[recipe_for_units]
-        requested: dict[str, Any] = {name: given[name] or getattr(row, name) for name in CHOICES}
-        replaced = choices_of_pattern(pattern, bool(catalog.RECONSTRUCTIONS[row.reconstruction].function))
+        set_separately = {name: choice for name, choice in given.items() if choice is not None}
+        requested: dict[str, Any] = {name: getattr(row, name) for name in CHOICES} | set_separately
+        replaced = choices_of_pattern(pattern, bool(catalog.RECONSTRUCTIONS[requested["reconstruction"]].function))
         # A recipe without a calibration keeps its method.
-        if structure and structure.method and catalog.methods()[row.method].needs != "weights":
+        if structure and structure.method and catalog.methods()[requested["method"]].needs != "weights":
             replaced["method"] = structure.method
-        chosen = requested | {name: choice for name, choice in replaced.items() if given[name] is None}
-        keeps_group = structure and not structure.method and requested["group"] == "outputs"
+        chosen = requested | replaced | set_separately
+        keeps_group = structure and not structure.method and requested["group"] == "outputs"  # neurons, heads
         if pattern != UNSTRUCTURED and not keeps_group:
             chosen["group"] = "row"
-        reported = [name for name in CHOICES if given[name] is not None or not recipe_for_units]
+        reported = [name for name in CHOICES if name in set_separately or not recipe_for_units]
         left_out = tuple(f"{name} {requested[name]}" for name in reported if requested[name] != chosen[name])
         return replace(cls.from_dict(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
 
@@ -106,8 +107,8 @@ class Plan:
         }
         if self.corrects:
             choices["correction"] = CORRECTION
-        if self.reconstructor.uses_fisher:
-            choices["steps"] = self.reconstructor.steps
+        if self.used_reconstruction.uses_fisher:
+            choices["steps"] = self.used_reconstruction.steps
         if self.structure and self.structure.multiple > 1:
             choices["multiple"] = self.structure.multiple
         return choices
@@ -118,8 +119,8 @@ class Plan:
         return catalog.STRUCTURES.get(self.pattern)
 
     @property
-    def reconstructor(self) -> Reconstruction:
-        """The reconstruction that runs, and its description: the chosen one, unless the pattern has its own."""
+    def used_reconstruction(self) -> Reconstruction:
+        """The reconstruction that runs, and its description: `reconstruction`, unless the pattern has its own."""
         row = self.reconstruction
         if self.repairs:
             return catalog.REPAIR
@@ -162,7 +163,7 @@ class Plan:
     @property
     def mask_reads_gradient_grams(self) -> bool:
         """Whether `mask` reconstructs with the Gram matrices of gradients in stats/fisher."""
-        return self.propagates and self.reconstructor.uses_fisher
+        return self.propagates and self.used_reconstruction.uses_fisher
 
     @property
     def mask_stores_weights(self) -> bool:
@@ -177,7 +178,7 @@ class Plan:
     @property
     def statistics(self) -> str:
         """The statistics that stages read: norms, gram or fisher; each includes those before it."""
-        if self.mask_reads_gradient_squares or self.reconstructor.uses_fisher:
+        if self.mask_reads_gradient_squares or self.used_reconstruction.uses_fisher:
             return "fisher"
         mask_reads_gram = self.method.needs == "gram" and not self.propagates
         return "gram" if mask_reads_gram or self.apply_reconstructs else "norms"
@@ -188,7 +189,7 @@ class Plan:
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.pattern not in ("", pattern):
             yield f"{of_method}, expected pattern {method.pattern}"
-        if self.structure and self.structure.method and method.needs == "gram":
+        if self.structure and self.structure.method and method.needs == "gram":  # experts, blocks
             yield f"{of_method}, expected a method that scores {pattern}"
         choices = self.to_dict()
         for name, expected in choices_of_pattern(pattern, self.reconstructs).items():

@@ -111,9 +111,9 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
         models = 3 if params.recovery.tokens else 2
         passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
     solving = 2.0 * ADMM_ITERATIONS * sizes.solved_by_input if plan.method.needs == "gram" else 0.0
-    solving += 2.0 * plan.reconstructor.steps * sizes.solved_by_input
-    if plan.reconstructor.uses_fisher:
-        solving += 2.0 * plan.reconstructor.steps * sizes.solved_by_output
+    solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_input
+    if plan.used_reconstruction.uses_fisher:
+        solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_output
     return passes, solving
 
 

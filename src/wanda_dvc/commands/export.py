@@ -150,7 +150,7 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
     if plan.mask_stores_weights:
         names.append("weights")
     elif plan.apply_reconstructs:
-        names += ["stats/gram", "stats/fisher"] if plan.reconstructor.uses_fisher else ["stats/gram"]
+        names += ["stats/gram", "stats/fisher"] if plan.used_reconstruction.uses_fisher else ["stats/gram"]
     for name in names:
         take(name)
     expected, dense = masks["model"], study.model("dense")

@@ -1,4 +1,4 @@
-"""The model card of a pruned model, in Markdown with the Hub's metadata, by the template card.md."""
+"""The model card of a pruned model, in Markdown with the Hub's metadata."""
 
 import json
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def card(study: Study, metrics: Json, sections: Mapping[str, str] | None = None)
         chosen_by = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
     elif method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
-    reconstruction = Plan.from_dict(choices).reconstructor
+    reconstruction = Plan.from_dict(choices).used_reconstruction
     counts = calibration.get("shares", [calibration["windows"]])  # of each text
     settings = {
         "dense model": dense["source"],

@@ -89,7 +89,7 @@ def describe_pruned(study: Study) -> Json:
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
     if plan.apply_reconstructs:
         folders = [study.gram]
-        if plan.reconstructor.uses_fisher:
+        if plan.used_reconstruction.uses_fisher:
             folders.append(study.fisher)
         for folder in folders:
             entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
@@ -139,7 +139,7 @@ class DenseToPruned:
         masks = read_masks(study.masks, block)
         weights, diagnostics = read_weights(study.weights, block) if plan.mask_stores_weights else ({}, {})
         gradient_grams: Mapping[str, Gram] = {}
-        if plan.apply_reconstructs and plan.reconstructor.uses_fisher:
+        if plan.apply_reconstructs and plan.used_reconstruction.uses_fisher:
             gradient_grams = read_grams(study.fisher, block, self.device)
         if not self.measures_errors:
             return BlockFiles(masks, weights, diagnostics, Grams({}, {}, None), gradient_grams)
@@ -176,7 +176,7 @@ class DenseToPruned:
                 dense,
                 mask,
                 factors,
-                reconstruction=plan.reconstructor,
+                reconstruction=plan.used_reconstruction,
                 gradient_gram=files.gradient_grams.get(linear),
                 transposed=transposed,
             )

@@ -100,7 +100,7 @@ def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
     ):
         if name in study.params.statistics and not is_there(folder / PROVENANCE):
             squares += size
-    memory = FIXED + solving_memory(sizes, uses_fisher=plan.reconstructor.uses_fisher)
+    memory = FIXED + solving_memory(sizes, uses_fisher=plan.used_reconstruction.uses_fisher)
     if squares:
         memory = max(memory, requirements(study, "calibrate", sizes).memory)
     return Requirements(memory, triangles_size(squares))

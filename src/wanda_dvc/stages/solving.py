@@ -112,7 +112,7 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
                 weight,
                 masks[linear],
                 factors,
-                reconstruction=plan.reconstructor,
+                reconstruction=plan.used_reconstruction,
                 gradient_gram=gradient_grams.get(linear),
                 transposed=transposed,
             )
