@@ -14,7 +14,7 @@ from wanda_dvc.params import Params, resolved
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.current import current_results
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, ListedRevision, listed_revisions
-from wanda_dvc.results.measures import Results
+from wanda_dvc.results.measures import Results, final_results
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
@@ -37,8 +37,8 @@ class Experiment:
 
     @property
     def final(self) -> Results:
-        """The results of the model that the settings lead to: recovered, or pruned."""
-        return self.results["recovered" if self.params.recovery.tokens else "pruned"]
+        """The results of the model that the settings lead to."""
+        return final_results(self.results, self.params.recovery.tokens)
 
     @property
     def models(self) -> dict[str, Results]:

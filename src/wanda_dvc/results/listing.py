@@ -16,7 +16,7 @@ from wanda_dvc.results.compare import headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
-from wanda_dvc.results.measures import MEASURES, Results, is_of_removed_text
+from wanda_dvc.results.measures import MEASURES, Results, final_results, is_of_removed_text
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, json_number, json_text
@@ -43,9 +43,8 @@ class ListedRevision(NamedTuple):
 
     @property
     def final(self) -> Results:
-        """The results of the model that the settings lead to: recovered, or pruned."""
-        model = "recovered" if self.settings.get("recovery.tokens") else "pruned"
-        return self.results.get(model) or Results({})
+        """The results of the model that the settings lead to."""
+        return final_results(self.results, self.settings.get("recovery.tokens"))
 
 
 def listed_revisions(study: Study) -> list[ListedRevision]:

@@ -6,7 +6,7 @@ Two values may be compared only if `results.compare.why_not_comparable` finds no
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,6 +97,11 @@ class Results:
 def is_of_removed_text(name: str, texts: Collection[str] | None) -> bool:
     """Whether a file of metrics is on a text that the settings no longer name: git still has it. None: not known."""
     return texts is not None and name.startswith(TEXT_PREFIX) and name.removeprefix(TEXT_PREFIX) not in texts
+
+
+def final_results(results: Mapping[str, Results], recovery_tokens: int | None) -> Results:
+    """Return the results, by model, of the model that the settings lead to: recovered, or pruned."""
+    return results.get("recovered" if recovery_tokens else "pruned") or Results({})
 
 
 # --- readers: the results and a text, a task or "" → a value ---
