@@ -24,16 +24,8 @@ from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import statistics_provenance
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.process import progress
-from wanda_dvc.study.artifact import (
-    PROVENANCE,
-    block_count,
-    block_file,
-    check_source,
-    digest,
-    load_tensors,
-    read_provenance,
-    write_provenance,
-)
+from wanda_dvc.study import artifact
+from wanda_dvc.study.artifact import PROVENANCE, block_file, check_source, digest, read_provenance
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_weights
@@ -59,7 +51,7 @@ def apply(*, study: Study) -> None:
     with study.work(made_from) as work:
         folder = work.new()
         measures, metrics = write_pruned(study, folder)
-        write_provenance(folder, made_from)
+        artifact.write_provenance(folder, made_from)
         work.commit(study.model("pruned"))
     sparsities = {linear: x.zeros / x.weights for linear, x in measures.items()}
     measured = {linear: x for linear, x in measures.items() if x.error is not None}
@@ -94,7 +86,7 @@ def describe_pruned(study: Study) -> Json:
         for folder in folders:
             entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
         entries["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
-    elif block_count(study.gram, "calibrate"):  # read for layer errors
+    elif artifact.block_count(study.gram, "calibrate"):  # read for layer errors
         statistics_provenance(study.gram, calibrated, "masks/")
     # No versions of this run's libraries: they would give equal models different provenance.
     described = {name: value for name, value in masks.items() if name != "blocks"}
@@ -125,11 +117,11 @@ class DenseToPruned:
         self.device = float64_device(own_device(study.params.runtime))
         self.dtype = product_dtype(self.device)  # of layer errors
         self.block_of = dict[str, int]()
-        for block in range(block_count(study.masks, "mask")):
+        for block in range(artifact.block_count(study.masks, "mask")):
             self.block_of |= dict.fromkeys(linears_of_masks(study.masks, block), block)
         self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         # A repaired linear differs on purpose.
-        self.measures_errors = not self.plan.repairs and block_count(study.gram, "calibrate") > 0
+        self.measures_errors = not self.plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
         self.measures = dict[str, LinearMeasures]()
         self.files_of = lru_cache(maxsize=2)(self._open)
         self.factors_of = lru_cache(maxsize=2)(self._factorize)
@@ -196,7 +188,7 @@ class DenseToPruned:
 
 def linears_of_masks(folder: Path, block: int) -> list[str]:
     """Return the linears of a block's masks, without reading the masks. UserError if they are another block's."""
-    _, header = load_tensors(block_file(folder, block), "mask", owners=())
+    _, header = artifact.load_tensors(block_file(folder, block), "mask", owners=())
     linears = list(header["columns"])
     wrong = sorted(linear for linear in linears if str(block) not in linear.split("."))
     if wrong:
@@ -242,7 +234,7 @@ def kept_units_of(study: Study, removal: Removal) -> dict[str, Tensor]:
     A set may span blocks, as that of the blocks does: each block's masks tell of some of its units.
     """
     kept: dict[str, Tensor] = {}
-    for block in range(block_count(study.masks, "mask")):
+    for block in range(artifact.block_count(study.masks, "mask")):
         for name, units in removal.kept_units(read_masks(study.masks, block)).items():
             kept[name] = kept[name] | units if name in kept else units
     return kept

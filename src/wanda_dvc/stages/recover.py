@@ -116,12 +116,12 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
 def _measured_sparsity(study: Study) -> Json:
     """Return the metrics of the pruned model, with the recovered model's zeros: small float16 weights become zero."""
     metrics = load_json(study.metrics("pruned", "sparsity"))
-    if "removed_parameters" in metrics:  # the sparsity is that of units
-        return metrics
-    checkpoint = Checkpoint(study.model("recovered"))
-    weights = [checkpoint.weight(linear) for linear in load_json(study.details("pruned", "sparsity"))]
-    kept = sum(int(weight.count_nonzero()) for weight in weights)
-    return metrics | {"sparsity": round(1 - kept / sum(weight.numel() for weight in weights), 6)}
+    if "removed_parameters" not in metrics:  # else the sparsity is that of units
+        checkpoint = Checkpoint(study.model("recovered"))
+        weights = [checkpoint.weight(linear) for linear in load_json(study.details("pruned", "sparsity"))]
+        kept = sum(int(weight.count_nonzero()) for weight in weights)
+        metrics["sparsity"] = round(1 - kept / sum(weight.numel() for weight in weights), 6)
+    return metrics
 
 
 def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:

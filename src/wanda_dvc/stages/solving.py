@@ -139,10 +139,8 @@ def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.devic
     rule = job.rule(block)
     scored = [linear for linear in stats.by_linear if not keeps_all(linear, rule.pattern, rule.units)]
     # On a GPU the next weight is copied while one is scored.
-    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
-    chosen = choose_block(zip(scored, weights, strict=True), stats, rule, threads=threads)
-    masks = {}
-    for linear in stats.by_linear:
-        shape = job.checkpoint.weight(linear).shape
-        masks[linear] = chosen[linear] if linear in chosen else torch.ones(shape, dtype=torch.bool)
+    copies = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
+    stored = job.checkpoint.weight  # of a linear that keeps all, only the shape is read
+    weights = ((linear, next(copies) if linear in scored else stored(linear)) for linear in stats.by_linear)
+    masks = choose_block(weights, stats, rule, threads=threads)
     return BlockResult(block, tensors.pack_masks(masks), {}, {})

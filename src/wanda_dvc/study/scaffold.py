@@ -29,20 +29,6 @@ PARAMS = TEMPLATE / "params.yaml"
 # A YAML file each: the differences from a new study's settings.
 PRESETS = {file.name.removesuffix(".yaml"): file for file in (files("wanda_dvc.study") / "presets").iterdir()}
 DEFAULT = "default"
-NEXT = """
-  dvc repro                             # run the pipeline
-  wanda-dvc show                        # compare dense and pruned
-  dvc exp run --temp -S sparsity=0.3    # another sparsity
-
-`wanda-dvc doctor` checks this machine; the settings are in params.yaml."""
-# Of a study without git. With `reflink` among the types, DVC keeps a second copy of each output on file systems without
-# reflinks, such as ext4.
-LOCAL_CONFIG = """\
-[core]
-    no_scm = true
-[cache]
-    type = "hardlink,symlink"
-"""
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES = {
@@ -89,7 +75,7 @@ def init(
     lines += ["", "Run next:", f"  cd {shlex.quote(os.path.relpath(folder))}"]
     if not committed:
         lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
-    return "\n".join(lines) + NEXT
+    return "\n".join(lines) + (TEMPLATE / "next_steps").read_text(encoding="utf-8").rstrip()
 
 
 def _write_files(folder: Path, params_text: str) -> None:
@@ -111,7 +97,9 @@ def renew(folder: Path, settings: Settings) -> None:
     """Make a study without git, or renew the files of one, all but its results. UserError if a setting is wrong."""
     _, text = new_params(settings)
     _write_files(folder, text)
-    write_text(folder / ".dvc/config.local", LOCAL_CONFIG)  # `init --from` does not copy it
+    # `init --from` does not copy it. With `reflink` among its types, DVC keeps a second copy of each output on file
+    # systems without reflinks, such as ext4.
+    write_text(folder / ".dvc/config.local", (TEMPLATE / "config_without_git").read_text(encoding="utf-8"))
 
 
 class _Representer(RoundTripRepresenter):
