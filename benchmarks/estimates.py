@@ -45,8 +45,8 @@ def of_mask(given: Conditions) -> tuple[int, int]:
     models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
     itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
     places = 2 * models  # of activations: before and after a block
-    if plan.repairs:  # and between all removed blocks
-        places = min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 3)
+    if plan.repairs:  # of both models, from the block before a cut to its end, and after the next block
+        places = 2 * min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 2)
     disk += places * given.stored_activations(calibration.windows * calibration.length)
     if plan.propagates and plan.reconstructs:
         disk += sizes.stored

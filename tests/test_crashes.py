@@ -223,8 +223,8 @@ def test_any_file_operation_is_a_crash_point_that_recovers(
         for setting, value in SETTINGS[settings].items():
             params = re.sub(f"^{setting}: .*", f"{setting}: {value}", params, flags=re.MULTILINE)
         (calibrated_study / "params.yaml").write_text(params, encoding="utf-8")
-        for stage in ("plan", "mask", "apply"):
-            run(stage, study=Study(calibrated_study))
+        for stage, variant in (("plan", ""), ("calibrate", "blocks"), ("mask", ""), ("apply", "")):
+            run(stage, study=Study(calibrated_study), variant=variant)
 
     def body() -> None:
         if name == "export":

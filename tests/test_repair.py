@@ -1,12 +1,15 @@
-"""The repair for neighbouring blocks that go, against least squares by torch on the hidden states of transformers."""
+"""The repair for blocks that go, against least squares by torch on the hidden states of transformers."""
 
+import contextlib
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from conftest import Make, Patch, calibrate, fetch, prune, tree
+from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, tree
 from simulated_gpu import simulated_gpu
 from test_families import save
 from transformers import AutoModelForCausalLM
@@ -15,83 +18,117 @@ from wanda_dvc.engine import activations, repair
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.scores import influence
-from wanda_dvc.pruning.units import remove_neighbours
-from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.mask import mask, repair_before_removed_blocks
+from wanda_dvc.stages.inputs import CHOICES_FILE, calibration_windows
+from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import remove
-from wanda_dvc.study.tensors import read_stats, read_weights
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.folder import Study
+from wanda_dvc.study.tensors import read_weights
 
 DOWN = "mlp.down_proj"
 WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibration__windows": 8}
 
 
-def test_a_finished_block_is_not_repaired_again():
-    """It would run the model over all calibration windows."""
-    removal = mock.Mock(kept_masks={"blocks": torch.tensor([True, True, False, True])})
-    unused = mock.Mock(side_effect=AssertionError)
-    assert repair_before_removed_blocks(unused, unused, removal, {}, unused, finished=2) is None
+def choose(made: Study, *removed: int) -> None:
+    """Choose these blocks, in place of the measured ones."""
+    number = len(removed)
+    choices = json.loads((made.blocks / CHOICES_FILE).read_text())["choices"]
+    choices[number - 1]["removed"] = removed
+    write_json(made.blocks / CHOICES_FILE, {"choices": choices})
 
 
-def test_the_linear_before_the_blocks_takes_over_a_part_of_what_they_add(study: Make):
-    repaired = prune(fetch(study(sparsity=0.5, calibration__length=128, **WANTED), "model", "calibration"))
+def test_neighbours_are_one_cut():
+    assert repair.cuts_of([7, 2, 3, 8, 5, 1]) == [range(1, 4), range(5, 6), range(7, 9)]
+    assert repair.cuts_of([]) == []
+
+
+@pytest.mark.parametrize("removed", [(1, 2), (1, 3), (2,)], ids=str)
+def test_the_linear_before_each_cut_takes_over_a_part_of_what_its_blocks_add(removed: tuple[int, ...], study: Make):
+    """A later cut is repaired in the model with the earlier repairs, towards the dense model's hidden states."""
+    made = fetch(study(sparsity=len(removed) / 4, calibration__length=128, **WANTED), "model", "calibration")
+    calibrate(study=made)
+    choose(made, *removed)
+    repaired = mask_and_apply(made)
+    kept = [block for block in range(4) if block not in removed]
     dense, pruned = (Checkpoint(repaired.model(model)) for model in ("dense", "pruned"))
-    scores = [influence(read_stats(repaired.stats, block)) for block in range(4)]
-    first = min((1, 2), key=lambda block: scores[block] + scores[block + 1])
-    kept = [block for block in range(4) if block not in (first, first + 1)]
     model = AutoModelForCausalLM.from_pretrained(repaired.model("dense")).double().eval()
-    block = model.model.layers[first - 1]
-    inputs: list[torch.Tensor] = []
-    hook = block.mlp.down_proj.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
-    windows = calibration_windows(repaired)
-    final: list[torch.Tensor] = []
-    model.model.layers[-1].register_forward_hook(lambda _, __, out: final.append(out))
-    with torch.no_grad():
-        states = [*model.model(input_ids=windows, output_hidden_states=True).hidden_states[:-1], final.pop()]
-    hook.remove()
-    after, wanted = states[first], states[first + 2]
-    held = torch.arange(8) % 4 == 0
+    windows, held = calibration_windows(repaired), torch.arange(8) % 4 == 0
+    wanted, _ = states_and_inputs(model, windows)
+    layers, new = list(model.model.layers), dict[str, torch.Tensor]()
+    for cut in repair.cuts_of(removed):
+        before = cut.start - 1
+        model.model.layers = torch.nn.ModuleList(layers[block] for block in kept if block <= before)
+        states, inputs = states_and_inputs(model, windows)
+        lacking = wanted[cut.stop] - states[-1]
 
-    def fit(rows: torch.Tensor, damping: float) -> torch.Tensor:
-        x, r = inputs[0][rows].flatten(0, 1), (wanted - after)[rows].flatten(0, 1)
-        gram = x.T @ x
-        return torch.linalg.solve(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ r).T
+        def fit(
+            rows: torch.Tensor, damping: float, inputs: torch.Tensor = inputs, lacking: torch.Tensor = lacking
+        ) -> torch.Tensor:
+            x, r = inputs[rows].flatten(0, 1), lacking[rows].flatten(0, 1)
+            gram = x.T @ x
+            return torch.linalg.solve(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ r).T
 
-    def error(change: torch.Tensor | float) -> float:
-        return float((after + inputs[0] @ (change * torch.ones(32, 48).double()).T - wanted)[held].norm())
-
-    errors = {damping: error(fit(~held, damping)) for damping in repair.DAMPINGS}
-    best = min(errors, key=errors.__getitem__)
-    weights, diagnostics = read_weights(repaired.weights, first - 1)
-    (name,) = weights
-    assert name == f"model.layers.{first - 1}.{DOWN}"
-    assert diagnostics[name] == {"damping": best, "held_out": pytest.approx(errors[best] / error(0.0), rel=1e-4)}
-    expected = dense.weight(name).double() + fit(torch.ones(8, dtype=torch.bool), best)
-    torch.testing.assert_close(weights[name].double(), expected, rtol=1e-3, atol=1e-5)
-    assert pruned.config.num_hidden_layers == 2
-    for new, old in enumerate(kept):
+        errors = {
+            damping: float((inputs @ fit(~held, damping).T - lacking)[held].norm()) for damping in repair.DAMPINGS
+        }
+        best = min(errors, key=errors.__getitem__)
+        weights, diagnostics = read_weights(repaired.weights, before)
+        name = f"model.layers.{before}.{DOWN}"
+        if not errors[best] < lacking[held].norm():
+            assert not weights
+            continue
+        assert weights.keys() == {name}
+        share = errors[best] / float(lacking[held].norm())
+        assert diagnostics[name] == {"damping": best, "held_out": pytest.approx(share, rel=1e-4)}
+        change = fit(torch.ones(8, dtype=torch.bool), best)
+        torch.testing.assert_close(weights[name].double(), dense.weight(name).double() + change, rtol=1e-3, atol=1e-5)
+        layers[before].mlp.down_proj.weight.data += change
+        new |= weights
+    assert new
+    assert pruned.config.num_hidden_layers == len(kept)
+    for number, block in enumerate(kept):
         for linear in (DOWN, "mlp.up_proj", "self_attn.o_proj", "input_layernorm"):
-            before = weights.get(f"model.layers.{old}.{linear}", dense.weight(f"model.layers.{old}.{linear}"))
-            assert torch.equal(before, pruned.weight(f"model.layers.{new}.{linear}"))
+            before_pruning = f"model.layers.{block}.{linear}"
+            expected = new.get(before_pruning, dense.weight(before_pruning))
+            assert torch.equal(expected, pruned.weight(f"model.layers.{number}.{linear}"))
+
+
+def states_and_inputs(model: Any, windows: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The hidden states before and after each layer, and the input of the last layer's last linear."""
+    states: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
+    last = model.model.layers[-1]
+    hooks = [layer.register_forward_hook(lambda _, args, out: states.append(out)) for layer in model.model.layers]
+    hooks.append(model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0])))
+    hooks.append(last.mlp.down_proj.register_forward_hook(lambda _, args, __: inputs.append(args[0])))
+    with torch.no_grad():
+        model.model(input_ids=windows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states, inputs[0]
 
 
 # The last linear that every token reads. A norm follows that of OLMo 2, and experts that of Qwen 3.
 END = {"gpt2": "mlp.c_proj", "olmo2": DOWN, "qwen2_moe": "mlp.shared_expert.down_proj", "qwen3_moe": "self_attn.o_proj"}
 
 
-def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(study: Make, tmp_path: Path, monkeypatch: Patch):
+def test_a_repair_lowers_the_error_on_held_out_windows_or_is_left_out(
+    study: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+):
     for family, last in END.items():
         model = save(family, tmp_path / family, num_hidden_layers=3)
         repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
         calibrate(study=repaired)
+        choose(repaired, 2)
         mask(study=repaired)
         ((name, solved),) = read_weights(repaired.weights, 1)[1].items()
         assert name.endswith(f".1.{last}")
         assert solved["held_out"] < 1
     remove(repaired.masks)
     monkeypatch.setattr(repair, "multiply", lambda a, _: torch.ones_like(a))
-    with pytest.raises(UserError, match="cannot take over the outputs of"):
-        mask(study=repaired)
+    mask(study=repaired)
+    assert "keeps its weights: on held-out windows it cannot take over what" in capsys.readouterr().err
+    assert read_weights(repaired.weights, 1) == ({}, {})
     model = save("jetmoe", tmp_path / "jetmoe", kv_channels=16)  # all tokens read only what makes keys and values
     repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
     calibrate(study=repaired)
@@ -99,30 +136,30 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_refused(study: Make
         mask(study=repaired)
 
 
-def test_a_repair_that_is_killed_on_a_gpu_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch):
-    """The hidden states before the kill are then in files, and those after it on the GPU."""
-    repaired = fetch(study(sparsity=0.5, runtime__device="cuda", **WANTED), "model", "calibration")
-    hold = BlockLoader.load
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch, device: str):
+    """On a GPU the hidden states before the kill are then in files, and those after it on the device."""
+    repaired = fetch(study(sparsity=0.5, runtime__device=device, **WANTED), "model", "calibration")
+    load, changes = BlockLoader.load, itertools.count()
 
-    def killed(loader: BlockLoader, index: int, *rest: Any) -> None:
-        if index == 2:
+    def killed(loader: BlockLoader, index: int, then: int, change: Any = None) -> None:
+        if (index, change is not None) == at and (change is None or next(changes) == 7):  # in the repair of a cut
             raise KeyboardInterrupt
-        hold(loader, index, *rest)
+        load(loader, index, then, change)
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
-    with simulated_gpu():
+    with simulated_gpu() if device == "cuda" else contextlib.nullcontext():
         calibrate(study=repaired)
+        choose(repaired, 1, 3)
         mask(study=repaired)
         expected = tree(repaired.root, "masks", "weights")
-        for folder in (repaired.masks, repaired.weights):
-            remove(folder)
-        with mock.patch.object(BlockLoader, "load", killed), pytest.raises(KeyboardInterrupt):
+        # Within the first cut, within the first repair, between the cuts, and within the second repair.
+        for point in ((1, False), (0, True), (2, False), (2, True)):
+            at = point
+            for folder in (repaired.masks, repaired.weights):
+                remove(folder)
+            changes = itertools.count()
+            with mock.patch.object(BlockLoader, "load", killed), pytest.raises(KeyboardInterrupt):
+                mask(study=repaired)
             mask(study=repaired)
-        mask(study=repaired)
-    assert tree(repaired.root, "masks", "weights") == expected
-
-
-def test_neighbours_with_the_least_sum_go_and_never_the_first_unit():
-    score = torch.tensor([0.0, 3.5, 1.0, 4.0, 2.0, 2.0])
-    assert remove_neighbours(score, 4).tolist() == [True, True, True, True, False, False]
-    assert remove_neighbours(score, 6).all()
+            assert tree(repaired.root, "masks", "weights") == expected

@@ -501,7 +501,7 @@ def test_the_units_with_the_lowest_scores_go(
 
 
 def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make):
-    made = study(pattern="blocks", sparsity=0.25, calibration__statistics="gram")
+    made = study(pattern="blocks", sparsity=0.25, method="influence", calibration__statistics="gram")
     prune(fetch(made, "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     scores = [influence(read_stats(made.stats, block)) for block in range(4)]
@@ -512,9 +512,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
     blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.consumers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
-        choose_units(
-            blocks, dense.weight, nan, method=methods()["influence"], dtype=torch.float32, device=torch.device("cpu")
-        )
+        choose_units(blocks, dense.weight, nan, method=methods()["influence"], device=torch.device("cpu"))
     # As transformers computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)
@@ -534,7 +532,6 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     [
         ("neurons", 0.001, "none of the neurons of each MLP"),
         ("heads", 0.2, "none of the groups of attention heads .*"),
-        ("blocks", 0.2, "none of the blocks"),
         ("unstructured", 1e-9, "no weight"),
     ],
 )

@@ -38,11 +38,12 @@ class Method(Choice):
     paper: str
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
+    # Of a method that needs `blocks`: (DepthChoice, measure) → DepthChoice with one block more.
     # "": the package that has it is not installed; masks of the method can still be applied.
     function: str
-    # What it reads in addition to weights: nothing, an InputStats, or the Gram matrix. With the Gram matrix it is a
-    # solver: it returns the mask, because it changes weights before all are chosen.
-    needs: Literal["weights", "norms", "gram"]
+    # What it reads in addition to weights: nothing, an InputStats, the Gram matrix, or the measured choices of blocks.
+    # With the Gram matrix it is a solver: it returns the mask, because it changes weights before all are chosen.
+    needs: Literal["weights", "norms", "gram", "blocks"]
     # The pattern whose units the function scores, from an expert's TokenSum or a BlockStats; "": it scores weights.
     pattern: Literal["", "experts", "blocks"] = ""
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
@@ -89,6 +90,9 @@ _METHODS = {row.name: row for row in (
     Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
            paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
            pattern="blocks"),
+    Method("divergence", "blocks only: KL(dense ‖ without the blocks) of the predictions, measured block after block",
+           paper="[Song et al. 2024](https://arxiv.org/abs/2402.09025), by perplexity", needs="blocks",
+           function="wanda_dvc.engine.depth:choose_one_more", pattern="blocks"),
 )}  # fmt: skip
 
 
@@ -134,7 +138,7 @@ STRUCTURES = {row.name: row for row in (
     Structure("experts", "routed experts of each block", find="wanda_dvc.engine.finders:find_experts", method="reap",
               fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
                       "num_routed_experts")),
-    Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="influence",
+    Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="divergence",
               fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
 )}  # fmt: skip
 
@@ -215,8 +219,7 @@ SOLVED_UNITS = Reconstruction(
 )
 # `mask` runs it, by `engine.repair`; this row describes it.
 REPAIR = Reconstruction(
-    "least-squares",
-    "least squares: the linear before the removed blocks, which are neighbours, takes over a part of what they add",
+    "least-squares", "least squares: the linear before each cut of removed blocks takes over a part of what they add"
 )
 
 

@@ -19,6 +19,8 @@ CORRECTION = 0.5
 RECOVERY_LENGTH = 512  # tokens of a window of `recover`, at most
 RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate` is for so many
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
+MEASURED_BLOCKS = 0.25  # the fraction of the blocks for which `calibrate` measures choices, at least
+TOKENS_OF_CHOICES = 4096  # that it measures each choice on, about
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
 FEW_TOKENS, TOO_FEW_TOKENS = 9, 5  # distinct ones for each feature: fewer are reported, or refused (docs/data.md)
@@ -137,8 +139,13 @@ class Plan:
 
     @property
     def repairs(self) -> bool:
-        """Whether removed blocks are neighbours, and the linear before them takes over a part of what they add."""
+        """Whether the linear before each cut of removed blocks takes over a part of what they add."""
         return self.pattern == "blocks" and self.reconstructs
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether stats/blocks chooses the blocks to remove."""
+        return self.method.needs == "blocks"
 
     @property
     def propagates(self) -> bool:

@@ -1,11 +1,12 @@
-"""The repair for neighbouring blocks that are removed: the last linear before them takes over a part of what they add.
+"""The repair for removed blocks: the last linear before each cut takes over a part of what the cut's blocks add.
 
 ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new weight W + D can do more, as it has
 more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
+A later cut's repair runs on the model with the earlier repairs, towards the hidden states of the dense model.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,12 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import BlockRun, ModelRunner, run_batches
+from wanda_dvc.engine.forward import BlockRun, ModelInput, ModelRunner, run_batches, run_block
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden
 from wanda_dvc.engine.sums import InputSums
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
 from wanda_dvc.pruning.solvers import GramFactors
@@ -29,28 +30,90 @@ VALIDATION_STRIDE = 4  # the dampings are tried on every fourth chunk
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-class RemovedBlocks(NamedTuple):
-    """The blocks between two others, and the activations before all blocks up to the second one."""
+class Cut(NamedTuple):
+    """Removed blocks that are neighbours, and the linear that takes over a part of what they add."""
 
-    block_before: int
-    linear: str  # of the block before, which takes over a part of what they add
-    end: int  # the first block after them
-    store: ActivationStore
+    block_before: int  # −1: the first block is removed
+    end: int  # the first block after them, or the number of blocks
+    linear: str  # of the block before
 
 
-def repair(
-    runner: ModelRunner, linear: str, weight: Tensor, *, block: int, end: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Return the new weight of a block's last linear, as stored, if the blocks after it and before `end` are removed.
+class CutRun(NamedTuple):
+    """A cut, and the activations before all blocks from the one before it to its end."""
 
-    A forward pass up to `end` has stored the activations. The damping is that of the least error on the validation
-    chunks; all chunks give the weight. Diagnostics are the damping, and the error divided by that without a repair.
-    UserError if no damping lowers the error, which a norm after the linear may prevent.
+    cut: Cut
+    store: ActivationStore  # of the model with the earlier repairs, without the removed blocks
+    dense_store: ActivationStore
+
+
+def cuts_of(removed: Sequence[int]) -> list[range]:
+    """Return each run of neighbours among removed blocks, in order."""
+    cuts: list[range] = []
+    for block in sorted(removed):
+        if cuts and cuts[-1].stop == block:
+            cuts[-1] = range(cuts[-1].start, block + 1)
+        else:
+            cuts.append(range(block, block + 1))
+    return cuts
+
+
+def run_cuts(
+    runner: ModelRunner, windows: ModelInput, cuts: Sequence[Cut], repaired: Callable[[CutRun], Tensor | None]
+) -> Iterator[int]:
+    """Run windows through the dense model, and without the removed blocks; yield the number of each finished block.
+
+    At the end of each cut, `repaired` returns the new weight of its linear; None: it stays as it is.
     """
+    kept = max(cut.end - cut.block_before for cut in cuts)
+    first, last = cuts[0].block_before, cuts[-1].end
+    for step in runner.forward(windows, with_dense=True, kept=kept):
+        block, store, dense = step.index, step.block.store, step.block.dense_store
+        assert dense is not None
+        cut = next((cut for cut in cuts if cut.block_before < block < cut.end), None)
+        if block <= first:  # both models are equal so far
+            run_windows(runner, BlockRun(block, dense))
+            copy_activations(runner, dense, block + 1, store, block + 1)
+        elif cut is None:
+            step.run()
+        else:
+            run_windows(runner, BlockRun(block, dense))
+            copy_activations(runner, store, block, store, block + 1)
+        if cut and block == cut.end - 1 and cut.block_before >= 0:
+            weight = repaired(CutRun(cut, store, dense))
+            if weight is not None:
+                change = WeightChange({}, {cut.linear: weight})
+                run_windows(runner, BlockRun(cut.block_before, store, change=change))
+                for removed in range(cut.block_before + 1, cut.end):
+                    copy_activations(runner, store, removed, store, removed + 1)
+        yield block
+        if block == last - 1:
+            return
+
+
+def run_windows(runner: ModelRunner, block: BlockRun) -> None:
+    """Run all windows through a block."""
+    runner.merge(run_block, block, runner.chunks, InputSums(), f"block {block.index}, chunk")
+
+
+def copy_activations(
+    runner: ModelRunner, source: ActivationStore, block: int, target: ActivationStore, target_block: int
+) -> None:
+    """Copy the activations before a block to another store, or before another block."""
+    for chunk in runner.chunks:
+        target.write(target_block, chunk.number, source.read(block, chunk.number))
+
+
+def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor, dict[str, float]] | None:
+    """Return the new weight of a cut's linear, as stored, and diagnostics; None if no damping lowers the error.
+
+    The damping is that of the least error on the validation chunks; all chunks give the weight. Diagnostics are the
+    damping, and the error divided by that without a repair. A norm after the linear may prevent a repair. UserError if
+    the linear adds nothing to the hidden states.
+    """
+    block, end, linear = removed.cut
     transposed = runner.decoder.linears(block)[linear].transposed
-    if weight.shape[1 if transposed else 0] != runner.store.width:  # JetMoE: all else is experts
+    if weight.shape[1 if transposed else 0] != removed.store.width:  # JetMoE: all else is experts
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
-    removed = RemovedBlocks(block, linear, end, runner.store)
     validation = runner.chunks[::VALIDATION_STRIDE]
     fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
     sums = runner.merge(run_before, removed, fitting, InputSums(), "repair, chunk")
@@ -62,11 +125,11 @@ def repair(
     unrepaired, *errors = totals.sqrt().nan_to_num(torch.inf, torch.inf).tolist()  # of an overflow: NaN
     error, damping = min(zip(errors, DAMPINGS, strict=True))
     if not error < unrepaired:
-        raise UserError(
-            f"reconstruction: {linear} cannot take over the outputs of blocks {block + 1} to {end - 1}: the error on "
-            f"held-out windows is {error:.4g}, expected less than {unrepaired:.4g}, the error without a change; set "
-            "recipe=wanda"
+        notice(
+            f"mask: {linear} keeps its weights: on held-out windows it cannot take over what blocks {block + 1} to "
+            f"{end - 1} add; the error would be {error:.4g} instead of {unrepaired:.4g}"
         )
+        return None
     if fitting is not validation:
         sums.merge(runner.merge(run_before, removed, validation, InputSums(), "repair, chunk"))
     repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
@@ -81,16 +144,15 @@ def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, 
 
 
 @torch.no_grad()
-def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSums:
-    """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the removed blocks add to the hidden states."""
-    block, linear = removed.block_before, removed.linear
+def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> InputSums:
+    """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the hidden states lack without the blocks."""
+    block, end, linear = removed.cut
     model.load(block, -1)
     recorder = InputRecorder(linears={linear: model.linears(block)[linear]}, gram=True)
     batches = model.batches(chunk.sequences, streamed=not removed.store.on_device)
-    before, after, wanted = (
-        removed.store.read_batches(index, chunk.number, batches, model.copies)
-        for index in (block, block + 1, removed.end)
-    )
+    before = removed.store.read_batches(block, chunk.number, batches, model.copies)
+    after = removed.store.read_batches(block + 1, chunk.number, batches, model.copies)
+    wanted = removed.dense_store.read_batches(end, chunk.number, batches, model.copies)
     with recorder.recording():
         for batch, states_before, states_after, states_wanted in zip(batches, before, after, wanted, strict=True):
             recorder.left_factors[linear] = (states_wanted.float() - states_after.float()).flatten(0, 1)
@@ -100,17 +162,15 @@ def run_before(model: Decoder, removed: RemovedBlocks, chunk: Chunk) -> InputSum
 
 
 @torch.no_grad()
-def run_changed(
-    model: Decoder, job: tuple[RemovedBlocks, Sequence[WeightChange]], chunk: Chunk
-) -> Float[Tensor, " changes"]:
-    """Return ‖block's outputs − hidden states before `end`‖² of a chunk: without a change, then with each change."""
+def run_changed(model: Decoder, job: tuple[CutRun, Sequence[WeightChange]], chunk: Chunk) -> Float[Tensor, " changes"]:
+    """Return ‖block's outputs − dense hidden states before the end‖² of a chunk: unchanged, then with each change."""
     removed, changes = job
-    block = BlockRun(removed.block_before, removed.store)
-    wanted = removed.store.read(removed.end, chunk.number)
-    errors = [squared_error(removed.store.read(removed.block_before + 1, chunk.number), wanted)]
+    number, end, _ = removed.cut
+    wanted = removed.dense_store.read(end, chunk.number)
+    errors = [squared_error(removed.store.read(number + 1, chunk.number), wanted)]
     for change in changes:
-        model.load(removed.block_before, -1, change)
-        outputs = itertools.chain.from_iterable(run_batches(model, block, chunk, []))
+        model.load(number, -1, change)
+        outputs = itertools.chain.from_iterable(run_batches(model, BlockRun(number, removed.store), chunk, []))
         errors.append(squared_error(outputs, wanted))
     return torch.tensor(errors, dtype=torch.float64)
 

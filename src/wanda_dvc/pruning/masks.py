@@ -17,7 +17,7 @@ from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
 from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.pruning.units import Units, expand, greedy_obs, remove_neighbours, unit_scores
+from wanda_dvc.pruning.units import Units, expand, greedy_obs, unit_scores
 
 BlockSparsity = Fraction | Mapping[str, Fraction]  # of all linears of a block, or of each
 
@@ -149,14 +149,9 @@ def choose_units(
     blocks: Iterable[BlockStats],
     *,
     method: Method,
-    neighbours: bool = False,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Bool[Tensor, " units"]]:
-    """Return the mask of each set's units by their scores, of a dtype: the highest are kept.
-
-    With `neighbours` the removed units are neighbours, and not the first. UserError if a score is not finite.
-    """
+    """Return the mask of each set's units by their scores: the highest are kept. UserError if one is not finite."""
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for stats in blocks:
         inputs = stats.by_linear
@@ -164,7 +159,7 @@ def choose_units(
             for linears in units.members:
                 if linears[0] not in inputs:  # of another block
                     continue
-                score = _unit_score(linears, read_weight, stats, method, dtype, device)
+                score = _unit_score(linears, read_weight, stats, method, device)
                 if not math.isfinite(score):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
@@ -173,19 +168,13 @@ def choose_units(
                 scores[name].append(score)
     masks = {}
     for name, units in sets.items():
-        groups = torch.tensor(scores[name], dtype=dtype).view(units.groups, -1)
-        kept = units.kept // units.groups
-        masks[name] = remove_neighbours(groups[0], kept) if neighbours else keep_highest(groups, kept).flatten()
+        groups = torch.tensor(scores[name], dtype=torch.float32).view(units.groups, -1)
+        masks[name] = keep_highest(groups, units.kept // units.groups).flatten()
     return masks
 
 
 def _unit_score(
-    linears: Sequence[str],
-    read_weight: ReadWeight,
-    stats: BlockStats,
-    method: Method,
-    dtype: torch.dtype,
-    device: torch.device,
+    linears: Sequence[str], read_weight: ReadWeight, stats: BlockStats, method: Method, device: torch.device
 ) -> float:
     if method.pattern == "blocks":
         return float(method(stats))
@@ -203,5 +192,5 @@ def _unit_score(
     total = 0.0
     for linear in linears:
         weight = oriented(read_weight(linear).to(device), linear in stats.transposed)
-        total += method(weight, inputs[linear].to(weight.device)).sum(dtype=dtype).item()
+        total += method(weight, inputs[linear].to(weight.device)).sum(dtype=torch.float32).item()
     return total

@@ -67,16 +67,6 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
     return totals
 
 
-def remove_neighbours(score: Float[Tensor, " units"], kept: int) -> Bool[Tensor, " units"]:
-    """Return the mask of `kept` units: the removed ones are neighbours, not the first, with the least sum of scores."""
-    mask = torch.ones_like(score, dtype=torch.bool)
-    removed = len(score) - kept
-    if removed:
-        first = 1 + int(score[1:].unfold(0, removed, 1).sum(dim=1).argmin())
-        mask[first : first + removed] = False
-    return mask
-
-
 def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tensor, " units"]:
     """Return the mask of units: those are removed that cost least if the kept weights compensate for them.
 

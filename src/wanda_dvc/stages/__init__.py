@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from wanda_dvc.catalog import EMBEDDED, STATISTICS
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import CHOICES, RECOVERY_LENGTH
+from wanda_dvc.plan import CHOICES, MEASURED_BLOCKS, RECOVERY_LENGTH
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import Json, load_json, write_text
@@ -32,6 +32,10 @@ def _always(_: "Params") -> bool:
 
 def _recovers(params: "Params") -> bool:
     return params.recovery.tokens > 0
+
+
+def _measures_blocks(params: "Params") -> bool:
+    return params.plan.measures_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +127,22 @@ def _variant_of_download(
 
 
 def _variant_of_calibrate(statistics: str) -> Variant:
-    by_recipe = () if statistics == "norms" else ("recipe", "pattern", *CHOICES)
+    by_recipe = {"norms": (), "blocks": ("recipe", "pattern", *CHOICES, "sparsity")}.get(
+        statistics, ("recipe", "pattern", *CHOICES)
+    )
     plotted = ("metrics/plots/norms.csv",) if statistics == "norms" else ()
     return Variant(
         settings=("calibration", "dtype", *by_recipe),
         deps=(f"plan/calibrate/{statistics}.json", "models/dense", "data/calibration"),
         outs=(f"stats/{statistics}", *plotted),
-        wanted=lambda params: statistics in params.statistics,
+        wanted=_measures_blocks if statistics == "blocks" else lambda params: statistics in params.statistics,
     )
 
 
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
 SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
-STATS = tuple(f"stats/{statistics}" for statistics in STATISTICS)
+CALIBRATED = (*STATISTICS, "blocks")
+STATS = tuple(f"stats/{statistics}" for statistics in CALIBRATED)
 PLOTS = {  # of the pruned model on a text
     "metrics/plots/perplexity/{text}.csv": {
         "title": "Perplexity on {text}, ± one standard error over windows",
@@ -190,7 +197,7 @@ STAGES = {
             version=11,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
-            variants={statistics: _variant_of_calibrate(statistics) for statistics in STATISTICS},
+            variants={statistics: _variant_of_calibrate(statistics) for statistics in CALIBRATED},
         ),
         Stage(
             name="mask",
@@ -293,6 +300,10 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     for statistics in STATISTICS:
         is_read = statistics in params.statistics
         inputs[f"calibrate/{statistics}"] = windows | {"dtype": params.dtype} if is_read else {}
+    inputs["calibrate/blocks"] = {}
+    if params.plan.measures_blocks:  # for a quarter of the blocks: another sparsity up to that changes nothing
+        sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
+        inputs["calibrate/blocks"] = windows | {"dtype": params.dtype, "sparsity": sparsity}
     if recovery.tokens:
         if has_own_text:
             inputs["download/recovery"] = _chosen(recovery.texts)

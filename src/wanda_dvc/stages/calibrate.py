@@ -1,25 +1,38 @@
 """Measure the dense model's activations once: the statistics that the plan asks for."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
+from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import DrawnWindows
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOO_FEW_TOKENS, WINDOWS_BACK
+from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOKENS_OF_CHOICES, TOO_FEW_TOKENS, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import BlockStats, summary
+from wanda_dvc.pruning.units import count_kept
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_ready, draw_calibration, runner
+from wanda_dvc.stages.inputs import (
+    CHOICES_FILE,
+    calibrated_with,
+    calibration_windows,
+    check_ready,
+    draw_calibration,
+    read_choices,
+    runner,
+)
+from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.needs import announce
-from wanda_dvc.stages.process import progress
+from wanda_dvc.stages.process import progress, progress_bar, start_at
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
-from wanda_dvc.study.files import Json, write_csv
+from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 
 
 def calibrate(*, study: Study, statistics: str) -> None:
-    """models/dense + data/calibration → stats/norms, stats/gram or stats/fisher.
+    """models/dense + data/calibration → stats/norms, stats/gram, stats/fisher or stats/blocks.
 
     Each kind of statistics is a stage of its own, so that each is measured once, in any order of recipes. If the plan
     asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
@@ -29,7 +42,9 @@ def calibrate(*, study: Study, statistics: str) -> None:
     made_from, gram_from = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
         if not is_there(work.out / PROVENANCE):  # else it was measured with the norms
-            if statistics == "fisher":
+            if statistics == "blocks":
+                _choose_blocks(study, work)
+            elif statistics == "fisher":
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
@@ -39,7 +54,10 @@ def calibrate(*, study: Study, statistics: str) -> None:
                     artifact.finish(gram.out, gram_from)
             else:
                 _forward(study, norms=work)
-            artifact.finish(work.out, made_from)
+            if statistics == "blocks":
+                artifact.write_provenance(work.out, made_from)
+            else:
+                artifact.finish(work.out, made_from)
         plotted = list(_plotted(work.out)) if statistics == "norms" else []  # takes seconds; a commit ends the work
         work.commit(target)
     if statistics == "norms":
@@ -48,7 +66,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
 
 
 def calibrated_from(study: Study, statistics: str) -> Json:
-    """Return the provenance of `norms`, `gram` or `fisher`, without its number of blocks."""
+    """Return the provenance of `norms`, `gram`, `fisher` or `blocks`, without its number of blocks."""
     model = read_provenance(study.model("dense"), "download model")
     text = read_provenance(study.data("calibration"), "download calibration")
     params = calibrated_with(study)
@@ -60,10 +78,12 @@ def calibrated_from(study: Study, statistics: str) -> Json:
         text={"source": text["source"], "sha256": text["sha256"]},
         params=params,
     )
-    if statistics != "norms":
+    if statistics in ("gram", "fisher"):
         made_from["dtype"] = GRAM_DTYPE
     if statistics == "fisher":
         made_from["windows"] = min(WINDOWS_BACK, params["windows"])
+    if statistics == "blocks":
+        made_from["sparsity"] = study.stage_input("calibrate/blocks")["sparsity"]
     return made_from
 
 
@@ -137,3 +157,36 @@ def _backward(study: Study, work: Work) -> None:
         linears = {name: [name] for name in gradients.grams}  # a matrix is one linear's, in its own orientation
         tensors.write_grams(work.out, block, BlockStats({}, linears, [], gradients.squares), gradients.grams)
         gradients.grams.clear()
+
+
+def _choose_blocks(study: Study, work: Work) -> None:
+    """Measure which blocks to remove, one after another, and write the best choice of each number of them."""
+    from wanda_dvc.engine import depth  # imports transformers, which takes seconds
+
+    plan, sparsity = study.plan, Fraction(str(study.stage_input("calibrate/blocks")["sparsity"]))
+    run = runner(study, "dense", work)
+    removal = removal_of(run.decoder.checkpoint, plan, run.decoder.device)
+    assert removal is not None  # the pattern is `blocks`
+    (units,) = removal.unit_sets.values()
+    blocks, number = units.total, units.total - count_kept(units.total, sparsity, 1)
+    announce(study, "calibrate", run.decoder.sizes)
+    windows = calibration_windows(study)
+    texts = len(study.stage_input("calibrate/norms").get("shares", ()))  # their windows take turns
+    count = max(math.ceil(TOKENS_OF_CHOICES / windows.shape[1]), texts)
+    sequences = [TokenSequence(window) for window in windows[:count]]
+    choices = read_choices(work.out)
+    bar = progress_bar(depth.count_measured(blocks, number), "calibrate, choices of blocks measured")
+    start_at(bar, depth.count_measured(blocks, len(choices)))
+    dense = depth.measure_dense(run, sequences)
+
+    def measure(groups: Sequence[depth.Blocks]) -> list[float]:
+        divergences = []
+        for divergence in depth.measure_choices(run, sequences, groups, dense):
+            divergences.append(divergence)
+            bar.update()
+        return divergences
+
+    while len(choices) < number:
+        choices.append(depth.choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
+        write_json(work.out / CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})
+    bar.close()

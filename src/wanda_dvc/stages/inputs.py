@@ -19,14 +19,16 @@ from wanda_dvc.params import numbered
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
-from wanda_dvc.study.files import Documents, Json
+from wanda_dvc.study.files import Documents, Json, load_json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
+    from wanda_dvc.engine.depth import DepthChoice
     from wanda_dvc.engine.forward import ModelRunner
 
 
+CHOICES_FILE = "choices.json"  # of stats/blocks
 HEAD = "output head"  # a place of activations that are not finite
 
 
@@ -59,9 +61,9 @@ def calibrated_with(study: Study) -> Json:
 
 
 def statistics(study: Study) -> tuple[Json, dict[str, str]]:
-    """Return the provenance of stats/norms, and the digests of what else masks read: `method`, `gram`, `fisher`.
+    """Return the provenance of stats/norms, and the digests of what else masks read.
 
-    UserError if they are of another model, or of other settings.
+    These are `method`, `gram`, `fisher` and `blocks`. UserError if they are of another model, or of other settings.
     """
     norms = read_provenance(study.stats, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
@@ -80,11 +82,13 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
+    if plan.measures_blocks:
+        digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
     return norms, digests
 
 
 def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
-    """Return the provenance of stats/gram or stats/fisher.
+    """Return the provenance of stats/gram, stats/fisher or stats/blocks.
 
     UserError if it was not measured, or is of another run than `made_with`: model, text and parameters of `what`.
     """
@@ -95,6 +99,13 @@ def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norm
             f"and text that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
         )
     return provenance
+
+
+def read_choices(folder: Path) -> "list[DepthChoice]":
+    """Read the best choices of one, two and more blocks to remove; none if the folder has none yet."""
+    from wanda_dvc.engine.depth import DepthChoice  # imports transformers, which takes seconds
+
+    return [DepthChoice(**choice) for choice in load_json(folder / CHOICES_FILE).get("choices", [])]
 
 
 def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:

@@ -17,6 +17,7 @@ from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.masks import BlockSparsity, choose_units
 from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
+from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
 from wanda_dvc.stages.solving import BlockResult, MaskJob, combine, score_block, solve, solve_from_file, solver_tasks
@@ -50,17 +51,17 @@ def mask(*, study: Study) -> None:
         finished = artifact.finished_blocks(masks)
         if plan.mask_stores_weights:
             finished = min(finished, artifact.finished_blocks(weights))
-        repaired = None
-        if removal and plan.repairs:
-            repaired = repair_before_removed_blocks(study, checkpoint, removal, norms["text"], work, finished)
+        repaired: dict[int, BlockResult] = {}
+        if removal and plan.repairs and finished < blocks:
+            repaired = repair_removed_blocks(study, checkpoint, removal, norms["text"], work)
         if plan.propagates:
             results = on_pruned_blocks(job, *_dense_run(study, norms["text"], work), finished, device)
         else:
             results = from_statistics(study, job, range(finished, blocks), device)
         for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-            if repaired and result.block == repaired.block:
-                result.weights.update(repaired.weights)
-                result.diagnostics.update(repaired.diagnostics)
+            if result.block in repaired:
+                result.weights.update(repaired[result.block].weights)
+                result.diagnostics.update(repaired[result.block].diagnostics)
             if plan.mask_stores_weights:
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
@@ -101,46 +102,65 @@ def _describe(
 
 
 def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Removal | None":
-    """Return how many units a pattern removes, and where they are; None if it sets weights to zero."""
+    """Return how many units a pattern removes, and where they are; None if it sets weights to zero.
+
+    UserError if a sparsity above 0 removes no unit.
+    """
     if plan.structure is None:
         return None
     # The import of transformers takes seconds.
-    return resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
+    removal: Removal = resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
+    if plan.sparsity and not removal.sparsity:
+        raise UserError(
+            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
+            "higher sparsity, or another pattern"
+        )
+    return removal
 
 
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero.
 
     For blocks and experts, which ones; for neurons and heads only how many, because the masks of the linears that read
-    them choose. UserError if a sparsity above 0 removes no unit.
+    them choose.
     """
     plan = study.plan
     removal = removal_of(checkpoint, plan, device)
     if removal is None:
         return None
-    if plan.sparsity and not removal.sparsity:
-        raise UserError(
-            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
-            "higher sparsity, or another pattern"
-        )
     notice(f"mask: {removal.describe(plan.sparsity)}")
     if removal.consumers:  # the masks of these linears choose the units
         return removal
     from wanda_dvc.engine.probe import probe  # imports transformers, which takes seconds
 
-    kept = choose_units(
-        removal.unit_sets,
-        checkpoint.weight,
-        (tensors.read_stats(study.stats, block) for block in range(blocks)),
-        method=plan.method,
-        neighbours=plan.repairs,
-        # Float64 for the sums of the scores of neighbouring blocks.
-        dtype=torch.float64 if removal.structure.name == "blocks" else torch.float32,
-        device=device,
-    )
+    if plan.measures_blocks:
+        kept = measured_blocks(study, removal)
+    else:
+        kept = choose_units(
+            removal.unit_sets,
+            checkpoint.weight,
+            (tensors.read_stats(study.stats, block) for block in range(blocks)),
+            method=plan.method,
+            device=device,
+        )
     removal = removal.with_kept(kept)
     probe(checkpoint, removal, device)
     return removal
+
+
+def measured_blocks(study: Study, removal: "Removal") -> dict[str, Tensor]:
+    """Return the mask of the blocks, by their set, from stats/blocks. UserError if it has too few choices."""
+    ((name, units),) = removal.unit_sets.items()
+    number, choices = units.total - units.kept, inputs.read_choices(study.blocks)
+    if number > len(choices):
+        raise UserError(
+            f"stats/blocks: has choices of up to {len(choices)} blocks, expected {number}; run `dvc repro` or "
+            "`wanda-dvc calibrate blocks`"
+        )
+    kept = torch.ones(units.total, dtype=torch.bool)
+    if number:
+        kept[choices[number - 1].removed] = False
+    return {name: kept}
 
 
 def allocate_sparsities(
@@ -262,33 +282,49 @@ def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelR
     return inputs.runner(study, "dense", work), windows
 
 
-def repair_before_removed_blocks(
-    study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work, finished: int
-) -> BlockResult | None:
-    """Return the block before the removed blocks and the new weight of its last linear, without masks.
+def repair_removed_blocks(
+    study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work
+) -> dict[int, BlockResult]:
+    """Return the blocks before each cut and the new weights of their last linears, without masks, by block.
 
-    None if no block is removed, or if the block before them is finished: its new weight is stored.
+    The new weights wait in the unfinished work, so an interrupted run resumes after the last repaired cut.
     """
-    from wanda_dvc.engine.repair import repair  # imports transformers, which takes seconds
+    from wanda_dvc.engine.repair import Cut, CutRun, cuts_of, repair, run_cuts  # imports transformers: seconds
 
     (kept,) = removal.kept_masks.values()
-    removed = (~kept).nonzero()[:, 0].tolist()
-    if not removed or removed[0] - 1 < finished:
-        return None
-    block = removed[0] - 1  # the block before the removed ones
-    end = removed[-1] + 1  # the block after them, or the number of blocks
-    run, windows = _dense_run(study, calibrated_text, work)
+    removed = cuts_of((~kept).nonzero()[:, 0].tolist())
+    blocks_before = [cut.start - 1 for cut in removed if cut.start > 0]  # nothing is before the first block
+    folder = work.path / "repaired"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not all(is_there(artifact.block_file(folder, block)) for block in blocks_before):
+        run, windows = _dense_run(study, calibrated_text, work)
+
+        def repaired(cut_run: CutRun) -> Tensor | None:
+            block, _, linear = cut_run.cut
+            if not is_there(artifact.block_file(folder, block)):
+                result = repair(run, cut_run, checkpoint.weight(linear))
+                weights, diagnostics = ({linear: result[0]}, {linear: result[1]}) if result else ({}, {})
+                tensors.write_weights(folder, block, weights, diagnostics)
+            return tensors.read_weights(folder, block)[0].get(linear)
+
+        cuts = []
+        for cut in removed:
+            linear = last_linear(study, run, cut.start - 1) if cut.start else ""
+            cuts.append(Cut(cut.start - 1, cut.stop, linear))
+        steps = run_cuts(run, windows, cuts, repaired)
+        for _ in process.progress(steps, total=cuts[-1].end, what="mask, blocks run for the repair", at=int):
+            pass
+    results = {}
+    for block in blocks_before:
+        results[block] = BlockResult(block, tensors.Masks(), *tensors.read_weights(folder, block))
+    return results
+
+
+def last_linear(study: Study, run: "ModelRunner", block: int) -> str:
+    """Return the last linear of a block that every token reads.
+
+    An expert's linear adds to some tokens only, so it cannot take over what removed blocks add to all of them.
+    """
     linears = run.decoder.linears(block)
-    # The statistics are in the order in which the block calls its linears. An expert's linear adds to some tokens only,
-    # so it cannot take over what the removed blocks add to all of them.
-    candidates = [
-        name for name in tensors.read_stats(study.stats, block).by_linear if linears[name].slice.expert is None
-    ]
-    last = candidates[-1]
-    # The repair reads the activations before `block` to `end`.
-    steps = itertools.takewhile(lambda step: step.index < end, run.forward(windows, kept=end - block + 1))
-    what = "mask, blocks run for the repair"
-    for step in process.progress(steps, total=end, what=what, at=lambda step: step.index):
-        step.run()
-    weight, diagnostics = repair(run, last, checkpoint.weight(last), block=block, end=end)
-    return BlockResult(block, tensors.Masks(), {last: weight}, {last: diagnostics})
+    called = tensors.read_stats(study.stats, block).by_linear  # in the order in which the block calls its linears
+    return [name for name in called if linears[name].slice.expert is None][-1]

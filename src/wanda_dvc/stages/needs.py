@@ -9,7 +9,7 @@ from wanda_dvc.engine.checkpoint import ITEMSIZE
 from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import RECOVERY_LENGTH, WINDOWS_BACK
+from wanda_dvc.plan import RECOVERY_LENGTH, TOKENS_OF_CHOICES, WINDOWS_BACK
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.artifact import PROVENANCE
@@ -51,6 +51,14 @@ class Conditions:
     def forward(self, length: int) -> ForwardMemory:
         """Return the memory of a forward pass with windows of `length` tokens."""
         return ForwardMemory(self.sizes, dtype=self.dtype, length=length, device=self.device)
+
+    def predictions(self, length: int) -> int:
+        """Return the memory to compare a window's predictions with the dense model's."""
+        from wanda_dvc.engine import divergence  # imports transformers
+
+        at_a_time = divergence.AT_A_TIME["cuda" if self.device == "cuda" else "cpu"]
+        compared = min(at_a_time, length * self.sizes.vocabulary)
+        return self.forward(length).logits + divergence.TEMPORARIES * compared
 
     def stored_activations(self, tokens: int) -> int:
         """Return the bytes on disk of the activations of some tokens before a block."""
@@ -206,6 +214,10 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
         gradients = tokens * sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(sizes.all_output_squares)
         disk += (sizes.blocks + 1) * given.stored_activations(tokens) + 2 * gradients
+    if given.params.plan.measures_blocks:  # each choice has activations of its own
+        tokens = TOKENS_OF_CHOICES + calibration.length * len(calibration.shares)
+        memory = max(memory, forward.activations + given.predictions(calibration.length))
+        disk += 2 * sizes.blocks * given.stored_activations(tokens)
     return forward.weights + memory, disk
 
 
@@ -225,10 +237,7 @@ def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
     settings, forward = given.params.perplexity, given.forward(given.params.perplexity.length)
     size = max(given.data_size(f"perplexity/{name}") for name in settings.texts)
     tokens = settings.windows * settings.length if isinstance(settings.windows, int) else size // BYTES_A_TOKEN
-    compared = min(
-        divergence.AT_A_TIME["cuda" if given.device == "cuda" else "cpu"], settings.length * given.sizes.vocabulary
-    )
-    memory = forward.activations + forward.logits + TEXT_IN_MEMORY * size + divergence.TEMPORARIES * compared
+    memory = forward.activations + given.predictions(settings.length) + TEXT_IN_MEMORY * size
     memory += divergence.REFERENCE_BYTES * max(tokens // PREFERRED_CHUNKS, settings.length)  # of a chunk
     return forward.weights + memory, 2 * given.stored_activations(tokens) + divergence.REFERENCE_BYTES * tokens
 
