@@ -102,7 +102,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, 
                     record["reads"],
                     "new" if record["changes_weights"] else "unchanged",
                 ]
-                assert len(record["papers"]) == len(cells[-1].split("; ")) == cells[-1].count("(arXiv ")
+                assert len(record["papers"]) == len(cells[-1].split("; ")) == cells[-1].count(" (")
 
 
 def test_the_seconds_of_recipes_are_about_those_of_the_page():

@@ -258,12 +258,9 @@ AS_RUN = {
     f"{PRUNE} smaller --pattern neurons": "wanda-dvc export smaller",
     "wanda-dvc stats --block 12": "wanda-dvc stats --block 1",
     f"{TASKS} -S ++zero_shot.limit=20": f"{TASKS} -S ++zero_shot.limit=4",
-    f"{QUEUE} -S recipe=wanda-paper,magnitude": "dvc exp run --temp -S recipe=wanda-paper",
-    f"{QUEUE} -S pattern=2:4,4:8 -S recipe=wanda-paper,magnitude": (
+    f"{QUEUE} -S recipe=wanda-paper,sparsegpt-paper,magnitude": "dvc exp run --temp -S recipe=sparsegpt-paper",
+    f"{QUEUE} -S pattern=2:4,4:8 -S recipe=wanda-paper,sparsegpt-paper,magnitude": (
         "dvc exp run --temp -S pattern=2:4 -S recipe=magnitude"
-    ),
-    f"{QUEUE} -S recipe=sparsegpt -S ++propagation=pruned -S pattern=unstructured,2:4,4:8": (
-        "dvc exp run --temp -S recipe=sparsegpt -S ++propagation=pruned"
     ),
     f"{GRID} -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
     f"{GRID} -S recipe=magnitude-rows,wanda-paper": "dvc exp run --queue -S sparsity=0.3,0.7",

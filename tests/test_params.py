@@ -163,6 +163,7 @@ def test_a_recipe_for_zeros_has_the_choices_of_another_for_units(recipe: str, pa
 NEEDS = {
     "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
     "admm": "gram", "fisher": "fisher", "wanda-paper": "norms",
+    "sparsegpt-paper": "norms", "ria": "norms", "owl": "norms",
 }  # fmt: skip
 
 

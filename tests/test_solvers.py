@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import fetch, prune
+from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
@@ -23,6 +26,9 @@ from wanda_dvc.pruning.solvers import (
     sparsegpt,
     sparsegpt_update,
 )
+from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.study.artifact import read_provenance
+from wanda_dvc.study.folder import Study
 
 # Each method that chooses masks, and what gives its kept weights new values.
 METHODS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., solvers.SolverResult]]] = {
@@ -268,6 +274,90 @@ def test_sparsegpt_is_the_papers_algorithm(monkeypatch, pattern, sparsity):
     assert changed.all()
     assert solved.unchanged == 0
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def prune_plainly(model, windows, prune_linear):
+    """Prune a model block by block, on the outputs of the pruned blocks before, with hooks in transformers' model.
+
+    `prune_linear` returns a linear's new weight, given its block, its weight, and the Gram matrix of its inputs.
+    """
+
+    def add(gram, _, inputs):
+        x = inputs[0].flatten(0, -2).double()
+        gram += x.T @ x
+
+    hidden = model.model.embed_tokens(windows)
+    rotary = model.model.rotary_emb(hidden, torch.arange(windows.shape[1])[None])
+    for index, block in enumerate(model.model.layers):
+        linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        grams = [torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64) for linear in linears]
+        hooks = [x.register_forward_pre_hook(partial(add, gram)) for x, gram in zip(linears, grams, strict=True)]
+        block(hidden, position_embeddings=rotary)
+        for hook in hooks:
+            hook.remove()
+        for linear, gram in zip(linears, grams, strict=True):
+            linear.weight.copy_(prune_linear(index, linear.weight, gram))
+        hidden = block(hidden, position_embeddings=rotary)
+
+
+def lowest_removed(weight, score, counts):
+    """The weight without its lowest scores: so many of each row, of a table of one row or more."""
+    scores = score.reshape(len(counts), -1)
+    keep = scores.argsort(dim=1, stable=True).argsort(dim=1) >= torch.tensor(counts)[:, None]
+    return weight * keep.view(weight.shape)
+
+
+def plain_wanda(sparsities):
+    def prune_linear(block, weight, gram):
+        score = weight.abs() * gram.diagonal().sqrt()
+        return lowest_removed(weight, score, [count_removed(weight.shape[1], sparsities[block])] * len(weight))
+
+    return prune_linear
+
+
+def plain_ria(_, weight, gram):
+    size = weight.abs().double()
+    score = (size / size.sum(0) + size / size.sum(1, keepdim=True)) * gram.diagonal() ** 0.25
+    return lowest_removed(weight, score, [weight.numel() // 2])
+
+
+def plain_sparsegpt(_, weight, gram):
+    return torch.from_numpy(paper_sparsegpt(weight, gram, HALF, None, block=16)[1])
+
+
+def owls_sparsities(model, windows):
+    """Each block's sparsity at 50 %, by the formula of OWL's authors; they count outliers of the dense model."""
+    scores = [[] for _ in model.model.layers]
+
+    def collect(block, weight, gram):
+        scores[block].append((weight.abs() * gram.diagonal().sqrt()).flatten())
+        return weight
+
+    prune_plainly(model, windows, collect)
+    all_scores = [torch.cat(of_block) for of_block in scores]
+    outliers = np.array([100 * (x > 5 * x.mean()).double().mean().item() for x in all_scores])
+    kept = (outliers - outliers.min()) / (outliers.max() - outliers.min()) * 2 * 0.08
+    return 1 - (kept - kept.mean() + 0.5)
+
+
+@pytest.mark.parametrize("recipe", ["sparsegpt-paper", "ria", "owl"])
+def test_recipes_of_papers_are_their_procedures(study: Callable[..., Study], monkeypatch, recipe: str):
+    monkeypatch.setattr(solvers, "SWEEP_PANEL", 16)
+    made = prune(fetch(study(recipe=recipe, dtype="float32"), "model", "calibration"))
+    pruned, plain = (AutoModelForCausalLM.from_pretrained(made.model(name)).eval() for name in ("pruned", "dense"))
+    windows = calibration_windows(made).long()
+    oracle = {"sparsegpt-paper": plain_sparsegpt, "ria": plain_ria}.get(recipe)
+    if oracle is None:
+        sparsities = read_provenance(made.masks, "mask")["sparsities"]
+        shift = sparsities - owls_sparsities(plain, windows)  # to the exact count: each row loses a whole number
+        assert np.ptp(shift) < 1e-5
+        assert 0 <= shift.min() < 1 / 32
+        oracle = plain_wanda([Fraction(str(sparsity)) for sparsity in sparsities])
+    prune_plainly(plain, windows, oracle)
+    for ours, expected in zip(pruned.model.layers.parameters(), plain.model.layers.parameters(), strict=True):
+        assert torch.equal(ours != 0, expected != 0)
+        torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
 
 
 def paper_admm(weight, gram, sparsities, damping=0.1):

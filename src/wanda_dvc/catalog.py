@@ -210,6 +210,9 @@ RECONSTRUCTIONS = {row.name: row for row in (
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
                    paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
                    about="input by input: the weights to the right compensate for each removed weight"),
+    Reconstruction("sparsegpt-all-rows", function="wanda_dvc.pruning.solvers:sparsegpt_all_rows",
+                   paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
+                   about="as `sparsegpt`, but as its authors do also for rows whose layer error then rises"),
 )}  # fmt: skip
 # Where complete inputs are removed, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
@@ -246,11 +249,19 @@ RECIPES = {row.name: row for row in (
     Recipe("wanda", "the paper's method, on dense blocks", "wanda", seconds=10),
     Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares",
            seconds=30),
-    Recipe("sparsegpt", "SparseGPT's masks and weights", "sparsegpt", group="linear", reconstruction="sparsegpt"),
+    Recipe("sparsegpt", "SparseGPT, a variant on the dense model's statistics", "sparsegpt", group="linear",
+           reconstruction="sparsegpt"),
     Recipe("admm", "ADMM's masks; least squares gives new values", "admm", reconstruction="least-squares", seconds=62),
     Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`", "admm", group="outputs",
            allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit", seconds=103),
+    # The authors' procedures, which calibrate each block on the outputs of the pruned blocks before it.
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
+    Recipe("sparsegpt-paper", "the paper's procedure: SparseGPT calibrated on pruned blocks", "sparsegpt",
+           group="linear", reconstruction="sparsegpt-all-rows", propagation="pruned"),
+    Recipe("ria", "the paper's procedure: RIA calibrated on pruned blocks", "ria", group="linear",
+           propagation="pruned"),
+    Recipe("owl", "the paper's procedure: OWL's sparsities, then Wanda calibrated on pruned blocks", "wanda",
+           allocation="owl", propagation="pruned"),
 )}  # fmt: skip
 
 

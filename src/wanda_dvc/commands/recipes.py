@@ -20,7 +20,8 @@ def recipes_text(*, as_json: bool = False) -> str:
         return json_text(contents)
     rows = []
     for content in contents:
-        papers = [re.sub(r"\[(.+)\]\(\S+/(\S+)\)", r"\1 (arXiv \2)", paper) for paper in content["papers"]]
+        papers = [re.sub(r"\[(.+)\]\(\S+arxiv.org/abs/(\S+)\)", r"\1 (arXiv \2)", x) for x in content["papers"]]
+        papers = [re.sub(r"\[(.+)\]\((\S+)\)", r"\1 (\2)", paper) for paper in papers]
         seconds = content["seconds"]
         rows.append([
             content["name"], content["about"], content["reads"], "new" if content["changes_weights"] else "unchanged",
@@ -33,12 +34,15 @@ def recipes_text(*, as_json: bool = False) -> str:
 def _content(recipe: Recipe) -> Json:
     plan = Plan.from_recipe(recipe.name, dict.fromkeys(CHOICES), pattern=UNSTRUCTURED, sparsity=0.5)
     rows = (methods()[recipe.method], ALLOCATIONS[recipe.allocation], RECONSTRUCTIONS[recipe.reconstruction])
-    reads_weights_alone = plan.method.needs == "weights" and plan.statistics == "norms"
-    reads = "weights" if reads_weights_alone else plan.statistics
+    reads = plan.statistics
+    if plan.propagates:
+        reads = f"{'gram' if plan.mask_solves else reads}, of pruned blocks"
+    elif plan.method.needs == "weights" and reads == "norms":
+        reads = "weights"
     return {
         "name": recipe.name,
         "about": recipe.about,
-        "reads": f"{reads}, of pruned blocks" if plan.propagates else reads,
+        "reads": reads,
         "changes_weights": plan.reconstructs,
         "seconds": recipe.seconds,
         "papers": list(dict.fromkeys(row.paper for row in rows if row.paper)),

@@ -213,6 +213,16 @@ def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> Solver
     return _solve_slices(weight, mask, factors, damping, solve)
 
 
+def sparsegpt_all_rows(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
+    """Return the weights of SparseGPT's sweep as its authors do: for all rows, with zeros for dead features."""
+    root, damping = factors.inverse_root
+    new = torch.empty(weight.shape, device=weight.device)
+    for rows in row_slices(weight, ROWS_AT_A_TIME):
+        w = weight[rows].float().masked_fill(factors.dead, 0)
+        new[rows] = _sweep(w, mask[rows], root) * mask[rows]
+    return SolverResult(new, 0, int(factors.dead.sum()), damping, damping > factors.damping)
+
+
 def _sweep(
     weight: Weight, mask: Mask, root: Square, choose: Callable[[Weight, int], Mask] | None = None, at_a_time: int = 1
 ) -> Weight:
