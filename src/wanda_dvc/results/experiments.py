@@ -16,8 +16,11 @@ from wanda_dvc.results.current import current_results
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, ListedRevision, listed_revisions
 from wanda_dvc.results.measures import Results, final_results
 from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
+
+CONFIG = "models/dense/config.json"
 
 
 @dataclass(eq=False)
@@ -44,6 +47,11 @@ class Experiment:
     def models(self) -> dict[str, Results]:
         """The results of the models that it has: without a recovery two."""
         return {model: results for model, results in self.results.items() if model != "recovered" or results.metrics}
+
+    @property
+    def config(self) -> Json:
+        """The content of the dense model's config.json; {} if neither DVC's cache nor the workspace has it."""
+        return load_json(self.study.root / CONFIG)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -74,10 +82,16 @@ def read_at(study: Study, name: str, folder: Path) -> Experiment:
         if revision.take(file, folder):
             raise UserError(f"{name}: no {file}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
+    if revision.take(CONFIG, folder) and _dense_digest(folder) == _dense_digest(study.root):
+        Study(folder).link_to(study, CONFIG)  # DVC does not cache this model, and the workspace has the same one
     experiment = _read(Study(folder), name, revision.commit)
     if missing:
         experiment.notes.append(f"Not in DVC's cache, and so not read: {shortened(missing)}; `dvc pull` may fetch it.")
     return experiment
+
+
+def _dense_digest(root: Path) -> str | None:
+    return Lock.read(root).digests.get("models/dense")
 
 
 def _read(study: Study, name: str, commit: str | None) -> Experiment:

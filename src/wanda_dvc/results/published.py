@@ -1,9 +1,8 @@
-"""Published figures next to those of experiments with the same protocol."""
+"""Published figures next to those of experiments on the same windows, with the differences in protocol."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -12,9 +11,15 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.params import Settings
 from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment
-from wanda_dvc.results.measures import PER_TASK, PER_TEXT
+from wanda_dvc.results.intervals import Estimate
+from wanda_dvc.results.markup import DASH
+from wanda_dvc.results.measures import PER_TASK, PER_TEXT, Value
+from wanda_dvc.study.files import Json
 
 OF_STATISTICS = ("calibration.", "propagation")  # settings that do not count for methods without statistics
+# Settings that may differ from a row's, and are then named. The others decide what is measured, or which weights go.
+TOLERATED = ("dtype", *OF_STATISTICS)
+LARGEST_GAP = 0.01  # between two perplexities of one dense model; other weights have a larger one
 
 
 @cache
@@ -25,7 +30,10 @@ def published_tables() -> Any:
 
 
 def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
-    """Return for each published figure of an experiment's protocol: model, measure, source, their and our figure."""
+    """Return a row for each published figure of the model and method of an experiment.
+
+    A row has the model, the measure, the source, their figure, ours, and the differences in protocol.
+    """
     rows: list[list[str]] = []
     for name, experiment in experiments.items():
         for model in (DENSE, "pruned"):  # another model than after a training
@@ -35,24 +43,38 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
             for heading, (measure, target) in headings([results], brief=False).items():
                 of_text = experiment.params.perplexity.texts[target].filled if measure.per == PER_TEXT else {}
                 all_settings = settings | {f"perplexity.text.{key}": value for key, value in of_text.items()}
+                for computed in filter(None, measure.protocols_of(results, target).values()):
+                    all_settings["dtype"] = computed["dtype"]  # the setting may be `auto`
                 figure_name = target if measure.per == PER_TASK else measure.name
-                for source, figure in matching_figures(all_settings, figure_name):
-                    row = [title, heading, source, f"{figure}", measure.formatted(results, target)]
+                value = measure.read(results, target)
+                for source, figure, differences in matching_figures(experiment.config, all_settings, figure_name):
+                    if model == DENSE and measure.per == PER_TEXT and is_other_model(value, figure):
+                        differences.append("other weights or another tokenizer: dense perplexities differ")
+                    shown = "; ".join(differences) or DASH
+                    row = [title, heading, source, f"{figure}", measure.formatted(results, target), shown]
                     if row not in rows:  # several experiments have one dense model
                         rows.append(row)
     return rows
 
 
-def matching_figures(settings: Settings, figure_name: str) -> Iterator[tuple[str, float | str]]:
-    """Yield the sources and published values of a figure, `perplexity` or a task, with the same protocol.
+def is_other_model(value: Value, figure: float | str) -> bool:
+    """Whether a dense model's perplexity shows that it is not the published one, such as a fine-tuned model."""
+    if isinstance(value, Estimate) and not isinstance(figure, str):
+        return abs(value.value / figure - 1) > LARGEST_GAP
+    return value != figure
 
-    Of the model's Hub id or directory, the last part counts. The method of the dense model is `dense`. A value may be
-    `diverged`.
+
+def matching_figures(
+    config: Json, settings: Settings, figure_name: str
+) -> Iterator[tuple[str, float | str, list[str]]]:
+    """Yield the sources and published values of a figure, `perplexity` or a task, and the differences in protocol.
+
+    A model is known by its `config`, the content of its config.json. The method of the dense model is `dense`. A value
+    may be `diverged`.
     """
-    model = settings["model"].partition("@")[0]
     for table in published_tables():
         protocol = table.get("perplexity" if figure_name == "perplexity" else "zero_shot")
-        if protocol is None or Path(model).name != Path(table["model"]).name:
+        if protocol is None or any(config.get(key) != value for key, value in table["model"].items()):
             continue
         for row in table["rows"]:
             expected = protocol | {name: value for name, value in row.items() if name in settings}
@@ -61,5 +83,10 @@ def matching_figures(settings: Settings, figure_name: str) -> Iterator[tuple[str
                 if methods()[row["method"]].needs == "weights":
                     expected = {key: value for key, value in expected.items() if not key.startswith(OF_STATISTICS)}
             allowed = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
-            if figure_name in row and all(settings.get(key) in values for key, values in allowed.items()):
-                yield table["source"], row[figure_name]
+            different = [key for key, values in allowed.items() if settings.get(key) not in values]
+            if figure_name in row and all(key.startswith(TOLERATED) for key in different):
+                # A calibration on several texts has no single source.
+                differences = [
+                    f"{key} {settings.get(key, 'several')} instead of {allowed[key][0]}" for key in different
+                ]
+                yield table["source"], row[figure_name], differences
