@@ -36,13 +36,16 @@ TIMES = {
 # The rows on the page; the files have more.
 RECIPES = ("magnitude-rows", "wanda", "wanda-refit", "admm", "fisher")
 AMOUNTS = ("50%", "70%", "2:4")
+BASELINES = ("magnitude", "wanda-paper", "sparsegpt", "sparsegpt-paper", "ria", "owl")  # of the page alone
 RECOMMENDED = "fisher"
-NAMES = {recipe: f"`{recipe}`" for recipe in RECIPES} | {RECOMMENDED: f"**`{RECOMMENDED}`**"}
+NAMES = {recipe: f"`{recipe}`" for recipe in (*RECIPES, *BASELINES)} | {RECOMMENDED: f"**`{RECOMMENDED}`**"}
 TEXTS = {"wikitext2": "WikiText-2", "embedded": "embedded"}
-# The perplexities of locuslab/wanda (8e8fc87) on the same tokens, made to run with transformers 5.24; goals in percent.
+# The perplexities of the authors' code on the same tokens, locuslab/wanda (8e8fc87) and IST-DASLab/sparsegpt, run by
+# hand with transformers 5.24; a row of benchmarks/authors.json replaces them. Goals in percent.
 AUTHORS = {
     ("wanda-paper", "50%"): (43.1862, 0.5), ("wanda-paper", "70%"): (702.85, 2), ("wanda-paper", "2:4"): (148.134, 0.5),
-    ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.70, 1),
+    ("sparsegpt-paper", "50%"): (36.2844, 1), ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.7, 1),
+    ("ria", "50%"): (None, 1), ("owl", "50%"): (None, 1),
 }  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
 MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
@@ -82,10 +85,12 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
 def by_recipe(gemma: Sequence[str] = ()) -> str:
     """Return the recipes' perplexity on WikiText-2, of SmolLM2 and at some amounts of Gemma, or the papers."""
     rows, lines = measured("recipes"), []
-    for recipe in RECIPES:
+    for recipe in (*RECIPES, *BASELINES) if gemma else RECIPES:
         names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, AMOUNTS), (GEMMA, gemma)) for amount in some]
         paper = [] if gemma else [catalog.methods()[catalog.RECIPES[recipe].method].paper]
-        lines.append([NAMES[recipe], *paper, *(figure(value(rows.get(one)), rows.get(one)) for one in names)])
+        figures = [figure(value(rows.get(one)), rows.get(one)) for one in names]
+        if recipe in RECIPES or set(figures) != {"–"}:
+            lines.append([NAMES[recipe], *paper, *figures])
     heads = ["`recipe`", *AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
     if not gemma:
         heads.insert(1, "masks")
@@ -168,18 +173,21 @@ def _from_to(steps: Sequence[Row]) -> list[str]:
 
 
 def authors() -> str:
-    """Return the paper's procedure next to the authors' code, and Wanda by the dense model's statistics."""
+    """Return the papers' procedures next to the authors' code, and the same recipes on the dense model's statistics."""
     rows, lines = measured("recipes"), []
-    for (recipe, amount), (theirs, goal) in AUTHORS.items():
+    for (recipe, amount), (by_hand, goal) in AUTHORS.items():
         row, cached = (rows.get(f"{SMALL} {name} {amount}") for name in (recipe, recipe.removesuffix("-paper")))
-        if ours := value(row):
+        method = recipe.removesuffix("-paper").removesuffix("-rows")
+        theirs = value(measured("authors").get(f"{SMALL} {method} {amount}")) or by_hand
+        ours = value(row)
+        if ours and theirs:
             gap = 100 * (ours / theirs - 1)
             met = f"{goal} %" + ", missed" * (abs(gap) > goal)
             shown = figure(value(cached), cached) if cached is not row else "–"
             apart = f"{gap:+.2f} %".replace("-", "−").replace("+0.00", "0.00")
             name = f"{recipe} {amount}".replace("%", " %")
             lines.append([name, figure(ours, row), figure(theirs), apart, met, shown])
-    return table(["recipe", "ours", "authors' code", "difference", "goal", "`wanda`"], lines)
+    return table(["recipe", "ours", "authors' code", "difference", "goal", "dense statistics"], lines)
 
 
 def runtimes() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import authors
 import breadth
 import figures
 import floors
@@ -19,7 +20,7 @@ import pytest
 import recipes
 import texts
 import torch
-from conftest import ROOT, calibrate, fetch
+from conftest import ROOT, calibrate, fetch, git
 from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,7 +30,9 @@ from wanda_dvc.pruning.solvers import GramFactors, fisher_least_squares
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import windows_of
 from wanda_dvc.study import folder
+from wanda_dvc.study.artifact import digest
 from wanda_dvc.study.tensors import read_masks
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
@@ -74,7 +77,8 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
         for recipe, one in (("wanda", made), ("fisher", made | {"stages": {"mask": 0}}))
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
-    cells = dict(line.strip("| ").split(" | ")[:2] for line in figures.TABLES["readme"]().splitlines()[2:])
+    table = [line.strip("|").split("|") for line in figures.TABLES["readme"]().splitlines()[2:]]
+    cells = {row[0]: row[2] for row in table}
     assert cells["`wanda`"] == "30.25"
     assert cells["**`fisher`**"] == "30.25\N{NO-BREAK SPACE}¹"
     assert cells["`magnitude-rows`"] == "–"
@@ -187,6 +191,50 @@ def test_propagation_pruned_is_the_published_procedure(study: Callable[..., fold
     same = {name for name in found if torch.equal(found[name], dense[name])}
     assert (same == set(found)) == (method == "magnitude")  # the procedures differ, but not in what block 0 reads
     assert {name for name in found if name.startswith("model.layers.0.self_attn.q")} <= same
+
+
+AUTHORS = """
+import torch
+
+def get_loaders():
+    raise NotImplementedError
+
+def prune_wanda(args, model, tokenizer, device, prune_n, prune_m):
+    batches, _ = get_loaders("c4", nsamples=args.nsamples)
+    torch.cuda.synchronize()
+    hidden = model.model.embed_tokens(batches[-1][0]).cuda()
+    for block in model.model.layers:
+        hidden = block(hidden, attention_mask=None)
+        for linear in [x for x in block.modules() if isinstance(x, torch.nn.Linear)]:
+            linear.weight.data[:, ::2] = 0
+"""
+
+
+def test_authors_code_runs_on_the_windows_of_a_study(
+    study: Callable[..., folder.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stand-in for the authors' code, which needs a GPU, a data set, and blocks without positions."""
+    code = tmp_path / "code"
+    (code / "lib").mkdir(parents=True)
+    (code / "lib/prune.py").write_text(AUTHORS)
+    git(code, "init", "--quiet")
+    git(code, "add", ".")
+    git(code, "commit", "--quiet", "--message", "code")
+    monkeypatch.syspath_prepend(code)
+    made = fetch(study())
+    found = authors.measure(made, "wanda", "50%", code, "embedded")
+    assert found["code"] == f"locuslab/wanda {git(code, 'rev-parse', 'HEAD')}"
+    assert found["zeros"] == 0.5
+    assert found["digests"]["calibration"] == digest(calibration_windows(made).tolist())
+    model = AutoModelForCausalLM.from_pretrained(made.model("dense"))
+    for block in model.model.layers:
+        for linear in peers.linears_of(block).values():
+            linear.weight.data[:, ::2] = 0
+    windows, _ = windows_of(made, made.model("dense"), "embedded")
+    tokens = torch.stack([window.tokens for window in windows])
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens).loss.exp().item()
+    assert found["embedded"]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_baseline_is_held_to_the_speed_of_its_time():
