@@ -152,15 +152,14 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     activations = batch * ((block + states) if way.checkpointing else (block * sizes.blocks))
     logits = batch * length * sizes.vocabulary
     bytes_a_logit = 6 * float32  # logits and log-softmax of both models, the divergence, a gradient
+    itemsize = bfloat16 if way.low_memory else ITEMSIZE[training_dtype(given.dtype, given.device)]
+    # Weights, gradients and two moments; the dense model's weights. With low memory gradients are below.
+    weights = round(((BYTES if way.low_memory else 4 * float32) + itemsize) * sizes.parameters)
+    if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
+        gathered = 2 * sizes.block_parameters + sizes.other_parameters
+        weights = weights // processes + (2 * (bfloat16 if way.low_memory else float32) + itemsize) * gathered
     if not way.low_memory:
-        itemsize = ITEMSIZE[training_dtype(given.dtype, given.device)]
-        # Weights, gradients and two moments; the dense model's weights.
-        weights = (4 * float32 + itemsize) * sizes.parameters
-        if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
-            gathered = 2 * sizes.block_parameters + sizes.other_parameters
-            weights = weights // processes + (2 * float32 + itemsize) * gathered
         return weights + activations + bytes_a_logit * logits
-    weights = round((bfloat16 + BYTES) * sizes.parameters)
     # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
     gradient = bfloat16 * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
     return weights + activations + gradient + max(gradient, bytes_a_logit * min(logits, LOGITS_OF_SLICE))
@@ -174,8 +173,10 @@ def fitting_ways(given: Conditions) -> list[TrainingWay]:
 def _possible_ways() -> tuple[TrainingWay, ...]:
     from wanda_dvc.training.sharding import launched_processes  # imports torch
 
-    # With low memory, gradients are used before several processes could add them up.
-    return TRAINING_WAYS if launched_processes()[0] == 1 else TRAINING_WAYS[:2]
+    processes, is_sharded = launched_processes()
+    if processes == 1 or is_sharded:
+        return TRAINING_WAYS
+    return TRAINING_WAYS[:2]  # with low memory, gradients are used before processes with copies could add them up
 
 
 def fastest_way(given: Conditions) -> TrainingWay:

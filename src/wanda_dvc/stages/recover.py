@@ -20,11 +20,12 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, draw_documents, setting_of
-from wanda_dvc.stages.needs import announce, choose_training, training_dtype
+from wanda_dvc.stages.needs import TrainingWay, announce, choose_training, training_dtype
 from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import Study
+from wanda_dvc.training.sharding import launched_processes, of_first_process
 from wanda_dvc.training.trainer import Curve, Windows, last_checkpoint, train
 
 VALIDATION_WINDOWS = 4  # of each training text, and of the embedded text
@@ -41,7 +42,7 @@ def recover(*, study: Study) -> None:
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
-    way = choose_training(study, sizes)
+    choose_training(study, sizes)  # UserError if no way fits
     windows, validation = training_windows(study)
     provenances: dict[bool, Json] = {}  # by `low_memory`
     for low_memory in (False, True):
@@ -55,11 +56,7 @@ def recover(*, study: Study) -> None:
             trained_in="bfloat16" if low_memory else training_dtype(model_dtype, device.type),
         )
     provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
-    started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
-    if started and way.low_memory not in started:
-        way = choose_training(study, sizes, started[0])
-        if way.low_memory not in started:
-            notice("recover: the interrupted training needs more memory than is free: this one begins anew")
+    way = _way_of_training(study, sizes, provenances, device)
     provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
@@ -90,6 +87,21 @@ def recover(*, study: Study) -> None:
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study))
+
+
+def _way_of_training(
+    study: Study, sizes: ModelSizes, provenances: dict[bool, Json], device: torch.device
+) -> TrainingWay:
+    """Return the fastest way of training that fits; if one does, with the `low_memory` of an interrupted training."""
+    way = choose_training(study, sizes)
+    started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
+    if started and way.low_memory not in started:
+        way = choose_training(study, sizes, started[0])
+    if launched_processes()[1]:  # of a split model; the free memory may differ between processes
+        way = of_first_process(way, device)
+    if started and way.low_memory not in started:
+        notice("recover: the interrupted training needs more memory than is free: this one begins anew")
+    return way
 
 
 def _training(work: Path) -> Path:

@@ -15,6 +15,8 @@ from jaxtyping import BFloat16, Float32, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from wanda_dvc.training.sharding import local
+
 BLOCK = 256  # values that share a scale
 BYTES = 5 + 8 / BLOCK  # of a parameter: its weight and next bits, both moments and their scales
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # torch's defaults
@@ -26,7 +28,8 @@ POWER = 4  # code = (|value| / scale)^(1/4): 8 bits resolve a second moment to 5
 class CompactAdamW(torch.optim.Optimizer):
     """AdamW without weight decay for weights in bfloat16. A gradient exists until its parameter is updated.
 
-    The gradient of each zero in a matrix is ignored, so zeros stay zero. Groups have one parameter each.
+    The gradient of each zero in a matrix is ignored, so zeros stay zero. Groups have one parameter each. Of a split
+    parameter, each process updates its part.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -51,7 +54,7 @@ class CompactAdamW(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         group = self.param_groups[index]
         if not state:
-            zeros = _by_block(torch.zeros(parameter.numel(), dtype=torch.int8, device=parameter.device))
+            zeros = _by_block(torch.zeros(local(parameter).numel(), dtype=torch.int8, device=parameter.device))
             state |= {"next_bits": zeros, "mean": zeros.clone(), "square": zeros.to(torch.uint8)}
             state |= {name: torch.zeros(len(zeros), 1, device=zeros.device) for name in ("mean_scale", "square_scale")}
         group["step"] += 1
@@ -59,7 +62,7 @@ class CompactAdamW(torch.optim.Optimizer):
         generator.manual_seed(group["step"] * len(self.param_groups) + index)  # after a resume, the same numbers
         # As AdamW divides the moments, which begin at 0.
         mean_correction, square_correction = (1 - beta ** group["step"] for beta in (BETA_1, BETA_2))
-        weights, gradients = parameter.detach().view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
+        weights, gradients = local(parameter).view(-1), local(parameter.grad).reshape(-1)  # type: ignore[arg-type]
         size = UPDATED_AT_A_TIME[parameter.device.type]
         for start in range(0, len(weights), size):
             blocks = slice(start // BLOCK, (start + size) // BLOCK)

@@ -5,13 +5,14 @@ CPUs too, so a test runs the code that several GPUs run.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from wanda_dvc.engine.structure import find_blocks
@@ -34,16 +35,39 @@ def launched_processes() -> tuple[int, bool]:
     return processes, is_sharded
 
 
+def of_first_process(value: Any, device: torch.device) -> Any:
+    """Return the first process's value in each process."""
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")  # connects the processes
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def shard(model: Any, device: torch.device) -> None:
     """Move a model to a device, and keep this process's part of each parameter: rows of its first dimension.
 
     Other parts are gathered for a block's forward pass, and for its backward pass. Gradients are means over processes.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # of sums of gradients
     for block in find_blocks(model)[1]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default the rest stays gathered after a forward pass, and a later change of its parts would have no effect.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.run = _run
+    register_fsdp_forward_method(model, "run")
+
+
+def _run(function: Callable[[], Tensor]) -> Tensor:
+    return function()
+
+
+def run_gathered(model: Any, function: Callable[[], Tensor]) -> Tensor:
+    """Return a function's result; it may use what a split model has outside its blocks, as in its forward pass."""
+    result: Tensor = vars(model).get("run", _run)(function)
+    return result
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from wanda_dvc.errors import UserError, explain, notice, reason
 from wanda_dvc.kernels import install as install_faster_linears
 from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.training.compact import CompactAdamW
-from wanda_dvc.training.sharding import gathered, launched_processes, local, shard
+from wanda_dvc.training.sharding import gathered, launched_processes, local, run_gathered, shard
 
 WARM_UP = 0.05  # of the steps
 LOGITS_OF_SLICE = 2**24  # elements, with `low_memory`
@@ -57,6 +57,10 @@ def divergence_of_windows(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch
 
 def sliced_divergence(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
     """Return `divergence_of_windows` without all logits at once: some positions at a time, computed twice."""
+    return run_gathered(dense, lambda: run_gathered(pruned, lambda: _sum_slices(dense, pruned, input_ids)))
+
+
+def _sum_slices(dense: Any, pruned: Any, input_ids: Int[Tensor, "batch length"]) -> Tensor:
     with torch.no_grad():
         dense_outputs = dense.get_decoder()(input_ids=input_ids)
     outputs = pruned.get_decoder()(input_ids=input_ids)
@@ -190,9 +194,9 @@ class RecoveryTrainer(Trainer):
 
 
 class ShardedTrainer(RecoveryTrainer):
-    """A trainer of a model that is split over processes. Each writes a file of a checkpoint, and its optimizer.
+    """A trainer of a model that is split over processes. Each has an optimizer, and writes a file of a checkpoint.
 
-    The optimizer's parameters are this process's parts of the model's, without what torch would do for them as parts.
+    The parameters of AdamW are this process's parts of the model's, for torch tensors like any others.
     """
 
     optimizer: Any
@@ -203,14 +207,18 @@ class ShardedTrainer(RecoveryTrainer):
         prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)  # the model adds up its gradients
         vars(self.accelerator)["prepare_model"] = prepare
 
+    def _move_model_to_device(self, *_: Any) -> None:
+        """Leave the model: its parts are on the device."""
+
     def training_step(self, model: Any, *inputs: Any, **kwargs: Any) -> Tensor:
         """Compute this process's parts of the gradients."""
         self.optimizer.zero_grad()
         loss = super().training_step(model, *inputs, **kwargs)
         for group, parameter in zip(self.optimizer.param_groups, model.parameters(), strict=True):
             part = group["params"][0]
-            part.data = local(parameter)  # again, as modules that move to a device get other memory
-            part.grad = None if parameter.grad is None else local(parameter.grad)
+            if part is not parameter:  # else it has taken its step
+                part.data = local(parameter)  # again, as modules that move to a device get other memory
+                part.grad = None if parameter.grad is None else local(parameter.grad)
         return loss
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
@@ -303,11 +311,8 @@ def train(
     if not low_memory:  # else all evaluations are of weights in bfloat16, also of those that are stored in float16
         for name, parts in slices.items():  # the tensors of a parameter have one dtype
             stored_dtypes[name] = checkpoint.read(parts[0].address).dtype  # of a view of the file: no weight is read
-    relative_rate = rate * math.sqrt(batch / RECOVERY_BATCH)
-    parameters = [torch.nn.Parameter(local(x)) for x in model.parameters()] if is_sharded else model.parameters()
-    groups = [{"params": [x], "lr": relative_rate * size} for x, size in zip(parameters, sizes, strict=True)]
-    # torch's fused one is its fastest, on each device.
-    optimizer = CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    rates = [rate * math.sqrt(batch / RECOVERY_BATCH) * size for size in sizes]
+    optimizer = _optimizer(model, rates, low_memory=low_memory, is_sharded=is_sharded)
     dataset = [{"input_ids": window} for window in windows]
     trainer = (ShardedTrainer if is_sharded else RecoveryTrainer)(
         dense=dense_model, validation=validation, stored_dtypes=stored_dtypes, on_step=on_step, divergence=divergence,
@@ -319,6 +324,15 @@ def train(
     if best is None or best >= 1:
         return None, trainer.curve
     return _with_weights(checkpoint, model, slices), trainer.curve
+
+
+def _optimizer(model: Any, rates: list[float], *, low_memory: bool, is_sharded: bool) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    if is_sharded and not low_memory:
+        parameters = [torch.nn.Parameter(local(parameter)) for parameter in parameters]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
+    # torch's fused one is its fastest, on each device.
+    return CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
