@@ -143,7 +143,7 @@ def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypa
     load, changes = BlockLoader.load, itertools.count()
 
     def killed(loader: BlockLoader, index: int, then: int, change: Any = None) -> None:
-        if (index, change is not None) == at and (change is None or next(changes) == 7):  # in the repair of a cut
+        if (index, change is not None) == at and (change is None or next(changes) == kill):  # in the repair of a cut
             raise KeyboardInterrupt
         load(loader, index, then, change)
 
@@ -153,9 +153,9 @@ def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypa
         choose(repaired, 1, 3)
         mask(study=repaired)
         expected = tree(repaired.root, "masks", "weights")
-        # Within the first cut, within the first repair, between the cuts, and within the second repair.
-        for point in ((1, False), (0, True), (2, False), (2, True)):
-            at = point
+        # Within the first cut, within its repair and after it, between the cuts, and after the second repair.
+        for point, changed in (((1, False), 0), ((0, True), 3), ((0, True), 5), ((2, False), 0), ((2, True), 5)):
+            at, kill = point, changed
             for folder in (repaired.masks, repaired.weights):
                 remove(folder)
             changes = itertools.count()
