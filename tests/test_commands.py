@@ -81,7 +81,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, 
     first = [row.split("|")[1].strip() for row in rows]
     match name:
         case "show":
-            assert f"{content['models']['dense']['results']['perplexity']['embedded']['value']:.2f} (" in table.stdout
+            assert f"{content['models']['dense']['results']['perplexity']['embedded']['value']:,.2f} (" in table.stdout
         case "list":
             assert [record["experiment"] for record in content] == first == ["workspace", "main"]
         case "stats":

@@ -1,5 +1,6 @@
 """`wanda-dvc prune --dry-run`: what a run fetches and needs, from the model's config.json alone."""
 
+import math
 import time
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from wanda_dvc.catalog import EMBEDDED
 from wanda_dvc.commands.prune import settings_for_model
 from wanda_dvc.commands.request import PruneRequest
 from wanda_dvc.engine.accelerator import multiplies_natively
+from wanda_dvc.engine.depth import count_measured
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.kernels import multiply
 from wanda_dvc.params import Params, download_sources, nested
-from wanda_dvc.plan import WINDOWS_BACK
+from wanda_dvc.plan import MEASURED_BLOCKS, TOKENS_OF_CHOICES, WINDOWS_BACK
 from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.show import pruning_label
@@ -106,6 +108,9 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
         passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
     if plan.propagates:
         passes += 4.0 * tokens * sizes.linear_weights
+    if plan.measures_blocks:  # half of the blocks run for a choice, on average
+        number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
+        passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
     passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
     if evaluate and isinstance(perplexity.windows, int):
         models = 3 if params.recovery.tokens else 2
