@@ -91,7 +91,7 @@ _METHODS = {row.name: row for row in (
            paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
            pattern="blocks"),
     Method("divergence", "blocks only: KL(dense ‖ without the blocks) of the predictions, measured block after block",
-           paper="[Song et al. 2024](https://arxiv.org/abs/2402.09025), by perplexity", needs="blocks",
+           paper="[Song et al. 2024](https://arxiv.org/abs/2402.09025)", needs="blocks",
            function="wanda_dvc.engine.depth:choose_one_more", pattern="blocks"),
 )}  # fmt: skip
 
