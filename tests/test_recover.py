@@ -30,6 +30,7 @@ from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.training import trainer
+from wanda_dvc.training.sharding import local, shard
 
 CPU = torch.device("cpu")
 
@@ -228,6 +229,30 @@ def test_processes_that_split_a_model_train_it_in_the_first_ones_way(study: Make
     provenance = read_provenance(made.model("recovered"), "recover")
     assert provenance["trained"]
     assert provenance["optimizer_states"] == "8 bits"
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # OPT's; no operation writes to it
+@pytest.mark.parametrize("family", ALL)
+def test_a_split_model_has_the_gradients_of_a_complete_one(family: str, tmp_path: Path):
+    folders = pair(tmp_path, family=family)
+
+    def gradients(divergence: Any, is_split: bool) -> dict[str, torch.Tensor]:
+        dense, pruned = (trainer.load_for_training(folder, torch.float32, CPU) for folder in folders)
+        dense.requires_grad_(False)
+        if is_split:
+            shard(dense, CPU)
+            shard(pruned, CPU)
+        divergence(dense, pruned, windows(2)).backward()
+        return {name: local(x.grad) for name, x in pruned.named_parameters() if x.grad is not None}
+
+    def run(_: int) -> None:
+        torch.distributed.init_process_group("gloo")
+        for divergence in (trainer.divergence_of_windows, trainer.sliced_divergence):
+            complete, split = (gradients(divergence, is_split) for is_split in (False, True))
+            assert complete.keys() == split.keys()
+            assert all(torch.equal(complete[name], split[name]) for name in complete)
+
+    assert launch(1, {}, run) == [0]
 
 
 @pytest.mark.parametrize("family", ALL)
