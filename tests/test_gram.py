@@ -33,7 +33,7 @@ from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.reconstruction import layer_errors_of, masked
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.solvers import GramFactors, least_squares
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, add_slices
 from wanda_dvc.stages import calibrate
 
 
@@ -67,6 +67,24 @@ def test_the_norm_tier_is_that_of_all_tokens():
     torch.testing.assert_close(stats.sum, tokens.sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(stats.norm, tokens.norm(dim=0).float())
     assert stats.count == 150
+
+
+def test_the_norms_of_experts_are_added_together():
+    """As one by one, also if some tokens are no expert's; the number of operations does not depend on them."""
+    counts = []
+    for slices in ([slice(0, 3), slice(3, 20)], [slice(1, 2), slice(2, 9), slice(9, 10), slice(12, 50)]):
+        alone, together = ([InputStats.empty(7, "cpu") for _ in slices] for _ in range(2))
+        for x in (inputs(50, 7), inputs(50, 7, seed=1).bfloat16()):
+            for stats, tokens in zip(alone, slices, strict=True):
+                stats.add(x[tokens])
+            with Operations() as noted:
+                add_slices(together, x, slices)
+        counts.append(noted.counts)
+        for one, other in zip(alone, together, strict=True):
+            assert one.count == other.count
+            torch.testing.assert_close(one.sum, other.sum, rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(one.sum_squares, other.sum_squares, rtol=1e-6, atol=0)
+    assert counts[0] == counts[1]
 
 
 SUMS: dict[Any, Callable[[Any], torch.Tensor]] = {Gram: lambda x: x.upper.triu(), InputStats: lambda x: x.sum_squares}

@@ -36,12 +36,14 @@ DOUBLED: dict[str, tuple[dict[str, int], list[str]]] = {
     "experts": (SIZES | {"experts": 4}, ["wanda", "fisher"]),
 }
 # What may grow, at most how many times as a size doubles, and why.
-EXPERT = "each expert's matrix is a linear, with an input, a Gram matrix and a mask of its own"
+EXPERT = "each expert's matrix is a linear, with a Gram matrix and a mask of its own"
 MAY_GROW: dict[tuple[str, str], tuple[float, str]] = {
     ("width", "mask sparsegpt"): (2.0, "the sweep goes input by input"),
     ("width", "apply sparsegpt"): (2.0, "the same sweep gives the new values"),
 }
-for _stage in ("calibrate norms", "calibrate fisher", "mask wanda", "mask fisher", "apply wanda", "apply fisher"):
+for _stage in ("calibrate norms", "calibrate fisher"):
+    MAY_GROW["experts", _stage] = (1.5, EXPERT)
+for _stage in ("mask wanda", "mask fisher", "apply wanda", "apply fisher"):
     MAY_GROW["experts", _stage] = (2.0, EXPERT)
 for _stage in ("perplexity dense", "perplexity pruned", "zero-shot dense"):
     MAY_GROW["experts", _stage] = (1.1, "the checkpoint stores each expert's matrix alone: each is copied")

@@ -14,7 +14,7 @@ from simulated_gpu import simulated_gpu
 from test_families import save
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import activations, repair
+from wanda_dvc.engine import activations, repair, sequences
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
@@ -148,6 +148,7 @@ def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypa
         load(loader, index, then, change)
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
+    monkeypatch.setitem(sequences.SMALLEST_CHUNK, "cuda", 1)  # several
     with simulated_gpu() if device == "cuda" else contextlib.nullcontext():
         calibrate(study=repaired)
         choose(repaired, 1, 3)

@@ -78,7 +78,7 @@ class Decoder:
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         largest = max((int(x.tokens.max()) for x in sequences if len(x.tokens)), default=0)
         if largest >= embeddings:
-            what = f"the tokenizer gives the id {largest}, expected at most the model's last one, {embeddings - 1}"
+            what = f"the tokenizer gives the id {largest}, expected at most {embeddings - 1}, the last embedding"
             raise UserError(f"{self.checkpoint}: {what}; use the tokenizer that belongs to it")
 
     def memory_budget(self) -> int:

@@ -17,8 +17,8 @@ from wanda_dvc.engine.sums import Matrix
 
 ALL_ROWS = slice(None)
 LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
-# (names, x, y, tokens): the linears that share one matrix, its input and output, and the slice of their tokens in both.
-OnProduct = Callable[[list[str], Tensor, Tensor, slice], None]
+# (linears, x, y): the linears of each matrix with the slice of its tokens in x and y, the inputs and outputs of all.
+OnProduct = Callable[[list[tuple[list[str], slice]], Tensor, Tensor], None]
 # (name, norms): an expert's last linear, and ‖gate · output‖₂ of each of its tokens.
 OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]
 
@@ -68,9 +68,8 @@ class ExpertProducts(TorchFunctionMode):
         result = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             rows = self._rows(args[1], kwargs.get("offs"))
-            for matrix, matrix_rows in rows.items():
-                self.on_product(self.linears[matrix], args[0], result, matrix_rows)
             if rows:
+                self.on_product([(self.linears[matrix], tokens) for matrix, tokens in rows.items()], args[0], result)
                 self._see_rows(rows, args[0], result)
         return result
 

@@ -164,11 +164,15 @@ class ModelRunner:
     def merge(
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
     ) -> Total:
-        """Add the sums run(model, job, chunk) of all chunks to `total`, in order, and return it."""
-        # Another order would give other bits. Workers of a cluster that added in this order would wait for each other.
-        for sums in self.map(run, job, chunks, what):
-            total.merge(sums)
-            del sums  # before the next chunk's are there
+        """Add the sums run(model, job, chunk) of all chunks, in order, to `total`, which has none; return it."""
+        # Another order would give other bits.
+        if self.cluster is not None:
+            sums = self.cluster.merge_model(self.decoder, run, job, chunks, what)
+            if sums is not None:
+                total.merge(sums)
+            return total
+        for chunk in chunks:
+            total.merge(run(self.decoder, job, chunk))
         return total
 
     def forward(

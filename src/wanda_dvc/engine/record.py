@@ -18,7 +18,7 @@ from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import FisherSums, InputSums, group_by_matrix, merge_by_name
 from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import InputStats, TokenSum
+from wanda_dvc.pruning.statistics import InputStats, TokenSum, add_slices
 
 
 @dataclass(kw_only=True)
@@ -40,28 +40,41 @@ class InputRecorder:
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the inputs of the linears in every pass inside."""
-        return observing(self.linears, self._see_input, self._add_gated_output)
+        return observing(self.linears, self._see_inputs, self._add_gated_output)
 
-    def _see_input(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
-        x = x[tokens]
-        if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
-            return
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        if key not in self._seen:
-            self._seen[key] = names[0], x
-            self._add(names[0], x.flatten(0, -2))
-        if not self._is_dense:  # an expert may get tokens of the dense sequence alone: it then has no statistics
-            for name in names:
-                self.sums.add_consumer(name, self._seen[key][0])
-
-    def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
+    def _see_inputs(self, linears: list[tuple[list[str], slice]], x: Tensor, _: Tensor) -> None:
+        slices: dict[str, slice] = {}  # of the inputs that this batch has not had yet
+        for names, tokens in linears:
+            part = x[tokens]
+            if not part.numel():  # a call of an expert without tokens; all empty tensors have one address
+                continue
+            key = (part.data_ptr(), part.shape, part.stride(), part._version)
+            if key not in self._seen:
+                self._seen[key] = names[0], part
+                slices[names[0]] = tokens
+            if not self._is_dense:  # an expert may get tokens of the dense sequence alone: it then has no statistics
+                for name in names:
+                    self.sums.add_consumer(name, self._seen[key][0])
         if self._is_dense:
-            self.left_factors[name] = x
+            self.left_factors |= {name: x[tokens].flatten(0, -2) for name, tokens in slices.items()}
             return
+        self._add_stats(slices, x)
+        for name, tokens in slices.items():
+            self._add_products(name, x[tokens].flatten(0, -2))
+
+    def _add_stats(self, slices: dict[str, slice], x: Float[Tensor, "*tokens in"]) -> None:
+        all_stats, device = self.sums.stats, float64_device(x.device)
+        for name in slices:
+            if name not in all_stats:
+                all_stats[name] = InputStats.empty(x.shape[-1], device)
+        if x.is_cuda and len(slices) > 1:  # experts
+            add_slices([all_stats[name] for name in slices], x, [*slices.values()])
+            return
+        for name, tokens in slices.items():
+            all_stats[name].add(x[tokens].flatten(0, -2))
+
+    def _add_products(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         sums, device = self.sums, float64_device(x.device)
-        if name not in sums.stats:
-            sums.stats[name] = InputStats.empty(x.shape[-1], device)
-        sums.stats[name].add(x)
         if self.gram:
             if name not in sums.grams:
                 sums.grams[name] = Gram.empty(x.shape[-1], device)
@@ -114,7 +127,7 @@ def observing(
     products = ExpertProducts(matrices, on_product, on_gated_output or (lambda *_: None))
 
     def on_call(names: list[str], _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        on_product(names, args[0], y, ALL_ROWS)
+        on_product([(names, ALL_ROWS)], args[0], y)
 
     hooks = [module.register_forward_hook(partial(on_call, names)) for module, names in modules.items()]
     if on_gated_output:
@@ -137,17 +150,18 @@ class GradientRecorder:
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the gradients of the linears' outputs in every pass inside."""
-        return observing(self.linears, self._see_output)
+        return observing(self.linears, self._see_outputs)
 
-    def _see_output(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
-        """Wait for the gradient of an output [..., out] of the linears that are rows of one matrix."""
+    def _see_outputs(self, linears: list[tuple[list[str], slice]], x: Tensor, y: Tensor) -> None:
+        """Wait for the gradient of outputs [..., out] of the linears that are rows of each matrix."""
         if not y.requires_grad:
             return
-        inputs = x.detach().flatten(0, -2)[tokens].float()
-        norms = vector_norm(inputs, dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
+        norms = vector_norm(x.detach().flatten(0, -2).float(), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
 
         def on_gradient(gradient: Tensor) -> None:
-            self._add(names, gradient.flatten(0, -2)[tokens].float().mul(norms))
+            scaled = gradient.flatten(0, -2).float().mul(norms)
+            for names, tokens in linears:
+                self._add(names, scaled[tokens])
 
         y.register_hook(on_gradient)
 

@@ -14,7 +14,8 @@ Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
 PANEL = 128  # rows of a Gram matrix that a CPU computes at a time, or factors by LAPACK
 PARTIAL_SUMS = 16  # float32 products of some features, whose sum in float64 is a product for layer errors
-TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, whatever its size
+TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, at most
+PANEL_NUMBERS = 2**22  # of a triangle's part, at least, on a GPU: an expert's triangle is one part
 # Scores and layer errors take rows in slices of about so many weights, which bounds memory. With smaller slices the
 # threads wait for the interpreter.
 WEIGHTS_AT_A_TIME = 2**20
@@ -149,6 +150,8 @@ def _panels_of_triangle(matrix: Square) -> Iterator[tuple[slice, slice, Bool[Ten
     """Yield for panels of rows, from the diagonal on: the rows, their numbers in the triangle, and their mask."""
     end = 0
     size = -(-len(matrix) // TRIANGLE_PANELS)
+    if matrix.device.type != "cpu":
+        size = max(size, PANEL_NUMBERS // len(matrix))
     for row in range(0, len(matrix), size):
         columns = len(matrix) - row
         mask = torch.ones(min(size, columns), columns, dtype=torch.bool, device=matrix.device).triu_()

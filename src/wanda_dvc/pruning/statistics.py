@@ -1,6 +1,6 @@
 """The norms: statistics of each feature of a linear's input (Σx², Σx, count), and of a block's inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +50,19 @@ class InputStats:
     def norm(self) -> Float[Tensor, " in"]:
         """‖X_j‖₂ over all tokens, float32; 1 without tokens, so that Wanda's score is the weight's magnitude."""
         return self.sum_squares.sqrt().float() if self.count else torch.ones_like(self.sum_squares).float()
+
+
+def add_slices(all_stats: Sequence[InputStats], x: Float[Tensor, "tokens in"], slices: Sequence[slice]) -> None:
+    """Add a slice of tokens to each of several statistics, in a number of operations that does not depend on them."""
+    bounds = torch.tensor([(tokens.start, tokens.stop) for tokens in slices], device=x.device)
+    places = torch.arange(len(x), device=x.device)
+    is_inside = ((places >= bounds[:, :1]) & (places < bounds[:, 1:])).float()  # [slices, tokens]
+    numbers = x.float()
+    sums, sum_squares = (is_inside @ numbers).double(), (is_inside @ numbers.square()).double()
+    torch._foreach_add_([stats.sum for stats in all_stats], [*sums.unbind()])
+    torch._foreach_add_([stats.sum_squares for stats in all_stats], [*sum_squares.unbind()])
+    for stats, tokens in zip(all_stats, slices, strict=True):
+        stats.count += tokens.stop - tokens.start
 
 
 @dataclass
