@@ -110,7 +110,12 @@ def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monke
     monkeypatch.setattr(Cluster, "workers", 2)
     monkeypatch.setattr(ray, "put", lambda x: x)
     received = list[Any]()
-    monkeypatch.setattr(ray, "get", lambda x: received.append(x) or x)
+
+    def get(value: Any) -> Any:
+        received.append(value)
+        return value
+
+    monkeypatch.setattr(ray, "get", get)
     cluster = Cluster()  # type: ignore[call-arg] # see above
     cluster._expected, cluster._id = Expected({}, [], 1, "cpu"), ""
     cluster._task = mock.Mock(remote=lambda _, function, value: function.args[1](None, None, value))
@@ -125,6 +130,7 @@ def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monke
     for number in range(7):  # in another order 2⁻⁵³ would count
         expected.merge(sums(None, None, number))
     total = cluster.merge_model(decoder, sums, None, range(7), "chunk")
+    assert total is not None
     assert torch.equal(total.influence, expected.influence)
     assert list(total.input_of) == list(expected.input_of)
     assert [x for x in received if x is not None] == [total]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -69,7 +70,7 @@ def test_one_block_more_is_the_best_that_was_measured_and_never_the_first(seed: 
     blocks, number = 14, 5
     divergences, measured = table(blocks, number, seed), dict[frozenset[int], float]()
 
-    def measure(groups: list[list[int]]) -> list[float]:
+    def measure(groups: Sequence[Sequence[int]]) -> list[float]:
         for group in groups:
             assert len({*group}) == len(group)
             assert frozenset(group) not in measured
@@ -95,7 +96,7 @@ def test_one_block_more_is_the_best_that_was_measured_and_never_the_first(seed: 
 
 
 def test_a_block_without_which_numbers_overflow_stays():
-    def measure(groups: list[list[int]]) -> list[float]:
+    def measure(groups: Sequence[Sequence[int]]) -> list[float]:
         return [math.inf if {1, 2} & {*group} else float(sum(group)) for group in groups]
 
     choice = depth.choose_one_more(depth.choose_one_more(depth.no_choice(5), measure), measure)

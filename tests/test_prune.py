@@ -149,7 +149,7 @@ def test_a_model_and_a_text_have_one_study(model: Path):
         pruned(model, "--recipe", "wanda", "--no-eval", *words)
     first, second = studies(model)
     assert {path.name.rpartition("-")[0] for path in (first, second)} == {"tiny"}
-    sources = {read_params(path / "params.yaml").calibration.text.source for path in (first, second)}
+    sources = {read_params(path / "params.yaml").calibration.texts[0].source for path in (first, second)}
     assert str(text) in sources
     assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pipeline
 import pytest
@@ -61,7 +62,7 @@ def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
     changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
     changed |= {"allocation": None} if name == "pattern" else {}
     if name == "calibration.text.windows":
-        shared = [{"source": "org/prose", "windows": OTHERS[name]}, {"source": "org/verses"}]
+        shared: list[dict[str, Any]] = [{"source": "org/prose", "windows": OTHERS[name]}, {"source": "org/verses"}]
         content = {key: value for key, value in content.items() if key != "calibration.text.source"}
         changed = content | {"calibration.text": shared}
         content |= {"calibration.text": [{"source": text["source"]} for text in shared]}

@@ -328,7 +328,7 @@ def plain_sparsegpt(_, weight, gram):
 
 def owls_sparsities(model, windows):
     """Each block's sparsity at 50 %, by the formula of OWL's authors; they count outliers of the dense model."""
-    scores = [[] for _ in model.model.layers]
+    scores: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
 
     def collect(block, weight, gram):
         scores[block].append((weight.abs() * gram.diagonal().sqrt()).flatten())

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,7 +203,13 @@ def test_only_weights_that_are_scored_reach_the_device(calibrated_study: Make, m
     removal = removal_of(checkpoint, made.plan, device)
     job = MaskJob(made.plan, checkpoint, [Fraction(1, 2)] * 4, removal, made.fisher)
     copied = list[torch.Tensor]()
-    monkeypatch.setattr(Copies, "to_device", lambda _, weights: iter([copied.append(x) or x for x in weights]))
+
+    def to_device(_: Copies, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for weight in weights:
+            copied.append(weight)
+            yield weight
+
+    monkeypatch.setattr(Copies, "to_device", to_device)
     block = read_stats(made.stats, 1)
     masks = score_block(job, 1, block, device).masks
     assert [weight.shape for weight in copied] == [checkpoint.weight("model.layers.1.mlp.down_proj").shape]
