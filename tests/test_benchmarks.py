@@ -273,7 +273,7 @@ def test_the_gpu_benchmark_runs_its_stages_on_a_simulated_gpu(tmp_path: Path, mo
     assert kinds == {"product in bfloat16": 1, "product in float32": 1, "check": 8, "stage": 13}
     assert "a simulated GPU" in rows["stage: mask fisher"]["origin"]["protocol"]
     page = figures.gpu(rows)
-    assert "| recover, 20 steps | 2.0 | 0.0 of 0.0 | 50 % |" in page
+    assert "|recover, 20 steps|2.0|0.0 of 0.0|50 %|" in page
     assert page.count("yes") == 8
 
 

@@ -19,7 +19,7 @@ from wanda_dvc.results import published
 from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.experiments import CONFIG, Experiment
 from wanda_dvc.results.measures import MEASURES, Results
-from wanda_dvc.results.report import group, page, report, why_separate
+from wanda_dvc.results.report import group, page, report, section, why_separate
 from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import write_json
@@ -116,6 +116,21 @@ def matches(measure: str = "perplexity", config: dict[str, Any] = LLAMA, **chang
     settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
     figures = [published.matching_figures(config, one, measure) for one in (settings | {"method": "dense"}, settings)]
     return {figure: "; ".join(differences) for _, figure, differences in chain(*figures)}
+
+
+def test_experiments_on_one_and_on_several_texts_differ(made: Callable[..., Experiment], tmp_path: Path):
+    """Several texts have other settings' names than one. Pairs differ in the text: no test compares their recipes."""
+    first, second = ({"source": str(tmp_path / f"{name}.txt")} for name in "ab")
+    texts: dict[str, Any] = {"wanda": first, "admm": second, "wanda-refit": [first, second]}
+    members = [made(recipe, calibration__text=text) for recipe, text in texts.items()]
+    for some in (members, members[1:]):
+        shown = section(some, first=some[0])
+        (settings,) = (line for line in shown["protocol"] if line.startswith("Settings"))
+        assert "calibration.windows" in settings
+        assert ".source" not in settings
+        names = [row[0] for row in shown["results"]]
+        assert sum("calibration.text.1.source" in name for name in names) == 2  # of the model, and against dense
+        assert len(names) == 2 + 2 * len(some)  # the headings, dense, and each model twice
 
 
 def test_published_rows_are_those_of_the_same_windows_and_method():

@@ -62,7 +62,8 @@ def run_cuts(
 ) -> Iterator[int]:
     """Run windows through the dense model, and without the removed blocks; yield the number of each finished block.
 
-    At the end of each cut, `repaired` returns the new weight of its linear; None: it stays as it is.
+    At the end of each cut, `repaired` returns the new weight of its linear; None: it stays as it is. It must keep the
+    weight on disk first: a resumed run asks again, and the activations are then repaired ones.
     """
     kept = max(cut.end - cut.block_before for cut in cuts)
     first, last = cuts[0].block_before, cuts[-1].end

@@ -116,7 +116,8 @@ def choose_by_score(
     by_row = rule.method.selects_by_row(rule.pattern, rule.group)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows in row_slices(weight, None if by_row else len(weight)):
-        score = scores_of(weight[rows].contiguous(), x, rule.method, row_factors, linear)
+        factors = None if row_factors is None else row_factors[rows]
+        score = scores_of(weight[rows].contiguous(), x, rule.method, factors, linear)
         mask[rows] = select(score, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     return mask
 

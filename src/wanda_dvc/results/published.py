@@ -41,6 +41,8 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
             settings = experiment.settings | ({"method": DENSE} if model == DENSE else {})
             title = DENSE if model == DENSE else f"{name}, pruned"
             for heading, (measure, target) in headings([results], brief=False).items():
+                if measure.per != PER_TASK and measure.name != "perplexity":
+                    continue  # `sparsity` in a published row is a setting
                 of_text = experiment.params.perplexity.texts[target].filled if measure.per == PER_TEXT else {}
                 all_settings = settings | {f"perplexity.text.{key}": value for key, value in of_text.items()}
                 for computed in filter(None, measure.protocols_of(results, target).values()):

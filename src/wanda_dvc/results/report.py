@@ -99,13 +99,16 @@ def why_separate(experiment: Experiment, base: Experiment) -> list[str]:
 
 def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     """Return what a section of the page shows: experiments that may be compared, and differences from the `first`."""
-    varying = differing_settings([experiment.settings for experiment in members])
+    # Several texts have other keys than one: without a value for each key, they would not differ.
+    names = {key for experiment in members for key in experiment.settings}
+    settings_of = {id(member): {key: member.settings.get(key) for key in names} for member in members}
+    varying = differing_settings(settings_of.values())
     in_labels = [key for key in varying if not key.startswith(MEASUREMENT_SETTINGS) and key not in IN_NAMES]
 
     experiments: dict[str, Experiment] = {}
     points = []
     for experiment in sorted(members, key=lambda member: (pruning_label(member.params), member.settings["sparsity"])):
-        settings = [f"{key}={experiment.settings[key]!r}" for key in in_labels]
+        settings = [f"{key}={experiment.settings[key]!r}" for key in in_labels if key in experiment.settings]
         label = FOLDERS.sub("", ", ".join([pruning_label(experiment.params), *settings]))
         sparsity = experiment.settings["sparsity"]
         commit = f" [{experiment.commit[:7]}]" if experiment.commit else ""
@@ -117,7 +120,7 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     models = {DENSE: dense} | {name: experiment.final for name, experiment in experiments.items()}
     other_recipes = []  # pairs of experiments that differ only in choices of a recipe
     for (base_name, base), (name, experiment) in combinations(experiments.items(), 2):
-        keys = differing_settings([base.settings, experiment.settings])
+        keys = differing_settings([settings_of[id(base)], settings_of[id(experiment)]])
         if keys and set(keys) <= set(CHOICES):
             other_recipes.append((name, base_name))
     headers, rows = side_by_side(models, base=DENSE, further=other_recipes)

@@ -309,6 +309,7 @@ def repair_removed_blocks(
 
         cuts = []
         for cut in removed:
+            # `run_cuts` repairs no cut at the first block: no linear is before it.
             linear = last_linear(study, run, cut.start - 1) if cut.start else ""
             cuts.append(Cut(cut.start - 1, cut.stop, linear))
         steps = run_cuts(run, windows, cuts, repaired)

@@ -42,7 +42,7 @@ def recover(*, study: Study) -> None:
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
-    choose_training(study, sizes)  # UserError if no way fits
+    fastest = choose_training(study, sizes)  # UserError if no way fits
     windows, validation = training_windows(study)
     provenances: dict[bool, Json] = {}  # by `low_memory`
     for low_memory in (False, True):
@@ -56,7 +56,7 @@ def recover(*, study: Study) -> None:
             trained_in="bfloat16" if low_memory else training_dtype(model_dtype, device.type),
         )
     provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
-    way = _way_of_training(study, sizes, provenances, device)
+    way = _way_of_training(study, sizes, fastest, provenances, device)
     provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
@@ -90,10 +90,10 @@ def recover(*, study: Study) -> None:
 
 
 def _way_of_training(
-    study: Study, sizes: ModelSizes, provenances: dict[bool, Json], device: torch.device
+    study: Study, sizes: ModelSizes, fastest: TrainingWay, provenances: dict[bool, Json], device: torch.device
 ) -> TrainingWay:
     """Return the fastest way of training that fits; if one does, with the `low_memory` of an interrupted training."""
-    way = choose_training(study, sizes)
+    way = fastest
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
     if started and way.low_memory not in started:
         way = choose_training(study, sizes, started[0])

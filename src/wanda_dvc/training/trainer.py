@@ -204,7 +204,7 @@ class ShardedTrainer(RecoveryTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)  # the model adds up its gradients
+        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)  # without DDP: FSDP adds up gradients
         vars(self.accelerator)["prepare_model"] = prepare
 
     def _move_model_to_device(self, *_: Any) -> None:
