@@ -71,7 +71,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
         headers = [headers[0] + MARK, *headers[1:]]
         rows = [[*row[:left], *(cell.removesuffix(MARK) for cell in row[left:])] for row in rows]
     rule = ["---"] * left + ["---:"] * (len(headers) - left)
-    return "\n".join(f"|{'|'.join(row)}|" for row in [headers, rule, *rows])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
 
 
 def figure(value: float | str | None, row: Row | None = None) -> str:

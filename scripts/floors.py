@@ -161,4 +161,4 @@ def table() -> str:
         "The H100 does {} TFLOP/s in bfloat16 and {} in float32; its link has {} GB/s, the disk {} GB/s. "
         f"The two cores do {CORES.single / 1e9:.0f} GFLOP/s in float32, as measured here."
     )
-    return "\n".join([sentence.format(*speeds), "", *(f"|{'|'.join(row)}|" for row in rows)])
+    return "\n".join([sentence.format(*speeds), "", *(f"| {' | '.join(row)} |" for row in rows)])

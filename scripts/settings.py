@@ -53,7 +53,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     quoted = [
         [row[0] if "`" in row[0] else f"`{row[0]}`", *(cell.replace("|", "\\|") for cell in row[1:])] for row in rows
     ]
-    return "\n".join(f"|{'|'.join(row)}|" for row in [headers, ["---"] * len(headers), *quoted])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headers, ["---"] * len(headers), *quoted])
 
 
 def _choices(setting: str, table: Mapping[str, Any]) -> str:

@@ -77,7 +77,7 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
         for recipe, one in (("wanda", made), ("fisher", made | {"stages": {"mask": 0}}))
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
-    table = [line.strip("|").split("|") for line in figures.TABLES["readme"]().splitlines()[2:]]
+    table = [line.strip("| ").split(" | ") for line in figures.TABLES["readme"]().splitlines()[2:]]
     cells = {row[0]: row[2] for row in table}
     assert cells["`wanda`"] == "30.25"
     assert cells["**`fisher`**"] == "30.25\N{NO-BREAK SPACE}¹"
@@ -273,7 +273,7 @@ def test_the_gpu_benchmark_runs_its_stages_on_a_simulated_gpu(tmp_path: Path, mo
     assert kinds == {"product in bfloat16": 1, "product in float32": 1, "check": 8, "stage": 13}
     assert "a simulated GPU" in rows["stage: mask fisher"]["origin"]["protocol"]
     page = figures.gpu(rows)
-    assert "|recover, 20 steps|2.0|0.0 of 0.0|50 %|" in page
+    assert "| recover, 20 steps | 2.0 | 0.0 of 0.0 | 50 % |" in page
     assert page.count("yes") == 8
 
 
@@ -319,7 +319,8 @@ def test_a_floor_is_what_a_hand_computes():
     """LLaMA-2-7B has 6,476,005,376 weights in linears, LLaMA-3.1-8B 6,979,321,856 and 14.9 GB of masks and weights."""
     attention = 32 * 128 * 2 * 2048**2 * 4096
     half = 2 * 128 * 2048 * 6_476_005_376 + attention
-    cells = {tuple(row.strip("|").split("|")[:3]): row.strip("|").split("|")[3:] for row in floors.table().splitlines()}
+    rows = [row.strip("| ").split(" | ") for row in floors.table().splitlines()]
+    cells = {tuple(row[:3]): row[3:] for row in rows}
     calibrate = cells["LLaMA-2-7B", "`calibrate`", "`wanda`"]
     assert calibrate[0] == f"{half / 1e12:,.0f}" == "3,536"
     assert calibrate[5] == f"{half / 989e12:.2g}" == "3.6"
