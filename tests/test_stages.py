@@ -39,7 +39,7 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import process, times
+from wanda_dvc.stages import process, run, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import mask, removal_of
 from wanda_dvc.stages.perplexity import perplexity
@@ -235,6 +235,20 @@ def test_work_lies_in_the_repository_that_dvc_was_started_in(study: Make, tmp_pa
 def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(study: Make):
     with study().work({"a": 1}) as work, pytest.raises(Timeout):
         FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
+
+
+def test_gram_matrices_that_nobody_fetches_do_not_stay(calibrated_study: Make, tmp_path: Path):
+    """Norms and Gram matrices are measured together. DVC may restore the latter, or force the former alone."""
+    made = calibrated_study(recipe="admm")
+    run("calibrate", study=made, variant="norms")
+    assert not [path for path in made.work_root.iterdir() if path.is_dir()]  # stats/gram is there
+    gram = shutil.copytree(made.gram, tmp_path / "gram")
+    shutil.rmtree(made.gram)
+    run("calibrate", study=made, variant="norms")
+    assert work_of(made)
+    gram.rename(made.gram)  # as DVC restores it
+    mask(study=made)
+    assert not [path for path in made.work_root.iterdir() if path.is_dir()]
 
 
 def test_times_are_those_of_the_last_run_and_lie_in_no_output(study: Make):

@@ -19,6 +19,7 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_ready,
     draw_calibration,
+    gram_made_from,
     read_choices,
     runner,
 )
@@ -48,7 +49,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
-            elif study.stage_input("calibrate/gram"):
+            elif study.stage_input("calibrate/gram") and gram_made_from(study) != gram_from:
                 with study.work(gram_from) as gram:
                     _forward(study, norms=work, gram=gram)
                     artifact.finish(gram.out, gram_from)

@@ -18,7 +18,15 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import numbered
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study.artifact import MODEL_COMMANDS, Work, check_source, digest, file_digest, read_provenance
+from wanda_dvc.study.artifact import (
+    MODEL_COMMANDS,
+    PROVENANCE,
+    Work,
+    check_source,
+    digest,
+    file_digest,
+    read_provenance,
+)
 from wanda_dvc.study.files import Documents, Json, load_json
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
@@ -84,7 +92,18 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
     if plan.measures_blocks:
         digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
+    # One pass measures norms and Gram matrices, which wait for the next run, `calibrate gram`. It does not take them if
+    # DVC restores its output from the cache.
+    gram_from = gram_made_from(study)
+    if is_there(study.work_path(gram_from)):
+        with study.work(gram_from) as work:
+            work.discard()
     return norms, digests
+
+
+def gram_made_from(study: Study) -> Json:
+    """Return the provenance of stats/gram without its number of blocks, as of unfinished work; {} without one."""
+    return {name: value for name, value in load_json(study.gram / PROVENANCE).items() if name != "blocks"}
 
 
 def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norms") -> Json:
