@@ -408,12 +408,18 @@ def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, c
 
 
 def test_a_stopped_command_stops_the_processes_that_it_started():
+    """Also those that a child starts while it is asked to end: a process that is left keeps the output open."""
+    child = (
+        "import os, subprocess, time\n"
+        "print(os.getpid(), flush=True)\n"
+        "started = [subprocess.Popen(['sleep', '600']) for _ in range(200)]\n"
+        "time.sleep(600)\n"
+    )
     script = (
         "import os, signal, subprocess, sys\n"
         "from wanda_dvc.stages.process import stoppable\n"
         "with stoppable('prune', 'run the same command again', with_children=True):\n"
-        '    child = \'import os, subprocess; print(os.getpid(), flush=True); subprocess.run(["sleep", "600"])\'\n'
-        "    started = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
+        f"    started = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
         "    print(started.stdout.readline().decode().strip(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    started.wait()\n"

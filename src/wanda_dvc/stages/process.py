@@ -50,11 +50,7 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
-            children = psutil.Process().children(recursive=True)
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.terminate()
-            psutil.wait_procs(children, timeout=10)
+            end_children()
         os.write(2, f"{run}: stopped; {kept}\n".encode())  # `print` may be interrupted here, and fails inside itself
         os._exit(128 + number)
 
@@ -66,6 +62,21 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def end_children() -> None:
+    """Ask all processes below this one to end, and wait up to 10 s. They are suspended first, so that none starts another."""
+    children: list[psutil.Process] = []
+    while started := [child for child in psutil.Process().children(recursive=True) if child not in children]:
+        children += started
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+            child.resume()
+    psutil.wait_procs(children, timeout=10)
 
 
 def progress_bar(total: int, what: str, *, disable: bool = False) -> "tqdm[NoReturn]":
