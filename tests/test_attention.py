@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases.models import tensors
-from conftest import Capture, Patch, save_tiny_model
+from conftest import Patch, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import Operations
@@ -276,39 +276,6 @@ def test_tasks_that_run_together_have_the_bits_that_they_have_alone(tiny: Path, 
 
 def tokens_of(runner: ModelRunner) -> list[list[list[int]]]:
     return [[sequence.tokens.tolist() for sequence in chunk.sequences] for chunk in runner.chunks]
-
-
-def test_a_gpu_without_memory_gets_shorter_sequences(tiny: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture):
-    monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 512)
-    asked, real, most = questions_of(40), Decoder.run, 300
-
-    def run(self: Decoder, index: int, hidden: Tensor, sequence: calls.TokenSequence) -> Tensor:
-        if index == 1 and len(sequence.tokens) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return real(self, index, hidden, sequence)
-
-    expected = loglikelihoods(
-        ModelRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "host"), asked, length=64, progress=iter
-    )
-    monkeypatch.setattr(Decoder, "run", run)
-    with pytest.raises(torch.OutOfMemoryError):  # a CPU's packing is a part of its results
-        loglikelihoods(
-            ModelRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "out"),
-            asked,
-            length=64,
-            progress=iter,
-        )
-    with simulated_gpu():
-        decoder = Decoder(tiny, dtype=torch.float32, device=torch.device("cuda"))
-        answers = loglikelihoods(ModelRunner(decoder, tmp_path / "gpu"), asked, length=64, progress=iter)
-        assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
-        assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], rel=1e-5)
-        line = "out of GPU memory: starting again with sequences of 256 tokens, half of the last\n"
-        assert capsys.readouterr().err == line
-        most = 0
-        with pytest.raises(torch.OutOfMemoryError):
-            loglikelihoods(ModelRunner(decoder, tmp_path / "none"), asked, length=64, progress=iter)
-        assert capsys.readouterr().err.count("half of the last") == 2  # 256 and 128 tokens
 
 
 @pytest.mark.parametrize("budget", [0, 50_000])

@@ -291,7 +291,7 @@ def test_workers_of_a_cluster_pass_activations_on_in_files(tiny: Path, tmp_path:
     for cluster in clusters:
         runner = ModelRunner(decoder, tmp_path, cluster)
         runner.chunks = cut_into_chunks([TokenSequence(torch.arange(8))])
-        assert runner.new_store("own", kept=1, budget_parts=1).on_device == (cluster is None)
+        assert runner.new_store("own", kept=1).on_device == (cluster is None)
 
 
 def test_a_view_of_a_checkpoint_is_never_sent_as_its_source(tiny: Path):

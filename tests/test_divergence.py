@@ -16,7 +16,6 @@ from scipy import stats
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import (
@@ -26,12 +25,9 @@ from wanda_dvc.engine.divergence import (
     diverge,
     kl_divergence,
     measure,
-    measure_divergences,
-    measure_windows,
     summarize,
     sums_by_doubling,
 )
-from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.intervals import perplexity_interval
 from wanda_dvc.results.show import show
@@ -178,27 +174,6 @@ def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], mon
         found.append((dense, compared(*through(models[1]), dense)))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))
-
-
-def test_windows_measured_as_one_are_those_measured_alone(models: tuple[Path, Path], monkeypatch: Patch):
-    """As on a GPU: also their logits by slices that begin and end inside windows."""
-    decoder, hidden = through(models[0])
-    lengths = [15, 15, 9]
-    states, tokens = hidden[0, :39].split(lengths), [TokenSequence(x) for x in TOKENS[:39].split(lengths)]
-    alone = list(measure_windows(decoder, tokens, states))
-    changed = through(models[1])[1][0, :39].split(lengths)
-    expected = list(measure_divergences(decoder, tokens, changed, [window for _, window in alone]))
-    monkeypatch.setattr(Decoder, "batch_size", lambda *_, **__: 8)
-    monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 7)
-    together = list(measure_windows(decoder, tokens, states))
-    measured = list(measure_divergences(decoder, tokens, changed, [window for _, window in together]))
-    assert [loss for loss, _ in together] == pytest.approx([loss for loss, _ in alone], rel=1e-6)
-    for (_, one), (_, other) in zip(alone, together, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one[:2], other[:2], strict=True))
-        torch.testing.assert_close(one, other)
-    for (loss, kl), (its_loss, its_kl) in zip(expected, measured, strict=True):
-        assert its_loss == pytest.approx(loss, rel=1e-6)
-        assert its_kl.kl == pytest.approx(kl.kl, rel=1e-3)
 
 
 def test_the_interval_is_students():

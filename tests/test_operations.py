@@ -41,6 +41,8 @@ MAY_GROW: dict[tuple[str, str], tuple[float, str]] = {
     ("width", "mask sparsegpt"): (2.0, "the sweep goes input by input"),
     ("width", "apply sparsegpt"): (2.0, "the same sweep gives the new values"),
 }
+for _stage in ("perplexity dense", "perplexity pruned"):
+    MAY_GROW["windows", _stage] = (2.0, "after the last block, a window of 2,048 tokens is measured in several pieces")
 for _stage in ("calibrate norms", "calibrate fisher"):
     MAY_GROW["experts", _stage] = (1.5, EXPERT)
 for _stage in ("mask wanda", "mask fisher", "apply wanda", "apply fisher"):

@@ -36,7 +36,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
     blocks = len(runner.decoder.blocks)
     for step in runner.forward(sequences, kept=blocks + 1):
         step.run()
-    gradients = runner.new_store("gradients", dtype=torch.float32, kept=1, budget_parts=2)
+    gradients = runner.new_store("gradients", dtype=torch.float32, kept=1)
     progress = PassProgress(runner.work / "back", [gradients], finished)
     if progress.finished < 0:
         run = BackwardRun(blocks, runner.store, gradients)

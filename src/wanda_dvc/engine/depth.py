@@ -116,7 +116,7 @@ def run_without(
     One pass for all groups: those that remove the same blocks so far share the activations of the first of them.
     """
     runner.chunks = [Chunk(number, range(len(windows)), windows) for number in range(len(groups))]
-    runner.store = store = runner.new_store("without", kept=1, budget_parts=1)
+    runner.store = store = runner.new_store("without", kept=1)
     for _ in runner.map(embed, [store], runner.chunks[:1], "embeddings"):
         pass
     before = sharing(groups, 0)

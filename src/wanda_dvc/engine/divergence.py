@@ -66,30 +66,9 @@ class Divergence(NamedTuple):
 def measure_windows(
     decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, references: Sequence[Predictions] = ()
 ) -> Iterator[tuple[float, Predictions]]:
-    """Yield a model's mean loss and predictions of each window of a chunk; without references, the dense model's.
-
-    A GPU measures several windows one after another as one: each operation costs a launch.
-    """
-    start = 0
-    for batch in decoder.batches(sequences, streamed=True):
-        part, length = slice(start, start + len(batch)), len(batch[0].tokens)
-        start = part.stop
-        states, tokens = torch.cat(list(hidden[part])), torch.cat([x.tokens for x in batch])
-        dense = join_windows(references[part]) if references else None
-        loss, predictions = measure(decoder, states[None], tokens, dense, windows=len(batch))
-        for end in range(length, len(tokens) + 1, length):
-            # The last token of a window predicts the first one of the next window, which does not count.
-            of_window = Predictions(*(column[end - length : end - 1] for column in predictions))
-            if len(batch) > 1:
-                loss = -float(of_window.true_log_p.double().mean())
-            yield loss, of_window
-
-
-def join_windows(references: Sequence[Predictions]) -> Predictions:
-    """Return the tokens at which predictions of windows are measured as one, with a place between two windows."""
-    top = torch.cat([torch.nn.functional.pad(x.top, (0, 0, 0, 1)) for x in references])[:-1]
-    drawn = torch.cat([torch.nn.functional.pad(x.drawn, (0, 0, 0, 1)) for x in references])[:-1]
-    return references[0]._replace(top=top, drawn=drawn)
+    """Yield a model's mean loss and predictions of each window of a chunk; without references, the dense model's."""
+    for window, (sequence, states) in enumerate(zip(sequences, hidden, strict=True)):
+        yield measure(decoder, states[None], sequence.tokens, references[window] if references else None)
 
 
 def measure_divergences(
@@ -102,15 +81,14 @@ def measure_divergences(
 
 
 def measure(
-    decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Predictions | None = None, windows: int = 1
+    decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Predictions | None = None
 ) -> tuple[float, Predictions]:
-    """Return a model's mean loss, in nats, and its predictions on the host, from its last hidden states.
+    """Return a model's mean loss on a window, in nats, and its predictions on the host, from its last hidden states.
 
-    Of a window, or of several of one length, one after another. Predictions are at the tokens that the dense model
-    chose. Without `dense`, the model is the dense one, and chooses.
+    Predictions are at the tokens that the dense model chose. Without `dense`, the model is the dense one, and chooses.
     """
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
-    offsets = torch.rand(len(tokens) // windows, generator=torch.Generator().manual_seed(0)).double().repeat(windows)
+    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
     tokens = tokens.to(decoder.device)
     losses: list[Tensor] = []
     pieces: list[Predictions] = []

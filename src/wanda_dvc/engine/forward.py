@@ -164,15 +164,10 @@ class ModelRunner:
     def merge(
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
     ) -> Total:
-        """Add the sums run(model, job, chunk) of all chunks, in order, to `total`, which has none; return it."""
-        # Another order would give other bits.
-        if self.cluster is not None:
-            sums = self.cluster.merge_model(self.decoder, run, job, chunks, what)
-            if sums is not None:
-                total.merge(sums)
-            return total
-        for chunk in chunks:
-            total.merge(run(self.decoder, job, chunk))
+        """Add the sums run(model, job, chunk) of all chunks to `total`, in order: another order has other bits."""
+        for sums in self.map(run, job, chunks, what):
+            total.merge(sums)
+            del sums  # frees memory for the next chunk's
         return total
 
     def forward(
@@ -189,10 +184,8 @@ class ModelRunner:
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
         self.chunks = cut_into_chunks(sequences, (self.cluster or self.decoder).device.type)
-        # A part for the dense activations, or for the gradients of the backward pass that follows if more are kept.
-        budget_parts = 2 if with_dense or kept > 1 else 1
-        self.store = self.new_store("own", kept=kept, budget_parts=budget_parts)
-        dense_store = self.new_store("dense", kept=kept, budget_parts=budget_parts) if with_dense else None
+        self.store = self.new_store("own", kept=kept)
+        dense_store = self.new_store("dense", kept=kept) if with_dense else None
         stores = [store for store in (self.store, dense_store) if store is not None]
         if finished == blocks:  # `map_outputs` and `backward` may still read the stores
             return
@@ -205,13 +198,11 @@ class ModelRunner:
         for index in self.unfinished_blocks(self.progress):
             yield BlockStep(self, BlockRun(index, self.store, dense_store))
 
-    def new_store(
-        self, name: str, *, dtype: torch.dtype | None = None, kept: int, budget_parts: int
-    ) -> ActivationStore:
+    def new_store(self, name: str, *, kept: int, dtype: torch.dtype | None = None) -> ActivationStore:
         """Return a store of the sequences' activations, by default in the model's dtype.
 
-        It may take one of `budget_parts` equal parts of the memory budget for activations on a GPU. The workers of a
-        cluster do not share memory, so they pass activations on in files.
+        A pass has two stores at most: with the dense model's activations, or with gradients. The workers of a cluster
+        do not share memory, so they pass activations on in files.
         """
         lengths = [[len(sequence.tokens) for sequence in chunk.sequences] for chunk in self.chunks]
         return ActivationStore(
@@ -221,7 +212,7 @@ class ModelRunner:
             dtype or self.decoder.dtype,
             kept=kept,
             device=self.decoder.device,
-            memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // budget_parts,
+            memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // 2,
         )
 
     def unfinished_blocks(self, progress: PassProgress, direction: str = "") -> Iterator[int]:

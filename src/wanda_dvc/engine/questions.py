@@ -15,10 +15,9 @@ import torch
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.engine.sequences import Hidden, PackedQuestions, TokenSequence
-from wanda_dvc.errors import UserError, is_out_of_memory, notice
+from wanda_dvc.errors import UserError
 
 SEQUENCE_TOKENS = 2048  # of questions: large multiplications, small activations
-FEWEST_TOKENS = 128  # to which a GPU without memory for that many may shorten the sequences
 
 ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
 Tokens = tuple[int, ...]
@@ -137,26 +136,19 @@ def loglikelihoods(
     """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
     `length` is the model's number of positions. The requests of a task are neighbours, and their results do not depend
-    on other tasks. An interrupted run resumes from the runner's files. Without memory on a GPU, sequences get shorter.
+    on other tasks. An interrupted run resumes from the runner's files.
     """
     requests = [request.within(length) for request in requests]
     too_long = [request.task for request in requests if not request.context]
     if too_long:
         problem = f"a choice has no token, or more than the model's {length}"
         raise UserError(f"tasks.names: {too_long[0]}: {problem}; remove it")
-    limit, packs = SEQUENCE_TOKENS, runner.decoder.packs_questions
-    while True:
-        sequences, predictions = pack_questions(requests, limit=limit) if packs else one_per_sequence(requests)
-        try:
-            for step in progress(runner.forward(sequences)):
-                step.run()
-            break
-        except RuntimeError as error:
-            can_be_shorter = runner.decoder.device.type != "cpu" and packs and limit >= 2 * FEWEST_TOKENS
-            if not can_be_shorter or not is_out_of_memory(error):
-                raise
-        limit //= 2
-        notice(f"out of GPU memory: starting again with sequences of {limit} tokens, half of the last")
+    if runner.decoder.packs_questions:
+        sequences, predictions = pack_questions(requests, limit=SEQUENCE_TOKENS)
+    else:
+        sequences, predictions = one_per_sequence(requests)
+    for step in progress(runner.forward(sequences)):
+        step.run()
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
     answers = runner.map_outputs(predict, lambda places: predictions[places.start : places.stop])
