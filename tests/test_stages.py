@@ -34,7 +34,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.pruning.masks import MaskRule, choose_block, choose_linear
+from wanda_dvc.pruning.masks import MaskRule, choose_linear
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
@@ -161,7 +161,8 @@ def test_linears_of_a_block_give_up_different_shares():
     weights = {name: torch.randn(8, 20) for name in ("a", "b")}
     block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
     sparsity = {"a": Fraction("0.29"), "b": Fraction("0.7")}
-    keeps = choose_block(weights.items(), block, MaskRule(methods()["wanda"], sparsity))
+    rule = MaskRule(methods()["wanda"], sparsity)
+    keeps = {name: choose_linear(name, x, block.inputs["x"], block, rule) for name, x in weights.items()}
     assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
 
 
@@ -190,7 +191,7 @@ def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_stu
         return real(linear, weight, *args)
 
     monkeypatch.setattr(Copies, "copy", copying)
-    monkeypatch.setattr("wanda_dvc.pruning.masks.choose_linear", choose)
+    monkeypatch.setattr("wanda_dvc.stages.solving.choose_linear", choose)
     with simulated_gpu():
         masks = score_block(job, 1, block, device).masks
     assert len(copied) == len(linears)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -39,18 +38,6 @@ class MaskRule(NamedTuple):
     units: Mapping[str, Units] = {}
 
 
-def choose_block(
-    weights: Iterable[tuple[str, Tensor]], stats: BlockStats, rule: MaskRule, *, threads: int = 1
-) -> dict[str, Tensor]:
-    """Return the masks of one block's linears by their scores, oriented as their weights, which may be read lazily."""
-    inputs = stats.by_linear
-    if threads == 1:
-        return {linear: choose_linear(linear, weight, inputs[linear], stats, rule) for linear, weight in weights}
-    with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
-        jobs = {linear: pool.submit(choose_linear, linear, w, inputs[linear], stats, rule) for linear, w in weights}
-        return {linear: job.result() for linear, job in jobs.items()}
-
-
 def choose_linear(
     linear: str, weight: Tensor, x: InputStats | GramFactors | None, stats: BlockStats, rule: MaskRule
 ) -> Tensor:
@@ -59,8 +46,6 @@ def choose_linear(
     `x` is the input's norms, or for a solver its Gram matrix, None without tokens. UserError if the pattern does not
     fit the linear, or a score is not finite.
     """
-    if keeps_all(linear, rule.pattern, rule.units):
-        return torch.ones(weight.shape, dtype=torch.bool)
     transposed = linear in stats.transposed
     weight = oriented(weight, transposed)
     features = weight.shape[1]

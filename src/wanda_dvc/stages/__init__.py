@@ -26,18 +26,6 @@ if TYPE_CHECKING:
 MODELS = ("dense", "pruned", "recovered")
 
 
-def _always(_: "Params") -> bool:
-    return True
-
-
-def _recovers(params: "Params") -> bool:
-    return params.recovery.tokens > 0
-
-
-def _measures_blocks(params: "Params") -> bool:
-    return params.plan.measures_blocks
-
-
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One run of a stage in `dvc.yaml`: what it reads and writes, below a study; `{text}` is a text's name."""
@@ -49,13 +37,17 @@ class Variant:
     metrics: tuple[str, ...] = ()  # committed
     plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
     by_text: bool = False  # one run for each text of the perplexity
-    # Whether the settings ask for it. If not, a run writes files without content, because DVC expects each output.
-    wanted: "Callable[[Params], bool]" = _always
+    # A file in plan/, which is empty if the settings do not ask for a run; "": they always do.
+    asked_by: str = ""
 
     @property
     def written(self) -> tuple[str, ...]:
         """All files and folders that it writes."""
         return (*self.outs, *self.uncached, *self.metrics, *(self.plots or ()))
+
+    def wanted(self, params: "Params") -> bool:
+        """Whether the settings ask for it. If not, a run writes placeholders, because DVC expects each output."""
+        return not self.asked_by or bool(stage_inputs(params)[self.asked_by])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,60 +81,23 @@ class Stage:
                     yield self.run_name(name, text_name), name, text_name
 
 
-def _variant_of_perplexity(model: str) -> Variant:
-    # The dense model's run keeps its predictions; the other models are compared with them.
-    reads, writes = ((), ("reference/{text}",)) if model == "dense" else (("reference/{text}",), ())
-    return Variant(
-        settings=("perplexity.length", "perplexity.windows", "dtype"),
-        deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *reads),
-        outs=(f"metrics/details/{model}/perplexity/{{text}}.json", *writes),
-        metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
-        plots=PLOTS if model == "pruned" else None,
-        by_text=True,
-        wanted=_recovers if model == "recovered" else _always,
-    )
-
-
-def _variant_of_zero_shot(model: str) -> Variant:
-    # The other models' answers are compared with the dense model's.
-    reads = "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json"
-    return Variant(
-        settings=("tasks", "zero_shot.limit", "dtype"),
-        deps=("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt", reads),
-        outs=(
-            f"metrics/details/{model}/zero_shot.json",
-            f"metrics/details/{model}/continuations.json",
-            f"metrics/plots/{model}/zero_shot.csv",
-        ),
-        metrics=(f"metrics/{model}/zero_shot.json",),
-        wanted=_recovers if model == "recovered" else _always,
-    )
-
-
-def _variant_of_download(
-    source: str, out: str, *, setting: str, by_text: bool = False, wanted: "Callable[[Params], bool]" = _always
-) -> Variant:
-    deps = (f"plan/download/{source}.json", f"sources/{source}")
-    return Variant(settings=(setting,), deps=deps, outs=(out,), by_text=by_text, wanted=wanted)
-
-
-def _variant_of_calibrate(statistics: str) -> Variant:
-    by_recipe = {"norms": (), "blocks": ("recipe", "pattern", *CHOICES, "sparsity")}.get(
-        statistics, ("recipe", "pattern", *CHOICES)
-    )
-    plotted = ("metrics/plots/norms.csv",) if statistics == "norms" else ()
-    return Variant(
-        settings=("calibration", "dtype", *by_recipe),
-        deps=(f"plan/calibrate/{statistics}.json", "models/dense", "data/calibration"),
-        outs=(f"stats/{statistics}", *plotted),
-        wanted=_measures_blocks if statistics == "blocks" else lambda params: statistics in params.statistics,
-    )
-
-
 RECOVERED_FROM = ("models/dense", "models/pruned", "metrics/pruned/sparsity.json")
-SOURCES = ("model", "calibration", "perplexity", "recovery", "tasks", "method")
-CALIBRATED = (*STATISTICS, "blocks")
+SOURCES = {  # of `download`: the setting that names each, its place below plan/download/ and sources/, and its output
+    "model": ("model", "model", "models/dense"),
+    "calibration": ("calibration.text", "calibration", "data/calibration"),
+    "perplexity": ("perplexity.texts.NAME", "perplexity/{text}", "data/perplexity/{text}"),
+    "recovery": ("recovery.text", "recovery", "data/recovery"),
+    "tasks": ("tasks", "tasks", "data/tasks"),
+}
+CALIBRATED = {  # by kind of statistics: the settings that decide whether they are measured
+    "norms": (),
+    "gram": ("recipe", "pattern", *CHOICES),
+    "fisher": ("recipe", "pattern", *CHOICES),
+    "blocks": ("recipe", "pattern", *CHOICES, "sparsity"),
+}
 STATS = tuple(f"stats/{statistics}" for statistics in CALIBRATED)
+# The dense model's predictions, with which the other models are compared.
+REFERENCE = ("reference/{text}",)
 PLOTS = {  # of the pruned model on a text
     "metrics/plots/perplexity/{text}.csv": {
         "title": "Perplexity on {text}, ± one standard error over windows",
@@ -167,7 +122,7 @@ STAGES = {
                 "": Variant(
                     outs=("plan",),
                     # Links to local sources, or notes: DVC hashes what they lead to.
-                    uncached=tuple(f"sources/{variant}" for variant in SOURCES),
+                    uncached=tuple(f"sources/{source}" for source in (*SOURCES, "method")),
                 )
             },
         ),
@@ -177,18 +132,14 @@ STAGES = {
             about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
             argument="source",
             variants={
-                "model": _variant_of_download("model", "models/dense", setting="model"),
-                "calibration": _variant_of_download("calibration", "data/calibration", setting="calibration.text"),
-                "perplexity": _variant_of_download(
-                    "perplexity/{text}", "data/perplexity/{text}", setting="perplexity.texts.NAME", by_text=True
-                ),
-                "recovery": _variant_of_download(
-                    "recovery",
-                    "data/recovery",
-                    setting="recovery.text",
-                    wanted=lambda params: _recovers(params) and params.recovery.text is not None,
-                ),
-                "tasks": _variant_of_download("tasks", "data/tasks", setting="tasks"),
+                source: Variant(
+                    settings=(setting,),
+                    deps=(f"plan/download/{place}.json", f"sources/{place}"),
+                    outs=(out,),
+                    by_text=source == "perplexity",
+                    asked_by="download/recovery" if source == "recovery" else "",
+                )
+                for source, (setting, place, out) in SOURCES.items()
             },
             network=True,
         ),
@@ -197,7 +148,15 @@ STAGES = {
             version=11,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
-            variants={statistics: _variant_of_calibrate(statistics) for statistics in CALIBRATED},
+            variants={
+                statistics: Variant(
+                    settings=("calibration", "dtype", *settings),
+                    deps=(f"plan/calibrate/{statistics}.json", "models/dense", "data/calibration"),
+                    outs=(f"stats/{statistics}", *(("metrics/plots/norms.csv",) if statistics == "norms" else ())),
+                    asked_by=f"calibrate/{statistics}",
+                )
+                for statistics, settings in CALIBRATED.items()
+            },
         ),
         Stage(
             name="mask",
@@ -240,7 +199,7 @@ STAGES = {
                     deps=("plan/recover.json", *RECOVERED_FROM, "data/calibration", "data/recovery"),
                     outs=("metrics/plots/recovery.csv", "models/recovered"),
                     metrics=("metrics/recovered/sparsity.json",),
-                    wanted=_recovers,
+                    asked_by="recover",
                 )
             },
         ),
@@ -249,14 +208,46 @@ STAGES = {
             version=6,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             argument="model",
-            variants={model: _variant_of_perplexity(model) for model in MODELS},
+            variants={
+                model: Variant(
+                    settings=("perplexity.length", "perplexity.windows", "dtype"),
+                    deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *reads),
+                    outs=(f"metrics/details/{model}/perplexity/{{text}}.json", *writes),
+                    metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
+                    plots=PLOTS if model == "pruned" else None,
+                    by_text=True,
+                    asked_by="recover" if model == "recovered" else "",
+                )
+                for model, reads, writes in (
+                    ("dense", (), REFERENCE),
+                    ("pruned", REFERENCE, ()),
+                    ("recovered", REFERENCE, ()),
+                )
+            },
         ),
         Stage(
             name="zero-shot",
             version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             argument="model",
-            variants={model: _variant_of_zero_shot(model) for model in MODELS},
+            variants={
+                model: Variant(
+                    settings=("tasks", "zero_shot.limit", "dtype"),
+                    deps=(
+                        *("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt"),
+                        # The other models' answers are compared with the dense model's.
+                        "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json",
+                    ),
+                    outs=(
+                        f"metrics/details/{model}/zero_shot.json",
+                        f"metrics/details/{model}/continuations.json",
+                        f"metrics/plots/{model}/zero_shot.csv",
+                    ),
+                    metrics=(f"metrics/{model}/zero_shot.json",),
+                    asked_by="recover" if model == "recovered" else "",
+                )
+                for model in MODELS
+            },
         ),
     )
 }
@@ -281,11 +272,10 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     needs. A file is empty if the settings do not ask for the run.
     """
     calibration, recovery, perplexity = params.calibration, params.recovery, params.perplexity
-    has_own_text = bool(recovery.texts)
     inputs: dict[str, Json] = {
         "download/model": {"source": params.model},
         "download/calibration": _chosen(calibration.texts),
-        "download/recovery": {},
+        "download/recovery": _chosen(recovery.texts) if recovery.tokens and recovery.texts else {},
         "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
         "mask": params.plan.to_dict(),
         "recover": {},
@@ -297,21 +287,18 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     windows: Json = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
     if len(calibration.texts) > 1:
         windows["shares"] = calibration.shares
+    windows["dtype"] = params.dtype
     for statistics in STATISTICS:
-        is_read = statistics in params.statistics
-        inputs[f"calibrate/{statistics}"] = windows | {"dtype": params.dtype} if is_read else {}
-    inputs["calibrate/blocks"] = {}
-    if params.plan.measures_blocks:  # for a quarter of the blocks: another sparsity up to that changes nothing
-        sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
-        inputs["calibrate/blocks"] = windows | {"dtype": params.dtype, "sparsity": sparsity}
+        inputs[f"calibrate/{statistics}"] = windows if statistics in params.statistics else {}
+    # For a quarter of the blocks: another sparsity up to that changes nothing.
+    sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
+    inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.measures_blocks else {}
     if recovery.tokens:
-        if has_own_text:
-            inputs["download/recovery"] = _chosen(recovery.texts)
         inputs["recover"] = {
             "tokens": recovery.tokens,
             "rate": recovery.rate,
             "batch": recovery.batch,
-            "text": has_own_text,  # the text is recovery.text; else the calibration's, without its windows
+            "text": bool(recovery.texts),  # the text is recovery.text; else the calibration's, without its windows
             "embedded": any(text.source == EMBEDDED for text in params.training_texts),  # a text is the embedded one
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,20 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.masks import BlockSparsity, choose_units
-from wanda_dvc.pruning.reconstruction import masked
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
-from wanda_dvc.stages.solving import BlockResult, MaskJob, combine, score_block, solve, solve_from_file, solver_tasks
+from wanda_dvc.stages.solving import BlockResult, MaskJob, SolverTask, combine, score_block, solve
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import Work, check_source, describe, digest, read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
 if TYPE_CHECKING:
+    from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.forward import ModelRunner
     from wanda_dvc.engine.removal import Removal
-    from wanda_dvc.engine.sums import BlockRecord
 
 
 def mask(*, study: Study) -> None:
@@ -202,22 +202,24 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
     """
     if not job.plan.mask_solves:
         for block in blocks:
-            yield remove_units(job, score_block(job, block, tensors.read_stats(study.stats, block), device))
+            yield score_block(job, block, tensors.read_stats(study.stats, block), device)
         return
     stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
     tasks = []
     for block, stats in stats_of.items():
-        tasks.extend(solver_tasks(block, stats))
-    solve_task = partial(solve_from_file, job, study.gram.absolute())
-    cluster = inputs.cluster(study, [study.model("dense"), study.gram])
-    results: Iterator[BlockResult]
-    if cluster is None:
-        results = (solve_task(device, task) for task in tasks)
-    else:
-        results = cluster.map(solve_task, tasks, "solver")
+        tasks += [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
+    results = run_solvers(job, study.gram, tasks, inputs.cluster(study, [study.model("dense"), study.gram]), device)
     # They come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
-        yield remove_units(job, combine(block, itertools.islice(results, len(stats.consumers))))
+        yield combine(job, block, itertools.islice(results, len(stats.consumers)))
+
+
+def run_solvers(
+    job: MaskJob, folder: Path, tasks: Sequence[SolverTask], cluster: "Cluster | None", device: torch.device
+) -> Iterator[BlockResult]:
+    """Return the results of tasks, with Gram matrices in a folder, from this process or from a cluster's nodes."""
+    solve_task = partial(solve, job, folder.absolute())
+    return map(partial(solve_task, device), tasks) if cluster is None else cluster.map(solve_task, tasks, "solver")
 
 
 def on_pruned_blocks(
@@ -225,50 +227,20 @@ def on_pruned_blocks(
 ) -> Iterator[BlockResult]:
     """Yield the result of each further block, as in the paper: calibrated on the outputs of pruned blocks before it."""
     plan = job.plan
-    for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
-        record = step.record(gram=plan.mask_solves)
-        if plan.mask_solves:
-            result = combine(step.index, solve_recorded(job, run, step.index, record, device))
-        else:
-            result = score_block(job, step.index, record.stats, device)
-        del record  # before the next block's
-        result = remove_units(job, result)
-        yield result
-        step.change(result.masks, result.weights)
-
-
-def solve_recorded(
-    job: MaskJob, run: "ModelRunner", block: int, record: "BlockRecord", device: torch.device
-) -> Iterator[BlockResult]:
-    """Yield the result of the linears of each input, from Gram matrices that were recorded.
-
-    In this process, matrices stay in memory, and each is removed from the record when it is used. A cluster reads them
-    from a file, as exact: float32.
-    """
-    tasks = solver_tasks(block, record.stats)
-    if run.cluster is None:
-        for task in tasks:
-            yield solve(job, task, record.grams.pop(task.name, None), record.crosses.pop(task.name, None), device)
-        return
     folder = run.work / "recorded"
     folder.mkdir(exist_ok=True)
-    tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
-    record.grams.clear()  # the next matrices need their memory
-    record.crosses.clear()
-    yield from run.cluster.map(partial(solve_from_file, job, folder), tasks, f"block {block}, solver")
-    artifact.block_file(folder, block).unlink(missing_ok=True)
-
-
-def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
-    """Return a result whose masks remove all weights of removed units; so far only the masks of their consumers do.
-
-    From the masks of all blocks, `kept_units_of` of `apply` returns which units are kept.
-    """
-    if job.removal is None:
-        return result
-    masks = tensors.pack_masks(job.removal.expand_masks(result.masks))
-    weights = {linear: masked(weight, masks[linear]) for linear, weight in result.weights.items()}
-    return result._replace(masks=masks, weights=weights)
+    for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
+        block, record = step.index, step.record(gram=plan.mask_solves)
+        if plan.mask_solves:
+            tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
+            tasks = [SolverTask(block, name, record.stats.of(name)) for name in record.stats.consumers]
+            del record  # before matrices are read, and before the next block's
+            result = combine(job, block, run_solvers(job, folder, tasks, run.cluster, device))
+            artifact.block_file(folder, block).unlink()
+        else:
+            result = score_block(job, block, record.stats, device)
+        yield result
+        step.change(result.masks, result.weights)
 
 
 # --- runs of the model ---

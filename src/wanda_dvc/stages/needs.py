@@ -102,12 +102,10 @@ def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
     if plan.statistics == "norms":
         return None
     squares = 0
-    for name, folder, size in (
-        ("gram", study.gram, sizes.all_input_squares),
-        ("fisher", study.fisher, sizes.all_output_squares),
-    ):
-        if name in study.params.statistics and not is_there(folder / PROVENANCE):
-            squares += size
+    if not is_there(study.gram / PROVENANCE):
+        squares += sizes.all_input_squares
+    if "fisher" in study.params.statistics and not is_there(study.fisher / PROVENANCE):
+        squares += sizes.all_output_squares
     memory = FIXED + solving_memory(sizes, uses_fisher=plan.used_reconstruction.uses_fisher)
     if squares:
         memory = max(memory, requirements(study, "calibrate", sizes).memory)
@@ -145,43 +143,40 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     processes, is_sharded = launched_processes()
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
-    float32, bfloat16 = ITEMSIZE["float32"], ITEMSIZE["bfloat16"]
+    if way.low_memory:
+        stored, itemsize, states = 2, 2, BYTES  # of a number, of the dense model's, and of a weight with its moments
+    else:  # weights, gradients and two moments in float32
+        stored, itemsize, states = 4, ITEMSIZE[training_dtype(given.dtype, given.device)], 16
     # Features and their gradients; attention's scores, their softmax and its gradient.
-    block = float32 * (2 * length * sizes.features + 3 * length**2 * sizes.heads_with_scores)
-    states = (bfloat16 if way.low_memory else float32) * length * sizes.hidden * sizes.blocks
-    activations = batch * ((block + states) if way.checkpointing else (block * sizes.blocks))
-    logits = batch * length * sizes.vocabulary
-    bytes_a_logit = 6 * float32  # logits and log-softmax of both models, the divergence, a gradient
-    itemsize = bfloat16 if way.low_memory else ITEMSIZE[training_dtype(given.dtype, given.device)]
-    # Weights, gradients and two moments; the dense model's weights. With low memory gradients are below.
-    weights = round(((BYTES if way.low_memory else 4 * float32) + itemsize) * sizes.parameters)
+    activations = 4 * (2 * length * sizes.features + 3 * length**2 * sizes.heads_with_scores)
+    if way.checkpointing:
+        activations += stored * length * sizes.hidden * sizes.blocks
+    else:
+        activations *= sizes.blocks
+    weights = round((states + itemsize) * sizes.parameters)
     if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
         gathered = 2 * sizes.block_parameters + sizes.other_parameters
-        weights = weights // processes + (2 * (bfloat16 if way.low_memory else float32) + itemsize) * gathered
-    if not way.low_memory:
-        return weights + activations + bytes_a_logit * logits
-    # The head's gradient is a sum over slices; then a slice's logits exist, or its own gradient.
-    gradient = bfloat16 * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
-    return weights + activations + gradient + max(gradient, bytes_a_logit * min(logits, LOGITS_OF_SLICE))
+        weights = weights // processes + (2 * stored + itemsize) * gathered
+    # In float32: logits and log-softmax of both models, the divergence, a gradient.
+    logits = 24 * batch * length * sizes.vocabulary
+    if way.low_memory:  # the head's gradient is a sum over slices; then a slice's logits exist, or its own gradient
+        gradient = 2 * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
+        logits = gradient + max(gradient, min(logits, 24 * LOGITS_OF_SLICE))
+    return weights + batch * activations + logits
+
+
+def possible_ways() -> tuple[TrainingWay, ...]:
+    """Return the ways of training of the processes of this run, the fastest first."""
+    from wanda_dvc.training.sharding import launched_processes  # imports torch
+
+    processes, is_sharded = launched_processes()
+    # With low memory, gradients are used before processes with copies could add them up.
+    return TRAINING_WAYS if processes == 1 or is_sharded else TRAINING_WAYS[:2]
 
 
 def fitting_ways(given: Conditions) -> list[TrainingWay]:
     """Return the ways of training that fit the free memory, the fastest first."""
-    return [way for way in _possible_ways() if FIXED + training_memory(given, way) <= given.free_memory]
-
-
-def _possible_ways() -> tuple[TrainingWay, ...]:
-    from wanda_dvc.training.sharding import launched_processes  # imports torch
-
-    processes, is_sharded = launched_processes()
-    if processes == 1 or is_sharded:
-        return TRAINING_WAYS
-    return TRAINING_WAYS[:2]  # with low memory, gradients are used before processes with copies could add them up
-
-
-def fastest_way(given: Conditions) -> TrainingWay:
-    """Return the fastest way of training that fits the free memory; if none does, the one with the least need."""
-    return (*fitting_ways(given), _possible_ways()[-1])[0]
+    return [way for way in possible_ways() if FIXED + training_memory(given, way) <= given.free_memory]
 
 
 def choose_training(study: Study, sizes: ModelSizes, low_memory: bool | None = None) -> TrainingWay:
@@ -192,7 +187,7 @@ def choose_training(study: Study, sizes: ModelSizes, low_memory: bool | None = N
     given = Conditions(study, sizes, free(study)["memory"])
     ways = fitting_ways(given)
     if not ways:
-        need = FIXED + training_memory(given, fastest_way(given))
+        need = FIXED + training_memory(given, possible_ways()[-1])
         raise UserError(
             f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
             "set it to 0, or free some memory"
@@ -225,7 +220,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
-    way = given.way or fastest_way(given)
+    way = given.way or (*fitting_ways(given), possible_ways()[-1])[0]
     checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
     text = TEXT_IN_MEMORY * given.data_size("recovery" if given.params.recovery.text else "calibration")
     # Windows are cut before the training. On disk are the best checkpoint, the last one and the one being written.

@@ -65,7 +65,7 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
 
 def end_children() -> None:
-    """Ask all processes below this one to end, and wait up to 10 s. They are suspended first, so that none starts another."""
+    """Ask all processes below this one to end, and wait up to 10 s. First they are suspended: none starts another."""
     children: list[psutil.Process] = []
     while started := [child for child in psutil.Process().children(recursive=True) if child not in children]:
         children += started

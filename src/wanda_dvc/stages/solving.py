@@ -1,6 +1,7 @@
 """The units of work of `mask`: `score_block`, or `solve`, for the linears that read one distinct input."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,11 +12,10 @@ from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.plan import CORRECTION, Plan
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_block, choose_linear, keeps_all
-from wanda_dvc.pruning.reconstruction import check_new_weight, reconstruct, target_weight
+from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_linear, keeps_all
+from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct, target_weight
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats
-from wanda_dvc.pruning.units import Units
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import Json
 
@@ -32,19 +32,14 @@ class MaskJob(NamedTuple):
     removal: "Removal | None"  # None: the pattern sets weights to zero
     fisher_folder: Path
 
-    @property
-    def units(self) -> dict[str, Units]:
-        """The units to remove, by the linear that reads them."""
-        if self.removal is None:
-            return {}
-        sets = self.removal.unit_sets
-        return {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
-
     def rule(self, block: int) -> MaskRule:
         """Return how masks of a block are chosen."""
-        plan = self.plan
+        plan, units = self.plan, {}
+        if self.removal is not None:
+            sets = self.removal.unit_sets
+            units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
-        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, plan.group == "outputs", self.units)
+        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, plan.group == "outputs", units)
 
 
 class SolverTask(NamedTuple):
@@ -64,23 +59,8 @@ class BlockResult(NamedTuple):
     diagnostics: Json  # solver diagnostics of each
 
 
-def solver_tasks(block: int, stats: BlockStats) -> list[SolverTask]:
-    """Return the tasks of a block, one for each distinct input."""
-    return [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
-
-
-def solve_from_file(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> BlockResult:
-    """Return `solve` with the Gram matrix of a block's file in a folder."""
-    device = accelerator.float64_device(device)
-    grams = tensors.read_grams(folder, task.block, device, of=[task.name])
-    return solve(job, task, grams.get(task.name), grams.crosses.get(task.name), device)
-
-
-def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | None, device: torch.device) -> BlockResult:
-    """Return the result of the linears that read one input.
-
-    `gram` is the input's Gram matrix, None without tokens, and `cross` its X_denseᵀX, if it was recorded.
-    """
+def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> BlockResult:
+    """Return the result of the linears that read one input, whose Gram matrix is in a block's file in a folder."""
     plan = job.plan
     stats = task.stats
     linears = stats.consumers[task.name]
@@ -91,9 +71,11 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
     gradient_grams: Mapping[str, Gram] = {}
     if plan.mask_reads_gradient_grams:
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
+    device = accelerator.float64_device(device)
+    grams = tensors.read_grams(folder, task.block, device, of=[task.name])
     factors = None
-    if gram is not None:
-        factors = GramFactors(gram.matrix().to(device), f"Gram matrix of the input of {task.name}")
+    if task.name in grams:  # else no token reached it
+        factors = GramFactors(grams[task.name].matrix(), f"Gram matrix of the input of {task.name}")
     masks, weights, diagnostics = dict[str, Tensor](), dict[str, Tensor](), Json()
     for linear in linears:
         transposed = linear in stats.transposed
@@ -103,7 +85,9 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
             continue
         weight = stored.to(device)
         if plan.corrects:
-            weight = target_weight(weight, factors, cross, strength=CORRECTION, transposed=transposed)
+            weight = target_weight(
+                weight, factors, grams.crosses.get(task.name), strength=CORRECTION, transposed=transposed
+            )
         masks[linear] = choose_linear(
             linear, weight, factors if plan.method.needs == "gram" else stats.inputs[task.name], stats, rule
         )
@@ -121,26 +105,48 @@ def solve(job: MaskJob, task: SolverTask, gram: Gram | None, cross: Tensor | Non
     return BlockResult(task.block, tensors.pack_masks(masks), weights, diagnostics)
 
 
-def combine(block: int, results: Iterable[BlockResult]) -> BlockResult:
+def combine(job: MaskJob, block: int, results: Iterable[BlockResult]) -> BlockResult:
     """Return a block's result from the results of its solver tasks."""
-    whole = BlockResult(block, tensors.Masks(), {}, {})
+    combined = BlockResult(block, tensors.Masks(), {}, {})
     for result in results:
-        whole.masks.data.update(result.masks.data)
-        whole.weights.update(result.weights)
-        whole.diagnostics.update(result.diagnostics)
-    return whole
+        combined.masks.data.update(result.masks.data)
+        combined.weights.update(result.weights)
+        combined.diagnostics.update(result.diagnostics)
+    return remove_units(job, combined)
 
 
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
     """Return the result of a block whose masks are chosen by scores."""
     if job.plan.mask_reads_gradient_squares:
         stats = stats._replace(fisher=tensors.read_fisher(job.fisher_folder, block))
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    rule = job.rule(block)
-    scored = [linear for linear in stats.by_linear if not keeps_all(linear, rule.pattern, rule.units)]
+    inputs, rule, stored = stats.by_linear, job.rule(block), job.checkpoint.weight
+
+    def choose(linear: str, weight: Tensor) -> Tensor:
+        return choose_linear(linear, weight, inputs[linear], stats, rule)
+
+    masks = {}
+    for linear in inputs:
+        if keeps_all(linear, rule.pattern, rule.units):
+            masks[linear] = torch.ones(stored(linear).shape, dtype=torch.bool)
+    scored = [linear for linear in inputs if linear not in masks]
     # On a GPU the next weight is copied while one is scored.
-    copies = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
-    stored = job.checkpoint.weight  # of a linear that keeps all, only the shape is read
-    weights = ((linear, next(copies) if linear in scored else stored(linear)) for linear in stats.by_linear)
-    masks = choose_block(weights, stats, rule, threads=threads)
-    return BlockResult(block, tensors.pack_masks(masks), {}, {})
+    weights = accelerator.Copies(device).to_device(map(stored, scored))
+    if device.type == "cpu":
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
+            masks |= zip(scored, pool.map(choose, scored, weights), strict=True)
+    else:
+        masks |= zip(scored, map(choose, scored, weights), strict=True)
+    packed = tensors.pack_masks({linear: masks[linear] for linear in inputs})
+    return remove_units(job, BlockResult(block, packed, {}, {}))
+
+
+def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
+    """Return a result whose masks remove all weights of removed units; so far only the masks of their consumers do.
+
+    From the masks of all blocks, `kept_units_of` of `apply` returns which units are kept.
+    """
+    if job.removal is None:
+        return result
+    masks = tensors.pack_masks(job.removal.expand_masks(result.masks))
+    weights = {linear: masked(weight, masks[linear]) for linear, weight in result.weights.items()}
+    return result._replace(masks=masks, weights=weights)
