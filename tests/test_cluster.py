@@ -21,7 +21,7 @@ from wanda_dvc.errors import UserError
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, VERSIONS, Cluster, Expected, connect, run_on_node, task_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, VERSIONS, Cluster, connect, run_on_node, task_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -80,8 +80,8 @@ def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
     monkeypatch.setattr(ray, "put", lambda x: x)
     monkeypatch.setattr(ray, "get", lambda x: x)
     cluster, taken = Cluster(), 0  # type: ignore[call-arg] # see above
-    cluster._expected = Expected({}, [], 1, "cpu")
-    cluster._task = mock.Mock(remote=lambda _, function, value: function(CPU, value))
+    cluster._expected = {}, [], 1, "cpu"
+    cluster._task = mock.Mock(remote=lambda *arguments: arguments[-2](CPU, arguments[-1]))
 
     def inputs() -> Iterator[int]:
         nonlocal taken
@@ -131,7 +131,7 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make,
 def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
     monkeypatch.setattr(ray, "get_runtime_context", mock.MagicMock())
     with pytest.raises(UserError, match="worker on .*: torch .*, expected the driver's 0: results depend on it"):
-        run_on_node(Expected(VERSIONS | {"torch": "0"}, [], 1, "cpu"), lambda *_: None, None)
+        run_on_node(VERSIONS | {"torch": "0"}, [], 1, "cpu", lambda *_: None, None)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

@@ -29,16 +29,9 @@ def uses_onednn(a: Tensor, b: Tensor) -> bool:
     return on_cpu and b.numel() >= SMALLEST_WEIGHT and a.numel() > 0 and is_faster()
 
 
-def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b in float32, also where a is not a matrix; autograd works."""
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Differentiable.apply(a, b.T)
-    return _linear(a, b.T)
-
-
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b of two matrices through the faster library."""
-    return onednn(a, b) if uses_onednn(a, b) else a @ b
+    return _OneDnnProduct.apply(a, b.T) if uses_onednn(a, b) else a @ b
 
 
 def multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -62,7 +55,7 @@ class OneDnnLinear(nn.Linear):
         """Return x Wᵀ + b."""
         if not uses_onednn(x, self.weight):
             return nn.functional.linear(x, self.weight, self.bias)
-        outputs = onednn(x, self.weight.T)
+        outputs = _OneDnnProduct.apply(x, self.weight)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -81,8 +74,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-class _Differentiable(torch.autograd.Function):
-    """x Wᵀ with gradients."""
+class _OneDnnProduct(torch.autograd.Function):
+    """x Wᵀ in float32, also where x is not a matrix."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""The devices of this machine, their memory, pinned memory and streams; settings of the allocator of main memory.
-
-No other module calls `torch.cuda` or `torch.backends.mps`; `make lint` checks it.
-"""
+"""The devices of this machine, their memory and streams: no other module calls `torch.cuda` or `torch.backends.mps`."""
 
 import contextlib
 import ctypes
@@ -17,7 +14,6 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-MMAP_THRESHOLDS = (2**30, 2**25)  # bytes; older versions of glibc accept the second one at most
 # Compute capabilities of GPUs with one float64 unit for two float32 ones: P100, V100, A100, H100, B200. Others: for 64.
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 Copied = TypeVar("Copied")
@@ -130,13 +126,13 @@ def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Itera
             started.extend(thread.submit(function, value) for value in islice(remaining, 1))
 
 
-def keep_freed_memory(largest: int = MMAP_THRESHOLDS[0]) -> None:
+def keep_freed_memory(largest: int = 2**30) -> None:
     """Make glibc keep the memory of freed tensors of up to `largest` bytes: else the system clears it before reuse."""
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     with contextlib.suppress(OSError, AttributeError):  # another allocator
         library = ctypes.CDLL(None)
         library.malloc_trim(0)  # of what is free already
-        # A trim threshold alone would stop glibc from raising the other one above 128 KiB.
-        if any(library.mallopt(M_MMAP_THRESHOLD, threshold) for threshold in (largest, MMAP_THRESHOLDS[1])):
+        # Older versions of glibc accept 2²⁵ at most. A trim threshold alone would keep the other one at 128 KiB.
+        if library.mallopt(M_MMAP_THRESHOLD, largest) or library.mallopt(M_MMAP_THRESHOLD, 2**25):
             library.mallopt(M_TRIM_THRESHOLD, -1)  # no memory is returned, however much is free

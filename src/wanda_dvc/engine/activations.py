@@ -28,12 +28,11 @@ BOOT_ID = BOOT_FILE.read_text(encoding="ascii").strip() if BOOT_FILE.exists() el
 class ActivationStore:
     """The activations of all sequences before the last few blocks that ran. After block b they are before block b + 1.
 
-    Each chunk has a file for each such block: the numbers [tokens, width] of its sequences, as they are in memory.
-    Reads use a memory map, so activations cost page cache instead of memory. Files are not flushed: they outlive a
-    killed process, but not a power cut, so `PassProgress` trusts them only until the machine starts again.
+    Each chunk has a file for each such block: [tokens, width] of its sequences. Reads use a memory map. Files are not
+    flushed: they outlive a killed process, but not a power cut, so `PassProgress` trusts them until the next boot.
 
-    If the memory budget of a GPU fits all sequences, their activations also stay on the device. If one block's are
-    kept, files are then written later, once a minute and at the end: writing takes longer than computing a block.
+    If they fit the memory budget of a GPU, activations also stay on the device. If one block's are kept, files are
+    then written once a minute and at the end: writing takes longer than computing a block.
     """
 
     folder: Path
@@ -81,7 +80,7 @@ class ActivationStore:
     def drop(self, block: int) -> None:
         """Remove the files that are not kept once the activations before a block are complete, and interrupted writes.
 
-        A worker that a cluster took for dead may still write one; its result is not used, so its error does not count.
+        A worker that a cluster took for dead may still write one; its result is not used.
         """
         for path in self.folder.glob("[0-9]*-[0-9]*.bin*"):
             if path.suffix == ".part" or int(path.name.partition("-")[0]) <= block - self.kept:

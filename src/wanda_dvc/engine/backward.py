@@ -29,9 +29,8 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
     trace of its empirical Fisher information, with the tokens taken as independent; K-FAC factors the same matrices
     (Martens and Grosse 2015, arXiv 1503.05671).
 
-    Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
-    of the last `finished` blocks; if more are finished, the backward half starts again. Disk: the activations of all
-    sequences before every block. UserError if a gradient is not finite.
+    Resumes as `forward` does, by the number of `finished` blocks whose results the caller has. Disk holds the
+    activations of all sequences before every block. UserError if a gradient is not finite.
     """
     blocks = len(runner.decoder.blocks)
     for step in runner.forward(sequences, kept=blocks + 1):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine import accelerator
-from wanda_dvc.engine.checkpoint import EditedCheckpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.machine import omp_threads, usable_cores
@@ -47,33 +46,29 @@ TaskInput = TypeVar("TaskInput")
 TaskResult = TypeVar("TaskResult")
 
 
-class Expected(NamedTuple):
-    """What a task expects of its node, and the threads and the device that it uses."""
-
-    versions: dict[str, str]
-    folders: list[Path]
-    threads: int
-    device: str
-
-
 def run_on_node(
-    expected: Expected, function: Callable[[torch.device, TaskInput], TaskResult], value: TaskInput
+    versions: dict[str, str],
+    folders: Sequence[Path],
+    threads: int,
+    device: str,
+    function: Callable[[torch.device, TaskInput], TaskResult],
+    value: TaskInput,
 ) -> TaskResult | list[Any]:
     """Run a function in this process; an iterator becomes a list. Errors name the node, such as other versions."""
     register_tensor_serializer()
-    torch.set_num_threads(expected.threads)
+    torch.set_num_threads(threads)
     try:
         for name, installed in VERSIONS.items():
-            driver = expected.versions[name]
+            driver = versions[name]
             if installed != driver:
                 raise UserError(f"{name} {installed}, expected the driver's {driver}: results depend on it; install it")
-        missing = [str(folder) for folder in expected.folders if not folder.exists()]
+        missing = [str(folder) for folder in folders if not folder.exists()]
         if missing:
             raise UserError(
                 f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
                 "folder that all nodes share, at the same path"
             )
-        result = function(task_device(expected.device), value)
+        result = function(task_device(device), value)
         return list(result) if isinstance(result, Iterator) else result
     except Exception as error:
         where = f"worker on {socket.gethostname()} (node {ray.get_runtime_context().get_node_id()[:8]})"
@@ -162,7 +157,8 @@ class Cluster:
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self.device = torch.device("cuda" if self._kind == "GPU" else "cpu")  # of tasks; which GPU: `task_device`
         self._threads = min(omp_threads() or THREADS, smallest)
-        self._expected = Expected(VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu")
+        # The first arguments of `run_on_node`.
+        self._expected = VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu"
         resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
         self._id = uuid4().hex
@@ -181,8 +177,6 @@ class Cluster:
         what: str,
     ) -> Iterator[TaskResult]:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
-        if isinstance(decoder.checkpoint, EditedCheckpoint):
-            raise TypeError(f"{decoder.checkpoint}: workers would open the source of this view")
         folder_dtype_id = (decoder.checkpoint.folder, decoder.dtype, self._id)
         return self.map(partial(call_with_model, folder_dtype_id, function, job), inputs, what)
 
@@ -196,7 +190,7 @@ class Cluster:
         shared = ray.put(function)
         unread = deque[tuple[Any, str]]()
         for number, value in enumerate(inputs):
-            unread.append((self._task.remote(self._expected, shared, value), f"{what} {number}"))
+            unread.append((self._task.remote(*self._expected, shared, value), f"{what} {number}"))
             if len(unread) >= AHEAD * max(1, self.workers):
                 yield self._get(*unread.popleft())
         while unread:

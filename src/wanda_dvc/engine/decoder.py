@@ -144,7 +144,7 @@ class Decoder:
     def block_arguments(self, sequence: TokenSequence, batch: int = 1) -> list[Arguments]:
         """Return the arguments of every block, for a batch of texts like this one, or for packed questions.
 
-        They depend on the number and length of the texts, or on the questions, not on tokens.
+        They depend on the number and length of the texts, or on the questions. UserError if they depend on tokens.
         """
         key = (batch, len(sequence.tokens)) if sequence.questions is None else sequence.questions.key
         if key not in self._arguments:
@@ -366,8 +366,5 @@ def are_equal(first: list[Arguments], second: list[Arguments]) -> bool:
     (values, structure), (other_values, other_structure) = tree_flatten(first), tree_flatten(second)
     if structure != other_structure:
         return False
-    for value, other in zip(values, other_values, strict=True):
-        both_tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
-        if not (torch.equal(value, other) if both_tensors else value == other):
-            return False
-    return True
+    pairs = zip(values, other_values, strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)

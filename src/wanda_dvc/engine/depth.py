@@ -1,4 +1,4 @@
-"""Measures which blocks a model can do without: the divergence of its predictions without them.
+"""Measures which blocks a model can do without, by the divergence of its predictions without them.
 
 Blocks are chosen one after another, as in SLEB (Song et al. 2024, arXiv 2402.09025), by KL(dense ‖ without the blocks)
 instead of perplexity. All choices of one number of blocks run in one pass, which reads each block's weights once.
@@ -94,10 +94,7 @@ def measure_choices(
 def predict_every_fourth(
     decoder: Decoder, windows: Sequence[TokenSequence], hidden: Hidden, dense: Sequence[Predictions | None]
 ) -> Iterator[Predictions]:
-    """Yield a model's predictions of every fourth token of each window, at tokens that the dense model chose.
-
-    Neighbouring predictions tell little that is new, and for a small model the head is most of the work.
-    """
+    """Yield a model's predictions of every fourth token of each window, because neighbours tell little that is new."""
     for window, states, reference in zip(windows, hidden, dense, strict=True):
         tokens = torch.cat([window.tokens[:1], window.tokens[1::STRIDE]])
         before = torch.cat([states[:-1:STRIDE], states[-1:]])  # `measure` leaves the last one out
@@ -113,7 +110,7 @@ def run_without(
 ) -> Iterator[Result]:
     """Yield what a function of the output head yields for the windows, without each group of blocks.
 
-    One pass for all groups: those that remove the same blocks so far share the activations of the first of them.
+    Groups that remove the same blocks so far share the activations of the first of them.
     """
     runner.chunks = [Chunk(number, range(len(windows)), windows) for number in range(len(groups))]
     runner.store = store = runner.new_store("without", kept=1)

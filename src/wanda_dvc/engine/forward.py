@@ -1,8 +1,7 @@
 """Runs many sequences through all blocks, one block at a time.
 
-The unit of work is `run_block(model, block, chunk)`: it reads the activations of a chunk of sequences before a block
-from a file, writes those after the block to another, and returns sums. A loop calls it in this process, or Ray runs it
-as tasks of a cluster whose nodes see the same files (`engine.cluster`).
+The unit of work is `run_block(model, block, chunk)`: it reads a chunk's activations before a block from a file, writes
+those after the block to another, and returns sums. A loop calls it, or Ray runs it as tasks (`engine.cluster`).
 """
 
 import contextlib
@@ -78,11 +77,10 @@ def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> No
 @in_smaller_batches
 @torch.no_grad()
 def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
-    """Run a chunk through a block, and write its activations after the block.
+    """Run a chunk through a block, write its activations after the block, and return sums with `records`.
 
     With a dense store the chunk also runs through the dense model's block, from and to that store; and once more, batch
-    by batch, where their inputs are recorded: so memory holds those of one batch. Returns sums over the inputs of the
-    block's linears with `records`, else only whether all activations are finite.
+    by batch, where inputs are recorded: so memory holds the dense inputs of one batch.
     """
     model.load(block.index, block.index + 1, block.change)
     finite: list[Tensor] = []  # a flag for each batch, on the device: the host waits for a GPU once for all of them
@@ -108,10 +106,7 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
 def run_batches(
     model: Decoder, block: BlockRun, chunk: Chunk, finite: list[Tensor], recorder: InputRecorder | None = None
 ) -> Iterator[States]:
-    """Yield each batch's activations after a block, and add to `finite` whether all of them are.
-
-    A recorder also sees a batch's dense activations first, if any.
-    """
+    """Yield each batch's activations after a block; `finite` gets a flag for each. A recorder sees dense ones first."""
     copies = 2 if block.dense_store else 1
     batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
@@ -176,10 +171,9 @@ class ModelRunner:
         """Yield a step for each block, whose methods run all sequences through the block.
 
         The pass resumes after the last finished block in `work`. `finished` is the number of blocks whose results the
-        caller has from an interrupted run: if more are finished, results are missing, and the pass starts again. None:
-        the caller needs no results. With `with_dense` each sequence also runs through the dense model, without changes
-        of blocks. `kept` is the number of blocks whose activations stay: 1: those after the last block that ran; 3:
-        also those before that block, and before the block before it.
+        caller has: if more are finished, the pass starts again; None: the caller needs no results. With `with_dense`
+        each sequence also runs through the dense model, without changes of blocks. `kept` is the number of blocks, up
+        to the last one that ran, after which activations stay.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
@@ -230,10 +224,7 @@ class ModelRunner:
     def map_outputs(
         self, function: OutputFunction[Input, Result], input_of: Callable[[range], Input]
     ) -> Iterator[Result]:
-        """Yield what a function yields for each chunk, in order, from the activations after the last block.
-
-        `input_of` returns the function's last argument for a chunk, given the places of its sequences.
-        """
+        """Yield what a function yields for each chunk; `input_of` returns its input by the places of the sequences."""
         chunks_and_inputs = ((chunk, input_of(chunk.places)) for chunk in self.chunks)
         for results in self.map(run_output_function, (self.store, function), chunks_and_inputs, "output head, chunk"):
             yield from results
@@ -256,10 +247,7 @@ class BlockStep:
         self._run(self.block)
 
     def record(self, *, gram: bool = False) -> BlockRecord:
-        """Run all sequences through the block; return the statistics of its linears' inputs.
-
-        `gram` adds Gram matrices, and dense sequences add products with their inputs.
-        """
+        """Run all sequences; return statistics of the linears' inputs, with Gram matrices, and dense ones' products."""
         sums = self._run(replace(self.block, records=True, gram=gram))
         return sums.of(self.runner.decoder.linears(self.index))
 

@@ -82,31 +82,27 @@ class BlockLoader:
     def load(self, index: int, then: int, change: WeightChange | None = None) -> None:
         """Load a block, with a change of its weights, until another block or change is loaded, or `unload`.
 
-        `then` is the block that follows; −1: there is no such block. The change applies to a copy of the parameters:
-        the checkpoint stays as it is.
+        `then` is the block that follows; −1: there is no such block. A change applies to a copy of the parameters.
         """
         if self._loaded == (index, then, change):
             return
         if self._loaded != (index, then, None):  # another block, or this one with another change
             self.unload()
-            self._load_unchanged(index, then)
+            ahead = self._read_ahead.pop(index, None)
+            if then not in self._read_ahead:
+                self._read_ahead.clear()  # frees memory before the next read
+            tensors = ahead.result() if ahead else self.read_block(index)
+            self._copies.finish(tensors.values())
+            if 0 <= then < len(self.blocks) and then not in self._read_ahead:
+                self._read_ahead[then] = self._reader.submit(self.read_block, then)
+            for name, tensor in tensors.items():
+                set_parameter(self.model, name, tensor)
+            self._loaded = index, then, None
         if change is not None:
             # Until it is done, a change that no caller has: if memory ends on the way, the next call loads again.
             self._loaded = index, then, WeightChange({}, {})
             self._apply(index, change)
             self._loaded = index, then, change
-
-    def _load_unchanged(self, index: int, then: int) -> None:
-        ahead = self._read_ahead.pop(index, None)
-        if then not in self._read_ahead:
-            self._read_ahead.clear()  # frees memory before the next read
-        tensors = ahead.result() if ahead else self.read_block(index)
-        self._copies.finish(tensors.values())
-        if 0 <= then < len(self.blocks) and then not in self._read_ahead:
-            self._read_ahead[then] = self._reader.submit(self.read_block, then)
-        for name, tensor in tensors.items():
-            set_parameter(self.model, name, tensor)
-        self._loaded = index, then, None
 
     def unload(self) -> None:
         """Empty the loaded block, if any."""

@@ -23,8 +23,7 @@ ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
 Tokens = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A request for the log-likelihood of a continuation after a context. Token ids, at least one each."""
 
     context: Tokens
@@ -37,7 +36,7 @@ class Request:
         Without a continuation, or with one of more than `length` tokens, the result has no context.
         """
         tokens = (self.context + self.continuation)[-(length + 1) :]
-        return Request(tokens[: -len(self.continuation)], self.continuation, self.task)
+        return self._replace(context=tokens[: -len(self.continuation)])
 
 
 @dataclass
@@ -92,25 +91,20 @@ def join_questions(
 ) -> tuple[TokenSequence, list[Prediction]]:
     """Return a sequence of some questions, each its context and then its continuations, and their predictions."""
     tokens: list[int] = []
-    positions: list[int] = []  # of each token within its question
-    numbers: list[int] = []  # of each token's question
-    choices: list[int] = []  # of each token's continuation; 0: the context
+    places: list[tuple[int, int, int]] = []  # of each token: its position, question and choice, as in PackedQuestions
     predictions: list[Prediction] = []
     for number, question in enumerate(questions):
-        context_size = len(question.context)
+        end = len(question.context)
         tokens += question.context
-        positions += range(context_size)
-        numbers += [number] * question.size
-        choices += [0] * context_size
+        places += [(position, number, 0) for position in range(end)]
         last_of_context = len(tokens) - 1  # predicts the first token of each choice
         for choice, (continuation, indices) in enumerate(question.indices.items(), start=1):
-            places = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
+            positions = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation
-            positions += range(context_size, context_size + len(continuation))
-            choices += [choice] * len(continuation)
+            places += [(end + offset, number, choice) for offset in range(len(continuation))]
             for index in indices:
-                predictions += predictions_of(index, places, requests[index].continuation)
-    packed = PackedQuestions(torch.tensor(positions), torch.tensor(numbers), torch.tensor(choices))
+                predictions += predictions_of(index, positions, requests[index].continuation)
+    packed = PackedQuestions(*torch.tensor(places).T.contiguous())
     return TokenSequence(torch.tensor(tokens), packed, requests[predictions[0].request].task), predictions
 
 
