@@ -21,6 +21,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import run
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import change_settings
 
@@ -111,6 +112,9 @@ def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(calibrated_stud
     assert own["results"] == same["results"]
     with pytest.raises(UserError, match="transformers does not read llama.rope.scaling.factor, a scaling of rotary"):
         _dequantize(file, tmp_path / "packaged")  # as of a package, which has no dense model beside it
+    _dequantize(file, tmp_path / "read", scaled=True)
+    saved = load_json(tmp_path / "read/tokenizer_config.json")
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # llama.cpp converts with transformers 4
 
 
 def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_study: Study, tmp_path: Path):

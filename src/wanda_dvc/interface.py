@@ -115,6 +115,8 @@ def calibrate(
     if in_memory:
         from transformers import PreTrainedModel, PreTrainedTokenizerBase  # its import takes seconds
 
+        from wanda_dvc.sources.models import save_tokenizer
+
         if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(
                 f"model, tokenizer: found {type(model).__name__}, {type(tokenizer).__name__}, expected a path, a Hub "
@@ -135,7 +137,7 @@ def calibrate(
         if in_memory:
             remove(saved)  # of an earlier call
             model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
-            tokenizer.save_pretrained(saved)  # type: ignore[union-attr]
+            save_tokenizer(tokenizer, saved)
             (saved / ".gitignore").write_text("*\n", encoding="utf-8")
         texts = _read_settings(study)
         base = PARAMS.read_text(encoding="utf-8") if texts["file"] else texts["calibrate"]  # the user's, if edited

@@ -170,7 +170,16 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
+    save_tokenizer(tokenizer, target)
+
+
+def save_tokenizer(tokenizer: Any, target: Path) -> None:
+    """Write a tokenizer. transformers 4, which llama.cpp converts with, knows its class by the older name alone."""
     tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
+    )
 
 
 def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], model: Any, *, scaled: bool) -> None:
