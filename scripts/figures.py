@@ -48,6 +48,7 @@ AUTHORS = {
     ("ria", "50%"): (None, 1), ("owl", "50%"): (None, 1),
 }  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
+FIRST_FILES = ("dense f16", "dense Q8_0", "dense Q4_K_M", "neurons 20% Q8_0", "neurons 20% 200k Q8_0")  # in the README
 MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
 
 
@@ -82,19 +83,31 @@ def figure(value: float | str | None, row: Row | None = None) -> str:
     return shown + MARK if row and is_old(row) else shown
 
 
-def by_recipe(gemma: Sequence[str] = ()) -> str:
-    """Return the recipes' perplexity on WikiText-2, of SmolLM2 and at some amounts of Gemma, or the papers."""
+def by_recipe() -> str:
+    """Return the recipes' perplexity on WikiText-2, of SmolLM2 and Gemma."""
     rows, lines = measured("recipes"), []
-    for recipe in (*RECIPES, *BASELINES) if gemma else RECIPES:
-        names = [f"{model} {recipe} {amount}" for model, some in ((SMALL, AMOUNTS), (GEMMA, gemma)) for amount in some]
-        paper = [] if gemma else [catalog.methods()[catalog.RECIPES[recipe].method].paper]
-        figures = [figure(value(rows.get(one)), rows.get(one)) for one in names]
-        if recipe in RECIPES or set(figures) != {"–"}:
-            lines.append([NAMES[recipe], *paper, *figures])
-    heads = ["`recipe`", *AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in gemma)]
-    if not gemma:
-        heads.insert(1, "masks")
-    return table([head.replace("%", " %") for head in heads], lines, left=1 if gemma else 2)
+    for recipe in (*RECIPES, *BASELINES):
+        of_recipe = [rows.get(f"{model} {recipe} {amount}") for model, amount in product((SMALL, GEMMA), AMOUNTS)]
+        if recipe in RECIPES or any(of_recipe):
+            lines.append([NAMES[recipe], *(figure(value(row), row) for row in of_recipe)])
+    heads = [*AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in AMOUNTS)]
+    return table(["`recipe`", *(head.replace("%", " %") for head in heads)], lines)
+
+
+def first_results() -> str:
+    """Return the README's table: the dense model and the recipes on SmolLM2, with the text that is unlike the first."""
+    rows = measured("recipes")
+    dense = rows.get(f"{SMALL} dense")
+    lines = [["dense", "–", "–", figure(value(dense), dense), figure(value(dense, "embedded"), dense), "–", "–"]]
+    for recipe in RECIPES:
+        half, most, n_of_m = (rows.get(f"{SMALL} {recipe} {amount}") for amount in AMOUNTS)
+        choices = catalog.RECIPES[recipe]
+        paper = catalog.methods()[choices.method].paper
+        figures = [figure(value(half), half), figure(value(half, "embedded"), half)]
+        figures += [figure(value(row), row) for row in (most, n_of_m)]
+        lines.append([NAMES[recipe], paper, "same" if choices.reconstruction == "none" else "new", *figures])
+    heads = ["`recipe`", "which weights go", "values of the rest", "50 %", "50 %, other text", "70 %", "2:4"]
+    return table(heads, lines, left=3)
 
 
 def seconds() -> str:
@@ -190,13 +203,16 @@ def authors() -> str:
     return table(["recipe", "ours", "authors' code", "difference", "goal", "dense statistics"], lines)
 
 
-def runtimes() -> str:
-    """Return the files of llama.cpp; rounding can make a zero negative."""
-    found, lines = measured("runtimes"), []
-    for key, of in ((key.replace("%", " %"), row["value"]) for key, row in found.items()):
-        speeds = (f"{speed:.0f}" for speed in of["tokens a second"].values())
-        lines.append([*key.rsplit(" ", 1), f"{of['bytes'] / 1e6:.0f}", f"{abs(of['divergence']['mean']):.3f}", *speeds])
-    model = "model" + MARK * any(map(is_old, found.values()))
+def runtimes(files: Sequence[str] = ()) -> str:
+    """Return the files of llama.cpp, all or some; rounding can make a zero negative."""
+    rows = measured("runtimes")
+    lines = []
+    for key in files or rows:
+        row = rows[key]["value"]
+        speeds = (f"{speed:.0f}" for speed in row["tokens a second"].values())
+        name, kind = key.replace("%", " %").rsplit(" ", 1)
+        lines.append([name, kind, f"{row['bytes'] / 1e6:.0f}", f"{abs(row['divergence']['mean']):.3f}", *speeds])
+    model = "model" + MARK * any(map(is_old, rows.values()))
     return table([model, "format", "MB", "divergence", "prompt, tokens/s", "generation, tokens/s"], lines, left=2)
 
 
@@ -225,7 +241,7 @@ def gpu(rows: dict[str, Row]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
-    "readme": by_recipe, "recipes": lambda: by_recipe(AMOUNTS), "texts": by_text,
+    "readme": first_results, "smaller": lambda: runtimes(FIRST_FILES), "recipes": by_recipe, "texts": by_text,
     "recovered": recovered, "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
     "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")), "floors": floors.table,
 }  # fmt: skip

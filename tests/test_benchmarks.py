@@ -78,7 +78,7 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
     table = [line.strip("| ").split(" | ") for line in figures.TABLES["readme"]().splitlines()[2:]]
-    cells = {row[0]: row[2] for row in table}
+    cells = {row[0]: row[3] for row in table}
     assert cells["`wanda`"] == "30.25"
     assert cells["**`fisher`**"] == "30.25\N{NO-BREAK SPACE}¹"
     assert cells["`magnitude-rows`"] == "–"
