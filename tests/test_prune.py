@@ -230,7 +230,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     lines = describe_run(request).splitlines()
     assert not [*Path().iterdir(), *studies(model)]
     assert lines[0].startswith(f"{model}: fisher, recovery.tokens 1,000, sparsity 0.5, into ")
-    assert lines[1] == "Fetched: ptb (perplexity/ptb)."
+    assert lines[1] == "Fetched unless present: ptb (perplexity/ptb)."
     sizes = ModelSizes.read(model)
     assert f"{sizes.parameters:,} parameters" in lines[2]
     prune(model=str(model), recipe="fisher", text=[str(text)], evaluate=False)
@@ -238,7 +238,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     drawn = read_params(calibrated_study / "params.yaml").calibration
     assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens, ")
     known = describe_run(check_request(model=str(model), target=Path("out"), text=[str(text)])).splitlines()
-    assert known[1] == "Fetched: nothing."
+    assert known[1] == "Fetched unless present: nothing."
     needed = max(requirements(Study(calibrated_study), stage, sizes).memory for stage in ("calibrate", "perplexity"))
     assert f"Memory: about {needed / 1e6:.1f} MB" in known[4] or f"Memory: about {needed / 1e9:.1f} GB" in known[4]
 

@@ -163,7 +163,7 @@ def test_a_dry_run_fetches_the_config_alone(study: Make, hub: Hub, tiny: Path, t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     hub.add("models/org/tiny", tiny)
     request = check_request(model="org/tiny", target=tmp_path / "out")
-    assert "Fetched: org/tiny (model), c4 (calibration)." in describe_run(request)
+    assert "Fetched unless present: org/tiny (model), c4 (calibration)." in describe_run(request)
     assert hub.fetched == ["config.json"]
     assert not (tmp_path / "home").exists()
 

@@ -25,7 +25,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
 from wanda_dvc.study.artifact import block_count, locked, remove
 from wanda_dvc.study.files import load_json, write_json, write_text
-from wanda_dvc.study.scaffold import PARAMS, changed, init, new_params, source_settings
+from wanda_dvc.study.scaffold import changed, init, new_params, source_settings
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Of the command `prune`; other keyword arguments are settings.
 OPTIONS = ("recipe", "sparsity", "pattern", "text", "eval_text", "recover", "evaluate")
+# Those that change settings; `mask` is also `prune`, and `latest` starts from the settings of the last call.
+FUNCTIONS = ("calibrate", "mask", "perplexity", "latest")
 
 
 class Study:
@@ -133,23 +135,19 @@ def calibrate(
     study = Study(root)
     if temporary:
         weakref.finalize(study, temporary.cleanup)
-    with _only_function(study):
+    with _changed(study, "calibrate", {"model": source} | settings):
         if in_memory:
             remove(saved)  # of an earlier call
             model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
             save_tokenizer(tokenizer, saved)
             (saved / ".gitignore").write_text("*\n", encoding="utf-8")
-        texts = _read_settings(study)
-        base = PARAMS.read_text(encoding="utf-8") if texts["file"] else texts["calibrate"]  # the user's, if edited
-        _, text = changed(base, {"model": source}, settings)
-        _write_settings(study, {"calibrate": text, "prune": text, "file": text})
         reproduce(study.path, "calibrate")
     return study
 
 
 def mask(study: Study, **settings: Any) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
     """Choose the weights to keep, with `calibrate`'s settings and these; return the masks, as `Study.masks`."""
-    with _changed(study, settings):
+    with _changed(study, "mask", settings):
         reproduce(study.path, "mask")
         return study.masks()
 
@@ -184,7 +182,7 @@ def prune(
         return prune_model(request, shown=False)
     if directory is not None:
         raise UserError(f"directory: found {directory}, expected none: a study has its own; copy its `models/pruned`")
-    with _changed(model, settings):
+    with _changed(model, "mask", settings):
         from transformers import AutoModelForCausalLM  # its import takes seconds
 
         reproduce(model.path, "apply")
@@ -199,13 +197,13 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
     `recovered`; the text is one of the study's `perplexity.texts`, by default the first. The perplexity has six
     significant digits; it is infinity if a loss is not finite.
     """
-    params, _ = changed(_read_settings(study)["prune"], settings)
+    params, _ = changed(_starts(study)["perplexity"], settings)
     text = text or next(iter(params.perplexity.texts))
     models = [name for name, variant in STAGES["perplexity"].variants.items() if variant.wanted(params)]
     for name, value, known in (("model", model, models), ("text", text, list(params.perplexity.texts))):
         if value not in known:
             raise UserError(f"{name}: found {value}, expected {', '.join(known)}, as these settings have it")
-    with _changed(study, settings, start="prune"):
+    with _changed(study, "perplexity", settings):
         reproduce(study.path, "perplexity", model, text)
         measured = load_json(folder.Study(study.path).metrics(model, f"perplexity/{text}"))["perplexity"]
         return measured if isinstance(measured, float) else float("inf")
@@ -238,57 +236,33 @@ def prune_linear(
     if plan.structure or plan.statistics == "fisher":
         problem = f"pattern: found {pattern}" if plan.structure else f"recipe: found {recipe}, which reads gradients"
         raise UserError(f"{problem}, expected one for a linear alone, such as admm, unstructured; use `wd.prune`")
-    given = inputs if gram is None else gram
-    if given is None or (inputs is not None and gram is not None):
+    if (inputs is None) == (gram is None):
         raise UserError("inputs, gram: found both or none, expected one of them")
-    tokens = weight.shape[-1] if gram is not None else len(given)
-    if weight.ndim != 2 or given.shape != (tokens, weight.shape[-1]):
-        shapes = f"{list(weight.shape)} and {list(given.shape)}"
-        raise UserError(f"weight, inputs: found shapes {shapes}, expected [out, in] and [tokens, in], or [in, in]")
-    if not given.isfinite().all():
-        raise UserError("inputs, gram: found values that are not finite; remove these tokens")
     from wanda_dvc.pruning.linear import prune_weight  # these import torch
     from wanda_dvc.pruning.masks import MaskRule
 
     rule = MaskRule(plan.method, plan.sparsity, plan.pattern, plan.group)
-    return prune_weight(weight, rule, plan.used_reconstruction, inputs=inputs, gram=gram)
+    return prune_weight(weight, inputs, gram, rule, plan.used_reconstruction)
 
 
 def _source(model: str | Path | None) -> str | None:
     return str(model.expanduser().absolute()) if isinstance(model, Path) else model
 
 
-@contextlib.contextmanager
-def _only_function(study: Study) -> Iterator[None]:
-    """Let one function at a time change and read a study; others wait."""
-    lock = folder.Study(study.path).work_root / "interface"
-    with locked(lock, f"waiting for another function on {study.path} …"):
-        yield
-
-
-def _read_settings(study: Study) -> dict[str, str]:
-    """Return each params.yaml that functions start from: of `calibrate`, and of the last `mask` or `prune`.
-
-    Both are the user's, if the file is not as a function left it.
-    """
-    stored, text = load_json(folder.Study(study.path).python_state), (study.path / "params.yaml").read_text("utf-8")
-    if stored.get("file") == text:
-        return {"calibrate": stored["calibrate"], "prune": stored["prune"], "file": text}
-    return {"calibrate": text, "prune": text, "file": ""}
-
-
-def _write_settings(study: Study, texts: dict[str, str]) -> None:
-    write_json(folder.Study(study.path).python_state, texts)
-    write_text(study.path / "params.yaml", texts["file"])
+def _starts(study: Study) -> dict[str, str]:
+    """Return the params.yaml that each function starts from, and the latest; all are the file if the user edited it."""
+    starts, text = load_json(folder.Study(study.path).python_state), (study.path / "params.yaml").read_text("utf-8")
+    return starts if starts.get("latest") == text else dict.fromkeys(FUNCTIONS, text)
 
 
 @contextlib.contextmanager
-def _changed(study: Study, settings: dict[str, Any], *, start: str = "calibrate") -> Iterator[None]:
-    """Hold a study, with a change of the settings of `calibrate`, or of the last call that pruned."""
-    with _only_function(study):
-        texts = _read_settings(study)
-        _, texts["file"] = changed(texts[start], settings)
-        if start == "calibrate":
-            texts["prune"] = texts["file"]
-        _write_settings(study, texts)
+def _changed(study: Study, function: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Hold a study for one function, with its settings, from which later functions of `FUNCTIONS` then start."""
+    on_disk = folder.Study(study.path)
+    with locked(on_disk.work_root / "interface", f"waiting for another function on {study.path} …"):
+        starts = _starts(study)
+        _, text = changed(starts[function], settings)
+        starts |= dict.fromkeys(FUNCTIONS[FUNCTIONS.index(function) + 1 :], text)
+        write_json(on_disk.python_state, starts)
+        write_text(study.path / "params.yaml", text)
         yield

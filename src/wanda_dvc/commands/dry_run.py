@@ -1,10 +1,10 @@
 """`wanda-dvc prune --dry-run`: what a run fetches and needs, from the model's config.json alone."""
 
 import math
-import time
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from wanda_dvc.catalog import EMBEDDED
 from wanda_dvc.commands.prune import settings_for_model
@@ -16,12 +16,10 @@ from wanda_dvc.kernels import multiply
 from wanda_dvc.params import Params, download_sources, nested
 from wanda_dvc.plan import MEASURED_BLOCKS, TOKENS_OF_CHOICES, WINDOWS_BACK
 from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
-from wanda_dvc.reading import is_there
 from wanda_dvc.results.show import pruning_label
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
 from wanda_dvc.stages.needs import Conditions, free, gigabytes, requirements, solver_requirements
-from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import new_params
 
@@ -41,25 +39,21 @@ def describe_run(request: PruneRequest) -> str:
     params = study.params
     lines = [
         f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}, into {request.target}",
-        f"Fetched: {', '.join(_fetched(study, config)) or 'nothing'}.",
+        f"Fetched unless present: {_fetched(params)}.",
         *needs,
         "This was a dry run: nothing was pruned.",
     ]
     return "\n".join(lines)
 
 
-def _fetched(study: Study, config: Path | None) -> list[str]:
-    """Return the sources that the run would fetch."""
-    fetched = []
-    for name, (_, source) in download_sources(study.params).items():
-        if name == "model":
-            is_present = config is not None and any(config.parent.glob("*.safetensors"))  # or the Hub's cache has some
-        else:
-            is_present = is_there(study.data(name) / PROVENANCE)
+def _fetched(params: Params) -> str:
+    """Return the sources on the network that a run reads."""
+    sources = []
+    for name, (_, source) in download_sources(params).items():
         is_local = Path(source).is_absolute() or source in (EMBEDDED, "none")
-        if not is_present and not is_local and name != "tasks":  # which `prune` does not run
-            fetched.append(f"{source} ({name})")
-    return fetched
+        if not is_local and name != "tasks":  # which `prune` does not run
+            sources.append(f"{source} ({name})")
+    return ", ".join(sources) or "nothing"
 
 
 def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[str]:
@@ -83,15 +77,15 @@ def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[st
 
 def _time(study: Study, sizes: ModelSizes, *, evaluate: bool) -> str:
     """Return a sentence on the time: operations of products, over the speed of this machine's products."""
-    given, device = Conditions(study, sizes), own_device(study.params.runtime)
-    dtype: torch.dtype = getattr(torch, given.dtype)
-    running_dtype = dtype if multiplies_natively(dtype) or device.type != "cpu" else torch.float32
+    device = own_device(study.params.runtime)
+    dtype: torch.dtype = getattr(torch, Conditions(study, sizes).dtype)
+    if device.type == "cpu" and not multiplies_natively(dtype):
+        dtype = torch.float32
     forward, solving = _operations(study.params, sizes, evaluate=evaluate)
-    seconds = forward / _speed(device, running_dtype) + solving / _speed(device, torch.float32)
-    duration = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{max(seconds / 60, 0.1):.1f} minutes"
+    seconds = forward / _speed(device, dtype) + solving / _speed(device, torch.float32)
     return (
-        f"Time: an estimate of {duration}: {(forward + solving) / 1e12:,.1f} TFLOP at the speed of products on "
-        f"{device}, measured for half a second. Attention, files and starts are not counted."
+        f"Time: about {max(seconds / 60, 0.1):,.1f} minutes for {(forward + solving) / 1e12:,.1f} TFLOP, at the speed "
+        f"of products on {device}, measured for half a second. Attention, files and starts are not counted."
     )
 
 
@@ -101,22 +95,20 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
     tokens = calibration.windows * calibration.length
     backward_tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
     with_head = sizes.linear_weights + sizes.hidden * sizes.vocabulary
-    passes = 2.0 * tokens * sizes.linear_weights
+    models = 3 if params.recovery.tokens else 2
+    passes = 2.0 * tokens * sizes.linear_weights * (3 if plan.propagates else 1)
     if "gram" in params.statistics:
         passes += tokens * sizes.all_input_squares  # one triangle
     if "fisher" in params.statistics:
         passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
-    if plan.propagates:
-        passes += 4.0 * tokens * sizes.linear_weights
     if plan.measures_blocks:  # half of the blocks run for a choice, on average
         number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
         passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
     passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
     if evaluate and isinstance(perplexity.windows, int):
-        models = 3 if params.recovery.tokens else 2
         passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
-    solving = 2.0 * ADMM_ITERATIONS * sizes.solved_by_input if plan.method.needs == "gram" else 0.0
-    solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_input
+    steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.needs == "gram" else 0)
+    solving = 2.0 * steps * sizes.solved_by_input
     if plan.used_reconstruction.uses_fisher:
         solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_output
     return passes, solving
@@ -125,9 +117,6 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
     """Return the measured operations a second of products of matrices."""
     matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
-    multiply(matrix, matrix)  # the first call prepares the library
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.25:
-        multiply(matrix, matrix)[0, 0].item()  # waits for the device
-        count += 1
-    return 2 * SIDE**3 * count / (time.perf_counter() - start)
+    variables = {"multiply": multiply, "matrix": matrix}
+    timer = Timer("multiply(matrix, matrix)", globals=variables, num_threads=torch.get_num_threads())
+    return 2 * SIDE**3 / timer.blocked_autorange(min_run_time=0.25).mean
