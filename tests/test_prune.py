@@ -123,7 +123,9 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
     smaller, dense = (path / "model.safetensors" for path in (Path("tiny-neurons-0.2"), model))
     assert smaller.stat().st_size < dense.stat().st_size
     dense_size, size = (ModelSizes.read(folder).parameters for folder in (model, Path("tiny-neurons-0.2")))
-    assert said.startswith(f"Parameters: {dense_size:,} → {size:,} (−{100 * (1 - size / dense_size):.1f} %).\n\n")
+    assert said.startswith(
+        f"Parameters: {dense_size / 1e6:,.1f} M → {size / 1e6:,.1f} M (−{100 * (1 - size / dense_size):.1f} %).\n\n"
+    )
     assert "tiny: fisher, pattern neurons, sparsity 0.2" in said
     assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
 
@@ -276,17 +278,15 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_need(
     for recipe in (None, "admm"):
         with pytest.raises(UserError, match=f"recipe: {recipe or 'fisher'}: found {lacking}.*`--recipe wanda`"):
             prune(model=str(model), recipe=recipe, evaluate=False)
-    (refused,) = studies(model)
-    assert not (refused / "models").exists()
+    assert not studies(model)
     assert "Size unchanged" in prune(model=str(model), recipe="wanda", evaluate=False)
-    assert read_params(refused / "params.yaml").recipe == "wanda"
 
 
 def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: Patch):
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: 10**6)
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):
         prune(model=str(model), recipe="wanda", recover="200k")
-    assert not (studies(model)[0] / "stats").exists()
+    assert not studies(model)
     assert [_parse_tokens(text) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
 
 

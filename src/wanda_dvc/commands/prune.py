@@ -50,37 +50,34 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         study = Study(request.root).with_params(request.params)
         check_target(study, request.target)  # another command may have written it meanwhile
         (study.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
-        renew(study.root, nested(request.settings))
         config = find_model_config(study)
-        if config:
-            _check_that_it_fits(study, ModelSizes.read(config))
-        reproduce(study.root, "download", "model", shown=shown)
-        sizes = ModelSizes.read(study.model("dense"))
-        if not config:
-            _check_that_it_fits(study, sizes)
-        renew(study.root, nested(settings_for_model(request, study.model("dense"), sizes)))
+        if config is None:  # of a package before its download
+            renew(study.root, nested(request.settings))
+            reproduce(study.root, "download", "model", shown=shown)
+            config = study.model("dense")
+        sizes = ModelSizes.read(config)
+        check_solver(study, sizes)
+        if request.params.recovery.tokens:
+            choose_training(study, sizes)  # UserError if the memory is too small
+        renew(study.root, nested(settings_for_model(request, config, sizes)))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=shown)
         experiment = workspace(Study(request.root))
-        models = experiment.models if request.evaluate else {}  # else earlier results may be of another model
-        results = {name: figures(measured) for name, measured in models.items()}
-        model = list(experiment.models)[-1]
-        pruned_sizes = ModelSizes.read(study.model(model))
-        paragraphs = [
-            _summary(experiment, sizes.parameters, pruned_sizes.parameters, evaluate=request.evaluate),
-            *_paragraphs(experiment, evaluate=request.evaluate),
-        ]  # of files that move now
+        models, model = experiment.models, list(experiment.models)[-1]
+        sentences = table_notes({experiment.name: experiment.params}, models)
+        paragraphs = [  # of files that move now
+            _summary(experiment, sizes.parameters, ModelSizes.read(study.model(model)).parameters),
+            settings_line(experiment, named=False),
+            _table(experiment),
+            *(sentence for sentence in sentences if sentence.startswith("Perplexity on")),
+            *(experiment.notes if request.evaluate else ()),
+        ]
         move_model(experiment, request.target)
     root = request.root
     paragraphs.append(f"{request.target}: the {model} model, with a model card.")
     paragraphs.append(f"The study: {root}. `wanda-dvc init my-study --from {shlex.quote(str(root))}` begins your own.")
+    results = {name: figures(measured) for name, measured in models.items()}
     return PrunedModel(request.target, root, results, "\n\n".join(paragraphs))
-
-
-def _check_that_it_fits(study: Study, sizes: ModelSizes) -> None:
-    check_solver(study, sizes)
-    if study.params.recovery.tokens:
-        choose_training(study, sizes)  # UserError if the memory is too small
 
 
 def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -> Settings:
@@ -102,48 +99,28 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     return fitting | request.settings
 
 
-def _summary(experiment: Experiment, dense: int, final: int, *, evaluate: bool) -> str:
+def _summary(experiment: Experiment, dense: int, final: int) -> str:
     """Return a sentence on the model's size, from both numbers of parameters, and on what the pruning costs."""
-    parts = [f"Parameters: {_readable(dense)} → {_readable(final)} ({_in_percent(final / dense - 1)})"]
+    parts = [f"Parameters: {dense / 1e6:,.1f} M → {final / 1e6:,.1f} M (−{100 * (1 - final / dense):.1f} %)"]
     if dense == final:
         zeros = experiment.final.metrics["sparsity"]["sparsity"]
-        parts = [f"Size unchanged: {_in_percent(zeros)} of the linears' weights are zeros"]
+        parts = [f"Size unchanged: {100 * zeros:.1f} % of the linears' weights are zeros"]
     measures = {measure.name: measure for measure in MEASURES}
     perplexity, divergence = measures["perplexity"], measures["divergence"]
-    for text in experiment.final.texts if evaluate else ():
-        values = [
-            perplexity.formatted(results, text, interval=False)
-            for results in (experiment.results[DENSE], experiment.final)
-        ]
-        parts.append(f"perplexity on {text}: {' → '.join(values)}")
-        parts.append(f"divergence {divergence.formatted(experiment.final, text, interval=False)} nats")
+    for text in experiment.final.texts:
+        before = perplexity.formatted(experiment.results[DENSE], text, interval=False)
+        after = perplexity.formatted(experiment.final, text, interval=False)
+        distance = divergence.formatted(experiment.final, text, interval=False)
+        parts.append(f"perplexity on {text}: {before} → {after}; divergence {distance} nats")
     return f"{'; '.join(parts)}."
 
 
-def _readable(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:,}"
-
-
-def _in_percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %".replace("-", "−")
-
-
-def _paragraphs(experiment: Experiment, *, evaluate: bool) -> list[str]:
-    """Return the settings of an experiment, its results in a table, and what a reader of the table has to know."""
-    models = experiment.models
-    measures = headings(list(models.values())) if evaluate else {}
-    rows = []
-    for heading, (measure, target) in measures.items():
+def _table(experiment: Experiment) -> str:
+    """Return the brief measures of an experiment's models, and the sizes of their files."""
+    models, rows = experiment.models, []
+    for heading, (measure, target) in headings(list(models.values())).items():
         rows.append([heading, *(measure.formatted(results, target) for results in models.values())])
     folders = [experiment.study.model(name) for name in models]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])
-    paragraphs = [settings_line(experiment, named=False), table(["", *models], rows)]
-    if evaluate:  # else earlier results may be of another model
-        sentences = table_notes({experiment.name: experiment.params}, models)
-        paragraphs += [sentence for sentence in sentences if sentence.startswith("Perplexity on")]
-        paragraphs += experiment.notes
-    return paragraphs
+    return table(["", *models], rows)
