@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 from wanda_dvc.commands import prune as module
-from wanda_dvc.commands.dry_run import _operations, describe_run
-from wanda_dvc.commands.prune import prune_model
+from wanda_dvc.commands.prune import _operations, describe_run, prune_model
 from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, default_texts, parse_changes
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
@@ -238,7 +237,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     prune(model=str(model), recipe="fisher", text=[str(text)], evaluate=False)
     (calibrated_study,) = studies(model)
     drawn = read_params(calibrated_study / "params.yaml").calibration
-    assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens, ")
+    assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens.")
     known = describe_run(check_request(model=str(model), target=Path("out"), text=[str(text)])).splitlines()
     assert known[1] == "Fetched unless present: nothing."
     needed = max(requirements(Study(calibrated_study), stage, sizes).memory for stage in ("calibrate", "perplexity"))

@@ -172,7 +172,7 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Study):
     assert [key[2:] for key in tests] == [("acc", "piqa"), ("mean_acc", "")]
     assert not_comparable(pruned, dense) == {"perplexity": "missing details"}
     said = next(table_notes({}, {"dense": dense, "pruned": pruned}))
-    assert said.startswith("pruned not compared with dense: perplexity (missing details). `dvc pull` fetches")
+    assert said.startswith("pruned not compared with dense, because of: perplexity (missing details). ")
     assert figures(pruned)["perplexity"] == {"embedded": {"value": 12.1825}}
 
 
@@ -340,7 +340,7 @@ def test_show_has_the_texts_of_both_models_side_by_side(here: Study):
     *_, row = show(study=here, continuations=True).splitlines()
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
     here.details("pruned", "continuations").unlink()
-    with pytest.raises(UserError, match="continuations: missing; `dvc repro` writes those"):
+    with pytest.raises(UserError, match="continuations: missing; `dvc repro` continues"):
         show(study=here, continuations=True)
 
 
@@ -381,6 +381,6 @@ def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: py
     record = {"rev": "workspace", "data": {"params": settings, "metrics": files}}
     monkeypatch.setattr("wanda_dvc.study.dvc.list_revisions", lambda _: [record])
     monkeypatch.setattr("wanda_dvc.study.dvc.repository_roots", lambda root: (root, root))
-    monkeypatch.setattr(listing, "_current_files", lambda *_: set(files))
+    write_json(here.root / "dvc.lock", {"stages": {"perplexity": {"outs": [{"path": path} for path in files]}}})
     (revision,) = listing.listed_revisions(here)
     assert revision.final.texts == ["embedded"]

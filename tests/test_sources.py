@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, Capture, Make, Patch, fetch, save_tiny_model, shared
 from safetensors.torch import load_file
 
-from wanda_dvc.commands.dry_run import describe_run
+from wanda_dvc.commands.prune import describe_run
 from wanda_dvc.commands.request import check_request
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError

@@ -163,8 +163,7 @@ def prune(
             model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text or [],
             eval_text=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
         )  # fmt: skip
-        from wanda_dvc.commands.dry_run import describe_run  # imports torch, which takes seconds
-        from wanda_dvc.commands.prune import prune_model
+        from wanda_dvc.commands.prune import describe_run, prune_model  # imports torch, which takes seconds
 
         typer.echo(describe_run(request) if dry_run else prune_model(request).text)
 

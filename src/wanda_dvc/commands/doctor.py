@@ -1,14 +1,11 @@
-"""Check the machine and the study before a run, and report findings, missing parts and next steps.
-
-What a stage or `dvc` refuses at once, with its own advice, is not checked here.
-"""
+"""Check the machine and the study before a run, as far as a stage or `dvc` does not refuse at once with advice."""
 
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from wanda_dvc import __version__
 from wanda_dvc.engine import accelerator
@@ -25,8 +22,7 @@ from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A row of the table: what was checked, and the result. Stages run even if a check without `needed` fails."""
 
     what: str
@@ -45,17 +41,15 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     needs: dict[str, Requirements] = {}
     try:
         study = Study.find(start)
-        params = study.params
+        checks += [Check("params.yaml", True, "valid"), *_check_machine(study.params)]
+        needs = _needs(study)
+        checks += _check_needs(study, needs)
     except UserError as error:
         checks += [Check("params.yaml", False, problem) for problem in error.problems]
-    else:
-        needs = _needs(study)
-        checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_check_machine(params), *_check_needs(study, needs)]
     missing = list(dict.fromkeys(check.what for check in checks if check.needed and not check.good))
     if as_json:
         sizes = {stage: {"memory_bytes": size.memory, "disk_bytes": size.disk} for stage, size in needs.items()}
-        content = {"checks": [asdict(check) for check in checks], "missing": missing, "needs": sizes}
+        content = {"checks": [check._asdict() for check in checks], "missing": missing, "needs": sizes}
         return json_text(content), not missing
     rows = [[check.what, "✓" if check.good else "✗", check.result] for check in checks]
     conclusion = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."

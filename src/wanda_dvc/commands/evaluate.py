@@ -39,9 +39,6 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     texts, tasks = study.params.perplexity.texts, study.params.tasks.names
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError("metrics/dense: no results of the dense model on all texts and tasks; run `dvc repro`")
-    for path in paths:
-        if (path / "config.json").is_file():
-            _check_alike(study, path, path)
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
         work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
         models = {DENSE: dense}
@@ -70,26 +67,21 @@ def _measure(study: Study, path: Path, measured: Study) -> Results:
     return Results.of(measured, "pruned")
 
 
-def _check_alike(study: Study, folder: Path, path: Path) -> None:
-    config = read_config(folder).get_text_config()
-    dense_config = read_config(study.model(DENSE)).get_text_config()
+def _write_variant(study: Study, path: Path, folder: Path) -> None:
+    dense = study.model(DENSE)
+    sha256 = read_model(path, folder)
+    config, dense_config = (read_config(model).get_text_config() for model in (folder, dense))
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
         value, expected = getattr(config, key, None), getattr(dense_config, key, None)
         if value != expected:
             raise UserError(f"{path}: {what} {value}, expected {expected} as in the dense model; name a variant of it")
-
-
-def _write_variant(study: Study, path: Path, folder: Path) -> None:
-    dense = study.model(DENSE)
-    sha256 = read_model(path, folder)
-    _check_alike(study, folder, path)
     changes: dict[str, object] = {}
     if path.suffix == GGUF:  # of which transformers reads few settings: the others are the dense model's, but sizes
         sizes = {"tie_word_embeddings"}
         for structure in STRUCTURES.values():
             sizes.update(structure.fields, structure.scaled)
-        settings = read_config(dense).get_text_config().to_dict()
-        changes = {name: value for name, value in settings.items() if name not in sizes and not isinstance(value, list)}
+        settings = dense_config.to_dict().items()
+        changes = {name: value for name, value in settings if name not in sizes and not isinstance(value, list)}
     changes["dtype"] = model_dtype(study)  # in which the dense model ran
     write_json(folder / "config.json", load_json(folder / "config.json") | changes)
     _check_tokenizer(study, folder, path)

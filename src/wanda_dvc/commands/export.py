@@ -1,10 +1,9 @@
 """Build the pruned model of any experiment in a new directory. The workspace is only read."""
 
 import io
+import json
 import shutil
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -22,15 +21,8 @@ from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations_table, table_notes
 from wanda_dvc.stages.apply import describe_pruned, write_pruned
-from wanda_dvc.study.artifact import (
-    MODEL_COMMANDS,
-    PROVENANCE,
-    digest,
-    read_provenance,
-    remove,
-    temporary_place,
-    write_provenance,
-)
+from wanda_dvc.study import artifact
+from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance, temporary_place
 from wanda_dvc.study.dvc import Revision, copy_file, link_file
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
@@ -60,13 +52,12 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
         for problem in other_settings(exported.study):
             raise UserError(f"{what}: {problem.removesuffix('.')}")
         metrics = _write_exported(exported, work.out, what)
-        digests = {
-            "dense": digest(read_provenance(exported.study.model("dense"), "download model")),
-            "pruned": digest(describe_pruned(exported.study)),
-            "recovered": digest(load_json(work.out / PROVENANCE)),
-        }
-        for model, results in exported.results.items():
-            results.leave_out_others(digests[model])
+        for model, provenance in (
+            ("dense", read_provenance(exported.study.model("dense"), "download model")),
+            ("pruned", describe_pruned(exported.study)),
+            ("recovered", load_json(work.out / PROVENANCE)),
+        ):
+            exported.results[model].leave_out_others(digest(provenance))
         exported.final.metrics["sparsity"] = metrics
         (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
         lines = [f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"]
@@ -93,7 +84,7 @@ def move_model(experiment: Experiment, target: Path) -> None:
         (work.out / MODEL_CARD).write_text(content, encoding="utf-8")
         check_target(study, target)
         work.commit(target)
-    remove(study.model("pruned"))
+    artifact.remove(study.model("pruned"))
 
 
 def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bool) -> Experiment:
@@ -120,7 +111,7 @@ def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
     provenance = describe_pruned(study)
     if not study.params.recovery.tokens:
         _, metrics = write_pruned(study, out)
-        write_provenance(out, provenance)
+        artifact.write_provenance(out, provenance)
         return metrics
     recovered = study.model("recovered")
     metrics = experiment.final.metrics.get("sparsity", {})
@@ -184,18 +175,11 @@ def sections(experiment: Experiment) -> dict[str, str]:
 
 def settings_of(params: Params) -> str:
     """Return a params.yaml with the given settings. Paths are local, so only their last part is kept."""
-    settings = params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)
-    sources = {source for _, source in download_sources(params).values() if Path(source).is_absolute()}
-    text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    text = json.dumps(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True))
+    for _, source in download_sources(params).values():
+        if Path(source).is_absolute():
+            text = text.replace(json.dumps(source), json.dumps(f"/path/to/{Path(source).name}"))
+    stream, yaml = io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.dump(_with_places(settings, sources), text)
-    return text.getvalue()
-
-
-def _with_places(value: Any, sources: Collection[str]) -> Any:
-    """Return settings in which local sources have a folder to fill in."""
-    if isinstance(value, dict):
-        return {key: _with_places(content, sources) for key, content in value.items()}
-    if isinstance(value, list):
-        return [_with_places(content, sources) for content in value]
-    return f"/path/to/{Path(value).name}" if value in sources else value
+    yaml.dump(json.loads(text), stream)
+    return stream.getvalue()

@@ -8,24 +8,35 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch.utils.benchmark import Timer
+
+from wanda_dvc.catalog import EMBEDDED
 from wanda_dvc.commands import check_target, reproduce
 from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.request import PruneRequest
+from wanda_dvc.engine.accelerator import multiplies_natively
 from wanda_dvc.engine.checkpoint import max_positions, read_config
+from wanda_dvc.engine.depth import count_measured
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.params import Params, Settings, nested
-from wanda_dvc.plan import TOKENS_A_FEATURE
+from wanda_dvc.kernels import multiply
+from wanda_dvc.params import Params, Settings, download_sources, nested
+from wanda_dvc.plan import MEASURED_BLOCKS, TOKENS_A_FEATURE, TOKENS_OF_CHOICES, WINDOWS_BACK
+from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
 from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import MEASURES, figures
 from wanda_dvc.results.show import settings_line, table_notes
+from wanda_dvc.stages import needs
+from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
-from wanda_dvc.stages.needs import check_solver, choose_training
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import renew
+from wanda_dvc.study.scaffold import new_params, renew
+
+SIDE = 2048  # of the matrices of the measured product
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,9 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
             reproduce(study.root, "download", "model", shown=shown)
             config = study.model("dense")
         sizes = ModelSizes.read(config)
-        check_solver(study, sizes)
+        needs.check_solver(study, sizes)
         if request.params.recovery.tokens:
-            choose_training(study, sizes)  # UserError if the memory is too small
+            needs.choose_training(study, sizes)  # UserError if the memory is too small
         renew(study.root, nested(settings_for_model(request, config, sizes)))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=shown)
@@ -67,7 +78,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         sentences = table_notes({experiment.name: experiment.params}, models)
         paragraphs = [  # of files that move now
             _summary(experiment, sizes.parameters, ModelSizes.read(study.model(model)).parameters),
-            settings_line(experiment, named=False),
+            settings_line(experiment.params),
             _table(experiment),
             *(sentence for sentence in sentences if sentence.startswith("Perplexity on")),
             *(experiment.notes if request.evaluate else ()),
@@ -124,3 +135,102 @@ def _table(experiment: Experiment) -> str:
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])
     return table(["", *models], rows)
+
+
+# --- a dry run ---
+
+
+def describe_run(request: PruneRequest) -> str:
+    """Return what a request would fetch, its calibration, memory, disk and time. Only a config.json is fetched."""
+    study = Study(request.root).with_params(request.params)
+    config = find_model_config(study)
+    if config is None:
+        details = ["Tokens, memory, disk and time are known after the download: a package has no config.json."]
+    else:
+        sizes = ModelSizes.read(config)
+        study = study.with_params(new_params(nested(settings_for_model(request, config, sizes)))[0])
+        details = _needs_of_run(study, sizes, evaluate=request.evaluate)
+    params = study.params
+    lines = [
+        f"{settings_line(params)}, into {request.target}",
+        f"Fetched unless present: {_fetched(params)}.",
+        *details,
+        "This was a dry run: nothing was pruned.",
+    ]
+    return "\n".join(lines)
+
+
+def _fetched(params: Params) -> str:
+    """Return the sources on the network that a run reads."""
+    sources = []
+    for name, (_, source) in download_sources(params).items():
+        is_local = Path(source).is_absolute() or source in (EMBEDDED, "none")
+        if not is_local and name != "tasks":  # which `prune` does not run
+            sources.append(f"{source} ({name})")
+    return ", ".join(sources) or "nothing"
+
+
+def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[str]:
+    params, available, calibration = study.params, needs.free(study), study.params.calibration
+    stages = ["calibrate", *(["recover"] if params.recovery.tokens else []), *(["perplexity"] if evaluate else [])]
+    by_stage = {stage: needs.requirements(study, stage, sizes, available["memory"]) for stage in stages}
+    disk = sum(need.disk for need in by_stage.values()) + 2 * sizes.stored + sizes.linear_weights // 8
+    solver = needs.solver_requirements(study, sizes)
+    if solver:
+        by_stage["solver"] = solver
+    memory, largest = max((need.memory, stage) for stage, need in by_stage.items())
+    free_memory, free_disk = (needs.gigabytes(size) for size in available.values())
+    return [
+        f"Model: {sizes.parameters:,} parameters, {needs.gigabytes(sizes.stored)}.",
+        f"Calibration: {calibration.windows} windows of {calibration.length} tokens.",
+        f"Memory: about {needs.gigabytes(memory)} ({largest}); free: {free_memory}.",
+        f"Disk: at most {needs.gigabytes(disk)}, with the dense and the pruned model; free: {free_disk}.",
+        _time(study, sizes, evaluate=evaluate),
+    ]
+
+
+def _time(study: Study, sizes: ModelSizes, *, evaluate: bool) -> str:
+    """Return a sentence on the time: operations of products, over the speed of this machine's products."""
+    device = own_device(study.params.runtime)
+    dtype: torch.dtype = getattr(torch, needs.Conditions(study, sizes).dtype)
+    if device.type == "cpu" and not multiplies_natively(dtype):
+        dtype = torch.float32
+    forward, solving = _operations(study.params, sizes, evaluate=evaluate)
+    seconds = forward / _speed(device, dtype) + solving / _speed(device, torch.float32)
+    return (
+        f"Time: about {max(seconds / 60, 0.1):,.1f} minutes for {(forward + solving) / 1e12:,.1f} TFLOP, at the speed "
+        f"of products on {device}, measured for half a second. Attention, files and starts are not counted."
+    )
+
+
+def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[float, float]:
+    """Return the operations of passes through the model, and of solvers."""
+    plan, calibration, perplexity = params.plan, params.calibration, params.perplexity
+    tokens = calibration.windows * calibration.length
+    backward_tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
+    with_head = sizes.linear_weights + sizes.hidden * sizes.vocabulary
+    models = 3 if params.recovery.tokens else 2
+    passes = 2.0 * tokens * sizes.linear_weights * (3 if plan.propagates else 1)
+    if "gram" in params.statistics:
+        passes += tokens * sizes.all_input_squares  # one triangle
+    if "fisher" in params.statistics:
+        passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
+    if plan.measures_blocks:  # half of the blocks run for a choice, on average
+        number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
+        passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
+    passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
+    if evaluate and isinstance(perplexity.windows, int):
+        passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
+    steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.needs == "gram" else 0)
+    solving = 2.0 * steps * sizes.solved_by_input
+    if plan.used_reconstruction.uses_fisher:
+        solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_output
+    return passes, solving
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the measured operations a second of products of matrices."""
+    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
+    variables = {"multiply": multiply, "matrix": matrix}
+    timer = Timer("multiply(matrix, matrix)", globals=variables, num_threads=torch.get_num_threads())
+    return 2 * SIDE**3 / timer.blocked_autorange(min_run_time=0.25).mean

@@ -20,8 +20,7 @@ def recipes_text(*, as_json: bool = False) -> str:
         return json_text(contents)
     rows = []
     for content in contents:
-        papers = [re.sub(r"\[(.+)\]\(\S+arxiv.org/abs/(\S+)\)", r"\1 (arXiv \2)", x) for x in content["papers"]]
-        papers = [re.sub(r"\[(.+)\]\((\S+)\)", r"\1 (\2)", paper) for paper in papers]
+        papers = [re.sub(r"\[(.+)\]\((\S+)\)", r"\1 (\2)", paper) for paper in content["papers"]]
         seconds = content["seconds"]
         rows.append([
             content["name"], content["about"], content["reads"], "new" if content["changes_weights"] else "unchanged",

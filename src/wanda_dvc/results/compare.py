@@ -7,7 +7,7 @@ items, dtype, prompts, and versions of the libraries that computed them.
 from collections.abc import Iterator, Mapping, Sequence
 
 from wanda_dvc.results.intervals import Estimate, holm
-from wanda_dvc.results.measures import MEASURES, Measure, PairedTest, Results, figures
+from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import first_difference
 
@@ -15,13 +15,12 @@ DENSE = "dense"  # the name of the dense model in tables
 MISSING = "missing details"  # a reason: whether the protocols differ is not known
 
 
-def _tested(results: Results, base: Results) -> Iterator[tuple[Measure, PairedTest, str]]:
-    """Yield each measure that two models have and that has a test: the measure, its test, and the text or task."""
+def _compared(results: Results, base: Results) -> Iterator[tuple[Measure, str, str | None]]:
+    """Yield each measure with a test that two models have, on what, and why its values may not be compared."""
     for measure in MEASURES:
-        if measure.paired_test:
-            for target in measure.where(results):
-                if target in measure.where(base):
-                    yield measure, measure.paired_test, target
+        for target in measure.where(results) if measure.paired_test else ():
+            if target in measure.where(base):
+                yield measure, target, why_not_comparable(measure, results, base, target)
 
 
 def why_not_comparable(measure: Measure, results: Results, base: Results, target: str) -> str | None:
@@ -42,12 +41,8 @@ def why_not_comparable(measure: Measure, results: Results, base: Results, target
 def not_comparable(results: Results, base: Results) -> dict[str, str]:
     """Return the reason of each value of two models that may not be compared, by heading."""
     one_text = len({*results.texts, *base.texts}) <= 1
-    reasons = {}
-    for measure, _, target in _tested(results, base):
-        reason = why_not_comparable(measure, results, base, target)
-        if reason:
-            reasons[measure.heading(target, one_text=one_text)] = reason
-    return reasons
+    compared = _compared(results, base)
+    return {measure.heading(target, one_text=one_text): reason for measure, target, reason in compared if reason}
 
 
 def paired_tests(
@@ -60,9 +55,9 @@ def paired_tests(
     tests = {}
     for name, base_name in [*((name, base) for name in models if name not in (base, DENSE)), *further]:
         results, base_results = models[name], models[base_name]
-        for measure, paired_test, target in _tested(results, base_results):
-            if why_not_comparable(measure, results, base_results, target) is None:
-                estimate = paired_test.run(results, base_results, target)
+        for measure, target, reason in _compared(results, base_results):
+            if measure.paired_test and reason is None:
+                estimate = measure.paired_test.run(results, base_results, target)
                 if estimate:
                     tests[name, base_name, measure.name, target] = estimate
     adjusted = holm([estimate.p for estimate in tests.values()])
@@ -92,17 +87,14 @@ def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tupl
 def side_by_side(
     models: Mapping[str, Results], *, base: str, further: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the headers and rows of a table: a row for each measure, a column for each model.
-
-    More columns have the paired tests: of each model but the dense one against `base`, and of `further` pairs.
-    """
+    """Return the headers and rows of a table: a row for each measure, a column for each model and pair of a test."""
     tests = paired_tests(models, base, further)
     pairs = list(dict.fromkeys((name, base_name) for name, base_name, _, _ in tests))
     rows = []
     for heading, (measure, target) in headings(list(models.values()), brief=False).items():
         row = [heading, *(measure.formatted(results, target) for results in models.values())]
         for name, base_name in pairs:
-            has_value = measure.read(models[base_name], target) is not None  # the dense model has no divergence
-            row.append(measure.formatted_test(tests.get((name, base_name, measure.name, target))) if has_value else "")
+            test = tests.get((name, base_name, measure.name, target))
+            row.append(measure.formatted_test(test) if test else "")
         rows.append(row)
     return ["", *models, *(f"{name} against {base_name}" for name, base_name in pairs)], rows

@@ -30,13 +30,9 @@ def stale_stages(lock: Lock, settings: Mapping[str, Any]) -> list[str]:
 
 
 def changed_files(lock: Lock, root: Path) -> set[str]:
-    """Return the files below metrics/, by path, that are not those of the lock.
-
-    They were written by a stage without DVC, or, after `git checkout` without `dvc checkout`, belong to another commit.
-    """
-    paths = [path for path in (root / "metrics").rglob("*") if path.is_file()]
-    digests = {path.relative_to(root).as_posix(): md5(path.read_bytes()) for path in paths}
-    return {name for name, content in digests.items() if lock.digests.get(name) != content}
+    """Return the files below metrics/, by path, that are not those of the lock."""
+    files = {path.relative_to(root).as_posix(): path for path in (root / "metrics").rglob("*") if path.is_file()}
+    return {name for name, path in files.items() if lock.digests.get(name) != md5(path.read_bytes())}
 
 
 def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[str]]:
@@ -57,7 +53,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    reasons = other_settings(study)  # why the models here are not those of the settings
+    reasons = other_settings(study)
     has_other_masks = _has_other_input(study.model("pruned"), "masks", study.masks)
     if has_other_masks:
         reasons.append("models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's.")

@@ -14,7 +14,7 @@ from wanda_dvc.params import Params, resolved
 from wanda_dvc.results.compare import DENSE
 from wanda_dvc.results.current import current_results
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, ListedRevision, listed_revisions
-from wanda_dvc.results.measures import Results, final_results
+from wanda_dvc.results.measures import Results
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
@@ -41,7 +41,7 @@ class Experiment:
     @property
     def final(self) -> Results:
         """The results of the model that the settings lead to."""
-        return final_results(self.results, self.params.recovery.tokens)
+        return self.results["recovered" if self.params.recovery.tokens else "pruned"]
 
     @property
     def models(self) -> dict[str, Results]:
@@ -70,10 +70,7 @@ def workspace(study: Study) -> Experiment:
 
 
 def read_at(study: Study, name: str, folder: Path) -> Experiment:
-    """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache; or the workspace.
-
-    UserError for an unknown name, one without settings, or with those of another version.
-    """
+    """Read an experiment, branch, tag or commit into an empty folder, as links into DVC's cache; or the workspace."""
     if name == WORKSPACE:
         return workspace(study)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,16 +79,13 @@ def read_at(study: Study, name: str, folder: Path) -> Experiment:
         if revision.take(file, folder):
             raise UserError(f"{name}: no {file}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
-    if revision.take(CONFIG, folder) and _dense_digest(folder) == _dense_digest(study.root):
-        Study(folder).link_to(study, CONFIG)  # DVC does not cache this model, and the workspace has the same one
+    dense, dense_here = (Lock.read(root).digests.get("models/dense") for root in (folder, study.root))
+    if revision.take(CONFIG, folder) and dense == dense_here:  # DVC does not cache this model
+        Study(folder).link_to(study, CONFIG)
     experiment = _read(Study(folder), name, revision.commit)
     if missing:
         experiment.notes.append(f"Not in DVC's cache, and so not read: {shortened(missing)}; `dvc pull` may fetch it.")
     return experiment
-
-
-def _dense_digest(root: Path) -> str | None:
-    return Lock.read(root).digests.get("models/dense")
 
 
 def _read(study: Study, name: str, commit: str | None) -> Experiment:

@@ -6,20 +6,22 @@ numbers of its base commit.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import Params, check_params, flatten, nested, resolved
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results.compare import headings
 from wanda_dvc.results.current import changed_files, stale_stages
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
-from wanda_dvc.results.measures import MEASURES, Results, final_results, is_of_removed_text
+from wanda_dvc.results.measures import MEASURES, Results, is_of_removed_text
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study import dvc
-from wanda_dvc.study.files import Json, json_number, json_text
+from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
 
@@ -44,14 +46,11 @@ class ListedRevision(NamedTuple):
     @property
     def final(self) -> Results:
         """The results of the model that the settings lead to."""
-        return final_results(self.results, self.settings.get("recovery.tokens"))
+        return self.results.get("recovered" if self.settings.get("recovery.tokens") else "pruned", Results({}))
 
 
 def listed_revisions(study: Study) -> list[ListedRevision]:
-    """Return the workspace, branches, tags, commits with experiments, and after each its experiments.
-
-    UserError without a repository, or if DVC cannot list it, or for a damaged dvc.lock.
-    """
+    """Return the workspace, branches, tags, commits with experiments, and after each its experiments."""
     Lock.read(study.root)  # UserError if it is damaged: DVC has an empty record then
     records = dvc.list_revisions(study.root)
     dvc_root, _ = dvc.repository_roots(study.root)
@@ -84,19 +83,24 @@ def _listed(
         status = f"unreadable: {(record.get('error') or {}).get('msg')}"
     settings, before = _settings_of(record, prefix), _settings_of(base, prefix)
     changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
-    revision = ListedRevision(name, record["rev"], kind, status, settings, changes)
-    files = _study_files(record, "metrics", prefix)
-    if status != SUCCESS or not files:
-        return revision  # DVC gives an unfinished one its base commit's results
-    current, params = _current_files(study, record["rev"], settings), _params_of(settings)
-    texts = params.perplexity.texts if params else None
     results = {model: Results({}) for model in MODELS}
-    for path, content in files.items():
-        model, _, file = path.removeprefix("metrics/").partition("/")
-        metric = file.removesuffix(".json")
-        if content and path in current and model in results and not is_of_removed_text(metric, texts):
-            results[model].metrics[metric] = content
-    return revision._replace(results=results)
+    if status == SUCCESS:  # DVC gives an unfinished one its base commit's results
+        lock, left_out, params = Lock({}), set[str](), _params_of(settings)
+        if kind == WORKSPACE:
+            lock = Lock.read(study.root)
+            left_out = changed_files(lock, study.root)
+        else:
+            with contextlib.suppress(UserError):
+                lock = Lock.parse(dvc.git(study.root, "show", f"{record['rev']}:./{LOCK}").stdout)  # "" without a lock
+        stale = stale_stages(lock, settings)
+        current = {path for path, stage in lock.writers.items() if stage not in stale} - left_out
+        texts = params.perplexity.texts if params else None
+        for path, content in _study_files(record, "metrics", prefix).items():
+            model, _, file = path.removeprefix("metrics/").partition("/")
+            metric = file.removesuffix(".json")
+            if content and path in current and model in results and not is_of_removed_text(metric, texts):
+                results[model].metrics[metric] = content
+    return ListedRevision(name, record["rev"], kind, status, settings, changes, results)
 
 
 def _study_files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
@@ -110,29 +114,11 @@ def _settings_of(record: Json, prefix: str) -> dict[str, Any]:
     return dict(flatten(_study_files(record, "params", prefix).get("params.yaml", {})))
 
 
-def _current_files(study: Study, rev: str, settings: Mapping[str, Any]) -> set[str]:
-    """Return the paths of a revision's outputs that are current with these settings."""
-    lock, changed = Lock({}), set[str]()
-    if rev == WORKSPACE:
-        lock = Lock.read(study.root)
-        changed = changed_files(lock, study.root)
-    else:
-        with contextlib.suppress(UserError):
-            lock = Lock.parse(dvc.git(study.root, "show", f"{rev}:./{LOCK}").stdout)  # git prints "" without a lock
-    stale = stale_stages(lock, settings)
-    return {path for path, stage in lock.writers.items() if stage not in stale} - changed
-
-
 def list_text(*, study: Study, as_json: bool = False) -> str:
     """List the workspace, branches and tags, and below each commit its experiments: the measures of each."""
     revisions = listed_revisions(study)
-    if as_json:
-        records = flat_records(revisions)
-        for record in records:
-            for key, value in record.items():
-                if isinstance(value, float):
-                    record[key] = json_number(value)
-        return json_text(records)
+    if as_json:  # which has no NaN
+        return json_text(json.loads(json.dumps(flat_records(revisions)), parse_constant=lambda _: DIVERGED))
     columns = headings([revision.final for revision in revisions])
     rows = []
     for revision in revisions:

@@ -6,23 +6,15 @@ Two values may be compared only if `results.compare.why_not_comparable` finds no
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.results.intervals import (
-    ALPHA,
-    Estimate,
-    accuracy_interval,
-    mcnemar,
-    mean_difference,
-    mean_of_tasks,
-    perplexity_interval,
-    ratio,
-)
+from wanda_dvc.results import intervals
+from wanda_dvc.results.intervals import ALPHA, Estimate, mean_difference
 from wanda_dvc.results.markup import DASH
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
@@ -47,14 +39,13 @@ class Results:
 
         `left_out` are files of another run, by path below the study; `results.current` finds them.
         """
-        folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
-        metrics, texts = Json(), study.params.perplexity.texts
+        folder, details, metrics = study.root / "metrics" / model, f"metrics/details/{model}/", Json()
         for path in sorted(folder.rglob("*.json")):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            is_left_out = f"metrics/{model}/{name}.json" in left_out or is_of_removed_text(name, texts)
-            content = {} if is_left_out else load_json(path)
-            if content:  # it is empty of a model that the settings do not make
-                metrics[name] = content
+            is_left_out = path.relative_to(study.root).as_posix() in left_out
+            if not is_left_out and not is_of_removed_text(name, study.params.perplexity.texts):
+                metrics[name] = load_json(path)
+        metrics = {name: content for name, content in metrics.items() if content}  # {} of a model that is not made
         without_details = {path[len(details) : -len(".json")]: Json() for path in left_out if path.startswith(details)}
         return cls(metrics, study.root / details, without_details)
 
@@ -99,18 +90,13 @@ def is_of_removed_text(name: str, texts: Collection[str] | None) -> bool:
     return texts is not None and name.startswith(TEXT_PREFIX) and name.removeprefix(TEXT_PREFIX) not in texts
 
 
-def final_results(results: Mapping[str, Results], recovery_tokens: int | None) -> Results:
-    """Return the results, by model, of the model that the settings lead to: recovered, or pruned."""
-    return results.get("recovered" if recovery_tokens else "pruned") or Results({})
-
-
 # --- readers: the results and a text, a task or "" → a value ---
 
 
 def read_perplexity(results: Results, text: str) -> Value:
     """exp(mean loss), with a 95 % t interval over windows if their losses are known."""
     value = results.metrics.get(TEXT_PREFIX + text, {}).get("perplexity")
-    return _estimate(value, perplexity_interval(*_window_means(results, text, "losses")))
+    return _estimate(value, intervals.perplexity_interval(*_window_means(results, text, "losses")))
 
 
 def read_text_number(
@@ -137,7 +123,7 @@ def read_accuracy(results: Results, task: str) -> Value:
     """The fraction of items answered correctly, with Wilson's 95 % interval if the items are known."""
     right = _right_answers(results, task)
     value = results.metrics.get("zero_shot", {}).get(task, {}).get("acc")
-    return _estimate(value, accuracy_interval(right) if right else None)
+    return _estimate(value, intervals.accuracy_interval(right) if right else None)
 
 
 def read_mean_accuracy(results: Results, _: str) -> Value:
@@ -147,7 +133,7 @@ def read_mean_accuracy(results: Results, _: str) -> Value:
     if not known or len(known) < len(accuracies):
         return DIVERGED if DIVERGED in accuracies else None
     answers = [_right_answers(results, task) for task in results.tasks]
-    return _estimate(sum(known) / len(known), mean_of_tasks(answers, least=0) if all(answers) else None)
+    return _estimate(sum(known) / len(known), intervals.mean_of_tasks(answers, least=0) if all(answers) else None)
 
 
 def read_changed_answers(results: Results, _: str, *, way: str) -> Value:
@@ -208,16 +194,15 @@ def compare_answers(results: Results, base: Results, task: str) -> Estimate | No
     changes = _changes(results, base, task)
     if not changes:
         return None
-    difference = mean_of_tasks([changes], least=-1)
-    if difference is None:  # one item, or all changed alike: no variance is known
-        difference = Estimate(sum(changes) / len(changes))
-    return difference._replace(p=mcnemar(_right_answers(results, task), _right_answers(base, task)))
+    # Of one item, or if all changed alike, no variance is known.
+    difference = intervals.mean_of_tasks([changes], least=-1) or Estimate(sum(changes) / len(changes))
+    return difference._replace(p=intervals.mcnemar(_right_answers(results, task), _right_answers(base, task)))
 
 
 def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate | None:
     """The mean accuracy over tasks minus the base's, paired by item; None without items, or without variance."""
     changes = [_changes(results, base, task) for task in results.tasks]
-    return mean_of_tasks(changes, least=-1) if all(changes) else None
+    return intervals.mean_of_tasks(changes, least=-1) if all(changes) else None
 
 
 def _changes(results: Results, base: Results, task: str) -> list[float]:
@@ -271,10 +256,11 @@ class Measure:
 
     def where(self, *several: Results) -> list[str]:
         """Return the texts or tasks of models with a value, or "" for a measure of the model itself."""
-        names: dict[str, None] = {}
+        targets: dict[str, None] = {}
         for results in several:
-            names |= dict.fromkeys({PER_TEXT: results.texts, PER_TASK: results.tasks}.get(self.per, [""]))
-        return [target for target in names if any(self.read(results, target) is not None for results in several)]
+            names = {PER_TEXT: results.texts, PER_TASK: results.tasks}.get(self.per, [""])
+            targets |= dict.fromkeys(name for name in names if self.read(results, name) is not None)
+        return list(targets)
 
     def heading(self, target: str, *, one_text: bool) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
@@ -289,12 +275,10 @@ class Measure:
         """Format a model's value, with its interval if known; `diverged` stays, and a dash means not measured."""
         return _formatted(self.read(results, target), self.form, interval=interval)
 
-    def formatted_test(self, test: Estimate | None) -> str:
-        """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
-        if self.paired_test is None:
-            return ""
-        mark = " *" if test is not None and test.p < ALPHA else ""
-        return _formatted(test, self.paired_test.form, self.paired_test.unit) + mark
+    def formatted_test(self, test: Estimate) -> str:
+        """Format an estimate of its paired test; * marks an adjusted p-value below 0.05."""
+        assert self.paired_test is not None
+        return _formatted(test, self.paired_test.form, self.paired_test.unit) + (" *" if test.p < ALPHA else "")
 
 
 def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, interval: bool = True) -> str:
@@ -314,7 +298,7 @@ _mean_divergence = partial(_divergence, part="mean", windows="divergences")
 _agreement = partial(read_text_number, name="top1_agreement", part="mean", windows="agreements", largest=1)
 _rms_change = partial(read_text_number, name="rms_probability_change")
 _removed = partial(read_weights_number, name="removed_parameters")
-_ratios = PairedTest(partial(compare_by_window, name="losses", test=ratio), "{:#.4g}".format, " ×")
+_ratios = PairedTest(partial(compare_by_window, name="losses", test=intervals.ratio), "{:#.4g}".format, " ×")
 _divergence_test = PairedTest(partial(compare_by_window, name="divergences"), "{:+.4f}".format, " nats")
 _agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _points, " points")
 _accuracy_test = PairedTest(compare_answers, _points, " points")

@@ -1,5 +1,6 @@
 """Published figures next to those of experiments on the same windows, with the differences in protocol."""
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
@@ -13,7 +14,7 @@ from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import DASH
-from wanda_dvc.results.measures import PER_TASK, PER_TEXT, Value
+from wanda_dvc.results.measures import PER_TASK, PER_TEXT
 from wanda_dvc.study.files import Json
 
 OF_STATISTICS = ("calibration.", "propagation")  # settings that do not count for methods without statistics
@@ -30,10 +31,7 @@ def published_tables() -> Any:
 
 
 def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
-    """Return a row for each published figure of the model and method of an experiment.
-
-    A row has the model, the measure, the source, their figure, ours, and the differences in protocol.
-    """
+    """Return rows of the model, the measure, the source, its figure, the figure here, and differences in protocol."""
     rows: list[list[str]] = []
     for name, experiment in experiments.items():
         for model in (DENSE, "pruned"):  # another model than after a training
@@ -50,20 +48,15 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
                 figure_name = target if measure.per == PER_TASK else measure.name
                 value = measure.read(results, target)
                 for source, figure, differences in matching_figures(experiment.config, all_settings, figure_name):
-                    if model == DENSE and measure.per == PER_TEXT and is_other_model(value, figure):
-                        differences.append("other weights or another tokenizer: dense perplexities differ")
+                    if model == DENSE and measure.per == PER_TEXT:
+                        ratio = value.value / float(figure) if isinstance(value, Estimate) else math.inf
+                        if abs(ratio - 1) > LARGEST_GAP:  # such as a fine-tuned model
+                            differences.append("other weights or another tokenizer: dense perplexities differ")
                     shown = "; ".join(differences) or DASH
                     row = [title, heading, source, f"{figure}", measure.formatted(results, target), shown]
                     if row not in rows:  # several experiments have one dense model
                         rows.append(row)
     return rows
-
-
-def is_other_model(value: Value, figure: float | str) -> bool:
-    """Whether a dense model's perplexity shows that it is not the published one, such as a fine-tuned model."""
-    if isinstance(value, Estimate) and not isinstance(figure, str):
-        return abs(value.value / figure - 1) > LARGEST_GAP
-    return value != figure
 
 
 def matching_figures(
@@ -87,8 +80,6 @@ def matching_figures(
             allowed = {key: value if isinstance(value, list) else [value] for key, value in expected.items()}
             different = [key for key, values in allowed.items() if settings.get(key) not in values]
             if figure_name in row and all(key.startswith(TOLERATED) for key in different):
-                # A calibration on several texts has no single source.
-                differences = [
-                    f"{key} {settings.get(key, 'several')} instead of {allowed[key][0]}" for key in different
-                ]
+                ours = {key: settings.get(key, "several") for key in different}  # texts have no single source
+                differences = [f"{key} {value} instead of {allowed[key][0]}" for key, value in ours.items()]
                 yield table["source"], row[figure_name], differences

@@ -1,47 +1,49 @@
-"""`wanda-dvc report`: the experiments of a repository as one page of tables and charts, by the template report.html.
+"""`wanda-dvc report`: the experiments of a repository as one page of tables and charts, by the template report.html."""
 
-Experiments whose results may not be compared are in sections of their own.
-"""
-
+import io
 import re
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import LogLocator
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import CHOICES
-from wanda_dvc.results.chart import chart, svg
 from wanda_dvc.results.compare import DENSE, MISSING, headings, not_comparable, side_by_side
 from wanda_dvc.results.experiments import Excluded, Experiment, collect
+from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import MEASUREMENT_SETTINGS, differing_settings
+from wanda_dvc.results.measures import LOG, Measure, Results
 from wanda_dvc.results.published import published_rows
 from wanda_dvc.results.show import pruning_label, table_notes
 from wanda_dvc.stages import check_outside
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.folder import Study
 
-SIGN = "Written by wanda-dvc report"  # in each page
 # Settings that labels do not repeat: they are in each label or on an axis, or the recipe needs them.
 IN_NAMES = (*CHOICES, "sparsity", "pattern", "calibration.statistics", "recovery.tokens")
 # The folders of an absolute path: /home/a/ of /home/a/model; nothing of https://a/b.
 FOLDERS = re.compile(r"(?<![\w.:/~])/[^\s,:;()]*/")
+# Curves differ in colour and marker, for colour-blind eyes.
+CURVES = cycler(color=mpl.color_sequences["petroff6"], marker=["o", "s", "D", "^", "v", "P"])
+LOOK: dict[Any, Any] = {  # whatever the reader's matplotlibrc says
+    "axes.prop_cycle": CURVES, "axes.grid": True, "text.parse_math": False, "svg.hashsalt": "wanda-dvc",
+}  # fmt: skip
 
 
 def report(*, study: Study, output: Path, revs: list[str] | None = None) -> str:
-    """Write `output`, a self-contained HTML page; return a message with its path.
-
-    UserError without any results, or if another program's file is in its place.
-    """
+    """Write `output`, a self-contained HTML page; return a message with its path. UserError without any results."""
     output = check_outside(study, output.parent) / output.name  # before minutes of reading
-    is_report = output.is_file() and SIGN in output.read_text(encoding="utf-8", errors="replace")
-    if output.exists() and not is_report:
-        raise UserError(f"{output}: `wanda-dvc report` did not write it; move it, or choose another --output")
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         experiments, excluded = collect(study=study, revs=revs or [], work=Path(work))
         if not experiments:
@@ -55,13 +57,14 @@ def page(title: str, experiments: Sequence[Experiment], excluded: Excluded) -> s
     """Return the page in HTML, byte-identical for equal results."""
     source = (files("wanda_dvc.results") / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_without_folders)
-    notes_of_all = [(experiment.name, note) for experiment in experiments for note in experiment.notes]
+    remarks = list(excluded)
+    for experiment in experiments:
+        remarks += [(experiment.name, note) for note in experiment.notes]
     return environment.from_string(source).render(
         title=title,
         version=__version__,
         sections=[section(members, first=experiments[0]) for members in group(experiments)],
-        remarks=[*excluded, *notes_of_all],
-        sign=SIGN,
+        remarks=remarks,
     )
 
 
@@ -71,10 +74,7 @@ def _without_folders(text: object) -> object:
 
 
 def group(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
-    """Return the experiments of each section, whose results are comparable; an unknown protocol matches all.
-
-    An experiment joins the first section whose members all match it.
-    """
+    """Return the experiments of each section, whose results are comparable; an unknown protocol matches all."""
     groups: list[list[Experiment]] = []
     for experiment in experiments:
         for members in groups:
@@ -125,10 +125,8 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
             other_recipes.append((name, base_name))
     headers, rows = side_by_side(models, base=DENSE, further=other_recipes)
 
-    charts = []
-    for heading, (measure, target) in headings(list(models.values()), brief=False).items():
-        if measure.scale:
-            charts.append((heading, svg(chart(measure, target, points, dense))))
+    measures = headings(list(models.values()), brief=False).items()
+    charts = [(heading, svg(chart(*row, points, dense))) for heading, row in measures if row[0].scale]
 
     shared = {key: value for key, value in members[0].settings.items() if key not in varying}
     calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
@@ -148,3 +146,42 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         "charts": charts,
         "published": published_rows(experiments),
     }
+
+
+@mpl.rc_context(LOOK)
+def chart(measure: Measure, target: str, points: Sequence[tuple[str, float, Results]], dense: Results) -> Figure:
+    """Draw a measure against sparsity, with intervals, and a line of the dense model.
+
+    A point is the label of its curve, a sparsity, and results. Values that are not finite are left out.
+    """
+    figure = Figure(figsize=(6, 3.5))
+    ax = figure.subplots()
+    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    for label, sparsity, results in points:
+        curve, value = curves.setdefault(label, []), measure.read(results, target)
+        if isinstance(value, Estimate):
+            curve.append((100 * sparsity, value))
+    for label, curve in curves.items():
+        x = [sparsity for sparsity, _ in curve]
+        (line,) = ax.plot(x, [value.value for _, value in curve], label=label)
+        ax.vlines(x, [value.low for _, value in curve], [value.high for _, value in curve], line.get_color())
+    value = measure.read(dense, target)
+    if isinstance(value, Estimate):
+        ax.axhline(value.value, color="grey", label="dense")
+    ax.set_yscale(measure.scale)
+    if measure.scale == LOG:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter(lambda tick, _: measure.form(tick))
+    ax.minorticks_off()
+    ax.set_xlabel("sparsity, %")
+    ax.set_ylabel(measure.heading("", one_text=True))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+@mpl.rc_context(LOOK)
+def svg(figure: Figure) -> str:
+    """Return a chart as SVG, byte-identical for equal charts."""
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return content.getvalue()

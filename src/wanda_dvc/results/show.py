@@ -8,14 +8,12 @@ from wanda_dvc.catalog import EMBEDDED, RECIPES
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
-from wanda_dvc.reading import is_there
-from wanda_dvc.results.compare import DENSE, MISSING, not_comparable, records, side_by_side
-from wanda_dvc.results.experiments import Experiment, read_at
+from wanda_dvc.results.compare import DENSE, not_comparable, records, side_by_side
+from wanda_dvc.results.experiments import read_at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import TEXT_PREFIX, Results
 from wanda_dvc.stages import times
-from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.folder import Study
 
@@ -37,24 +35,20 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, cont
             models = {DENSE: experiments[0].results[DENSE]}
             models |= {experiment.name: experiment.final for experiment in experiments}
         if continuations:
-            texts = continuations_table(models)
-            if texts:
+            if texts := continuations_table(models):
                 return texts
-            todo = "`dvc repro` writes those of prompts.txt if the model fits in memory"
-            raise UserError(f"continuations: missing; {todo}")
+            raise UserError("continuations: missing; `dvc repro` continues prompts.txt if the model fits in memory")
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
             return json_text(content if names else content | {"times": times(study)})
         params = {experiment.name: experiment.params for experiment in experiments}
         parts = [
-            "\n".join(settings_line(experiment, named=bool(names)) for experiment in experiments),
+            "\n".join(f"{name}: {settings_line(settings)}" for name, settings in params.items()),
             "\n".join(note for experiment in experiments for note in experiment.notes),
             table(*side_by_side(models, base=base)),
             *table_notes(params, models, base=base),
         ]
-        if len({settings.model for settings in params.values()}) > 1:
-            parts.append(f"The experiments have different dense models: {DENSE} is that of {names[0]}.")
         return "\n\n".join(part for part in parts if part)
 
 
@@ -69,15 +63,9 @@ def continuations_table(models: dict[str, Results], form: Callable[[object], str
     return table(["prompt", *models], rows) if rows else ""
 
 
-def settings_line(experiment: Experiment, *, named: bool) -> str:
-    """Describe the settings behind the results of an experiment in one line."""
-    params = experiment.params
-    sentence = f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}"
-    if named:
-        return f"{experiment.name}: {sentence}"
-    if not is_there(experiment.study.masks / PROVENANCE):
-        return f"{params.model}: no masks yet; `dvc repro` makes them."
-    return sentence
+def settings_line(params: Params) -> str:
+    """Describe settings in one line."""
+    return f"{params.model}: {pruning_label(params)}, sparsity {float(params.plan.sparsity):g}"
 
 
 def pruning_label(params: Params) -> str:
@@ -104,12 +92,10 @@ def table_notes(params: Mapping[str, Params], models: dict[str, Results], *, bas
             continue
         keys = not_comparable(results, models[base])
         if keys:
-            reasons = []
-            for heading, key in keys.items():
-                reasons.append(f"{heading} ({key if key == MISSING else f'different {key}'})")
+            reasons = ", ".join(f"{heading} ({key})" for heading, key in keys.items())
             yield (
-                f"{name} not compared with {base}: {', '.join(reasons)}. `dvc pull` fetches missing details, "
-                "`dvc repro` measures both models in the same way."
+                f"{name} not compared with {base}, because of: {reasons}. `dvc pull` fetches missing details, `dvc "
+                "repro` measures both models in the same way."
             )
     yield from _protocols(params, models)
     has_tasks = any(results.tasks for results in models.values())
