@@ -1,12 +1,11 @@
 """The Python interface: functions that run the pipeline's stages in a study of their own.
 
-`calibrate` makes a study of a model: a directory with settings, a pipeline and, after each function, its results. The
-other functions take that study. They change its settings and let DVC run the stages that the change affects, so masks,
-weights and figures are the pipeline's. Keyword arguments are the settings of `params.yaml`, sections as dictionaries:
-`calibration={"windows": 128}`.
+`calibrate` makes a study of a model: a directory with settings, a pipeline and results. The other functions change its
+settings and let DVC run the stages that the change affects, so masks, weights and figures are the pipeline's. Keyword
+arguments are the settings of `params.yaml`, sections as dictionaries: `calibration={"windows": 128}`.
 
-`mask` and `prune` start from the settings that `calibrate` made, or from `params.yaml` if you have edited it since: no
-setting of an earlier call stays. `perplexity` starts from those of the last `mask` or `prune`.
+`mask` and `prune` start from `calibrate`'s settings, or from `params.yaml` if you have edited it since: no setting of
+an earlier call stays. `perplexity` starts from those of the last `mask` or `prune`.
 """
 
 import contextlib

@@ -44,27 +44,23 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
         models = {DENSE: dense}
         for number, path in enumerate(paths):
             name = str(path.absolute() if str(path) == DENSE else path)  # the dense model has that name
-            models[name] = _measure(study, path, Study(work.path / str(number)))
+            measured = Study(work.path / str(number))  # its pruned model is the model to measure
+            measured.link_to(study, *LINKED)
+            folder = measured.model("pruned")
+            try:
+                _write_variant(study, path, folder)
+                for text in texts:
+                    perplexity(study=measured, model="pruned", text=text)
+                zero_shot(study=measured, model="pruned")
+            except UserError as error:  # about the user's path
+                raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
+            models[name] = Results.of(measured, "pruned")
         compared = records(models, base=DENSE)  # read before the work folder is removed
         paragraphs = [table(*side_by_side(models, base=DENSE)), *table_notes({DENSE: study.params}, models)]
         work.discard()
     if not as_json:
         return "\n\n".join(paragraphs)
     return json_text([{"model": name, "metrics": models[name].metrics, **compared[name]} for name in models])
-
-
-def _measure(study: Study, path: Path, measured: Study) -> Results:
-    """Measure a model as the pruned model of another study, which is new. Messages name the user's path."""
-    measured.link_to(study, *LINKED)
-    folder = measured.model("pruned")
-    try:
-        _write_variant(study, path, folder)
-        for text in study.params.perplexity.texts:
-            perplexity(study=measured, model="pruned", text=text)
-        zero_shot(study=measured, model="pruned")
-    except UserError as error:
-        raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
-    return Results.of(measured, "pruned")
 
 
 def _write_variant(study: Study, path: Path, folder: Path) -> None:

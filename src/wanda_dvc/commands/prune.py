@@ -84,11 +84,12 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
             *(experiment.notes if request.evaluate else ()),
         ]
         move_model(experiment, request.target)
-    root = request.root
-    paragraphs.append(f"{request.target}: the {model} model, with a model card.")
-    paragraphs.append(f"The study: {root}. `wanda-dvc init my-study --from {shlex.quote(str(root))}` begins your own.")
+    paragraphs += [
+        f"{request.target}: the {model} model, with a model card.",
+        f"The study: {study.root}. `wanda-dvc init my-study --from {shlex.quote(str(study.root))}` begins your own.",
+    ]
     results = {name: figures(measured) for name, measured in models.items()}
-    return PrunedModel(request.target, root, results, "\n\n".join(paragraphs))
+    return PrunedModel(request.target, study.root, results, "\n\n".join(paragraphs))
 
 
 def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -> Settings:

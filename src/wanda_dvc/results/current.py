@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import check_params, nested
-from wanda_dvc.reading import is_there
+from wanda_dvc.params import Params, check_params, nested
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import MODELS, stage_inputs
-from wanda_dvc.study.artifact import PROVENANCE, digest, read_provenance
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.artifact import PROVENANCE, digest
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock, md5
 
 
+def valid_params(settings: Mapping[str, Any]) -> Params | None:
+    """Return settings, by dotted name, checked; None for those of another version."""
+    with contextlib.suppress(UserError):
+        return check_params(nested(settings))
+    return None
+
+
 def stale_stages(lock: Lock, settings: Mapping[str, Any]) -> list[str]:
     """Return the stages of a lock that have not run on the current inputs, and on these settings, by dotted name."""
-    inputs: dict[str, Json] = {}  # by stage
-    with contextlib.suppress(UserError):  # of another version: then DVC's digests alone decide
-        inputs = stage_inputs(check_params(nested(settings)))
-    return lock.stale(inputs)
+    params = valid_params(settings)
+    return lock.stale(stage_inputs(params) if params else {})  # of another version, DVC's digests alone decide
 
 
 def changed_files(lock: Lock, root: Path) -> set[str]:
@@ -88,9 +92,7 @@ def other_settings(study: Study) -> list[str]:
         ("masks/ were", study.masks, "mask", "params"),
         ("models/recovered was", study.model("recovered"), "recover", "recovery"),
     ):
-        if not (inputs[stage] and is_there(folder / PROVENANCE)):
-            continue
-        ran = read_provenance(folder, stage)[key]
+        ran = load_json(folder / PROVENANCE).get(key, {}) if inputs[stage] else {}
         different = [f"{name}={value}" for name, value in ran.items() if inputs[stage].get(name, value) != value]
         if different:
             sentences.append(f"{what} made with other settings: {', '.join(different)}; run `dvc repro`.")

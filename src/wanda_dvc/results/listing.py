@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.params import Params, check_params, flatten, nested, resolved
+from wanda_dvc.params import flatten, resolved
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results.compare import headings
-from wanda_dvc.results.current import changed_files, stale_stages
+from wanda_dvc.results.current import changed_files, stale_stages, valid_params
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import MEASURES, Results, is_of_removed_text
@@ -85,7 +85,7 @@ def _listed(
     changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
     results = {model: Results({}) for model in MODELS}
     if status == SUCCESS:  # DVC gives an unfinished one its base commit's results
-        lock, left_out, params = Lock({}), set[str](), _params_of(settings)
+        lock, left_out, params = Lock({}), set[str](), valid_params(settings)
         if kind == WORKSPACE:
             lock = Lock.read(study.root)
             left_out = changed_files(lock, study.root)
@@ -128,20 +128,13 @@ def list_text(*, study: Study, as_json: bool = False) -> str:
         values = [measure.formatted(revision.final, target, interval=False) for measure, target in columns.values()]
         rows.append([revision.name, status, change, *values])
     text = table(["experiment", "state", "change", *columns], rows)
-    measured = [(_params_of(revision.settings), revision) for revision in revisions if revision.final.metrics]
+    measured = [(valid_params(revision.settings), revision) for revision in revisions if revision.final.metrics]
     settings = [resolved(params) if params else revision.settings for params, revision in measured]
     keys = [key for key in differing_settings(settings) if key.startswith(MEASUREMENT_SETTINGS)]
     if keys:
         text += f"\n\nNot all comparable: {shortened(keys)} differ. "
         text += "`wanda-dvc show NAME NAME` tests only equal ones."
     return text
-
-
-def _params_of(settings: Mapping[str, Any]) -> Params | None:
-    """Return checked settings; None for those of another version."""
-    with contextlib.suppress(UserError):
-        return check_params(nested(settings))
-    return None
 
 
 def differing_settings(experiments: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -190,27 +190,21 @@ def compare_by_window(
 
 
 def compare_answers(results: Results, base: Results, task: str) -> Estimate | None:
-    """The accuracy minus the base's, paired by item, with McNemar's exact test; None without items."""
-    changes = _changes(results, base, task)
-    if not changes:
-        return None
-    # Of one item, or if all changed alike, no variance is known.
-    difference = intervals.mean_of_tasks([changes], least=-1) or Estimate(sum(changes) / len(changes))
-    return difference._replace(p=intervals.mcnemar(_right_answers(results, task), _right_answers(base, task)))
+    """The accuracy minus the base's, paired by item: of a task, or, for "", the mean over tasks; None without items.
 
-
-def compare_mean_accuracy(results: Results, base: Results, _: str) -> Estimate | None:
-    """The mean accuracy over tasks minus the base's, paired by item; None without items, or without variance."""
-    changes = [_changes(results, base, task) for task in results.tasks]
-    return intervals.mean_of_tasks(changes, least=-1) if all(changes) else None
-
-
-def _changes(results: Results, base: Results, task: str) -> list[float]:
-    """Return the differences −1, 0 and 1 by item; nothing without both models' items."""
-    right, base_right = _right_answers(results, task), _right_answers(base, task)
-    if not right or not base_right:
-        return []
-    return [float(correct) - float(other) for correct, other in zip(right, base_right, strict=True)]
+    The test is McNemar's exact one; of several tasks Student's, and None if no variance is known.
+    """
+    changes = []  # by task and item: −1, 0 or 1
+    for name in [task] if task else results.tasks:
+        right, base_right = _right_answers(results, name), _right_answers(base, name)
+        if not right or not base_right:
+            return None
+        changes.append([float(correct) - float(other) for correct, other in zip(right, base_right, strict=True)])
+    difference = intervals.mean_of_tasks(changes, least=-1)
+    if not task:
+        return difference
+    difference = difference or Estimate(sum(changes[0]) / len(changes[0]))
+    return difference._replace(p=intervals.mcnemar(right, base_right))
 
 
 # --- the table ---
@@ -301,8 +295,7 @@ _removed = partial(read_weights_number, name="removed_parameters")
 _ratios = PairedTest(partial(compare_by_window, name="losses", test=intervals.ratio), "{:#.4g}".format, " ×")
 _divergence_test = PairedTest(partial(compare_by_window, name="divergences"), "{:+.4f}".format, " nats")
 _agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _points, " points")
-_accuracy_test = PairedTest(compare_answers, _points, " points")
-_mean_test = PairedTest(compare_mean_accuracy, _points, " points")
+_answers = PairedTest(compare_answers, _points, " points")
 MEASURES: tuple[Measure, ...] = (
     _loss_row("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
     _text_row("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
@@ -313,8 +306,8 @@ MEASURES: tuple[Measure, ...] = (
     _loss_row("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
     _loss_row("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
     _loss_row("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
-    Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, paired_test=_accuracy_test),
-    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_mean_test, scale=LINEAR),
+    Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, paired_test=_answers),
+    _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_answers, scale=LINEAR),
     _tasks("lost", "right → wrong", "", partial(read_changed_answers, way="lost"), "{:.0f}".format, brief=True),
     _tasks("gained", "wrong → right", "", partial(read_changed_answers, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(read_changed_answers, way="swapped"), "{:.0f}".format),
