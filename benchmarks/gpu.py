@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from checkpoints import CONFIGS, make_checkpoint
 from estimates import requirements
-from origin import HERE, ROOT, origin, read_rows, write_row
+from origin import HERE, ROOT, change_settings, origin, read_rows, write_row
 from tqdm import tqdm
 
 from wanda_dvc.engine import accelerator
@@ -41,7 +41,7 @@ from wanda_dvc.stages import STAGES, process, run
 from wanda_dvc.stages.needs import TRAINING_WAYS
 from wanda_dvc.study.files import load_json, write_text
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import change_settings, new_params
+from wanda_dvc.study.scaffold import new_params
 from wanda_dvc.study.tensors import read_masks, read_stats
 from wanda_dvc.training import trainer
 

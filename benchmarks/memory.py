@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import CONFIGS, make_checkpoint
-from origin import HERE, ROOT, origin, process, write_row
-
-from wanda_dvc.study.scaffold import change_settings
+from origin import HERE, ROOT, change_settings, origin, process, write_row
 
 LIMIT = 3e9  # bytes
 PROTOCOL = "random weights in bfloat16, 2 windows of 512 tokens of the embedded text"

@@ -18,6 +18,7 @@ from typing import Any
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_text
+from wanda_dvc.study.scaffold import changed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -53,6 +54,11 @@ def write_row(path: Path, name: str, value: Any, made: Row) -> None:
     rows = read_rows(path) | {name: {"value": value, "origin": made}}
     lines = (f"{json.dumps(key)}: {json.dumps(row, ensure_ascii=False)}" for key, row in rows.items())
     write_text(path, '{"rows": {\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def change_settings(path: Path, changes: dict[str, Any]) -> None:
+    """Set nested settings in a params.yaml, which keeps its comments."""
+    write_text(path, changed(path.read_text(encoding="utf-8"), changes)[1])
 
 
 def arguments(description: str | None, work: str) -> argparse.ArgumentParser:

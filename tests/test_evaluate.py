@@ -23,7 +23,7 @@ from wanda_dvc.sources.models import _dequantize
 from wanda_dvc.stages import run
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import change_settings
+from wanda_dvc.study.scaffold import changed
 
 
 def make_model(folder: Path, **config: Any) -> Path:
@@ -159,7 +159,8 @@ def test_without_results_of_these_settings_it_says_what_to_run(calibrated_study:
         with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
             evaluate(study=calibrated_study, paths=[calibrated_study.model("pruned")])
         away.rename(path)
-    change_settings(calibrated_study.root / "params.yaml", {"zero_shot": {"limit": 3}})
+    file = calibrated_study.root / "params.yaml"
+    file.write_text(changed(file.read_text(), {"zero_shot": {"limit": 3}})[1])
     with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
         evaluate(study=Study(calibrated_study.root), paths=[calibrated_study.model("pruned")])
 

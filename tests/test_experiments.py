@@ -156,7 +156,7 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
         list_text(study=Study(root))
     Repository(root, root).run("git", "init", "--quiet")
-    with pytest.raises(UserError, match="git has no commit; `git add"):
+    with pytest.raises(UserError, match="can't list its experiments .*; commit the study"):
         list_text(study=Study(root))
 
 

@@ -26,14 +26,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
 # Settings, and how the message about them begins.
 LINES = {
     "sparsity: 1.5": "sparsity: found 1.5, expected less than 1",
-    "method: wands": 'method: found "wands", expected magnitude, wanda, ria, sparsegpt, admm, reap, influence or',
+    "method: wands": 'method: found "wands", expected magnitude, wanda, ria, sparsegpt, admm, reap, influence, d',
     "recovery__tokens: 1000000001": "recovery.tokens: found 1000000001, expected less than or equal to 1000000000",
     "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
     "calibration: 3": "calibration: found 3, expected settings",
     "TEXT__split: test": "calibration.text: found the text that perplexity is measured on (embedded, test), expected",
     "recovery__text: {source: embedded, split: test}": "recovery.text: found the text that perplexity is measured on",
-    "TEXT__source: c4, TEXT__split: test": "calibration.text: found {'source': 'c4', 'split': 'test'}, expected split",
-    "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
+    "TEXT__source: c4, TEXT__split: test": "calibration.text.0: found {'source': 'c4', 'split': 'test'}, expected",
+    "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text.0: found {'source': '/data/a.txt', 'split':",
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
     "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",

@@ -150,7 +150,7 @@ def test_a_model_and_a_text_have_one_study(model: Path):
         pruned(model, "--recipe", "wanda", "--no-eval", *words)
     first, second = studies(model)
     assert {path.name.rpartition("-")[0] for path in (first, second)} == {"tiny"}
-    sources = {read_params(path / "params.yaml").calibration.texts[0].source for path in (first, second)}
+    sources = {read_params(path / "params.yaml").calibration.text[0].source for path in (first, second)}
     assert str(text) in sources
     assert {path.name for path in Path().iterdir()} == {"tiny-wanda-0.3", "tiny-wanda-2-4", "tiny-wanda-0.5"}
 
@@ -178,7 +178,7 @@ def test_names_and_values_of_options():
     )  # fmt: skip
     several = check_request(model="org/name", target=Path("/tmp/new-model"), text=["wikitext2", "ptb"])
     one = check_request(model="org/name", target=Path("/tmp/new-model"))
-    assert [[text.source for text in run.params.calibration.texts] for run in (several, one)] == [
+    assert [[text.source for text in run.params.calibration.text] for run in (several, one)] == [
         ["wikitext2", "ptb"], ["c4"],
     ]  # fmt: skip
     assert several.root != one.root  # another text, another study

@@ -107,7 +107,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(changes: dict[
     with mock.patch.object(trainer, "mean_divergence", wraps=trainer.mean_divergence) as measured:
         again, resumed = train(dense, pruned, work, on_step=steps.append, **changes)
     passes = 1 + bool(changes)  # with low memory, each backward pass computes the loss again
-    assert measured.call_count == passes * (1 + 12) + 6 * 4  # the trial, the steps that were left, the evaluations
+    assert measured.call_count == passes * 12 + 6 * 4  # the steps that were left, the evaluations
     assert steps == [*range(9, 21)]  # those before the kill count
     assert resumed == curve
     one, other = (written(made, tmp_path / str(place)) for place, made in enumerate((whole, again)))
@@ -204,9 +204,7 @@ def test_a_killed_training_of_split_models_resumes_and_ends_with_the_same_weight
     assert launch(2, FSDP, run("whole")) == [0, 0]
     assert launch(2, FSDP, run("killed", on_step=mock.Mock(side_effect=[*[None] * 6, KeyboardInterrupt]))) == [1, 1]
     (last,) = (tmp_path / "killed").glob("checkpoint-*")
-    assert {path.name for path in last.glob("shard-*")} == {"shard-0.pt", "shard-1.pt"}
-    with pytest.raises(UserError, match="got no --use_fsdp, expected 2 processes with --use_fsdp as in"):
-        train(dense, pruned, tmp_path / "killed", **way)
+    assert {path.name for path in last.glob("states-*")} == {"states-0.pt", "states-1.pt"}
     assert launch(2, FSDP, run("killed")) == [0, 0]
     whole, resumed = (load_file(tmp_path / f"{place}-model" / "model.safetensors") for place in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole | resumed)
@@ -270,22 +268,16 @@ def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
     assert all(after[name][weight == 0].count_nonzero() == 0 for name, weight in before.items() if weight.dim() > 1)
 
 
-def test_a_model_that_torch_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_launch_that_cannot_train_is_refused(tmp_path: Path):
     dense, pruned = pair(tmp_path)
     refused = {
         "4 processes, expected a divisor": {"WORLD_SIZE": "4"},
-        "DeepSpeed hides": {"ACCELERATE_USE_DEEPSPEED": "true"},
-        "FSDP1 joins weights, .* add --fsdp_version 2": {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"},
+        "DeepSpeed and FSDP1 hide": {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "DeepSpeed and .* --fsdp_version 2": {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"},
     }
     for said, environ in refused.items():
         with mock.patch.dict(os.environ, environ), pytest.raises(UserError, match=f"accelerate launch: {said}"):
             train(dense, pruned, tmp_path / "work")
-    monkeypatch.setattr(trainer, "mean_divergence", lambda *_: torch.ones(1))  # without gradients
-    with pytest.raises(UserError, match="recovery.tokens: llama cannot be trained: .*; set recovery.tokens to 0"):
-        train(dense, pruned, tmp_path / "work")
-    monkeypatch.setattr(trainer, "mean_divergence", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(UserError, match="^memory: CUDA out of memory"):
-        train(dense, pruned, tmp_path / "work")
 
 
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}

@@ -275,7 +275,7 @@ def test_only_what_depends_on_a_text_or_its_share_runs_again(
     study.commit()
     listed = f"calibration.text=[{{source: {sources[1]['source']}}},{{source: {sources[3]['source']}}}]"
     study.run("dvc", "exp", "run", calibrate, "-S", listed)
-    assert [text.source for text in read_params(study.root / "params.yaml").calibration.texts] == [
+    assert [text.source for text in read_params(study.root / "params.yaml").calibration.text] == [
         sources[1]["source"],
         sources[3]["source"],
     ]

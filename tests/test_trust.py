@@ -276,5 +276,5 @@ def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(tmp_path: Pat
             if closed == path.parent or look is read_text:
                 with pytest.raises(PermissionError) as caught:
                     without_privilege(partial(look, path))
-                assert "Permission denied, expected permission to read" in explain(caught.value)[0]
+                assert "Permission denied; change it" in explain(caught.value)[0]
         closed.chmod(0o700)

@@ -55,12 +55,7 @@ def explain(error: Exception) -> tuple[str, ...]:
     """Return the lines of an error that the user can fix: a setting, file, disk, memory, library; of others none."""
     if isinstance(error, UserError):
         return error.problems
-    system_error = _system_error(error)
-    number, place, text = None, "disk", str(error)
-    if system_error is not None:
-        number, text = system_error.errno, str(system_error.strerror)
-        place = str(system_error.filename2 or system_error.filename or place)
-    text = " ".join(text.split())
+    number, text, place = _system_error(error)
     library = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     problem = ""
     if number in NO_ROOM or "inline_container.cc" in text:  # `torch.save` gives no reason
@@ -72,8 +67,7 @@ def explain(error: Exception) -> tuple[str, ...]:
             "`calibrate` and `perplexity` also shorter windows"
         )
     elif number in NO_PLACE:
-        expected = "a shorter name" if number == errno.ENAMETOOLONG else "permission to read and write"
-        problem = f"{place}: {text}, expected {expected}; change it or name another, and {RUN_AGAIN}"
+        problem = f"{place}: {text}; change it or name another, and {RUN_AGAIN}"
     elif library in EXTRAS:
         install = f"pip install 'wanda-dvc[{EXTRAS[library]}]'"
         problem = f"{library}: not installed, but this command needs it; run `{install}`"
@@ -82,14 +76,13 @@ def explain(error: Exception) -> tuple[str, ...]:
     return (problem,) if problem else ()
 
 
-def _system_error(error: Exception) -> OSError | None:
-    """Return the error of the operating system behind an error, if there is one."""
+def _system_error(error: Exception) -> tuple[int | None, str, str]:
+    """Return the number, the text and the file of the operating system's error behind an error; of others the text."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error
+        return error.errno, str(error.strerror), str(error.filename2 or error.filename or "disk")
     # Libraries have it in their text: shutil of a folder's copy, safetensors and hf_xet.
     match = re.search(r"(?:\[Errno |\(os error )(\d+)", str(error))
     if match is None:
-        return None
-    number = int(match[1])
-    place = error.args[0][0][1] if isinstance(error, shutil.Error) else None  # of its first file
-    return OSError(number, os.strerror(number), place)
+        return None, " ".join(str(error).split()), "disk"
+    place = error.args[0][0][1] if isinstance(error, shutil.Error) else "disk"  # of its first file
+    return int(match[1]), os.strerror(int(match[1])), place

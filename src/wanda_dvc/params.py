@@ -15,12 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
-    Tag,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    WrapSerializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -43,9 +44,7 @@ Settings = dict[str, Any]  # nested, or by dotted names, such as `calibration.te
 
 
 def _refused(*expected: str) -> PydanticCustomError:
-    *first, last = expected
-    alternatives = f"{', '.join(first)} or {last}" if first else last
-    return PydanticCustomError("refused", "{alternatives}", {"alternatives": alternatives})
+    return PydanticCustomError("refused", ", ".join(expected))
 
 
 def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) -> AfterValidator:
@@ -159,25 +158,29 @@ class CalibrationText(Text):
     calibrates: ClassVar[bool] = True
 
 
-ONE, SEVERAL = "[one]", "[several]"  # pydantic has these tags in the places of problems
-# One text, or a list of texts. The backward pass reads few windows, and these must have each text.
-Texts = Annotated[
-    Annotated[CalibrationText, Tag(ONE)]
-    | Annotated[list[CalibrationText], Field(min_length=1, max_length=WINDOWS_BACK), Tag(SEVERAL)],
-    Discriminator(lambda text: SEVERAL if isinstance(text, list) else ONE),
-]
-
-
-def _as_list(text: CalibrationText | list[CalibrationText] | None) -> list[CalibrationText]:
+def _as_list(text: object) -> object:
     if text is None:
         return []
     return text if isinstance(text, list) else [text]
 
 
+def _as_written(texts: list[CalibrationText], serialize: SerializerFunctionWrapHandler) -> object:
+    content = serialize(texts)
+    return content if len(content) > 1 else next(iter(content), None)
+
+
+# In params.yaml one text, a list of them, or null. The backward pass reads few windows, which must have each text.
+Texts = Annotated[
+    list[CalibrationText], BeforeValidator(_as_list), WrapSerializer(_as_written), Field(max_length=WINDOWS_BACK)
+]
+
+
 class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
-    text: Texts = Field(description=f"a text, with a `source`, or a list of texts, at most {WINDOWS_BACK}")
+    text: Texts = Field(
+        min_length=1, description=f"a text, with a `source`, or a list of texts, at most {WINDOWS_BACK}"
+    )
     windows: int = Field(32, ge=1, le=MAX_WINDOWS, description="number of windows, drawn at random")
     length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens per window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
@@ -188,17 +191,12 @@ class Calibration(_Section):
     )
 
     @property
-    def texts(self) -> list[CalibrationText]:
-        """The texts; most calibrations have one."""
-        return _as_list(self.text)
-
-    @property
     def shares(self) -> list[int]:
         """The number of windows of each text."""
-        named = [text.windows for text in self.texts if text.windows]
-        unnamed = len(self.texts) - len(named)
+        named = [text.windows for text in self.text if text.windows]
+        unnamed = len(self.text) - len(named)
         equal = iter(apportion(self.windows - sum(named), [1] * unnamed))
-        return [text.windows or next(equal) for text in self.texts]
+        return [text.windows or next(equal) for text in self.text]
 
 
 class Perplexity(_Section):
@@ -238,18 +236,11 @@ class Recovery(_Section):
     tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="tokens to train the pruned model on, towards the dense model; 0: none"
     )
-    text: Texts | None = Field(
-        None, description="training text, with a `source`, or a list of texts; null: the calibration's"
-    )
+    text: Texts = Field([], description="training text, with a `source`, or a list of texts; null: the calibration's")
     rate: float = Field(0.001, gt=0, le=1, description="highest learning rate, as a share of a parameter's RMS")
     batch: int = Field(
         RECOVERY_BATCH, ge=1, le=1024, description="windows of a step; the rate is multiplied by √(batch / 2)"
     )
-
-    @property
-    def texts(self) -> list[CalibrationText]:
-        """The texts of `text`; [] if it is null."""
-        return _as_list(self.text)
 
 
 class Runtime(_Section):
@@ -330,11 +321,11 @@ class Params(_Section):
     @property
     def training_texts(self) -> list[CalibrationText]:
         """The texts of a recovery."""
-        return self.recovery.texts or self.calibration.texts
+        return self.recovery.text or self.calibration.text
 
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
-        texts, measured = self.calibration.texts, self.perplexity.texts[name].chosen
+        texts, measured = self.calibration.text, self.perplexity.texts[name].chosen
         names = f" ({', '.join(Path(text.source).name for text in texts)})" if len(texts) > 1 else ""
         if (measured.dataset or measured.source) not in [text.chosen.dataset or text.source for text in texts]:
             return f"The calibration text{names} has another source"
@@ -349,7 +340,7 @@ class Params(_Section):
 
     def _conflicts(self) -> Iterator[str]:
         measured = [_location(text.chosen) for text in self.perplexity.texts.values()]
-        for section, texts in (("calibration", self.calibration.texts), ("recovery", self.recovery.texts)):
+        for section, texts in (("calibration", self.calibration.text), ("recovery", self.recovery.text)):
             used = dict.fromkeys(measured, "the text that perplexity is measured on")
             for setting, text in zip(numbered(f"{section}.text", ".", len(texts)), texts, strict=True):
                 place, split = _location(text.chosen), text.chosen.split
@@ -409,7 +400,7 @@ def check_params(content: object) -> Params:
 
 
 def _problem(problem: Any) -> str:
-    setting = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", ONE, SEVERAL))
+    setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where, kind = f"{FILE}: {setting}" if setting else FILE, problem["type"]
     if kind in ("extra_forbidden", "invalid_key"):
         names = [*dict(settings()), *Params.model_fields, "perplexity.texts"]
@@ -484,8 +475,8 @@ def resolved(params: Params) -> dict[str, Any]:
     """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.to_dict()
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
-    content["calibration"]["text"] = _filled(params.calibration.texts, params.calibration.shares)
-    recovery = params.recovery.texts
+    content["calibration"]["text"] = _filled(params.calibration.text, params.calibration.shares)
+    recovery = params.recovery.text
     content["recovery"]["text"] = _filled(recovery, [text.windows or 1 for text in recovery])
     content["perplexity"]["texts"] = {name: text.filled for name, text in params.perplexity.texts.items()}
     return dict(flatten(content))
@@ -508,11 +499,11 @@ def download_sources(params: Params) -> dict[str, tuple[str, str]]:
     sources = {"model": ("model", params.model)}
     for name, text in params.perplexity.texts.items():
         sources[f"perplexity/{name}"] = f"perplexity.texts.{name}.source", text.source
-    for section, texts in (("calibration", params.calibration.texts), ("recovery", params.recovery.texts)):
+    for section, texts in (("calibration", params.calibration.text), ("recovery", params.recovery.text)):
         settings_of = numbered(f"{section}.text", ".", len(texts))
         for name, setting, text in zip(numbered(section, "/", len(texts)), settings_of, texts, strict=True):
             sources[name] = f"{setting}.source", text.source
-    if not params.recovery.texts:
+    if not params.recovery.text:
         sources["recovery"] = "recovery.text.source", "none"
     sources["tasks"] = "tasks.source", params.tasks.source
     return sources

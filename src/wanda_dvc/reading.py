@@ -59,8 +59,8 @@ def read_text(path: Path, todo: str = "convert it to UTF-8") -> str:
         raise UserError(f"{path}: byte {error.start} is no UTF-8, expected text in UTF-8; {todo}") from None
 
 
-def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
-    """Parse JSON. UserError if it is invalid, nested too deeply, or has half a surrogate pair, which is no text."""
+def parse_json(text: str | bytes, where: str, todo: str = COPY) -> dict[str, Any]:
+    """Parse a JSON object. UserError if it is not valid, nested too deeply, or has half a surrogate pair."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         content = json.loads(text)
@@ -68,11 +68,6 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: found no JSON ({error}), expected JSON; {todo}") from None
-    return content
-
-
-def _parse_object(text: str, where: str, todo: str) -> dict[str, Any]:
-    content = parse_json(text, where, todo)
     if not isinstance(content, dict):
         raise UserError(f"{where}: found {content!r:.40}, expected a JSON object; {todo}")
     return content
@@ -80,7 +75,7 @@ def _parse_object(text: str, where: str, todo: str) -> dict[str, Any]:
 
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
     """Read a JSON object."""
-    return _parse_object(read_text(path, todo), str(path), todo)
+    return parse_json(read_text(path, todo), str(path), todo)
 
 
 def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,7 +83,7 @@ def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[st
     lines = read_text(path).rstrip(" \t\r\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         where = f"{path}: line {number}"
-        yield where, _parse_object(line, where, todo)
+        yield where, parse_json(line, where, todo)
 
 
 class Entry(NamedTuple):

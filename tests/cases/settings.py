@@ -18,7 +18,7 @@ MEANT: dict[str, list[object]] = {
     "recipe": ['wanda\xa0', 'wanda ', 'wandas', None],
     "calibration.length": [BIG, 1],
     "calibration.seed": [-1],
-    "calibration.text": ['embedded'],
+    "calibration.text": [['embedded'], []],
     "calibration.text.source": ['a.txt', '/a.csv', 'org/..'],
     "calibration.text.split": ['', '../x'],
     "calibration.text.join": [3],

@@ -68,7 +68,7 @@ def check_request(
         raise UserError(*(problem.removeprefix(f"{FILE}: ") for problem in error.problems)) from None
     source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
     name = Path(source).name
-    key = digest({"model": params.model, "text": [text.filled for text in params.calibration.texts]})[:8]
+    key = digest({"model": params.model, "text": [text.filled for text in params.calibration.text]})[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"  # keeps statistics
     root = check_place(cache, "set XDG_CACHE_HOME to a writable folder") / f"{name}-{key}"
     if target is None:

@@ -26,7 +26,6 @@ from wanda_dvc.study.protocol import TOKENIZER
 
 SETTING = "params.yaml: model"
 PACKAGE_PREFIX, GGUF = "package:", ".gguf"
-EMBEDDING = "token_embd.weight"  # in GGUF files; an importance matrix has none
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (*TOKENIZER, "config.json", "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*")
@@ -151,8 +150,6 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     try:
         file = cached["GGUFReader"](path)
         sizes = {tensor.name: int(tensor.n_elements) for tensor in file.tensors}
-        if EMBEDDING not in sizes:  # transformers would make a model of its own sizes, and fill the memory
-            raise _lacks(path, EMBEDDING)
         with patch.multiple(gguf, **cached):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -164,7 +161,8 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
         raise UserError(f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers draws them at random
-        raise _lacks(path, min(info["missing_keys"]))
+        weight = min(info["missing_keys"])
+        raise UserError(f"{path.name}: lacks {weight}, expected all weights of a model; merge its parts")
     _check_completely_read(path, [*file.fields, *sizes], sizes, model, scaled=scaled)
     # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
@@ -190,10 +188,6 @@ def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], 
     if unread > 0 or (rope and not scaled):
         what = f"{unread} of its numbers" if unread > 0 else f"{rope[0]}, a scaling of rotary positions"
         raise UserError(f"{path.name}: transformers does not read {what}; name a directory of safetensors")
-
-
-def _lacks(path: Path, weight: str) -> UserError:
-    return UserError(f"{path.name}: lacks {weight}, expected all weights of a model; merge its parts, if it has some")
 
 
 def read_model(path: Path, out: Path) -> str:

@@ -274,8 +274,8 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     calibration, recovery, perplexity = params.calibration, params.recovery, params.perplexity
     inputs: dict[str, Json] = {
         "download/model": {"source": params.model},
-        "download/calibration": _chosen(calibration.texts),
-        "download/recovery": _chosen(recovery.texts) if recovery.tokens and recovery.texts else {},
+        "download/calibration": _chosen(calibration.text),
+        "download/recovery": _chosen(recovery.text) if recovery.tokens and recovery.text else {},
         "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
         "mask": params.plan.to_dict(),
         "recover": {},
@@ -285,7 +285,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     for name, text in perplexity.texts.items():
         inputs[f"download/perplexity/{name}"] = asdict(text.chosen)
     windows: Json = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
-    if len(calibration.texts) > 1:
+    if len(calibration.text) > 1:
         windows["shares"] = calibration.shares
     windows["dtype"] = params.dtype
     for statistics in STATISTICS:
@@ -298,7 +298,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
             "tokens": recovery.tokens,
             "rate": recovery.rate,
             "batch": recovery.batch,
-            "text": bool(recovery.texts),  # the text is recovery.text; else the calibration's, without its windows
+            "text": bool(recovery.text),  # the text is recovery.text; else the calibration's, without its windows
             "embedded": any(text.source == EMBEDDED for text in params.training_texts),  # a text is the embedded one
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,
@@ -307,7 +307,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
             "seed": calibration.seed,
         }
         if len(params.training_texts) > 1:
-            shares = [text.windows or 1 for text in recovery.texts]
+            shares = [text.windows or 1 for text in recovery.text]
             inputs["recover"]["shares"] = shares or calibration.shares
     return inputs
 

@@ -105,7 +105,9 @@ def _way_of_training(
 
 
 def _training(work: Path) -> Path:
-    return work / "training"
+    """Return the folder of a training's checkpoints; those of split models have a file a process."""
+    processes, is_sharded = launched_processes()
+    return work / (f"training-{processes}" if is_sharded else "training")
 
 
 def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:

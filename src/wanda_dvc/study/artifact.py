@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,12 +74,11 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None
 
 
 def load_tensors(
-    path: Path, made_by: str, kinds: Sequence[str] = (), owners: Collection[str] | None = None, *, finite: bool = True
+    path: Path, made_by: str, is_read: Callable[[str], bool] | None = None, *, finite: bool = True
 ) -> "tuple[dict[str, Tensor], Json]":
-    """Read the tensors and the header of a safetensors file.
+    """Read the tensors of a safetensors file, by default all, and its header.
 
-    A tensor's name is OWNER.KIND: those of some `kinds` and `owners` are read, by default all. UserError if the file is
-    missing or damaged, or if numbers that have to be finite are not.
+    UserError if the file is missing or damaged, or if numbers that have to be finite are not.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -88,10 +87,7 @@ def load_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             header: Json = json.loads(file.metadata()["wanda_dvc"])
-            for name in file.keys():
-                owner, _, kind = name.rpartition(".")
-                if (kinds and kind not in kinds) or (owners is not None and owner not in owners):
-                    continue
+            for name in filter(is_read, file.keys()):
                 tensor = file.get_tensor(name)
                 if finite and tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(f"values of {name} that are not finite")

@@ -54,13 +54,13 @@ def load_json(path: Path) -> Json:
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
 
 
-def text_in(row: object, column: str, where: str) -> str:
+def text_in(row: Json, column: str, where: str) -> str:
     """Return the text in a column of a row. UserError if the row has none."""
-    text = row.get(column) if isinstance(row, dict) else None
-    if isinstance(text, str):
-        return text
-    content = ", ".join(row) if isinstance(row, dict) else repr(row)
-    raise UserError(f"{where}: found {content or 'nothing':.200}, expected text in column `{column}`; name another")
+    text = row.get(column)
+    if not isinstance(text, str):
+        columns = ", ".join(row) or "nothing"
+        raise UserError(f"{where}: found {columns:.200}, expected text in column `{column}`; name another")
+    return text
 
 
 class Documents(Sequence[str]):

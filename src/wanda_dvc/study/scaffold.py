@@ -17,7 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from wanda_dvc.catalog import HUB_ID, TEXTS
+from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import TEXT_SUFFIXES, Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
@@ -109,19 +109,16 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
-def change_settings(path: Path, changes: Settings) -> None:
-    """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
-    _, text = changed(path.read_text(encoding="utf-8"), changes)
-    write_text(path, text)
-
-
 def new_params(*changes: Settings) -> tuple[Params, str]:
     """Return the settings and the params.yaml of a new study with nested changes. UserError if a setting is wrong."""
     return changed(PARAMS.read_text(encoding="utf-8"), *changes)
 
 
 def changed(text: str, *changes: Settings) -> tuple[Params, str]:
-    """Return the settings and the text of a params.yaml with nested changes. UserError if a setting is wrong."""
+    """Return the settings and the text of a params.yaml with nested changes, and its comments.
+
+    UserError, with all problems, if a setting is wrong.
+    """
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
@@ -144,15 +141,11 @@ def _plain(settings: Settings) -> Any:
 
 def source_settings(model: str | None, calibration: str | Sequence[str]) -> Settings:
     """Return the settings of a model and of calibration texts. Paths become absolute: experiments run elsewhere."""
-    settings: Settings = {}
-    if model is not None:
-        settings["model"] = _absolute(model, is_text=False)
+    settings: Settings = {} if model is None else {"model": _absolute(model, is_text=False)}
     names = [calibration] if isinstance(calibration, str) else calibration
-    sources = [text_source(name) for name in names]
-    if len(sources) == 1:
-        settings |= {"calibration.text.source": sources[0], "calibration.text.split": None}
-    elif sources:
-        settings["calibration.text"] = [{"source": source} for source in sources]
+    texts = [{"source": text_source(name), "split": None} for name in names]
+    if texts:
+        settings["calibration.text"] = texts[0] if len(texts) == 1 else texts
     return settings
 
 
@@ -166,12 +159,10 @@ def _absolute(source: str, *, is_text: bool) -> str:
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
     if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
         return str(path.resolve())
-    is_in_folder = "/" in source and "@" not in source and path.parent.is_dir()
-    is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES or is_in_folder
+    is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES
     if is_path or os.path.lexists(path):
         expected = "a .txt or .jsonl file" if is_text else "a directory of safetensors"
-        hub = f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
-        raise UserError(f"{path.absolute()}: missing, or not {expected}; name one of this machine{hub}")
+        raise UserError(f"{path.absolute()}: missing, or not {expected}; name another")
     return source
 
 

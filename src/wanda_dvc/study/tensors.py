@@ -111,15 +111,16 @@ def read_grams(
     folder: Path, block: int, device: torch.device | None = None, *, of: Collection[str] | None = None
 ) -> Grams:
     """Read one block's Gram matrices `of` some distinct inputs or linears, or of all, onto a device, or the host."""
-    kinds = ("norm", "triangle", "count", "cross")
-    tensors, header = load_tensors(block_file(folder, block), "calibrate", kinds, of)
+    is_read = None if of is None else lambda name: name.rpartition(".")[0] in of
+    tensors, header = load_tensors(block_file(folder, block), "calibrate", is_read)
     return Grams(tensors, header, device)
 
 
 def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     """Read the sums of squared gradients of one block, by linear."""
-    tensors, _ = load_tensors(block_file(folder, block), "calibrate", ("sum_squares",))
-    return {name.removesuffix(".sum_squares"): squares for name, squares in tensors.items()}
+    kind = ".sum_squares"
+    tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: name.endswith(kind))
+    return {name.removesuffix(kind): squares for name, squares in tensors.items()}
 
 
 class Masks(UserDict[str, Any]):

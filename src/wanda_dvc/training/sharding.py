@@ -25,13 +25,13 @@ def launched_processes() -> tuple[int, bool]:
     UserError if they would split it in another way.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "accelerate launch: DeepSpeed hides gradients, so no mask can act; add --use_fsdp or --multi_gpu"
-        )
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and processes > 1
-    if is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("accelerate launch: FSDP1 joins weights, so no mask can act; add --fsdp_version 2")
+    is_fsdp1 = is_sharded and os.environ.get("FSDP_VERSION", "1") != "2"
+    if is_fsdp1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "accelerate launch: DeepSpeed and FSDP1 hide weights or gradients, so no mask can act; launch with "
+            "--multi_gpu, or with --use_fsdp --fsdp_version 2"
+        )
     return processes, is_sharded
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint as recompute
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
 from wanda_dvc.engine.structure import ParameterSlice, find_slices
-from wanda_dvc.errors import UserError, explain, notice, reason
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.kernels import install as install_faster_linears
 from wanda_dvc.plan import RECOVERY_BATCH
 from wanda_dvc.training.compact import CompactAdamW
@@ -35,7 +34,6 @@ WARM_UP = 0.05  # of the steps
 LOGITS_OF_SLICE = 2**24  # elements, with `low_memory`
 EVALUATIONS = 10  # per training, at most, on the validation windows; each also writes a checkpoint
 Windows = Int[Tensor, "windows length"]
-SHARD = "shard"  # of a checkpoint: the files of processes, by their number
 Curve = list[dict[str, float]]  # by evaluation: tokens, the divergence on each text, and the score
 
 
@@ -114,7 +112,10 @@ def root_mean_square(parameter: Tensor) -> float:
 class RecoveryTrainer(Trainer):
     """The trainer of a pruned model."""
 
+    is_sharded = False
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
 
     def __init__(
@@ -187,20 +188,43 @@ class RecoveryTrainer(Trainer):
         return divergences
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-        """Write the weights by their names in the model, without transformers' conversions."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(dict(self.model.named_parameters()), Path(output_dir) / "model.safetensors")
+        """Make the folder; `_save_optimizer_and_scheduler` writes the weights too."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
+        """Write a checkpoint's files, by the first process; of a split model each process writes its parts."""
+        if self.is_sharded or self.args.should_save:
+            weights = {name: local(parameter) for name, parameter in self.model.named_parameters()}
+            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            torch.save(weights, self._file(output_dir, "weights"))
+            torch.save(states, self._file(output_dir, "states"))
+        self.accelerator.wait_for_everyone()  # before the first process calls the checkpoint complete
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        weights = torch.load(self._file(resume_from_checkpoint, "weights"), weights_only=True, mmap=True)
+        for name, parameter in self.model.named_parameters():
+            local(parameter).copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint is not None:
+            states = torch.load(self._file(checkpoint, "states"), weights_only=True, map_location="cpu")
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.lr_scheduler.load_state_dict(states["scheduler"])
+
+    def _file(self, folder: Any, content: str) -> Path:
+        return Path(folder) / f"{content}-{self.args.process_index if self.is_sharded else 0}.pt"
 
 
 class ShardedTrainer(RecoveryTrainer):
-    """A trainer of a model that is split over processes. Each has an optimizer, and writes a file of a checkpoint.
+    """A trainer of a model that is split over processes. Each has an optimizer.
 
     The parameters of AdamW are this process's parts of the model's, for torch tensors like any others.
     """
 
-    optimizer: Any
-    lr_scheduler: Any
+    is_sharded = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -220,33 +244,6 @@ class ShardedTrainer(RecoveryTrainer):
                 part.data = local(parameter)  # again, as modules that move to a device get other memory
                 part.grad = None if parameter.grad is None else local(parameter.grad)
         return loss
-
-    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-        """Make the folder; `_save_optimizer_and_scheduler` writes the weights too."""
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-
-    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
-        weights = {name: local(parameter) for name, parameter in self.model.named_parameters()}
-        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
-        torch.save({"weights": weights} | states, self._file(output_dir))
-        torch.distributed.barrier()  # before the first process calls the checkpoint complete
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        weights = torch.load(self._file(resume_from_checkpoint), weights_only=True, mmap=True)["weights"]
-        for name, parameter in self.model.named_parameters():
-            local(parameter).copy_(weights[name])
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        if checkpoint is not None:
-            states = torch.load(self._file(checkpoint), weights_only=True, map_location="cpu")
-            self.optimizer.load_state_dict(states["optimizer"])
-            self.lr_scheduler.load_state_dict(states["scheduler"])
-
-    def _file(self, folder: Any) -> Path:
-        return Path(folder) / f"{SHARD}-{self.args.process_index}.pt"
 
 
 def train(
@@ -271,12 +268,10 @@ def train(
     With `--use_fsdp` processes split both models; only the first returns weights that can be read.
 
     Returns the checkpoint with the weights of the lowest score, or None if no score is below the pruned model's; and
-    all evaluations. UserError if the model cannot be trained, or the choices of `accelerate launch` do not fit.
+    all evaluations. UserError if the choices of `accelerate launch` do not fit.
     """
     processes, is_sharded = _processes(batch, dtype)
     checkpoint_before = last_checkpoint(work)
-    if checkpoint_before is not None:
-        _check_launch(checkpoint_before, shards=processes if is_sharded else 0)
     cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
     # This connects the processes.
     arguments = _arguments(work, len(windows), batch // processes, batch=batch, dtype=cast_to, device=device)
@@ -291,16 +286,9 @@ def train(
         install_faster_linears(model)
         install_faster_linears(dense_model)
     sizes = [root_mean_square(parameter.detach()) for parameter in model.parameters()]
-    try:
-        if is_sharded:
-            shard(model, device)
-            shard(dense_model, device)
-        divergence(dense_model, model.train(), windows[:1, :8].to(device)).backward()
-    except Exception as error:  # a model's class may raise any exception
-        family = model.config.model_type
-        unknown = f"recovery.tokens: {family} cannot be trained: {reason(error)}; set recovery.tokens to 0"
-        raise UserError(*(explain(error) or [unknown])) from error
-    model.zero_grad()
+    if is_sharded:
+        shard(model, device)
+        shard(dense_model, device)
     if checkpointing and model.supports_gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
         enable = enable or model.gradient_checkpointing_enable
@@ -394,9 +382,7 @@ def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
     if batch % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected a divisor of recovery.batch, {batch}")
     if is_sharded and dtype is torch.float16:
-        raise UserError(
-            "accelerate launch: --use_fsdp: got a GPU without bfloat16, expected one with it; add --multi_gpu"
-        )
+        raise UserError("accelerate launch: --use_fsdp: the GPU has no bfloat16, expected one with it; add --multi_gpu")
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result. `shard` splits
     # models: accelerate splits none on CPUs, and not the dense one.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP"):
@@ -412,14 +398,3 @@ def last_checkpoint(work: Path) -> Path | None:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             complete[state["global_step"]] = folder.absolute()
     return complete[max(complete)] if complete else None
-
-
-def _check_launch(checkpoint: Path, shards: int) -> None:
-    """Raise UserError unless a checkpoint has files of so many processes (0 of a model that is not split)."""
-    written = len(list(checkpoint.glob(f"{SHARD}-*")))
-    if written != shards:
-        runs = [f"{count} processes with --use_fsdp" if count else "no --use_fsdp" for count in (shards, written)]
-        raise UserError(
-            f"accelerate launch: got {runs[0]}, expected {runs[1]} as in the interrupted training; "
-            f"launch it so, or remove {checkpoint.parent}"
-        )
