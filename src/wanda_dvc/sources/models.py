@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +38,8 @@ def find_model(source: str) -> Source:
     if source.startswith(PACKAGE_PREFIX):
         return Source({"source": source}, partial(_write_packaged, source.removeprefix(PACKAGE_PREFIX)))
     if Path(source).is_absolute():
-        return Source({"source": source}, partial(_write_local, Path(source)))
+        origin = {"source": Path(source).name}  # a provenance depends on no path
+        return Source({"source": source}, lambda out, _: _write_folder(Path(source), out, origin, copy_file))
     repository = _resolve_model(source)
     key = {"source": repository.name, "revision": repository.commit}
     return Source(key, partial(_write_hub, repository, key))
@@ -79,29 +81,20 @@ def _write_hub(repository: Repository, key: Json, out: Path, _: Path) -> None:
 
     DVC's outputs are real files: these are hard links to the Hub's cache, or copies if it is on another file system.
     """
-    where, names = f"{repository.where}: {repository.name}", repository.top_level
-    fetched = _fetch_config(repository)
-    if INDEX in names:
+    folder, weights = _fetch_config(repository), [SINGLE]  # pickles are never opened
+    if INDEX in repository.top_level:
         repository.fetch(INDEX)
-        weights = [INDEX, *read_index(fetched / INDEX)]
-    elif SINGLE in names:
-        weights = [SINGLE]
-    else:
-        raise UserError(f"{where}: found neither {SINGLE} nor {INDEX} (pickles are never opened); name another")
-    needed = [name for name in names if _matches(name, MODEL_FILES)] + weights
-    repository.fetch(*needed)
-    for name in needed:
-        link_file((fetched / name).resolve(), out / name)  # the cache has links to its files
-    check_model(out)
-    _write_provenance(out, key | ({"license": repository.license} if repository.license else {}))
+        weights = [INDEX, *read_index(folder / INDEX)]
+    repository.fetch(*(name for name in repository.top_level if _matches(name, MODEL_FILES)), *weights)
+    _write_folder(folder, out, key | ({"license": repository.license} if repository.license else {}), link_file)
 
 
-def _write_local(folder: Path, out: Path, _: Path) -> None:
+def _write_folder(folder: Path, out: Path, origin: Json, copy: Callable[[Path, Path], None]) -> None:
     files = _files(folder)
     check_model(folder)
     for path in files:
-        copy_file(path, out / path.name)
-    _write_provenance(out, {"source": folder.name})  # a provenance depends on no path
+        copy(path.resolve(), out / path.name)  # the Hub's cache has links to its files
+    _write_provenance(out, origin)
 
 
 def _files(source: Path) -> list[Path]:

@@ -110,9 +110,8 @@ def root_mean_square(parameter: Tensor) -> float:
 
 
 class RecoveryTrainer(Trainer):
-    """The trainer of a pruned model."""
+    """The trainer of a pruned model, or of this process's part of one that is split."""
 
-    is_sharded = False
     model: Any
     optimizer: Any
     lr_scheduler: Any
@@ -125,12 +124,19 @@ class RecoveryTrainer(Trainer):
         stored_dtypes: Mapping[str, torch.dtype],  # by parameter
         on_step: Callable[[int], None],
         divergence: Callable[[Any, Any, Tensor], Tensor],
+        is_sharded: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
+        if is_sharded:  # without DDP: FSDP adds up gradients
+            prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            vars(self.accelerator)["prepare_model"] = prepare
         self.dense, self.validation, self.stored_dtypes, self.on_step = dense, validation, stored_dtypes, on_step
-        self.divergence = divergence
+        self.divergence, self.is_sharded = divergence, is_sharded
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """Leave the model: it is on the device."""
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         """Return the divergence on some windows."""
@@ -218,34 +224,6 @@ class RecoveryTrainer(Trainer):
         return Path(folder) / f"{content}-{self.args.process_index if self.is_sharded else 0}.pt"
 
 
-class ShardedTrainer(RecoveryTrainer):
-    """A trainer of a model that is split over processes. Each has an optimizer.
-
-    The parameters of AdamW are this process's parts of the model's, for torch tensors like any others.
-    """
-
-    is_sharded = True
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)  # without DDP: FSDP adds up gradients
-        vars(self.accelerator)["prepare_model"] = prepare
-
-    def _move_model_to_device(self, *_: Any) -> None:
-        """Leave the model: its parts are on the device."""
-
-    def training_step(self, model: Any, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Compute this process's parts of the gradients."""
-        self.optimizer.zero_grad()
-        loss = super().training_step(model, *inputs, **kwargs)
-        for group, parameter in zip(self.optimizer.param_groups, model.parameters(), strict=True):
-            part = group["params"][0]
-            if part is not parameter:  # else it has taken its step
-                part.data = local(parameter)  # again, as modules that move to a device get other memory
-                part.grad = None if parameter.grad is None else local(parameter.grad)
-        return loss
-
-
 def train(
     dense: Path, pruned: Path, *, windows: Windows, validation: Mapping[str, Windows], batch: int, rate: float,
     dtype: torch.dtype, device: torch.device, checkpointing: bool, low_memory: bool, work: Path,
@@ -300,11 +278,13 @@ def train(
         for name, parts in slices.items():  # the tensors of a parameter have one dtype
             stored_dtypes[name] = checkpoint.read(parts[0].address).dtype  # of a view of the file: no weight is read
     rates = [rate * math.sqrt(batch / RECOVERY_BATCH) * size for size in sizes]
-    optimizer = _optimizer(model, rates, low_memory=low_memory, is_sharded=is_sharded)
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(model.parameters(), rates, strict=True)]
+    # torch's fused one is its fastest, on each device.
+    optimizer = CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     dataset = [{"input_ids": window} for window in windows]
-    trainer = (ShardedTrainer if is_sharded else RecoveryTrainer)(
+    trainer = RecoveryTrainer(
         dense=dense_model, validation=validation, stored_dtypes=stored_dtypes, on_step=on_step, divergence=divergence,
-        model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
+        is_sharded=is_sharded, model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
         eval_dataset=dataset,  # Trainer requires one; `evaluate` reads the validation windows instead
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if checkpoint_before is None else str(checkpoint_before))
@@ -312,15 +292,6 @@ def train(
     if best is None or best >= 1:
         return None, trainer.curve
     return _with_weights(checkpoint, model, slices), trainer.curve
-
-
-def _optimizer(model: Any, rates: list[float], *, low_memory: bool, is_sharded: bool) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    if is_sharded and not low_memory:
-        parameters = [torch.nn.Parameter(local(parameter)) for parameter in parameters]
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
-    # torch's fused one is its fastest, on each device.
-    return CompactAdamW(groups) if low_memory else torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
