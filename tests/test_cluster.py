@@ -80,7 +80,7 @@ def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
     monkeypatch.setattr(ray, "put", lambda x: x)
     monkeypatch.setattr(ray, "get", lambda x: x)
     cluster, taken = Cluster(), 0  # type: ignore[call-arg] # see above
-    cluster._expected = {}, [], 1, "cpu"
+    cluster._expected = {}, 1, "cpu"
     cluster._task = mock.Mock(remote=lambda *arguments: arguments[-2](CPU, arguments[-1]))
 
     def inputs() -> Iterator[int]:
@@ -112,13 +112,6 @@ def test_a_task_takes_the_gpu_that_ray_has_given_it(
 
 
 @slow
-def test_a_node_that_does_not_see_the_files_is_refused(nodes: Any, tmp_path: Path):
-    set_nodes(nodes, 1)
-    with pytest.raises(UserError, match=r"^worker on .*/missing: not found on this node, .* folder that all nodes"):
-        list(Cluster("auto", device="cpu", folders=[tmp_path / "missing"]).map(lambda *_: None, [None]))
-
-
-@slow
 def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make, tmp_path: Path):
     set_nodes(nodes, 1)
     folder = save_tiny_model(tmp_path / "broken")
@@ -131,7 +124,7 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, study: Make,
 def test_a_node_with_another_version_of_a_library_is_refused(monkeypatch: Patch):
     monkeypatch.setattr(ray, "get_runtime_context", mock.MagicMock())
     with pytest.raises(UserError, match="worker on .*: torch .*, expected the driver's 0: results depend on it"):
-        run_on_node(VERSIONS | {"torch": "0"}, [], 1, "cpu", lambda *_: None, None)
+        run_on_node(VERSIONS | {"torch": "0"}, 1, "cpu", lambda *_: None, None)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

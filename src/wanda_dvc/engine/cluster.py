@@ -7,7 +7,7 @@ Their results are byte-identical to those of one process, and arrive in the same
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,15 +44,11 @@ ENVIRONMENT = {
 
 TaskInput = TypeVar("TaskInput")
 TaskResult = TypeVar("TaskResult")
+TaskFunction = Callable[[torch.device, TaskInput], TaskResult]
 
 
 def run_on_node(
-    versions: dict[str, str],
-    folders: Sequence[Path],
-    threads: int,
-    device: str,
-    function: Callable[[torch.device, TaskInput], TaskResult],
-    value: TaskInput,
+    versions: dict[str, str], threads: int, device: str, function: TaskFunction[TaskInput, TaskResult], value: TaskInput
 ) -> TaskResult | list[Any]:
     """Run a function in this process; an iterator becomes a list. Errors name the node, such as other versions."""
     register_tensor_serializer()
@@ -62,12 +58,6 @@ def run_on_node(
             driver = versions[name]
             if installed != driver:
                 raise UserError(f"{name} {installed}, expected the driver's {driver}: results depend on it; install it")
-        missing = [str(folder) for folder in folders if not folder.exists()]
-        if missing:
-            raise UserError(
-                f"{', '.join(missing)}: not found on this node, expected the driver's files; keep the study in a "
-                "folder that all nodes share, at the same path"
-            )
         result = function(task_device(device), value)
         return list(result) if isinstance(result, Iterator) else result
     except Exception as error:
@@ -144,8 +134,8 @@ def connect(address: str) -> None:
 class Cluster:
     """Maps functions over inputs as tasks of a cluster, which this process leaves when it ends."""
 
-    def __init__(self, address: str, *, device: str, folders: Sequence[Path] = ()) -> None:
-        """`address` is `local`, or the Ray address of a running cluster, whose nodes see the folders."""
+    def __init__(self, address: str, *, device: str) -> None:
+        """`address` is `local`, or the Ray address of a running cluster."""
         if not ray.is_initialized():
             connect(address)
         register_tensor_serializer()
@@ -157,8 +147,7 @@ class Cluster:
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self.device = torch.device("cuda" if self._kind == "GPU" else "cpu")  # of tasks; which GPU: `task_device`
         self._threads = min(omp_threads() or THREADS, smallest)
-        # The first arguments of `run_on_node`.
-        self._expected = VERSIONS, [*folders], self._threads, device if self._kind == "GPU" else "cpu"
+        self._expected = VERSIONS, self._threads, self.device.type  # the first arguments of `run_on_node`
         resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
         self._id = uuid4().hex
@@ -181,7 +170,7 @@ class Cluster:
         return self.map(partial(call_with_model, folder_dtype_id, function, job), inputs, what)
 
     def map(
-        self, function: Callable[[torch.device, TaskInput], TaskResult], inputs: Iterable[TaskInput], what: str = "task"
+        self, function: TaskFunction[TaskInput, TaskResult], inputs: Iterable[TaskInput], what: str = "task"
     ) -> Iterator[TaskResult]:
         """Yield function(device, input) for each input, in order; messages name an input by `what` and its number.
 

@@ -2,7 +2,6 @@
 
 import importlib
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,16 +183,16 @@ def runner(study: Study, model: str, work: Work) -> "ModelRunner":
             "dtype=float32 (last digits differ), or use another machine"
         )
     decoder = Decoder(study.model(model), dtype=getattr(torch, dtype), device=device)
-    return ModelRunner(decoder, work.path.absolute(), cluster(study, [study.model(model), study.work_root]))
+    return ModelRunner(decoder, work.path.absolute(), cluster(study))
 
 
-def cluster(study: Study, folders: Sequence[Path]) -> "Cluster | None":
-    """Return the Ray cluster of params.yaml, whose nodes see some folders; None if the setting names no cluster."""
+def cluster(study: Study) -> "Cluster | None":
+    """Return the Ray cluster of params.yaml; None if the setting names no cluster."""
     runtime = study.params.runtime
     if runtime.ray is None:
         return None
     from wanda_dvc.engine.cluster import Cluster
 
-    connected = Cluster(runtime.ray, device=runtime.device, folders=[folder.absolute() for folder in folders])
+    connected = Cluster(runtime.ray, device=runtime.device)
     notice(f"runtime.ray: workers: {connected.workers}")
     return connected

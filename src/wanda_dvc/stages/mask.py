@@ -208,7 +208,7 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
     tasks = []
     for block, stats in stats_of.items():
         tasks += [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
-    results = run_solvers(job, study.gram, tasks, inputs.cluster(study, [study.model("dense"), study.gram]), device)
+    results = run_solvers(job, study.gram, tasks, inputs.cluster(study), device)
     # They come in the order of the tasks, one for each distinct input of a block.
     for block, stats in stats_of.items():
         yield combine(job, block, itertools.islice(results, len(stats.consumers)))
