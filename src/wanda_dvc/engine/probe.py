@@ -1,7 +1,7 @@
 """Compares a smaller model with the full model that computes without the removed units."""
 
 import gc
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,12 @@ TOKENS = 32
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
 
 
-class MaskedRun(NamedTuple):
-    """A block's run in the full model."""
-
-    block: int  # its number in the smaller model
-    before: States
-    dense: States  # after the block with all units; if blocks are removed, `before`: the effect is all that it adds
-    masked: States  # after the block without the removed units
-
-
 @torch.no_grad()
 def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
     """Raise UserError if a smaller model differs from the full model without the removed units.
 
-    Random tokens run through one block of each kind in both models, or through all if blocks are removed, on a device
-    and in float32. One of the models is in memory at a time.
+    The embeddings of random tokens run through one block of each kind in both models, or each block if blocks are
+    removed, on a device and in float32. One of the models is in memory at a time.
     """
     try:
         full = Decoder(source, dtype=torch.float32, device=device)
@@ -41,20 +32,18 @@ def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
         sequence = TokenSequence(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         # The tolerance is relative to the effect of the removed units. It is smaller for blocks, to refuse those that
         # depend on the number of blocks, which differ by little.
-        if full.loader.blocks_name in removal.unit_sets:
-            runs, tolerance = _run_kept_blocks(full, removal, sequence), 1e-3
-        else:
-            runs, tolerance = _run_each_kind(full, removal, sequence), 1e-2
+        tolerance = 1e-3 if full.loader.blocks_name in removal.unit_sets else 1e-2
+        hidden = full.embed(sequence)
+        runs = _run_full(full, removal, hidden, sequence)
         del full
         gc.collect()
         small = Decoder(SmallerCheckpoint(source, removal), dtype=torch.float32, device=device)
-        for run in runs:
-            small.load(run.block, -1)
-            difference = vector_norm(small.run(run.block, run.before, sequence) - run.masked).item()
-            effect = vector_norm(run.masked - run.dense).item()
-            size = vector_norm(run.dense).item()
+        for block, dense, masked in runs:
+            small.load(block, -1)
+            difference = vector_norm(small.run(block, hidden, sequence) - masked).item()
+            effect, size = vector_norm(masked - dense).item(), vector_norm(dense).item()
             if not difference <= tolerance * max(effect, 1e-4 * size):
-                raise ValueError(f"its block {run.block} computes something else without them: off by {difference:.2g}")
+                raise ValueError(f"its block {block} computes something else without them: off by {difference:.2g}")
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -62,21 +51,17 @@ def probe(source: Checkpoint, removal: Removal, device: torch.device) -> None:
         raise refused(removal.structure, source, problem) from error
 
 
-def _run_kept_blocks(full: Decoder, removal: Removal, sequence: TokenSequence) -> list[MaskedRun]:
-    hidden, runs = full.embed(sequence), []
-    kept = removal.kept_masks[full.loader.blocks_name].nonzero()[:, 0].tolist()
-    for number, index in enumerate(kept):
-        full.load(index, -1)
-        after = full.run(index, hidden, sequence)
-        runs.append(MaskedRun(number, hidden, hidden, after))
-        hidden = after
-    return runs
+def _run_full(
+    full: Decoder, removal: Removal, hidden: States, sequence: TokenSequence
+) -> list[tuple[int, States, States]]:
+    """Run a block of each kind of the full model, or each kept block, with all units and without the removed units.
 
-
-def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> list[MaskedRun]:
-    """Run a block of each kind on the embeddings: consumers read zeros, and routers never choose removed experts."""
-    hidden, runs = full.embed(sequence), []
-    for index in full.one_of_each_kind:
+    Without them consumers read zeros, and routers never choose removed experts. Returns each block's number in the
+    smaller model and both outputs; if blocks are removed, in place of the first its input: the effect is all it adds.
+    """
+    kept_blocks, runs = removal.kept_masks.get(full.loader.blocks_name), []
+    indices = full.one_of_each_kind if kept_blocks is None else kept_blocks.nonzero()[:, 0].tolist()
+    for number, index in enumerate(indices):
         full.load(index, -1)
         dense = full.run(index, hidden, sequence)
         consumers = full.linears(index).keys() & removal.consumers.keys()
@@ -84,7 +69,10 @@ def _run_each_kind(full: Decoder, removal: Removal, sequence: TokenSequence) -> 
         full.load(index, -1, WeightChange(masks, {}))
         with MaskedRouters(full.model, removal):
             masked = full.run(index, hidden, sequence)
-        runs.append(MaskedRun(index, hidden, dense, masked))
+        if kept_blocks is None:
+            runs.append((index, dense, masked))
+        else:
+            runs.append((number, hidden, masked))
     return runs
 
 
