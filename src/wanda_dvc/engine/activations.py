@@ -71,6 +71,11 @@ class ActivationStore:
         if not self.written_later:
             self._save(block, chunk, batches)
 
+    def copy_from(self, store: "ActivationStore", source_block: int, block: int) -> None:
+        """Copy a store's activations before one block to this store, before another block."""
+        for chunk in range(len(self.lengths)):
+            self.write(block, chunk, store.read(source_block, chunk))
+
     def flush(self, block: int) -> None:
         """Write the files of the activations before a block that are not written yet."""
         if self.written_later:

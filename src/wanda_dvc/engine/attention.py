@@ -1,7 +1,4 @@
-"""The engine's own attention for sequences of several questions, registered with transformers.
-
-Each question has a mask of its own. Windows, sequences of one text, run through the model's own attention.
-"""
+"""The attention of sequences of several questions, registered with transformers; texts take the model's own."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -27,8 +24,7 @@ def mask_pairs(
 ) -> Tensor:
     """Return the mask of one kind of block (causal, sliding, chunked) for `attend`.
 
-    Bool [1, 1, 1, pairs], True is seen: on a CPU the pairs of tokens of each question, one after another; on a GPU all
-    pairs of tokens of the sequence.
+    Bool [1, 1, 1, pairs], True is seen: on a CPU the pairs of tokens of each question, on a GPU those of the sequence.
     """
     questions = running_questions.get()
     positions = int(questions.positions.max()) + 1
@@ -53,10 +49,9 @@ def attend(
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
     """Compute attention within each question, with the mask of `mask_pairs`.
 
-    A CPU computes one question after another: a sequence has up to 50 times as many pairs of tokens as its questions.
-    A GPU computes all pairs at once, because starting an operation takes longer than these pairs.
-
-    ValueError for unsupported arguments, such as sinks, the keys to attend to, or a bias for each position.
+    A CPU computes one question after another: a sequence has up to 50 times as many pairs of tokens as its questions. A
+    GPU computes all pairs at once, because starting an operation takes longer than these pairs. ValueError for
+    unsupported arguments, such as sinks, the keys to attend to, or a bias for each position.
     """
     refused = [name for name, argument in kwargs.items() if isinstance(argument, Tensor) and name not in IGNORED]
     if refused:

@@ -12,7 +12,7 @@ import torch
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Predictions, kl_divergence, measure
-from wanda_dvc.engine.forward import BlockRun, Input, ModelRunner, OutputFunction, Result, embed, run_block
+from wanda_dvc.engine.forward import BlockRun, ModelRunner, embed, run_block
 from wanda_dvc.engine.sequences import Chunk, Hidden, TokenSequence
 from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import FIX_NOT_FINITE, UserError
@@ -77,14 +77,14 @@ def choose_one_more(choice: DepthChoice, measure: Callable[[Sequence[Blocks]], S
 
 def measure_dense(runner: ModelRunner, windows: Sequence[TokenSequence]) -> list[Predictions]:
     """Return the dense model's predictions of each window."""
-    return list(run_without(runner, windows, [[]], predict_every_fourth, [None] * len(windows)))
+    return list(run_without(runner, windows, [[]], [None] * len(windows)))
 
 
 def measure_choices(
     runner: ModelRunner, windows: Sequence[TokenSequence], groups: Sequence[Blocks], dense: Sequence[Predictions]
 ) -> Iterator[float]:
     """Yield the divergence without each group of blocks, in nats, to six digits; infinity if it is not finite."""
-    predictions = run_without(runner, windows, groups, predict_every_fourth, dense)
+    predictions = run_without(runner, windows, groups, dense)
     for _ in groups:
         kl = [kl_divergence(reference, next(predictions)).mean().item() for reference in dense]
         divergence = float(f"{math.fsum(kl) / len(kl):.6g}")
@@ -102,13 +102,9 @@ def predict_every_fourth(
 
 
 def run_without(
-    runner: ModelRunner,
-    windows: Sequence[TokenSequence],
-    groups: Sequence[Blocks],
-    function: OutputFunction[Input, Result],
-    value: Input,
-) -> Iterator[Result]:
-    """Yield what a function of the output head yields for the windows, without each group of blocks.
+    runner: ModelRunner, windows: Sequence[TokenSequence], groups: Sequence[Blocks], dense: Sequence[Predictions | None]
+) -> Iterator[Predictions]:
+    """Yield the model's predictions of each window, without each group of blocks.
 
     Groups that remove the same blocks so far share the activations of the first of them.
     """
@@ -131,7 +127,7 @@ def run_without(
         store.drop(block + 1)
         before = after
     runner.decoder.unload()
-    yield from runner.map_outputs(function, lambda _: value)
+    yield from runner.map_outputs(predict_every_fourth, lambda _: dense)
 
 
 def sharing(groups: Sequence[Blocks], end: int) -> list[int]:

@@ -205,11 +205,11 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
     """Return the blocks of a model, in one set. The probe needs the chosen blocks."""
     full = DenseModel(source, structure)
     content, blocks_name, total = full.config.to_dict(), full.blocks_name, len(full.linears)
-    config_fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
-    if not config_fields:
+    fields = {name: ConfigField(total, blocks_name) for name in structure.fields if content.get(name) == total}
+    if not fields:
         raise full.refused(f"its configuration has no number of them (looked for {', '.join(structure.fields)})")
     for name, entries in block_lists(content, total).items():
-        config_fields[name] = ConfigField(entries, blocks_name)
+        fields[name] = ConfigField(entries, blocks_name)
     # Another part of the model may have blocks too, such as a vision tower.
     prefix = next(iter(full.linears[0])).partition(".0.")[0] + "."
     unit_tensors = {}
@@ -218,9 +218,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         if name.startswith(prefix) and number.isdecimal():
             unit_tensors[name] = UnitTensor(blocks_name, int(number), prefix, f".{suffix}")
     units = Units(total, count_kept(total, sparsity, structure.multiple), members=[[*names] for names in full.linears])
-    return Removal(
-        structure=structure, unit_sets={blocks_name: units}, config_fields=config_fields, unit_tensors=unit_tensors
-    )
+    return Removal(structure=structure, unit_sets={blocks_name: units}, config_fields=fields, unit_tensors=unit_tensors)
 
 
 def block_lists(content: Mapping[str, Any], blocks: int) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ those after the block to another, and returns sums. A loop calls it, or Ray runs
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -149,12 +149,10 @@ class ModelRunner:
     def map(
         self, function: Callable[[Decoder, Job, Input], Result], job: Job, inputs: Iterable[Input], what: str
     ) -> Iterator[Result]:
-        """Yield function(model, job, input) for each input, in order; a cluster's messages name inputs by `what`."""
+        """Return function(model, job, input) of each input, in order; a cluster's messages name inputs by `what`."""
         if self.cluster is not None:
-            yield from self.cluster.map_model(self.decoder, function, job, inputs, what)
-            return
-        for value in inputs:
-            yield function(self.decoder, job, value)
+            return self.cluster.map_model(self.decoder, function, job, inputs, what)
+        return map(partial(function, self.decoder, job), inputs)
 
     def merge(
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str

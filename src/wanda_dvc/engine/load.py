@@ -47,8 +47,8 @@ class BlockLoader:
     def _load_outside_blocks(self) -> None:
         """Load the parameters outside blocks, and all buffers, which are small.
 
-        A tied head is the embeddings' parameter. One name is stored: both get its tensor. Both are stored and equal:
-        likewise. Both are stored and differ: they are separate, for any configuration, as in transformers.
+        A tied head is the embeddings' parameter, unless both are stored and differ: then they are separate, for any
+        configuration, as in transformers.
         """
         aliases_of: dict[int, list[str]] = {}  # the names of each parameter
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

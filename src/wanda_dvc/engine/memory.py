@@ -16,9 +16,7 @@ LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, bey
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-# Of kept arguments of blocks, at least. Arguments of other sequences are recorded again for each block, in a few
-# milliseconds: 2 % of a block of SmolLM2-135M on one CPU core.
-ARGUMENTS_BYTES = 2**26
+ARGUMENTS_BYTES = 2**26  # of kept arguments of blocks, at least; on a CPU, to record others again takes 2 % of a block
 
 
 class ModelSizes:

@@ -5,7 +5,6 @@ A request is about one continuation of a context. A question is a context with a
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -21,6 +20,8 @@ SEQUENCE_TOKENS = 2048  # of questions: large multiplications, small activations
 
 ShowProgress = Callable[[Iterator[BlockStep]], Iterable[BlockStep]]
 Tokens = tuple[int, ...]
+# A context; by continuation, without its last token, which is no input, the indices of the requests.
+Question = tuple[Tokens, dict[Tokens, list[int]]]
 
 
 class Request(NamedTuple):
@@ -29,27 +30,6 @@ class Request(NamedTuple):
     context: Tokens
     continuation: Tokens
     task: str = "a task"
-
-    def within(self, length: int) -> "Request":
-        """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input.
-
-        Without a continuation, or with one of more than `length` tokens, the result has no context.
-        """
-        tokens = (self.context + self.continuation)[-(length + 1) :]
-        return self._replace(context=tokens[: -len(self.continuation)])
-
-
-@dataclass
-class Question:
-    """A context, and the continuations that requests ask about, without their last tokens, which are no input."""
-
-    context: Tokens
-    indices: dict[Tokens, list[int]] = field(default_factory=dict)  # of equal requests, by continuation
-
-    @property
-    def size(self) -> int:
-        """The number of tokens."""
-        return len(self.context) + sum(map(len, self.indices))
 
 
 class Prediction(NamedTuple):
@@ -66,22 +46,23 @@ def pack_questions(requests: Sequence[Request], *, limit: int) -> tuple[list[Tok
     The items of a task without contexts, such as XNLI, share one context: they become several questions of about
     `limit` tokens, because attention takes the square of a question.
     """
-    questions: dict[tuple[str, Tokens, int], Question] = {}
+    questions: dict[tuple[str, Tokens, int], dict[Tokens, list[int]]] = {}
     continued = Counter[tuple[str, Tokens]]()  # tokens of the continuations so far, by task and context
     for index, request in enumerate(requests):
         continuation, key = request.continuation[:-1], (request.task, request.context)
-        question = questions.setdefault((*key, continued[key] // limit), Question(request.context))
-        question.indices.setdefault(continuation, []).append(index)
+        indices = questions.setdefault((*key, continued[key] // limit), {})
+        indices.setdefault(continuation, []).append(index)
         continued[key] += len(continuation)
 
     groups: list[list[Question]] = []
     size, last = 0, ""  # of the last group: its tokens, its task
-    for (task, _, _), question in questions.items():
-        if not groups or task != last or size + question.size > limit:
+    for (task, context, _), indices in questions.items():
+        tokens = len(context) + sum(map(len, indices))
+        if not groups or task != last or size + tokens > limit:
             groups.append([])
             size, last = 0, task
-        groups[-1].append(question)
-        size += question.size
+        groups[-1].append((context, indices))
+        size += tokens
     joined = [join_questions(group, requests) for group in groups]
     return [sequence for sequence, _ in joined], [predictions for _, predictions in joined]
 
@@ -93,12 +74,12 @@ def join_questions(
     tokens: list[int] = []
     places: list[tuple[int, int, int]] = []  # of each token: its position, question and choice, as in PackedQuestions
     predictions: list[Prediction] = []
-    for number, question in enumerate(questions):
-        end = len(question.context)
-        tokens += question.context
+    for number, (context, indices_of) in enumerate(questions):
+        end = len(context)
+        tokens += context
         places += [(position, number, 0) for position in range(end)]
         last_of_context = len(tokens) - 1  # predicts the first token of each choice
-        for choice, (continuation, indices) in enumerate(question.indices.items(), start=1):
+        for choice, (continuation, indices) in enumerate(indices_of.items(), start=1):
             positions = [last_of_context, *range(len(tokens), len(tokens) + len(continuation))]
             tokens += continuation
             places += [(end + offset, number, choice) for offset in range(len(continuation))]
@@ -132,23 +113,25 @@ def loglikelihoods(
     `length` is the model's number of positions. The requests of a task are neighbours, and their results do not depend
     on other tasks. An interrupted run resumes from the runner's files.
     """
-    requests = [request.within(length) for request in requests]
-    too_long = [request.task for request in requests if not request.context]
-    if too_long:
-        problem = f"a choice has no token, or more than the model's {length}"
-        raise UserError(f"tasks.names: {too_long[0]}: {problem}; remove it")
+    shortened = []
+    for request in requests:  # the last tokens count, as in lm-eval; the last one of all is no input
+        context = (request.context + request.continuation)[-(length + 1) : -len(request.continuation)]
+        if not context:
+            problem = f"a choice has no token, or more than the model's {length}"
+            raise UserError(f"tasks.names: {request.task}: {problem}; remove it")
+        shortened.append(request._replace(context=context))
     if runner.decoder.packs_questions:
-        sequences, predictions = pack_questions(requests, limit=SEQUENCE_TOKENS)
+        sequences, predictions = pack_questions(shortened, limit=SEQUENCE_TOKENS)
     else:
-        sequences, predictions = one_per_sequence(requests)
+        sequences, predictions = one_per_sequence(shortened)
     for step in progress(runner.forward(sequences)):
         step.run()
 
     totals, is_greedy = [0.0] * len(requests), [True] * len(requests)
     answers = runner.map_outputs(predict, lambda places: predictions[places.start : places.stop])
-    for request, log_p, is_likeliest in answers:
-        totals[request] += log_p
-        is_greedy[request] &= is_likeliest
+    for index, log_p, is_likeliest in answers:
+        totals[index] += log_p
+        is_greedy[index] &= is_likeliest
     return list(zip(totals, is_greedy, strict=True))
 
 

@@ -166,9 +166,8 @@ def dimension_mask(dimension: UnitDimension, kept: KeptUnits) -> Bool[Tensor, ".
 
 def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
     """Return the error that a model does not support a pattern, with the reason."""
-    return UserError(
-        f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern or sparsity"
-    )
+    problem = f"got {structure.name}, which {source} does not support: {why}"
+    return UserError(f"pattern: {problem}; choose another pattern or sparsity")
 
 
 class SmallerCheckpoint(EditedCheckpoint):

@@ -73,19 +73,19 @@ def run_cuts(
         cut = next((cut for cut in cuts if cut.block_before < block < cut.end), None)
         if block <= first:  # both models are equal so far
             run_windows(runner, BlockRun(block, dense))
-            copy_activations(runner, dense, block + 1, store, block + 1)
+            store.copy_from(dense, block + 1, block + 1)
         elif cut is None:
             step.run()
         else:
             run_windows(runner, BlockRun(block, dense))
-            copy_activations(runner, store, block, store, block + 1)
+            store.copy_from(store, block, block + 1)
         if cut and block == cut.end - 1 and cut.block_before >= 0:
             weight = repaired(CutRun(cut, store, dense))
             if weight is not None:
                 change = WeightChange({}, {cut.linear: weight})
                 run_windows(runner, BlockRun(cut.block_before, store, change=change))
                 for removed in range(cut.block_before + 1, cut.end):
-                    copy_activations(runner, store, removed, store, removed + 1)
+                    store.copy_from(store, removed, removed + 1)
         yield block
         if block == last - 1:
             return
@@ -96,20 +96,11 @@ def run_windows(runner: ModelRunner, block: BlockRun) -> None:
     runner.merge(run_block, block, runner.chunks, InputSums(), f"block {block.index}, chunk")
 
 
-def copy_activations(
-    runner: ModelRunner, source: ActivationStore, block: int, target: ActivationStore, target_block: int
-) -> None:
-    """Copy the activations before a block to another store, or before another block."""
-    for chunk in runner.chunks:
-        target.write(target_block, chunk.number, source.read(block, chunk.number))
-
-
 def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor, dict[str, float]] | None:
     """Return the new weight of a cut's linear, as stored, and diagnostics; None if no damping lowers the error.
 
-    The damping is that of the least error on the validation chunks; all chunks give the weight. Diagnostics are the
-    damping, and the error divided by that without a repair. A norm after the linear may prevent a repair. UserError if
-    the linear adds nothing to the hidden states.
+    The damping has the least error on the validation chunks; all chunks give the weight. Diagnostics are the damping,
+    and the error divided by that without a repair. UserError if the linear adds nothing to the hidden states.
     """
     block, end, linear = removed.cut
     transposed = runner.decoder.linears(block)[linear].transposed

@@ -1,7 +1,7 @@
 """Token sequences, the model's input: one text, or several questions one after another; and chunks of sequences.
 
 The cut into chunks depends only on the number of sequences and the kind of device, and sums are merged in the chunks'
-order. So sums are byte-identical for any assignment of chunks to processes, and for any order of completion.
+order. So sums are byte-identical for any assignment of chunks to processes.
 """
 
 from collections.abc import Sequence

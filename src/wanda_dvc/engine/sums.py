@@ -62,7 +62,15 @@ class InputSums:
 
         Inputs are in the order of their first products; those of experts last, by number.
         """
-        stats, input_of = self._with_unused_experts(linears)
+        stats, input_of = dict(self.stats), dict(self.input_of)
+        used_parameters = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
+        for matrix, names in group_by_matrix(linears).items():
+            if names[0] in input_of:
+                continue
+            if (matrix.module, matrix.leaf) not in used_parameters:
+                raise unsupported(names[0], "the model does not multiply by this weight")
+            stats[names[0]] = InputStats.empty(linears[names[0]].features)  # of an expert that got no token
+            input_of |= dict.fromkeys(names, names[0])
         ordered = [name for name in input_of if linears[name].slice.expert is None]
         ordered += [name for name, linear in linears.items() if linear.slice.expert is not None]
         consumers: dict[str, list[str]] = {}
@@ -78,20 +86,6 @@ class InputSums:
         )
         crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
         return BlockRecord(block_stats, self.grams, crosses)
-
-    def _with_unused_experts(self, linears: dict[str, Linear]) -> tuple[dict[str, InputStats], dict[str, str]]:
-        """Return `stats` and `input_of` with the experts that got no token. UserError if no product used a weight."""
-        stats, input_of = dict(self.stats), dict(self.input_of)
-        used_parameters = {(linear.module, linear.leaf) for name, linear in linears.items() if name in input_of}
-        for matrix, names in group_by_matrix(linears).items():
-            first = names[0]
-            if first in input_of:
-                continue
-            if (matrix.module, matrix.leaf) not in used_parameters:
-                raise unsupported(first, "the model does not multiply by this weight")
-            stats[first] = InputStats.empty(linears[first].features)
-            input_of |= dict.fromkeys(names, first)
-        return stats, input_of
 
 
 @dataclass(kw_only=True)

@@ -72,8 +72,6 @@ def draw_from_documents(
                 "take another text, or lower calibration.length"
             )
         index = rng.randint(0, len(documents) - 1)
-        if index in too_short:
-            continue
         tokens = tokens_of(documents[index])
         if len(tokens) <= length:
             too_short.add(index)
@@ -121,7 +119,6 @@ def cut(
     count = windows if isinstance(windows, int) else max(1, len(pieces))
     if len(pieces) < count:
         expected = "2 tokens" if windows == "all" else f"{count} windows of {length}"
-        raise UserError(
-            f"{name}: {len(tokens)} tokens, expected {expected} or more; take a longer text, fewer or shorter windows"
-        )
+        what = f"{len(tokens)} tokens, expected {expected} or more"
+        raise UserError(f"{name}: {what}; take a longer text, fewer or shorter windows")
     return pieces[:count]
