@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import wanda_dvc as wd
 from wanda_dvc.commands import prune as module
 from wanda_dvc.commands.prune import _operations, describe_run, prune_model
-from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, default_texts, parse_changes
+from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, parse_changes
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
@@ -184,7 +184,6 @@ def test_names_and_values_of_options():
     assert several.root != one.root  # another text, another study
     texts = {name: text.source for name, text in requested.params.perplexity.texts.items()}
     assert texts == {"embedded": "embedded", "ptb": "ptb", "data": "org/data:a@b", "data-2": "org/data"}
-    assert [default_texts(name) for name in (None, "org/name", "package:a==1", "/tmp")] == [[], ["c4"], [], []]
     assert [_parse_sparsity(text) for text in ("57%", "0.7 %", "0.3", 0.2)] == [0.57, 0.007, 0.3, 0.2]
     assert parse_changes(["a.b={c: 1, d: [2]}", "e=2:4", "f="]) == {"a.b.c": 1, "a.b.d": [2], "e": "2:4", "f": None}
 

@@ -316,7 +316,7 @@ def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path
     write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
     stale = workspace(made)
     assert not stale.results["recovered"].metrics
-    assert "models/recovered was trained from another models/pruned than the one here" in stale.notes[-1]
+    assert "models/recovered belongs to another experiment than models/pruned/" in stale.notes[-1]
     with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):
         export(study=made, experiment=None, target=tmp_path / "another")
     off = study(pattern="2:4")

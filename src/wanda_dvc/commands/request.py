@@ -48,7 +48,8 @@ def check_request(
 
     `changes` are settings by dotted name, which replace those of the options.
     """
-    settings = source_settings(model, text or default_texts(model)) | {"pattern": pattern}
+    is_on_hub = model is not None and HUB_ID.fullmatch(model) is not None and not os.path.lexists(model)
+    settings = source_settings(model, text or (["c4"] if is_on_hub else [])) | {"pattern": pattern}
     if recipe is not None:
         settings["recipe"] = recipe
     if sparsity is not None:
@@ -77,12 +78,6 @@ def check_request(
         target = Path("-".join(filter(None, [name, recipe, kind, amount, recover])))
     target = check_target(Study(root), target)
     return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate)
-
-
-def default_texts(model: str | None) -> list[str]:
-    """Return the calibration text of a model without another: C4 of one on the Hub, else [], the embedded text."""
-    is_on_hub = model is not None and HUB_ID.fullmatch(model) is not None and not os.path.lexists(model)
-    return ["c4"] if is_on_hub else []
 
 
 def parse_changes(assignments: Iterable[str]) -> Settings:

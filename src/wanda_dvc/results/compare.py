@@ -18,9 +18,10 @@ MISSING = "missing details"  # a reason: whether the protocols differ is not kno
 def _compared(results: Results, base: Results) -> Iterator[tuple[Measure, str, str | None]]:
     """Yield each measure with a test that two models have, on what, and why its values may not be compared."""
     for measure in MEASURES:
-        for target in measure.where(results) if measure.paired_test else ():
-            if target in measure.where(base):
-                yield measure, target, why_not_comparable(measure, results, base, target)
+        if measure.paired_test:
+            for target in measure.where(results):
+                if target in measure.where(base):
+                    yield measure, target, why_not_comparable(measure, results, base, target)
 
 
 def why_not_comparable(measure: Measure, results: Results, base: Results, target: str) -> str | None:
@@ -75,10 +76,8 @@ def records(models: Mapping[str, Results], *, base: str) -> Json:
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tuple[Measure, str]]:
     """Return by heading the measures that a model has, each with a text, a task or ""; `brief`: of a short table."""
     one_text = len({text for results in models for text in results.texts}) <= 1
-    columns = {}
-    for measure in MEASURES:
-        if brief and not measure.brief:
-            continue
+    measures, columns = [measure for measure in MEASURES if measure.brief or not brief], {}
+    for measure in measures:
         for target in measure.where(*models):
             columns[measure.heading(target, one_text=one_text)] = measure, target
     return columns

@@ -58,17 +58,20 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
     reasons = other_settings(study)
-    has_other_masks = _has_other_input(study.model("pruned"), "masks", study.masks)
-    if has_other_masks:
-        reasons.append("models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's.")
-    elif _has_other_input(study.model("recovered"), "pruned", study.model("pruned")):
-        reasons.append("models/recovered was trained from another models/pruned than the one here: run `dvc repro`.")
+    unrelated = ""  # the first model of another experiment
+    for model, key, source in (("pruned", "masks", "masks"), ("recovered", "pruned", "models/pruned")):
+        made_from = load_json(study.model(model) / PROVENANCE).get(key)
+        expected = load_json(study.root / source / PROVENANCE)
+        if made_from and expected and made_from != digest(expected):
+            unrelated = model
+            reasons.append(f"models/{model} belongs to another experiment than {source}/: run `dvc repro`.")
+            break
     if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        # DVC does not cache models/pruned: it may be of another experiment than masks/ and the figures of the lock.
-        if not provenance or (model == "pruned" and has_other_masks):
+        # DVC does not cache models/pruned: it may be another than that of masks/ and of the figures of the lock.
+        if not provenance or (model == "pruned" and unrelated == "pruned"):
             continue
         others = results[model].leave_out_others(digest(provenance))
         if others:
@@ -77,12 +80,6 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc repro`."
             )
     return results, [*notes, *reasons]
-
-
-def _has_other_input(artifact: Path, key: str, source: Path) -> bool:
-    """Whether an artifact names another input than the artifact `source`, if both are here."""
-    provenance, expected = load_json(artifact / PROVENANCE), load_json(source / PROVENANCE)
-    return bool(provenance and expected) and provenance.get(key) != digest(expected)
 
 
 def other_settings(study: Study) -> list[str]:

@@ -203,6 +203,7 @@ def compare_answers(results: Results, base: Results, task: str) -> Estimate | No
     difference = intervals.mean_of_tasks(changes, least=-1)
     if not task:
         return difference
+    # Of one item, or if all changed alike, no variance is known.
     difference = difference or Estimate(sum(changes[0]) / len(changes[0]))
     return difference._replace(p=intervals.mcnemar(right, base_right))
 

@@ -125,8 +125,10 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
             other_recipes.append((name, base_name))
     headers, rows = side_by_side(models, base=DENSE, further=other_recipes)
 
-    measures = headings(list(models.values()), brief=False).items()
-    charts = [(heading, svg(chart(*row, points, dense))) for heading, row in measures if row[0].scale]
+    charts = []
+    for heading, (measure, target) in headings(list(models.values()), brief=False).items():
+        if measure.scale:
+            charts.append((heading, svg(chart(measure, target, points, dense))))
 
     shared = {key: value for key, value in members[0].settings.items() if key not in varying}
     calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
