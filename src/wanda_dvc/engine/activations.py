@@ -83,13 +83,10 @@ class ActivationStore:
                 self._save(block, chunk, [self._content(block, chunk)])
 
     def drop(self, block: int) -> None:
-        """Remove the files that are not kept once the activations before a block are complete, and interrupted writes.
-
-        A worker that a cluster took for dead may still write one; its result is not used.
-        """
+        """Remove interrupted writes, and files that are not kept once the activations before a block are complete."""
         for path in self.folder.glob("[0-9]*-[0-9]*.bin*"):
             if path.suffix == ".part" or int(path.name.partition("-")[0]) <= block - self.kept:
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # a worker that a cluster took for dead may still write it
 
     def is_complete(self, block: int) -> bool:
         """Whether the files of all kept blocks up to a block have the right size. OSError if one is missing."""

@@ -32,8 +32,8 @@ def mask_pairs(
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     visible = sdpa_mask(1, positions, positions, mask_function=mask_function, device=device, **kwargs)
     assert visible is not None
-    parts = questions.split() if visible.device.type == "cpu" else [questions]
-    return torch.cat([part.seen_pairs(visible[0, 0]).flatten() for part in parts])[None, None, None]
+    parts = questions.slices if visible.device.type == "cpu" else [slice(None)]
+    return torch.cat([questions.seen_pairs(visible[0, 0], tokens).flatten() for tokens in parts])[None, None, None]
 
 
 def attend(

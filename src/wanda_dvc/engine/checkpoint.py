@@ -218,10 +218,8 @@ def write_model(view: EditedCheckpoint, target: Path, *, without: Collection[str
     """Write a view of a checkpoint into an empty folder; yield the name of each new tensor once it is written.
 
     All other tensors are copied byte for byte, and so are headers and index while the configuration stays. All other
-    files are copied, except those named in `without` and hidden files, in which the Hub's client stores times.
-
-    A thread reads the next new weight while one is written, so memory is bounded by the two largest ones. UserError if
-    a new weight has another shape or dtype than expected.
+    files are copied, except those named in `without` and hidden files, in which the Hub's client stores times. A thread
+    reads the next new weight while one is written, so memory is bounded by the two largest ones.
     """
     source, folder = view.source, view.source.folder
     differing = view.changed.keys() | (source.file_of.keys() - view.source_names.values())  # new ones, and left out

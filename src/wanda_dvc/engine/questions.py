@@ -110,8 +110,8 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
-    `length` is the model's number of positions. The requests of a task are neighbours, and their results do not depend
-    on other tasks. An interrupted run resumes from the runner's files.
+    `length` is the model's number of positions. The requests of a task are neighbours, so that their results do not
+    depend on other tasks.
     """
     shortened = []
     for request in requests:  # the last tokens count, as in lm-eval; the last one of all is no input

@@ -42,17 +42,13 @@ class PackedQuestions:
         _, counts = torch.unique_consecutive(self.question, return_counts=True)
         return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
 
-    def split(self) -> "list[PackedQuestions]":
-        """Return each question alone."""
-        columns = (self.positions, self.question, self.choice)
-        return [PackedQuestions(*(column[tokens] for column in columns)) for tokens in self.slices]
-
-    def seen_pairs(self, visible: Bool[Tensor, "positions positions"]) -> Bool[Tensor, "length length"]:
-        """Return the tokens that each token attends to (True), on the device of `visible`.
+    def seen_pairs(self, visible: Bool[Tensor, "positions positions"], tokens: slice) -> Bool[Tensor, "tokens tokens"]:
+        """Return the tokens that each of some tokens attends to (True) among them, on the device of `visible`.
 
         visible[p, q]: whether position p of a text attends to position q in this kind of block (such as sliding).
         """
-        positions, question, choice = (x.to(visible.device) for x in (self.positions, self.question, self.choice))
+        columns = (self.positions, self.question, self.choice)
+        positions, question, choice = (column[tokens].to(visible.device) for column in columns)
         related = (question == question[:, None]) & ((choice == 0) | (choice == choice[:, None]))
         return visible[positions[:, None], positions] & related
 

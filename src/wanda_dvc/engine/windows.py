@@ -39,10 +39,7 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
 def draw(
     tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int, setting: str = "calibration.text"
 ) -> DrawnWindows:
-    """Draw windows of a text as the Wanda authors do: each starts at `randint(0, tokens − length − 1)`.
-
-    UserError, with the `setting` that names the text, if it has too few tokens.
-    """
+    """Draw windows of a text as the Wanda authors do. UserError, with the `setting`, if it has too few tokens."""
     if len(tokens) <= length:
         raise UserError(
             f"{setting}: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer text, or "
@@ -57,10 +54,7 @@ def draw(
 def draw_from_documents(
     documents: Sequence[str], tokens_of: Callable[[str], Tensor], *, samples: int, length: int, seed: int, setting: str
 ) -> DrawnWindows:
-    """Draw windows within documents, as the Wanda authors do from C4: documents until one is long enough, and a start.
-
-    But the search ends if no document is long enough: UserError, with the `setting` that names the text.
-    """
+    """Draw windows within documents, as the Wanda authors do from C4. UserError if no document is long enough."""
     too_short: set[int] = set()
     rng = random.Random(seed)
     windows: list[Tensor] = []
@@ -111,8 +105,7 @@ def cut(
 ) -> list[Int[Tensor, " _"]]:
     """Cut a text into consecutive windows without overlap: `windows` of them, or, for None, every complete one.
 
-    With `windows` "all" the last one may be shorter, of two tokens or more: the first predicts nothing. UserError, with
-    the `name` of the text, if it has too few tokens.
+    With "all" the last one may be shorter, of two tokens or more. UserError, with the `name`, for too few tokens.
     """
     smallest = 2 if windows == "all" else length
     pieces = [piece for piece in tokens.split(length) if len(piece) >= smallest]
