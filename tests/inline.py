@@ -41,6 +41,15 @@ class Inline:
             result = called(model, its_job, copied(value))
             yield copied(list(result) if isinstance(result, Iterator) else result)
 
+    def merge_model(self, *args: Any) -> Any:
+        total = None
+        for sums in self.map_model(*args):
+            if total is None:
+                total = sums
+            else:
+                total.merge(sums)
+        return copied(total)
+
 
 def copied(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))

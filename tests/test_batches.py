@@ -196,7 +196,7 @@ def test_the_memory_of_a_gpu_goes_to_blocks_and_sums_first(tiny: Path, monkeypat
         assert decoder._arguments_memory > 7e9
 
 
-def test_tensors_are_written_in_order_while_the_next_are_computed():
+def test_tensors_come_to_the_host_in_order_while_the_next_are_computed():
     """At most two wait; an error of the thread, such as of a full disk, ends the loop."""
     with simulated_gpu():
         computed, used = list[int](), list[int]()
@@ -207,11 +207,11 @@ def test_tensors_are_written_in_order_while_the_next_are_computed():
                 computed.append(number)
                 yield torch.full((2,), number, device="cuda")
 
-        list(accelerator.one_ahead(lambda x: used.append(int(x[0])), results()))
+        accelerator.use_on_host(results(), lambda x: used.append(int(x[0])))
         assert used == computed == [*range(5)]
         assert [int(x[0]) for x in Copies(CUDA).to_device(torch.tensor([[3], [4], [5]]))] == [3, 4, 5]
         with pytest.raises(OSError, match="No space"):
-            list(accelerator.one_ahead(mock.Mock(side_effect=OSError(28, "No space left on device")), results()))
+            accelerator.use_on_host(results(), mock.Mock(side_effect=OSError(28, "No space left on device")))
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

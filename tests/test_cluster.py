@@ -16,12 +16,14 @@ from cases.models import tensors
 from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree
 
 from wanda_dvc.engine import questions
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import UserError
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
 
-from wanda_dvc.engine.cluster import AHEAD, VERSIONS, Cluster, connect, run_on_node, task_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, VERSIONS, Cluster, connect, merge_on_node, run_on_node, task_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 
@@ -92,6 +94,39 @@ def test_few_inputs_are_taken_ahead(monkeypatch: Patch, workers: int):
     for number, result in enumerate(cluster.map(lambda _, value: 2 * value, inputs()), start=1):
         assert result == 2 * number
         assert taken <= number - 1 + AHEAD * workers
+
+
+def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monkeypatch: Patch):
+    monkeypatch.setattr(Cluster, "__init__", lambda self: None)
+    monkeypatch.setattr(Cluster, "workers", 2)
+    monkeypatch.setattr(ray, "put", lambda x: x)
+    received = list[Any]()
+
+    def get(value: Any) -> Any:
+        received.append(value)
+        return value
+
+    monkeypatch.setattr(ray, "get", get)
+    cluster = Cluster()  # type: ignore[call-arg] # see above
+    cluster._expected, cluster._id = ({}, 1, "cpu"), ""
+    cluster._task = mock.Mock(
+        remote=lambda _versions, _threads, _device, function, value: function.args[1](None, None, value)
+    )
+    cluster._merge = mock.Mock(remote=merge_on_node)
+    decoder = mock.Mock(spec=Decoder, checkpoint=mock.Mock(folder=Path("model")), dtype=torch.float32)
+
+    def sums(_model: Any, _job: Any, number: int) -> InputSums:
+        first = torch.full((2,), 1.0 if number % 2 else 2.0**-53, dtype=torch.float64)
+        return InputSums(influence=first, input_of={f"linear {number}": "input"})
+
+    expected = InputSums()
+    for number in range(7):  # in another order 2⁻⁵³ would count
+        expected.merge(sums(None, None, number))
+    total = cluster.merge_model(decoder, sums, None, range(7), "chunk")
+    assert total is not None
+    assert torch.equal(total.influence, expected.influence)
+    assert list(total.input_of) == list(expected.input_of)
+    assert [x for x in received if x is not None] == [total]
 
 
 @pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])

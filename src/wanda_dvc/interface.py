@@ -116,7 +116,7 @@ def calibrate(
     if in_memory:
         from transformers import PreTrainedModel, PreTrainedTokenizerBase  # its import takes seconds
 
-        from wanda_dvc.sources.models import save_tokenizer
+        from wanda_dvc.engine.checkpoint import save_tokenizer
 
         if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(

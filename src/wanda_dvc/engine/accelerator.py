@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -114,6 +114,30 @@ class Copies:
         for tensor in one_ahead(copy, tensors):
             self.finish([tensor])
             yield tensor
+
+
+def use_on_host(tensors: Iterable[Tensor], use: Callable[[Tensor], object]) -> None:
+    """Call a function with each tensor in main memory. From CUDA a thread does, while the next tensor is computed."""
+
+    def copy(tensor: Tensor, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            host = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        stream.synchronize()
+        use(host)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        copying: Future[None] | None = None
+        for tensor in tensors:
+            if copying:
+                copying.result()
+            if tensor.is_cuda:
+                stream = torch.cuda.Stream(tensor.device)
+                stream.wait_stream(torch.cuda.current_stream(tensor.device))
+                copying = thread.submit(copy, tensor, stream)
+            else:
+                use(tensor.cpu())
+        if copying:
+            copying.result()
 
 
 def one_ahead(function: Callable[[Any], Copied], values: Iterable[Any]) -> Iterator[Copied]:

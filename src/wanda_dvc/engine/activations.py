@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wanda_dvc.engine.accelerator import Copies, one_ahead
+from wanda_dvc.engine.accelerator import Copies, use_on_host
 from wanda_dvc.engine.sequences import Batch, Hidden, States
 
 SAVED_EVERY = 60  # seconds, if a GPU holds all sequences
@@ -107,13 +107,10 @@ class ActivationStore:
         path = self._path(block, chunk)
         part = path.with_name(f"{path.name}-{uuid4().hex}.part")
         self.folder.mkdir(parents=True, exist_ok=True)
-
-        def append(batch: Tensor) -> None:
-            file.write(batch.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().data)
-
         with part.open("wb") as file:  # a mapped write to a full disk would kill the process
-            for _ in one_ahead(append, batches):
-                pass
+            use_on_host(
+                (x.to(self.dtype).contiguous() for x in batches), lambda x: file.write(x.view(torch.uint8).numpy().data)
+            )
             if not BOOT_ID:  # nothing would show a power cut, which loses files that are not on the disk
                 file.flush()
                 os.fsync(file.fileno())

@@ -297,5 +297,14 @@ def _read_checked(view: EditedCheckpoint, address: Address) -> memoryview:
     return weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def save_tokenizer(tokenizer: Any, target: Path) -> None:
+    """Write a tokenizer. transformers 4, which llama.cpp converts with, knows its class by the older name alone."""
+    tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
+    )
+
+
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -84,6 +84,15 @@ def call_with_model(
     return function(open_model(*folder_dtype_id, device), job, value)
 
 
+def merge_on_node(total: Any, sums: Any) -> tuple[Any, None]:
+    """Add sums of more sequences to a total, None at first; return it, and None, which the driver waits for."""
+    register_tensor_serializer()
+    if total is None:
+        return sums, None
+    total.merge(sums)
+    return total, None
+
+
 def task_device(device: str) -> torch.device:
     """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
     accelerator.disable_tf32()
@@ -150,6 +159,8 @@ class Cluster:
         self._expected = VERSIONS, self._threads, self.device.type  # the first arguments of `run_on_node`
         resources = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_on_node).options(max_retries=RETRIES, **resources)
+        # Without a CPU of its own: it runs next to the total, and does not wait for tasks.
+        self._merge: Any = ray.remote(merge_on_node).options(num_returns=2, num_cpus=0, max_retries=RETRIES)
         self._id = uuid4().hex
 
     @property
@@ -166,24 +177,43 @@ class Cluster:
         what: str,
     ) -> Iterator[TaskResult]:
         """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
-        folder_dtype_id = (decoder.checkpoint.folder, decoder.dtype, self._id)
-        return self.map(partial(call_with_model, folder_dtype_id, function, job), inputs, what)
+        return self.map(self._with_model(decoder, function, job), inputs, what)
+
+    def merge_model(
+        self, decoder: Decoder, function: Callable[[Decoder, Any, Any], Any], job: Any, inputs: Iterable[Any], what: str
+    ) -> Any:
+        """Return the sums function(model, job, input) of all inputs, merged in order on the nodes; None without input.
+
+        A chain of tasks passes the total on, so that this process receives nothing else.
+        """
+        total = None
+        for sums, name in self._start(self._with_model(decoder, function, job), inputs, what):
+            total, merged = self._merge.remote(total, sums)
+            self._get(merged, name)
+        return None if total is None else self._get(total, what)
 
     def map(
         self, function: TaskFunction[TaskInput, TaskResult], inputs: Iterable[TaskInput], what: str = "task"
     ) -> Iterator[TaskResult]:
-        """Yield function(device, input) for each input, in order; messages name an input by `what` and its number.
+        """Yield function(device, input) for each input, in order; messages name an input by `what` and its number."""
+        for reference, name in self._start(function, inputs, what):
+            yield self._get(reference, name)
 
-        Tasks start a few ahead of the result that the caller takes.
-        """
+    def _with_model(self, decoder: Decoder, function: Callable[..., Any], job: Any) -> Callable[..., Any]:
+        return partial(call_with_model, (decoder.checkpoint.folder, decoder.dtype, self._id), function, job)
+
+    def _start(
+        self, function: TaskFunction[TaskInput, Any], inputs: Iterable[TaskInput], what: str
+    ) -> Iterator[tuple[Any, str]]:
+        """Start a task for each input, a few ahead; yield the reference and the name of each, in order."""
         shared = ray.put(function)
         unread = deque[tuple[Any, str]]()
         for number, value in enumerate(inputs):
             unread.append((self._task.remote(*self._expected, shared, value), f"{what} {number}"))
             if len(unread) >= AHEAD * max(1, self.workers):
-                yield self._get(*unread.popleft())
+                yield unread.popleft()
         while unread:
-            yield self._get(*unread.popleft())
+            yield unread.popleft()
 
     def _get(self, reference: Any, name: str) -> Any:
         try:

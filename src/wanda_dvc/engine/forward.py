@@ -157,10 +157,15 @@ class ModelRunner:
     def merge(
         self, run: Callable[[Decoder, Job, Chunk], Total], job: Job, chunks: Iterable[Chunk], total: Total, what: str
     ) -> Total:
-        """Add the sums run(model, job, chunk) of all chunks to `total`, in order: another order has other bits."""
-        for sums in self.map(run, job, chunks, what):
-            total.merge(sums)
-            del sums  # frees memory for the next chunk's
+        """Add the sums run(model, job, chunk) of all chunks, in order, to `total`, which has none; return it."""
+        # Another order would give other bits.
+        if self.cluster is not None:
+            sums = self.cluster.merge_model(self.decoder, run, job, chunks, what)
+            if sums is not None:
+                total.merge(sums)
+            return total
+        for chunk in chunks:
+            total.merge(run(self.decoder, job, chunk))
         return total
 
     def forward(

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from wanda_dvc.engine.checkpoint import INDEX, SINGLE, Checkpoint, read_config, read_index
+from wanda_dvc.engine.checkpoint import INDEX, SINGLE, Checkpoint, read_config, read_index, save_tokenizer
 from wanda_dvc.engine.structure import check_model
 from wanda_dvc.errors import UserError, explain, reason
 from wanda_dvc.reading import read_object
@@ -162,15 +162,6 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     model.hf_quantizer = None
     model.save_pretrained(target)
     save_tokenizer(tokenizer, target)
-
-
-def save_tokenizer(tokenizer: Any, target: Path) -> None:
-    """Write a tokenizer. transformers 4, which llama.cpp converts with, knows its class by the older name alone."""
-    tokenizer.save_pretrained(target)
-    path = target / "tokenizer_config.json"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
-    )
 
 
 def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], model: Any, *, scaled: bool) -> None:
