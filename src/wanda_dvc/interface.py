@@ -24,7 +24,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
 from wanda_dvc.study.artifact import block_count, locked, remove
 from wanda_dvc.study.files import load_json, write_json, write_text
-from wanda_dvc.study.scaffold import changed, init, new_params, source_settings
+from wanda_dvc.study.scaffold import absolute_source, changed, init, new_params
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -128,7 +128,7 @@ def calibrate(
     temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
     root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
     saved = root / "model"
-    source = str(saved) if in_memory else source_settings(_source(model), ())["model"]  # type: ignore[arg-type]
+    source = str(saved) if in_memory else absolute_source(_source(model), is_text=False)  # type: ignore[arg-type]
     if not (root / "params.yaml").is_file():
         init(folder=root, model=None if in_memory else source)
     study = Study(root)

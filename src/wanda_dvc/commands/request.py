@@ -15,7 +15,7 @@ from wanda_dvc.plan import UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.artifact import digest
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import new_params, source_settings, text_source
+from wanda_dvc.study.scaffold import absolute_source, new_params, source_settings
 
 TOKEN_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
 
@@ -95,7 +95,7 @@ def _perplexity_texts(names: Sequence[str]) -> Settings:
     """Return the texts of a new study and further ones, by the name of the text, its file or its data set."""
     texts: Settings = new_params()[0].perplexity.model_dump(exclude_unset=True)["texts"]
     for name in names:
-        source = text_source(name)
+        source = absolute_source(name, is_text=True)
         file = Path(source if Path(source).is_absolute() else re.split("[:@]", source)[0])
         stem = file.stem if file.suffix in TEXT_SUFFIXES else file.name
         label = re.sub(r"[^A-Za-z0-9_-]", "-", stem)[:50]

@@ -50,13 +50,13 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
     def write(out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
         if shard is None:
-            content = _write_joined(_read_rows(where, text, origin), text.join, f"{where} ({title})", out)
+            content = _write_joined(_read_rows(where, text, origin), text.join, out)
         else:
             file = origin if isinstance(origin, Path) else origin.fetch(shard) / shard
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 documents = Documents(file, text.column, lines)
                 if section == "perplexity":
-                    content = _write_joined(list(documents), text.join, f"{where} ({title})", out)
+                    content = _write_joined(list(documents), text.join, out)
                 else:  # windows are drawn within documents, as the Wanda authors do
                     content = _write_documents(documents, out)
         write_provenance(out, provenance | content)
@@ -92,12 +92,9 @@ def _read_rows(where: str, text: ChosenText, origin: Path | Repository) -> list[
     return [read_text(origin)]
 
 
-def _write_joined(rows: list[str], join: str, where: str, out: Path) -> Json:
-    """Write rows as one text; return what its provenance says of them. UserError for an empty text."""
-    joined = join.join(rows)
-    if not joined.strip():
-        raise UserError(f"{where}: empty, expected text; name another")
-    (out / TEXT).write_text(joined, encoding="utf-8", newline="")
+def _write_joined(rows: list[str], join: str, out: Path) -> Json:
+    """Write rows as one text; return what its provenance says of them."""
+    (out / TEXT).write_text(join.join(rows), encoding="utf-8", newline="")
     return {"join": join, "rows": len(rows), "sha256": file_digest(out / TEXT)}
 
 

@@ -141,21 +141,18 @@ def _plain(settings: Settings) -> Any:
 
 def source_settings(model: str | None, calibration: str | Sequence[str]) -> Settings:
     """Return the settings of a model and of calibration texts. Paths become absolute: experiments run elsewhere."""
-    settings: Settings = {} if model is None else {"model": _absolute(model, is_text=False)}
+    settings: Settings = {} if model is None else {"model": absolute_source(model, is_text=False)}
     names = [calibration] if isinstance(calibration, str) else calibration
-    texts = [{"source": text_source(name), "split": None} for name in names]
+    texts = [{"source": absolute_source(name, is_text=True), "split": None} for name in names]
     if texts:
         settings["calibration.text"] = texts[0] if len(texts) == 1 else texts
     return settings
 
 
-def text_source(name: str) -> str:
-    """Return the source of a text as params.yaml names it: a named text, a Hub id, or the absolute path of a file."""
-    return name if name in TEXTS else _absolute(name, is_text=True)
-
-
-def _absolute(source: str, *, is_text: bool) -> str:
+def absolute_source(source: str, *, is_text: bool) -> str:
     """Return a source as params.yaml names it. A path of this machine precedes a Hub id of the same name."""
+    if is_text and source in TEXTS:
+        return source
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
     if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
         return str(path.resolve())
