@@ -42,7 +42,8 @@ def of_mask(given: Conditions) -> tuple[int, int]:
     memory += forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
     if plan.mask_solves or plan.repairs:
         memory += forward.grams
-    models = 2 if plan.corrects else 1  # the dense model runs too, and its inputs are multiplied with the pruned ones
+    # The dense model may run too, and its inputs are multiplied with the pruned ones.
+    models = 2 if plan.propagation == "corrected" else 1
     itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
     places = 2 * models  # of activations: before and after a block
     if plan.repairs:  # of both models, from the block before a cut to its end, and after the next block

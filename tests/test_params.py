@@ -119,7 +119,7 @@ def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
 @pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
 def test_weights_are_corrected_where_the_propagation_says_so(propagation: str):
     plan = asked("wanda-refit", propagation=propagation).plan
-    assert plan.corrects == ("correction" in plan.to_dict()) == (propagation == "corrected")
+    assert (plan.propagation == "corrected") == ("correction" in plan.to_dict()) == (propagation == "corrected")
 
 
 @given(st.integers(1, 999))

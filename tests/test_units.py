@@ -470,7 +470,7 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]
         assert before.shape == after.shape
         changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
-    assert plan.corrects or changed == ({f"{consumer}.weight"} if plan.reconstructs else set())
+    assert plan.propagation == "corrected" or changed == ({f"{consumer}.weight"} if plan.reconstructs else set())
     errors = load_json(made.details("pruned", "layer_error"))["linears"]
     if plan.apply_reconstructs:
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
@@ -529,11 +529,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
 
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "removed"),
-    [
-        ("neurons", 0.001, "none of the neurons of each MLP"),
-        ("heads", 0.2, "none of the groups of attention heads .*"),
-        ("unstructured", 1e-9, "no weight"),
-    ],
+    [("neurons", 0.001, "none of the neurons of each MLP"), ("heads", 0.2, "none of the groups of attention heads .*")],
 )
 def test_a_sparsity_that_removes_nothing_is_refused(
     pattern: str, sparsity: float, removed: str, calibrated_study: Make

@@ -237,8 +237,7 @@ def prune_linear(
         raise UserError(f"{problem}, expected one for a linear alone, such as admm, unstructured; use `wd.prune`")
     if (inputs is None) == (gram is None):
         raise UserError("inputs, gram: found both or none, expected one of them")
-    from wanda_dvc.pruning.linear import prune_weight  # these import torch
-    from wanda_dvc.pruning.masks import MaskRule
+    from wanda_dvc.pruning.masks import MaskRule, prune_weight  # imports torch
 
     rule = MaskRule(plan.method, plan.sparsity, plan.pattern, plan.group)
     return prune_weight(weight, inputs, gram, rule, plan.used_reconstruction)

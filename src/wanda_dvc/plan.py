@@ -107,7 +107,7 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
-        if self.corrects:
+        if self.propagation == "corrected":
             choices["correction"] = CORRECTION
         if self.used_reconstruction.uses_fisher:
             choices["steps"] = self.used_reconstruction.steps
@@ -143,19 +143,9 @@ class Plan:
         return self.pattern == "blocks" and self.reconstructs
 
     @property
-    def measures_blocks(self) -> bool:
-        """Whether stats/blocks chooses the blocks to remove."""
-        return self.method.needs == "blocks"
-
-    @property
     def propagates(self) -> bool:
         """Whether masks depend on the outputs of pruned blocks instead of stats/."""
         return self.propagation != "dense" and (self.method.needs != "weights" or self.reconstructs)
-
-    @property
-    def corrects(self) -> bool:
-        """Whether target weights are corrected towards the dense model's outputs."""
-        return self.propagation == "corrected"
 
     @property
     def mask_solves(self) -> bool:

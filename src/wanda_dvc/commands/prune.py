@@ -216,7 +216,7 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
         passes += tokens * sizes.all_input_squares  # one triangle
     if "fisher" in params.statistics:
         passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
-    if plan.measures_blocks:  # half of the blocks run for a choice, on average
+    if plan.method.needs == "blocks":  # half of the blocks run for a choice, on average
         number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
         passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
     passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward

@@ -71,15 +71,6 @@ def measure_windows(
         yield measure(decoder, states[None], sequence.tokens, references[window] if references else None)
 
 
-def measure_divergences(
-    decoder: Decoder, sequences: Sequence[TokenSequence], hidden: Hidden, references: Sequence[Predictions]
-) -> Iterator[tuple[float, Divergence]]:
-    """Yield a model's mean loss on each window of a chunk, and its divergence from the dense model's predictions."""
-    measured = measure_windows(decoder, sequences, hidden, references)
-    for dense, (loss, predictions) in zip(references, measured, strict=True):
-        yield loss, diverge(dense, predictions)
-
-
 def measure(
     decoder: Decoder, hidden: States, tokens: Int[Tensor, " length"], dense: Predictions | None = None
 ) -> tuple[float, Predictions]:

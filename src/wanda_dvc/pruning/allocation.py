@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -30,13 +31,8 @@ LARGEST_SPARSITY = 0.97  # of a linear in the sensitivity allocation: a linear w
 class Competition(NamedTuple):
     """How a linear's weights compete: in groups of `size` weights, each a row or the linear."""
 
-    groups: int  # their number
+    groups: int
     size: int
-
-
-def count_weights(competitions: Iterable[Competition]) -> int:
-    """Return the number of weights that compete."""
-    return sum(competition.groups * competition.size for competition in competitions)
 
 
 def allocate(
@@ -67,7 +63,8 @@ def allocate(
         linears.append(list(weights))
         competitions += [[competition] for competition in by_linear] if allocation.uses_fisher else [by_linear]
         ratings += rate(weights, block)
-    raw = allocate_by_rating(sparsity, [*map(count_weights, competitions)], ratings, allocation.strength)
+    sizes = [sum(map(math.prod, sharing)) for sharing in competitions]
+    raw = allocate_by_rating(sparsity, sizes, ratings, allocation.strength)
     sparsities = round_to_total(raw, sparsity, competitions)
     if not allocation.uses_fisher:
         return sparsities
@@ -193,7 +190,7 @@ def round_to_total(
     to one weight too few.
     """
     all_competitions = [*itertools.chain(*competitions)]
-    total = count_weights(all_competitions)
+    total = sum(map(math.prod, all_competitions))
 
     def surplus(constant: Fraction) -> Fraction:
         removed = 0

@@ -6,13 +6,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wanda_dvc.catalog import STRUCTURES, Method, parse_pattern
+from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, Weight, row_slices
-from wanda_dvc.pruning.reconstruction import ReadWeight, oriented
+from wanda_dvc.pruning.reconstruction import ReadWeight, check_new_weight, masked, oriented, reconstruct
 from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -33,7 +33,7 @@ class MaskRule(NamedTuple):
     sparsity: BlockSparsity  # the fraction that is removed
     pattern: str = "unstructured"
     group: str = "row"  # or `linear`
-    weighs_rows: bool = False  # by factors of the scores of each row: the group `outputs` of settings
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, for the group `outputs`
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}
 
@@ -56,8 +56,8 @@ def choose_linear(
     if x is None:  # an expert without tokens
         x = GramFactors(Gram.empty(features).matrix(), linear)
     row_factors = None
-    if rule.weighs_rows and linear in stats.fisher:
-        row_factors = row_factors_of(stats.fisher[linear])
+    if linear in rule.fisher:
+        row_factors = row_factors_of(rule.fisher[linear])
     units = rule.units.get(linear)
     if isinstance(x, GramFactors):
         weight = weight.to(x.gram.device)
@@ -180,3 +180,33 @@ def _unit_score(
         weight = oriented(read_weight(linear).to(device), linear in stats.transposed)
         total += method(weight, inputs[linear].to(weight.device)).sum(dtype=torch.float32).item()
     return total
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: Weight, inputs: Tensor | None, gram: Tensor | None, rule: MaskRule, reconstruction: Reconstruction
+) -> tuple[Weight, Mask]:
+    """Return a linear's new weight and its mask, from its inputs, [tokens, in], or else from XᵀX of these, [in, in].
+
+    UserError for other shapes, values that are not finite, or a pattern that does not fit.
+    """
+    if inputs is not None:
+        sums = Gram.empty(inputs.shape[-1], inputs.device)
+        sums.add(inputs)
+        gram = sums.matrix()
+    assert gram is not None  # the caller has one of them
+    features = weight.shape[1]
+    if gram.shape != (features, features) or not gram.isfinite().all():
+        raise UserError(
+            f"inputs, gram: found shape {list(gram.shape)} of XᵀX, or values that are not finite, expected finite "
+            f"inputs [tokens, {features}], or XᵀX of these; remove tokens that are not finite"
+        )
+    squares, name = gram.diagonal().double(), "weight"
+    stats = InputStats(squares, torch.zeros_like(squares), count=1)
+    factors = GramFactors(gram)
+    x = factors if rule.method.needs == "gram" else stats
+    mask = choose_linear(name, weight, x, BlockStats({name: stats}, {name: [name]}, []), rule).to(weight.device)
+    if reconstruction.function is None:
+        return masked(weight, mask), mask
+    result = reconstruct(weight, mask, factors, reconstruction=reconstruction)
+    return check_new_weight(name, result.weight.to(weight)), mask

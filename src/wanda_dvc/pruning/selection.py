@@ -56,15 +56,11 @@ def keep_highest(score: Float[Tensor, "group size"], kept: int) -> Bool[Tensor, 
 def kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
     """Return the k-th lowest score of each row, on a CPU by numpy's partition: 5 times as fast as kthvalue.
 
-    Non-negative floats sort like their bit patterns, whose partition is nearly twice as fast. A GPU's kthvalue uses one
-    thread block a row: many rows fill the device, and one row does not.
+    A GPU's kthvalue uses one thread block a row: many rows fill the device, and one row does not.
     """
     if score.device.type != "cpu":
         return kth_by_bits(score, k) if len(score) == 1 else torch.kthvalue(score, k, dim=1, keepdim=True).values
-    numbers = score.numpy()
-    bits = numbers.view(f"int{8 * numbers.itemsize}")
-    ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
-    return torch.from_numpy(ordered[:, k - 1 : k].view(numbers.dtype))
+    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
 def row_counts(mask: Bool[Tensor, "group size"]) -> Int[Tensor, "group 1"]:

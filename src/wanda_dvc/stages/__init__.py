@@ -292,7 +292,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
         inputs[f"calibrate/{statistics}"] = windows if statistics in params.statistics else {}
     # For a quarter of the blocks: another sparsity up to that changes nothing.
     sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
-    inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.measures_blocks else {}
+    inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.method.needs == "blocks" else {}
     if recovery.tokens:
         inputs["recover"] = {
             "tokens": recovery.tokens,

@@ -4,8 +4,7 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 """
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, w
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.reconstruction import check_new_weight, layer_errors_of, masked, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
@@ -28,7 +26,7 @@ from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import PROVENANCE, block_file, check_source, digest, read_provenance
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.tensors import Grams, Masks, read_grams, read_masks, read_weights
+from wanda_dvc.study.tensors import Grams, read_grams, read_masks, read_weights
 
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
@@ -94,16 +92,6 @@ def describe_pruned(study: Study) -> Json:
     return described | entries
 
 
-class BlockFiles(NamedTuple):
-    """The files of one block that `apply` reads; what a plan does not read is empty."""
-
-    masks: Masks
-    weights: Mapping[str, Tensor]  # new weights from weights/, by linear
-    diagnostics: Json  # likewise
-    grams: Grams  # of inputs
-    gradient_grams: Mapping[str, Gram]  # by linear
-
-
 class DenseToPruned:
     """Reads the tensors of a study's pruned model; `measures` has those of the linears read so far.
 
@@ -116,37 +104,30 @@ class DenseToPruned:
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = float64_device(own_device(study.params.runtime))
         self.dtype = product_dtype(self.device)  # of layer errors
-        self.block_of = dict[str, int]()
-        for block in range(artifact.block_count(study.masks, "mask")):
-            self.block_of |= dict.fromkeys(linears_of_masks(study.masks, block), block)
-        self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         # A repaired linear differs on purpose.
         self.measures_errors = not self.plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
+        self.block_of = dict[str, int]()
+        for block in range(artifact.block_count(study.masks, "mask")):
+            linears = linears_of_masks(study.masks, block)
+            if self.measures_errors:
+                differing = sorted(set(linears) ^ read_grams(study.gram, block, of=()).input_of.keys())
+                if differing:
+                    raise UserError(
+                        f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, "
+                        f"which differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
+                    )
+            self.block_of |= dict.fromkeys(linears, block)
+        self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         self.measures = dict[str, LinearMeasures]()
-        self.files_of = lru_cache(maxsize=2)(self._open)
+        self.masks_of = lru_cache(maxsize=2)(partial(read_masks, study.masks))
+        self.weights_of = lru_cache(maxsize=2)(partial(read_weights, study.weights))
+        self.grams_of = lru_cache(maxsize=2)(partial(read_grams, study.gram, device=self.device))
+        self.gradient_grams_of = lru_cache(maxsize=2)(partial(read_grams, study.fisher, device=self.device))
         self.factors_of = lru_cache(maxsize=2)(self._factorize)
-
-    def _open(self, block: int) -> BlockFiles:
-        study, plan = self.study, self.plan
-        masks = read_masks(study.masks, block)
-        weights, diagnostics = read_weights(study.weights, block) if plan.mask_stores_weights else ({}, {})
-        gradient_grams: Mapping[str, Gram] = {}
-        if plan.apply_reconstructs and plan.used_reconstruction.uses_fisher:
-            gradient_grams = read_grams(study.fisher, block, self.device)
-        if not self.measures_errors:
-            return BlockFiles(masks, weights, diagnostics, Grams({}, {}, None), gradient_grams)
-        grams = read_grams(study.gram, block, self.device)
-        differing = sorted(masks.keys() ^ grams.input_of.keys())
-        if differing:
-            raise UserError(
-                f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, which "
-                f"differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
-            )
-        return BlockFiles(masks, weights, diagnostics, grams, gradient_grams)
 
     def _factorize(self, block: int, name: str) -> GramFactors | None:
         """Return the factors of an input's Gram matrix; None if it was not measured, or no token reached it."""
-        grams = self.files_of(block).grams
+        grams = self.grams_of(block)
         return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}") if name in grams else None
 
     def read(self, address: Address) -> Tensor:
@@ -156,20 +137,24 @@ class DenseToPruned:
             return stored
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
-        files = self.files_of(block)
-        name = files.grams.input_of.get(linear)
+        grams = self.grams_of(block) if self.measures_errors else Grams({}, {}, None)
+        name = grams.input_of.get(linear)
         factors = None if name is None else self.factors_of(block, name)
         dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
-        mask = files.masks.on(dense.device, linear)
-        transposed = linear in files.grams.transposed
-        new, diagnostics = files.weights.get(linear), files.diagnostics.get(linear, {})
+        mask = self.masks_of(block).on(dense.device, linear)
+        transposed = linear in grams.transposed
+        new, diagnostics = None, Json()
+        if plan.mask_stores_weights:
+            weights, solved = self.weights_of(block)
+            new, diagnostics = weights.get(linear), solved.get(linear, {})
         if plan.apply_reconstructs and factors is not None:
+            uses_fisher = plan.used_reconstruction.uses_fisher
             result = reconstruct(
                 dense,
                 mask,
                 factors,
                 reconstruction=plan.used_reconstruction,
-                gradient_gram=files.gradient_grams.get(linear),
+                gradient_gram=self.gradient_grams_of(block).get(linear) if uses_fisher else None,
                 transposed=transposed,
             )
             new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics

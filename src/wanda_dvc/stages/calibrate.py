@@ -15,11 +15,11 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
     CHOICES_FILE,
-    calibrated_with,
     calibration_windows,
     check_ready,
     draw_calibration,
     gram_made_from,
+    model_dtype,
     read_choices,
     runner,
 )
@@ -70,7 +70,7 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     """Return the provenance of `norms`, `gram`, `fisher` or `blocks`, without its number of blocks."""
     model = read_provenance(study.model("dense"), "download model")
     text = read_provenance(study.data("calibration"), "download calibration")
-    params = calibrated_with(study)
+    params = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
     made_from = describe(
         "calibrate",
         version=STAGES["calibrate"].version,

@@ -62,11 +62,6 @@ def model_dtype(study: Study, model: str = "dense") -> str:
     return dtype_of(study.model(model)) if wanted == "auto" else wanted
 
 
-def calibrated_with(study: Study) -> Json:
-    """Return the settings that determine the calibration windows and their statistics."""
-    return study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
-
-
 def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     """Return the provenance of stats/norms, and the digests of what else masks read.
 
@@ -75,7 +70,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     norms = read_provenance(study.stats, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
     check_source("stats", norms["model"], dense, "calibrate")
-    expected = calibrated_with(study)
+    expected = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
     if norms["params"] != expected:
         raise UserError(
             f"stats/: measured with {norms['params']}, expected {expected} as params.yaml has it; "
@@ -89,7 +84,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
-    if plan.measures_blocks:
+    if plan.method.needs == "blocks":
         digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
     # One pass measures norms and Gram matrices, which wait for the next run, `calibrate gram`. It does not take them if
     # DVC restores its output from the cache.

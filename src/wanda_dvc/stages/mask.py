@@ -13,10 +13,9 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import UNSTRUCTURED, Plan
+from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.masks import BlockSparsity, choose_units
-from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES, inputs, process
 from wanda_dvc.stages import device as devices
@@ -51,18 +50,14 @@ def mask(*, study: Study) -> None:
         finished = artifact.finished_blocks(masks)
         if plan.mask_stores_weights:
             finished = min(finished, artifact.finished_blocks(weights))
-        repaired: dict[int, BlockResult] = {}
-        if removal and plan.repairs and finished < blocks:
-            repaired = repair_removed_blocks(study, checkpoint, removal, norms["text"], work)
+        if removal and plan.repairs:
+            repair_removed_blocks(study, checkpoint, removal, norms["text"], work)
         if plan.propagates:
             results = on_pruned_blocks(job, *_dense_run(study, norms["text"], work), finished, device)
         else:
             results = from_statistics(study, job, range(finished, blocks), device)
         for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-            if result.block in repaired:
-                result.weights.update(repaired[result.block].weights)
-                result.diagnostics.update(repaired[result.block].diagnostics)
-            if plan.mask_stores_weights:
+            if plan.mask_stores_weights and not is_there(artifact.block_file(weights, result.block)):  # by the repair
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
         artifact.finish(masks, made_from)
@@ -133,16 +128,11 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         return removal
     from wanda_dvc.engine.probe import probe  # imports transformers, which takes seconds
 
-    if plan.measures_blocks:
+    if plan.method.needs == "blocks":
         kept = measured_blocks(study, removal)
     else:
-        kept = choose_units(
-            removal.unit_sets,
-            checkpoint.weight,
-            (tensors.read_stats(study.stats, block) for block in range(blocks)),
-            method=plan.method,
-            device=device,
-        )
+        stats = (tensors.read_stats(study.stats, block) for block in range(blocks))
+        kept = choose_units(removal.unit_sets, checkpoint.weight, stats, method=plan.method, device=device)
     removal = removal.with_kept(kept)
     probe(checkpoint, removal, device)
     return removal
@@ -166,18 +156,8 @@ def measured_blocks(study: Study, removal: "Removal") -> dict[str, Tensor]:
 def allocate_sparsities(
     study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device
 ) -> Sequence[BlockSparsity]:
-    """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
+    """Return the sparsity of each block, or of its linears."""
     plan = study.plan
-    if plan.sparsity and plan.pattern == UNSTRUCTURED:
-        # Only of block 0: the groups of other blocks have about the same size.
-        inputs_of = tensors.read_stats(study.stats, 0).by_linear
-        if plan.group == "row":
-            largest_group = max(len(x.sum) for x in inputs_of.values())
-        else:
-            largest_group = max(checkpoint.weight(linear).numel() for linear in inputs_of)
-        if not count_removed(largest_group, plan.sparsity):
-            problem = f"sparsity: got {float(plan.sparsity):g}, which removes no weight"
-            raise UserError(f"{problem}; set a higher sparsity")
     fisher = study.fisher if plan.mask_reads_gradient_squares else None
     stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
     return allocate(
@@ -229,7 +209,7 @@ def on_pruned_blocks(
     plan = job.plan
     folder = run.work / "recorded"
     folder.mkdir(exist_ok=True)
-    for step in run.forward(windows, finished=finished, with_dense=plan.corrects):
+    for step in run.forward(windows, finished=finished, with_dense=plan.propagation == "corrected"):
         block, record = step.index, step.record(gram=plan.mask_solves)
         if plan.mask_solves:
             tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
@@ -256,41 +236,37 @@ def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelR
 
 def repair_removed_blocks(
     study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work
-) -> dict[int, BlockResult]:
-    """Return the blocks before each cut and the new weights of their last linears, without masks, by block.
+) -> None:
+    """Write the blocks before each cut to the unfinished weights/, with new weights of their last linears.
 
-    The new weights wait in the unfinished work, so an interrupted run resumes after the last repaired cut.
+    An interrupted run resumes after the last repaired cut.
     """
     from wanda_dvc.engine.repair import Cut, CutRun, cuts_of, repair, run_cuts  # imports transformers: seconds
 
     (kept,) = removal.kept_masks.values()
     removed = cuts_of((~kept).nonzero()[:, 0].tolist())
-    blocks_before = [cut.start - 1 for cut in removed if cut.start > 0]  # nothing is before the first block
-    folder = work.path / "repaired"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not all(is_there(artifact.block_file(folder, block)) for block in blocks_before):
-        run, windows = _dense_run(study, calibrated_text, work)
+    folder = work.output("weights")
+    # Nothing is before the first block.
+    if all(is_there(artifact.block_file(folder, cut.start - 1)) for cut in removed if cut.start > 0):
+        return
+    run, windows = _dense_run(study, calibrated_text, work)
 
-        def repaired(cut_run: CutRun) -> Tensor | None:
-            block, _, linear = cut_run.cut
-            if not is_there(artifact.block_file(folder, block)):
-                result = repair(run, cut_run, checkpoint.weight(linear))
-                weights, diagnostics = ({linear: result[0]}, {linear: result[1]}) if result else ({}, {})
-                tensors.write_weights(folder, block, weights, diagnostics)
-            return tensors.read_weights(folder, block)[0].get(linear)
+    def repaired(cut_run: CutRun) -> Tensor | None:
+        block, _, linear = cut_run.cut
+        if not is_there(artifact.block_file(folder, block)):
+            result = repair(run, cut_run, checkpoint.weight(linear))
+            weights, diagnostics = ({linear: result[0]}, {linear: result[1]}) if result else ({}, {})
+            tensors.write_weights(folder, block, weights, diagnostics)
+        return tensors.read_weights(folder, block)[0].get(linear)
 
-        cuts = []
-        for cut in removed:
-            # `run_cuts` repairs no cut at the first block: no linear is before it.
-            linear = last_linear(study, run, cut.start - 1) if cut.start else ""
-            cuts.append(Cut(cut.start - 1, cut.stop, linear))
-        steps = run_cuts(run, windows, cuts, repaired)
-        for _ in process.progress(steps, total=cuts[-1].end, what="mask, blocks run for the repair", at=int):
-            pass
-    results = {}
-    for block in blocks_before:
-        results[block] = BlockResult(block, tensors.Masks(), *tensors.read_weights(folder, block))
-    return results
+    cuts = []
+    for cut in removed:
+        # `run_cuts` repairs no cut at the first block: no linear is before it.
+        linear = last_linear(study, run, cut.start - 1) if cut.start else ""
+        cuts.append(Cut(cut.start - 1, cut.stop, linear))
+    steps = run_cuts(run, windows, cuts, repaired)
+    for _ in process.progress(steps, total=cuts[-1].end, what="mask, blocks run for the repair", at=int):
+        pass
 
 
 def last_linear(study: Study, run: "ModelRunner", block: int) -> str:

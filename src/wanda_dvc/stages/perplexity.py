@@ -9,11 +9,10 @@ from wanda_dvc.engine.divergence import (
     Divergence,
     Predictions,
     compute_perplexity,
-    measure_divergences,
+    diverge,
     measure_windows,
     summarize,
 )
-from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -22,7 +21,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
-from wanda_dvc.study.artifact import Work, describe, digest, finish, read_provenance
+from wanda_dvc.study.artifact import describe, digest, finish, read_provenance
 from wanda_dvc.study.files import Json, json_number, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import first_difference, identity
@@ -45,11 +44,19 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         steps = run.forward(windows)
         for step in progress(steps, total=blocks, what=f"{run_name}, blocks", at=lambda step: step.index):
             step.run()
-        divergences: list[Divergence] = []
-        if model == "dense":
-            losses = _write_predictions(run, len(windows), work, run_name)
-        else:
-            losses, divergences = _compare_predictions(run, len(windows), study.reference(text), run_name)
+        losses, divergences = list[float](), list[Divergence]()
+
+        def reference(window: int) -> Predictions:
+            return Predictions(**read_window(study.reference(text), window))
+
+        results = run.map_outputs(measure_windows, lambda places: [] if model == "dense" else [*map(reference, places)])
+        shown = progress(results, total=len(windows), what=f"{run_name}, output head, windows")
+        for window, (loss, predicted) in enumerate(shown):
+            losses.append(loss)
+            if model == "dense":
+                write_window(work.out, window, predicted._asdict())
+            else:
+                divergences.append(diverge(reference(window), predicted))
         not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         predictions = [len(window.tokens) - 1 for window in windows]
         details = _details(protocol, losses, divergences, not_finite)
@@ -67,30 +74,6 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
             work.discard()
         if model == "pruned":
             _write_plots(study, text, predictions, details)
-
-
-def _write_predictions(run: ModelRunner, windows: int, work: Work, run_name: str) -> list[float]:
-    """Write the dense model's predictions of each window; return each window's mean loss."""
-    losses: list[float] = []
-    results = run.map_outputs(measure_windows, lambda _: ())
-    shown = progress(results, total=windows, what=f"{run_name}, output head, windows")
-    for window, (loss, predictions) in enumerate(shown):
-        losses.append(loss)
-        write_window(work.out, window, predictions._asdict())
-    return losses
-
-
-def _compare_predictions(
-    run: ModelRunner, windows: int, reference: Path, run_name: str
-) -> tuple[list[float], list[Divergence]]:
-    """Return each window's mean loss, and its divergence from the dense model's predictions."""
-
-    def references(places: range) -> list[Predictions]:
-        return [Predictions(**read_window(reference, window)) for window in places]
-
-    results = run.map_outputs(measure_divergences, references)
-    measured = list(progress(results, total=windows, what=f"{run_name}, output head, windows"))
-    return [loss for loss, _ in measured], [divergence for _, divergence in measured]
 
 
 def _details(protocol: Json, losses: list[float], divergences: list[Divergence], not_finite: str | None) -> Json:

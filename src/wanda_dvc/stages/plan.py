@@ -6,7 +6,6 @@ and hashes a file again only after its inode, time or size has changed.
 
 from pathlib import Path
 
-from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import download_sources
 from wanda_dvc.stages import WRITTEN, stage_inputs
@@ -54,11 +53,6 @@ def _link_source(study: Study, name: str, setting: str, source: str) -> None:
     if "/" in name and not place.parent.is_dir():
         remove(place.parent)  # of one text
     if not Path(source).is_absolute():
-        if name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
-            raise UserError(
-                f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
-                f"its absolute path, {study.root / source}"
-            )
         write_json(place, {"source": source})
         return
     path = Path(source)

@@ -29,7 +29,6 @@ from wanda_dvc.training.sharding import launched_processes, of_first_process
 from wanda_dvc.training.trainer import Curve, Windows, last_checkpoint, train
 
 VALIDATION_WINDOWS = 4  # of each training text, and of the embedded text
-VALIDATION_TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # by column of the plot
 # A validation text of another kind than the training's. `perplexity` reads another split of the embedded text, `test`.
 EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
 
@@ -83,7 +82,7 @@ def recover(*, study: Study) -> None:
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
     if is_first:
-        columns = ("tokens", *VALIDATION_TEXTS)
+        columns = ("tokens", "text", "embedded")
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study))
@@ -119,9 +118,6 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
     else:
         for _ in write_model(recovered, folder, without=(PROVENANCE,)):  # it yields each tensor once it is written
             pass
-        for text, about in VALIDATION_TEXTS.items():
-            if text in best and best[text] >= curve[0][text]:
-                notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
     tokens = int((curve[-1] if recovered is None else best)["tokens"])  # all of them, if no weights were better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
     work.commit(study.model("recovered"))

@@ -39,7 +39,8 @@ class MaskJob(NamedTuple):
             sets = self.removal.unit_sets
             units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
-        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, plan.group == "outputs", units)
+        fisher = tensors.read_fisher(self.fisher_folder, block) if plan.group == "outputs" else {}
+        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, units)
 
 
 class SolverTask(NamedTuple):
@@ -61,13 +62,8 @@ class BlockResult(NamedTuple):
 
 def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) -> BlockResult:
     """Return the result of the linears that read one input, whose Gram matrix is in a block's file in a folder."""
-    plan = job.plan
-    stats = task.stats
+    plan, stats, rule = job.plan, task.stats, job.rule(task.block)
     linears = stats.consumers[task.name]
-    rule = job.rule(task.block)
-    # A task travels to a cluster's node without them.
-    if plan.mask_reads_gradient_squares:
-        stats = stats._replace(fisher=tensors.read_fisher(job.fisher_folder, task.block))
     gradient_grams: Mapping[str, Gram] = {}
     if plan.mask_reads_gradient_grams:
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
@@ -80,11 +76,11 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     for linear in linears:
         transposed = linear in stats.transposed
         stored = job.checkpoint.weight(linear)
-        if keeps_all(linear, plan.pattern, rule.units) and not plan.corrects:
+        if keeps_all(linear, plan.pattern, rule.units) and plan.propagation != "corrected":
             masks[linear] = torch.ones(stored.shape, dtype=torch.bool)
             continue
         weight = stored.to(device)
-        if plan.corrects:
+        if plan.propagation == "corrected":
             weight = target_weight(
                 weight, factors, grams.crosses.get(task.name), strength=CORRECTION, transposed=transposed
             )
@@ -117,8 +113,6 @@ def combine(job: MaskJob, block: int, results: Iterable[BlockResult]) -> BlockRe
 
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
     """Return the result of a block whose masks are chosen by scores."""
-    if job.plan.mask_reads_gradient_squares:
-        stats = stats._replace(fisher=tensors.read_fisher(job.fisher_folder, block))
     inputs, rule, stored = stats.by_linear, job.rule(block), job.checkpoint.weight
 
     def choose(linear: str, weight: Tensor) -> Tensor:

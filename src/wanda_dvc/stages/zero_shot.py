@@ -74,8 +74,8 @@ def flips(before: Json, after: Json, run_name: str) -> Json:
         return {}
     if not before["items"] or not after["items"]:  # a model diverged
         return {}
-    metrics = [metric for metric in METRICS if metric in after["items"][0]]
-    return {"flips": {metric: count_flips(before["items"], after["items"], metric) for metric in metrics}}
+    counts = {name: count_flips(before["items"], after["items"], name) for name in METRICS if name in after["items"][0]}
+    return {"flips": counts}
 
 
 def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str, int]:
