@@ -27,7 +27,7 @@ def of_mask(given: Conditions) -> tuple[int, int]:
     plan, sizes, calibration = given.params.plan, given.sizes, given.params.calibration
     disk = sizes.linear_weights // 8
     if plan.mask_solves:
-        memory = solving_memory(sizes, uses_fisher=plan.mask_reads_gradient_grams)
+        memory = solving_memory(sizes, uses_fisher=plan.propagates and plan.used_reconstruction.uses_fisher)
     else:
         scored = sizes.largest_linear  # weights whose scores are in memory; on a CPU, each thread has as many
         if given.device != "cuda":

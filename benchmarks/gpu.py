@@ -229,7 +229,7 @@ def recovery(bench: Bench, study: Study, shape: Settings, settings: Settings, sp
     small = bench.study("small", shape | {"num_hidden_layers": few}, settings, "model", "calibration")
     for stage in ("calibrate", "mask", "apply"):
         run(stage, study=small)
-    low = mock.patch("wanda_dvc.stages.recover.choose_training", return_value=TRAINING_WAYS[-1])  # as 8B needs it
+    low = mock.patch("wanda_dvc.stages.recover.training_ways", return_value=TRAINING_WAYS[-1:])  # as 8B needs it
     with mock.patch.object(trainer, "EVALUATIONS", 1), low:  # each writes a checkpoint
         base, measured = (bench.measure(trained, "recover") for trained in (small, study))
     step, peak, needed = (

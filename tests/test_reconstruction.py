@@ -280,7 +280,7 @@ def test_new_weights_that_are_not_finite_are_refused(calibrated_study: Make, mon
     """As of a solver whose weights overflow in float16."""
     made = calibrated_study(recipe="wanda-refit")
     mask(study=made)
-    for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.stages.solving.reconstruct"):
+    for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.stages.mask.reconstruct"):
         monkeypatch.setattr(solver, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
     refused = "proj: new weights are not finite in torch.float32; set reconstruction=none"
     with pytest.raises(UserError, match=refused):

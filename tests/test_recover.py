@@ -25,7 +25,7 @@ from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import needs, run
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Conditions, choose_training, requirements
+from wanda_dvc.stages.needs import Conditions, requirements, training_ways
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_json
@@ -365,12 +365,12 @@ def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: py
         (low, (True, True)),
     ):  # fmt: skip
         monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda free=free: free)
-        assert choose_training(made, sizes) == expected
+        assert training_ways(made, sizes)[0] == expected
         assert requirements(made, "recover", sizes, free).memory == {2: full, 1: twice, 0: low}[expected.count(False)]
     assert requirements(made, "recover", sizes).memory == low
     monkeypatch.setenv("WORLD_SIZE", "2")  # processes do not share the low-memory training
     with pytest.raises(UserError, match="recovery.tokens: found"):
-        choose_training(made, sizes)
+        training_ways(made, sizes)
     monkeypatch.delenv("WORLD_SIZE")
     recover(study=made)
     assert "recover: weights in bfloat16 and optimizer states in 8 bits" in capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: py
     assert provenance["trained"]
     monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: low - 1)
     with pytest.raises(UserError, match="recovery.tokens: found"):
-        choose_training(made, sizes)
+        training_ways(made, sizes)
 
 
 def test_an_interrupted_training_keeps_its_way_where_it_fits(

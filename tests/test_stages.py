@@ -41,9 +41,8 @@ from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import process, run, times
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.mask import mask, removal_of
+from wanda_dvc.stages.mask import MaskJob, mask, removal_of, score_block
 from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.stages.solving import MaskJob, score_block
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import digest, files_digest, read_provenance, write_provenance
@@ -191,7 +190,7 @@ def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_stu
         return real(linear, weight, *args)
 
     monkeypatch.setattr(Copies, "copy", copying)
-    monkeypatch.setattr("wanda_dvc.stages.solving.choose_linear", choose)
+    monkeypatch.setattr("wanda_dvc.stages.mask.choose_linear", choose)
     with simulated_gpu():
         masks = score_block(job, 1, block, device).masks
     assert len(copied) == len(linears)

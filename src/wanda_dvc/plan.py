@@ -153,14 +153,10 @@ class Plan:
         return self.method.needs == "gram" or (self.propagates and self.reconstructs)
 
     @property
-    def mask_reads_gradient_squares(self) -> bool:
-        """Whether masks depend on the sums of squared gradients in stats/fisher."""
-        return self.group == "outputs" or self.allocation.uses_fisher
-
-    @property
-    def mask_reads_gradient_grams(self) -> bool:
-        """Whether `mask` reconstructs with the Gram matrices of gradients in stats/fisher."""
-        return self.propagates and self.used_reconstruction.uses_fisher
+    def mask_reads_fisher(self) -> bool:
+        """Whether `mask` reads stats/fisher: the squares of gradients for masks, or their Gram matrices for weights."""
+        reads_squares = self.group == "outputs" or self.allocation.uses_fisher
+        return reads_squares or (self.propagates and self.used_reconstruction.uses_fisher)
 
     @property
     def mask_stores_weights(self) -> bool:
@@ -175,7 +171,7 @@ class Plan:
     @property
     def statistics(self) -> str:
         """The statistics that stages read: norms, gram or fisher; each includes those before it."""
-        if self.mask_reads_gradient_squares or self.used_reconstruction.uses_fisher:
+        if self.mask_reads_fisher or self.used_reconstruction.uses_fisher:
             return "fisher"
         mask_reads_gram = self.method.needs == "gram" and not self.propagates
         return "gram" if mask_reads_gram or self.apply_reconstructs else "norms"

@@ -69,7 +69,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         sizes = ModelSizes.read(config)
         needs.check_solver(study, sizes)
         if request.params.recovery.tokens:
-            needs.choose_training(study, sizes)  # UserError if the memory is too small
+            needs.training_ways(study, sizes)  # UserError if the memory is too small
         renew(study.root, nested(settings_for_model(request, config, sizes)))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=shown)

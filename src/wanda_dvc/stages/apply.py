@@ -108,14 +108,7 @@ class DenseToPruned:
         self.measures_errors = not self.plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
         self.block_of = dict[str, int]()
         for block in range(artifact.block_count(study.masks, "mask")):
-            linears = linears_of_masks(study.masks, block)
-            if self.measures_errors:
-                differing = sorted(set(linears) ^ read_grams(study.gram, block, of=()).input_of.keys())
-                if differing:
-                    raise UserError(
-                        f"{block_file(study.masks, block)}: expected the linears of {block_file(study.gram, block)}, "
-                        f"which differ by {shortened(differing)}; run `wanda-dvc calibrate` and `wanda-dvc mask` again"
-                    )
+            linears = linears_of_masks(study, block, with_gram=self.measures_errors)
             self.block_of |= dict.fromkeys(linears, block)
         self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         self.measures = dict[str, LinearMeasures]()
@@ -171,15 +164,25 @@ class DenseToPruned:
         return weight
 
 
-def linears_of_masks(folder: Path, block: int) -> list[str]:
-    """Return the linears of a block's masks, without reading the masks. UserError if they are another block's."""
-    _, header = artifact.load_tensors(block_file(folder, block), "mask", lambda _: False)
+def linears_of_masks(study: Study, block: int, *, with_gram: bool) -> list[str]:
+    """Return the linears of a block's masks, without reading the masks.
+
+    UserError if they are another block's, or, `with_gram`, not those of its Gram matrices.
+    """
+    masks, gram = block_file(study.masks, block), block_file(study.gram, block)
+    _, header = artifact.load_tensors(masks, "mask", lambda _: False)
     linears = list(header["columns"])
     wrong = sorted(linear for linear in linears if str(block) not in linear.split("."))
     if wrong:
         raise UserError(
-            f"{block_file(folder, block)}: found {shortened(wrong)}, expected linears of block {block}; restore the "
-            "file with `dvc checkout masks`, or run `wanda-dvc mask` again"
+            f"{masks}: found {shortened(wrong)}, expected linears of block {block}; restore the file with "
+            "`dvc checkout masks`, or run `wanda-dvc mask` again"
+        )
+    differing = sorted(set(linears) ^ read_grams(study.gram, block, of=()).input_of.keys()) if with_gram else []
+    if differing:
+        raise UserError(
+            f"{masks}: expected the linears of {gram}, which differ by {shortened(differing)}; run "
+            "`wanda-dvc calibrate` and `wanda-dvc mask` again"
         )
     return linears
 

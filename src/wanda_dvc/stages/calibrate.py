@@ -39,7 +39,6 @@ def calibrate(*, study: Study, statistics: str) -> None:
     asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
     """
     check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
-    target = study.root / "stats" / statistics
     made_from, gram_from = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
         if not is_there(work.out / PROVENANCE):  # else it was measured with the norms
@@ -59,11 +58,10 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 artifact.write_provenance(work.out, made_from)
             else:
                 artifact.finish(work.out, made_from)
-        plotted = list(_plotted(work.out)) if statistics == "norms" else []  # takes seconds; a commit ends the work
-        work.commit(target)
-    if statistics == "norms":
-        headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
-        write_csv(study.plots("norms"), headers, plotted)
+        if statistics == "norms":
+            headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
+            write_csv(study.plots("norms"), headers, _plotted(work.out))
+        work.commit(study.root / "stats" / statistics)
 
 
 def calibrated_from(study: Study, statistics: str) -> Json:

@@ -82,7 +82,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["method"] = file_digest(study.source("method"))
     if plan.method.needs == "gram" and not plan.propagates:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
-    if plan.mask_reads_gradient_squares or plan.mask_reads_gradient_grams:
+    if plan.mask_reads_fisher:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
     if plan.method.needs == "blocks":
         digests["blocks"] = digest(statistics_provenance(study.blocks, norms))

@@ -179,11 +179,8 @@ def fitting_ways(given: Conditions) -> list[TrainingWay]:
     return [way for way in possible_ways() if FIXED + training_memory(given, way) <= given.free_memory]
 
 
-def choose_training(study: Study, sizes: ModelSizes, low_memory: bool | None = None) -> TrainingWay:
-    """Return the fastest way of training that fits the free memory; with this `low_memory`, if any such way fits.
-
-    UserError if no way fits.
-    """
+def training_ways(study: Study, sizes: ModelSizes) -> list[TrainingWay]:
+    """Return the ways of training that fit the free memory, the fastest first. UserError if none fits."""
     given = Conditions(study, sizes, free(study)["memory"])
     ways = fitting_ways(given)
     if not ways:
@@ -192,8 +189,7 @@ def choose_training(study: Study, sizes: ModelSizes, low_memory: bool | None = N
             f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
             "set it to 0, or free some memory"
         )
-    preferred = [way for way in ways if way.low_memory == low_memory]
-    return (preferred or ways)[0]
+    return ways
 
 
 def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:

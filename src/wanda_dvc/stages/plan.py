@@ -20,38 +20,27 @@ def plan(*, study: Study) -> None:
     Several texts of a calibration or a recovery are in a folder, by their numbers.
     """
     params = study.params
-    sources = download_sources(params)
-    for name, (setting, source) in sources.items():
-        _link_source(study, name, setting, source)
-    for section in ("calibration", "perplexity", "recovery"):
-        folder = study.source(section)
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if f"{section}/{path.name}" not in sources:  # of a removed text
-                remove(path)
     plan = params.plan
-    pattern, sparsity = plan.pattern, float(plan.sparsity)
-    _link_source(study, "method", "method", plan.method.file)
-    ignored = ", ".join(plan.left_out)
+    new_sources, new_inputs = study.root / "sources.part", study.root / "plan.part"
+    for folder in (new_sources, new_inputs):
+        remove(folder)
+    for name, (setting, source) in download_sources(params).items():
+        _link_source(study, new_sources / name, setting, source)
+    _link_source(study, new_sources / "method", "method", plan.method.file)
+    pattern, sparsity, ignored = plan.pattern, float(plan.sparsity), ", ".join(plan.left_out)
     if ignored:
         notice(f"plan: pattern {pattern} has choices of its own: {ignored} ignored (recipe {params.recipe})")
     if sparsity != params.sparsity:
         notice(f"plan: pattern {pattern} sets the sparsity to {sparsity:g}; sparsity {params.sparsity:g} ignored")
-    folder = study.root / "plan"
-    new = folder.with_name("plan.part")
-    remove(new)
     for name, content in stage_inputs(params).items():
-        write_json(new / f"{name}.json", content)
-    remove(folder)
-    new.rename(folder)
+        write_json(new_inputs / f"{name}.json", content)
+    for folder in (new_sources, new_inputs):
+        remove(folder.with_suffix(""))
+        folder.rename(folder.with_suffix(""))
 
 
-def _link_source(study: Study, name: str, setting: str, source: str) -> None:
-    """Make `sources/<name>`. UserError if the local source is missing, or a model has dangling links."""
-    place = study.source(name)
-    if place.is_dir() and not place.is_symlink():  # of several texts
-        remove(place)
-    if "/" in name and not place.parent.is_dir():
-        remove(place.parent)  # of one text
+def _link_source(study: Study, place: Path, setting: str, source: str) -> None:
+    """Make a link or a note. UserError if the local source is missing, or a model has dangling links."""
     if not Path(source).is_absolute():
         write_json(place, {"source": source})
         return
@@ -69,5 +58,4 @@ def _link_source(study: Study, name: str, setting: str, source: str) -> None:
                 f"params.yaml: {setting}: {source} is written by this study, expected another place; copy it"
             )
     place.parent.mkdir(parents=True, exist_ok=True)
-    remove(place)
     place.symlink_to(source)

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.inputs import check_ready, draw_documents, setting_of
-from wanda_dvc.stages.needs import TrainingWay, announce, choose_training, training_dtype
+from wanda_dvc.stages.needs import TrainingWay, announce, training_dtype, training_ways
 from wanda_dvc.stages.process import progress_bar, start_at
 from wanda_dvc.study.artifact import PROVENANCE, Work, check_source, describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
@@ -41,7 +42,7 @@ def recover(*, study: Study) -> None:
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
-    fastest = choose_training(study, sizes)  # UserError if no way fits
+    ways = training_ways(study, sizes)  # UserError if none fits
     windows, validation = training_windows(study)
     provenances: dict[bool, Json] = {}  # by `low_memory`
     for low_memory in (False, True):
@@ -55,15 +56,13 @@ def recover(*, study: Study) -> None:
             trained_in="bfloat16" if low_memory else training_dtype(model_dtype, device.type),
         )
     provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
-    way = _way_of_training(study, sizes, fastest, provenances, device)
+    way = _way_of_training(study, ways, provenances, device)
     provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
         announce(study, "recover", sizes, way)
         if way.low_memory:
-            rounded = "" if sizes.dtype == "bfloat16" else f"; {sizes.dtype} is rounded before the first evaluation"
-            reason = "training in float32 needs more memory"
-            notice(f"recover: weights in bfloat16 and optimizer states in 8 bits: {reason}{rounded}")
+            notice("recover: weights in bfloat16 and optimizer states in 8 bits: training in float32 needs more memory")
     # Only the first process creates this folder and commits the model; the others train in it.
     unfinished = study.work(provenance) if is_first else contextlib.nullcontext(Work(study.work_path(provenance)))
     steps = len(windows) // settings["batch"]
@@ -89,13 +88,11 @@ def recover(*, study: Study) -> None:
 
 
 def _way_of_training(
-    study: Study, sizes: ModelSizes, fastest: TrainingWay, provenances: dict[bool, Json], device: torch.device
+    study: Study, ways: Sequence[TrainingWay], provenances: dict[bool, Json], device: torch.device
 ) -> TrainingWay:
-    """Return the fastest way of training that fits; if one does, with the `low_memory` of an interrupted training."""
-    way = fastest
+    """Return the fastest of some ways of training, or of those with the `low_memory` of an interrupted training."""
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
-    if started and way.low_memory not in started:
-        way = choose_training(study, sizes, started[0])
+    way = next((way for way in ways if way.low_memory in started), ways[0])
     if launched_processes()[1]:  # of a split model; the free memory may differ between processes
         way = of_first_process(way, device)
     if started and way.low_memory not in started:
