@@ -56,7 +56,6 @@ def own_device(runtime: Runtime) -> "torch.device":
     if runtime.ray is not None:
         return torch.device(name if gpus else "cpu")
     kind, _, number = name.partition(":")
-    missing = (kind == "cuda" and int(number or 0) >= gpus) or (kind == "mps" and not accelerator.has_mps())
-    if missing:
+    if (kind == "cuda" and int(number or 0) >= gpus) or (kind == "mps" and not accelerator.has_mps()):
         raise UserError(f"params.yaml: runtime.device: got {name}, which this machine lacks; set auto or cpu")
     return torch.device(name)

@@ -88,9 +88,7 @@ def mask(*, study: Study) -> None:
     job = MaskJob(plan, checkpoint, sparsities, removal, study.fisher.absolute())
     with study.work(made_from) as work:
         masks, weights = work.output("masks"), work.output("weights")
-        finished = artifact.finished_blocks(masks)
-        if plan.mask_stores_weights:
-            finished = min(finished, artifact.finished_blocks(weights))
+        finished = artifact.finished_blocks(masks)  # the weights of a block are written before
         if removal and plan.repairs:
             repair_removed_blocks(study, checkpoint, removal, norms["text"], work)
         if plan.propagates:
@@ -225,14 +223,13 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
         for block in blocks:
             yield score_block(job, block, tensors.read_stats(study.stats, block), device)
         return
-    stats_of = {block: tensors.read_stats(study.stats, block) for block in blocks}
     tasks = []
-    for block, stats in stats_of.items():
+    for block in blocks:
+        stats = tensors.read_stats(study.stats, block)
         tasks += [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
     results = run_solvers(job, study.gram, tasks, inputs.cluster(study), device)
-    # They come in the order of the tasks, one for each distinct input of a block.
-    for block, stats in stats_of.items():
-        yield combine(job, block, itertools.islice(results, len(stats.consumers)))
+    for block, of_block in itertools.groupby(results, key=lambda result: result.block):
+        yield combine(job, block, of_block)
 
 
 def run_solvers(

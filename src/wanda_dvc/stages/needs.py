@@ -114,14 +114,13 @@ def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
 
 def check_solver(study: Study, sizes: ModelSizes) -> None:
     """Raise UserError if this machine lacks the memory or disk that the settings' recipe needs to solve."""
-    needs, lacking = solver_requirements(study, sizes), []
-    for kind, size in free(study).items():
-        if needs is not None and getattr(needs, kind) > size:
-            lacking.append(f"{gigabytes(size)} of {kind}, expected {gigabytes(getattr(needs, kind))}")
-    if lacking:
+    needs, (memory, disk) = solver_requirements(study, sizes), free(study).values()
+    if needs and (needs.memory > memory or needs.disk > disk):
+        available = f"{gigabytes(memory)} of memory and {gigabytes(disk)} of disk"
+        needed = f"{gigabytes(needs.memory)} and {gigabytes(needs.disk)}"
         raise UserError(
-            f"recipe: {study.params.recipe}: found {' and '.join(lacking)}; free some, or use `--recipe wanda`, which "
-            "needs less"
+            f"recipe: {study.params.recipe}: found {available}, expected {needed}; free some, or use `--recipe wanda`, "
+            "which needs less"
         )
 
 

@@ -39,9 +39,8 @@ def zero_shot(*, study: Study, model: str) -> None:
     announce(study, "zero-shot", sizes)
     settings = study.stage_input("zero-shot")
     identified = identity(STAGES["zero-shot"].version, provenance, study.model(model))
-    dense: Json = {}  # the dense model's answers by task
-    if model != "dense":
-        dense = load_json(study.details("dense", "zero_shot")).get("tasks", {})
+    # The dense model's answers by task.
+    dense = {} if model == "dense" else load_json(study.details("dense", "zero_shot")).get("tasks", {})
     protocols, compared = Json(), list[str]()
     for task in settings["tasks"]:
         items = read_provenance(study.data("tasks") / task, "download tasks")
