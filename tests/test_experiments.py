@@ -234,7 +234,7 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.
     assert norm.shape == (32,)
     keep = wd.mask(study, recipe="wanda", sparsity=0.5)
     assert {float(one.float().mean()) for one in keep.values()} == {0.5}
-    pruned = wd.prune(study).state_dict()
+    pruned = wd.prune(study, recipe="wanda").state_dict()
     dense = AutoModelForCausalLM.from_pretrained(study.path / "model").state_dict()
     for name, weight in dense.items():
         mask = keep[linear] if (linear := name.removesuffix(".weight")) in keep else torch.tensor(True)
