@@ -89,13 +89,21 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name:
     [
         ({"preset": "llama"}, "preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"),
         ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
-        ({"calibration": "nothing"}, "calibration.text.0: found {'source': 'nothing'"),
-        ({"model": "/nowhere"}, "/nowhere: missing, or not a directory of safetensors; name another"),
+        ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
+        ({"model": "/nowhere"}, "/nowhere: missing, or not a directory of safetensors; name one of this machine"),
+        (
+            {"model": "here/name"},
+            "here/name: missing, or not a directory of safetensors; name one of this machine, or write here/",
+        ),
         ({"model": "here/a.md"}, "here/a.md: missing, or not a directory of safetensors"),
         ({"model": "~no-such-user/m"}, "~no-such-user/m: missing, or not a directory"),
         ({"calibration": "here"}, "here: missing, or not a .txt or .jsonl file"),
         ({"calibration": "here/a.md"}, "here/a.md: missing, or not a .txt or .jsonl file"),
         ({"calibration": "here/pipe"}, "here/pipe: missing, or not a .txt or .jsonl file"),
+        (
+            {"calibration": "here/b"},
+            "here/b: missing, or not a .txt or .jsonl file; name one of this machine, or write here/b@main",
+        ),
         ({"calibration": "https://a.org/b.txt"}, "https:/a.org/b.txt: missing, or not a .txt or .jsonl file"),
     ],
 )

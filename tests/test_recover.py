@@ -438,7 +438,7 @@ def test_the_sparsity_counts_weights_that_became_zero(study: Make, monkeypatch: 
     assert after - before == pytest.approx(int(checkpoint.weight(name).count_nonzero()) / total, abs=1e-6)
 
 
-def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch):
+def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
     of = [(0, 1.0, 1.0, 1.0), (512, 1.1, 0.1, 0.6), (1024, 0.9, 0.7, 0.8)]
     checkpoint = Checkpoint(made.model("pruned"))
@@ -449,6 +449,7 @@ def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pyte
     monkeypatch.setattr("wanda_dvc.stages.recover.train", lambda *_, **__: found)
     recover(study=made)
     assert read_provenance(made.model("recovered"), "recover")["tokens"] == 512
+    assert "did not help on the training text;" in capsys.readouterr().err
 
 
 def test_a_model_trains_without_dropout(tmp_path: Path):

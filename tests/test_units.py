@@ -529,7 +529,11 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
 
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "removed"),
-    [("neurons", 0.001, "none of the neurons of each MLP"), ("heads", 0.2, "none of the groups of attention heads .*")],
+    [
+        ("neurons", 0.001, "none of the neurons of each MLP"),
+        ("heads", 0.2, "none of the groups of attention heads .*"),
+        ("unstructured", 1e-9, "no weight"),
+    ],
 )
 def test_a_sparsity_that_removes_nothing_is_refused(
     pattern: str, sparsity: float, removed: str, calibrated_study: Make

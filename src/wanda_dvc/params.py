@@ -396,7 +396,12 @@ def check_params(content: object) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(*map(_problem, error.errors())) from None
+        problems = [_problem(problem) for problem in error.errors()]
+    for section in ("calibration", "recovery"):
+        written = content.get(section) if isinstance(content, dict) else None
+        if not (isinstance(written, dict) and isinstance(written.get("text"), list)):  # one text has no number
+            problems = [problem.replace(f"{section}.text.0", f"{section}.text") for problem in problems]
+    raise UserError(*problems)
 
 
 def _problem(problem: Any) -> str:

@@ -113,7 +113,9 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
 
 def _summary(experiment: Experiment, dense: int, final: int) -> str:
     """Return a sentence on the model's size, from both numbers of parameters, and on what the pruning costs."""
-    parts = [f"Parameters: {dense / 1e6:,.1f} M → {final / 1e6:,.1f} M (−{100 * (1 - final / dense):.1f} %)"]
+    unit, letter, digits = (1e9, "B", 2) if dense >= 1e9 else (1e6, "M", 1)
+    sizes = [f"{parameters / unit:.{digits}f} {letter}" for parameters in (dense, final)]
+    parts = [f"Parameters: {sizes[0]} → {sizes[1]} (−{100 * (1 - final / dense):.1f} %)"]
     if dense == final:
         zeros = experiment.final.metrics["sparsity"]["sparsity"]
         parts = [f"Size unchanged: {100 * zeros:.1f} % of the linears' weights are zeros"]

@@ -14,11 +14,12 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import CORRECTION, Plan
+from wanda_dvc.plan import CORRECTION, UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_linear, choose_units, keeps_all
 from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct, target_weight
+from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.reading import is_there
@@ -195,8 +196,18 @@ def measured_blocks(study: Study, removal: "Removal") -> dict[str, Tensor]:
 def allocate_sparsities(
     study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device
 ) -> Sequence[BlockSparsity]:
-    """Return the sparsity of each block, or of its linears."""
+    """Return the sparsity of each block, or of its linears. UserError if a sparsity above 0 removes no weight."""
     plan = study.plan
+    if plan.sparsity and plan.pattern == UNSTRUCTURED:
+        # Only of block 0: the groups of other blocks have about the same size.
+        inputs_of = tensors.read_stats(study.stats, 0).by_linear
+        if plan.group == "row":
+            largest_group = max(len(x.sum) for x in inputs_of.values())
+        else:
+            largest_group = max(checkpoint.weight(linear).numel() for linear in inputs_of)
+        if not count_removed(largest_group, plan.sparsity):
+            problem = f"sparsity: got {float(plan.sparsity):g}, which removes no weight"
+            raise UserError(f"{problem}; set a higher sparsity")
     fisher = study.fisher if plan.allocation.uses_fisher else None
     stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
     return allocate(

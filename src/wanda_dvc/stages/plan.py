@@ -6,6 +6,7 @@ and hashes a file again only after its inode, time or size has changed.
 
 from pathlib import Path
 
+from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import download_sources
 from wanda_dvc.stages import WRITTEN, stage_inputs
@@ -42,6 +43,11 @@ def plan(*, study: Study) -> None:
 def _link_source(study: Study, place: Path, setting: str, source: str) -> None:
     """Make a link or a note. UserError if the local source is missing, or a model has dangling links."""
     if not Path(source).is_absolute():
+        if place.name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
+            raise UserError(
+                f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
+                f"its absolute path, {study.root / source}"
+            )
         write_json(place, {"source": source})
         return
     path = Path(source)

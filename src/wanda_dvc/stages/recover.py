@@ -33,6 +33,8 @@ VALIDATION_WINDOWS = 4  # of each training text, and of the embedded text
 # A validation text of another kind than the training's. `perplexity` reads another split of the embedded text, `test`.
 EMBEDDED_TEXT = Path(str(files("wanda_dvc"))) / "embedded/text/train.jsonl"
 
+VALIDATION_TEXTS = {"text": "the training text", "embedded": "the embedded text"}  # by column of the plot
+
 
 def recover(*, study: Study) -> None:
     """models/dense + models/pruned + data/recovery or data/calibration → models/recovered."""
@@ -81,7 +83,7 @@ def recover(*, study: Study) -> None:
         if is_first:
             _write_model(study, work, provenance, recovered, curve)
     if is_first:
-        columns = ("tokens", "text", "embedded")
+        columns = ("tokens", *VALIDATION_TEXTS)
         rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
         write_csv(study.plots("recovery"), columns, rows)
         write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study))
@@ -115,6 +117,9 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
     else:
         for _ in write_model(recovered, folder, without=(PROVENANCE,)):  # it yields each tensor once it is written
             pass
+        for text, about in VALIDATION_TEXTS.items():
+            if text in best and best[text] >= curve[0][text]:
+                notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
     tokens = int((curve[-1] if recovered is None else best)["tokens"])  # all of them, if no weights were better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
     work.commit(study.model("recovered"))

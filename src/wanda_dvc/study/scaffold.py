@@ -17,7 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from wanda_dvc.catalog import TEXTS
+from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import TEXT_SUFFIXES, Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
@@ -156,10 +156,12 @@ def absolute_source(source: str, *, is_text: bool) -> str:
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
     if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
         return str(path.resolve())
-    is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES
+    is_in_folder = "/" in source and "@" not in source and path.parent.is_dir()
+    is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES or is_in_folder
     if is_path or os.path.lexists(path):
         expected = "a .txt or .jsonl file" if is_text else "a directory of safetensors"
-        raise UserError(f"{path.absolute()}: missing, or not {expected}; name another")
+        hub = f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
+        raise UserError(f"{path.absolute()}: missing, or not {expected}; name one of this machine{hub}")
     return source
 
 
