@@ -225,4 +225,4 @@ def test_experts_with_another_signature_refuse_reap_and_no_other_method(mixture:
 def test_recipes_that_calibrate_use_reap(recipe: str, study: Make):
     plan = study(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
     assert plan.method.name == ("magnitude" if recipe.startswith("magnitude") else "reap")
-    assert (plan.reconstruction.name, plan.propagation, plan.statistics) == ("none", "dense", "norms")
+    assert (plan.reconstruction.name, plan.propagation, plan.tier) == ("none", "dense", "norms")

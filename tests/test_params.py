@@ -113,7 +113,7 @@ def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     """The walk records its own; only sums and Gram matrices of gradients are the dense model's."""
     plan = asked(recipe, propagation="pruned").plan
     uses_fisher = plan.group == "outputs" or plan.allocation.uses_fisher or plan.reconstruction.uses_fisher
-    assert plan.statistics == ("fisher" if uses_fisher else "norms")
+    assert plan.tier == ("fisher" if uses_fisher else "norms")
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
@@ -169,7 +169,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(recipe: str):
-    assert asked(recipe).plan.statistics == asked(recipe).statistics[-1] == NEEDS[recipe]
+    assert asked(recipe).plan.tier == asked(recipe).statistics[-1] == NEEDS[recipe]
     for tier in STATISTICS:
         content = asked(recipe).model_dump()
         content["calibration"]["statistics"] = tier

@@ -468,6 +468,7 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         before, after = (each.read(Address(name)) for each in (dense, pruned))
         if (keep := keeps.get(name.removesuffix(".weight"))) is not None:
             before = before[keep.any(dim=1)][:, keep.any(dim=0)]
+            assert keep.sum() == before.numel()  # what stays is dense
         assert before.shape == after.shape
         changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
     assert plan.propagation == "corrected" or changed == ({f"{consumer}.weight"} if plan.reconstructs else set())

@@ -232,7 +232,7 @@ def prune_linear(
     of_model = {"propagation": "dense", "allocation": "uniform"}  # choices that one linear does not have
     params, _ = new_params({"recipe": recipe, "sparsity": sparsity, "pattern": pattern} | choices | of_model)
     plan = params.plan
-    if plan.structure or plan.statistics == "fisher":
+    if plan.structure or plan.tier == "fisher":
         problem = f"pattern: found {pattern}" if plan.structure else f"recipe: found {recipe}, which reads gradients"
         raise UserError(f"{problem}, expected one for a linear alone, such as admm, unstructured; use `wd.prune`")
     if (inputs is None) == (gram is None):

@@ -310,7 +310,7 @@ class Params(_Section):
     def statistics(self) -> tuple[str, ...]:
         """The statistics to measure: those that the plan reads, and at least `calibration.statistics`."""
         order = catalog.STATISTICS  # each includes those before it
-        names = {self.plan.statistics, self.calibration.statistics} - {"auto"}
+        names = {self.plan.tier, self.calibration.statistics} - {"auto"}
         return order[: max(map(order.index, names)) + 1]
 
     @property

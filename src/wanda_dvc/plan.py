@@ -169,8 +169,8 @@ class Plan:
         return self.reconstructs and not self.mask_stores_weights
 
     @property
-    def statistics(self) -> str:
-        """The statistics that stages read: norms, gram or fisher; each includes those before it."""
+    def tier(self) -> str:
+        """The last statistics that stages read, norms, gram or fisher; each tier includes those before it."""
         if self.mask_reads_fisher or self.used_reconstruction.uses_fisher:
             return "fisher"
         mask_reads_gram = self.method.needs == "gram" and not self.propagates

@@ -33,7 +33,7 @@ def recipes_text(*, as_json: bool = False) -> str:
 def _content(recipe: Recipe) -> Json:
     plan = Plan.from_recipe(recipe.name, dict.fromkeys(CHOICES), pattern=UNSTRUCTURED, sparsity=0.5)
     rows = (methods()[recipe.method], ALLOCATIONS[recipe.allocation], RECONSTRUCTIONS[recipe.reconstruction])
-    reads = plan.statistics
+    reads = plan.tier
     if plan.propagates:
         reads = f"{'gram' if plan.mask_solves else reads}, of pruned blocks"
     elif plan.method.needs == "weights" and reads == "norms":

@@ -46,6 +46,8 @@ def choose_linear(
     `x` is the input's norms, or for a solver its Gram matrix, None without tokens. UserError if the pattern does not
     fit the linear, or a score is not finite.
     """
+    if keeps_all(linear, rule.pattern, rule.units):
+        return torch.ones(weight.shape, dtype=torch.bool)
     transposed = linear in stats.transposed
     weight = oriented(weight, transposed)
     features = weight.shape[1]

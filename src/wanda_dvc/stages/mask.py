@@ -291,6 +291,7 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     for linear in linears:
         transposed = linear in stats.transposed
         stored = job.checkpoint.weight(linear)
+        # A correction gives new values also to linears that lose no weight.
         if keeps_all(linear, plan.pattern, rule.units) and plan.propagation != "corrected":
             masks[linear] = torch.ones(stored.shape, dtype=torch.bool)
             continue
@@ -328,25 +329,19 @@ def combine(job: MaskJob, block: int, results: Iterable[BlockResult]) -> BlockRe
 
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
     """Return the result of a block whose masks are chosen by scores."""
-    inputs, rule, stored = stats.by_linear, job.rule(block), job.checkpoint.weight
+    inputs, rule = stats.by_linear, job.rule(block)
 
     def choose(linear: str, weight: Tensor) -> Tensor:
         return choose_linear(linear, weight, inputs[linear], stats, rule)
 
-    masks = {}
-    for linear in inputs:
-        if keeps_all(linear, rule.pattern, rule.units):
-            masks[linear] = torch.ones(stored(linear).shape, dtype=torch.bool)
-    scored = [linear for linear in inputs if linear not in masks]
     # On a GPU the next weight is copied while one is scored.
-    weights = accelerator.Copies(device).to_device(map(stored, scored))
+    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, inputs))
     if device.type == "cpu":
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
-            masks |= zip(scored, pool.map(choose, scored, weights), strict=True)
+            masks = dict(zip(inputs, pool.map(choose, inputs, weights), strict=True))
     else:
-        masks |= zip(scored, map(choose, scored, weights), strict=True)
-    packed = tensors.pack_masks({linear: masks[linear] for linear in inputs})
-    return remove_units(job, BlockResult(block, packed, {}, {}))
+        masks = dict(zip(inputs, map(choose, inputs, weights), strict=True))
+    return remove_units(job, BlockResult(block, tensors.pack_masks(masks), {}, {}))
 
 
 def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:

@@ -99,7 +99,7 @@ def gigabytes(size: int) -> str:
 def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
     """Return what the settings' solver needs, with Gram matrices that are still to measure; None without a solver."""
     plan = study.params.plan
-    if plan.statistics == "norms":
+    if plan.tier == "norms" and not plan.mask_solves:  # on pruned blocks, `mask` measures Gram matrices itself
         return None
     squares = 0
     if not is_there(study.gram / PROVENANCE):
