@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 # Of the command `prune`; other keyword arguments are settings.
 OPTIONS = ("recipe", "sparsity", "pattern", "text", "eval_text", "recover", "evaluate")
-# Those that change settings; `mask` is also `prune`, and `latest` starts from the settings of the last call.
+# An order: a call's settings become the start of all later entries, never its own. `mask` is also `prune`; `latest` is
+# no function: its settings are those of the last call, unless the user has edited the file.
 FUNCTIONS = ("calibrate", "mask", "perplexity", "latest")
 
 

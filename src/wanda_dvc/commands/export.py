@@ -144,6 +144,7 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
         names += ["stats/gram", "stats/fisher"] if plan.used_reconstruction.uses_fisher else ["stats/gram"]
     for name in names:
         take(name)
+    artifact.remove(links.model("dense"))  # `read_at` took its configuration
     expected, dense = masks["model"], study.model("dense")
     if is_there(dense / PROVENANCE) and read_provenance(dense, "download model")["sha256"] == expected["sha256"]:
         links.link_to(study, "models/dense")

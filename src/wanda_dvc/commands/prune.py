@@ -102,12 +102,10 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     longest = max_positions(read_config(config)) or length
     if "calibration.length" not in request.settings:
         length = min(longest, length)
-    tokens = TOKENS_A_FEATURE * sizes.widest
-    fitting = {
-        "calibration.length": length,
-        "perplexity.length": min(longest, params.perplexity.length),
-        "calibration.windows": max(params.calibration.windows, math.ceil(tokens / length)),
-    }
+    fitting = {"calibration.length": length, "perplexity.length": min(longest, params.perplexity.length)}
+    if not all(text.windows for text in params.calibration.text):
+        enough = math.ceil(TOKENS_A_FEATURE * sizes.widest / length)
+        fitting["calibration.windows"] = max(params.calibration.windows, enough)
     return fitting | request.settings
 
 
@@ -156,19 +154,20 @@ def describe_run(request: PruneRequest) -> str:
     params = study.params
     lines = [
         f"{settings_line(params)}, into {request.target}",
-        f"Fetched unless present: {_fetched(params)}.",
+        f"Fetched unless present: {_fetched(params, evaluate=request.evaluate)}.",
         *details,
         "This was a dry run: nothing was pruned.",
     ]
     return "\n".join(lines)
 
 
-def _fetched(params: Params) -> str:
+def _fetched(params: Params, *, evaluate: bool) -> str:
     """Return the sources on the network that a run reads."""
     sources = []
     for name, (_, source) in download_sources(params).items():
         is_local = Path(source).is_absolute() or source in (EMBEDDED, "none")
-        if not is_local and name != "tasks":  # which `prune` does not run
+        is_read = evaluate if name.startswith("perplexity/") else name != "tasks"  # which `prune` does not run
+        if is_read and not is_local:
             sources.append(f"{source} ({name})")
     return ", ".join(sources) or "nothing"
 

@@ -40,7 +40,7 @@ def check_request(
     pattern: str = UNSTRUCTURED,
     text: str | Sequence[str] = (),
     eval_text: str | Sequence[str] = (),
-    recover: str | None = None,
+    recover: str | int | None = None,
     evaluate: bool = True,
     changes: Settings | None = None,
 ) -> PruneRequest:
@@ -75,7 +75,7 @@ def check_request(
     if target is None:
         amount = None if ":" in params.pattern else f"{params.sparsity:g}"
         kind = None if params.pattern == UNSTRUCTURED else params.pattern.replace(":", "-")
-        target = Path("-".join(filter(None, [name, recipe, kind, amount, recover])))
+        target = Path("-".join(filter(None, [name, recipe, kind, amount, str(recover) if recover else None])))
     target = check_target(Study(root), target)
     return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate)
 
@@ -115,8 +115,8 @@ def _parse_sparsity(text: str | float) -> float:
         raise UserError(f"--sparsity: found {text}, expected a fraction or a percentage, such as 0.5 or 50%") from None
 
 
-def _parse_tokens(text: str) -> int:
-    digits = re.fullmatch(r"([0-9]+)([kM]?)", text)
+def _parse_tokens(text: str | int) -> int:
+    digits = re.fullmatch(r"([0-9]+)([kM]?)", str(text))
     if digits is None:
         raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
     return int(digits[1]) * TOKEN_UNITS[digits[2]]

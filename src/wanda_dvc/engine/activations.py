@@ -39,7 +39,7 @@ class ActivationStore:
     lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    kept: int  # the number of blocks, up to the newest, whose activations stay once the newest are complete
+    kept: int  # the number of blocks, up to the newest, whose activations stay; one more while the newest are written
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
     _in_memory: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -30,7 +30,9 @@ class UnitDimension(NamedTuple):
     address: Address
     dim: int
     unit_set: str
-    layout: tuple[int, ...]  # places of a unit in each section of the dimension, as `Units.layout`
+    # Places of a unit in each section of the dimension. (2,): unit 0 is places 0 and 1; (1, 1): the first place of each
+    # half, as where gate and up share a tensor.
+    layout: tuple[int, ...]
 
 
 class UnitTensor(NamedTuple):

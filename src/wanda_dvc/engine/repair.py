@@ -65,6 +65,7 @@ def run_cuts(
     At the end of each cut, `repaired` returns the new weight of its linear; None: it stays as it is. It must keep the
     weight on disk first: a resumed run asks again, and the activations are then repaired ones.
     """
+    # `repaired` reads what is before `block_before` to `end`: `kept` and one more, until `end` counts as finished.
     kept = max(cut.end - cut.block_before for cut in cuts)
     first, last = cuts[0].block_before, cuts[-1].end
     for step in runner.forward(windows, with_dense=True, kept=kept):

@@ -57,6 +57,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
+    # A model may be there that others of these settings did not make, such as models/pruned of an earlier experiment.
     reasons = other_settings(study)
     unrelated = ""  # the first model of another experiment
     for model, key, source in (("pruned", "masks", "masks"), ("recovered", "pruned", "models/pruned")):
@@ -70,7 +71,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
         results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        # DVC does not cache models/pruned: it may be another than that of masks/ and of the figures of the lock.
+        # DVC does not cache models/pruned. If it is not that of masks/, it says nothing on the figures of the lock.
         if not provenance or (model == "pruned" and unrelated == "pruned"):
             continue
         others = results[model].leave_out_others(digest(provenance))

@@ -80,7 +80,7 @@ def read_at(study: Study, name: str, folder: Path) -> Experiment:
             raise UserError(f"{name}: no {file}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
     dense, dense_here = (Lock.read(root).digests.get("models/dense") for root in (folder, study.root))
-    if revision.take(CONFIG, folder) and dense == dense_here:  # DVC does not cache this model
+    if revision.take(CONFIG, folder) and dense == dense_here:  # with `cache: false` in dvc.yaml
         Study(folder).link_to(study, CONFIG)
     experiment = _read(Study(folder), name, revision.commit)
     if missing:

@@ -86,13 +86,16 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
     if plan.method.needs == "blocks":
         digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
-    # One pass measures norms and Gram matrices, which wait for the next run, `calibrate gram`. It does not take them if
-    # DVC restores its output from the cache.
+    discard_waiting_gram(study)
+    return norms, digests
+
+
+def discard_waiting_gram(study: Study) -> None:
+    """Remove Gram matrices that `calibrate norms` measured for `calibrate gram`, if DVC has restored stats/gram."""
     gram_from = gram_made_from(study)
     if is_there(study.work_path(gram_from)):
         with study.work(gram_from) as work:
             work.discard()
-    return norms, digests
 
 
 def gram_made_from(study: Study) -> Json:

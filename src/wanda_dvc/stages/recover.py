@@ -81,12 +81,7 @@ def recover(*, study: Study) -> None:
             device=device, work=_training(work.path), on_step=show_step, **way._asdict(),
         )  # fmt: skip
         if is_first:
-            _write_model(study, work, provenance, recovered, curve)
-    if is_first:
-        columns = ("tokens", *VALIDATION_TEXTS)
-        rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
-        write_csv(study.plots("recovery"), columns, rows)
-        write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study))
+            _write_results(study, work, provenance, recovered, curve)
 
 
 def _way_of_training(
@@ -108,7 +103,13 @@ def _training(work: Path) -> Path:
     return work / (f"training-{processes}" if is_sharded else "training")
 
 
-def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve) -> None:
+def _write_results(
+    study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve
+) -> None:
+    """Write the curve, the sparsity and the model. The model comes last: with it, the checkpoints are removed."""
+    columns = ("tokens", *VALIDATION_TEXTS)
+    rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
+    write_csv(study.plots("recovery"), columns, rows)
     best = min(curve, key=lambda evaluation: evaluation["score"])
     folder = work.new()
     if recovered is None:
@@ -122,14 +123,15 @@ def _write_model(study: Study, work: Work, provenance: Json, recovered: EditedCh
                 notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
     tokens = int((curve[-1] if recovered is None else best)["tokens"])  # all of them, if no weights were better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
+    write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study, folder))
     work.commit(study.model("recovered"))
 
 
-def _measured_sparsity(study: Study) -> Json:
+def _measured_sparsity(study: Study, recovered: Path) -> Json:
     """Return the metrics of the pruned model, with the recovered model's zeros: small float16 weights become zero."""
     metrics = load_json(study.metrics("pruned", "sparsity"))
     if "removed_parameters" not in metrics:  # else the sparsity is that of units
-        checkpoint = Checkpoint(study.model("recovered"))
+        checkpoint = Checkpoint(recovered)
         weights = [checkpoint.weight(linear) for linear in load_json(study.details("pruned", "sparsity"))]
         kept = sum(int(weight.count_nonzero()) for weight in weights)
         metrics["sparsity"] = round(1 - kept / sum(weight.numel() for weight in weights), 6)
@@ -141,6 +143,7 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
     Several texts have windows in proportion to their shares, by turns. All of their validation windows are `text`.
     """
+    # `stage_input` has the windows and shares of the calibration's text, unless `recovery.text` names another.
     settings = study.stage_input("recover")
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]

@@ -185,10 +185,17 @@ def preset_changes(name: str) -> Settings:
 
 
 def updated(content: Settings, changes: Settings) -> Settings:
-    """Set nested settings in a document, which keeps its comments, and return it. Texts replace all earlier texts."""
+    """Set nested settings in a document, which keeps its comments, and return it.
+
+    The texts of a perplexity replace all earlier ones. A text that names its source keeps nothing of the earlier text.
+    """
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict) and key != "texts":
-            content[key] = updated(copy(content[key]), value)  # an alias of it stays as it is
+            section = copy(content[key])  # an alias of it stays as it is
+            if key == "text" and "source" in value:
+                for name in section.keys() - value.keys():
+                    del section[name]
+            content[key] = updated(section, value)
         else:
             content[key] = value
     return content

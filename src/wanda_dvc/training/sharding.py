@@ -56,6 +56,7 @@ def shard(model: Any, device: torch.device) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default the rest stays gathered after a forward pass, and a later change of its parts would have no effect.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # FSDP2 gathers parameters around registered methods alone, so any function is called through one.
     model.run = _run
     register_fsdp_forward_method(model, "run")
 
