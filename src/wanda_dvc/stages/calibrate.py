@@ -58,10 +58,11 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 artifact.write_provenance(work.out, made_from)
             else:
                 artifact.finish(work.out, made_from)
-        if statistics == "norms":
-            headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
-            write_csv(study.plots("norms"), headers, _plotted(work.out))
+        plotted = list(_plotted(work.out)) if statistics == "norms" else []  # takes seconds; a commit ends the work
         work.commit(study.root / "stats" / statistics)
+    if statistics == "norms":
+        headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
+        write_csv(study.plots("norms"), headers, plotted)
 
 
 def calibrated_from(study: Study, statistics: str) -> Json:
