@@ -128,7 +128,7 @@ STAGES = {
         ),
         Stage(
             name="download",
-            version=1,
+            version=2,
             about="Fetch the model, a text, or the tasks. Only this stage uses the internet.",
             argument="source",
             variants={
@@ -191,7 +191,7 @@ STAGES = {
         ),
         Stage(
             name="recover",
-            version=3,
+            version=4,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             variants={
                 "": Variant(
