@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from pkgutil import resolve_name
@@ -124,6 +125,7 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
         ),
         (5, r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix"),
         (next(iter(methods().values())), "package:thing has the taken name magnitude, expected another; fix or uninst"),
+        (replace(methods()["divergence"], name="mine"), "package:thing needs blocks, expected weights, norms or gram"),
     ],
 )
 def test_an_entry_point_that_is_no_method_is_named(monkeypatch: Patch, loaded: object, message: str):

@@ -106,6 +106,8 @@ def methods() -> dict[str, Method]:
         try:
             method = replace(entry.load(), package=package)
             problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
+            if method.needs == "blocks":  # their measurement calls no function of a package
+                problem = "needs blocks, expected weights, norms or gram"
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"
         if problem:

@@ -18,10 +18,10 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_ready,
     draw_calibration,
-    gram_made_from,
     model_dtype,
     read_choices,
     runner,
+    stored_gram,
 )
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.needs import announce
@@ -39,7 +39,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
     asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
     """
     check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
-    made_from, gram_from = calibrated_from(study, statistics), calibrated_from(study, "gram")
+    made_from, expected_gram = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
         if not is_there(work.out / PROVENANCE):  # else it was measured with the norms
             if statistics == "blocks":
@@ -48,10 +48,10 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
-            elif study.stage_input("calibrate/gram") and gram_made_from(study) != gram_from:
-                with study.work(gram_from) as gram:
+            elif study.stage_input("calibrate/gram") and stored_gram(study) != expected_gram:
+                with study.work(expected_gram) as gram:
                     _forward(study, norms=work, gram=gram)
-                    artifact.finish(gram.out, gram_from)
+                    artifact.finish(gram.out, expected_gram)  # and it waits: `calibrate gram` commits it
             else:
                 _forward(study, norms=work)
             if statistics == "blocks":

@@ -92,13 +92,13 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
 
 def discard_waiting_gram(study: Study) -> None:
     """Remove Gram matrices that `calibrate norms` measured for `calibrate gram`, if DVC has restored stats/gram."""
-    gram_from = gram_made_from(study)
-    if is_there(study.work_path(gram_from)):
-        with study.work(gram_from) as work:
+    made_from = stored_gram(study)
+    if is_there(study.work_path(made_from)):
+        with study.work(made_from) as work:
             work.discard()
 
 
-def gram_made_from(study: Study) -> Json:
+def stored_gram(study: Study) -> Json:
     """Return the provenance of stats/gram without its number of blocks, as of unfinished work; {} without one."""
     return {name: value for name, value in load_json(study.gram / PROVENANCE).items() if name != "blocks"}
 
