@@ -19,6 +19,8 @@ from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock, md5
 
+MADE_FROM = {"pruned": "masks", "recovered": "models/pruned"}
+
 
 def valid_params(settings: Mapping[str, Any]) -> Params | None:
     """Return settings, by dotted name, checked; None for those of another version."""
@@ -57,23 +59,17 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    # A model may be there that others of these settings did not make, such as models/pruned of an earlier experiment.
-    reasons = other_settings(study)
-    unrelated = ""  # the first model of another experiment
-    for model, key, source in (("pruned", "masks", "masks"), ("recovered", "pruned", "models/pruned")):
-        made_from = load_json(study.model(model) / PROVENANCE).get(key)
-        expected = load_json(study.root / source / PROVENANCE)
-        if made_from and expected and made_from != digest(expected):
-            unrelated = model
-            reasons.append(f"models/{model} belongs to another experiment than {source}/: run `dvc repro`.")
-            break
+    reasons, unrelated = other_settings(study), unrelated_model(study)
+    if unrelated:
+        reasons.append(
+            f"models/{unrelated} belongs to another experiment than {MADE_FROM[unrelated]}/: run `dvc repro`."
+        )
     if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        # DVC does not cache models/pruned. If it is not that of masks/, it says nothing on the figures of the lock.
-        if not provenance or (model == "pruned" and unrelated == "pruned"):
-            continue
+        if not provenance or model == unrelated == "pruned":
+            continue  # DVC does not cache models/pruned: the figures may be those of the lock, whose model is not here
         others = results[model].leave_out_others(digest(provenance))
         if others:
             notes.append(
@@ -81,6 +77,16 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc repro`."
             )
     return results, [*notes, *reasons]
+
+
+def unrelated_model(study: Study) -> str | None:
+    """Return the first model that is not made from what lies beside it now, if any."""
+    for model, source in MADE_FROM.items():
+        made_from = load_json(study.model(model) / PROVENANCE).get(Path(source).name)
+        expected = load_json(study.root / source / PROVENANCE)
+        if made_from and expected and made_from != digest(expected):
+            return model
+    return None
 
 
 def other_settings(study: Study) -> list[str]:

@@ -100,7 +100,7 @@ def why_separate(experiment: Experiment, base: Experiment) -> list[str]:
 def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
     """Return what a section of the page shows: experiments that may be compared, and differences from the `first`."""
     # Several texts have other keys than one: without a value for each key, they would not differ.
-    names = {key for experiment in members for key in experiment.settings}
+    names = sorted({key for experiment in members for key in experiment.settings})
     settings_of = {id(member): {key: member.settings.get(key) for key in names} for member in members}
     varying = differing_settings(settings_of.values())
     in_labels = [key for key in varying if not key.startswith(MEASUREMENT_SETTINGS) and key not in IN_NAMES]

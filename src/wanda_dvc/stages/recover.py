@@ -90,10 +90,11 @@ def _way_of_training(
     """Return the fastest of some ways of training, or of those with the `low_memory` of an interrupted training."""
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
     way = next((way for way in ways if way.low_memory in started), ways[0])
-    if launched_processes()[1]:  # of a split model; the free memory may differ between processes
+    # The free memory may differ between processes. Those with copies of the models have one kind of weights to choose.
+    if launched_processes()[1]:
         way = of_first_process(way, device)
     if started and way.low_memory not in started:
-        notice("recover: the interrupted training needs more memory than is free: this one begins anew")
+        notice("recover: the interrupted training does not fit the free memory, or this launch: this one begins anew")
     return way
 
 
@@ -143,7 +144,7 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
     Several texts have windows in proportion to their shares, by turns. All of their validation windows are `text`.
     """
-    # `stage_input` has the windows and shares of the calibration's text, unless `recovery.text` names another.
+    # `shares` are those of several texts, of the calibration or of `recovery.text`. One text has none: any number does.
     settings = study.stage_input("recover")
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]

@@ -207,7 +207,8 @@ class RecoveryTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # before the first process calls the checkpoint complete
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        weights = torch.load(self._file(resume_from_checkpoint, "weights"), weights_only=True, mmap=True)
+        file = self._file(resume_from_checkpoint, "weights")
+        weights = torch.load(file, weights_only=True, mmap=True, map_location="cpu")  # where it may have been trained
         for name, parameter in self.model.named_parameters():
             local(parameter).copy_(weights[name])
 
@@ -348,7 +349,10 @@ def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[
 
 
 def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """Return the number of processes, and whether they split the model. UserError if they cannot train so."""
+    """Return the number of processes, and whether they split the model. UserError if they cannot train so.
+
+    It ends accelerate's own splitting: `launched_processes` then says that no model is split.
+    """
     processes, is_sharded = launched_processes()
     if batch % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected a divisor of recovery.batch, {batch}")
