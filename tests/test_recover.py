@@ -410,7 +410,7 @@ def test_an_interrupted_training_keeps_its_way_where_it_fits(
         with pytest.raises(KeyboardInterrupt):
             recover(study=made)
         assert ways[-1] is is_low
-    assert "the interrupted training needs more memory than is free: this one begins anew" in capsys.readouterr().err
+    assert "does not fit the free memory, or this launch: this one begins anew" in capsys.readouterr().err
 
 
 def test_the_announced_need_is_that_of_the_chosen_way(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
