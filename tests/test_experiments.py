@@ -156,8 +156,7 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
         list_text(study=Study(root))
     Repository(root, root).run("git", "init", "--quiet")
-    with pytest.raises(UserError, match="can't list its experiments .*; commit the study"):
-        list_text(study=Study(root))
+    assert "workspace" in list_text(study=Study(root))  # nothing is committed
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
@@ -255,7 +254,7 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.
         ({"sparsity": 2}, "sparsity"),
         ({"calibration": {"nope": 1}}, "calibration.nope: no such setting"),
         ({"recipe": "wand"}, "recipe"),
-        ({"model": Path("/")}, "model: found /, expected a valid string"),
+        ({"model": 5}, "model: found 5, expected a valid string"),
     ],
 )
 def test_a_wrong_setting_is_named_and_changes_nothing(study: wd.Study, settings: dict[str, Any], says: str):
@@ -272,9 +271,9 @@ def test_a_failed_stage_is_an_error_with_its_message(study: wd.Study):
 
 
 def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
-    with pytest.raises(wd.UserError, match="tokenizer: found NoneType"):
+    with pytest.raises(wd.UserError, match="model, tokenizer: found LlamaForCausalLM, NoneType, expected a path"):
         wd.calibrate(AutoModelForCausalLM.from_pretrained(study.path / "model"), tmp_path / "new")
-    with pytest.raises(wd.UserError, match="model: got Linear"):
+    with pytest.raises(wd.UserError, match="model, tokenizer: found Linear, NoneType, expected a path"):
         wd.calibrate(torch.nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
     with pytest.raises(wd.UserError, match="calibration.window: no such setting"):
         wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})

@@ -215,7 +215,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
 
     measured = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert f"| {measured:,.2f} (" in card  # and its interval
-    assert re.search(r"\| pattern +\| `2:4`", card)
+    assert re.search(r"\| pattern +\| 2:4 +\|", card)
     assert "model: /path/to/tiny\n" in card
     model = AutoModelForCausalLM.from_pretrained(exported)
     weight = model.model.layers[0].mlp.up_proj.weight

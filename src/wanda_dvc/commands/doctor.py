@@ -67,7 +67,7 @@ def _needs(study: Study) -> dict[str, Requirements]:
 
 
 def _check_machine(params: Params) -> Iterator[Check]:
-    yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory_of('cpu'))} of memory free")
+    yield Check("cpu", True, f"threads: {cores()}; {gigabytes(free_memory_of('cpu'))} of memory free")
     for gpu in accelerator.gpus():
         yield Check(gpu, True, f"{accelerator.gpu_name(gpu)}, {gigabytes(free_memory_of(gpu))} free")
     if params.runtime.ray is None:  # else the workers need it

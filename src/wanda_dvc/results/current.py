@@ -80,7 +80,7 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
 
 
 def unrelated_model(study: Study) -> str | None:
-    """Return the first model that is not made from what lies beside it now, if any."""
+    """Return the first model that is not made from what is next to it now, if any."""
     for model, source in MADE_FROM.items():
         made_from = load_json(study.model(model) / PROVENANCE).get(Path(source).name)
         expected = load_json(study.root / source / PROVENANCE)

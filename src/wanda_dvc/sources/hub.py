@@ -75,7 +75,8 @@ def in_mirror(mirror: str | None, *parts: str) -> Path | None:
     path = Path(mirror, *parts)
     if ".." in path.parts or not path.is_relative_to(mirror):
         raise UserError(f"runtime.mirror: got {'/'.join(parts)}, expected a place inside {mirror}; correct the setting")
-    check_file(path, "put it there, .gz as the Hub has it, .jsonl with one row a line, or set runtime.mirror to null")
+    todo = "put it there, .gz as the Hub has it, .jsonl with one row a line, set the text's source or split"
+    check_file(path, f"{todo}, or set runtime.mirror to null")
     return path
 
 

@@ -334,14 +334,18 @@ def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.devic
     def choose(linear: str, weight: Tensor) -> Tensor:
         return choose_linear(linear, weight, inputs[linear], stats, rule)
 
-    # On a GPU the next weight is copied while one is scored.
-    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, inputs))
+    # Only weights that are scored reach a GPU, where the next one is copied meanwhile.
+    scored = [linear for linear in inputs if not keeps_all(linear, rule.pattern, rule.units)]
+    weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
     if device.type == "cpu":
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
-            masks = dict(zip(inputs, pool.map(choose, inputs, weights), strict=True))
+            masks = dict(zip(scored, pool.map(choose, scored, weights), strict=True))
     else:
-        masks = dict(zip(inputs, map(choose, inputs, weights), strict=True))
-    return remove_units(job, BlockResult(block, tensors.pack_masks(masks), {}, {}))
+        masks = dict(zip(scored, map(choose, scored, weights), strict=True))
+    for linear in inputs.keys() - masks.keys():
+        masks[linear] = choose(linear, job.checkpoint.weight(linear))
+    packed = tensors.pack_masks({linear: masks[linear] for linear in inputs})
+    return remove_units(job, BlockResult(block, packed, {}, {}))
 
 
 def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
