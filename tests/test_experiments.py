@@ -156,7 +156,8 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     with pytest.raises(UserError, match="no git repository; `wanda-dvc init DIR --from"):
         list_text(study=Study(root))
     Repository(root, root).run("git", "init", "--quiet")
-    assert "workspace" in list_text(study=Study(root))  # nothing is committed
+    with pytest.raises(UserError, match="git has no commit; `git add .`, then `git commit -m Begin`"):
+        list_text(study=Study(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
@@ -279,7 +280,7 @@ def test_wrong_arguments_are_errors(study: wd.Study, tmp_path: Path):
         wd.calibrate(tmp_path, tmp_path / "third", calibration={"window": 128})
     assert not [*tmp_path.iterdir()]  # no study is left behind
     before = (study.path / "params.yaml").read_bytes()
-    for words, says in ((["recovered"], "recovery.tokens: found 0"), (["both"], "model: found both")):
+    for words, says in ((["recovered"], "model: found recovered"), (["both"], "model: found both")):
         with pytest.raises(wd.UserError, match=says):
             wd.perplexity(study, *words, sparsity=0.7)
     with pytest.raises(wd.UserError, match="text: found nope, expected embedded"):

@@ -42,6 +42,8 @@ def list_revisions(root: Path) -> list[Json]:
     The records are those of `dvc exp show --json`. Reading every commit takes minutes in a large repository.
     """
     repository_roots(root)  # UserError without one
+    if git(root, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
+        raise UserError(f"{root}: git has no commit; `git add .`, then `git commit -m Begin`")
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-branches", "--all-tags"]
     for commit in ("HEAD", *sorted(_commits_with_experiments(root))):
         command += ["--rev", commit]
@@ -49,8 +51,8 @@ def list_revisions(root: Path) -> list[Json]:
     if shown.returncode:
         problem = shown.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
         raise UserError(
-            f"{root}: DVC can't list its experiments ({problem}); commit the study to git, and `dvc queue kill NAME` "
-            "each killed one that `dvc queue status` calls running"
+            f"{root}: DVC can't list its experiments ({problem}); `dvc queue kill NAME` each killed one that `dvc "
+            "queue status` calls running"
         )
     records: list[Json] = json.loads(shown.stdout)
     return records
