@@ -142,6 +142,15 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
     refused(shard, "00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights")
 
 
+def test_a_study_without_tasks_compares_on_its_texts(calibrated_study: Study, tmp_path: Path):
+    """As that of `prune`."""
+    shutil.rmtree(calibrated_study.data("tasks"))
+    calibrated_study.metrics("dense", "zero_shot").unlink()
+    (same,) = evaluated(calibrated_study, shutil.copytree(calibrated_study.model("dense"), tmp_path / "same"))
+    assert same["results"]["divergence"]["embedded"]["value"] == 0
+    assert "acc" not in same["results"]
+
+
 def test_a_model_that_is_not_finite_has_diverged(calibrated_study: Study, tmp_path: Path):
     """Its answers are meaningless: a comparison with NaN chooses the first."""
     folder = shutil.copytree(calibrated_study.model("dense"), tmp_path / "nan")

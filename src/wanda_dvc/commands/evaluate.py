@@ -33,10 +33,13 @@ LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics
 
 
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:
-    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON."""
+    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
+
+    A study of `prune` has no tasks.
+    """
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
-    texts, tasks = study.params.perplexity.texts, study.params.tasks.names
+    texts, tasks = study.params.perplexity.texts, study.params.tasks.names if study.data("tasks").is_dir() else []
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError("metrics/dense: no results of the dense model on all texts and tasks; run `dvc repro`")
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
@@ -48,10 +51,11 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
             measured.link_to(study, *LINKED)
             folder = measured.model("pruned")
             try:
-                _write_variant(study, path, folder)
+                _write_variant(study, path, folder, tasks)
                 for text in texts:
                     perplexity(study=measured, model="pruned", text=text)
-                zero_shot(study=measured, model="pruned")
+                if tasks:
+                    zero_shot(study=measured, model="pruned")
             except UserError as error:  # about the user's path
                 raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
             models[name] = Results.of(measured, "pruned")
@@ -63,7 +67,7 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     return json_text([{"model": name, "metrics": models[name].metrics, **compared[name]} for name in models])
 
 
-def _write_variant(study: Study, path: Path, folder: Path) -> None:
+def _write_variant(study: Study, path: Path, folder: Path, tasks: Sequence[str]) -> None:
     dense = study.model(DENSE)
     sha256 = read_model(path, folder)
     config, dense_config = (read_config(model).get_text_config() for model in (folder, dense))
@@ -80,7 +84,7 @@ def _write_variant(study: Study, path: Path, folder: Path) -> None:
         changes = {name: value for name, value in settings if name not in sizes and not isinstance(value, list)}
     changes["dtype"] = model_dtype(study)  # in which the dense model ran
     write_json(folder / "config.json", load_json(folder / "config.json") | changes)
-    _check_tokenizer(study, folder, path)
+    _check_tokenizer(study, folder, path, tasks)
     for pattern in (*TOKENIZER, "generation_config.json"):  # its own may name other tokens that end a text
         for file in folder.glob(pattern):
             file.unlink()
@@ -91,10 +95,10 @@ def _write_variant(study: Study, path: Path, folder: Path) -> None:
     write_provenance(folder, describe("apply", model=compared, sha256=sha256))
 
 
-def _check_tokenizer(study: Study, folder: Path, path: Path) -> None:
-    """Raise UserError if a tokenizer gives other token ids than the dense model's for a text or a task of the study."""
+def _check_tokenizer(study: Study, folder: Path, path: Path, tasks: Sequence[str]) -> None:
+    """Raise UserError if a tokenizer gives other token ids than the dense model's for a text or one of some tasks."""
     texts = {f"the text {name}": study.text(f"perplexity/{name}") for name in study.params.perplexity.texts}
-    for task in study.params.tasks.names:
+    for task in tasks:
         texts[f"the task {task}"] = read_text(study.data("tasks") / task / ITEMS, "run `wanda-dvc download tasks`")
     tokenizer, dense_tokenizer = load_tokenizer(folder), load_tokenizer(study.model(DENSE))
     for what, text in texts.items():
