@@ -296,6 +296,16 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     assert all(torch.equal(checkpoint.read(Address(name)), left.read(Address(name))) for name in shared)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_probe_sees_routers_that_multiply_through_onednn(family: str, tmp_path: Path, monkeypatch: Patch):
+    """As large routers do on some CPUs."""
+    monkeypatch.setattr("wanda_dvc.kernels.is_faster", lambda: True)
+    monkeypatch.setattr("wanda_dvc.kernels.SMALLEST_WEIGHT", 0)
+    folder = save(family, tmp_path / "model", **EXPERTS[family])
+    probe(Checkpoint(folder), drawn(removal_of(folder, "experts")), CPU)
+
+
 @pytest.mark.parametrize(
     ("pattern", "family"), [(pattern, family) for pattern, families in REFUSED.items() for family in families]
 )

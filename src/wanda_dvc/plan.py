@@ -23,7 +23,8 @@ MEASURED_BLOCKS = 0.25  # the fraction of the blocks for which `calibrate` measu
 TOKENS_OF_CHOICES = 4096  # that it measures each choice on, about
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
-FEW_TOKENS, TOO_FEW_TOKENS = 9, 5  # distinct ones for each feature: fewer are reported, or refused (docs/data.md)
+# For each feature, tokens of the text, each counted once in however many windows: fewer are reported, or refused.
+FEW_TOKENS, TOO_FEW_TOKENS = 9, 5
 
 
 def choices_of_pattern(pattern: str, reconstructs: bool) -> dict[str, str]:

@@ -16,7 +16,7 @@ from wanda_dvc.engine.sequences import States, TokenSequence
 from wanda_dvc.errors import UserError, is_out_of_memory
 
 TOKENS = 32
-PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
+PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm", "_linear_pointwise")  # by a router's weight
 
 
 @torch.no_grad()

@@ -105,7 +105,11 @@ class Removal:
 
     @cached_property
     def dimensions_of(self) -> Mapping[str, list[UnitDimension]]:
-        """The dimensions with units of each linear, or other tensor, by its name in masks."""
+        """The dimensions with units of each linear, or other tensor, by its name in masks.
+
+        Of a tensor of several experts, the tensor's name has the dimension of the experts; a name with an expert's
+        number has dimensions of this expert's matrix.
+        """
         dimensions: dict[str, list[UnitDimension]] = {}
         for dimension in self.dimensions:
             dimensions.setdefault(dimension.address.linear, []).append(dimension)
@@ -186,7 +190,7 @@ class SmallerCheckpoint(EditedCheckpoint):
         self.removal = removal
         self.config_changes = removal.config_changes
         self.source_names = removal.renumbered(source.file_of)
-        # The tensors that hold the matrices of several experts, with dimensions that have units.
+        # The tensors whose experts' matrices have dimensions with units; expert 0 stands for all.
         self._stacked = {dimension.address.tensor for dimension in removal.dimensions if dimension.address.expert == 0}
 
     @cached_property

@@ -130,7 +130,7 @@ def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:
 
 
 def draw_calibration(study: Study) -> DrawnWindows:
-    """Draw `calibration_windows`, and count their distinct tokens.
+    """Draw `calibration_windows`, and count the tokens of the text that are in a window, each once.
 
     Each of several texts is drawn from alone, with the same seed; then windows of all texts take turns.
     """
