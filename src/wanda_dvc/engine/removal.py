@@ -190,7 +190,7 @@ class SmallerCheckpoint(EditedCheckpoint):
         self.removal = removal
         self.config_changes = removal.config_changes
         self.source_names = removal.renumbered(source.file_of)
-        # The tensors whose experts' matrices have dimensions with units; expert 0 stands for all.
+        # The tensors whose experts' matrices have dimensions with units; that of expert 0 is named for all.
         self._stacked = {dimension.address.tensor for dimension in removal.dimensions if dimension.address.expert == 0}
 
     @cached_property
