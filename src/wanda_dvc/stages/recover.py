@@ -144,10 +144,10 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
 
     Several texts have windows in proportion to their shares, by turns. All of their validation windows are `text`.
     """
-    # `shares` are those of several texts, of the calibration or of `recovery.text`. One text has none: any number does.
     settings = study.stage_input("recover")
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
+    # Of the calibration's texts, their numbers of windows: each is drawn again below. Of recovery.text, its shares.
     shares = settings.get("shares", [settings["windows"]])
     counts = apportion(count, shares)
     training, held_out = [], []

@@ -238,8 +238,8 @@ def train(
     are in `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of kept.
     `on_step` gets the number of each step.
 
-    With `low_memory`, `dtype` is bfloat16 and also that of the trained weights; `CompactAdamW` takes the steps, without
-    clipped gradients, and logits exist for some positions at a time.
+    With `low_memory`, in one process or with `--use_fsdp`, `dtype` is bfloat16 and also that of the trained weights;
+    `CompactAdamW` takes the steps, without clipped gradients, and logits exist for some positions at a time.
 
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
     and takes its part of a step's windows.
@@ -251,7 +251,7 @@ def train(
     """
     processes, is_sharded = _processes(batch, dtype)
     checkpoint_before = last_checkpoint(work)
-    cast_to = torch.float32 if low_memory else dtype  # weights in bfloat16 are not cast
+    cast_to = torch.float32 if low_memory else dtype  # of autocast: float32 is none, as weights are in bfloat16
     # This connects the processes.
     arguments = _arguments(work, len(windows), batch // processes, batch=batch, dtype=cast_to, device=device)
     logging.set_verbosity_error()
@@ -310,7 +310,7 @@ def load_for_training(folder: Path, dtype: torch.dtype, device: torch.device) ->
 def _arguments(
     work: Path, windows: int, windows_per_process: int, *, batch: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingArguments:  # fmt: skip
-    steps_between_evaluations = math.ceil(windows / batch / EVALUATIONS)
+    steps_between_evaluations = math.ceil(windows / batch / EVALUATIONS)  # transformers also evaluates after the last
     # transformers reads a number below 1 as a fraction of the steps. The first step of a warm-up has a learning rate of
     # 0: a single step would train nothing.
     warm_up = WARM_UP if windows > batch else 0
