@@ -251,7 +251,7 @@ def train(
     """
     processes, is_sharded = _processes(batch, dtype)
     checkpoint_before = last_checkpoint(work)
-    cast_to = torch.float32 if low_memory else dtype  # of autocast: float32 is none, as weights are in bfloat16
+    cast_to = torch.float32 if low_memory else dtype  # of autocast; weights in bfloat16 need none
     # This connects the processes.
     arguments = _arguments(work, len(windows), batch // processes, batch=batch, dtype=cast_to, device=device)
     logging.set_verbosity_error()
