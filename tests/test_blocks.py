@@ -93,12 +93,12 @@ ROW = 2 * 32 * 32 * 4  # bytes of a window before and after a block
 
 
 @pytest.mark.parametrize(
-    ("finished", "room", "seconds", "left"), [(0, 0, 60, 4), (3, 2, 60, 1), (2, 6, 0, 2), (3, 6, 60, 4), (1, 0, 60, 3)]
+    ("finished", "room", "seconds", "left"), [(0, 0, 60, 4), (3, 2, 60, 1), (2, 12, 0, 2), (3, 12, 60, 4), (1, 0, 60, 3)]
 )
 def test_a_killed_walk_goes_on_to_the_same_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: Patch, finished: int, room: int, seconds: float, left: int
 ):
-    """A device with room for all windows keeps them, and loses what it has not saved."""
+    """A device with room for all windows, in half of it, keeps them, and loses what it has not saved."""
     tokens = windows(6, 32)
     expected = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
     monkeypatch.setattr(Decoder, "memory_budget", lambda _: room * ROW)

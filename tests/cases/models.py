@@ -123,7 +123,7 @@ OTHERS: dict[str, Any] = {
         "a model's own code is never run",
         "expected LlamaForCausalLM",
     ),
-    "no weights": (removed(SINGLE), "found", "expected model.safetensors"),
+    "no weights": (removed(SINGLE), "found", "no model.safetensors"),
     "no tokenizer": (removed("tokenizer.json"), "no tokenizer", "tokenizer.json"),
     "config.json: half": (written("config.json", '{"a": '), "config.json", "found no JSON", "expected"),
     "index: half": (written(INDEX, '{"a": '), INDEX, "found no JSON"),
