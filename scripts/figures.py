@@ -48,7 +48,13 @@ AUTHORS = {
     ("ria", "50%"): (None, 1), ("owl", "50%"): (None, 1),
 }  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
-FIRST_FILES = ("dense f16", "dense Q8_0", "dense Q4_K_M", "neurons 20% Q8_0", "neurons 20% 200k Q8_0")  # in the README
+FIRST_FILES = (
+    "dense f16",
+    "dense Q8_0",
+    "dense Q4_K_M",
+    "neurons 20% Q4_K_M",
+    "neurons 20% 200k Q4_K_M",
+)  # in the README
 MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
 
 

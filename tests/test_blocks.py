@@ -93,7 +93,8 @@ ROW = 2 * 32 * 32 * 4  # bytes of a window before and after a block
 
 
 @pytest.mark.parametrize(
-    ("finished", "room", "seconds", "left"), [(0, 0, 60, 4), (3, 2, 60, 1), (2, 12, 0, 2), (3, 12, 60, 4), (1, 0, 60, 3)]
+    ("finished", "room", "seconds", "left"),
+    [(0, 0, 60, 4), (3, 2, 60, 1), (2, 12, 0, 2), (3, 12, 60, 4), (1, 0, 60, 3)],
 )
 def test_a_killed_walk_goes_on_to_the_same_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: Patch, finished: int, room: int, seconds: float, left: int

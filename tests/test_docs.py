@@ -494,8 +494,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
         ]
         assert said.format(*gains) in page
     same, other = gains
-    assert 0.45 < other / same < 0.55
-    assert "there the gain of `fisher` over Wanda is [about half as large]" in readme
+    assert f"by {same:.0f} % on WikiText-2, and by {other:.0f} % [on other text]" in readme
     ours, plain = (figures.measured("peers")[FURTHER]["value"][name] for name in ("ours_s", "baseline_s"))
     assert f"[{ours:.0f} s, where a plain script needs {plain:.0f} s]" in readme
     files = {name: row["value"]["divergence"]["mean"] for name, row in figures.measured("runtimes").items()}
