@@ -181,7 +181,8 @@ MODELS = TORCH | {"accelerate", "scipy", "transformers"}  # transformers brings 
 QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
 # Of those, what each run may import, in an order in which a process may have imported what the later ones need.
 NOTHING = ("plan", "download calibration", "download perplexity")
-UNASKED = ("download recovery", "recover", "perplexity recovered", "zero-shot recovered")  # without recovery.tokens
+# Without blocks and without recovery.tokens.
+UNASKED = ("calibrate blocks", "download recovery", "recover", "perplexity recovered", "zero-shot recovered")
 WALKS = (*(f"calibrate {statistics}" for statistics in STATISTICS), "perplexity dense", "perplexity pruned")
 MAY_IMPORT = {
     **{words: set[str]() for words in (*NOTHING, *UNASKED)},

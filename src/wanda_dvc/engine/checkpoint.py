@@ -199,10 +199,17 @@ def set_fields(content: dict[str, Any], config: Any, fields: Mapping[str, Any]) 
 
 
 def dtype_of(model: Path) -> str:
-    """Return the dtype in which a model runs by default, by name: the one in its config.json."""
-    config = read_config(model)
-    dtype = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
-    return dtype if dtype in ITEMSIZE else "float32"
+    """Return the dtype in which a model runs by default, by name: the one in its config.json.
+
+    transformers is not asked: its import would take most of the time of `mask` by scores.
+    """
+    stored = read_object(model if model.is_file() else model / "config.json")
+    for part in (stored, stored.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            dtype = str(part.get(name)).removeprefix("torch.") if isinstance(part, dict) else ""
+            if dtype in ITEMSIZE:
+                return dtype
+    return "float32"
 
 
 def max_positions(config: Any) -> int | None:
