@@ -22,6 +22,7 @@ from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.results.card import card as card_of
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
+from wanda_dvc.sources.models import read_model
 from wanda_dvc.study.artifact import MODEL_COMMANDS, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
@@ -243,5 +244,7 @@ def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str
 def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(study: Make, tmp_path: Path):
     calibrated_study = prune(fetch(study(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
     write_imatrix(calibrated_study, tmp_path / "x.gguf")
+    with pytest.raises(UserError, match=r"x.gguf: lacks token_embd.weight, expected all weights of a model"):
+        read_model(tmp_path / "x.gguf", tmp_path / "no")
     found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}
     assert [found[f"blk.0.{name}.weight.in_sum2"] for name in ("ffn_down", "ffn_up")] == [(1, 96), (1, 32)]

@@ -30,6 +30,7 @@ PACKAGE_PREFIX, GGUF = "package:", ".gguf"
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (*TOKENIZER, "config.json", "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*")
+EMBEDDING = "token_embd.weight"  # in GGUF files; an importance matrix has none
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 
@@ -143,6 +144,8 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
     try:
         file = cached["GGUFReader"](path)
         sizes = {tensor.name: int(tensor.n_elements) for tensor in file.tensors}
+        if EMBEDDING not in sizes:  # transformers would make a model of its own sizes, and fill the memory
+            raise _lacks(path, EMBEDDING)
         with patch.multiple(gguf, **cached):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -154,14 +157,17 @@ def _dequantize(path: Path, target: Path, *, scaled: bool = False) -> None:
         raise UserError(f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers draws them at random
-        weight = min(info["missing_keys"])
-        raise UserError(f"{path.name}: lacks {weight}, expected all weights of a model; merge its parts")
+        raise _lacks(path, min(info["missing_keys"]))
     _check_completely_read(path, [*file.fields, *sizes], sizes, model, scaled=scaled)
     # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
     save_tokenizer(tokenizer, target)
+
+
+def _lacks(path: Path, weight: str) -> UserError:
+    return UserError(f"{path.name}: lacks {weight}, expected all weights of a model; merge its parts")
 
 
 def _check_completely_read(path: Path, names: list[str], sizes: dict[str, int], model: Any, *, scaled: bool) -> None:
