@@ -178,3 +178,13 @@ def test_a_stage_builds_the_empty_model_once(study: Make, monkeypatch: Patch, st
         monkeypatch.setattr(f"wanda_dvc.engine.{module}.build_empty", counted)
     run(stage, study=made, variant="dense" if stage == "perplexity" else "norms")
     assert len(built) == 1
+
+
+@pytest.mark.parametrize(("recipe", "stores_grams"), [("sparsegpt-paper", False), ("sparsegpt", True), ("admm", True)])
+def test_a_solver_on_pruned_blocks_needs_memory_and_no_room_for_all_gram_matrices(
+    recipe: str, stores_grams: bool, study: Make, tiny: Path
+):
+    solver = needs.solver_requirements(study(recipe=recipe), ModelSizes.read(tiny))
+    assert solver
+    assert solver.memory > 0
+    assert (solver.disk > 0) == stores_grams

@@ -80,13 +80,15 @@ def _check_machine(params: Params) -> Iterator[Check]:
 
 def _check_mirror(params: Params) -> Iterator[Check]:
     """Check that a mirror has the files of each text and of the tasks: a queue of experiments would fail without."""
+    if params.runtime.mirror is None:
+        return
     for name, settings in stage_inputs(params).items():
-        what = name.removeprefix("download/")
-        if params.runtime.mirror and settings and what not in (name, "model"):
+        stage, _, data = name.partition("/")
+        if stage == "download" and data != "model" and settings:
             try:
-                find_data(what, settings, params.runtime.mirror)
+                find_data(data, settings, params.runtime.mirror)
             except UserError as error:
-                yield Check(what, False, str(error))
+                yield Check(data, False, str(error))
 
 
 def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:

@@ -39,7 +39,8 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     """
     check_stage_inputs(study)
     dense = workspace(study).results[DENSE]
-    texts, tasks = study.params.perplexity.texts, study.params.tasks.names if study.data("tasks").is_dir() else []
+    texts = study.params.perplexity.texts
+    tasks = study.params.tasks.names if study.data("tasks").is_dir() else []
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError("metrics/dense: no results of the dense model on all texts and tasks; run `dvc repro`")
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:

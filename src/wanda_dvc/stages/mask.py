@@ -329,22 +329,22 @@ def combine(job: MaskJob, block: int, results: Iterable[BlockResult]) -> BlockRe
 
 def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.device) -> BlockResult:
     """Return the result of a block whose masks are chosen by scores."""
-    inputs, rule = stats.by_linear, job.rule(block)
+    stats_of, rule = stats.by_linear, job.rule(block)
 
     def choose(linear: str, weight: Tensor) -> Tensor:
-        return choose_linear(linear, weight, inputs[linear], stats, rule)
+        return choose_linear(linear, weight, stats_of[linear], stats, rule)
 
     # Only weights that are scored reach a GPU, where the next one is copied meanwhile.
-    scored = [linear for linear in inputs if not keeps_all(linear, rule.pattern, rule.units)]
+    scored = [linear for linear in stats_of if not keeps_all(linear, rule.pattern, rule.units)]
     weights = accelerator.Copies(device).to_device(map(job.checkpoint.weight, scored))
     if device.type == "cpu":
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
             masks = dict(zip(scored, pool.map(choose, scored, weights), strict=True))
     else:
         masks = dict(zip(scored, map(choose, scored, weights), strict=True))
-    for linear in inputs.keys() - masks.keys():
+    for linear in stats_of.keys() - masks.keys():
         masks[linear] = choose(linear, job.checkpoint.weight(linear))
-    packed = tensors.pack_masks({linear: masks[linear] for linear in inputs})
+    packed = tensors.pack_masks({linear: masks[linear] for linear in stats_of})
     return remove_units(job, BlockResult(block, packed, {}, {}))
 
 

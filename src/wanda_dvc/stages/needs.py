@@ -99,10 +99,10 @@ def gigabytes(size: int) -> str:
 def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
     """Return what the settings' solver needs, with Gram matrices that are still to measure; None without a solver."""
     plan = study.params.plan
-    if plan.tier == "norms" and not plan.mask_solves:  # on pruned blocks, `mask` measures Gram matrices itself
+    if plan.tier == "norms" and not plan.mask_solves:
         return None
-    squares = 0
-    if not is_there(study.gram / PROVENANCE):
+    squares = 0  # on pruned blocks, `mask` measures Gram matrices itself, of a block at a time
+    if "gram" in study.params.statistics and not is_there(study.gram / PROVENANCE):
         squares += sizes.all_input_squares
     if "fisher" in study.params.statistics and not is_there(study.fisher / PROVENANCE):
         squares += sizes.all_output_squares
