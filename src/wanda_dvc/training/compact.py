@@ -22,7 +22,6 @@ BYTES = 5 + 8 / BLOCK  # of a parameter: its weight and next bits, both moments 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # torch's defaults
 # Values that are updated at a time, by kind of device: few enough for a CPU's caches, and few kernels for a GPU.
 UPDATED_AT_A_TIME = {"cpu": 2**18, "cuda": 2**24, "mps": 2**24}
-POWER = 4  # code = (|value| / scale)^(1/4): 8 bits resolve a second moment to 5 % where its root is 0.1 of the largest
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -105,14 +104,16 @@ def join(rounded: BFloat16[Tensor, "*shape"], next_bits: Int8[Tensor, "*shape"])
 def encode(values: Tensor, codes: Tensor, scales: Tensor, generator: torch.Generator) -> None:
     """Write values [blocks, BLOCK] as codes of 8 bits, and each block's largest magnitude as its scale [blocks, 1].
 
+    A code is (|value| / scale)^¼: 8 bits resolve a second moment to 5 % where its root is 0.1 of the largest.
+
     Rounding is stochastic, and right on average: the steps of a second moment are a fiftieth of the distance between
     codes, and rounding to the nearest would lose each of them. A value other than zero has a code other than zero.
     """
     levels = torch.iinfo(codes.dtype).max
     scales.copy_(values.abs().amax(1, keepdim=True))
     ratio = values.abs().div_(scales.clamp_min(torch.finfo(torch.float32).tiny))
-    code = ratio.sqrt().sqrt_().mul_(levels).floor_()  # two square roots, for POWER
-    start, end = code.div(levels).pow_(POWER), code.add(1).div_(levels).pow_(POWER)
+    code = ratio.sqrt().sqrt_().mul_(levels).floor_()
+    start, end = _fourth_power(code.div(levels)), _fourth_power(code.add(1).div_(levels))
     is_up = torch.rand(values.shape, generator=generator, device=values.device) < (ratio - start) / (end - start)
     magnitude = torch.maximum(code + is_up, ratio > 0).clamp_(max=levels)
     codes.copy_(magnitude.copysign_(values))
@@ -121,4 +122,8 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, generator: torch.Gener
 def decode(codes: Tensor, scales: Tensor) -> Float32[Tensor, "blocks values"]:
     """Return the values of codes."""
     ratio = codes.float().div_(torch.iinfo(codes.dtype).max)
-    return ratio.abs().pow_(POWER).copysign_(ratio).mul_(scales)
+    return _fourth_power(ratio.abs()).copysign_(ratio).mul_(scales)
+
+
+def _fourth_power(values: Tensor) -> Tensor:
+    return values.square_().square_()  # on a CPU, 10 times as fast as `pow_`
