@@ -2,8 +2,9 @@
 
     python benchmarks/runtimes.py --mirror DIR --convert python CLONE/convert_hf_to_gguf.py     two hours of a core
 
-llama-quantize, -perplexity, -bench and -completion are on the PATH. Divergence is from the dense f16 file, in the
-second halves of four windows. Files that exist are kept, so that a second run, on an idle machine, measures alone.
+llama-imatrix, -quantize, -perplexity, -bench and -completion are on the PATH. Divergence is from the dense f16 file,
+in the second halves of four windows. Files that exist are kept, so that a second run, on an idle machine, measures
+alone.
 Speeds are medians of nine rounds: in each, every file runs once, because the speed of a machine changes.
 """
 
@@ -17,7 +18,10 @@ from statistics import median
 
 from origin import HERE, Row, arguments, change_settings, origin, process, protocol, write_row
 
-PROTOCOL = "calibration 32 × 2048 of wikitext2 validation; divergence 4 × 512 of wikitext2 test; 512 + 128 tokens"
+PROTOCOL = (
+    "calibration 32 × 2048 of wikitext2 validation; llama-imatrix on 128 × 512 of it; divergence 4 × 512 of wikitext2 "
+    "test; 512 + 128 tokens"
+)
 SETTINGS: Row = protocol(32, 1, 2048, "wikitext2") | {"recipe": "wanda-refit", "recovery": {"tokens": 0}}
 MODELS: dict[str, Row] = {
     "dense": {"recipe": "wanda", "pattern": "unstructured", "sparsity": 0.0},
@@ -44,8 +48,10 @@ def export(model: str, file: Path, matrix: Path, at: Namespace) -> None:
         process("wanda-dvc", "init", study, cwd=HERE)
     change_settings(study / "params.yaml", SETTINGS | {"runtime": {"mirror": str(at.mirror)}} | MODELS[model])
     process("dvc", "repro", "recover", "download-perplexity", cwd=study)
-    process("wanda-dvc", "export", out, "--imatrix", matrix, cwd=study)
+    process("wanda-dvc", "export", out, cwd=study)
     process(*at.convert, out, "--outtype", "f16", "--outfile", file, cwd=HERE)
+    text = study / "data/calibration/text.txt"
+    tool("llama-imatrix", "-m", file, "-f", text, "-o", matrix, "-c", "512", "--chunks", "128", "-t", "1")
 
 
 def measure(file: Path, at: Namespace) -> Row:

@@ -140,6 +140,9 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
     shard = tmp_path / "m-00001-of-00002.gguf"  # transformers would draw the weights of the other at random
     write_gguf(part, shard, "F32")
     refused(shard, "00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights")
+    tensors(lambda x: x.pop("model.embed_tokens.weight"))(part)  # as in an importance matrix of llama.cpp
+    write_gguf(part, file := tmp_path / "d.gguf", "F32")
+    refused(file, "d.gguf: lacks token_embd.weight, expected all weights of a model")
 
 
 def test_a_study_without_tasks_compares_on_its_texts(calibrated_study: Study, tmp_path: Path):

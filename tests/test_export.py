@@ -2,32 +2,24 @@
 
 import json
 import shutil
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Make, Patch, fetch, prune
-from gguf import GGUFReader
+from conftest import Make, Patch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from test_families import save
 
-from wanda_dvc.catalog import STRUCTURES
-from wanda_dvc.commands import check_new_file, check_target
+from wanda_dvc.commands import check_target
 from wanda_dvc.commands.export import export, sections, settings_of
-from wanda_dvc.commands.imatrix import write_imatrix
-from wanda_dvc.engine.checkpoint import read_config
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, parse_yaml, resolved
 from wanda_dvc.results.card import card as card_of
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
-from wanda_dvc.sources.models import read_model
 from wanda_dvc.study.artifact import MODEL_COMMANDS, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import Lock
-from wanda_dvc.study.tensors import read_stats
 
 
 @pytest.fixture
@@ -168,26 +160,23 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_pa
         ):
             check_target(pruned, path if path == file else full)
         assert path.read_text() == "mine"
-    with pytest.raises(UserError, match="x.gguf: exists already, or is in"):
-        check_new_file(pruned, tmp_path / "new/x.gguf", tmp_path / "a/../new")
     (tmp_path / ".other.part/out").mkdir(parents=True)  # of a copy to another file system that was killed
     export(study=pruned, experiment=None, target=tmp_path / "other")
     assert not (tmp_path / ".other.part").exists()
 
 
 def test_an_export_that_another_one_overtakes_changes_nothing(pruned: Study, tmp_path: Path, monkeypatch: Patch):
-    new, file = tmp_path / "new", tmp_path / "x.gguf"
+    new = tmp_path / "new"
 
-    def overtaken(calibrated_study: Study, target: Path) -> str:
+    def overtaken(*arguments: Any) -> str:
         new.mkdir()
         (new / "config.json").write_text("the other's")
-        return write_imatrix(calibrated_study, target)
+        return card_of(*arguments)
 
-    monkeypatch.setattr("wanda_dvc.commands.export.write_imatrix", overtaken)
+    monkeypatch.setattr("wanda_dvc.commands.export.card", overtaken)
     with pytest.raises(UserError, match="new: exists already"):
-        export(study=pruned, experiment=None, target=new, imatrix=file)
+        export(study=pruned, experiment=None, target=new)
     assert [path.read_text() for path in new.iterdir()] == ["the other's"]
-    assert not file.exists()  # it would refuse the next export
 
 
 def test_without_masks_it_says_what_to_run(study: Make, tmp_path: Path):
@@ -205,46 +194,3 @@ def test_the_settings_on_the_card_are_the_experiments(study: Make):
     changed = {key: (value, again[key]) for key, value in own.items() if again[key] != value}
     assert changed.keys() == {"model", "calibration.text.source", "perplexity.texts.embedded.source"}
     assert all(Path(new) == Path("/path/to") / Path(old).name for old, new in changed.values())
-
-
-LLAMA = {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {"self_attn.o_proj": "attn_output"}
-LLAMA |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", *(name for name in STRUCTURES if name != "experts")])
-def test_an_importance_matrix_has_the_sums_of_each_input_that_stays(pattern: str, study: Make, tmp_path: Path):
-    """Blocks, neurons and heads that stay are found by the smaller model's values. Experts: test_experts.py."""
-    calibrated_study = prune(fetch(study(save("mistral", tmp_path / "model", num_hidden_layers=3), pattern=pattern)))
-    write_imatrix(calibrated_study, tmp_path / "x.gguf")
-    file = GGUFReader(tmp_path / "x.gguf")
-    assert [int(file.fields[f"imatrix.chunk_{name}"].parts[-1][0]) for name in ("count", "size")] == [3, 64]
-    found = {one.name: one.data for one in file.tensors}
-    dense, small = (load_file(calibrated_study.model(which) / "model.safetensors") for which in ("dense", "pruned"))
-    blocks = read_config(calibrated_study.model("pruned")).num_hidden_layers
-    assert len(found) == 2 * blocks * len(LLAMA)
-    for before, after in product(range(3), range(blocks)):
-        inputs = {}
-        for consumer, made in (("mlp.down_proj", "mlp.up_proj"), ("self_attn.o_proj", "self_attn.q_proj")):
-            of, to = (f"model.layers.{at}.{made}.weight" for at in (before, after))
-            inputs[consumer] = [int(at) for row in small[to] for at in (dense[of] == row).all(1).nonzero()]
-            inputs[consumer] += range(
-                len(dense[of]) * (pattern == "unstructured" and before == after)
-            )  # no row is equal
-        stats = read_stats(calibrated_study.stats, before)
-        for name, gguf in LLAMA.items() if inputs["mlp.down_proj"] else ():
-            x = next(stats.inputs[key] for key, by in stats.consumers.items() if f"model.layers.{before}.{name}" in by)
-            sums = x.sum_squares[inputs[name]] if name in inputs else x.sum_squares
-            assert found[f"blk.{after}.{gguf}.weight.in_sum2"].tolist() == [sums.float().tolist()]
-            assert found[f"blk.{after}.{gguf}.weight.counts"].tolist() == [[x.count]]
-    write_provenance(calibrated_study.stats, read_provenance(calibrated_study.stats, "calibrate") | {"version": 0})
-    with pytest.raises(UserError, match="stats/norms: found another calibration than the masks have"):
-        write_imatrix(calibrated_study, tmp_path / "y.gguf")
-
-
-def test_an_importance_matrix_has_the_inputs_of_weights_that_are_stored_across(study: Make, tmp_path: Path):
-    calibrated_study = prune(fetch(study(save("gpt2", tmp_path / "model"), pattern="neurons", sparsity=0.25)))
-    write_imatrix(calibrated_study, tmp_path / "x.gguf")
-    with pytest.raises(UserError, match=r"x.gguf: lacks token_embd.weight, expected all weights of a model"):
-        read_model(tmp_path / "x.gguf", tmp_path / "no")
-    found = {one.name: one.data.shape for one in GGUFReader(tmp_path / "x.gguf").tensors}
-    assert [found[f"blk.0.{name}.weight.in_sum2"] for name in ("ffn_down", "ffn_up")] == [(1, 96), (1, 32)]

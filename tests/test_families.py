@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from wanda_dvc.commands.imatrix import OTHER_NAMES, names_in_gguf
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
@@ -526,25 +525,3 @@ def test_a_model_in_16_bits_keeps_its_buffers():
     config = AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
     narrow, wide = (dict(build_empty(config, "", kind).named_buffers()) for kind in (torch.float16, torch.float32))
     assert all(torch.equal(buffer, wide[name]) for name, buffer in narrow.items())
-
-
-def test_llama_cpp_has_a_name_for_each_linear_of_the_families_that_it_knows():
-    unknown, nameless, found = set(), set(), {}
-    for family, (_, layers, linears) in ALL.items():
-        try:
-            _, named = names_in_gguf(family.split()[0], 3)
-        except UserError:
-            unknown.add(family)
-            continue
-        found[family] = {name: named(f"{layers}.1.{name}") for names in linears for name in names.split()}
-        nameless |= {(family, name.split(".")[0]) for name, tensors in found[family].items() if not tensors}
-    assert (unknown, nameless) == ({"opt", "jetmoe", "openai-gpt"}, {("granitemoe", "block_sparse_moe")})
-    assert found["gpt_oss"]["mlp.experts.2.gate_up_proj"] == {"blk.1.ffn_gate_exps", "blk.1.ffn_up_exps"}
-    assert found["phi3"]["mlp.gate_up_proj"] == {"blk.1.ffn_up"}
-    for kind in OTHER_NAMES:
-        assert names_in_gguf(kind, 3)[1]("model.layers.1.self_attn.q_proj") == {"blk.1.attn_q"} or "deepseek" in kind
-    with pytest.raises(UserError, match="--imatrix: found granitemoehybrid"):
-        names_in_gguf("granitemoehybrid", 3)
-    _, named = names_in_gguf("qwen3_next", 3)
-    assert not named("model.layers.1.linear_attn.out_proj")  # the converter reorders its inputs
-    assert named("model.layers.1.self_attn.o_proj") == {"blk.1.attn_output"}

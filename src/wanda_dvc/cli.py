@@ -253,20 +253,17 @@ def init(
 def export(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")],
     rev: Annotated[str | None, typer.Option(help="An experiment, commit, branch or tag; else the workspace.")] = None,
-    imatrix: Annotated[Path | None, typer.Option(help="A new file: llama.cpp's importance matrix, as GGUF.")] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
-    from wanda_dvc.commands import check_new_file, check_target
+    from wanda_dvc.commands import check_target
     from wanda_dvc.stages.process import NOTHING_KEPT, stoppable
 
     with stoppable("export", NOTHING_KEPT):
         study = _find_study()
-        target = check_target(study, directory)
-        if imatrix:
-            check_new_file(study, imatrix, target)
+        check_target(study, directory)
         from wanda_dvc.commands.export import export as write_model  # imports torch, which takes seconds
 
-        typer.echo(write_model(study=study, experiment=rev, target=directory, imatrix=imatrix))
+        typer.echo(write_model(study=study, experiment=rev, target=directory))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

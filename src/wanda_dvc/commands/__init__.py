@@ -21,10 +21,3 @@ def check_target(study: Study, target: Path) -> Path:
     if is_there(target) and (not target.is_dir() or any(target.iterdir()) or target.samefile(".")):
         raise UserError(f"{target}: exists already; name a new directory, or an empty one")
     return target
-
-
-def check_new_file(study: Study, path: Path, target: Path) -> None:
-    """Raise UserError if a file to write exists, or is inside `target`, another path to write."""
-    file = check_outside(study, path.parent) / path.name
-    if is_there(file) or file.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{path}: exists already, or is in {target}; name a new file elsewhere")

@@ -8,7 +8,6 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from wanda_dvc.commands import check_target
-from wanda_dvc.commands.imatrix import write_imatrix
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, download_sources
 from wanda_dvc.plan import Plan
@@ -22,7 +21,7 @@ from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations_table, table_notes
 from wanda_dvc.stages.apply import describe_pruned, write_pruned
 from wanda_dvc.study import artifact
-from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance, temporary_place
+from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.dvc import Revision, copy_file, link_file
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
@@ -36,16 +35,13 @@ With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml
 {settings}````"""
 
 
-def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path | None = None) -> str:
-    """Write the pruned model of an experiment, by default the workspace, into a new directory that transformers loads.
-
-    `imatrix` is a new file for llama.cpp's importance matrix.
-    """
+def export(*, study: Study, experiment: str | None, target: Path) -> str:
+    """Write the pruned model of an experiment, by default the workspace, into a new directory for transformers."""
     revision = None if experiment == WORKSPACE else experiment
     what = revision or "the workspace"
     with study.work({"kind": "export", "experiment": revision}) as work:
         work.discard()  # the links of a killed export
-        exported = _collect(study, revision, work.path / "study", with_norms=imatrix is not None)
+        exported = _collect(study, revision, work.path / "study")
         lock = Lock.read(exported.study.root)
         if "mask" in stale_stages(lock, lock.settings):  # no settings describe these masks
             raise UserError(f"{what}: dvc.lock: the inputs of mask changed after the run; run `dvc repro`")
@@ -60,14 +56,10 @@ def export(*, study: Study, experiment: str | None, target: Path, imatrix: Path 
             exported.results[model].leave_out_others(digest(provenance))
         exported.final.metrics["sparsity"] = metrics
         (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
-        lines = [f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"]
-        if imatrix:
-            lines.append(f"{imatrix}: {write_imatrix(exported.study, temporary_place(imatrix))}")
         check_target(study, target)  # another export may have written it
         work.commit(target)
-        if imatrix:  # last: with the matrix alone, the same command would be refused
-            temporary_place(imatrix).replace(imatrix)
-    return "\n".join([*lines, *exported.notes])
+    line = f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"
+    return "\n".join([line, *exported.notes])
 
 
 def move_model(experiment: Experiment, target: Path) -> None:
@@ -87,7 +79,7 @@ def move_model(experiment: Experiment, target: Path) -> None:
     artifact.remove(study.model("pruned"))
 
 
-def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bool) -> Experiment:
+def _collect(study: Study, revision: str | None, folder: Path) -> Experiment:
     """Return an experiment whose files are links in a new folder, with this machine's runtime settings."""
     links = Study(folder)
     links.root.mkdir(parents=True)
@@ -98,8 +90,7 @@ def _collect(study: Study, revision: str | None, folder: Path, *, with_norms: bo
         links.link_to(study, *names)
     else:
         experiment = read_at(study, revision, links.root)
-        recovers = experiment.params.recovery.tokens > 0
-        _take_inputs(study, links, revision, recovers=recovers, with_norms=with_norms)
+        _take_inputs(study, links, revision, recovers=experiment.params.recovery.tokens > 0)
     params = experiment.params.model_copy(update={"runtime": study.params.runtime})
     experiment.study = links.with_params(params)
     return experiment
@@ -121,7 +112,7 @@ def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
     return metrics
 
 
-def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, with_norms: bool) -> None:
+def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool) -> None:
     """Take the files that `apply` reads out of git and the cache. UserError if one is missing there."""
     commit = Revision.open(study.root, revision)
 
@@ -137,13 +128,12 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool, w
         take("models/recovered")
     masks = read_provenance(links.masks, "mask")
     plan = Plan.from_dict(masks["params"])
-    names = ["stats/norms"] if with_norms else []
     if plan.mask_stores_weights:
-        names.append("weights")
+        take("weights")
     elif plan.apply_reconstructs:
-        names += ["stats/gram", "stats/fisher"] if plan.used_reconstruction.uses_fisher else ["stats/gram"]
-    for name in names:
-        take(name)
+        take("stats/gram")
+        if plan.used_reconstruction.uses_fisher:
+            take("stats/fisher")
     artifact.remove(links.model("dense"))  # `read_at` took its configuration
     expected, dense = masks["model"], study.model("dense")
     if is_there(dense / PROVENANCE) and read_provenance(dense, "download model")["sha256"] == expected["sha256"]:

@@ -190,7 +190,7 @@ class Work:
         """Move the finished artifact to its place and remove the rest. Several artifacts are named as their places."""
         for target in targets:
             folder = self.output(target.name if len(targets) > 1 else "")
-            temporary = temporary_place(target)
+            temporary = target.with_name(f".{target.name}.part")
             remove(temporary)  # left by a killed run
             try:
                 _move(folder, target)
@@ -231,11 +231,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path.rename(renamed))
     else:
         path.unlink(missing_ok=True)
-
-
-def temporary_place(target: Path) -> Path:
-    """Return the temporary place of a copy of an artifact or a file, next to its place."""
-    return target.with_name(f".{target.name}.part")
 
 
 def _move(folder: Path, target: Path) -> None:
