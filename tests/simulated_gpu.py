@@ -85,6 +85,9 @@ class OnDevice(Tensor):
 
     def record_stream(self, _: Any) -> None: ...
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.host.__reduce_ex__(protocol)
+
 
 def _host(x: Any) -> Any:
     return x.host if isinstance(x, OnDevice) else x
@@ -152,9 +155,11 @@ def simulated_gpu() -> Iterator[None]:
         "mem_get_info": memory, "max_memory_allocated": no, "memory_reserved": no, "memory_allocated": no,
         "synchronize": no, "Stream": mock.MagicMock(), "stream": lambda _: contextlib.nullcontext(),
         "current_stream": mock.MagicMock(), "get_device_capability": lambda *_: (8, 0), "reset_peak_memory_stats": no,
+        "is_bf16_supported": lambda **_: True, "set_device": no, "current_device": no,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple("torch.cuda", **stand_ins))
+        stack.enter_context(mock.patch("torch.cuda.random.get_rng_state", torch.get_rng_state))  # of checkpoints
         stack.enter_context(mock.patch.object(threading.Thread, "run", _inside(threading.Thread.run)))
         # `Module.to` then makes new parameters: a tensor of the host cannot become one of the device.
         stack.callback(future.set_overwrite_module_params_on_conversion, False)

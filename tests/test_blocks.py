@@ -281,7 +281,7 @@ def test_the_check_of_a_card_runs_where_there_is_none(capsys: Capture, monkeypat
     assert sum(line.startswith(stages) for line in lines) == 19
     with simulated_gpu():  # nothing mixes the devices
         assert gpu.main(["--device", "cuda", "--tiny"]) == 0
-    monkeypatch.setattr(gpu, "check", lambda *_: [("masks", 1e-9, 0.0)])
+    monkeypatch.setattr(gpu, "checks", lambda *_: [("masks", 1e-9, 0.0)])
     monkeypatch.setattr(gpu, "times", lambda *_: [])
     assert gpu.main(words) == 1
 

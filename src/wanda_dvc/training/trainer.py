@@ -323,6 +323,7 @@ def _arguments(
         save_steps=steps_between_evaluations, save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="score", greater_is_better=False, use_cpu=device.type == "cpu",
         bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
+        dataloader_pin_memory=False,  # windows are small, and MPS warns about it
         ddp_find_unused_parameters=True,  # otherwise it depends on the checkpointing, which may differ between GPUs
         report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
