@@ -42,16 +42,14 @@ def of_mask(given: Conditions) -> tuple[int, int]:
     memory += forward.activations + forward.norms + TEXT_IN_MEMORY * given.data_size("calibration")
     if plan.mask_solves or plan.repairs:
         memory += forward.grams
-    # The dense model may run too, and its inputs are multiplied with the pruned ones.
-    models = 2 if plan.propagation == "corrected" else 1
     itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
-    places = 2 * models  # of activations: before and after a block
+    places = 2  # of activations: before and after a block
     if plan.repairs:  # of both models, from the block before a cut to its end, and after the next block
         places = 2 * min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 2)
     disk += places * given.stored_activations(calibration.windows * calibration.length)
     if plan.propagates and plan.reconstructs:
         disk += sizes.stored
-    return forward.weights + models * memory + sizes.block_parameters * itemsizes, disk
+    return forward.weights + memory + sizes.block_parameters * itemsizes, disk
 
 
 def of_apply(given: Conditions) -> tuple[int, int]:

@@ -31,7 +31,6 @@ from wanda_dvc.study.folder import Study
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
 SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function]
-PROPAGATED = ("corrected", "pruned")
 REFIT: Settings = {"recipe": "wanda-refit"}
 EXPERTS: Settings = {"pattern": "experts", "sparsity": 0.25}
 CHOICES: list[Settings] = [
@@ -39,7 +38,7 @@ CHOICES: list[Settings] = [
     *({"recipe": "admm", "pattern": pattern} for pattern in ("2:4", "neurons", "heads", "blocks")),
     *({"method": "sparsegpt", "propagation": "pruned", "pattern": pattern} for pattern in ("2:4", "neurons")),
     *(
-        {"method": method, "reconstruction": SOLVED[index % len(SOLVED)], "propagation": PROPAGATED[index % 2]}
+        {"method": method, "reconstruction": SOLVED[index % len(SOLVED)], "propagation": "pruned"}
         for index, method in enumerate(OF_WEIGHTS)
     ),
     EXPERTS,

@@ -133,7 +133,7 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
     with torch.no_grad():
         dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     generator = torch.Generator().manual_seed(3)
-    for step in walk(decoder, tokens, tmp_path / "replaced", with_dense=True):
+    for step in walk(decoder, tokens, tmp_path / "replaced"):
         step.run()
         down = f"model.layers.{step.index}.mlp.down_proj"
         if step.index == 1:
@@ -146,8 +146,6 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
             model.get_submodule(down).weight.data *= keep
             step.change({down: keep}, {})
             assert torch.equal(decoder.linears(step.index)[down].weight, model.get_submodule(down).weight)
-    unchanged = [x for chunk in range(len(tokens)) for x in step.block.dense_store.read(4, chunk)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(unchanged, dense, strict=True))
     with torch.no_grad():
         changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
@@ -191,7 +189,7 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
     for fewest in (16, 1):  # shards of two rows, and one of all
         monkeypatch.setattr(sequences, "PREFERRED_CHUNKS", fewest)
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-        step = next(iter(walk(decoder, tokens, tmp_path / str(fewest), with_dense=True)))
+        step = next(iter(walk(decoder, tokens, tmp_path / str(fewest))))
         found.append(step.record(gram=True))
     one, other = found
     assert one.stats.consumers == other.stats.consumers
@@ -200,7 +198,6 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
         for part in ("sum_squares", "sum"):
             torch.testing.assert_close(getattr(one.stats.inputs[name], part), getattr(x, part))
         torch.testing.assert_close(one.grams[name].upper.triu(), other.grams[name].upper.triu())
-        torch.testing.assert_close(one.crosses[name], other.crosses[name])
 
 
 def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):

@@ -192,7 +192,7 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
 @slow
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any, study: Make, monkeypatch: Patch):
     tiers = {"calibration__statistics": "fisher", "calibration__windows": 20}
-    settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
+    settings = tiers | {"propagation": "pruned", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "SEQUENCE_TOKENS", 60)  # rows enough for every node
     calibrated_study = fetch(study(**settings), "model", "calibration", "perplexity", "tasks")
     run_blocks(calibrated_study)

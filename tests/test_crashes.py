@@ -189,7 +189,6 @@ def test_an_earlier_artifact_that_cannot_be_moved_is_an_error(tmp_path: Path, mo
 OWN = dict.fromkeys(("group", "reconstruction", "propagation"), "")  # the recipe's own choices
 SETTINGS: dict[str, dict[str, str]] = {
     "weights": {},
-    "corrected": OWN | {"recipe": "wanda-refit", "propagation": "corrected"},
     **{name: OWN | {"pattern": name, "recipe": "admm"} for name in STRUCTURES},
     "blocks": OWN | {"pattern": "blocks", "recipe": "wanda"},  # experts repair no blocks
 }

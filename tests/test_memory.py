@@ -53,8 +53,8 @@ RATES: Lock = {name: ("mask", "", RATED | BACK | {"allocation": name}) for name 
 FIRST = ("the way back", "a solver's masks", "sensitivity")  # the most that calibration, a solver and ratings hold
 SHORT: Lock = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
 LONG: Lock = {name: run for name, run in (SOLVES | RATES).items() if name != FIRST[-1]}
-CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
-CORRECTS: Lock = {"all Gram matrices": ("calibrate", "", CORRECTED), "corrected": ("mask", "", CORRECTED)}
+PROPAGATED = ADMM | {"reconstruction": "least-squares", "propagation": "pruned"}
+PROPAGATES: Lock = {"all Gram matrices": ("calibrate", "", PROPAGATED), "propagated": ("mask", "", PROPAGATED)}
 # Three chunks of logits a window, and a block that is tried in float32.
 SPEAKS = NARROW | {"vocab_size": 150_000}
 LONGER = {"dtype": "bfloat16", "perplexity__length": 512, "perplexity__windows": 2, "calibration__length": 512}
@@ -114,7 +114,7 @@ def test_the_peak_of_anonymous_memory_stays_within_the_formula(tmp_path: Path):
             assert bound < found["peak"] + BLOCK, run  # a third block would not fit
 
 
-OTHERS = {"others": (NARROW, LONG), "sums": (FLAT, CORRECTS), "logits": (SPEAKS, IN_HALF)}
+OTHERS = {"others": (NARROW, LONG), "sums": (FLAT, PROPAGATES), "logits": (SPEAKS, IN_HALF)}
 
 
 @slow

@@ -119,7 +119,7 @@ def test_the_disk_is_that_of_what_is_written(calibrated_study: Make):
     assert needed(made, "apply").disk == pytest.approx(written, rel=0.1)
 
 
-@pytest.mark.parametrize("settings", [{"propagation": "corrected"}, {"pattern": "blocks", "sparsity": 0.25}], ids=named)
+@pytest.mark.parametrize("settings", [{"propagation": "pruned"}, {"pattern": "blocks", "sparsity": 0.25}], ids=named)
 def test_hidden_states_take_the_disk_that_is_said(settings: dict[str, Any], study: Make, monkeypatch: Patch):
     made, held, write = fetch(study(recipe="wanda-refit", **settings)), list[int](), ActivationStore.write
     calibrate(study=made)

@@ -36,7 +36,6 @@ LINES = {
     "TEXT__source: /data/a.txt, TEXT__split: train": "calibration.text: found {'source': '/data/a.txt', 'split':",
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
-    "propagation: corrected": "propagation: found corrected with reconstruction none, expected one, such as",
     "method: reap": "method: found reap with pattern unstructured",
     "method: admm, pattern: experts": "method: found admm with pattern experts, expected a method that scores experts",
     "reconstruction: least-squares, pattern: experts": "reconstruction: found least-squares with pattern experts",
@@ -114,12 +113,6 @@ def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     plan = asked(recipe, propagation="pruned").plan
     uses_fisher = plan.group == "outputs" or plan.allocation.uses_fisher or plan.reconstruction.uses_fisher
     assert plan.tier == ("fisher" if uses_fisher else "norms")
-
-
-@pytest.mark.parametrize("propagation", ["dense", "pruned", "corrected"])
-def test_weights_are_corrected_where_the_propagation_says_so(propagation: str):
-    plan = asked("wanda-refit", propagation=propagation).plan
-    assert (plan.propagation == "corrected") == ("correction" in plan.to_dict()) == (propagation == "corrected")
 
 
 @given(st.integers(1, 999))

@@ -12,14 +12,10 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
 from conftest import Make, Patch, calibrate, committed, mask_and_apply, tree, walk
-from test_families import save
-from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.record import InputRecorder
-from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning import solvers
@@ -42,7 +38,7 @@ from wanda_dvc.study.tensors import (
 )
 
 NORMS = {"calibration__statistics": "norms"}
-PROPAGATIONS = ("dense", "pruned", "corrected")
+PROPAGATIONS = ("dense", "pruned")
 PATTERNS: tuple[dict[str, Any], ...] = (
     {}, {"pattern": "2:4"}, {"pattern": "4:8"}, {"pattern": "3:4", "sparsity": 0.25}, {"group": "linear"},
     {"group": "outputs"},
@@ -64,10 +60,8 @@ def together(pattern: dict[str, Any], reconstruction: str, propagation: str, met
 COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS, allowed=together)
 
 
-def test_only_what_makes_no_sense_is_refused():
-    refused = len(PATTERNS) * len(OF_WEIGHTS)  # a correction of weights that stay as they are
-    every = list(itertools.product(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS))
-    assert sum(together(*row) for row in every) == len(every) - refused
+def test_no_combination_is_refused():
+    assert all(together(*row) for row in itertools.product(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS))
 
 
 @pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), COMBINATIONS, ids=named)
@@ -191,59 +185,6 @@ def test_rows_compete_by_score_times_worth(calibrated_study: Make, method: str):
                 kept, removed = scored[masks[name]], scored[~masks[name]]
                 assert len(removed) == scored.numel() // 2
                 assert removed.max() <= kept.min() * (1 + 1e-5)
-
-
-def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
-    """Record what the first block's linears read of each window, with another window's as the dense model's."""
-    for one, other in zip(map(TokenSequence, dense), map(TokenSequence, pruned), strict=True):
-        hidden = [decoder.embed(row) for row in (one, other)]
-        decoder.block_arguments(one)
-        decoder.load(0, -1)
-        with torch.no_grad(), recorder.recording():
-            with recorder.dense(len(one.tokens)):
-                decoder.run(0, hidden[0], one)
-            decoder.run(0, hidden[1], other)
-            recorder.end_batch()
-
-
-def test_cross_products_are_those_of_both_windows_inputs(calibrated_study: Make):
-    """Against the inputs that hooks of our own see in transformers' whole model."""
-    made = calibrated_study()
-    generator = torch.Generator().manual_seed(0)
-    dense, pruned = torch.randint(0, 256, (2, 3, 20), generator=generator)
-    seen = []
-    model = AutoModelForCausalLM.from_pretrained(made.model("dense"))
-    for windows in (dense, pruned):
-        inputs: list[torch.Tensor] = []
-        hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, x, to=inputs: to.append(x[0]))
-        with torch.no_grad():
-            model(windows)
-        hook.remove()
-        seen.append(inputs[0].flatten(0, 1))
-    decoder = Decoder(made.model("dense"), dtype=torch.float32, device=torch.device("cpu"))
-    recorder = InputRecorder(linears=decoder.linears(0), gram=True)
-    cross(decoder, recorder, dense, pruned)
-    name = "model.layers.0.mlp.down_proj"
-    torch.testing.assert_close(recorder.sums.crosses[name].sum.float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(recorder.sums.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
-    recorder.sums.stats[name].count += 1  # of a window without a dense one
-    assert name not in recorder.sums.of(decoder.linears(0)).crosses
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: Path):
-    """An expert may be sent other tokens of a row than of the dense one; or the same ones, in another order."""
-    decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
-    rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
-    dense_alone = 0
-    for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
-        recorder = InputRecorder(linears=decoder.linears(0), gram=True)
-        cross(decoder, recorder, rows[:width], rows[width : 2 * width])
-        found = recorder.sums.of(decoder.linears(0))
-        every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
-        assert found.crosses.keys() == {name for name in every if ".experts." not in name}
-        dense_alone += sum(x.count == 0 for x in found.stats.inputs.values())
-    assert dense_alone
 
 
 def test_apply_follows_the_plan_of_the_masks(calibrated_study: Make):

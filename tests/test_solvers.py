@@ -16,7 +16,7 @@ from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.reconstruction import reconstruct, target_weight
+from wanda_dvc.pruning.reconstruction import reconstruct
 from wanda_dvc.pruning.selection import count_removed, select
 from wanda_dvc.pruning.solvers import (
     GramFactors,
@@ -509,27 +509,6 @@ def test_half_precision_weights_are_solved_in_float32(name, dtype):
     assert torch.equal(solved.weight, exact.weight)
 
 
-def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 30, generator=generator).double()
-    change = torch.eye(30).double() + 0.1 * torch.randn(30, 30, generator=generator).double()
-    pruned = x @ change
-    weight = torch.randn(6, 30, generator=generator)
-    gram, cross = (pruned.T @ pruned).float(), (x.T @ pruned).float()
-    prepared = GramFactors(gram, damping=0)
-    exact = target_weight(weight, prepared, cross)
-    torch.testing.assert_close((pruned @ exact.double().T), x @ weight.double().T, rtol=0, atol=1e-3)
-    half = target_weight(weight, prepared, cross, strength=0.5)
-    torch.testing.assert_close(half, (weight + exact) / 2)
-    assert torch.equal(target_weight(weight, prepared, prepared.gram), weight)
-    noisy = pruned + torch.randn(500, 30, generator=generator).double()
-    gram, cross = (noisy.T @ noisy), (x.T @ noisy)
-    unit = 0.1 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
-    expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
-    found = target_weight(weight, GramFactors(gram.float(), damping=0.1), cross.float())
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("group", ["row", "linear"])
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(monkeypatch, group):
     """⌊16 · 0.37⌋ of each block would be too few."""
@@ -550,21 +529,12 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(nam
     assert (mask[:, dead].sum(1) == 2).all()
 
 
-def test_the_corrected_target_leaves_the_weights_of_dead_features():
-    weight, gram = problem()
-    gram[3] = gram[:, 3] = 0
-    target = target_weight(weight, GramFactors(gram), 2 * gram)
-    assert torch.equal(target[:, 3], weight[:, 3])
-    assert (target[:, 4] != weight[:, 4]).all()
-
-
 SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
     "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF),
     "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF),
     "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
     "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared).weight,
     "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
-    "target_weight": lambda weight, prepared: target_weight(weight, prepared, prepared.gram + 1),
 }
 
 

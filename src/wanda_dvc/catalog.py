@@ -156,7 +156,6 @@ GROUPS = {
 PROPAGATIONS = {
     "dense": "each block is calibrated on the outputs of dense blocks, which are cached",
     "pruned": "on the outputs of the pruned blocks before it, as in the paper",
-    "corrected": "as `pruned`, and the reconstruction aims at the dense model's outputs",
 }
 
 

@@ -13,9 +13,6 @@ from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `propagation: corrected`: α of `target_weight`, the step from the dense weights to those that give the dense
-# outputs. With 1 they overfit the calibration text (dev/decisions/0027-fisher.md).
-CORRECTION = 0.5
 RECOVERY_LENGTH = 512  # tokens of a window of `recover`, at most
 RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate` is for so many
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
@@ -108,8 +105,6 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
-        if self.propagation == "corrected":
-            choices["correction"] = CORRECTION
         if self.used_reconstruction.uses_fisher:
             choices["steps"] = self.used_reconstruction.steps
         if self.structure and self.structure.multiple > 1:
@@ -189,5 +184,3 @@ class Plan:
         for name, expected in choices_of_pattern(pattern, self.reconstructs).items():
             if choices[name] != expected:
                 yield f"{name}: found {choices[name]} with pattern {pattern}, expected {expected}"
-        if self.propagation == "corrected" and not self.reconstructs:
-            yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"

@@ -109,7 +109,8 @@ def run_without(
     Groups that remove the same blocks so far share the activations of the first of them.
     """
     runner.chunks = [Chunk(number, range(len(windows)), windows) for number in range(len(groups))]
-    runner.store = store = runner.new_store("without", kept=1)
+    store = runner.new_store("without", kept=1)
+    runner.stores = [store]
     for _ in runner.map(embed, [store], runner.chunks[:1], "embeddings"):
         pass
     before = sharing(groups, 0)

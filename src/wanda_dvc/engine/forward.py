@@ -20,7 +20,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import InputRecorder
 from wanda_dvc.engine.sequences import Chunk, Hidden, States, TokenSequence, cut_into_chunks
-from wanda_dvc.engine.sums import BlockRecord, FisherSums, InputSums, check_finite
+from wanda_dvc.engine.sums import BlockRecord, FisherSums, InputSums, RepairSums, check_finite
 from wanda_dvc.errors import FIX_NOT_FINITE, UserError, is_out_of_memory, notice
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ModelInput = Sequence[TokenSequence] | Int[Tensor, "windows length"]
 Job = TypeVar("Job")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
-Total = TypeVar("Total", InputSums, FisherSums)
+Total = TypeVar("Total", InputSums, FisherSums, RepairSums)
 # Arguments: the model; a chunk's sequences, their activations after the last block, and their input of the function.
 OutputFunction = Callable[[Decoder, Sequence[TokenSequence], Hidden, Input], Iterator[Result]]
 
@@ -59,7 +59,6 @@ class BlockRun:
 
     index: int
     store: ActivationStore
-    dense_store: ActivationStore | None = None  # of the dense model, if the sequences run through it too
     change: WeightChange | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
@@ -77,17 +76,9 @@ def embed(model: Decoder, stores: Sequence[ActivationStore], chunk: Chunk) -> No
 @in_smaller_batches
 @torch.no_grad()
 def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
-    """Run a chunk through a block, write its activations after the block, and return sums with `records`.
-
-    With a dense store the chunk also runs through the dense model's block, from and to that store; and once more, batch
-    by batch, where inputs are recorded: so memory holds the dense inputs of one batch.
-    """
+    """Run a chunk through a block, write its activations after the block, and return sums with `records`."""
     model.load(block.index, block.index + 1, block.change)
     finite: list[Tensor] = []  # a flag for each batch, on the device: the host waits for a GPU once for all of them
-    if block.dense_store is not None:
-        dense_block = replace(block, store=block.dense_store, dense_store=None)
-        dense_after = run_batches(model, dense_block, chunk, finite)
-        block.dense_store.write(block.index + 1, chunk.number, dense_after)
     recorder = InputRecorder(linears=model.linears(block.index), gram=block.gram) if block.records else None
     with recorder.recording() if recorder else contextlib.nullcontext():
         after = run_batches(model, block, chunk, finite, recorder)
@@ -106,17 +97,10 @@ def run_block(model: Decoder, block: BlockRun, chunk: Chunk) -> InputSums:
 def run_batches(
     model: Decoder, block: BlockRun, chunk: Chunk, finite: list[Tensor], recorder: InputRecorder | None = None
 ) -> Iterator[States]:
-    """Yield each batch's activations after a block; `finite` gets a flag for each. A recorder sees dense ones first."""
-    copies = 2 if block.dense_store else 1
-    batches = model.batches(chunk.sequences, streamed=not block.store.on_device, copies=copies)
+    """Yield each batch's activations after a block; `finite` gets a flag for each."""
+    batches = model.batches(chunk.sequences, streamed=not block.store.on_device)
     before = block.store.read_batches(block.index, chunk.number, batches, model.copies)
-    dense: Iterator[States] | None = None
-    if recorder and block.dense_store:
-        dense = block.dense_store.read_batches(block.index, chunk.number, batches, model.copies)
     for batch, states in zip(batches, before, strict=True):
-        if recorder and dense:
-            with recorder.dense(states.shape[:2].numel()):
-                model.run(block.index, next(dense), batch[0])
         after = model.run(block.index, states, batch[0])
         if recorder:
             recorder.see_block(states, after)
@@ -143,8 +127,13 @@ class ModelRunner:
     cluster: "Cluster | None" = None  # None: this process
     # Of the pass that `forward` began last:
     chunks: list[Chunk] = field(init=False)
-    store: ActivationStore = field(init=False)
+    stores: list[ActivationStore] = field(init=False)
     progress: PassProgress = field(init=False)
+
+    @property
+    def store(self) -> ActivationStore:
+        """The activations of the first model, or of the only one."""
+        return self.stores[0]
 
     def map(
         self, function: Callable[[Decoder, Job, Input], Result], job: Job, inputs: Iterable[Input], what: str
@@ -169,31 +158,29 @@ class ModelRunner:
         return total
 
     def forward(
-        self, sequences: ModelInput, *, finished: int | None = None, with_dense: bool = False, kept: int = 1
+        self, sequences: ModelInput, *, finished: int | None = None, kept: int = 1, models: Sequence[str] = ("own",)
     ) -> Iterator["BlockStep"]:
         """Yield a step for each block, whose methods run all sequences through the block.
 
         The pass resumes after the last finished block in `work`. `finished` is the number of blocks whose results the
-        caller has: if more are finished, the pass starts again; None: the caller needs no results. With `with_dense`
-        each sequence also runs through the dense model, without changes of blocks. `kept` is the number of blocks, up
-        to the last one that ran, after which activations stay.
+        caller has: if more are finished, the pass starts again; None: the caller needs no results. `kept` is the
+        number of blocks, up to the last one that ran, after which activations stay. Each of `models` has a store of
+        activations, in `stores`; a step runs the first, and the caller the others.
         """
         sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
         self.chunks = cut_into_chunks(sequences, (self.cluster or self.decoder).device.type)
-        self.store = self.new_store("own", kept=kept)
-        dense_store = self.new_store("dense", kept=kept) if with_dense else None
-        stores = [store for store in (self.store, dense_store) if store is not None]
+        self.stores = [self.new_store(model, kept=kept) for model in models]
         if finished == blocks:  # `map_outputs` and `backward` may still read the stores
             return
         self.decoder.check_tokens(sequences)
-        self.progress = PassProgress(self.work, stores, blocks if finished is None else finished)
+        self.progress = PassProgress(self.work, self.stores, blocks if finished is None else finished)
         if self.progress.finished < 0:
-            for _ in self.map(embed, stores, self.chunks, "embeddings, chunk"):
+            for _ in self.map(embed, self.stores, self.chunks, "embeddings, chunk"):
                 pass
             self.progress.count_block()
         for index in self.unfinished_blocks(self.progress):
-            yield BlockStep(self, BlockRun(index, self.store, dense_store))
+            yield BlockStep(self, BlockRun(index, self.store))
 
     def new_store(self, name: str, *, kept: int, dtype: torch.dtype | None = None) -> ActivationStore:
         """Return a store of the sequences' activations, by default in the model's dtype.
@@ -250,13 +237,13 @@ class BlockStep:
         self._run(self.block)
 
     def record(self, *, gram: bool = False) -> BlockRecord:
-        """Run all sequences; return statistics of the linears' inputs, with Gram matrices, and dense ones' products."""
+        """Run all sequences; return statistics of the linears' inputs; with `gram` their Gram matrices."""
         sums = self._run(replace(self.block, records=True, gram=gram))
         return sums.of(self.runner.decoder.linears(self.index))
 
     def change(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Run all sequences through the block once more, with masked weights and the given new weights."""
-        self._run(replace(self.block, dense_store=None, change=WeightChange(masks, weights)))
+        self._run(replace(self.block, change=WeightChange(masks, weights)))
 
     def _run(self, block: BlockRun) -> InputSums:
         runner = self.runner

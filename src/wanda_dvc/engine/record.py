@@ -16,7 +16,6 @@ from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import FisherSums, InputSums, Matrix, group_by_matrix, merge_by_name
-from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum, add_slices
 
@@ -33,15 +32,12 @@ class InputRecorder:
     """Sums over the inputs of a block's linears that grow while the block runs.
 
     Each distinct input is counted once. Two linears share an input if, within one batch, both receive the same memory
-    in the same state. For X_denseᵀX, [in, in], each batch's dense sequences run first, inside `dense`.
+    in the same state.
     """
 
     linears: dict[str, Linear]
     gram: bool = False  # record Gram matrices too
     sums: InputSums = field(default_factory=InputSums)
-    # Of this batch, by linear, [tokens, _]: the left factors of `sums.crosses`, such as the dense model's inputs.
-    left_factors: dict[str, Tensor] = field(default_factory=dict)
-    _is_dense: bool = False  # while the dense sequences run
     # The name of each input of a batch, by memory and state. The tensor stays alive: no other gets its address.
     _seen: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
@@ -59,15 +55,12 @@ class InputRecorder:
             if key not in self._seen:
                 self._seen[key] = names[0], part
                 slices[names[0]] = tokens
-            if not self._is_dense:  # an expert may get tokens of the dense sequence alone: it then has no statistics
-                for name in names:
-                    self.sums.add_consumer(name, self._seen[key][0])
-        if self._is_dense:
-            self.left_factors |= {name: x[tokens].flatten(0, -2) for name, tokens in slices.items()}
-            return
+            for name in names:
+                self.sums.add_consumer(name, self._seen[key][0])
         self._add_stats(slices, x)
-        for name, tokens in slices.items():
-            self._add_products(name, x[tokens].flatten(0, -2))
+        if self.gram:
+            for name, tokens in slices.items():
+                self._add_gram(name, x[tokens].flatten(0, -2))
 
     def _add_stats(self, slices: dict[str, slice], x: Float[Tensor, "*tokens in"]) -> None:
         all_stats, device = self.sums.stats, float64_device(x.device)
@@ -80,33 +73,15 @@ class InputRecorder:
         for name, tokens in slices.items():
             all_stats[name].add(x[tokens].flatten(0, -2))
 
-    def _add_products(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
-        sums, device = self.sums, float64_device(x.device)
-        if self.gram:
-            if name not in sums.grams:
-                sums.grams[name] = Gram.empty(x.shape[-1], device)
-            sums.grams[name].add(x)
-        left = self.left_factors.get(name)
-        if left is not None and len(left) == len(x):
-            product = multiply_in_float32(left.T, x).to(device).double()
-            merge_by_name(sums.crosses, {name: TokenSum(product, len(x))})
+    def _add_gram(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
+        grams = self.sums.grams
+        if name not in grams:
+            grams[name] = Gram.empty(x.shape[-1], float64_device(x.device))
+        grams[name].add(x)
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
-        if not self._is_dense:
-            total = norms.to(float64_device(norms.device)).double().sum()
-            merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})
-
-    @contextlib.contextmanager
-    def dense(self, tokens: int) -> Iterator[None]:
-        """Record the inputs of the batch inside, of `tokens` tokens, as the dense model's."""
-        self._is_dense = True
-        yield
-        self._is_dense = False
-        self._seen.clear()
-        for name, x in list(self.left_factors.items()):
-            # The dense model may send other tokens to an expert, or in another order.
-            if self.linears[name].slice.expert is not None or len(x) != tokens:
-                del self.left_factors[name]
+        total = norms.to(float64_device(norms.device)).double().sum()
+        merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})
 
     def see_block(self, before: States, after: States) -> None:
         """Add the influence of the block on a batch: 1 − cosine of its hidden states before and after the block."""
@@ -120,7 +95,6 @@ class InputRecorder:
     def end_batch(self) -> None:
         """Free the batch's inputs."""
         self._seen.clear()
-        self.left_factors.clear()
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import BlockRun, ModelInput, ModelRunner, run_batches, run_block
 from wanda_dvc.engine.load import WeightChange
-from wanda_dvc.engine.record import InputRecorder
+from wanda_dvc.engine.record import observing
 from wanda_dvc.engine.sequences import Chunk, Hidden
-from wanda_dvc.engine.sums import InputSums
+from wanda_dvc.engine.sums import InputSums, RepairSums
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
@@ -68,17 +68,15 @@ def run_cuts(
     # `repaired` reads what is before `block_before` to `end`: `kept` and one more, until `end` counts as finished.
     kept = max(cut.end - cut.block_before for cut in cuts)
     first, last = cuts[0].block_before, cuts[-1].end
-    for step in runner.forward(windows, with_dense=True, kept=kept):
-        block, store, dense = step.index, step.block.store, step.block.dense_store
-        assert dense is not None
+    for step in runner.forward(windows, models=["own", "dense"], kept=kept):
+        block, (store, dense) = step.index, runner.stores
         cut = next((cut for cut in cuts if cut.block_before < block < cut.end), None)
+        run_windows(runner, BlockRun(block, dense))
         if block <= first:  # both models are equal so far
-            run_windows(runner, BlockRun(block, dense))
             store.copy_from(dense, block + 1, block + 1)
         elif cut is None:
-            step.run()
+            run_windows(runner, BlockRun(block, store))
         else:
-            run_windows(runner, BlockRun(block, dense))
             store.copy_from(store, block, block + 1)
         if cut and block == cut.end - 1 and cut.block_before >= 0:
             weight = repaired(CutRun(cut, store, dense))
@@ -109,7 +107,7 @@ def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     validation = runner.chunks[::VALIDATION_STRIDE]
     fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
-    sums = runner.merge(run_before, removed, fitting, InputSums(), "repair, chunk")
+    sums = runner.merge(run_before, removed, fitting, RepairSums(), "repair, chunk")
 
     weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
     changes = [WeightChange({}, {linear: changed}) for changed in weights]
@@ -124,12 +122,12 @@ def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor
         )
         return None
     if fitting is not validation:
-        sums.merge(runner.merge(run_before, removed, validation, InputSums(), "repair, chunk"))
+        sums.merge(runner.merge(run_before, removed, validation, RepairSums(), "repair, chunk"))
     repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
     return repaired, {"damping": damping, "held_out": error / unrepaired}
 
 
-def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
+def new_weight(weight: Tensor, sums: RepairSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
     """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
     root, _ = GramFactors(sums.grams[linear].matrix(), damping=damping).inverse_root  # rootᵀ root = (G + λI)⁻¹
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
@@ -137,21 +135,21 @@ def new_weight(weight: Tensor, sums: InputSums, linear: str, damping: float, *, 
 
 
 @torch.no_grad()
-def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> InputSums:
-    """Return a chunk's G = XᵀX and RᵀX: X is the linear's input, R what the hidden states lack without the blocks."""
+def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
+    """Return a chunk's sums for a cut's linear: of its input, and of what the hidden states lack without the blocks."""
     block, end, linear = removed.cut
     model.load(block, -1)
-    recorder = InputRecorder(linears={linear: model.linears(block)[linear]}, gram=True)
+    sums, inputs = RepairSums(), list[Tensor]()
     batches = model.batches(chunk.sequences, streamed=not removed.store.on_device)
     before = removed.store.read_batches(block, chunk.number, batches, model.copies)
     after = removed.store.read_batches(block + 1, chunk.number, batches, model.copies)
     wanted = removed.dense_store.read_batches(end, chunk.number, batches, model.copies)
-    with recorder.recording():
+    with observing({linear: model.linears(block)[linear]}, lambda _, x, __: inputs.append(x)):
         for batch, states_before, states_after, states_wanted in zip(batches, before, after, wanted, strict=True):
-            recorder.left_factors[linear] = (states_wanted.float() - states_after.float()).flatten(0, 1)
             model.run(block, states_before, batch[0])
-            recorder.end_batch()
-    return recorder.sums
+            missing = states_wanted.float() - states_after.float()
+            sums.add(linear, inputs.pop().flatten(0, -2), missing.flatten(0, -2))
+    return sums
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
-"""Sums over the inputs of a block's linears, and over the gradients of their outputs."""
+"""Sums over the inputs of a block's linears, over the gradients of their outputs, and for the repair."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.errors import FIX_NOT_FINITE, UserError
+from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 
@@ -21,7 +23,6 @@ class BlockRecord(NamedTuple):
 
     stats: BlockStats  # in main memory
     grams: dict[str, Gram]  # by distinct input; missing for inputs without tokens
-    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs with dense sequences for all tokens
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,6 @@ class InputSums:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
-    crosses: dict[str, TokenSum] = field(default_factory=dict)  # X_denseᵀX, or RᵀX of other numbers R
     input_of: dict[str, str] = field(default_factory=dict)  # the name of each linear's input
     outputs: dict[str, TokenSum] = field(default_factory=dict)  # of routed experts, by the last linear of each
     # Σ (1 − cosine of the block's input and output), and tokens: ShortGPT's block influence (arXiv 2403.03853)
@@ -46,7 +46,6 @@ class InputSums:
             self.add_consumer(linear, name)
         merge_by_name(self.stats, sums.stats)
         merge_by_name(self.grams, sums.grams)
-        merge_by_name(self.crosses, sums.crosses)
         merge_by_name(self.outputs, sums.outputs)
         self.is_finite &= sums.is_finite
         self.influence = self.influence.to(sums.influence) + sums.influence
@@ -84,8 +83,7 @@ class InputSums:
             outputs={name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()},
             influence=self.influence.cpu(),
         )
-        crosses = {name: cross.sum for name, cross in self.crosses.items() if cross.count == stats[name].count}
-        return BlockRecord(block_stats, self.grams, crosses)
+        return BlockRecord(block_stats, self.grams)
 
 
 @dataclass(kw_only=True)
@@ -104,6 +102,28 @@ class FisherSums:
         for name, squares in sums.squares.items():
             self.squares[name] = self.squares.get(name, 0) + squares
         merge_by_name(self.grams, sums.grams)
+
+
+@dataclass(kw_only=True)
+class RepairSums:
+    """Sums over some sequences, by linear: of its input X, and of R, what hidden states lack without removed blocks."""
+
+    grams: dict[str, Gram] = field(default_factory=dict)  # XᵀX
+    crosses: dict[str, TokenSum] = field(default_factory=dict)  # RᵀX, [width, in]
+
+    def add(self, linear: str, x: Float[Tensor, "tokens in"], missing: Float[Tensor, "tokens width"]) -> None:
+        """Add the tokens of a batch: `missing` is R."""
+        device = float64_device(x.device)
+        if linear not in self.grams:
+            self.grams[linear] = Gram.empty(x.shape[-1], device)
+        self.grams[linear].add(x)
+        product = multiply_in_float32(missing.T, x).to(device).double()
+        merge_by_name(self.crosses, {linear: TokenSum(product, len(x))})
+
+    def merge(self, sums: "RepairSums") -> None:
+        """Add the sums of other sequences."""
+        merge_by_name(self.grams, sums.grams)
+        merge_by_name(self.crosses, sums.crosses)
 
 
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:

@@ -21,30 +21,6 @@ def oriented(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
 
 
-def target_weight(
-    weight: Tensor,
-    factors: GramFactors | None,
-    cross: Tensor | None,
-    *,
-    strength: float = 1.0,
-    transposed: bool = False,
-) -> Tensor:
-    """Return a linear's target weight, float32, as stored: with it, inputs from the pruned model give dense outputs.
-
-    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the inputs from the pruned model, C = X_denseᵀ X_pruned over the same tokens
-    (`cross`) and α the strength. For λ = 0 this is GPTAQ's W(I + α(CG⁻¹ − I)), Li et al. 2025, arXiv 2504.02692. No
-    weights change without `cross` or tokens, nor those of dead features.
-    """
-    weight = weight.float()
-    if factors is None or cross is None:
-        return weight.contiguous()
-    w = oriented(weight, transposed).to(factors.gram.device)
-    root, _ = factors.inverse_root
-    difference = w @ (cross.float().to(w) - factors.gram).masked_fill_(factors.dead, 0)
-    target = w + strength * (difference @ root.T @ root)
-    return oriented(target, transposed).to(weight).contiguous()
-
-
 def reconstruct(
     weight: Tensor,
     mask: Tensor,

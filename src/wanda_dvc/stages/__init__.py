@@ -165,7 +165,7 @@ STAGES = {
             variants={
                 "": Variant(
                     settings=("recipe", "sparsity", "pattern", *CHOICES),
-                    # The text is for propagation: pruned, corrected.
+                    # The text is for `propagation: pruned`.
                     deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
                     outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
                 )

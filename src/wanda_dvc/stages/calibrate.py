@@ -109,7 +109,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
     unreached = 0  # experts of the blocks that this run measures
     steps = run.forward(drawn.tokens, finished=finished)
     for step in progress(steps, total=sizes.blocks, what="calibrate, blocks", at=lambda step: step.index):
-        measured, grams, _ = step.record(gram=gram is not None)
+        measured, grams = step.record(gram=gram is not None)
         unreached += len(measured.unreached())
         if norms:
             tensors.write_stats(norms.out, step.index, measured)

@@ -14,11 +14,11 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import CORRECTION, UNSTRUCTURED, Plan
+from wanda_dvc.plan import UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_linear, choose_units, keeps_all
-from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct, target_weight
+from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats
@@ -258,10 +258,10 @@ def on_pruned_blocks(
     plan = job.plan
     folder = run.work / "recorded"
     folder.mkdir(exist_ok=True)
-    for step in run.forward(windows, finished=finished, with_dense=plan.propagation == "corrected"):
+    for step in run.forward(windows, finished=finished):
         block, record = step.index, step.record(gram=plan.mask_solves)
         if plan.mask_solves:
-            tensors.write_grams(folder, block, record.stats, record.grams, record.crosses)
+            tensors.write_grams(folder, block, record.stats, record.grams, exact=True)
             tasks = [SolverTask(block, name, record.stats.of(name)) for name in record.stats.consumers]
             del record  # before matrices are read, and before the next block's
             result = combine(job, block, run_solvers(job, folder, tasks, run.cluster, device))
@@ -291,15 +291,10 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     for linear in linears:
         transposed = linear in stats.transposed
         stored = job.checkpoint.weight(linear)
-        # A correction gives new values also to linears that lose no weight.
-        if keeps_all(linear, plan.pattern, rule.units) and plan.propagation != "corrected":
+        if keeps_all(linear, plan.pattern, rule.units):
             masks[linear] = torch.ones(stored.shape, dtype=torch.bool)
             continue
         weight = stored.to(device)
-        if plan.propagation == "corrected":
-            weight = target_weight(
-                weight, factors, grams.crosses.get(task.name), strength=CORRECTION, transposed=transposed
-            )
         masks[linear] = choose_linear(
             linear, weight, factors if plan.method.needs == "gram" else stats.inputs[task.name], stats, rule
         )

@@ -55,7 +55,7 @@ def read_stats(folder: Path, block: int, *, fisher: Path | None = None) -> Block
 class Grams(UserDict[str, Any]):
     """The Gram matrices of one block, as their file has them; each is unpacked at access, onto a device.
 
-    Inputs without tokens are missing. `crosses` has X_denseᵀX by distinct input, if they were recorded.
+    Inputs without tokens are missing.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], header: Json, device: torch.device | None) -> None:
@@ -63,13 +63,10 @@ class Grams(UserDict[str, Any]):
         self.transposed: list[str] = header.get("transposed", [])
         self.device = device
         self.input_of: dict[str, str] = {}  # by linear
-        self.crosses: dict[str, Tensor] = {}
         for name, linears in header.get("consumers", {}).items():
             self.input_of |= dict.fromkeys(linears, name)
             if f"{name}.count" in tensors:
                 self.data[name] = (tensors[f"{name}.triangle"], tensors[f"{name}.count"], tensors.get(f"{name}.norm"))
-            if f"{name}.cross" in tensors:
-                self.crosses[name] = tensors[f"{name}.cross"].to(device)
 
     def __getitem__(self, name: str) -> Gram:
         triangle, count, norm = self.data[name]
@@ -77,9 +74,7 @@ class Grams(UserDict[str, Any]):
         return Gram.from_triangle(triangle.to(self.device), int(count), norm)
 
 
-def write_grams(
-    folder: Path, block: int, stats: BlockStats, grams: Mapping[str, Gram], crosses: Mapping[str, Tensor] | None = None
-) -> None:
+def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str, Gram], *, exact: bool = False) -> None:
     """Write one block's Gram matrices of inputs, or of gradients by linear; `stats` has the consumers of each input.
 
     Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
@@ -87,23 +82,21 @@ def write_grams(
     triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also
     `LINEAR.sum_squares` (float64 [out]). Header: as of `write_stats`.
 
-    With `crosses`, of a block recorded during a forward pass of the pruned model: no norms, triangles of XᵀX itself in
-    float32, and `NAME.cross` (float32 [in, in]), X_denseᵀX, where it was recorded.
+    With `exact`, of a block recorded during a forward pass of the pruned model: no norms, and triangles of XᵀX itself
+    in float32.
     """
     tensors: dict[str, Tensor] = {}
     for linear, squared_gradients in stats.fisher.items():
         tensors[f"{linear}.sum_squares"] = squared_gradients
     for name, gram in grams.items():
-        if crosses is None:
+        if exact:
+            triangle = gram.triangle()
+        else:
             norm, triangle = gram.scaled_triangle()
             tensors[f"{name}.norm"] = norm.cpu()
             triangle = triangle.to(getattr(torch, GRAM_DTYPE))
-        else:
-            triangle = gram.triangle()
         tensors[f"{name}.triangle"] = triangle.cpu()
         tensors[f"{name}.count"] = torch.tensor(gram.count)
-    for name, cross in (crosses or {}).items():
-        tensors[f"{name}.cross"] = cross.float().cpu()
     save_tensors(block_file(folder, block), tensors, {"consumers": stats.consumers, "transposed": stats.transposed})
 
 
