@@ -236,16 +236,12 @@ def test_any_file_operation_is_a_crash_point_that_recovers(
             path = calibrated_study / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def forget() -> None:
-        shutil.rmtree(Study(calibrated_study).answers, ignore_errors=True)  # with them the tasks are not asked again
-        remove()
-
-    forget()
+    remove()
     assert killer.run(calibrated_study, -1, body)
     expected, points = tree(calibrated_study), killer.count
     assert points >= 3
     for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
-        forget()
+        remove()
         assert not killer.run(calibrated_study, at, body), f"operation {at} did not happen"
         remove()
         body()

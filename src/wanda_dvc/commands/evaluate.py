@@ -44,7 +44,7 @@ def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> s
     if not texts.keys() <= set(dense.texts) or set(dense.tasks) != set(tasks):
         raise UserError("metrics/dense: no results of the dense model on all texts and tasks; run `dvc repro`")
     with study.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
-        work.discard()  # of an interrupted run; its finished blocks and answers are elsewhere
+        work.discard()  # of an interrupted run; its finished blocks are elsewhere
         models = {DENSE: dense}
         for number, path in enumerate(paths):
             name = str(path.absolute() if str(path) == DENSE else path)  # the dense model has that name

@@ -1,10 +1,8 @@
 """Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from wanda_dvc.engine.checkpoint import ITEMSIZE, max_positions
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import load_tokenizer
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory_of, own_device
@@ -49,17 +47,19 @@ def zero_shot(*, study: Study, model: str) -> None:
         protocols[task] = describe("zero-shot", libraries=("torch", "transformers", "lm_eval"), **identified, **inputs)
         if task in dense and not items["samples"]:  # the embedded questions are no benchmark
             compared.append(task)
-    results = _results_of_tasks(study, model, protocols)
-    details = {task: results[task]["details"] for task in protocols}
-    metrics = {task: results[task]["metrics"] for task in protocols}
-    for task in compared:
-        metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
-    write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
-    write_json(study.details(model, "zero_shot"), {"tasks": details})
-    lines = [[task, item["item"], item["acc"]] for task in details for item in details[task]["items"]]
-    write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], lines)
-    # Only numbers to compare: `dvc metrics diff` prints every number in here.
-    write_json(study.metrics(model, "zero_shot"), metrics)
+    with study.work(protocols) as work:
+        results = answer_tasks(study, model, protocols, work) if protocols else Json()
+        details = {task: results[task]["details"] for task in protocols}
+        metrics = {task: results[task]["metrics"] for task in protocols}
+        for task in compared:
+            metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
+        write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
+        write_json(study.details(model, "zero_shot"), {"tasks": details})
+        lines = [[task, item["item"], item["acc"]] for task in details for item in details[task]["items"]]
+        write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], lines)
+        # Only numbers to compare: `dvc metrics diff` prints every number in here.
+        write_json(study.metrics(model, "zero_shot"), metrics)
+        work.discard()
 
 
 def flips(before: Json, after: Json, run_name: str) -> Json:
@@ -91,26 +91,8 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
     return counts
 
 
-def _results_of_tasks(study: Study, model: str, protocols: Json) -> Json:
-    """Return each task's `details` and `metrics`: stored ones with its protocol, or new ones of one pass for all."""
-    results, new, paths = Json(), Json(), dict[str, Path]()
-    with study.work(protocols) as work:
-        for task, protocol in protocols.items():
-            paths[task] = study.answers / f"{model}-{task}-{digest(protocol)[:32]}.json"
-            with contextlib.suppress(UserError):  # a damaged file: the task is answered again
-                results[task] = load_json(paths[task])
-            if results.get(task, {}).get("details", {}).get("protocol") != protocol:
-                new[task] = protocol
-        if new:  # another set of tasks has other activations
-            results |= answer_tasks(study, model, new, replace(work, path=work.path / digest(new)[:32]))
-        for task in new:
-            write_json(paths[task], results[task])
-        work.discard()
-    return results
-
-
 def answer_tasks(study: Study, model: str, protocols: Json, work: Work) -> Json:
-    """Run the questions of some tasks through a model; return each task's `details` and `metrics`, as written."""
+    """Run the questions of all tasks through a model in one pass; return each task's `details` and `metrics`."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM

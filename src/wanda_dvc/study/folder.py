@@ -116,11 +116,6 @@ class Study:
         """The file of the settings that the functions of the Python interface start from."""
         return self.work_root.with_name("wanda-dvc-python.json")
 
-    @property
-    def answers(self) -> Path:
-        """The folder of zero-shot answers by task: a run with one more task evaluates only the new task."""
-        return self.work_root.with_name("wanda-dvc-answers")
-
     def plots(self, name: str) -> Path:
         """Return the data file of a plot."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
