@@ -280,6 +280,17 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_need(
     assert "Size unchanged" in prune(model=str(model), recipe="wanda", evaluate=False)
 
 
+@pytest.mark.parametrize("recover", ["0", "0k", 0, None])
+def test_no_tokens_to_train_on_are_not_in_the_directorys_name(model: Path, recover: str | int | None):
+    assert check_request(model=str(model), recover=recover).target.name == f"{model.name}-0.5"
+    assert check_request(model=str(model), recover="1k").target.name == f"{model.name}-0.5-1k"
+
+
+def test_an_evaluation_of_all_windows_is_said_not_to_be_counted(model: Path):
+    told = [describe_run(check_request(model=str(model), changes={"perplexity.windows": count})) for count in (4, None)]
+    assert ["as many windows as its texts have" in text for text in told] == [False, True]
+
+
 def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: Path, monkeypatch: Patch):
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: 10**6)
     with pytest.raises(UserError, match=r"recovery.tokens: found 1.0 MB, expected .* of memory"):

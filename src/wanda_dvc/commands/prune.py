@@ -81,7 +81,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
             settings_line(experiment.params),
             _table(experiment),
             *(sentence for sentence in sentences if sentence.startswith("Perplexity on")),
-            *(experiment.notes if request.evaluate else ()),
+            *(experiment.notes if request.evaluate else ()),  # else they would call each missing figure stale
         ]
         move_model(experiment, request.target)
     paragraphs += [
@@ -176,7 +176,8 @@ def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[st
     params, available, calibration = study.params, needs.free(study), study.params.calibration
     stages = ["calibrate", *(["recover"] if params.recovery.tokens else []), *(["perplexity"] if evaluate else [])]
     by_stage = {stage: needs.requirements(study, stage, sizes, available["memory"]) for stage in stages}
-    disk = sum(need.disk for need in by_stage.values()) + 2 * sizes.stored + sizes.linear_weights // 8
+    models_and_masks = 2 * sizes.stored + sizes.linear_weights // 8  # a mask has one bit a weight
+    disk = sum(need.disk for need in by_stage.values()) + models_and_masks
     solver = needs.solver_requirements(study, sizes)
     if solver:
         by_stage["solver"] = solver
@@ -199,29 +200,33 @@ def _time(study: Study, sizes: ModelSizes, *, evaluate: bool) -> str:
         dtype = torch.float32
     forward, solving = _operations(study.params, sizes, evaluate=evaluate)
     seconds = forward / _speed(device, dtype) + solving / _speed(device, torch.float32)
+    uncounted = "Attention, files and starts"
+    if evaluate and not isinstance(study.params.perplexity.windows, int):
+        uncounted = "The evaluation, of as many windows as its texts have, attention, files and starts"
     return (
         f"Time: about {max(seconds / 60, 0.1):,.1f} minutes for {(forward + solving) / 1e12:,.1f} TFLOP, at the speed "
-        f"of products on {device}, measured for half a second. Attention, files and starts are not counted."
+        f"of products on {device}, measured for half a second. {uncounted} are not counted."
     )
 
 
 def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[float, float]:
-    """Return the operations of passes through the model, and of solvers."""
+    """Return the operations of passes through the model, and of solvers: two for each weight and token of a pass."""
     plan, calibration, perplexity = params.plan, params.calibration, params.perplexity
     tokens = calibration.windows * calibration.length
     backward_tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
     with_head = sizes.linear_weights + sizes.hidden * sizes.vocabulary
-    models = 3 if params.recovery.tokens else 2
-    passes = 2.0 * tokens * sizes.linear_weights * (3 if plan.propagates else 1)
+    calibrations = 3 if plan.propagates else 1  # `mask` runs each block before and after it is pruned
+    passes = 2.0 * calibrations * tokens * sizes.linear_weights
     if "gram" in params.statistics:
         passes += tokens * sizes.all_input_squares  # one triangle
-    if "fisher" in params.statistics:
+    if "fisher" in params.statistics:  # forward twice, and backward once, without gradients of weights
         passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
     if plan.method.needs == "blocks":  # half of the blocks run for a choice, on average
         number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
         passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
     passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
     if evaluate and isinstance(perplexity.windows, int):
+        models = 3 if params.recovery.tokens else 2
         passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
     steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.needs == "gram" else 0)
     solving = 2.0 * steps * sizes.solved_by_input

@@ -23,14 +23,14 @@ MADE_FROM = {"pruned": "masks", "recovered": "models/pruned"}
 
 
 def valid_params(settings: Mapping[str, Any]) -> Params | None:
-    """Return settings, by dotted name, checked; None for those of another version."""
+    """Return settings, nested or by dotted name, checked; None for those of another version."""
     with contextlib.suppress(UserError):
         return check_params(nested(settings))
     return None
 
 
 def stale_stages(lock: Lock, settings: Mapping[str, Any]) -> list[str]:
-    """Return the stages of a lock that have not run on the current inputs, and on these settings, by dotted name."""
+    """Return the stages of a lock that have not run on the current inputs, and on settings as of `valid_params`."""
     params = valid_params(settings)
     return lock.stale(stage_inputs(params) if params else {})  # of another version, DVC's digests alone decide
 

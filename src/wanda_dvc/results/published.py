@@ -34,13 +34,13 @@ def published_rows(experiments: Mapping[str, Experiment]) -> list[list[str]]:
     """Return rows of the model, the measure, the source, its figure, the figure here, and differences in protocol."""
     rows: list[list[str]] = []
     for name, experiment in experiments.items():
-        for model in (DENSE, "pruned"):  # another model than after a training
+        for model in (DENSE, "pruned"):  # no figures of recovered models are published
             results = experiment.results[model]
             settings = experiment.settings | ({"method": DENSE} if model == DENSE else {})
             title = DENSE if model == DENSE else f"{name}, pruned"
             for heading, (measure, target) in headings([results], brief=False).items():
                 if measure.per != PER_TASK and measure.name != "perplexity":
-                    continue  # `sparsity` in a published row is a setting
+                    continue  # the measure `sparsity` would be found in a row, where it is a setting
                 of_text = experiment.params.perplexity.texts[target].filled if measure.per == PER_TEXT else {}
                 all_settings = settings | {f"perplexity.text.{key}": value for key, value in of_text.items()}
                 for computed in filter(None, measure.protocols_of(results, target).values()):

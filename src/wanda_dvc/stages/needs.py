@@ -101,7 +101,7 @@ def solver_requirements(study: Study, sizes: ModelSizes) -> Requirements | None:
     plan = study.params.plan
     if plan.tier == "norms" and not plan.mask_solves:
         return None
-    squares = 0  # on pruned blocks, `mask` measures Gram matrices itself, of a block at a time
+    squares = 0  # elements of Gram matrices to store; with propagation `mask` has those of one block, and stores none
     if "gram" in study.params.statistics and not is_there(study.gram / PROVENANCE):
         squares += sizes.all_input_squares
     if "fisher" in study.params.statistics and not is_there(study.fisher / PROVENANCE):
@@ -142,9 +142,10 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     processes, is_sharded = launched_processes()
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
-    if way.low_memory:
-        stored, itemsize, states = 2, 2, BYTES  # of a number, of the dense model's, and of a weight with its moments
-    else:  # weights, gradients and two moments in float32
+    # Bytes: of a stored number, of a weight of the dense model, and of a trained weight with gradient and moments.
+    if way.low_memory:  # a gradient is freed as soon as it is used
+        stored, itemsize, states = 2, 2, BYTES
+    else:
         stored, itemsize, states = 4, ITEMSIZE[training_dtype(given.dtype, given.device)], 16
     # Features and their gradients; attention's scores, their softmax and its gradient.
     activations = 4 * (2 * length * sizes.features + 3 * length**2 * sizes.heads_with_scores)

@@ -42,6 +42,8 @@ def recover(*, study: Study) -> None:
     pruned_provenance, model_dtype = check_ready(study, "pruned")
     dense_provenance = read_provenance(study.model("dense"), "download model")
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
+    if not load_json(study.details("pruned", "sparsity")):  # read after the training
+        raise UserError("metrics/details/pruned/sparsity.json: missing; run `dvc checkout` or `wanda-dvc apply`")
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
     ways = training_ways(study, sizes)  # UserError if none fits
@@ -90,7 +92,7 @@ def _way_of_training(
     """Return the fastest of some ways of training, or of those with the `low_memory` of an interrupted training."""
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
     way = next((way for way in ways if way.low_memory in started), ways[0])
-    # The free memory may differ between processes. Those with copies of the models have one kind of weights to choose.
+    # The free memory may differ between processes. Only those that split a model may train with low memory.
     if launched_processes()[1]:
         way = of_first_process(way, device)
     if started and way.low_memory not in started:
@@ -147,13 +149,13 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     settings = study.stage_input("recover")
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
-    # Of the calibration's texts, their numbers of windows: each is drawn again below. Of recovery.text, its shares.
+    # Of recovery.text, the shares of the training; of the calibration's texts, their numbers of calibration windows.
     shares = settings.get("shares", [settings["windows"]])
     counts = apportion(count, shares)
     training, held_out = [], []
     section = "recovery" if settings["text"] else "calibration"
     for source, share, samples in zip(numbered(section, "/", len(shares)), shares, counts, strict=True):
-        windows = _windows_of_text(study, source, settings | {"windows": share}, samples + VALIDATION_WINDOWS)
+        windows = _windows_of_text(study, source, settings, samples + VALIDATION_WINDOWS, calibrated=share)
         if len(windows) <= VALIDATION_WINDOWS:
             problem = f"{len(windows)} windows of {length} tokens, expected more; take a longer text"
             raise UserError(f"{setting_of(source)}: {problem}")
@@ -174,11 +176,11 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     return torch.cat(training)[interleaved(counts)], validation
 
 
-def _windows_of_text(study: Study, source: str, settings: Json, count: int) -> Tensor:
+def _windows_of_text(study: Study, source: str, settings: Json, count: int, *, calibrated: int) -> Tensor:
     """Return windows of a training text: `count` from separate documents, or all of a plain text in random order.
 
     The order of a plain text's windows does not depend on the seed. If it is the calibration's text, windows that share
-    tokens with the calibration are last.
+    tokens with the `calibrated` windows drawn from it are last.
     """
     length, seed = settings["length"], settings["seed"]
     # The next seed: with the calibration's, windows of one text would be the calibration's own.
@@ -191,8 +193,8 @@ def _windows_of_text(study: Study, source: str, settings: Json, count: int) -> T
     if source.startswith("calibration"):
         positions = torch.arange(len(tokens))
         # The same draw as the calibration's, of positions instead of tokens.
-        calibrated = draw(positions, samples=settings["windows"], length=settings["calibration_length"], seed=seed)
-        is_calibrated = torch.isin(positions, calibrated.tokens)
+        drawn = draw(positions, samples=calibrated, length=settings["calibration_length"], seed=seed)
+        is_calibrated = torch.isin(positions, drawn.tokens)
         is_seen = is_calibrated[: windows.numel()].view_as(windows).any(-1).tolist()  # windows follow one another
         order.sort(key=lambda window: is_seen[window])
     return windows[order]

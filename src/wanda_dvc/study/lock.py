@@ -37,7 +37,7 @@ class Lock:
 
     @property
     def settings(self) -> Json:
-        """The settings of the stage `plan`'s last run; {} before the first."""
+        """The settings of the stage `plan`'s last run, nested; {} before the first."""
         return (self.stages.get("plan", {}).get("params") or {}).get("params.yaml") or {}
 
     def params(self, requested: Params) -> Params:

@@ -97,8 +97,8 @@ def renew(folder: Path, settings: Settings) -> None:
     """Make a study without git, or renew the files of one, all but its results. UserError if a setting is wrong."""
     _, text = new_params(settings)
     _write_files(folder, text)
-    # `init --from` does not copy it. With `reflink` among its types, DVC keeps a second copy of each output on file
-    # systems without reflinks, such as ext4.
+    # A study with git has no such file: users share it. It leaves out `reflink`, with which DVC keeps a second copy of
+    # each output on file systems without reflinks, such as ext4.
     write_text(folder / ".dvc/config.local", (TEMPLATE / "config_without_git").read_text(encoding="utf-8"))
 
 

@@ -75,7 +75,9 @@ class Grams(UserDict[str, Any]):
 
 
 def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str, Gram], *, exact: bool = False) -> None:
-    """Write one block's Gram matrices of inputs, or of gradients by linear; `stats` has the consumers of each input.
+    """Write one block's Gram matrices of inputs, or of gradients by linear.
+
+    `stats` has the consumers of each input; a linear of gradients is its own consumer.
 
     Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
     triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the

@@ -208,7 +208,7 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         file = self._file(resume_from_checkpoint, "weights")
-        weights = torch.load(file, weights_only=True, mmap=True, map_location="cpu")  # where it may have been trained
+        weights = torch.load(file, weights_only=True, mmap=True, map_location="cpu")  # saved on any device
         for name, parameter in self.model.named_parameters():
             local(parameter).copy_(weights[name])
 
