@@ -6,7 +6,7 @@ figure has a mark, ¹, if its row was measured with another version of a stage.
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,21 @@ def value(row: Row | None, text: str = "wikitext2", measure: str = "perplexity")
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table; columns after the first `left` ones are aligned to the right.
 
-    If all figures have a mark, the first header has it instead.
+    If all figures of a row have a mark, its first cell has it instead; if all rows have it, the first header.
     """
-    figures = [cell for row in rows for cell in row[left:] if cell != "–"]
-    if figures and all(cell.endswith(MARK) for cell in figures):
+    rows = [_marked_once(row, left) for row in rows]
+    if rows and all(row[0].endswith(MARK) for row in rows):
         headers = [headers[0] + MARK, *headers[1:]]
-        rows = [[*row[:left], *(cell.removesuffix(MARK) for cell in row[left:])] for row in rows]
+        rows = [[row[0].removesuffix(MARK), *row[1:]] for row in rows]
     rule = ["---"] * left + ["---:"] * (len(headers) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
+
+
+def _marked_once(row: Sequence[str], left: int) -> Sequence[str]:
+    figures = [cell for cell in row[left:] if cell != "–"]
+    if not figures or not all(cell.endswith(MARK) for cell in figures):
+        return row
+    return [row[0] + MARK, *row[1:left], *(cell.removesuffix(MARK) for cell in row[left:])]
 
 
 def figure(value: float | str | None, row: Row | None = None) -> str:
@@ -96,7 +103,7 @@ def by_recipe() -> str:
         of_recipe = [rows.get(f"{model} {recipe} {amount}") for model, amount in product((SMALL, GEMMA), AMOUNTS)]
         if recipe in RECIPES or any(of_recipe):
             lines.append([NAMES[recipe], *(figure(value(row), row) for row in of_recipe)])
-    heads = [*AMOUNTS, *(f"Gemma 3 270M, {amount}" for amount in AMOUNTS)]
+    heads = [*AMOUNTS, *(f"Gemma, {amount}" for amount in AMOUNTS)]
     return table(["`recipe`", *(head.replace("%", " %") for head in heads)], lines)
 
 
@@ -127,9 +134,9 @@ def times() -> str:
     """Return the benchmarks that have a baseline, with the words of this script."""
     lines = []
     for row, words in ((measured("peers")[key], words) for key, words in TIMES.items()):
-        ours, base, ratio = (row["value"][name] for name in ("ours_s", "baseline_s", "ratio"))
-        lines.append([words, f"{ours:,.0f}", f"{base:,.0f}", f"{ratio:.2f}" + MARK * is_old(row)])
-    return table(["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"], lines)
+        seconds = (row["value"][name] for name in ("ours_s", "baseline_s"))
+        lines.append([words, *(f"{one:,.0f}" + MARK * is_old(row) for one in seconds)])
+    return table(["SmolLM2-135M", "wanda-dvc, s", "baseline, s"], lines)
 
 
 def goals() -> str:
@@ -140,6 +147,9 @@ def goals() -> str:
             if not (found := row["value"])["met"]:
                 ratio = f"{found['ratio' if file == 'peers' else 'share']:.3g}"
                 lines.append([key, found["goal"], ratio + MARK * is_old(row)])
+    for name, row, _, gap, goal in from_authors():
+        if abs(gap) > goal:
+            lines.append([f"{name}, as the authors' code", f"{goal} %", f"{abs(gap):.2f} %" + MARK * is_old(row)])
     return table(["missed", "goal", "measured"], lines, left=2)
 
 
@@ -154,59 +164,51 @@ def memory() -> str:
 
 
 def by_text() -> str:
-    """Return the perplexity and the divergence on both texts of untrained rows that were measured."""
-    rows, lines = measured("recipes"), []
-    for key in ("dense", *map(" ".join, MODELS)):
-        if (row := rows.get(f"{SMALL} {key}")) and row["value"].keys() >= TEXTS.keys():
-            cells = [key.replace("%", " %")]
-            for text in TEXTS:
-                divergence = value(row, text, "divergence")  # missing of the dense model, and a word if it diverged
-                mean = f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else "–"
-                cells += [figure(value(row, text), row), mean + MARK if is_old(row) and divergence else mean]
-            lines.append(cells)
-    heads = [f"{what}, {text}" for text in TEXTS.values() for what in ("perplexity", "divergence")]
-    return table(["model", *heads], lines)
-
-
-def recovered() -> str:
-    """Return both measures on both texts of the trained models, from before the training to its last length."""
-    rows, lines = measured("recipes"), []
+    """Return both measures on both texts: of the dense model, of pruned models, and of these trained ever longer."""
+    rows = measured("recipes")
+    lines = [["dense", *_from_to([rows[f"{SMALL} dense"]])]]
     short = [tokens for tokens in TOKENS if tokens != LONGER]
     for model, row, lengths in product((SMALL, GEMMA), MODELS, (short, [LONGER])):
         untrained = " ".join((model, *row))
         trained = [tokens for tokens in lengths if f"{untrained} {tokens}" in rows]
-        if trained:
+        is_alone = (
+            model == SMALL and lengths is short and rows.get(untrained, {}).get("value", {}).keys() >= TEXTS.keys()
+        )
+        if trained or is_alone:
             steps = [rows[untrained], *(rows[f"{untrained} {tokens}"] for tokens in trained)]
             title = untrained.removeprefix(f"{SMALL} ").replace(GEMMA, "Gemma").replace("%", " %")
-            lines.append([f"{title} → {' → '.join(trained)}", *_from_to(steps)])
+            lines.append([" → ".join([title, *trained]), *_from_to(steps)])
     return table(["model", *(f"{measure}, {TEXTS[text]}" for text, measure in MEASURES)], lines)
 
 
 def _from_to(steps: Sequence[Row]) -> list[str]:
+    """Return the measures of some models, each as one cell: from the first model to the last."""
     mark, cells = MARK * any(map(is_old, steps)), []
     for text, measure in MEASURES:
         values = [value(step, text, measure) for step in steps]
-        shown = [figure(number) if measure == "perplexity" else f"{number['mean']:.3f}" for number in values]
-        cells.append(" → ".join(shown) + mark)
+        shown = [f"{one['mean']:.3f}" if isinstance(one, dict) else figure(one) for one in values]
+        cells.append(" → ".join(shown) + mark * (shown != ["–"]))
     return cells
 
 
-def authors() -> str:
-    """Return the papers' procedures next to the authors' code, and the same recipes on the dense model's statistics."""
-    rows, lines = measured("recipes"), []
+def from_authors() -> Iterator[tuple[str, Row, float, float, float]]:
+    """Yield what was compared with the authors' code: its name, our row, their perplexity, and gap and goal in %."""
+    rows = measured("recipes")
     for (recipe, amount), (by_hand, goal) in AUTHORS.items():
-        row, cached = (rows.get(f"{SMALL} {name} {amount}") for name in (recipe, recipe.removesuffix("-paper")))
         method = recipe.removesuffix("-paper").removesuffix("-rows")
         theirs = value(measured("authors").get(f"{SMALL} {method} {amount}")) or by_hand
-        ours = value(row)
-        if ours and theirs:
-            gap = 100 * (ours / theirs - 1)
-            met = f"{goal} %" + ", missed" * (abs(gap) > goal)
-            shown = figure(value(cached), cached) if cached is not row else "–"
-            apart = f"{gap:+.2f} %".replace("-", "−").replace("+0.00", "0.00")
-            name = f"{recipe} {amount}".replace("%", " %")
-            lines.append([name, figure(ours, row), figure(theirs), apart, met, shown])
-    return table(["recipe", "ours", "authors' code", "difference", "goal", "dense statistics"], lines)
+        row = rows.get(f"{SMALL} {recipe} {amount}")
+        if row and theirs:
+            yield f"{recipe} {amount}".replace("%", " %"), row, theirs, 100 * (value(row) / theirs - 1), goal
+
+
+def authors() -> str:
+    """Return the papers' procedures next to the authors' code."""
+    lines = []
+    for name, row, theirs, gap, _ in from_authors():
+        apart = f"{gap:+.2f} %".replace("-", "−").replace("+0.00", "0.00")
+        lines.append([name, figure(value(row), row), figure(theirs), apart])
+    return table(["recipe", "ours", "authors' code", "difference"], lines)
 
 
 def runtimes(files: Sequence[str] = ()) -> str:
@@ -248,7 +250,7 @@ def gpu(rows: dict[str, Row]) -> str:
 TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the documents
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": first_results, "smaller": lambda: runtimes(FIRST_FILES), "recipes": by_recipe, "texts": by_text,
-    "recovered": recovered, "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
+    "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
     "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")), "floors": floors.table,
 }  # fmt: skip
 

@@ -21,8 +21,9 @@ from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.scaffold import new_params
 
 CONFIGS = Path(__file__).parents[1] / "tests/configs"
-MODELS = {"LLaMA-2-7B": "llama-2-7b", "LLaMA-3.1-8B": "llama-3.1-8b", "LLaMA-2-70B": "llama-2-70b"}
-ROWS = [(stage, recipe) for stage in ("calibrate", "mask", "apply") for recipe in ("wanda", "fisher")]
+MODELS = {"LLaMA-2-7B": "llama-2-7b", "LLaMA-2-70B": "llama-2-70b"}
+# The rows of the page. `mask` and `apply` with `wanda` read and write files alone.
+ROWS = [("calibrate", "wanda"), ("calibrate", "fisher"), ("mask", "fisher"), ("apply", "fisher")]
 ROWS += [(stage, "") for stage in ("perplexity", "zero-shot", "recover")]
 WIKITEXT = 1_349_550  # bytes of WikiText-2's test split as JSON lines
 # Bytes of the complete tasks, likewise; of HellaSwag's 10,042 items, 1,000 were weighed.
@@ -135,8 +136,8 @@ def needed(folder: Path, sizes: ModelSizes, stage: str, recipe: str, device: str
 
 def table() -> str:
     """Return the page's table, after the speeds."""
-    heads = ["model", "stage", "recipe", "TFLOP", "link, GB", "GPU memory, GB", "CPU memory, GB", "disk, GB"]
-    rows = [[*heads, "H100, s", "two cores, s"], ["---"] * 3 + ["---:"] * 7]
+    heads = ["model", "stage", "GPU memory, GB", "CPU memory, GB", "disk, GB", "H100, s", "two cores, s"]
+    rows = [heads, ["---"] * 2 + ["---:"] * 5]
     with tempfile.TemporaryDirectory() as folder:
         for name, size in TASKS.items():
             path = Path(folder, "data/tasks", name, ITEMS)
@@ -152,13 +153,13 @@ def table() -> str:
             for stage, recipe in ROWS:
                 least = work[f"{stage} {recipe}".strip()]
                 gpu, cpu = (needed(Path(folder), sizes, stage, recipe or "wanda", kind) for kind in ("cuda", "cpu"))
-                amounts = [(least.half + least.single) / 1e3, least.link, gpu.memory, cpu.memory, gpu.disk]
-                figures = [amount / 1e9 for amount in amounts] + [least.seconds(H100), least.seconds(CORES)]
+                figures = [size / 1e9 for size in (gpu.memory, cpu.memory, gpu.disk)]
+                figures += [least.seconds(H100), least.seconds(CORES)]
                 shown = [f"{figure:,.0f}" if figure >= 10 else f"{figure:.2g}" for figure in figures]
-                rows.append([model, f"`{stage}`", f"`{recipe}`" * bool(recipe), *shown])
+                rows.append([model, f"`{stage}`" + f", `{recipe}`" * bool(recipe), *shown])
     speeds = [f"{speed:.0f}" for speed in (H100.half / 1e12, H100.single / 1e12, H100.link / 1e9, H100.disk / 1e9)]
     sentence = (
-        "The H100 does {} TFLOP/s in bfloat16 and {} in float32; its link has {} GB/s, the disk {} GB/s. "
-        f"The two cores do {CORES.single / 1e9:.0f} GFLOP/s in float32, as measured here."
+        "H100: {} TFLOP/s in bfloat16 and {} in float32; link {} GB/s, disk {} GB/s. "
+        f"Two cores: {CORES.single / 1e9:.0f} GFLOP/s in float32, as measured."
     )
     return "\n".join([sentence.format(*speeds), "", *(f"| {' | '.join(row)} |" for row in rows)])

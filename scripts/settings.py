@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, PROPAGATIONS, RECIPES, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, PROPAGATIONS, RECIPES, RECONSTRUCTIONS, Choice, Recipe, methods
 from wanda_dvc.params import Text, flatten, read_params, settings
-from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.scaffold import PARAMS
 
@@ -15,9 +13,11 @@ HEAD = """\
 # Settings
 
 `params.yaml` must name `model` and the texts. Defaults are a new study's; if missing,
-`perplexity.windows` is null, `tasks.names` `[]`. A change reruns the stages named and those after them.
+`perplexity.windows` is null, `tasks.names` `[]`. A change reruns from the stage named; `calibrate` runs too
+if the recipe needs more statistics.
 
 """
+COMMON = {"allocation": "uniform", "reconstruction": "none", "propagation": "dense"}  # what most recipes choose
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
 
 
@@ -30,23 +30,25 @@ def page() -> str:
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             is_of_both = name.startswith(TEXTS[0]) and leaf in Text.model_fields
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if is_of_both else f"`{name}`"
-            stages = _stages(name)[:1] if is_of_both else _stages(name)  # the first stage of both texts
-            if leaf == "windows":  # `download` gets all of a text's settings but these
-                stages = [stage for stage in stages if stage != "`download`"]
             meaning = f"{field.description[0].upper()}{field.description[1:]}."
-            rows.append([shown, meaning, f"`{default}`", ", ".join(stages) or "`plan`"])
-    recipes = [[row.name, row.about, *(getattr(row, choice) for choice in CHOICES)] for row in RECIPES.values()]
-    allocations = [[x.name, x.about] for x in ALLOCATIONS.values()]
+            rows.append([shown, meaning, f"`{default}`", _stage(name)])
+    recipes = [[row.name, row.method, row.group, ", ".join(_uncommon(row)) or "–"] for row in RECIPES.values()]
+    headers = ["`recipe`", "method", "group", f"instead of {', '.join(f'`{choice}`' for choice in COMMON.values())}"]
     sections = {
-        "Recipes": _table(["`recipe`", "result", *CHOICES], recipes),
-        "Methods": _table(["`method`", "meaning", "paper"], [(x.name, x.about, x.paper) for x in methods().values()]),
-        "Groups": _table(["`group`", "meaning"], GROUPS.items()),
-        "Allocations": _table(["`allocation`", "sparsities"], allocations),
-        "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
-        "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS.items()),
+        "Recipes": _table(headers, recipes),
+        "Methods": _list(methods().values()),
+        "Groups": _meanings(GROUPS),
+        "Allocations": _list(ALLOCATIONS.values()),
+        "Reconstructions": _list(RECONSTRUCTIONS.values()),
+        "Propagation": _meanings(PROPAGATIONS),
     }
-    tables = [f"## {title}\n\n{table}\n" for title, table in sections.items()]
-    return "\n".join([f"{HEAD}{_table(['setting', 'meaning', 'default', 'stage'], rows)}\n", *tables])
+    blocks = [f"## {title}\n\n{block}\n" for title, block in sections.items()]
+    return "\n".join([f"{HEAD}{_table(['setting', 'meaning', 'default', 'stage'], rows)}\n", *blocks])
+
+
+def _uncommon(recipe: Recipe) -> list[str]:
+    """Return the recipe's choices that most recipes do not have."""
+    return [f"`{getattr(recipe, name)}`" for name, common in COMMON.items() if getattr(recipe, name) != common]
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -56,14 +58,21 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, ["---"] * len(headers), *quoted])
 
 
-def _choices(setting: str, table: Mapping[str, Any]) -> str:
-    return _table([f"`{setting}`", "meaning"], [(row.name, row.about) for row in table.values()])
+def _list(choices: Iterable[Choice]) -> str:
+    return "\n".join(f"- `{one.name}`: {one.about}{f'. {one.paper}' if one.paper else ''}" for one in choices)
 
 
-def _stages(name: str) -> list[str]:
-    """Return the stages that read a setting."""
-    read = {row.name: [one for part in row.variants.values() for one in part.settings] for row in STAGES.values()}
-    return [f"`{stage}`" for stage, some in read.items() if any(f"{name}.".startswith(f"{one}.") for one in some)]
+def _meanings(choices: Mapping[str, str]) -> str:
+    return "\n".join(f"- `{name}`: {meaning}" for name, meaning in choices.items())
+
+
+def _stage(setting: str) -> str:
+    """Return the first stage that a change reruns; of a recipe's choices `mask`, because `calibrate` seldom runs."""
+    parts = {row.name: [one for part in row.variants.values() for one in part.settings] for row in STAGES.values()}
+    stages = [name for name, some in parts.items() if any(f"{setting}.".startswith(f"{one}.") for one in some)]
+    if setting.endswith("text.windows"):  # `download` gets all of a text's settings but these
+        stages.remove("download")
+    return f"`{'mask' if 'mask' in stages else stages[0] if stages else 'plan'}`"
 
 
 def _spelled(value: object) -> str:

@@ -182,7 +182,7 @@ ALLOCATIONS = {row.name: row for row in (
                paper="[Martens and Grosse 2015](https://arxiv.org/abs/1503.05671)",
                rating="wanda_dvc.pruning.allocation:sensitivity_rating",
                about="one threshold for all linears; |W| · ‖X‖₂ counts by the Fisher information of its row; a "
-               "linear's sparsity differs from the model's by up to 0.2, and is at most 0.97"),
+               "linear's sparsity: the model's ± 0.2, at most 0.97"),
 )}  # fmt: skip
 
 
