@@ -60,7 +60,14 @@ def test_a_row_keeps_its_origin_and_the_other_rows(tmp_path: Path):
 def test_a_row_of_another_version_of_a_stage_is_old():
     made = origin.origin("a protocol", ["mask"])
     assert not origin.is_old({"origin": made})
-    assert origin.is_old({"origin": made | {"stages": {"mask": STAGES["mask"].version - 1}}})
+    assert origin.is_old({"origin": made | {"stages": {"mask": STAGES["mask"].version - 2}}})
+
+
+def test_no_row_of_a_version_with_the_same_results_is_one_whose_results_changed():
+    """Only the recipe `sparsegpt` had the former `reconstruction: sparsegpt`."""
+    for name, row in origin.read_rows(ROOT / "benchmarks/recipes.json").items():
+        if " sparsegpt " in name:
+            assert not origin.SAME_RESULTS & row["origin"]["stages"].items(), name
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)

@@ -101,11 +101,11 @@ def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(p
             assert (~mask).sum() == count_removed(12 * 120, sparsity), name
         without = row_errors(weight, weight * mask, gram)
         errors = row_errors(weight, solved.weight, gram)
-        if name == "fisher":  # rows make up for one another, so a row's own error may rise
+        if name in ("fisher", "sparsegpt"):  # rows make up for one another, or are updated in any case
             errors, without = errors.sum(), without.sum()
         assert (errors <= without * (1 + 1e-6)).all(), name
         changed = (solved.weight != weight * mask).any(1)  # the update was applied
-        assert solved.unchanged == (~changed).sum() <= 1, name
+        assert solved.unchanged == (~changed).sum() <= (name != "sparsegpt"), name
         error, by_mask = layer_errors(weight, [solved.weight, weight * mask], gram)
         assert error < 0.9 * by_mask, name
         assert (solved.dead, solved.raised) == (0, False), name
@@ -443,23 +443,27 @@ def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
+def test_dead_features_go_first_and_their_kept_weights_stay_or_are_zeros(name):
+    """SparseGPT's authors zero them."""
     weight, gram = problem()
+    is_zeroed = name == "sparsegpt"
     dead = torch.tensor([3, 7, 11])
     gram[dead] = gram[:, dead] = 0
     mask, solved = solve(name, weight, GramFactors(gram))
     assert solved.dead == 3
     assert not mask[:, dead].any()
     mask, few = solve(name, weight, GramFactors(gram), Fraction(1, 120))
-    torch.testing.assert_close(few.weight[:, dead], (weight * mask)[:, dead])
+    torch.testing.assert_close(few.weight[:, dead], (weight * mask)[:, dead] * (not is_zeroed))
     assert mask[:, dead].sum() == 2 * 12
-    assert torch.equal(few.weight != 0, mask)
+    is_live = torch.ones(120, dtype=torch.bool)
+    is_live[dead] = not is_zeroed
+    assert torch.equal(few.weight != 0, mask & is_live)
     assert few.weight.isfinite().all()
     kept = least_squares(weight, mask, GramFactors(gram, damping=0))
     assert torch.equal(kept.weight[:, dead], (weight * mask)[:, dead])
     mask, every = solve(name, weight, GramFactors(torch.zeros(120, 120)))  # an input of zeros
     assert every.dead == 120
-    assert torch.equal(every.weight, weight * mask)
+    assert torch.equal(every.weight, weight * mask * (not is_zeroed))
 
 
 @pytest.mark.parametrize("update", [sparsegpt_update, least_squares])
@@ -518,12 +522,11 @@ def test_sparsegpts_counts_are_exact_over_all_blocks_together(monkeypatch, group
     assert (~keep).sum() == {"row": 12 * 44, "linear": 532}[group]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(name):
+def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving():
     weight, gram = problem()
     dead = torch.arange(4, 8)
     gram[dead] = gram[:, dead] = 0
-    mask, solved = solve(name, weight, GramFactors(gram), pattern="2:4")
+    mask, solved = solve("admm", weight, GramFactors(gram), pattern="2:4")
     assert solved.unchanged == 0
     torch.testing.assert_close(solved.weight[:, dead], (weight * mask)[:, dead])
     assert (mask[:, dead].sum(1) == 2).all()

@@ -211,9 +211,6 @@ RECONSTRUCTIONS = {row.name: row for row in (
     Reconstruction("sparsegpt", function="wanda_dvc.pruning.solvers:sparsegpt_update",
                    paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
                    about="input by input: the weights to the right compensate for each removed weight"),
-    Reconstruction("sparsegpt-all-rows", function="wanda_dvc.pruning.solvers:sparsegpt_all_rows",
-                   paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)",
-                   about="as `sparsegpt`, but as its authors do also for rows whose layer error then rises"),
 )}  # fmt: skip
 # Where complete inputs are removed, one solution is the best for all outputs, so all solvers become this one.
 SOLVED_UNITS = Reconstruction(
@@ -258,7 +255,7 @@ RECIPES = {row.name: row for row in (
     # The authors' procedures, which calibrate each block on the outputs of the pruned blocks before it.
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
     Recipe("sparsegpt-paper", "the paper's procedure: SparseGPT calibrated on pruned blocks", "sparsegpt",
-           group="linear", reconstruction="sparsegpt-all-rows", propagation="pruned"),
+           group="linear", reconstruction="sparsegpt", propagation="pruned"),
     Recipe("ria", "the paper's procedure: RIA calibrated on pruned blocks", "ria", group="linear",
            propagation="pruned"),
     Recipe("owl", "the paper's procedure: OWL's sparsities, then Wanda calibrated on pruned blocks", "wanda",

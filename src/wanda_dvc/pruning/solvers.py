@@ -38,7 +38,7 @@ class GramFactors:
     """A Gram matrix G with its factors, each computed once for all linears that read the input.
 
     A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others. Its weights
-    are pruned first; kept ones do not change.
+    are pruned first; kept ones do not change, but SparseGPT's update zeroes them.
 
     Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the factor exists. Each
     comes with its damping. UserError if no damping makes it possible.
@@ -108,13 +108,17 @@ def least_squares(
     """
     matrix, scale, damping = factors.preconditioned
 
-    def solve(w: Weight, mask: Mask) -> Weight:
-        v = _conjugate_gradients(
-            w / scale, mask, w * mask / scale, lambda x: multiply(x, matrix), rows_are_coupled=False, steps=steps
-        )
-        return v.mul_(scale)
+    def product(x: Tensor) -> Tensor:
+        return multiply(x, matrix)
 
-    return _solve_slices(weight, mask, factors, damping, solve)
+    new = torch.empty(weight.shape, device=weight.device)
+    unchanged = 0
+    for rows in row_slices(weight, ROWS_AT_A_TIME):
+        w = weight[rows].float()
+        start = w * mask[rows]
+        v = _conjugate_gradients(w / scale, mask[rows], start / scale, product, rows_are_coupled=False, steps=steps)
+        unchanged += write_better_rows(w, start, v.mul_(scale), factors, new[rows])
+    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
 
 
 def fisher_least_squares(
@@ -203,18 +207,10 @@ def sparsegpt(
 
 
 def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
-    """Return the weights of SparseGPT's sweep on a fixed mask. Kept weights of dead features are not zeroed."""
-    root, damping = factors.inverse_root
+    """Return the weights of SparseGPT's sweep on a fixed mask, as its authors do: dead features get zeros.
 
-    def solve(w: Weight, mask: Mask) -> Weight:
-        v = _sweep(w.masked_fill(factors.dead, 0), mask, root)
-        return torch.where(factors.dead, w, v) * mask
-
-    return _solve_slices(weight, mask, factors, damping, solve)
-
-
-def sparsegpt_all_rows(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
-    """Return the weights of SparseGPT's sweep as its authors do: for all rows, with zeros for dead features."""
+    A row's layer error can rise.
+    """
     root, damping = factors.inverse_root
     new = torch.empty(weight.shape, device=weight.device)
     for rows in row_slices(weight, ROWS_AT_A_TIME):
@@ -381,19 +377,6 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tu
         inverse[begin:end, begin:] = panel
         inverse[begin:, begin:end] = panel.T
     return inverse, used
-
-
-def _solve_slices(
-    weight: Weight, mask: Mask, factors: GramFactors, damping: float, solve: Callable[[Weight, Mask], Weight]
-) -> SolverResult:
-    """Return the new weights of a linear; `solve` returns those of some rows, given their dense weights and mask."""
-    new = torch.empty(weight.shape, device=weight.device)
-    unchanged = 0
-    for rows in row_slices(weight, ROWS_AT_A_TIME):
-        w = weight[rows].float()
-        solved = solve(w, mask[rows])
-        unchanged += write_better_rows(w, w * mask[rows], solved, factors, new[rows])
-    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
 
 
 def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> int:

@@ -160,7 +160,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=11,
+            version=12,
             about="Choose the weights to keep: masks/.",
             variants={
                 "": Variant(
@@ -173,7 +173,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=9,
+            version=10,
             about="Write the pruned model: models/pruned.",
             variants={
                 "": Variant(
