@@ -32,15 +32,18 @@ def page() -> str:
     )
     for repeated in WITHOUT:
         text = re.sub(repeated, "", text)
-    text = re.sub(r"(\n\* `\[?[A-Za-z][^ `]*) <[^`]*>", r"\1", text)  # the types of arguments
-    head, *described = re.split(r"(?=^## )", text, flags=re.MULTILINE)
+    text = re.sub(r"(\n\* `[^`]*) <[^`]*>`", r"\1`", text)  # types
+    before, *described = re.split(r"(?=^## )", text, flags=re.MULTILINE)
+    head = before[before.index("\n* ") + 1 :]
     first = next(one for one in described if one.startswith(f"## `wanda-dvc {FIRST}`"))
+    title, about, *_ = first.split("\n\n")
+    options = first[first.index("\n* ") + 1 :].rstrip()
     others = [_line(name, command) for name in command.commands if name not in STAGES and name != FIRST]
     stages = ", ".join(f"`{stage}`" for stage in STAGES)
     return "\n".join(
         [
-            f"{head}`wanda-dvc COMMAND --help` describes a command's options.\n",
-            f"{first.rstrip()}\n\n## Other commands\n",
+            f"# Commands\n\n`wanda-dvc COMMAND --help` describes a command and its options.\n\n{head.rstrip()}\n",
+            f"{title}\n\n{about}\n\n{options}\n\n## Other commands\n",
             *others,
             f"\n## Stages\n\n{stages}: `dvc repro` runs them in this order ([what each does]"
             "(how-it-works.md#the-pipeline)).\n",

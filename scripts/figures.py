@@ -48,13 +48,7 @@ AUTHORS = {
     ("ria", "50%"): (None, 1), ("owl", "50%"): (None, 1),
 }  # fmt: skip
 MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
-FIRST_FILES = (
-    "dense f16",
-    "dense Q8_0",
-    "dense Q4_K_M",
-    "neurons 20% Q4_K_M",
-    "neurons 20% 200k Q4_K_M",
-)  # in the README
+FIRST_FILES = ("dense f16", "dense Q8_0", "dense Q4_K_M", "neurons 20% Q4_K_M")  # in the README
 MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
 
 
@@ -111,16 +105,14 @@ def first_results() -> str:
     """Return the README's table: the dense model and the recipes on SmolLM2, with the text that is unlike the first."""
     rows = measured("recipes")
     dense = rows.get(f"{SMALL} dense")
-    lines = [["dense", "–", "–", figure(value(dense), dense), figure(value(dense, "embedded"), dense), "–", "–"]]
+    lines = [["dense", "–", figure(value(dense), dense), figure(value(dense, "embedded"), dense), "–", "–"]]
     for recipe in RECIPES:
         half, most, n_of_m = (rows.get(f"{SMALL} {recipe} {amount}") for amount in AMOUNTS)
-        choices = catalog.RECIPES[recipe]
-        paper = catalog.methods()[choices.method].paper
+        paper = catalog.methods()[catalog.RECIPES[recipe].method].paper
         figures = [figure(value(half), half), figure(value(half, "embedded"), half)]
         figures += [figure(value(row), row) for row in (most, n_of_m)]
-        lines.append([NAMES[recipe], paper, "same" if choices.reconstruction == "none" else "new", *figures])
-    heads = ["`recipe`", "which weights go", "values of the rest", "50 %", "50 %, other text", "70 %", "2:4"]
-    return table(heads, lines, left=3)
+        lines.append([NAMES[recipe], paper, *figures])
+    return table(["`recipe`", "weights chosen by", "50 %", "50 %, other text", "70 %", "2:4"], lines, left=2)
 
 
 def seconds() -> str:
@@ -177,7 +169,7 @@ def by_text() -> str:
         if trained or is_alone:
             steps = [rows[untrained], *(rows[f"{untrained} {tokens}"] for tokens in trained)]
             title = untrained.removeprefix(f"{SMALL} ").replace(GEMMA, "Gemma").replace("%", " %")
-            lines.append([" → ".join([title, *trained]), *_from_to(steps)])
+            lines.append([f"{title}, {LONGER}" if LONGER in trained else title, *_from_to(steps)])
     return table(["model", *(f"{measure}, {TEXTS[text]}" for text, measure in MEASURES)], lines)
 
 

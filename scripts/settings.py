@@ -5,6 +5,7 @@ from pathlib import Path
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, PROPAGATIONS, RECIPES, RECONSTRUCTIONS, Choice, Recipe, methods
 from wanda_dvc.params import Text, flatten, read_params, settings
+from wanda_dvc.plan import CHOICES
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.scaffold import PARAMS
 
@@ -17,7 +18,9 @@ HEAD = """\
 if the recipe needs more statistics.
 
 """
-COMMON = {"allocation": "uniform", "reconstruction": "none", "propagation": "dense"}  # what most recipes choose
+# What most recipes choose.
+COMMON = {"group": "row", "allocation": "uniform", "reconstruction": "none", "propagation": "dense"}
+RECIPE_HEAD = f"Where none is named: {', '.join(f'{name} `{common}`' for name, common in COMMON.items())}."
 TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
 
 
@@ -25,30 +28,32 @@ def page() -> str:
     """Return the page."""
     defaults = dict(flatten(read_params(Path(str(PARAMS))).model_dump(mode="json", exclude={"runtime"})))
     rows = []
+    meanings = {}
     for name, field in settings():
         if not name.startswith(TEXTS[1]):  # a text's settings are described once
             default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
             is_of_both = name.startswith(TEXTS[0]) and leaf in Text.model_fields
             shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if is_of_both else f"`{name}`"
-            meaning = f"{field.description[0].upper()}{field.description[1:]}."
+            meanings[name] = meaning = f"{field.description[0].upper()}{field.description[1:]}."
+            if name in CHOICES:  # a section of its own
+                continue
             rows.append([shown, meaning, f"`{default}`", _stage(name)])
-    recipes = [[row.name, row.method, row.group, ", ".join(_uncommon(row)) or "–"] for row in RECIPES.values()]
-    headers = ["`recipe`", "method", "group", f"instead of {', '.join(f'`{choice}`' for choice in COMMON.values())}"]
     sections = {
-        "Recipes": _table(headers, recipes),
-        "Methods": _list(methods().values()),
-        "Groups": _meanings(GROUPS),
-        "Allocations": _list(ALLOCATIONS.values()),
-        "Reconstructions": _list(RECONSTRUCTIONS.values()),
-        "Propagation": _meanings(PROPAGATIONS),
+        "Recipes": f"{RECIPE_HEAD}\n\n{_meanings({name: ', '.join(_choices(row)) for name, row in RECIPES.items()})}",
+        "Methods": f"`method`: {meanings['method']}\n\n{_list(methods().values())}",
+        "Groups": f"`group`: {meanings['group']}\n\n{_meanings(GROUPS)}",
+        "Allocations": f"`allocation`: {meanings['allocation']}\n\n{_list(ALLOCATIONS.values())}",
+        "Reconstructions": f"`reconstruction`: {meanings['reconstruction']}\n\n{_list(RECONSTRUCTIONS.values())}",
+        "Propagation": f"`propagation`: {meanings['propagation']}\n\n{_meanings(PROPAGATIONS)}",
     }
     blocks = [f"## {title}\n\n{block}\n" for title, block in sections.items()]
     return "\n".join([f"{HEAD}{_table(['setting', 'meaning', 'default', 'stage'], rows)}\n", *blocks])
 
 
-def _uncommon(recipe: Recipe) -> list[str]:
-    """Return the recipe's choices that most recipes do not have."""
-    return [f"`{getattr(recipe, name)}`" for name, common in COMMON.items() if getattr(recipe, name) != common]
+def _choices(recipe: Recipe) -> list[str]:
+    """Return the recipe's method, and its choices that most recipes do not have."""
+    chosen = {name: getattr(recipe, name) for name in ("method", *COMMON)}
+    return [f"{name} `{choice}`" for name, choice in chosen.items() if choice != COMMON.get(name)]
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -152,8 +152,8 @@ class CalibrationText(Text):
         None,
         ge=1,
         le=MAX_WINDOWS,
-        description="of several texts: windows of this one; null: an equal share of `calibration.windows`. In "
-        "`recovery.text`: its share of the training, in proportion to the others'; null: 1",
+        description="of several texts: windows of this one; null: an equal share. In `recovery.text`: its "
+        "share, relative to the others'; null: 1",
     )
     calibrates: ClassVar[bool] = True
 
