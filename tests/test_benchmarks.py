@@ -85,10 +85,18 @@ def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
     table = [line.strip("| ").split(" | ") for line in figures.TABLES["readme"]().splitlines()[2:]]
-    cells = {row[0]: row[3] for row in table}
+    cells = {row[0]: row[2] for row in table}
     assert cells["`wanda`"] == "30.25"
-    assert cells["**`fisher`**"] == "30.25\N{NO-BREAK SPACE}¹"
+    assert cells["**`fisher`**\N{NO-BREAK SPACE}¹"] == "30.25"
     assert cells["`magnitude-rows`"] == "–"
+
+
+def test_a_mark_is_written_once_for_a_row_or_a_table():
+    old, new = f"1{figures.MARK}", "1"
+    table = figures.table(["a", "b", "c"], [["x", old, old], ["y", old, new]]).splitlines()
+    assert [table[0], *table[2:]] == ["| a | b | c |", f"| x{figures.MARK} | 1 | 1 |", f"| y | {old} | 1 |"]
+    table = figures.table(["a", "b", "c"], [["x", old, "–"], ["y", old, old]]).splitlines()
+    assert [table[0], *table[2:]] == [f"| a{figures.MARK} | b | c |", "| x | 1 | – |", "| y | 1 | 1 |"]
 
 
 # --- the protocol ---
