@@ -15,6 +15,7 @@ from wanda_dvc.engine import activations
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.record import GradientRecorder
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import FisherSums
@@ -103,6 +104,30 @@ def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: P
         else:
             torch.testing.assert_close(ours, squares, rtol=1e-3, atol=1e-5 * squares.max().item())
     assert unreached < len(parameters(decoder))
+
+
+def test_tokens_count_however_they_are_batched(llama: Callable[[], Decoder]):
+    """One of two windows has no gradient. On a GPU both are one batch. A linear without any gradient is missing."""
+    decoder = llama()
+    decoder.load(0, -1)
+    name, linear = next((name, x) for name, x in decoder.linears(0).items() if name.endswith("down_proj"))
+    random = torch.Generator().manual_seed(0)
+    inputs, gradients = torch.randn(2, 5, linear.features, generator=random), torch.randn(2, 5, 1, generator=random)
+    gradients[1] = 0
+
+    def sums_of(*batches: list[int]) -> FisherSums:
+        recorder = GradientRecorder({name: linear})
+        with recorder.recording():
+            for windows in batches:
+                x = inputs[windows].requires_grad_()
+                y = linear.module(x)
+                torch.autograd.grad(y, x, gradients[windows].expand_as(y))
+        return recorder.result()
+
+    together, apart = sums_of([0, 1]), sums_of([0], [1])
+    torch.testing.assert_close(together.squares, apart.squares)
+    assert together.grams[name].count == apart.grams[name].count == 10
+    assert sums_of([1]) == FisherSums()
 
 
 def test_a_model_of_one_block_goes_back_too(tmp_path: Path):

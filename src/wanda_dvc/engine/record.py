@@ -21,7 +21,8 @@ from wanda_dvc.pruning.statistics import InputStats, TokenSum, add_slices
 
 ALL_ROWS = slice(None)
 LAST = "down_proj"  # the parameter of the experts' last linear, by transformers' convention
-# (linears, x, y): the linears of each matrix with the slice of its tokens in x and y, the inputs and outputs of all.
+# (linears, x, y) of one product: its input x and output y. A grouped product multiplies by the matrices of several
+# experts: `linears` has for each matrix the names of the linears that are its rows, and the slice of its tokens.
 OnProduct = Callable[[list[tuple[list[str], slice]], Tensor, Tensor], None]
 # (name, norms): an expert's last linear, and ‖gate · output‖₂ of each of its tokens.
 OnGatedOutput = Callable[[str, Float[Tensor, " tokens"]], None]
@@ -127,7 +128,6 @@ class GradientRecorder:
     def __init__(self, linears: dict[str, Linear]) -> None:
         self.linears = linears
         self._totals = FisherSums()
-        self._tokens: dict[str, Tensor] = {}  # of the passes with a gradient, on the device: the host does not wait
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
         """Record the gradients of the linears' outputs in every pass inside."""
@@ -151,23 +151,23 @@ class GradientRecorder:
         squares = gradient.square().sum(dim=0).to(device).double()
         for name in names:
             begin, end = self.linears[name].slice.rows or (0, len(squares))
-            if name not in self._tokens:
+            if name not in grams:
                 squares_of[name] = torch.zeros_like(squares[begin:end])
                 grams[name] = Gram.empty(end - begin, device)
-                self._tokens[name] = torch.zeros((), dtype=torch.int64, device=device)
-            has_gradient = squares[begin:end].any()
             squares_of[name] += squares[begin:end]
             grams[name].add(gradient[:, begin:end].to(device))
-            self._tokens[name] += torch.where(has_gradient, len(gradient), 0)
 
     def result(self) -> FisherSums:
         """Return the sums of the linears with a gradient. Gram matrices stay on the device, to be merged."""
-        counts = torch.stack([*self._tokens.values()]).tolist() if self._tokens else []  # the host waits for a GPU once
+        # An expert of the last block has none if its only tokens are windows' last tokens, which predict nothing.
+        squares_of = self._totals.squares
+        any_gradient = [squares.any() for squares in squares_of.values()]
+        flags = torch.stack(any_gradient).tolist() if any_gradient else []  # the host waits for a GPU once
         result = FisherSums()
-        for name, count in zip(self._tokens, counts, strict=True):
-            if count:
-                result.squares[name] = self._totals.squares[name].cpu()
-                result.grams[name] = Gram(self._totals.grams[name].upper, count)
+        for name, has_gradient in zip(squares_of, flags, strict=True):
+            if has_gradient:
+                result.squares[name] = squares_of[name].cpu()
+                result.grams[name] = self._totals.grams[name]
         return result
 
 
