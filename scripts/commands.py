@@ -42,7 +42,7 @@ def page() -> str:
     stages = ", ".join(f"`{stage}`" for stage in STAGES)
     return "\n".join(
         [
-            f"# Commands\n\n`wanda-dvc COMMAND --help` describes a command and its options.\n\n{head.rstrip()}\n",
+            f"# Commands\n\n`--help` after a command describes it and its options.\n\n{head.rstrip()}\n",
             f"{title}\n\n{about}\n\n{options}\n\n## Other commands\n",
             *others,
             f"\n## Stages\n\n{stages}: `dvc repro` runs them in this order ([what each does]"
