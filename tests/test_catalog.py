@@ -31,7 +31,7 @@ from wanda_dvc.study.tensors import read_masks, read_stats
 def test_a_method_is_a_row_and_a_function(method: Method, study: Make):
     assert callable(resolve_name(method.function))
     assert re.fullmatch(r"\[.+\]\(https://\S+\)", method.paper)
-    pattern = method.pattern or "unstructured"
+    pattern = [*method.patterns, "unstructured"][0]
     made = study(method=method.name, pattern=pattern, calibration__statistics="gram")
     assert made.params.method == method.name
 

@@ -1,6 +1,8 @@
 """The Fisher tier is that of the model's own gradients, for every family, and goes on where a killed run stopped."""
 
+import contextlib
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +12,13 @@ from conftest import Patch
 from test_families import RECORDED, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine import activations
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.finders import find_input_units
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.record import GradientRecorder
 from wanda_dvc.engine.sequences import TokenSequence
@@ -21,6 +26,7 @@ from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import FisherSums
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import row_factors_of
+from wanda_dvc.pruning.statistics import UnitCosts
 
 CPU = torch.device("cpu")
 
@@ -81,6 +87,62 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
             torch.testing.assert_close(grams[name], product, rtol=1e-3, atol=1e-5 * wanted.max().item())
             checked += 1
     assert checked >= len(decoder.blocks)
+
+
+def squared_derivatives(model: nn.Module, tokens: Tensor, heads: int) -> dict[tuple[str, int], Tensor]:
+    """Σ over tokens of (∂ℓ/∂m)², by linear and number of units; m = 1 is a factor on a unit's inputs at one token."""
+    factors: dict[tuple[str, int], Tensor] = {}
+    totals: dict[tuple[str, int], Tensor] = {}
+
+    def multiply(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        for units in {x.shape[-1], heads}:
+            if x.shape[-1] % units == 0:
+                factors[name, units] = torch.ones(*x.shape[:-1], units, requires_grad=True)
+                x = x * factors[name, units].repeat_interleave(x.shape[-1] // units, dim=-1)
+        return (x, *args[1:])
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module.register_forward_pre_hook(partial(multiply, name))
+    for row in tokens:
+        nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
+        for key, factor in factors.items():
+            if factor.grad is not None:
+                totals[key] = totals.get(key, 0) + factor.grad.double().flatten(0, -2).square().sum(dim=0)
+        factors.clear()
+    return totals
+
+
+def consumers_of_units(decoder: Decoder) -> set[str]:
+    """The linears that read neurons or heads."""
+    consumers = set[str]()
+    for pattern in ("neurons", "heads"):
+        with contextlib.suppress(UserError):  # a family without them
+            consumers |= find_input_units(decoder.checkpoint, STRUCTURES[pattern], Fraction(1, 2), CPU).consumers.keys()
+    return consumers
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_a_unit_costs_the_squared_derivative_of_the_loss_by_a_factor_on_it(family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model")
+    decoder = Decoder(folder, dtype=torch.float32, device=CPU)
+    tokens = torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+    heads = getattr(decoder.model.config.get_text_config(), "num_key_value_heads", None) or 1
+    expected, consumers = squared_derivatives(stock(folder), tokens, heads), consumers_of_units(decoder)
+    costs: dict[str, UnitCosts] = {}
+    for _, sums in backward(ModelRunner(decoder, tmp_path / "work"), tokens):
+        costs |= sums.unit_costs
+    of_modules = {  # without experts, which are no modules
+        name: parameter.removesuffix(".weight")
+        for name, (parameter, linear) in parameters(decoder).items()
+        if name in consumers and linear.slice.expert is None
+    }
+    for name, module in of_modules.items():
+        for units, of_units in costs[name].items():
+            wanted = expected[module, units]
+            torch.testing.assert_close(of_units, wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
+    assert costs.keys() >= of_modules.keys()
 
 
 @pytest.mark.parametrize("family", RECORDED)

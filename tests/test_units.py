@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import named
+from cases.grids import OF_WEIGHTS, named
 from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
 from simulated_gpu import simulated_gpu
 from test_families import ALL, MIXTURES, save
@@ -36,7 +36,7 @@ from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.tensors import read_masks, read_stats
+from wanda_dvc.study.tensors import read_masks, read_stats, read_unit_costs
 
 CPU = torch.device("cpu")
 NO_NUMBER = "its configuration has no number"
@@ -452,6 +452,8 @@ CHOICES = [
     *({"recipe": name, "propagation": "pruned"} for name in ("admm", "wanda")),
     {"recipe": "wanda", "method": "ria"},
     {"recipe": "admm", "group": "outputs"},
+    {"recipe": "wanda-refit", "method": "taylor"},
+    {"recipe": "wanda", "method": "taylor", "propagation": "pruned"},
 ]
 # The share of units that goes, what config.json then says, and the linear that reads the units.
 LEFT = {
@@ -491,22 +493,25 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", [name for name, row in methods().items() if not row.pattern and row.needs != "gram"])
+@pytest.mark.parametrize("method", [*(name for name, row in OF_WEIGHTS.items() if row.needs != "gram"), "taylor"])
 @pytest.mark.parametrize(
     ("pattern", "consumer", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
 )
 def test_the_units_with_the_lowest_scores_go(
     method: str, pattern: str, consumer: str, units: int, calibrated_study: Make
 ):
-    """A unit's score is the sum over the weights that read it."""
+    """A unit's score is the sum over the weights that read it, or measured."""
     made = calibrated_study(pattern=pattern, sparsity=0.5, method=method)
     mask(study=made)
     dense = Checkpoint(made.model("dense"))
     for block in range(dense.config.num_hidden_layers):
         name = f"model.layers.{block}.{consumer}"
-        x = read_stats(made.stats, block).inputs[name]
-        scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
-        score = scored.sum(dim=0).view(units, -1).sum(dim=1)
+        if method == "taylor":
+            score = read_unit_costs(made.fisher, block)[name][units]
+        else:
+            x = read_stats(made.stats, block).inputs[name]
+            scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
+            score = scored.sum(dim=0).view(units, -1).sum(dim=1)
         gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
         assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
 

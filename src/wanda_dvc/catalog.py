@@ -38,14 +38,16 @@ class Method(Choice):
     paper: str
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
+    # Of a method that needs `fisher`: (UnitCosts, number of units) → score of each unit.
     # Of a method that needs `blocks`: (DepthChoice, measure) → DepthChoice with one block more.
     # "": the package that has it is not installed; masks of the method can still be applied.
     function: str
-    # What it reads in addition to weights: nothing, an InputStats, the Gram matrix, or the measured choices of blocks.
+    # What it reads besides weights: nothing, an InputStats, the Gram matrix, gradients, or measured choices of blocks.
     # With the Gram matrix it is a solver: it returns the mask, because it changes weights before all are chosen.
-    needs: Literal["weights", "norms", "gram", "blocks"]
-    # The pattern whose units the function scores, from an expert's TokenSum or a BlockStats; "": it scores weights.
-    pattern: Literal["", "experts", "blocks"] = ""
+    needs: Literal["weights", "norms", "gram", "fisher", "blocks"]
+    # The patterns whose units the function scores, from UnitCosts, an expert's TokenSum or a BlockStats; (): it scores
+    # weights.
+    patterns: tuple[str, ...] = ()
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
     package: str = ""  # the installed package that the method is from, if not this one
@@ -85,14 +87,17 @@ _METHODS = {row.name: row for row in (
            paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
     Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
-    Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", pattern="experts",
+    Method("taylor", "neurons and heads only: (Σ x · ∂ℓ/∂x)² over a unit's inputs, mean over tokens", needs="fisher",
+           paper="[Molchanov et al. 2019](https://arxiv.org/abs/1906.10771)", patterns=("neurons", "heads"),
+           function="wanda_dvc.pruning.scores:taylor"),
+    Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", patterns=("experts",),
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
     Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
            paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
-           pattern="blocks"),
+           patterns=("blocks",)),
     Method("divergence", "blocks only: KL(dense ‖ without the blocks) of the predictions, measured block after block",
            paper="[Song et al. 2024](https://arxiv.org/abs/2402.09025)", needs="blocks",
-           function="wanda_dvc.engine.depth:choose_one_more", pattern="blocks"),
+           function="wanda_dvc.engine.depth:choose_one_more", patterns=("blocks",)),
 )}  # fmt: skip
 
 
@@ -106,8 +111,8 @@ def methods() -> dict[str, Method]:
         try:
             method = replace(entry.load(), package=package)
             problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
-            if method.needs == "blocks":  # their measurement calls no function of a package
-                problem = "needs blocks, expected weights, norms or gram"
+            if method.needs in ("blocks", "fisher"):  # for units that this package finds
+                problem = f"needs {method.needs}, expected weights, norms or gram"
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"
         if problem:

@@ -150,9 +150,9 @@ class Plan:
 
     @property
     def mask_reads_fisher(self) -> bool:
-        """Whether `mask` reads stats/fisher: the squares of gradients for masks, or their Gram matrices for weights."""
-        reads_squares = self.group == "outputs" or self.allocation.uses_fisher
-        return reads_squares or (self.propagates and self.used_reconstruction.uses_fisher)
+        """Whether `mask` reads stats/fisher: gradients for masks, or their Gram matrices for weights."""
+        for_masks = self.group == "outputs" or self.allocation.uses_fisher or self.method.needs == "fisher"
+        return for_masks or (self.propagates and self.used_reconstruction.uses_fisher)
 
     @property
     def mask_stores_weights(self) -> bool:
@@ -176,8 +176,8 @@ class Plan:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
         method, pattern = self.method, self.pattern
         of_method = f"method: found {method.name} with pattern {pattern}"
-        if method.pattern not in ("", pattern):
-            yield f"{of_method}, expected pattern {method.pattern}"
+        if method.patterns and pattern not in method.patterns:
+            yield f"{of_method}, expected pattern {' or '.join(method.patterns)}"
         if self.structure and self.structure.method and method.needs == "gram":  # experts, blocks
             yield f"{of_method}, expected a method that scores {pattern}"
         choices = self.to_dict()

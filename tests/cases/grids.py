@@ -7,7 +7,7 @@ from typing import Any
 from wanda_dvc.catalog import methods
 
 # Without the methods that score complete blocks or experts: those take their own pattern alone.
-OF_WEIGHTS = {name: method for name, method in methods().items() if not method.pattern}
+OF_WEIGHTS = {name: method for name, method in methods().items() if not method.patterns}
 
 
 def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True) -> list[tuple[Any, ...]]:

@@ -76,7 +76,8 @@ def run_backward(model: Decoder, run: BackwardRun, chunk: Chunk) -> FisherSums:
                 out = model.run(run.index, hidden, batch[0])
             yield torch.autograd.grad(out, hidden, gradient.to(out))[0].float()
 
-    recorder = GradientRecorder(model.linears(run.index))
+    heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 0
+    recorder = GradientRecorder(model.linears(run.index), heads)
     with recorder.recording():
         run.gradients.write(blocks_done + 1, chunk.number, gradients())
     return recorder.result()

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.engine.sums import FisherSums, InputSums, Matrix, group_by_matrix, merge_by_name
+from wanda_dvc.engine.sums import FisherSums, InputSums, Matrix, add_unit_costs, group_by_matrix, merge_by_name
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import InputStats, TokenSum, add_slices
 
@@ -123,28 +123,45 @@ def observing(
 
 
 class GradientRecorder:
-    """Sums of the gradients of the outputs of a block's linears, which grow while passes run backward."""
+    """Sums of gradients at the inputs and outputs of a block's linears, which grow while passes run backward.
 
-    def __init__(self, linears: dict[str, Linear]) -> None:
-        self.linears = linears
+    `heads` is the number of key-value heads, which read some neighbouring inputs of attention's last linear; 0: none.
+    """
+
+    def __init__(self, linears: dict[str, Linear], heads: int = 0) -> None:
+        self.linears, self.heads = linears, heads
         self._totals = FisherSums()
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
-        """Record the gradients of the linears' outputs in every pass inside."""
-        return observing(self.linears, self._see_outputs)
+        """Record the gradients in every pass inside."""
+        return observing(self.linears, self._see_product)
 
-    def _see_outputs(self, linears: list[tuple[list[str], slice]], x: Tensor, y: Tensor) -> None:
-        """Wait for the gradient of outputs [..., out] of the linears that are rows of each matrix."""
+    def _see_product(self, linears: list[tuple[list[str], slice]], x: Tensor, y: Tensor) -> None:
+        """Wait for the gradients of x [..., in] and y [..., out], inputs and outputs of the linears of each matrix."""
         if not y.requires_grad:
             return
-        norms = vector_norm(x.detach().flatten(0, -2).float(), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
+        inputs = x.detach().flatten(0, -2)  # a hook that held `x` would keep the complete graph
+        norms = vector_norm(inputs.float(), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
 
-        def on_gradient(gradient: Tensor) -> None:
+        def on_input_gradient(gradient: Tensor) -> None:
+            products = gradient.flatten(0, -2).float() * inputs
+            for names, tokens in linears:
+                self._add_unit_costs(names, products[tokens])
+
+        def on_output_gradient(gradient: Tensor) -> None:
             scaled = gradient.flatten(0, -2).float().mul(norms)
             for names, tokens in linears:
                 self._add(names, scaled[tokens])
 
-        y.register_hook(on_gradient)
+        x.register_hook(on_input_gradient)
+        y.register_hook(on_output_gradient)
+
+    def _add_unit_costs(self, names: list[str], products: Float[Tensor, "tokens in"]) -> None:
+        features, device = products.shape[1], float64_device(products.device)
+        for units in {features, self.heads}:
+            if units and features % units == 0:
+                costs = products.unflatten(1, (units, -1)).sum(dim=2).square().sum(dim=0).to(device).double()
+                add_unit_costs(self._totals.unit_costs, {name: {units: costs} for name in names})
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
         squares_of, grams, device = self._totals.squares, self._totals.grams, float64_device(gradient.device)
@@ -168,6 +185,8 @@ class GradientRecorder:
             if has_gradient:
                 result.squares[name] = squares_of[name].cpu()
                 result.grams[name] = self._totals.grams[name]
+                costs = self._totals.unit_costs[name]
+                result.unit_costs[name] = {units: of_units.cpu() for units, of_units in costs.items()}
         return result
 
 

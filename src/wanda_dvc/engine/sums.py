@@ -13,7 +13,7 @@ from wanda_dvc.engine.structure import Linear, unsupported
 from wanda_dvc.errors import FIX_NOT_FINITE, UserError
 from wanda_dvc.kernels import multiply_in_float32
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum, UnitCosts
 
 Sums = TypeVar("Sums", InputStats, Gram, TokenSum)
 
@@ -96,9 +96,11 @@ class FisherSums:
 
     squares: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
     grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal
+    unit_costs: dict[str, UnitCosts] = field(default_factory=dict)  # summed over all tokens
 
     def merge(self, sums: "FisherSums") -> None:
         """Add the sums of other sequences."""
+        add_unit_costs(self.unit_costs, sums.unit_costs)
         for name, squares in sums.squares.items():
             self.squares[name] = self.squares.get(name, 0) + squares
         merge_by_name(self.grams, sums.grams)
@@ -124,6 +126,14 @@ class RepairSums:
         """Add the sums of other sequences."""
         merge_by_name(self.grams, sums.grams)
         merge_by_name(self.crosses, sums.crosses)
+
+
+def add_unit_costs(totals: dict[str, UnitCosts], costs: Mapping[str, UnitCosts]) -> None:
+    """Add costs of units, by linear, to their totals."""
+    for linear, by_number in costs.items():
+        of_linear = totals.setdefault(linear, {})
+        for units, of_units in by_number.items():
+            of_linear[units] = of_linear.get(units, 0) + of_units
 
 
 def check_finite(sums: dict[str, Tensor], where: str, what: str) -> None:

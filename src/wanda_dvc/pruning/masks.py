@@ -15,7 +15,7 @@ from wanda_dvc.pruning.gram import Gram, Weight, row_slices
 from wanda_dvc.pruning.reconstruction import ReadWeight, check_new_weight, masked, oriented, reconstruct
 from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors, Mask
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, UnitCosts
 from wanda_dvc.pruning.units import Units, expand, greedy_obs, unit_scores
 
 BlockSparsity = Fraction | Mapping[str, Fraction]  # of all linears of a block, or of each
@@ -34,6 +34,7 @@ class MaskRule(NamedTuple):
     pattern: str = "unstructured"
     group: str = "row"  # or `linear`
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, for the group `outputs`
+    unit_costs: Mapping[str, UnitCosts] = {}  # by linear, for methods that need Fisher information
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}
 
@@ -71,8 +72,12 @@ def choose_linear(
             sparsity = linear_sparsity(rule.sparsity, linear)
             mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     elif units:
-        score = scores_of(weight.contiguous(), x, rule.method, row_factors, linear)
-        mask = expand(keep_highest(unit_scores(score, units)[None], units.kept)[0], units.layout)
+        if rule.method.needs == "fisher":  # an expert without gradients has no costs
+            costs = rule.unit_costs.get(linear, {units.total: torch.zeros(units.total)})
+            score = rule.method(costs, units.total).to(weight.device)
+        else:
+            score = unit_scores(scores_of(weight.contiguous(), x, rule.method, row_factors, linear), units)
+        mask = expand(keep_highest(score[None], units.kept)[0], units.layout)
     else:
         mask = choose_by_score(weight, x, rule, row_factors, linear)
     return oriented(mask.expand(weight.shape), transposed).contiguous()  # a mask of inputs is that of each row
@@ -164,10 +169,10 @@ def choose_units(
 def _unit_score(
     linears: Sequence[str], read_weight: ReadWeight, stats: BlockStats, method: Method, device: torch.device
 ) -> float:
-    if method.pattern == "blocks":
+    if "blocks" in method.patterns:
         return float(method(stats))
     inputs = stats.by_linear
-    if method.pattern == "experts":
+    if "experts" in method.patterns:
         tokens = max(inputs[linear].count for linear in linears)
         recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
         gates = sum(outputs.count for outputs in recorded)

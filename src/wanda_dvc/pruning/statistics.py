@@ -78,6 +78,11 @@ class TokenSum:
         self.count += token_sum.count
 
 
+# Of the input of a linear, by number of units: (Σ x · ∂ℓ/∂x over a unit)², [units]. Units are neighbouring features: as
+# many as features (neurons), or as key-value heads.
+UnitCosts = dict[int, Float64[Tensor, " _"]]
+
+
 class BlockStats(NamedTuple):
     """The statistics of one block's distinct inputs. A linear is named as the checkpoint stores its weight."""
 
@@ -88,6 +93,7 @@ class BlockStats(NamedTuple):
     # Σ of ‖gate · output‖₂ over the tokens that a router sent to an expert, by the expert's last linear.
     outputs: Mapping[str, TokenSum] = {}
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
+    unit_costs: Mapping[str, UnitCosts] = {}  # by linear, where read
 
     @property
     def by_linear(self) -> dict[str, InputStats]:

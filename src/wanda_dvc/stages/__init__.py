@@ -145,7 +145,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=11,
+            version=12,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
             variants={

@@ -155,7 +155,8 @@ def _backward(study: Study, work: Work) -> None:
     steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)
     for block, gradients in progress(steps, total=blocks, what="calibrate, backward", at=lambda x: blocks - 1 - x[0]):
         linears = {name: [name] for name in gradients.grams}  # a matrix is one linear's, in its own orientation
-        tensors.write_grams(work.out, block, BlockStats({}, linears, [], gradients.squares), gradients.grams)
+        stats = BlockStats({}, linears, [], gradients.squares, unit_costs=gradients.unit_costs)
+        tensors.write_grams(work.out, block, stats, gradients.grams)
         gradients.grams.clear()
 
 

@@ -53,7 +53,8 @@ class MaskJob(NamedTuple):
             units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
         fisher = tensors.read_fisher(self.fisher_folder, block) if plan.group == "outputs" else {}
-        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, units)
+        costs = tensors.read_unit_costs(self.fisher_folder, block) if plan.method.needs == "fisher" else {}
+        return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, costs, units)
 
 
 class SolverTask(NamedTuple):

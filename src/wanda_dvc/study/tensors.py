@@ -11,7 +11,7 @@ from torch import Tensor
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import pack_bits, unpack_bits
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum, UnitCosts
 from wanda_dvc.study.artifact import block_file, load_tensors, save_tensors
 from wanda_dvc.study.files import Json
 
@@ -82,7 +82,7 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
     Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
     triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
     triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also
-    `LINEAR.sum_squares` (float64 [out]). Header: as of `write_stats`.
+    `LINEAR.sum_squares` (float64 [out]) and `LINEAR.costs_of_N` of N units (float64 [N]). Header: as of `write_stats`.
 
     With `exact`, of a block recorded during a forward pass of the pruned model: no norms, and triangles of XᵀX itself
     in float32.
@@ -90,6 +90,8 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
     tensors: dict[str, Tensor] = {}
     for linear, squared_gradients in stats.fisher.items():
         tensors[f"{linear}.sum_squares"] = squared_gradients
+    for linear, costs in stats.unit_costs.items():
+        tensors |= {f"{linear}.costs_of_{units}": of_units for units, of_units in costs.items()}
     for name, gram in grams.items():
         if exact:
             triangle = gram.triangle()
@@ -116,6 +118,17 @@ def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
     kind = ".sum_squares"
     tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: name.endswith(kind))
     return {name.removesuffix(kind): squares for name, squares in tensors.items()}
+
+
+def read_unit_costs(folder: Path, block: int) -> dict[str, UnitCosts]:
+    """Read the costs of the units that each linear of one block reads, by linear."""
+    kind = ".costs_of_"
+    tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: kind in name)
+    costs: dict[str, UnitCosts] = {}
+    for name, of_units in tensors.items():
+        linear, _, units = name.rpartition(kind)
+        costs.setdefault(linear, {})[int(units)] = of_units
+    return costs
 
 
 class Masks(UserDict[str, Any]):
