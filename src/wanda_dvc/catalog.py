@@ -42,7 +42,7 @@ class Method(Choice):
     # Of a method that needs `blocks`: (DepthChoice, measure) → DepthChoice with one block more.
     # "": the package that has it is not installed; masks of the method can still be applied.
     function: str
-    # What it reads besides weights: nothing, an InputStats, the Gram matrix, gradients, or measured choices of blocks.
+    # What it reads in addition: nothing, an InputStats, the Gram matrix, gradients, or measured choices of blocks.
     # With the Gram matrix it is a solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram", "fisher", "blocks"]
     # The patterns whose units the function scores, from UnitCosts, an expert's TokenSum or a BlockStats; (): it scores
