@@ -125,6 +125,7 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
         ),
         (5, r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix"),
         (next(iter(methods().values())), "package:thing has the taken name magnitude, expected another; fix or uninst"),
+        (methods()["divergence"], "package:thing has the taken name divergence, expected another; fix or uninstall"),
         (replace(methods()["divergence"], name="mine"), "package:thing needs blocks, expected weights, norms or gram"),
     ],
 )
@@ -133,3 +134,18 @@ def test_an_entry_point_that_is_no_method_is_named(monkeypatch: Patch, loaded: o
     monkeypatch.setattr(catalog, "entry_points", lambda **_: [entry])
     with pytest.raises(UserError, match=message):
         catalog.methods.__wrapped__()
+
+
+def test_a_method_without_its_module_is_named(tmp_path: Path, monkeypatch: Patch):
+    """Also if a package around the module is missing, or raises an error."""
+    (tmp_path / "broken_package.py").write_text("raise ValueError('it is too old')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, problem in (
+        ("missing_module", "not found"),
+        ("missing_package.module", "ModuleNotFoundError: No module named 'missing_package'"),
+        ("broken_package.module", "ValueError: it is too old"),
+    ):
+        method = replace(methods()["wanda"], name="mine", function=f"{module}:score", package="thing")
+        with pytest.raises(UserError, match=f"^method mine: {module} of thing: {problem}; reinstall the package$"):
+            _ = method.file
+    assert {method.file for method in methods().values()} == {"none"}

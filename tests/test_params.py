@@ -14,6 +14,7 @@ from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS, STRUCTURES
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, check_params, read_params, resolved
 from wanda_dvc.plan import CHOICES, Plan
+from wanda_dvc.stages import stage_inputs
 
 
 def problems(tmp_path: Path, **changes: object) -> list[str]:
@@ -167,6 +168,25 @@ def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(
         content = asked(recipe).model_dump()
         content["calibration"]["statistics"] = tier
         assert check_params(content).statistics[-1] == max(tier, NEEDS[recipe], key=STATISTICS.index)
+
+
+def test_equal_settings_of_two_files_are_those_that_give_equal_results():
+    """Null is the first 10 items of the embedded questions, and all of a benchmark.
+
+    A null text of a recovery is one of its own: the calibration's, without its windows.
+    """
+
+    def limit_of(source: str, limit: int | None) -> object:
+        return resolved(asked("wanda", tasks={"source": source}, zero_shot={"limit": limit}))["zero_shot.limit"]
+
+    assert (limit_of("embedded", None), limit_of("embedded", 10), limit_of("embedded", 3)) == (10, 10, 3)
+    assert (limit_of("benchmark", None), limit_of("benchmark", 10)) == (None, 10)
+    text = {"source": "c4"}
+    null, named = (
+        asked("wanda", calibration={"text": text}, recovery={"tokens": 1000, "text": source}) for source in (None, text)
+    )
+    assert stage_inputs(null)["recover"] != stage_inputs(named)["recover"]
+    assert (resolved(null)["recovery.text.source"], resolved(named)["recovery.text.source"]) == (None, "c4")
 
 
 @pytest.mark.parametrize(("pattern", "expected"), [("2:4", "1/2"), ("1:3", "2/3"), ("3:4", "1/4")])

@@ -58,6 +58,10 @@ def test_a_relative_source_is_refused_where_it_is_a_place_of_the_study(tmp_path:
     write_settings(tmp_path, "models/mine")
     with pytest.raises(UserError, match="model: models/mine is a place in this study, .* write its absolute path"):
         plan(study=Study(tmp_path))
+    (tmp_path / "org/text").mkdir(parents=True)
+    write_settings(tmp_path, "org/model", perplexity__texts={"tasks": {"source": "org/text"}})
+    with pytest.raises(UserError, match="perplexity.texts.tasks.source: org/text is a place in this study"):
+        plan(study=Study(tmp_path))
     (tmp_path / "models/pruned").mkdir()
     write_settings(tmp_path, tmp_path / "models/pruned")  # each run would prune the last one's result
     with pytest.raises(UserError, match="models/pruned is written by this study, expected another place; copy it"):

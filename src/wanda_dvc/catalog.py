@@ -54,9 +54,26 @@ class Method(Choice):
 
     @property
     def file(self) -> str:
-        """The file with the function of a package, for `plan`: an edit changes masks. `none` of a built-in method."""
-        spec = importlib.util.find_spec(self.function.partition(":")[0]) if self.package else None
-        return (spec and spec.origin) or "none"
+        """The file with the function of a package, for `plan`: an edit changes masks. `none` of a built-in method.
+
+        UserError if the module is missing.
+        """
+        if not self.package:
+            return "none"
+        module = self.function.partition(":")[0]
+        spec, problem = None, "not found"
+        try:
+            spec = importlib.util.find_spec(module)  # imports the packages around the module
+        except Exception as error:  # a package may raise any
+            problem = f"{type(error).__name__}: {reason(error)}"
+        if spec is None:
+            raise UserError(f"method {self.name}: {module} of {self.package}: {problem}; reinstall the package")
+        return spec.origin or "none"
+
+    @property
+    def is_solver(self) -> bool:
+        """Whether the function returns a mask, from the Gram matrix of the inputs, in place of scores."""
+        return self.needs == "gram"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function. UserError, with the method's name, for an error in a package's function."""
@@ -110,8 +127,10 @@ def methods() -> dict[str, Method]:
         where = f"entry point {entry.name} of {package} ({ENTRY_POINTS}): {entry.value}"
         try:
             method = replace(entry.load(), package=package)
-            problem = f"has the taken name {method.name}, expected another" if method.name in rows else ""
-            if method.needs in ("blocks", "fisher"):  # for units that this package finds
+            problem = ""
+            if method.name in rows:
+                problem = f"has the taken name {method.name}, expected another"
+            elif method.needs in ("blocks", "fisher"):  # for units that this package finds
                 problem = f"needs {method.needs}, expected weights, norms or gram"
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"

@@ -477,9 +477,14 @@ def nested(settings: Mapping[str, Any]) -> Settings:
 
 
 def resolved(params: Params) -> dict[str, Any]:
-    """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
+    """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values.
+
+    Equal settings give equal results. So a null `recovery.text` stays: a recovery then trains on the calibration's text
+    without its windows, which no other value does.
+    """
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.to_dict()
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
+    content["zero_shot"]["limit"] = params.items
     content["calibration"]["text"] = _filled(params.calibration.text, params.calibration.shares)
     recovery = params.recovery.text
     content["recovery"]["text"] = _filled(recovery, [text.windows or 1 for text in recovery])

@@ -1,6 +1,6 @@
 """The plan of a pruning: the catalog rows named in the settings, and the resulting dependencies of stages.
 
-Stages, views and provenance read a `Plan`; no other code checks the method or reconstruction.
+Stages, views and provenance read a `Plan`: what a stage reads, solves or stores is a property here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -63,14 +63,19 @@ class Plan:
             row = catalog.RECIPES[recipe_for_units]
         set_separately = {name: choice for name, choice in given.items() if choice is not None}
         requested: dict[str, Any] = {name: getattr(row, name) for name in CHOICES} | set_separately
-        replaced = choices_of_pattern(pattern, bool(catalog.RECONSTRUCTIONS[requested["reconstruction"]].function))
-        # A recipe without a calibration keeps its method.
-        if structure and structure.method and catalog.methods()[requested["method"]].needs != "weights":
-            replaced["method"] = structure.method
-        chosen = requested | replaced | set_separately
-        keeps_group = structure and not structure.method and requested["group"] == "outputs"  # neurons, heads
-        if pattern != UNSTRUCTURED and not keeps_group:
-            chosen["group"] = "row"
+
+        reconstructs = catalog.RECONSTRUCTIONS[requested["reconstruction"]].function is not None
+        of_pattern = choices_of_pattern(pattern, reconstructs)
+        if structure and structure.method:  # experts, blocks
+            calibrates = catalog.methods()[requested["method"]].needs != "weights"
+            if calibrates:  # a method that reads weights alone stays, because the pattern's would need a calibration
+                of_pattern["method"] = structure.method
+        chosen = requested | of_pattern | set_separately
+        if pattern != UNSTRUCTURED:
+            scores_inputs = structure is not None and not structure.method  # neurons, heads
+            chosen["group"] = "outputs" if scores_inputs and requested["group"] == "outputs" else "row"
+
+        # A recipe for units fits them by itself: nothing of the recipe that it replaces is reported.
         reported = [name for name in CHOICES if name in set_separately or not recipe_for_units]
         left_out = tuple(f"{name} {requested[name]}" for name in reported if requested[name] != chosen[name])
         return replace(cls.from_dict(chosen | {"pattern": pattern, "sparsity": sparsity}), left_out=left_out)
@@ -105,6 +110,7 @@ class Plan:
             "allocation_strength": self.allocation.strength,
             "reconstruction": self.reconstruction.name,
         }
+        # Numbers of one solver and one pattern: when they change, masks of other plans keep their provenance.
         if self.used_reconstruction.uses_fisher:
             choices["steps"] = self.used_reconstruction.steps
         if self.structure and self.structure.multiple > 1:
@@ -146,7 +152,17 @@ class Plan:
     @property
     def mask_solves(self) -> bool:
         """Whether `mask` solves equations with Gram matrices, for one distinct input at a time."""
-        return self.method.needs == "gram" or (self.propagates and self.reconstructs)
+        return self.method.is_solver or (self.propagates and self.reconstructs)
+
+    @property
+    def mask_reads_gram(self) -> bool:
+        """Whether `mask` reads stats/gram: a solver that runs on the dense model's statistics."""
+        return self.method.is_solver and not self.propagates
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether blocks are removed by measured choices, stats/blocks."""
+        return self.method.needs == "blocks"
 
     @property
     def mask_reads_fisher(self) -> bool:
@@ -169,8 +185,7 @@ class Plan:
         """The last statistics that stages read, norms, gram or fisher; each tier includes those before it."""
         if self.mask_reads_fisher or self.used_reconstruction.uses_fisher:
             return "fisher"
-        mask_reads_gram = self.method.needs == "gram" and not self.propagates
-        return "gram" if mask_reads_gram or self.apply_reconstructs else "norms"
+        return "gram" if self.mask_reads_gram or self.apply_reconstructs else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
@@ -178,7 +193,7 @@ class Plan:
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.patterns and pattern not in method.patterns:
             yield f"{of_method}, expected pattern {' or '.join(method.patterns)}"
-        if self.structure and self.structure.method and method.needs == "gram":  # experts, blocks
+        if self.structure and self.structure.method and method.is_solver:  # experts, blocks
             yield f"{of_method}, expected a method that scores {pattern}"
         choices = self.to_dict()
         for name, expected in choices_of_pattern(pattern, self.reconstructs).items():

@@ -221,14 +221,14 @@ def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[f
         passes += tokens * sizes.all_input_squares  # one triangle
     if "fisher" in params.statistics:  # forward twice, and backward once, without gradients of weights
         passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
-    if plan.method.needs == "blocks":  # half of the blocks run for a choice, on average
+    if plan.measures_blocks:  # half of the blocks run for a choice, on average
         number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
         passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
     passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
     if evaluate and isinstance(perplexity.windows, int):
         models = 3 if params.recovery.tokens else 2
         passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
-    steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.needs == "gram" else 0)
+    steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.is_solver else 0)
     solving = 2.0 * steps * sizes.solved_by_input
     if plan.used_reconstruction.uses_fisher:
         solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_output

@@ -211,7 +211,7 @@ def prune_weight(
     squares, name = gram.diagonal().double(), "weight"
     stats = InputStats(squares, torch.zeros_like(squares), count=1)
     factors = GramFactors(gram)
-    x = factors if rule.method.needs == "gram" else stats
+    x = factors if rule.method.is_solver else stats
     mask = choose_linear(name, weight, x, BlockStats({name: stats}, {name: [name]}, []), rule).to(weight.device)
     if reconstruction.function is None:
         return masked(weight, mask), mask

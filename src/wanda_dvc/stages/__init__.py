@@ -165,9 +165,10 @@ STAGES = {
             variants={
                 "": Variant(
                     settings=("recipe", "sparsity", "pattern", *CHOICES),
-                    # The text is for `propagation: pruned`.
+                    # The text is for `propagation: pruned`, and for the repair of removed blocks.
                     deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
-                    outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
+                    # weights has blocks only with a reconstruction, and with `propagation: pruned` or that repair.
+                    outs=("masks", "weights"),
                 )
             },
         ),
@@ -292,7 +293,7 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
         inputs[f"calibrate/{statistics}"] = windows if statistics in params.statistics else {}
     # For a quarter of the blocks: another sparsity up to that changes nothing.
     sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
-    inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.method.needs == "blocks" else {}
+    inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.measures_blocks else {}
     if recovery.tokens:
         inputs["recover"] = {
             "tokens": recovery.tokens,

@@ -206,7 +206,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
         gradients = tokens * sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(sizes.all_output_squares)
         disk += (sizes.blocks + 1) * given.stored_activations(tokens) + 2 * gradients
-    if given.params.plan.method.needs == "blocks":  # each choice has activations of its own
+    if given.params.plan.measures_blocks:  # each choice has activations of its own
         tokens = TOKENS_OF_CHOICES + calibration.length * len(calibration.shares)
         memory = max(memory, forward.activations + given.predictions(calibration.length))
         disk += 2 * sizes.blocks * given.stored_activations(tokens)

@@ -43,7 +43,7 @@ def plan(*, study: Study) -> None:
 def _link_source(study: Study, place: Path, setting: str, source: str) -> None:
     """Make a link or a note. UserError if the local source is missing, or a model has dangling links."""
     if not Path(source).is_absolute():
-        if place.name != "tasks" and source not in ("none", *TEXTS) and (study.root / source).exists():
+        if setting != "tasks.source" and source not in ("none", *TEXTS) and (study.root / source).exists():
             raise UserError(
                 f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
                 f"its absolute path, {study.root / source}"
