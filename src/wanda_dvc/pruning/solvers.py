@@ -58,7 +58,7 @@ class GramFactors:
 
     @cached_property
     def preconditioned(self) -> tuple[Square, Float[Tensor, " in"], float]:
-        """S(G + λI)S with a diagonal of 1, where S is diagonal; the diagonal of S; and the damping."""
+        """D(G + λI)D with a diagonal of 1, where D is diagonal; the diagonal of D; and the damping."""
         _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)  # only its damping counts
         scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
         matrix = self.gram * scale[:, None] * scale
@@ -67,14 +67,14 @@ class GramFactors:
 
     @cached_property
     def inverse_root(self) -> tuple[Square, float]:
-        """The upper U with UᵀU = (G + λI)⁻¹, and the damping."""
-        # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
+        """The upper R with RᵀR = (G + λI)⁻¹, and the damping."""
+        # Reversed, G = VVᵀ with V upper: R is V⁻¹, and G⁻¹ is never formed.
         lower, damping = _cholesky(self.gram.flip(0, 1), self.damping, self.mean, self.name)
         return _inverse_of_lower(lower).flip(0, 1), damping
 
     @cached_property
     def admm_inverse(self) -> tuple[Square, float]:
-        """ADMM's K = (SGS + (λ + ρ) I)⁻¹, where S scales G's diagonal to 1; and λ, from ADMM_DAMPING."""
+        """ADMM's K = (DGD + (λ + ρ) I)⁻¹, where D scales G's diagonal to 1; and λ, from ADMM_DAMPING."""
         root_diagonal = self.gram.diagonal().sqrt()
         matrix = self.gram / root_diagonal[:, None] / root_diagonal
         matrix.diagonal().add_(ADMM_PENALTY)
@@ -124,21 +124,21 @@ def least_squares(
 def fisher_least_squares(
     weight: Weight, mask: Mask, factors: GramFactors, gradient_gram: Float[Tensor, "out out"] | None, *, steps: int
 ) -> SolverResult:
-    """Return weights V on a mask with a small tr(S(W−V)(G+λI)(W−V)ᵀ), S the Gram matrix of the output's gradients.
+    """Return weights V on a mask with a small tr(F(W−V)(G+λI)(W−V)ᵀ), F the Gram matrix of the output's gradients.
 
     The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
     van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` treats outputs as equal and independent; here rows
-    compensate for one another. S is scaled to a diagonal of 1, plus OUTPUT_DAMPING, because few windows measure S.
+    compensate for one another. F is scaled to a diagonal of 1, plus OUTPUT_DAMPING, because few windows measure F.
 
     Conjugate gradients for all rows together, from the weights of `least_squares`, which are the result without
     gradients. The step is shortened if tr(ΔGΔᵀ) would exceed the masked dense weights' error. Peak memory in bytes, in
-    addition to the module's: 8 · out² for S, and 40 for each weight of the linear.
+    addition to the module's: 8 · out² for F, and 40 for each weight of the linear.
     """
     plain = least_squares(weight, mask, factors)
     if gradient_gram is None:
         return replace(plain, step_size=0.0)
     matrix, input_scale, _ = factors.preconditioned
-    # Scales S to a diagonal of 1; a row without gradients keeps its scale.
+    # Scales F to a diagonal of 1; a row without gradients keeps its scale.
     row_scale = gradient_gram.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]
     coupled = gradient_gram * row_scale * row_scale.T
     coupled.diagonal().fill_(1 + OUTPUT_DAMPING)
@@ -178,10 +178,11 @@ def sparsegpt(
 ) -> Mask:
     """Return SparseGPT's mask. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
-    In panels of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
-    right compensate for the error. Weights compete within the panel's columns of a row, or in all rows of the panel if
-    `group` is `linear`, as in the paper; the count up to each panel's end is exact. With n:m they compete within m
-    neighbours, when the sweep reaches the first; a panel is then the largest multiple of m up to 128, at least m.
+    In panels of 128 inputs, the weights with the lowest W²/R_jj² are pruned, with RᵀR = (G + λI)⁻¹. Then, input by
+    input, the inputs to the right compensate for the error. Weights compete within the panel's columns of a row, or in
+    all rows of the panel if `group` is `linear`, as in the paper; the count up to each panel's end is exact. With n:m
+    they compete within m neighbours, when the sweep reaches the first; a panel is then the largest multiple of m up to
+    128, at least m.
 
     Deviation: exact counts instead of a threshold with its ties.
     """
@@ -386,10 +387,10 @@ def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFa
     return int((~is_lower).sum())
 
 
-def _error_change(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
-    """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
+def _error_change(dense: Weight, before: Weight, after: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
+    """Return by how much each row's tr(ΔGΔᵀ) grows from the weights `before` to those `after`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
-    return multiply(start - new, factors.gram).mul_(2 * dense - start - new).sum(dim=1, keepdim=True)
+    return multiply(before - after, factors.gram).mul_(2 * dense - before - after).sum(dim=1, keepdim=True)
 
 
 def _sum_of_all(x: Weight) -> Float64[Tensor, ""]:
