@@ -1,5 +1,6 @@
 """Windows that run together on a GPU: the same results as one by one, within rounding, whatever the batch."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import Capture, Patch, walk
 from simulated_gpu import simulated_gpu
 from test_families import RECORDED, save
 
-from wanda_dvc.engine import accelerator, sequences
+from wanda_dvc.engine import accelerator, repair, sequences
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.backward import backward
@@ -21,6 +22,7 @@ from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.engine.load import BlockLoader, WeightChange
 from wanda_dvc.engine.memory import ForwardMemory
 from wanda_dvc.engine.sequences import PackedQuestions, TokenSequence
+from wanda_dvc.engine.structure import build_empty
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # float32's 1.2e-7, for sums in another order, through four blocks
@@ -87,9 +89,8 @@ def change(decoder: Decoder, step: BlockStep) -> None:
 
 
 def gradients(decoder: Decoder, work: Path) -> list[Any]:
-    """Sums of gradients, without the numbers of tokens, which only have to be none where no pass has a gradient."""
-    blocks = [sums for _, sums in backward(ModelRunner(decoder, work), rows())]
-    return [(sums.squares, {name: gram.upper for name, gram in sums.grams.items()}) for sums in blocks]
+    """Sums of gradients."""
+    return [sums for _, sums in backward(ModelRunner(decoder, work), rows())]
 
 
 def measure(decoder: Decoder, work: Path) -> list[Any]:
@@ -180,6 +181,57 @@ def test_a_batch_that_a_gpu_cannot_hold_is_halved_once(tiny: Path, tmp_path: Pat
         most = 0
         with pytest.raises(torch.OutOfMemoryError):
             [step.record() for step in walk(decoder, rows(), tmp_path / "c")]
+
+
+def test_each_unit_of_work_that_runs_out_of_memory_is_repeated_and_counts_once(
+    tiny: Path, tmp_path: Path, capsys: Capture
+):
+    """In the loss, and in the repair: after one batch of two."""
+    cut = repair.Cut(0, 2, "model.layers.0.mlp.down_proj")
+
+    def fails_once(method: str) -> Any:
+        calls, original = itertools.count(1), getattr(Decoder, method)
+
+        def failing(*args: Any) -> Any:
+            if next(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(*args)
+
+        return mock.patch.object(Decoder, method, failing)
+
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+        runner = ModelRunner(decoder, tmp_path / "repair")
+        changes = [WeightChange({}, {cut.linear: decoder.checkpoint.weight(cut.linear) * 1.1})]
+
+        def run_twice(cut_run: repair.CutRun) -> None:
+            for work, job in ((repair.run_before, cut_run), (repair.run_changed, (cut_run, changes))):
+                decoder.batch_limit = 2
+                expected = work(decoder, job, runner.chunks[0])  # type: ignore[arg-type]
+                with fails_once("run"):
+                    check_alike(expected, work(decoder, job, runner.chunks[0]))  # type: ignore[arg-type]
+
+        list(repair.run_cuts(runner, rows(), [cut], run_twice))
+        decoder.batch_limit = 2
+        expected = gradients(decoder, tmp_path / "a")
+        with fails_once("loss_gradient"):
+            check_alike(expected, gradients(decoder, tmp_path / "b"))
+    assert capsys.readouterr().err.count("out of GPU memory: continuing with batches of 1 windows") == 3
+
+
+def test_a_buffer_with_two_names_is_on_the_gpu_under_both(tiny: Path, monkeypatch: Patch):
+    def build(*args: Any) -> Any:
+        model = build_empty(*args)
+        rotary = model.model.rotary_emb
+        rotary.register_buffer("second_name", rotary.inv_freq, persistent=False)
+        return model
+
+    monkeypatch.setattr(decoding, "build_empty", build)
+    with simulated_gpu():
+        decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
+        buffers = dict(decoder.model.named_buffers(remove_duplicate=False))
+        assert "model.rotary_emb.second_name" in buffers
+        assert {name for name, buffer in buffers.items() if buffer.device.type != "cuda"} == set()
 
 
 def test_the_memory_of_a_gpu_goes_to_blocks_and_sums_first(tiny: Path, monkeypatch: Patch):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import Make, Patch, calibrate, committed, mask_and_apply, tree, wa
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import BlockStep
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning import solvers
@@ -33,8 +35,10 @@ from wanda_dvc.study.tensors import (
     read_grams,
     read_masks,
     read_stats,
+    read_weights,
     write_grams,
     write_masks,
+    write_weights,
 )
 
 NORMS = {"calibration__statistics": "norms"}
@@ -286,6 +290,17 @@ def test_masks_of_a_linear_without_statistics_are_refused(calibrated_study: Make
     write_grams(study.gram, 1, BlockStats({}, consumers, []), read_grams(study.gram, 1))
     with pytest.raises(UserError, match=r"expected the linears of .*gram.* differ by model.layers.1.mlp.up_proj;"):
         apply(study=study)
+
+
+def test_a_resumed_run_writes_the_weights_of_its_own_masks(calibrated_study: Make):
+    """A block runs again if the run was killed before its outputs: on another device, its masks may be others."""
+    made = calibrated_study(recipe="wanda-refit", propagation="pruned")
+    with mock.patch.object(BlockStep, "change", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        mask(study=made)
+    (file,) = made.work_root.glob("*/out/weights/*.safetensors")
+    write_weights(file.parent, 0, {}, {})
+    mask(study=made)
+    assert read_weights(made.weights, 0)[0]
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])

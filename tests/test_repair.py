@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import activations, repair, sequences
 from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
+from wanda_dvc.stages import run
 from wanda_dvc.stages.inputs import CHOICES_FILE, calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.artifact import remove
+from wanda_dvc.study.artifact import read_provenance, remove, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_weights
@@ -38,8 +41,8 @@ def choose(made: Study, *removed: int) -> None:
 
 
 def test_neighbours_are_one_cut():
-    assert repair.cuts_of([7, 2, 3, 8, 5, 1]) == [range(1, 4), range(5, 6), range(7, 9)]
-    assert repair.cuts_of([]) == []
+    assert repair.removed_neighbours([7, 2, 3, 8, 5, 1]) == [range(1, 4), range(5, 6), range(7, 9)]
+    assert repair.removed_neighbours([]) == []
 
 
 @pytest.mark.parametrize("removed", [(1, 2), (1, 3), (2,)], ids=str)
@@ -55,7 +58,7 @@ def test_the_linear_before_each_cut_takes_over_a_part_of_what_its_blocks_add(rem
     windows, held = calibration_windows(repaired), torch.arange(8) % 4 == 0
     wanted, _ = states_and_inputs(model, windows)
     layers, new = list(model.model.layers), dict[str, torch.Tensor]()
-    for cut in repair.cuts_of(removed):
+    for cut in repair.removed_neighbours(removed):
         before = cut.start - 1
         model.model.layers = torch.nn.ModuleList(layers[block] for block in kept if block <= before)
         states, inputs = states_and_inputs(model, windows)
@@ -134,6 +137,34 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_left_out(
     calibrate(study=repaired)
     with pytest.raises(UserError, match="self_attention.kv_proj adds nothing to the hidden states"):
         mask(study=repaired)
+
+
+@pytest.mark.parametrize("model", ["dense", "own"])
+def test_activations_that_are_not_finite_stop_a_repair(tiny: Path, tmp_path: Path, monkeypatch: Patch, model: str):
+    """Of the dense model, and of the model without the removed blocks."""
+    decoder = Decoder(tiny, dtype=torch.float32, device=torch.device("cpu"))
+    write = activations.ActivationStore.write
+
+    def overflowing(store: activations.ActivationStore, block: int, chunk: int, batches: Any) -> None:
+        if store.folder.name == model and block == 2:
+            batches = [x * torch.inf for x in batches]
+        write(store, block, chunk, batches)
+
+    monkeypatch.setattr(activations.ActivationStore, "write", overflowing)
+    cuts = [repair.Cut(0, 2, f"model.layers.0.{DOWN}"), repair.Cut(2, 4, f"model.layers.2.{DOWN}")]
+    windows = torch.ones(2, 8, dtype=torch.int64)
+    steps = repair.run_cuts(ModelRunner(decoder, tmp_path), windows, cuts, lambda _: None)
+    with pytest.raises(UserError, match="block 2, run for the repair: activations that are not finite; set dtype"):
+        list(steps)
+
+
+def test_gram_matrices_of_another_calibration_do_not_stop_a_repair(calibrated_study: Make):
+    """Nothing reads them: a repaired linear has no layer error."""
+    made = calibrated_study(pattern="blocks", recipe="wanda-refit", sparsity=0.5)
+    run("calibrate", study=made, variant="blocks")
+    write_provenance(made.gram, read_provenance(made.gram, "calibrate") | {"params": {}})
+    mask_and_apply(made)
+    assert Checkpoint(made.model("pruned")).config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -19,6 +19,7 @@ from wanda_dvc.engine.sequences import Batch, Hidden, States
 
 SAVED_EVERY = 60  # seconds, if a GPU holds all sequences
 PROGRESS = "progress.json"
+OUTPUT_HEAD = "output head"  # named in place of a block if only the results after the last block are not finite
 # An id that changes with each start of this machine; empty if the system has none (macOS).
 BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
 BOOT_ID = BOOT_FILE.read_text(encoding="ascii").strip() if BOOT_FILE.exists() else ""
@@ -26,20 +27,22 @@ BOOT_ID = BOOT_FILE.read_text(encoding="ascii").strip() if BOOT_FILE.exists() el
 
 @dataclass
 class ActivationStore:
-    """The activations of all sequences before the last few blocks that ran. After block b they are before block b + 1.
+    """The activations of all sequences before some blocks: the `kept` newest. Those after block b are before b + 1.
 
-    Each chunk has a file for each such block: [tokens, width] of its sequences. Reads use a memory map. Files are not
-    flushed: they outlive a killed process, but not a power cut, so `PassProgress` trusts them until the next boot.
+    A file holds the activations of one chunk before one block, [tokens, width]; reads map it into memory. Files are
+    not flushed to the disk: they outlive a killed process, but not a power cut, so `PassProgress` trusts them until the
+    next boot.
 
-    If they fit the memory budget of a GPU, activations also stay on the device. If one block's are kept, files are
-    then written once a minute and at the end: writing takes longer than computing a block.
+    If the activations fit the memory budget of a GPU, they also stay there (`on_device`). If `kept` is 1 too, their
+    files are written once a minute and after the last block (`written_later`), because to write them takes longer than
+    to compute a block.
     """
 
     folder: Path
     lengths: Sequence[Sequence[int]]  # of the sequences of each chunk
     width: int
     dtype: torch.dtype
-    kept: int  # the number of blocks, up to the newest, whose activations stay; one more while the newest are written
+    kept: int  # the number of blocks whose activations are kept; one more while the newest are written
     device: torch.device
     memory_budget: int  # device memory for activations, in bytes
     _in_memory: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)

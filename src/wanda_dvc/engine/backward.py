@@ -49,6 +49,7 @@ def backward(runner: ModelRunner, sequences: ModelInput, *, finished: int = 0) -
         yield run.index, total
 
 
+@in_smaller_batches
 @torch.no_grad()
 def run_loss(model: Decoder, run: BackwardRun, chunk: Chunk) -> None:
     """Write the gradients of each sequence's loss with respect to its activations after the last block."""

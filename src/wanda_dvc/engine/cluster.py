@@ -53,6 +53,7 @@ def run_on_node(
     """Run a function in this process; an iterator becomes a list. Errors name the node, such as other versions."""
     register_tensor_serializer()
     torch.set_num_threads(threads)
+    accelerator.disable_tf32()
     try:
         for name, installed in VERSIONS.items():
             driver = versions[name]
@@ -95,7 +96,6 @@ def merge_on_node(total: Any, sums: Any) -> tuple[Any, None]:
 
 def task_device(device: str) -> torch.device:
     """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
-    accelerator.disable_tf32()
     assigned = [str(number) for number in ray.get_gpu_ids()]
     if device == "cpu" or not assigned:
         return torch.device("cpu")

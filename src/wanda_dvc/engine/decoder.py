@@ -43,13 +43,17 @@ class Decoder:
         self.model = build_empty(self.checkpoint.config, self.checkpoint, dtype)
         self.dtype, self.device = dtype, device
         self.loader = BlockLoader(self.model, self.checkpoint, device=device)
-        self.blocks, self.linears, self.load = self.loader.blocks, self.loader.linears, self.loader.load  # two methods
-        self.copies = accelerator.Copies(device)  # of activations
-        self.largest_batch, self.batch_limit = 1, LARGEST_CHUNK  # sequences: in the last chunk, and allowed
-        # Of all blocks, with their bytes, by the shape of a batch, or by the content of its packed questions.
+        self.blocks = self.loader.blocks
+        self.linears, self.load = self.loader.linears, self.loader.load  # the loader's methods
+        self.copies = accelerator.Copies(device)  # copies activations
+        self.largest_batch = 1  # sequences of the largest batch of the last chunk
+        self.batch_limit = LARGEST_CHUNK  # sequences of a batch, at most
+        # The arguments of all blocks, and their bytes, by the shape of a batch, or the content of its packed questions.
         self._arguments: dict[tuple[int, int] | bytes, tuple[list[Arguments], int]] = {}
         self._batch_memory = self.memory_budget()
-        self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)  # batches keep most of it
+        # Windows of one length share an entry, which is small, so their batch may fill the memory. Packed questions
+        # have an entry for each sequence, and run one sequence at a time.
+        self._arguments_memory = max(ARGUMENTS_BYTES, self._batch_memory // 5)
         self._stock_attention = self.model.config._attn_implementation
         if dtype is torch.float32 and device.type == "cpu":
             kernels.install(self.model)
@@ -82,9 +86,9 @@ class Decoder:
             raise UserError(f"{self.checkpoint}: {what}; use the tokenizer that belongs to it")
 
     def memory_budget(self) -> int:
-        """Return the GPU memory in bytes for activations that stay: half of what blocks and sums leave; 0 on a CPU.
+        """Return half of the GPU memory that blocks and sums leave, in bytes; 0 on a CPU.
 
-        The other half is for a batch, or for the arguments of packed questions.
+        One half is for activations that stay, the other for a batch with its arguments.
         """
         if self.device.type != "cuda":
             return 0

@@ -64,6 +64,7 @@ def choose_one_more(choice: DepthChoice, measure: Callable[[Sequence[Blocks]], S
         rises[block] = divergence - choice.divergence if divergence < math.inf else None
         measured.append((divergence, block))
     measured.sort()
+    # None is measured if, without each block that is left, predictions were not finite before.
     if not measured or measured[0][0] == math.inf:
         raise UserError(f"without {len(removed) + 1} blocks: predictions that are not finite; {FIX_NOT_FINITE}")
     least, best = measured[0]
@@ -104,9 +105,10 @@ def predict_every_fourth(
 def run_without(
     runner: ModelRunner, windows: Sequence[TokenSequence], groups: Sequence[Blocks], dense: Sequence[Predictions | None]
 ) -> Iterator[Predictions]:
-    """Yield the model's predictions of each window, without each group of blocks.
+    """Yield the model's predictions of each window, without each group of blocks. No two groups are equal.
 
-    Groups that remove the same blocks so far share the activations of the first of them.
+    Groups that remove the same blocks so far share the activations of the first of them. A `Chunk` is here a group of
+    removed blocks, with all windows.
     """
     runner.chunks = [Chunk(number, range(len(windows)), windows) for number in range(len(groups))]
     store = runner.new_store("without", kept=1)

@@ -158,8 +158,13 @@ def _unit_sets(
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:
         units = unit_sets.get(dimension.unit_set)
-        if units is None or dimension.size % units.total or dimension.dim > 1:
-            raise full.refused(f"no linear reads those of {dimension.address.tensor}")
+        tensor, size = dimension.address.tensor, dimension.size
+        if units is None:
+            raise full.refused(f"no linear reads those of {tensor}")
+        if size % units.total:
+            raise full.refused(f"{tensor} has {size} features for {units.total} of them, expected a multiple")
+        if dimension.dim > 1:
+            raise full.refused(f"{tensor} has them in dimension {dimension.dim}, expected a row or column of a matrix")
     return unit_sets, consumers
 
 
@@ -187,10 +192,11 @@ def _with_dimensions(
 
 
 def _sections(places: int, inputs: int) -> tuple[int, ...]:
-    """Return a unit's places in each section of a tensor that computes `places` of a unit with `inputs` inputs.
+    """Return how many of a unit's features each section of a tensor has.
 
-    Neurons: a section for each place; `gate_up_proj` has 2 for 1 input: (1, 1). Heads: a section of queries, as many as
-    inputs, then keys and values; with 4 queries for a key head `qkv_proj` has 6 places for 4 inputs: (4, 1, 1).
+    The tensor computes `places` features of a unit, whose consumer reads `inputs`. Neurons: `gate_up_proj` computes 2,
+    and `down_proj` reads 1: (1, 1). Heads, with 4 query heads of 64 features for a key head: `qkv_proj` computes 384,
+    and `o_proj` reads 256: (256, 64, 64), the queries, the keys and the values.
     """
     more = places - inputs
     if more <= 0:

@@ -167,12 +167,12 @@ class ModelRunner:
         number of blocks, up to the last one that ran, after which activations stay. Each of `models` has a store of
         activations, in `stores`; a step runs the first, and the caller the others.
         """
-        sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         blocks = len(self.decoder.blocks)
+        if finished == blocks:  # the caller has all results: without activations in `work`, the pass would start again
+            return
+        sequences = [x if isinstance(x, TokenSequence) else TokenSequence(x) for x in sequences]
         self.chunks = cut_into_chunks(sequences, (self.cluster or self.decoder).device.type)
         self.stores = [self.new_store(model, kept=kept) for model in models]
-        if finished == blocks:  # `map_outputs` and `backward` may still read the stores
-            return
         self.decoder.check_tokens(sequences)
         self.progress = PassProgress(self.work, self.stores, blocks if finished is None else finished)
         if self.progress.finished < 0:

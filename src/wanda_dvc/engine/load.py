@@ -61,7 +61,7 @@ class BlockLoader:
             for alias in aliases:
                 tensor = tensors.get(alias, first)
                 set_parameter(self.model, alias, first if torch.equal(tensor, first) else tensor)
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.named_buffers(remove_duplicate=False):
             module, _, leaf = name.rpartition(".")
             if name in self.slices:  # few: the bias by which some routers balance their experts
                 buffer = self.checkpoint.read(self.slices[name][0].address).to(buffer.dtype)

@@ -16,12 +16,12 @@ from torch.linalg import vector_norm
 
 from wanda_dvc.engine.activations import ActivationStore
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.forward import BlockRun, ModelInput, ModelRunner, run_batches, run_block
+from wanda_dvc.engine.forward import BlockRun, ModelInput, ModelRunner, in_smaller_batches, run_batches, run_block
 from wanda_dvc.engine.load import WeightChange
 from wanda_dvc.engine.record import observing
 from wanda_dvc.engine.sequences import Chunk, Hidden
 from wanda_dvc.engine.sums import InputSums, RepairSums
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import FIX_NOT_FINITE, UserError, notice
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.reconstruction import oriented
 from wanda_dvc.pruning.solvers import GramFactors
@@ -46,26 +46,27 @@ class CutRun(NamedTuple):
     dense_store: ActivationStore
 
 
-def cuts_of(removed: Sequence[int]) -> list[range]:
-    """Return each run of neighbours among removed blocks, in order."""
-    cuts: list[range] = []
+def removed_neighbours(removed: Sequence[int]) -> list[range]:
+    """Return each range of neighbours among removed blocks, in order."""
+    ranges: list[range] = []
     for block in sorted(removed):
-        if cuts and cuts[-1].stop == block:
-            cuts[-1] = range(cuts[-1].start, block + 1)
+        if ranges and ranges[-1].stop == block:
+            ranges[-1] = range(ranges[-1].start, block + 1)
         else:
-            cuts.append(range(block, block + 1))
-    return cuts
+            ranges.append(range(block, block + 1))
+    return ranges
 
 
 def run_cuts(
-    runner: ModelRunner, windows: ModelInput, cuts: Sequence[Cut], repaired: Callable[[CutRun], Tensor | None]
+    runner: ModelRunner, windows: ModelInput, cuts: Sequence[Cut], repair_cut: Callable[[CutRun], Tensor | None]
 ) -> Iterator[int]:
     """Run windows through the dense model, and without the removed blocks; yield the number of each finished block.
 
-    At the end of each cut, `repaired` returns the new weight of its linear; None: it stays as it is. It must keep the
-    weight on disk first: a resumed run asks again, and the activations are then repaired ones.
+    At the end of each cut, `repair_cut` returns the new weight of its linear; None: it stays as it is. It must keep the
+    weight on disk first: a resumed run asks again, and the activations are then repaired ones. UserError for
+    activations that are not finite.
     """
-    # `repaired` reads what is before `block_before` to `end`: `kept` and one more, until `end` counts as finished.
+    # `repair_cut` reads what is before `block_before` to `end`: `kept` and one more, until `end` counts as finished.
     kept = max(cut.end - cut.block_before for cut in cuts)
     first, last = cuts[0].block_before, cuts[-1].end
     for step in runner.forward(windows, models=["own", "dense"], kept=kept):
@@ -79,7 +80,7 @@ def run_cuts(
         else:
             store.copy_from(store, block, block + 1)
         if cut and block == cut.end - 1 and cut.block_before >= 0:
-            weight = repaired(CutRun(cut, store, dense))
+            weight = repair_cut(CutRun(cut, store, dense))
             if weight is not None:
                 change = WeightChange({}, {cut.linear: weight})
                 run_windows(runner, BlockRun(cut.block_before, store, change=change))
@@ -91,8 +92,11 @@ def run_cuts(
 
 
 def run_windows(runner: ModelRunner, block: BlockRun) -> None:
-    """Run all windows through a block."""
-    runner.merge(run_block, block, runner.chunks, InputSums(), f"block {block.index}, chunk")
+    """Run all windows through a block. UserError for activations that are not finite: no sums of them are valid."""
+    total = runner.merge(run_block, block, runner.chunks, InputSums(), f"block {block.index}, chunk")
+    if not total.is_finite:
+        where = f"{runner.decoder.checkpoint}: block {block.index}, run for the repair"
+        raise UserError(f"{where}: activations that are not finite; {FIX_NOT_FINITE}")
 
 
 def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor, dict[str, float]] | None:
@@ -103,7 +107,8 @@ def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor
     """
     block, end, linear = removed.cut
     transposed = runner.decoder.linears(block)[linear].transposed
-    if weight.shape[1 if transposed else 0] != removed.store.width:  # JetMoE: all else is experts
+    # As in JetMoE, where all linears but the one of keys and values are experts'.
+    if weight.shape[1 if transposed else 0] != removed.store.width:
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     validation = runner.chunks[::VALIDATION_STRIDE]
     fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
@@ -134,6 +139,7 @@ def new_weight(weight: Tensor, sums: RepairSums, linear: str, damping: float, *,
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 
 
+@in_smaller_batches
 @torch.no_grad()
 def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
     """Return a chunk's sums for a cut's linear: of its input, and of what the hidden states lack without the blocks."""
@@ -152,6 +158,7 @@ def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
     return sums
 
 
+@in_smaller_batches
 @torch.no_grad()
 def run_changed(model: Decoder, job: tuple[CutRun, Sequence[WeightChange]], chunk: Chunk) -> Float[Tensor, " changes"]:
     """Return ‖block's outputs − dense hidden states before the end‖² of a chunk: unchanged, then with each change."""

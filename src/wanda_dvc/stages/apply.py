@@ -84,12 +84,17 @@ def describe_pruned(study: Study) -> Json:
         for folder in folders:
             entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
         entries["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
-    elif artifact.block_count(study.gram, "calibrate"):  # read for layer errors
+    elif measures_errors(study, plan):
         statistics_provenance(study.gram, calibrated, "masks/")
     # No versions of this run's libraries: they would give equal models different provenance.
     described = {name: value for name, value in masks.items() if name != "blocks"}
     described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
     return described | entries
+
+
+def measures_errors(study: Study, plan: Plan) -> bool:
+    """Whether stats/gram is read for layer errors. A repaired linear's outputs differ on purpose."""
+    return not plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
 
 
 class DenseToPruned:
@@ -104,8 +109,7 @@ class DenseToPruned:
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = float64_device(own_device(study.params.runtime))
         self.dtype = product_dtype(self.device)  # of layer errors
-        # A repaired linear differs on purpose.
-        self.measures_errors = not self.plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
+        self.measures_errors = measures_errors(study, self.plan)
         self.block_of = dict[str, int]()
         for block in range(artifact.block_count(study.masks, "mask")):
             linears = linears_of_masks(study, block, with_gram=self.measures_errors)

@@ -154,8 +154,11 @@ def _backward(study: Study, work: Work) -> None:
     finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
     steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)
     for block, gradients in progress(steps, total=blocks, what="calibrate, backward", at=lambda x: blocks - 1 - x[0]):
-        linears = {name: [name] for name in gradients.grams}  # a matrix is one linear's, in its own orientation
-        stats = BlockStats({}, linears, [], gradients.squares, unit_costs=gradients.unit_costs)
+        # A Gram matrix of gradients is of one linear's outputs: it has no input, and no weight to be transposed.
+        linears = {name: [name] for name in gradients.grams}
+        stats = BlockStats(
+            inputs={}, consumers=linears, transposed=[], fisher=gradients.squares, unit_costs=gradients.unit_costs
+        )
         tensors.write_grams(work.out, block, stats, gradients.grams)
         gradients.grams.clear()
 
@@ -188,6 +191,6 @@ def _choose_blocks(study: Study, work: Work) -> None:
         return divergences
 
     while len(choices) < number:
-        choices.append(depth.choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
+        choices.append(plan.method(choices[-1] if choices else depth.no_choice(blocks), measure))
         write_json(work.out / CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})
     bar.close()

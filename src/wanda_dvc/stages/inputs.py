@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 
 CHOICES_FILE = "choices.json"  # of stats/blocks
-HEAD = "output head"  # a place of activations that are not finite
 
 
 def check_ready(study: Study, model: str, length: int | None = None, setting: str = "") -> tuple[Json, str]:
@@ -57,7 +56,7 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
 
 
 def model_dtype(study: Study, model: str = "dense") -> str:
-    """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
+    """Return the dtype in which one of a study's models runs, by name; `auto` is that of the model's config.json."""
     wanted: str = study.stage_input("calibrate/norms")["dtype"]
     return dtype_of(study.model(model)) if wanted == "auto" else wanted
 
@@ -80,18 +79,20 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     digests = {}
     if plan.method.package:
         digests["method"] = file_digest(study.source("method"))
-    if plan.method.needs == "gram" and not plan.propagates:
+    if plan.mask_reads_gram:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_fisher:
         digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
-    if plan.method.needs == "blocks":
+    if plan.measures_blocks:
         digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
-    discard_waiting_gram(study)
     return norms, digests
 
 
 def discard_waiting_gram(study: Study) -> None:
-    """Remove Gram matrices that `calibrate norms` measured for `calibrate gram`, if DVC has restored stats/gram."""
+    """Remove Gram matrices that `calibrate norms` measured for `calibrate gram`, if DVC has restored stats/gram.
+
+    `calibrate gram` then did not run, and left them as unfinished work, several gigabytes.
+    """
     made_from = stored_gram(study)
     if is_there(study.work_path(made_from)):
         with study.work(made_from) as work:

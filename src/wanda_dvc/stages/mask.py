@@ -83,6 +83,7 @@ def mask(*, study: Study) -> None:
     plan = study.plan
     device = accelerator.float64_device(devices.own_device(study.params.runtime))  # UserError before any file is read
     norms, digests = inputs.statistics(study)
+    inputs.discard_waiting_gram(study)
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks, device)
@@ -98,7 +99,8 @@ def mask(*, study: Study) -> None:
         else:
             results = from_statistics(study, job, range(finished, blocks), device)
         for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-            if plan.mask_stores_weights and not is_there(artifact.block_file(weights, result.block)):  # by the repair
+            is_repaired = plan.repairs and is_there(artifact.block_file(weights, result.block))
+            if plan.mask_stores_weights and not is_repaired:
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
         artifact.finish(masks, made_from)
@@ -169,13 +171,13 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         return removal
     from wanda_dvc.engine.probe import probe  # imports transformers, which takes seconds
 
-    if plan.method.needs == "blocks":
+    if plan.measures_blocks:
         kept = measured_blocks(study, removal)
     else:
         stats = (tensors.read_stats(study.stats, block) for block in range(blocks))
         kept = choose_units(removal.unit_sets, checkpoint.weight, stats, method=plan.method, device=device)
     removal = removal.with_kept(kept)
-    probe(checkpoint, removal, device)
+    probe(checkpoint, removal, device)  # UserError if a model without these units computes something else
     return removal
 
 
@@ -248,8 +250,10 @@ def run_solvers(
     job: MaskJob, folder: Path, tasks: Sequence[SolverTask], cluster: "Cluster | None", device: torch.device
 ) -> Iterator[BlockResult]:
     """Return the results of tasks, with Gram matrices in a folder, from this process or from a cluster's nodes."""
-    solve_task = partial(solve, job, folder.absolute())
-    return map(partial(solve_task, device), tasks) if cluster is None else cluster.map(solve_task, tasks, "solver")
+    if cluster is None:
+        return (solve(job, folder, device, task) for task in tasks)
+    # Each node names its own device, and sees the folder at the same absolute path.
+    return cluster.map(partial(solve, job, folder.absolute()), tasks, "solver")
 
 
 def on_pruned_blocks(
@@ -297,7 +301,7 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
             continue
         weight = stored.to(device)
         masks[linear] = choose_linear(
-            linear, weight, factors if plan.method.needs == "gram" else stats.inputs[task.name], stats, rule
+            linear, weight, factors if plan.method.is_solver else stats.inputs[task.name], stats, rule
         )
         if plan.mask_stores_weights and factors is not None:
             result = reconstruct(
@@ -372,32 +376,33 @@ def repair_removed_blocks(
 ) -> None:
     """Write the blocks before each cut to the unfinished weights/, with new weights of their last linears.
 
-    An interrupted run resumes after the last repaired cut.
+    The file of a block without a better weight has no tensors. An interrupted run resumes after the last such file.
     """
-    from wanda_dvc.engine.repair import Cut, CutRun, cuts_of, repair, run_cuts  # imports transformers: seconds
+    # The import of transformers takes seconds.
+    from wanda_dvc.engine.repair import Cut, CutRun, removed_neighbours, repair, run_cuts
 
     (kept,) = removal.kept_masks.values()
-    removed = cuts_of((~kept).nonzero()[:, 0].tolist())
+    ranges = removed_neighbours((~kept).nonzero()[:, 0].tolist())
     folder = work.output("weights")
     # Nothing is before the first block.
-    if all(is_there(artifact.block_file(folder, cut.start - 1)) for cut in removed if cut.start > 0):
+    if all(is_there(artifact.block_file(folder, blocks.start - 1)) for blocks in ranges if blocks.start > 0):
         return
     run, windows = _dense_run(study, calibrated_text, work)
 
-    def repaired(cut_run: CutRun) -> Tensor | None:
+    def repair_cut(cut_run: CutRun) -> Tensor | None:
         block, _, linear = cut_run.cut
-        if not is_there(artifact.block_file(folder, block)):
+        if not is_there(artifact.block_file(folder, block)):  # else an interrupted run has repaired it
             result = repair(run, cut_run, checkpoint.weight(linear))
             weights, diagnostics = ({linear: result[0]}, {linear: result[1]}) if result else ({}, {})
             tensors.write_weights(folder, block, weights, diagnostics)
         return tensors.read_weights(folder, block)[0].get(linear)
 
     cuts = []
-    for cut in removed:
+    for blocks in ranges:
         # `run_cuts` repairs no cut at the first block: no linear is before it.
-        linear = last_linear(study, run, cut.start - 1) if cut.start else ""
-        cuts.append(Cut(cut.start - 1, cut.stop, linear))
-    steps = run_cuts(run, windows, cuts, repaired)
+        linear = last_linear(study, run, blocks.start - 1) if blocks.start else ""
+        cuts.append(Cut(blocks.start - 1, blocks.stop, linear))
+    steps = run_cuts(run, windows, cuts, repair_cut)
     for _ in process.progress(steps, total=cuts[-1].end, what="mask, blocks run for the repair", at=int):
         pass
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from wanda_dvc.engine.activations import OUTPUT_HEAD
 from wanda_dvc.engine.divergence import (
     DRAWN,
     TOP,
@@ -18,7 +19,7 @@ from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner
+from wanda_dvc.stages.inputs import check_ready, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import describe, digest, finish, read_provenance
@@ -57,7 +58,7 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
                 write_window(work.out, window, predicted._asdict())
             else:
                 divergences.append(diverge(reference(window), predicted))
-        not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
+        not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else OUTPUT_HEAD)
         predictions = [len(window.tokens) - 1 for window in windows]
         details = _details(protocol, losses, divergences, not_finite)
         metrics: Json = {"perplexity": compute_perplexity(losses, predictions)}

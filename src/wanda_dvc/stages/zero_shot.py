@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wanda_dvc.engine.activations import OUTPUT_HEAD
 from wanda_dvc.engine.checkpoint import ITEMSIZE, max_positions
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import load_tokenizer
@@ -16,7 +17,7 @@ from wanda_dvc.errors import notice
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory_of, own_device
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner
+from wanda_dvc.stages.inputs import check_ready, runner
 from wanda_dvc.stages.needs import announce, gigabytes
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
@@ -110,7 +111,7 @@ def answer_tasks(study: Study, model: str, protocols: Json, work: Work) -> Json:
     # Two draws, the fewest: lm-eval's 100,000 are for errors of F1 scores, which take hours and are not reported.
     limit = study.stage_input("zero-shot")["limit"]
     evaluated = evaluate(language_model, definitions, limit=limit, bootstrap_iters=2)
-    not_finite, results = run.progress.first_not_finite or HEAD, Json()
+    not_finite, results = run.progress.first_not_finite or OUTPUT_HEAD, Json()
     for task, definition in definitions.items():
         scores, samples = evaluated["results"][task], evaluated["samples"][task]
         results[task] = _result_of_task(protocols[task], definition, scores, samples, not_finite)
