@@ -255,7 +255,7 @@ def checks(bench: Bench, shape: Settings) -> Iterator[tuple[str, float, float]]:
         run("calibrate", study=study)
         run("perplexity", study=study, variant="dense")
     blocks = range(shape["num_hidden_layers"])
-    pairs = [[read_stats(study.stats, block, fisher=study.fisher) for study in (host, gpu_study)] for block in blocks]
+    pairs = [[read_stats(study.norms, block, fisher=study.fisher) for study in (host, gpu_study)] for block in blocks]
     norms = [(a.inputs[name].norm, b.inputs[name].norm) for a, b in pairs for name in a.inputs]
     yield "norms, largest relative difference", max(float((b / a - 1).abs().max()) for a, b in norms), 1e-4
     gradients = [(a.fisher[name], b.fisher[name]) for a, b in pairs for name in a.fisher]

@@ -105,7 +105,7 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
         methods.cache_clear()
     assert made["libraries"]["my-method"] == "1.0"
     keep = read_masks(study.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
-    x = read_stats(study.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
+    x = read_stats(study.norms, 1).inputs["model.layers.1.mlp.gate_proj"]
     dense = load_file(study.model("dense") / "model.safetensors")
     weight = dense["model.layers.1.mlp.up_proj.weight"].double().numpy()
     second, first = x.sum_squares.numpy() / x.count, x.sum.numpy() / x.count

@@ -115,7 +115,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
     params = read_provenance(made.masks, "mask")
     assert (params["params"]["method"], params["config"]) == (method or "reap", {"num_experts": 6})
     for block in range(3):
-        stats, masks = read_stats(made.stats, block), read_masks(made.masks, block)
+        stats, masks = read_stats(made.norms, block), read_masks(made.masks, block)
         source = {name: x for x, names in stats.consumers.items() for name in names}
         left = experts_left(dict(masks))
         (stay,) = {tuple(sorted(x)) for x in left.values()}
@@ -202,7 +202,7 @@ def test_outputs_of_shards_merge():
 
 def test_reap_ranks_experts_without_tokens(mixture: Make):
     made = mixture("deepseek_v3", calibration__windows=1, calibration__length=8)
-    assert any(read_stats(made.stats, block).unreached() for block in range(block_count(made.stats, "calibrate")))
+    assert any(read_stats(made.norms, block).unreached() for block in range(block_count(made.norms, "calibrate")))
     mask(study=made)
 
 

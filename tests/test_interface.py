@@ -12,11 +12,13 @@ import pytest
 import torch
 from conftest import Patch
 from test_shape import SLOW_TO_IMPORT
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc import interface
 from wanda_dvc.params import read_params
+from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.scaffold import init
 
@@ -130,6 +132,22 @@ def test_wanda_on_one_linear_is_its_formula(pattern: str, dtype: torch.dtype):
     assert torch.equal(mask, expected)
     assert pruned.dtype == dtype
     assert torch.equal(pruned, weight * mask)
+
+
+def test_a_method_sees_the_sums_of_one_linears_inputs(monkeypatch: Patch):
+    weight, inputs = linear_inputs()
+    seen: list[InputStats] = []
+
+    def score(weight: Tensor, x: InputStats) -> Tensor:
+        seen.append(x)
+        return weight.abs()
+
+    monkeypatch.setattr("wanda_dvc.pruning.scores.wanda", score)
+    wd.prune_linear(weight, inputs)
+    (x,) = seen
+    assert x.count == len(inputs)
+    torch.testing.assert_close(x.sum, inputs.double().sum(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.sum_squares, inputs.double().square().sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["wanda-refit", "sparsegpt", "admm"])

@@ -76,7 +76,7 @@ def test_calibrate_names_the_block(weight: str, study: Make, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         calibrate(study=made)
     assert all(words in str(caught.value) for words in (FIRST.get(weight, "block 1"), "not finite", "set dtype="))
-    assert not made.stats.exists()
+    assert not made.norms.exists()
 
 
 @pytest.mark.parametrize("weight", FIRST)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd
 from wanda_dvc.commands import prune as module
-from wanda_dvc.commands.prune import _operations, describe_run, prune_model
+from wanda_dvc.commands.prune import _operations, describe_run, prune_model, settings_for_model
 from wanda_dvc.commands.request import _parse_sparsity, _parse_tokens, check_request, parse_changes
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
@@ -284,6 +284,15 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_need(
 def test_no_tokens_to_train_on_are_not_in_the_directorys_name(model: Path, recover: str | int | None):
     assert check_request(model=str(model), recover=recover).target.name == f"{model.name}-0.5"
     assert check_request(model=str(model), recover="1k").target.name == f"{model.name}-0.5-1k"
+    changed = check_request(model=str(model), changes={"recovery.tokens": 512})
+    assert changed.target.name == f"{model.name}-0.5-512"
+
+
+def test_a_model_without_a_limit_of_positions_keeps_the_evaluations_windows(model: Path, monkeypatch: Patch):
+    monkeypatch.setattr(module, "max_positions", lambda _: None)
+    request = check_request(model=str(model), changes={"calibration.length": 16})
+    fitting = settings_for_model(request, model / "config.json", ModelSizes.read(model))
+    assert (fitting["calibration.length"], fitting["perplexity.length"]) == (16, request.params.perplexity.length)
 
 
 def test_an_evaluation_of_all_windows_is_said_not_to_be_counted(model: Path):

@@ -99,16 +99,16 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
 
 def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(calibrated_study: Make):
     made = calibrated_study()
-    with_grams = tree(made.stats)
-    for block in range(block_count(made.stats, "calibrate")):
-        stats, grams = read_stats(made.stats, block), read_grams(made.gram, block)
+    with_grams = tree(made.norms)
+    for block in range(block_count(made.norms, "calibrate")):
+        stats, grams = read_stats(made.norms, block), read_grams(made.gram, block)
         input_of = {linear: name for name, linears in stats.consumers.items() for linear in linears}
         assert (grams.input_of, grams.transposed) == (input_of, stats.transposed)
         for name, x in stats.inputs.items():
             torch.testing.assert_close(grams[name].upper.diagonal().sqrt().float(), x.norm)
             assert grams[name].count == x.count
     calibrate(study=calibrated_study(**NORMS))
-    assert tree(made.stats) == with_grams
+    assert tree(made.norms) == with_grams
     assert [*tree(made.gram)] == ["none.json"]
 
 
@@ -180,7 +180,7 @@ def test_rows_compete_by_score_times_worth(calibrated_study: Make, method: str):
     checkpoint = Checkpoint(made.model("dense"))
     score = importlib.import_module("wanda_dvc.pruning.scores")
     for block in range(2):
-        measured, masks = read_stats(made.stats, block), read_masks(made.masks, block)
+        measured, masks = read_stats(made.norms, block), read_masks(made.masks, block)
         fisher = read_fisher(made.fisher, block)
         for source, names in measured.consumers.items():
             for name in names:
@@ -285,7 +285,7 @@ def test_a_block_with_masks_of_too_few_linears_is_refused(calibrated_study: Make
 def test_masks_of_a_linear_without_statistics_are_refused(calibrated_study: Make):
     study = calibrated_study()
     mask(study=study)
-    stats = read_stats(study.stats, 1)
+    stats = read_stats(study.norms, 1)
     consumers = {name: [x for x in linears if "up_proj" not in x] for name, linears in stats.consumers.items()}
     write_grams(study.gram, 1, BlockStats({}, consumers, []), read_grams(study.gram, 1))
     with pytest.raises(UserError, match=r"expected the linears of .*gram.* differ by model.layers.1.mlp.up_proj;"):

@@ -99,7 +99,7 @@ def test_what_is_plotted_is_what_the_stages_found(calibrated_study: Make):
         assert float(row["sparsity"]) == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
     zeros, total = (sum(int(row[name]) for row in rows) for name in ("zeros", "weights"))
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": round(zeros / total, 6)}  # no short decimal
-    inputs = [(block, x) for block in range(2) for x in read_stats(made.stats, block).inputs.values()]
+    inputs = [(block, x) for block in range(2) for x in read_stats(made.norms, block).inputs.values()]
     for row, (block, x) in zip(plotted("norms"), inputs, strict=True):
         norms = x.sum_squares.sqrt()
         assert (int(row["block"]), int(row["features"])) == (block, len(norms))
@@ -121,7 +121,7 @@ def test_masks_are_those_of_the_loops(calibrated_study: Make, method: str, chang
     made = calibrated_study(method=method, **changes)
     mask(study=made)
     weights = load_file(made.model("dense") / "model.safetensors")
-    inputs, consumers, *_ = read_stats(made.stats, 1)
+    inputs, consumers, *_ = read_stats(made.norms, 1)
     keeps = read_masks(made.masks, 1)
     for source, names in consumers.items():
         for name in names:
@@ -172,7 +172,7 @@ def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_stu
         torch.device("cuda"),
         MaskJob(made.plan, Checkpoint(made.model("dense")), [Fraction(1, 2)] * 4, None, made.fisher),
     )
-    block = read_stats(made.stats, 1)
+    block = read_stats(made.norms, 1)
     expected = score_block(job, 1, block, torch.device("cpu")).masks
     linears, real = [*block.by_linear], choose_linear
     read = [threading.Event() for _ in linears]
@@ -210,7 +210,7 @@ def test_only_weights_that_are_scored_reach_the_device(calibrated_study: Make, m
             yield weight
 
     monkeypatch.setattr(Copies, "to_device", to_device)
-    block = read_stats(made.stats, 1)
+    block = read_stats(made.norms, 1)
     masks = score_block(job, 1, block, device).masks
     assert [weight.shape for weight in copied] == [checkpoint.weight("model.layers.1.mlp.down_proj").shape]
     assert list(masks) == list(block.by_linear)
@@ -318,7 +318,7 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(calibrated_study: Make
     """Finished work that had been moved away was published without its blocks, with exit 0."""
     made = calibrated_study(propagation=propagation, calibration__statistics="norms")
     mask(study=made)
-    target, stage = (made.stats, calibrate) if propagation == "dense" else (made.masks, mask)
+    target, stage = (made.norms, calibrate) if propagation == "dense" else (made.masks, mask)
     complete = tree(target)
     with mock.patch.object(artifact, "finish", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         stage(study=made)
@@ -456,7 +456,7 @@ def test_show_says_whose_model_is_in_the_workspace(calibrated_study: Make):
 def test_stats_are_a_summary_of_the_norms(calibrated_study: Make):
     made = calibrated_study()
     records = json.loads(stats.stats(study=made, block=1, as_json=True))
-    inputs = read_stats(made.stats, 1).inputs
+    inputs = read_stats(made.norms, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
     for record, x in zip(records, inputs.values(), strict=True):
         norm = sorted(enumerate(x.norm.tolist()), key=lambda pair: -pair[1])

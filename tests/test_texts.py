@@ -205,7 +205,7 @@ def test_provenance_of_the_statistics_names_all_texts(study: Make, sources: list
     made = study(calibration__text=texts, calibration__windows=4, recipe="admm")
     calibrate_all(study=fetch(made))
     fetched = read_provenance(made.data("calibration"), "download calibration")
-    stats = read_provenance(made.stats, "calibrate")
+    stats = read_provenance(made.norms, "calibrate")
     assert fetched["source"] == stats["text"]["source"] == "digits.txt; lower.txt"
     assert (stats["text"]["sha256"], stats["params"]["shares"]) == (fetched["sha256"], [3, 1])
     mask_and_apply(made)

@@ -509,7 +509,7 @@ def test_the_units_with_the_lowest_scores_go(
         if method == "taylor":
             score = read_unit_costs(made.fisher, block)[name][units]
         else:
-            x = read_stats(made.stats, block).inputs[name]
+            x = read_stats(made.norms, block).inputs[name]
             scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
             score = scored.sum(dim=0).view(units, -1).sum(dim=1)
         gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
@@ -520,12 +520,12 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     made = study(pattern="blocks", sparsity=0.25, method="influence", calibration__statistics="gram")
     prune(fetch(made, "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    scores = [influence(read_stats(made.stats, block)) for block in range(4)]
+    scores = [influence(read_stats(made.norms, block)) for block in range(4)]
     gone = min(range(4), key=scores.__getitem__)
     assert pruned.config.num_hidden_layers == 3
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
     assert load_json(made.details("pruned", "layer_error"))["linears"] == {}  # nothing else changes
-    nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
+    nan = [read_stats(made.norms, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
     blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.consumers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
         choose_units(blocks, dense.weight, nan, method=methods()["influence"], device=torch.device("cpu"))

@@ -104,7 +104,7 @@ _METHODS = {row.name: row for row in (
            paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
     Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
-    Method("taylor", "neurons and heads only: (Σ x · ∂ℓ/∂x)² over a unit's inputs, mean over tokens", needs="fisher",
+    Method("taylor", "neurons and heads only: (Σ x · ∂ℓ/∂x)² over a unit's inputs, sum over tokens", needs="fisher",
            paper="[Molchanov et al. 2019](https://arxiv.org/abs/1906.10771)", patterns=("neurons", "heads"),
            function="wanda_dvc.pruning.scores:taylor"),
     Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", patterns=("experts",),

@@ -77,11 +77,11 @@ class Study:
         """
         from wanda_dvc.study.tensors import read_stats
 
-        stats = folder.Study(self.path).stats
-        count = block_count(stats, "calibrate")
+        norms = folder.Study(self.path).norms
+        count = block_count(norms, "calibrate")
         if count and block not in range(count):
             raise UserError(f"block: found {block!r}, expected 0 to {count - 1}")
-        return read_stats(stats, block)
+        return read_stats(norms, block)
 
     def masks(self) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
         """Return the masks by linear, in the shape of the stored weight; True is kept. Each is unpacked at access."""

@@ -84,6 +84,7 @@ class Plan:
     def from_dict(cls, choices: Mapping[str, Any]) -> "Plan":
         """Return the plan of stored choices, as in a provenance; its method need not be installed."""
         name, pattern = choices["method"], choices["pattern"]
+        # `apply` needs no method: it does not read what a missing one needs.
         missing = Method(name, "a method of a package that is not installed", paper="", function="", needs="norms")
         n_of_m = catalog.parse_pattern(pattern)
         # An exact fraction: 0.29 of 100 weights is 29, where floating point gives 28. A pattern n:m has its own.

@@ -93,6 +93,7 @@ def _write_variant(study: Study, path: Path, folder: Path, tasks: Sequence[str])
             (folder / file.name).symlink_to(file.resolve())
     provenance = read_provenance(dense, "download model")
     compared = {"source": provenance["source"], "sha256": provenance["sha256"]}
+    # As `apply` would: the stages measure no model without a provenance.
     write_provenance(folder, describe("apply", model=compared, sha256=sha256))
 
 

@@ -51,7 +51,7 @@ def export(*, study: Study, experiment: str | None, target: Path) -> str:
         for model, provenance in (
             ("dense", read_provenance(exported.study.model("dense"), "download model")),
             ("pruned", describe_pruned(exported.study)),
-            ("recovered", load_json(work.out / PROVENANCE)),
+            ("recovered", load_json(work.out / PROVENANCE)),  # without a recovery it has no results to leave out
         ):
             exported.results[model].leave_out_others(digest(provenance))
         exported.final.metrics["sparsity"] = metrics

@@ -5,6 +5,7 @@ A model and its calibration text have one study. Its statistics serve each furth
 
 import math
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     """
     params: Params = request.params
     length = params.calibration.length
-    longest = max_positions(read_config(config)) or length
+    longest = max_positions(read_config(config)) or sys.maxsize
     if "calibration.length" not in request.settings:
         length = min(longest, length)
     fitting = {"calibration.length": length, "perplexity.length": min(longest, params.perplexity.length)}

@@ -75,7 +75,7 @@ def check_request(
     if target is None:
         amount = None if ":" in params.pattern else f"{params.sparsity:g}"
         kind = None if params.pattern == UNSTRUCTURED else params.pattern.replace(":", "-")
-        trained = str(recover) if params.recovery.tokens else None
+        trained = str(recover or params.recovery.tokens) if params.recovery.tokens else None
         target = Path("-".join(filter(None, [name, recipe, kind, amount, trained])))
     target = check_target(Study(root), target)
     return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate)

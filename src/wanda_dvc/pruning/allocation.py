@@ -158,7 +158,7 @@ def sensitivity(
 
 
 def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
-    """Count positive scores by their exponent and the first four bits of their fraction."""
+    """Count scores, which are not negative, by their exponent and the first four bits of their fraction."""
     bits = score.float().contiguous().flatten().view(torch.int32) >> BIN_BITS
     return torch.bincount(bits, minlength=1 << (31 - BIN_BITS)).int()
 

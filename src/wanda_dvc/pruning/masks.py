@@ -197,10 +197,12 @@ def prune_weight(
 
     UserError for other shapes, values that are not finite, or a pattern that does not fit.
     """
+    stats = None
     if inputs is not None:
         sums = Gram.empty(inputs.shape[-1], inputs.device)
         sums.add(inputs)
-        gram = sums.matrix()
+        gram, stats = sums.matrix(), InputStats.empty(inputs.shape[-1], inputs.device)
+        stats.add(inputs)
     assert gram is not None  # the caller has one of them
     features = weight.shape[1]
     if gram.shape != (features, features) or not gram.isfinite().all():
@@ -208,8 +210,10 @@ def prune_weight(
             f"inputs, gram: found shape {list(gram.shape)} of XᵀX, or values that are not finite, expected finite "
             f"inputs [tokens, {features}], or XᵀX of these; remove tokens that are not finite"
         )
-    squares, name = gram.diagonal().double(), "weight"
-    stats = InputStats(squares, torch.zeros_like(squares), count=1)
+    name = "weight"
+    if stats is None:  # XᵀX says nothing of the sum of the tokens, nor of their number
+        squares = gram.diagonal().double()
+        stats = InputStats(squares, torch.zeros_like(squares), count=1)
     factors = GramFactors(gram)
     x = factors if rule.method.is_solver else stats
     mask = choose_linear(name, weight, x, BlockStats({name: stats}, {name: [name]}, []), rule).to(weight.device)

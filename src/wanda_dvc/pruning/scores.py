@@ -33,10 +33,10 @@ def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in
 
 
 def taylor(costs: UnitCosts, units: int) -> Float[Tensor, " units"]:
-    """Return twice the second-order rise of the loss without each unit, summed over tokens: (Σ x · ∂ℓ/∂x)².
+    """Return Σ (∂ℓ/∂m)² over tokens, m = 1 a factor on a unit's inputs: ∂ℓ/∂m = Σ x · ∂ℓ/∂x over these inputs.
 
-    The sum is over the unit's inputs: the derivative of the loss by a factor on them. Molchanov et al. 2019, arXiv
-    1906.10771; the Fisher information of such factors, Kwon et al. 2022, arXiv 2204.09656.
+    Half of it estimates the rise of the loss without the unit, at m = 0, by the second order. Molchanov et al. 2019,
+    arXiv 1906.10771; the Fisher information of such factors, Kwon et al. 2022, arXiv 2204.09656.
     """
     return costs[units].float()
 

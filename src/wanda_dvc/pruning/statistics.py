@@ -78,8 +78,8 @@ class TokenSum:
         self.count += token_sum.count
 
 
-# Of the input of a linear, by number of units: (Σ x · ∂ℓ/∂x over a unit)², [units]. Units are neighbouring features: as
-# many as features (neurons), or as key-value heads.
+# Of the input of a linear, by number of units: (Σ x · ∂ℓ/∂x over a unit)², summed over tokens, [units]. Units are
+# neighbouring features: as many as features (neurons), or as key-value heads.
 UnitCosts = dict[int, Float64[Tensor, " _"]]
 
 

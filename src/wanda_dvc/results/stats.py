@@ -21,11 +21,11 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
 
     Each input also lists the layer errors of its consumers, if they were measured with these statistics.
     """
-    measured_on = read_provenance(study.stats, "calibrate")["model"]
+    measured_on = read_provenance(study.norms, "calibrate")["model"]
     model = load_json(study.model("dense") / PROVENANCE)
     if model:  # the statistics have to be its
         check_source("stats", measured_on, model, "calibrate")
-    count = block_count(study.stats, "calibrate")
+    count = block_count(study.norms, "calibrate")
     if block is not None and not 0 <= block < count:
         raise UserError(f"--block: got {block}, expected 0 to {count - 1}: the model has {count} blocks")
     errors: dict[str, float] = {}
@@ -35,7 +35,7 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
             errors = {name: linear["error"] for name, linear in pruned["linears"].items()}
     records = []
     for index in range(count) if block is None else [block]:
-        statistics = read_stats(study.stats, index)
+        statistics = read_stats(study.norms, index)
         for name, input_stats in statistics.inputs.items():
             records.append(_record(index, statistics.consumers[name], input_stats, errors))
     if as_json:

@@ -30,7 +30,7 @@ MODELS = ("dense", "pruned", "recovered")
 class Variant:
     """One run of a stage in `dvc.yaml`: what it reads and writes, below a study; `{text}` is a text's name."""
 
-    settings: tuple[str, ...] = ()  # the settings that decide its results, by dotted name
+    settings: tuple[str, ...] = ()  # that decide its results, by dotted name: docs/settings.md says what reruns
     deps: tuple[str, ...] = ()
     outs: tuple[str, ...] = ()  # cached by DVC
     uncached: tuple[str, ...] = ()  # not stored: links, and what follows from cached outputs

@@ -134,12 +134,12 @@ class DenseToPruned:
             return stored
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
-        grams = self.grams_of(block) if self.measures_errors else Grams({}, {}, None)
+        grams = self.grams_of(block) if self.measures_errors else Grams({}, {}, None)  # of no input
         name = grams.input_of.get(linear)
         factors = None if name is None else self.factors_of(block, name)
         dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
         mask = self.masks_of(block).on(dense.device, linear)
-        transposed = linear in grams.transposed
+        transposed = linear in grams.transposed  # read only with factors
         new, diagnostics = None, Json()
         if plan.mask_stores_weights:
             weights, solved = self.weights_of(block)
@@ -176,6 +176,7 @@ def linears_of_masks(study: Study, block: int, *, with_gram: bool) -> list[str]:
     masks, gram = block_file(study.masks, block), block_file(study.gram, block)
     _, header = artifact.load_tensors(masks, "mask", lambda _: False)
     linears = list(header["columns"])
+    # A block's number is a part of its linears' names. An expert may have that number too; other linears then differ.
     wrong = sorted(linear for linear in linears if str(block) not in linear.split("."))
     if wrong:
         raise UserError(

@@ -42,7 +42,7 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
     own_device(study.params.runtime)
     if study.params.runtime.ray is not None:
-        importlib.import_module("ray")
+        importlib.import_module("ray")  # ModuleNotFoundError, which is explained, without the extra
     provenance = read_provenance(study.model(model), MODEL_COMMANDS[model])
     for file in study.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
@@ -66,7 +66,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
 
     These are `method`, `gram`, `fisher` and `blocks`. UserError if they are of another model, or of other settings.
     """
-    norms = read_provenance(study.stats, "calibrate")
+    norms = read_provenance(study.norms, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
     check_source("stats", norms["model"], dense, "calibrate")
     expected = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}

@@ -84,7 +84,7 @@ def mask(*, study: Study) -> None:
     device = accelerator.float64_device(devices.own_device(study.params.runtime))  # UserError before any file is read
     norms, digests = inputs.statistics(study)
     inputs.discard_waiting_gram(study)
-    checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.stats, "calibrate")
+    checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.norms, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks, device)
     made_from = _describe(plan, norms, digests, sparsities, removal)
@@ -99,8 +99,9 @@ def mask(*, study: Study) -> None:
         else:
             results = from_statistics(study, job, range(finished, blocks), device)
         for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-            is_repaired = plan.repairs and is_there(artifact.block_file(weights, result.block))
-            if plan.mask_stores_weights and not is_repaired:
+            # The repair has written the files of the blocks before cuts, empty where it did not help.
+            has_file = plan.repairs and is_there(artifact.block_file(weights, result.block))
+            if plan.mask_stores_weights and not has_file:
                 tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
             tensors.write_masks(masks, result.block, result.masks)
         artifact.finish(masks, made_from)
@@ -174,7 +175,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     if plan.measures_blocks:
         kept = measured_blocks(study, removal)
     else:
-        stats = (tensors.read_stats(study.stats, block) for block in range(blocks))
+        stats = (tensors.read_stats(study.norms, block) for block in range(blocks))
         kept = choose_units(removal.unit_sets, checkpoint.weight, stats, method=plan.method, device=device)
     removal = removal.with_kept(kept)
     probe(checkpoint, removal, device)  # UserError if a model without these units computes something else
@@ -203,7 +204,7 @@ def allocate_sparsities(
     plan = study.plan
     if plan.sparsity and plan.pattern == UNSTRUCTURED:
         # Only of block 0: the groups of other blocks have about the same size.
-        inputs_of = tensors.read_stats(study.stats, 0).by_linear
+        inputs_of = tensors.read_stats(study.norms, 0).by_linear
         if plan.group == "row":
             largest_group = max(len(x.sum) for x in inputs_of.values())
         else:
@@ -212,7 +213,7 @@ def allocate_sparsities(
             problem = f"sparsity: got {float(plan.sparsity):g}, which removes no weight"
             raise UserError(f"{problem}; set a higher sparsity")
     fisher = study.fisher if plan.allocation.uses_fisher else None
-    stats = (tensors.read_stats(study.stats, block, fisher=fisher) for block in range(blocks))
+    stats = (tensors.read_stats(study.norms, block, fisher=fisher) for block in range(blocks))
     return allocate(
         checkpoint.weight,
         process.progress(stats, total=blocks, what="mask, blocks rated"),
@@ -235,11 +236,11 @@ def from_statistics(study: Study, job: MaskJob, blocks: range, device: torch.dev
     """
     if not job.plan.mask_solves:
         for block in blocks:
-            yield score_block(job, block, tensors.read_stats(study.stats, block), device)
+            yield score_block(job, block, tensors.read_stats(study.norms, block), device)
         return
     tasks = []
     for block in blocks:
-        stats = tensors.read_stats(study.stats, block)
+        stats = tensors.read_stats(study.norms, block)
         tasks += [SolverTask(block, name, stats.of(name)) for name in stats.consumers]
     results = run_solvers(job, study.gram, tasks, inputs.cluster(study), device)
     for block, of_block in itertools.groupby(results, key=lambda result: result.block):
@@ -413,5 +414,5 @@ def last_linear(study: Study, run: "ModelRunner", block: int) -> str:
     An expert's linear adds to some tokens only, so it cannot take over what removed blocks add to all of them.
     """
     linears = run.decoder.linears(block)
-    called = tensors.read_stats(study.stats, block).by_linear  # in the order in which the block calls its linears
+    called = tensors.read_stats(study.norms, block).by_linear  # in the order in which the block calls its linears
     return [name for name in called if linears[name].slice.expert is None][-1]

@@ -187,7 +187,7 @@ class Work:
         return self.out
 
     def commit(self, *targets: Path) -> None:
-        """Move the finished artifact to its place and remove the rest. Several artifacts are named as their places."""
+        """Move the finished artifact to its place and remove the rest; of several, `output(NAME)` goes to …/NAME."""
         for target in targets:
             folder = self.output(target.name if len(targets) > 1 else "")
             temporary = target.with_name(f".{target.name}.part")

@@ -22,7 +22,7 @@ class Study:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.stats, self.gram, self.fisher = (root / "stats" / name for name in STATISTICS)
+        self.norms, self.gram, self.fisher = (root / "stats" / name for name in STATISTICS)
         self.blocks = root / "stats" / "blocks"  # the measured choices of blocks to remove
         self.masks = root / "masks"
         self.weights = root / "weights"  # new weights that cannot be recomputed from masks/ and stats/

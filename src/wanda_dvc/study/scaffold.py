@@ -88,8 +88,9 @@ def _copy_results(study: Path, folder: Path) -> None:
     for name, copy_file in ((".dvc/cache", link_file), ("metrics", shutil.copy)):
         if (study / name).is_dir():
             shutil.copytree(study / name, folder / name, copy_function=copy_file, dirs_exist_ok=True)
-    for name in ("dvc.lock", PROMPTS):
-        shutil.copy(study / name, folder)
+    shutil.copy(study / "dvc.lock", folder)
+    if (study / PROMPTS).is_file():
+        shutil.copy(study / PROMPTS, folder)
     checkout(folder)
 
 

@@ -48,7 +48,8 @@ def of_first_process(value: Any, device: torch.device) -> Any:
 def shard(model: Any, device: torch.device) -> None:
     """Move a model to a device, and keep this process's part of each parameter: rows of its first dimension.
 
-    Other parts are gathered for a block's forward pass, and for its backward pass. Gradients are means over processes.
+    `fully_shard` moves it. Other parts are gathered for a block's forward pass, and for its backward pass. Gradients
+    are means over processes.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # of sums of gradients

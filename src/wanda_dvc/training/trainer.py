@@ -129,7 +129,7 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
-        if is_sharded:  # without DDP: FSDP adds up gradients
+        if is_sharded:  # in evaluation mode accelerate does not wrap the model in DDP: FSDP adds up gradients
             prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
             vars(self.accelerator)["prepare_model"] = prepare
         self.dense, self.validation, self.stored_dtypes, self.on_step = dense, validation, stored_dtypes, on_step
@@ -257,7 +257,7 @@ def train(
     logging.set_verbosity_error()
     divergence = sliced_divergence if low_memory else divergence_of_windows
     if low_memory:
-        keep_freed_memory(2**22)  # bytes; larger freed tensors would leave holes that no gradient fits in
+        keep_freed_memory(largest=2**22)  # bytes; of larger tensors glibc would keep holes too small for a gradient
     read_on = torch.device("cpu") if is_sharded else device  # no GPU needs to hold all of a split model
     model = load_for_training(pruned, dtype if low_memory else torch.float32, read_on)
     dense_model = load_for_training(dense, dtype, read_on).requires_grad_(False)
