@@ -25,6 +25,7 @@ def mask_pairs(
     """Return the mask of one kind of block (causal, sliding, chunked) for `attend`.
 
     Bool [1, 1, 1, pairs], True is seen: on a CPU the pairs of tokens of each question, on a GPU those of the sequence.
+    transformers' sizes are those of the sequence; the mask is made for one text of as many positions as a question has.
     """
     questions = running_questions.get()
     positions = int(questions.positions.max()) + 1

@@ -111,7 +111,11 @@ class Checkpoint:
 
 
 class EditedCheckpoint(Checkpoint):
-    """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`."""
+    """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`.
+
+    Addresses in `replaced` have the source's names, all others the view's. Here these are equal; a `SmallerCheckpoint`
+    sets `source_names` and `config_changes`.
+    """
 
     def __init__(self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address]) -> None:
         super().__init__(source.folder)

@@ -88,11 +88,14 @@ class Decoder:
     def memory_budget(self) -> int:
         """Return half of the GPU memory that blocks and sums leave, in bytes; 0 on a CPU.
 
-        One half is for activations that stay, the other for a batch with its arguments.
+        One half is for activations that stay, in one store or two, with a half of it each; the other is for a batch with
+        its arguments.
         """
         if self.device.type != "cuda":
             return 0
-        need = 2 * self.sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
+        need = (
+            2 * self.sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
+        )  # of matrices alone: no tokens
         return max(0, accelerator.free_device_memory(self.device) - need) // 2
 
     def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, copies: int = 1) -> list[Batch]:
@@ -257,7 +260,10 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: States, tokens: Int[Tensor, " length"]) -> Iterator[tuple[slice, Logits]]:
-        """Yield the logits after the last block, some positions at a time, through the model's own norm and head."""
+        """Yield the logits after the last block, some positions at a time, through the model's own norm and head.
+
+        The model's forward pass needs `tokens` of that length; the logits do not depend on them.
+        """
         for positions in self._positions_at_a_time(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 

@@ -228,7 +228,10 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
 
 
 def block_lists(content: Mapping[str, Any], blocks: int) -> dict[str, list[Any]]:
-    """Return a configuration's lists with an entry for each block, such as `layer_types`, but no list of all blocks."""
+    """Return a configuration's lists with an entry for each block, such as `layer_types`.
+
+    A list of the numbers of all blocks, such as `attn_layer_indices` can be, has no entries that belong to blocks.
+    """
     lists = {name: list(entries) for name, entries in content.items() if isinstance(entries, (list, tuple))}
     return {
         name: entries

@@ -81,10 +81,11 @@ class ForwardMemory:
         # Of some positions, as the model gives them, in float32, and their log-softmax.
         self.logits = min(LOGITS_AT_A_TIME, length * model.vocabulary) * (itemsize + 8)
         self.norms = 8 * length * model.widest  # to sum statistics: the float32 copy of an input, and its square
-        # To sum Gram matrices: float64 sums of the chunks so far and of the next one, and a panel or a product.
+        # To sum Gram matrices, in bytes as in the docstring of `Gram`: two sums in float64, of the chunks so far and of
+        # the next one; and on a CPU a panel of 128 rows, in float32 and float64, on a GPU the product in float32.
         product = (12 * PANEL if device == "cpu" else 4 * model.widest) * model.widest
         self.grams = 16 * model.input_squares + product
-        # Backward: autograd's copies, and Gram matrices of gradients, of all sequences so far and of one.
+        # Backward: autograd's copies, and Gram matrices of gradients, with two float32 copies of a window's gradients.
         gradient_grams = 16 * model.output_squares + product + 8 * length * model.widest
         self.backward = 3 * self.activations + 2 * self.logits + gradient_grams
         self.sums = max(self.grams, gradient_grams)  # of any pass

@@ -62,7 +62,8 @@ class Removal:
     unit_sets: Mapping[str, Units]
     config_fields: Mapping[str, ConfigField]
     consumers: Mapping[str, UnitDimension] = field(default_factory=dict)  # by linear: its inputs, which are units
-    dimensions: tuple[UnitDimension, ...] = ()  # of all tensors
+    # Of all tensors. A tensor of several experts has the dimension of its experts, or dimensions of each one's matrix.
+    dimensions: tuple[UnitDimension, ...] = ()
     unit_tensors: Mapping[str, UnitTensor] = field(default_factory=dict)  # by stored name
     routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
     kept_masks: KeptUnits = field(default_factory=dict)  # once they are chosen

@@ -66,7 +66,8 @@ def run_cuts(
     weight on disk first: a resumed run asks again, and the activations are then repaired ones. UserError for
     activations that are not finite.
     """
-    # `repair_cut` reads what is before `block_before` to `end`: `kept` and one more, until `end` counts as finished.
+    # `repair_cut` reads the activations before each block from `block_before` to `end`, one more than `kept`: the
+    # oldest ones are dropped only once the last block before `end` counts as finished.
     kept = max(cut.end - cut.block_before for cut in cuts)
     first, last = cuts[0].block_before, cuts[-1].end
     for step in runner.forward(windows, models=["own", "dense"], kept=kept):
@@ -133,7 +134,7 @@ def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor
 
 
 def new_weight(weight: Tensor, sums: RepairSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
-    """Return W + D, as stored: D = RᵀX (G + λI)⁻¹."""
+    """Return W + D, as stored: D = RᵀX (G + λI)⁻¹, λ = damping · mean diagonal of G."""
     root, _ = GramFactors(sums.grams[linear].matrix(), damping=damping).inverse_root  # rootᵀ root = (G + λI)⁻¹
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()

@@ -204,7 +204,7 @@ def find_slices(model: Any, checkpoint: Checkpoint) -> dict[str, list[ParameterS
 
 
 def _check_is_stored(model: nn.Module, checkpoint: Checkpoint, slices: Mapping[str, Sequence[ParameterSlice]]) -> None:
-    """Raise UserError if a parameter is not stored, or in another dtype or shape, or blocks share one."""
+    """Raise UserError if a parameter is not stored, has an unsupported dtype or another shape, or blocks share one."""
     in_blocks = f"{find_blocks(model)[0]}."
     aliases: dict[int, list[str]] = {}  # the names of each parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
