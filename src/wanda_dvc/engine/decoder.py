@@ -88,8 +88,7 @@ class Decoder:
     def memory_budget(self) -> int:
         """Return half of the GPU memory that blocks and sums leave, in bytes; 0 on a CPU.
 
-        One half is for activations that stay, in one store or two, with a half of it each; the other is for a batch with
-        its arguments.
+        One half is for activations that stay, in one store or two, with a half of it each; the other is for a batch.
         """
         if self.device.type != "cuda":
             return 0
