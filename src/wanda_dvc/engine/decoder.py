@@ -92,9 +92,8 @@ class Decoder:
         """
         if self.device.type != "cuda":
             return 0
-        need = (
-            2 * self.sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
-        )  # of matrices alone: no tokens
+        # A length of 0: the sums are of matrices alone.
+        need = 2 * self.sizes.block_parameters * self.dtype.itemsize + self._memory(0).sums
         return max(0, accelerator.free_device_memory(self.device) - need) // 2
 
     def batches(self, sequences: Sequence[TokenSequence], *, streamed: bool, copies: int = 1) -> list[Batch]:
