@@ -31,12 +31,13 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import GramFactors
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units, count_kept, expand, greedy_obs, least_squares_of_units
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.tensors import read_masks, read_stats, read_unit_costs
+from wanda_dvc.study.tensors import read_masks, read_stats, read_unit_costs, write_grams
 
 CPU = torch.device("cpu")
 NO_NUMBER = "its configuration has no number"
@@ -455,6 +456,15 @@ CHOICES = [
     {"recipe": "wanda-refit", "method": "taylor"},
     {"recipe": "wanda", "method": "taylor", "propagation": "pruned"},
 ]
+
+
+def test_statistics_without_the_costs_of_units_are_refused(tmp_path: Path):
+    """As an earlier version wrote them: equal costs would remove the first units."""
+    write_grams(tmp_path, 0, BlockStats({}, {"a": ["a"]}, [], {"a": torch.ones(2).double()}), {})
+    with pytest.raises(UserError, match="no costs of units, expected some of each block; run `wanda-dvc calibrate"):
+        read_unit_costs(tmp_path, 0)
+
+
 # The share of units that goes, what config.json then says, and the linear that reads the units.
 LEFT = {
     "neurons": (0.25, {"intermediate_size": 36}, "mlp.down_proj"),

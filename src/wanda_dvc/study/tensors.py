@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import pack_bits, unpack_bits
@@ -121,9 +122,11 @@ def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
 
 
 def read_unit_costs(folder: Path, block: int) -> dict[str, UnitCosts]:
-    """Read the costs of the units that each linear of one block reads, by linear."""
-    kind = ".costs_of_"
-    tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: kind in name)
+    """Read the costs of the units that each linear of one block reads, by linear. UserError if the file has none."""
+    kind, path = ".costs_of_", block_file(folder, block)
+    tensors, _ = load_tensors(path, "calibrate", lambda name: kind in name)
+    if not tensors:  # of an earlier version: all units would count as equal
+        raise UserError(f"{path}: no costs of units, expected some of each block; run `wanda-dvc calibrate fisher`")
     costs: dict[str, UnitCosts] = {}
     for name, of_units in tensors.items():
         linear, _, units = name.rpartition(kind)
