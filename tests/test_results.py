@@ -384,3 +384,13 @@ def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: py
     write_json(here.root / "dvc.lock", {"stages": {"perplexity": {"outs": [{"path": path} for path in files]}}})
     (revision,) = listing.listed_revisions(here)
     assert revision.final.texts == ["embedded"]
+
+
+def test_an_unreadable_experiment_has_no_changes(here: Study, monkeypatch: pytest.MonkeyPatch):
+    settings = {"params.yaml": {"data": here.params.model_dump(mode="json")}}
+    unreadable = {"revs": [{"rev": "a" * 40, "error": {"msg": "damaged"}}], "name": "bad"}
+    record = {"rev": "b" * 40, "name": "main", "data": {"params": settings}, "experiments": [unreadable]}
+    monkeypatch.setattr("wanda_dvc.study.dvc.list_revisions", lambda _: [record])
+    monkeypatch.setattr("wanda_dvc.study.dvc.repository_roots", lambda root: (root, root))
+    _, experiment = listing.listed_revisions(here)
+    assert (experiment.status, experiment.changes) == ("unreadable: damaged", {})

@@ -268,7 +268,8 @@ class Decoder:
     def loss_gradient(self, hidden: States, tokens: Int[Tensor, "batch length"]) -> States:
         """Return the gradient of the loss, summed over all tokens but each text's first, with respect to `hidden`."""
         ignored = -100  # cross_entropy's target of no token, after each text's last one
-        targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=ignored).flatten()[:-1].to(self.device)
+        targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=ignored).flatten().to(self.device)
+        targets = targets[:-1]  # the last text's end needs no logits
         joined, tokens = hidden.flatten(0, 1)[None], tokens.flatten().to(self.device)
         gradient = torch.zeros(joined.shape, device=self.device)
         for positions in self._positions_at_a_time(len(targets)):

@@ -125,7 +125,7 @@ def observing(
 class GradientRecorder:
     """Sums of gradients at the inputs and outputs of a block's linears, which grow while passes run backward.
 
-    `heads` is the number of key-value heads, which read some neighbouring inputs of attention's last linear; 0: none.
+    `heads` is the number of key-value heads: each computes neighbouring inputs of attention's last linear. 0: none.
     """
 
     def __init__(self, linears: dict[str, Linear], heads: int = 0) -> None:
@@ -157,6 +157,10 @@ class GradientRecorder:
         y.register_hook(on_output_gradient)
 
     def _add_unit_costs(self, names: list[str], products: Float[Tensor, "tokens in"]) -> None:
+        """Add Σ over tokens of (Σ over a unit's inputs of x · ∂ℓ/∂x)². Units are single inputs, and heads.
+
+        Which linear is attention's last is not known here: heads are summed wherever their number divides the inputs'.
+        """
         features, device = products.shape[1], float64_device(products.device)
         for units in {features, self.heads}:
             if units and features % units == 0:

@@ -149,12 +149,10 @@ def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
     sums, inputs = RepairSums(), list[Tensor]()
     batches = model.batches(chunk.sequences, streamed=not removed.store.on_device)
     before = removed.store.read_batches(block, chunk.number, batches, model.copies)
-    after = removed.store.read_batches(block + 1, chunk.number, batches, model.copies)
     wanted = removed.dense_store.read_batches(end, chunk.number, batches, model.copies)
     with observing({linear: model.linears(block)[linear]}, lambda _, x, __: inputs.append(x)):
-        for batch, states_before, states_after, states_wanted in zip(batches, before, after, wanted, strict=True):
-            model.run(block, states_before, batch[0])
-            missing = states_wanted.float() - states_after.float()
+        for batch, states_before, states_wanted in zip(batches, before, wanted, strict=True):
+            missing = states_wanted.float() - model.run(block, states_before, batch[0]).float()
             sums.add(linear, inputs.pop().flatten(0, -2), missing.flatten(0, -2))
     return sums
 

@@ -66,7 +66,7 @@ def choose_linear(
         weight = weight.to(x.gram.device)
         if row_factors is not None:  # a factor changes nothing within its row, only how the rows compete
             weight = weight.float() * row_factors.to(weight.device)[:, None]
-        if units:
+        if units:  # every solver chooses units in this way
             mask = expand(greedy_obs(weight, x, units), units.layout)
         else:
             sparsity = linear_sparsity(rule.sparsity, linear)
@@ -169,6 +169,7 @@ def choose_units(
 def _unit_score(
     linears: Sequence[str], read_weight: ReadWeight, stats: BlockStats, method: Method, device: torch.device
 ) -> float:
+    """Return the score of a block or an expert: the method's own, or the sum of its scores of the weights."""
     if "blocks" in method.patterns:
         return float(method(stats))
     inputs = stats.by_linear

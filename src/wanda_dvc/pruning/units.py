@@ -109,7 +109,7 @@ def _costs(weight: Weight, inverse: Square, unit_inputs: Int[Tensor, "units size
 
 
 def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
-    """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
+    """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask of complete rows and complete inputs.
 
     With r the removed inputs and k the kept ones: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹. A row keeps its dense values if
     its tr(ΔGΔᵀ) does not fall.
@@ -123,7 +123,7 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()
     solved[:, kept] += multiply(cross, inverse)
-    solved[~kept_rows] = 0
+    solved[~kept_rows] = 0  # a row that computes a removed unit, of another set
     new = torch.empty_like(start)
     unchanged = write_better_rows(w, start, solved, factors, new)
     return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)

@@ -82,7 +82,9 @@ def _listed(
     if status == SUCCESS and not record.get("data"):
         status = f"unreadable: {(record.get('error') or {}).get('msg')}"
     settings, before = _settings_of(record, prefix), _settings_of(base, prefix)
-    changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
+    changes = {}
+    if settings:  # else they are not known
+        changes = {key: settings.get(key) for key in before | settings if before.get(key) != settings.get(key)}
     results = {model: Results({}) for model in MODELS}
     if status == SUCCESS:  # DVC gives an unfinished one its base commit's results
         lock, left_out, params = Lock({}), set[str](), valid_params(settings)

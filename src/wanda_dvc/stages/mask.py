@@ -83,7 +83,7 @@ def mask(*, study: Study) -> None:
     plan = study.plan
     device = accelerator.float64_device(devices.own_device(study.params.runtime))  # UserError before any file is read
     norms, digests = inputs.statistics(study)
-    inputs.discard_waiting_gram(study)
+    inputs.discard_unneeded_gram(study)  # it takes gigabytes
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.norms, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks, device)
