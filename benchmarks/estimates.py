@@ -55,8 +55,9 @@ def of_mask(given: Conditions) -> tuple[int, int]:
 def of_apply(given: Conditions) -> tuple[int, int]:
     """Return the bytes of memory, without fixed costs, and of disk."""
     memory = 9 * given.sizes.largest_linear  # its values, new values and mask
-    if "gram" in given.params.statistics:
-        memory = solving_memory(given.sizes, uses_fisher=given.params.plan.used_reconstruction.uses_fisher)
+    plan = given.params.plan
+    if plan.apply_reconstructs:
+        memory = solving_memory(given.sizes, uses_fisher=plan.used_reconstruction.uses_fisher)
     return max(memory, _trial(given)), given.sizes.stored
 
 

@@ -90,7 +90,7 @@ def work_of_stages(config: dict[str, Any], protocol: Protocol) -> dict[str, Work
     def products(by_input: float, by_output: float = 0) -> float:  # of weights with Gram matrices
         return 2 * blocks * sum(out * width * (by_input * width + by_output * out) for out, width in shapes)
 
-    # Conjugate gradients have one product more than steps. Two products compare errors, three give layer errors.
+    # Conjugate gradients have one product more than steps. One or two products compare errors.
     least_squares, weighted = (RECONSTRUCTIONS[name].steps + 1 for name in ("least-squares", "output-weighted"))
     cubes = blocks * sum(width**3 for width in inputs)  # of an inverse; a Cholesky factor takes a third
     files, fisher = Work(link=model, disk=model), Work(link=gradient_grams, disk=gradient_grams)
@@ -101,7 +101,7 @@ def work_of_stages(config: dict[str, Any], protocol: Protocol) -> dict[str, Work
     mask = Work(single=linears, link=2 * linears + masks, disk=2 * linears + masks)
     admm = mask.plus(Work(single=cubes + products(ADMM_ITERATIONS - 1), link=grams, disk=grams))
     write = Work(disk=2 * model + masks)
-    refit = Work(single=cubes / 3 + products(least_squares + 4), link=4 * linears + grams, disk=grams)
+    refit = Work(single=cubes / 3 + products(least_squares + 1), link=4 * linears + grams, disk=grams)
     coupled = fisher.plus(Work(single=products(weighted + 2, weighted)))
     head_runs = 2 * evaluated * head
     # The teacher runs forward, the model forward twice and backward, with gradients of weights.

@@ -79,7 +79,7 @@ def test_a_directory_has_the_stages_figures(calibrated_study: Study):
     left = {path: content for path, content in tree(calibrated_study.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
     own = figures(Results.of(calibrated_study, "pruned"))
-    assert found["results"] == {name: value for name, value in own.items() if name not in ("sparsity", "layer_error")}
+    assert found["results"] == {name: value for name, value in own.items() if name != "sparsity"}
     assert found["tests"][0]["measure"] == "perplexity"
 
 

@@ -1,4 +1,4 @@
-"""Statistics of inputs: sums that are right, merge and pack; the layer error; and allocations, whose mean is exact."""
+"""Statistics of inputs: sums that are right, merge and pack; and allocations, whose mean is exact."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -6,7 +6,6 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from operations import Operations
 from simulated_gpu import simulated_gpu
 
 from wanda_dvc.catalog import ALLOCATIONS
-from wanda_dvc.engine.accelerator import product_dtype
 from wanda_dvc.pruning.allocation import (
     Competition,
     allocate,
@@ -29,10 +27,8 @@ from wanda_dvc.pruning.allocation import (
     sensitivity_rating,
     shift,
 )
-from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.reconstruction import layer_errors_of, masked
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import count_removed
-from wanda_dvc.pruning.solvers import GramFactors, least_squares
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, add_slices
 from wanda_dvc.stages import calibrate
 
@@ -176,90 +172,6 @@ def test_a_gpu_starts_as_many_operations_for_any_width(dtype: torch.dtype):
 
 def test_without_tokens_every_feature_counts_alike():
     assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))
-
-
-def test_the_layer_error_is_that_of_the_outputs():
-    x, weight = inputs(60, 20).double(), inputs(7, 20, seed=1)
-    pruned = weight * (inputs(7, 20, seed=2) > 0)
-    gram = unit_scores(Gram, 20, [x.float()])
-    expected = ((weight - pruned).double() @ x.T).norm() ** 2 / (weight.double() @ x.T).norm() ** 2
-    others = [pruned, weight, torch.zeros_like(weight)]
-    assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
-    assert layer_errors(torch.zeros(7, 20), [torch.zeros(7, 20)], gram.matrix()) == [0]
-    rounded = torch.tensor([[1, 1.001], [1.001, 1]])  # not positive semidefinite
-    assert layer_errors(torch.tensor([[1.0, 1]]), [torch.tensor([[0.0, 2]])], rounded) == [0]
-
-
-def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
-    x, weight = inputs(60, 20), inputs(7, 20, seed=1)
-    x[:, 3:9] = 0
-    gram = unit_scores(Gram, 20, [x])
-    keep = torch.ones(7, 20, dtype=torch.bool)
-    keep[:, 3:9] = False
-    assert layer_errors_of(weight, keep, masked(weight, keep), GramFactors(gram.matrix())) == (0, 0)
-    keep[:, 0] = False
-    expected = ((weight[:, :1] @ x.T[:1]).norm() / (weight @ x.T).norm()) ** 2
-    error, _ = layer_errors_of(weight, keep, masked(weight, keep), GramFactors(gram.matrix()))
-    assert error == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: Patch):
-    weight, gram = inputs(13, 20), unit_scores(Gram, 20, [inputs(60, 20, seed=1)])
-    direct = layer_errors(weight, [weight.round()], gram.matrix())
-    monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
-    assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(direct, rel=1e-12)
-
-
-def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():
-    """A change along a direction of almost no energy: float32 products would leave noise, even below zero."""
-    gram = torch.full((2, 2), 1e6)
-    gram[1, 1] += 1
-    weight = torch.tensor([[1.0, 1.0]])
-    pruned = weight - torch.tensor([[1000.0, -1000.0]])
-    assert layer_errors(weight, [pruned], gram) == [pytest.approx(1e6 / 4000001, rel=1e-9)]
-
-
-@pytest.mark.parametrize("tokens", [30, 600])
-@pytest.mark.parametrize("outlier", [1.0, 100.0])
-def test_the_layer_error_in_float32_is_near_that_in_float64(tokens: int, outlier: float):
-    """Of a masked weight and of one that compensates, for which most of the product cancels."""
-    x = inputs(tokens, 200) @ inputs(200, 200, seed=1) + 3
-    x[:, 7] *= outlier
-    weight = inputs(50, 200, seed=2)
-    factors = GramFactors(unit_scores(Gram, 200, [x]).matrix())
-    mask = inputs(50, 200, seed=3) > 0
-    pruned = [weight * mask, least_squares(weight, mask, factors).weight]
-    exact = layer_errors(weight, pruned, factors.gram)
-    rounded = layer_errors(weight, pruned, factors.gram, dtype=torch.float32)
-    assert rounded == pytest.approx(exact, rel=1e-4)
-    energy = (weight.double() @ factors.gram.double() * weight).sum()
-    for new, a, b in zip(pruned, exact, rounded, strict=True):
-        change = (weight - new).double().abs()
-        terms = (change @ factors.gram.double().abs() * change).sum() / energy
-        assert abs(a - b) <= 200 * 2**-23 * (terms + a)
-
-
-def test_a_gpu_measures_layer_errors_in_one_go():
-    """The host waits once, and the slices are larger than a CPU's."""
-    weight, gram = inputs(300, 200), unit_scores(Gram, 200, [inputs(60, 200, seed=1)]).matrix()
-    pruned = [weight.round(), weight * 0]
-    expected = layer_errors(weight, pruned, gram)
-    with (
-        simulated_gpu(),
-        Operations(of_gpu=True) as noted,
-        mock.patch("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 1000),
-    ):
-        errors = layer_errors(weight.to("cuda"), [x.to("cuda") for x in pruned], gram.to("cuda"))
-    assert errors == pytest.approx(expected, rel=1e-12)
-    assert noted.counts["mm"] == 3
-    assert not noted.counts["_local_scalar_dense"]
-
-
-@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.float64), ((8, 9), torch.float32)])
-def test_products_are_in_float64_where_it_is_fast(capability: tuple[int, int], dtype: torch.dtype):
-    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
-        assert product_dtype(torch.device("cuda")) is dtype
-        assert product_dtype(torch.device("cpu")) is torch.float64
 
 
 SHAPES = {"up": (40, 24), "down": (24, 40)}  # as stored; the second is [in, out]

@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -75,7 +74,6 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     words = pattern | {"reconstruction": reconstruction, "propagation": propagation}
     made = mask_and_apply(calibrated_study(method=method, **words))
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
-    measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     text = card(made, load_json(made.metrics("pruned", "sparsity")))
     assert f"{reconstruction}: {RECONSTRUCTIONS[reconstruction].about}" in text
@@ -90,8 +88,6 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
             else:
                 groups = keep if pattern.get("group", "row") == "row" else keep.reshape(1, -1)
                 assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
-            if propagation == "dense":
-                assert measures[name]["error"] <= measures[name]["masked"] * (1 + 1e-5)
     assert all(moved) == any(moved) == (RECONSTRUCTIONS[reconstruction].function is not None)
     same = {name: torch.equal(dense.read(Address(name)), pruned.read(Address(name))) for name in dense.file_of}
     assert all(stays for name, stays in same.items() if "layers" not in name or "norm" in name)
@@ -226,7 +222,7 @@ def test_new_weights_that_are_not_finite_are_refused(calibrated_study: Make, mon
     made = calibrated_study(recipe="wanda-refit")
     mask(study=made)
     for solver in ("wanda_dvc.stages.apply.reconstruct", "wanda_dvc.stages.mask.reconstruct"):
-        monkeypatch.setattr(solver, lambda weight, *_, **__: SimpleNamespace(weight=weight / 0, diagnostics={}))
+        monkeypatch.setattr(solver, lambda weight, *_, **__: weight / 0)
     refused = "proj: new weights are not finite in torch.float32; set reconstruction=none"
     with pytest.raises(UserError, match=refused):
         apply(study=made)
@@ -273,7 +269,7 @@ def test_masks_of_another_block_are_refused(calibrated_study: Make, places: tupl
 
 
 def test_a_block_with_masks_of_too_few_linears_is_refused(calibrated_study: Make):
-    made = calibrated_study()
+    made = calibrated_study(recipe="wanda-refit")
     mask(study=made)
     masks = dict(read_masks(made.masks, 1))
     del masks["model.layers.1.mlp.up_proj"]
@@ -283,7 +279,7 @@ def test_a_block_with_masks_of_too_few_linears_is_refused(calibrated_study: Make
 
 
 def test_masks_of_a_linear_without_statistics_are_refused(calibrated_study: Make):
-    study = calibrated_study()
+    study = calibrated_study(recipe="wanda-refit")
     mask(study=study)
     stats = read_stats(study.norms, 1)
     consumers = {name: [x for x in linears if "up_proj" not in x] for name, linears in stats.consumers.items()}
@@ -298,9 +294,9 @@ def test_a_resumed_run_writes_the_weights_of_its_own_masks(calibrated_study: Mak
     with mock.patch.object(BlockStep, "change", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         mask(study=made)
     (file,) = made.work_root.glob("*/out/weights/*.safetensors")
-    write_weights(file.parent, 0, {}, {})
+    write_weights(file.parent, 0, {})
     mask(study=made)
-    assert read_weights(made.weights, 0)[0]
+    assert read_weights(made.weights, 0)
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])

@@ -75,14 +75,12 @@ def test_the_linear_before_each_cut_takes_over_a_part_of_what_its_blocks_add(rem
             damping: float((inputs @ fit(~held, damping).T - lacking)[held].norm()) for damping in repair.DAMPINGS
         }
         best = min(errors, key=errors.__getitem__)
-        weights, diagnostics = read_weights(repaired.weights, before)
+        weights = read_weights(repaired.weights, before)
         name = f"model.layers.{before}.{DOWN}"
         if not errors[best] < lacking[held].norm():
             assert not weights
             continue
         assert weights.keys() == {name}
-        share = errors[best] / float(lacking[held].norm())
-        assert diagnostics[name] == {"damping": best, "held_out": pytest.approx(share, rel=1e-4)}
         change = fit(torch.ones(8, dtype=torch.bool), best)
         torch.testing.assert_close(weights[name].double(), dense.weight(name).double() + change, rtol=1e-3, atol=1e-5)
         layers[before].mlp.down_proj.weight.data += change
@@ -124,14 +122,13 @@ def test_a_repair_lowers_the_error_on_held_out_windows_or_is_left_out(
         calibrate(study=repaired)
         choose(repaired, 2)
         mask(study=repaired)
-        ((name, solved),) = read_weights(repaired.weights, 1)[1].items()
+        (name,) = read_weights(repaired.weights, 1)
         assert name.endswith(f".1.{last}")
-        assert solved["held_out"] < 1
     remove(repaired.masks)
     monkeypatch.setattr(repair, "multiply", lambda a, _: torch.ones_like(a))
     mask(study=repaired)
     assert "keeps its weights: on held-out windows it cannot take over what" in capsys.readouterr().err
-    assert read_weights(repaired.weights, 1) == ({}, {})
+    assert read_weights(repaired.weights, 1) == {}
     model = save("jetmoe", tmp_path / "jetmoe", kv_channels=16)  # all tokens read only what makes keys and values
     repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")
     calibrate(study=repaired)
@@ -159,7 +156,7 @@ def test_activations_that_are_not_finite_stop_a_repair(tiny: Path, tmp_path: Pat
 
 
 def test_gram_matrices_of_another_calibration_do_not_stop_a_repair(calibrated_study: Make):
-    """Nothing reads them: a repaired linear has no layer error."""
+    """Nothing reads them."""
     made = calibrated_study(pattern="blocks", recipe="wanda-refit", sparsity=0.5)
     run("calibrate", study=made, variant="blocks")
     write_provenance(made.gram, read_provenance(made.gram, "calibrate") | {"params": {}})

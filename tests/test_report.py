@@ -28,8 +28,8 @@ GOLDEN = Path(__file__).parent / "corpus/report.txt"
 
 
 def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: int, **words: Any) -> Study:
-    """All that an experiment leaves behind. `text`: the digest of its text `on`; `layer_error`: of a linear."""
-    text, layer_error, on = words.pop("text", "0"), words.pop("layer_error", None), words.pop("on", "embedded")
+    """All that an experiment leaves behind. `text`: the digest of its text `on`."""
+    text, on = words.pop("text", "0"), words.pop("on", "embedded")
     root.mkdir(parents=True, exist_ok=True)
     write_settings(root, words.pop("model", "/models/tiny"), recipe=recipe, sparsity=sparsity, **words)
     study = Study(root)
@@ -56,9 +56,6 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         flips = {"flips": {"acc": changed}} if model == "pruned" else {}
         write_json(study.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40} | flips})
     write_json(study.metrics("pruned", "sparsity"), {"sparsity": sparsity})
-    if layer_error is not None:
-        linears = {f"layers.{block}.q_proj": {"error": layer_error * (1 + block)} for block in range(2)}
-        write_json(study.details("pruned", "layer_error"), {"linears": linears})
     return study
 
 
@@ -298,8 +295,8 @@ def test_equal_results_give_equal_bytes(made: Callable[..., Experiment], tmp_pat
 def test_the_page_is_the_golden_one(made: Callable[..., Experiment]):
     """Two methods at two sparsities, one of them diverged; the page stands on its own."""
     experiments = [
-        made("wanda", 0.5, 2.5, 20, layer_error=0.05),
-        made("magnitude-rows", 0.5, 3.5, 4, layer_error=0.09),
+        made("wanda", 0.5, 2.5, 20),
+        made("magnitude-rows", 0.5, 3.5, 4),
         made("magnitude-rows", 0.7, math.nan, 12),
         made("wanda", 0.7, 3.0, 23),
     ]

@@ -57,8 +57,6 @@ def write_results(
         numbers |= {"divergence": divergence, "top1_agreement": {"mean": 0.5}, "rms_probability_change": 0.125}
         answered["flips"] = {"acc": {"lost": 12, "gained": 2, "swapped": 1}}
         write_json(calibrated_study.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
-        linears = {"q": {"error": 0.1, "masked": 0.2}, "k": {"error": 0.3, "masked": 0.4}}
-        write_json(calibrated_study.details(model, "layer_error"), {"protocol": of, "linears": linears})
     write_json(calibrated_study.details(model, "perplexity/embedded"), details)
     write_json(calibrated_study.metrics(model, "perplexity/embedded"), numbers)
     answers = [{"item": i, "answer": 2 * (i >= right), "acc": float(i < right)} for i in range(40)]
@@ -131,7 +129,6 @@ def test_every_measure_is_read_and_formatted(here: Study):
         ["right → wrong", "–", "12", ""],
         ["wrong → right", "–", "2", ""],
         ["wrong → wrong", "–", "1", ""],
-        ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
         ["parameters removed, %", "–", "25.0", ""],
     ]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
-from wanda_dvc.pruning.gram import Gram, layer_errors
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.reconstruction import reconstruct
 from wanda_dvc.pruning.selection import count_removed, select
 from wanda_dvc.pruning.solvers import (
@@ -31,7 +31,7 @@ from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.folder import Study
 
 # Each method that chooses masks, and what gives its kept weights new values.
-METHODS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., solvers.SolverResult]]] = {
+METHODS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "sparsegpt": (sparsegpt, sparsegpt_update),
     "admm": (admm, least_squares),
 }
@@ -68,7 +68,7 @@ def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) ->
     return (off @ gram.double() * off).sum(1)
 
 
-def solve(name, weight, prepared, sparsity=HALF, **words) -> tuple[torch.Tensor, solvers.SolverResult]:
+def solve(name, weight, prepared, sparsity=HALF, **words) -> tuple[torch.Tensor, torch.Tensor]:
     choose, update = METHODS[name]
     mask = choose(weight, prepared, sparsity=sparsity, **words)
     return mask, update(weight, mask, prepared)
@@ -91,7 +91,7 @@ def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(p
     weight, gram = problem()
     sparsity = Fraction(sparsity)
     for name, (mask, solved) in every_method(weight, GramFactors(gram), sparsity, pattern, group).items():
-        assert torch.equal(solved.weight != 0, mask), name  # no zero revived, no weight lost
+        assert torch.equal(solved != 0, mask), name  # no zero revived, no weight lost
         if pattern != "unstructured":
             n, m = map(int, pattern.split(":"))
             assert (mask.unflatten(1, (-1, m)).sum(-1) == n).all(), name
@@ -100,15 +100,13 @@ def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(p
         else:
             assert (~mask).sum() == count_removed(12 * 120, sparsity), name
         without = row_errors(weight, weight * mask, gram)
-        errors = row_errors(weight, solved.weight, gram)
+        errors = row_errors(weight, solved, gram)
         if name in ("fisher", "sparsegpt"):  # rows make up for one another, or are updated in any case
             errors, without = errors.sum(), without.sum()
         assert (errors <= without * (1 + 1e-6)).all(), name
-        changed = (solved.weight != weight * mask).any(1)  # the update was applied
-        assert solved.unchanged == (~changed).sum() <= (name != "sparsegpt"), name
-        error, by_mask = layer_errors(weight, [solved.weight, weight * mask], gram)
-        assert error < 0.9 * by_mask, name
-        assert (solved.dead, solved.raised) == (0, False), name
+        unchanged = (solved == weight * mask).all(1)  # the update was applied
+        assert unchanged.sum() <= (name != "sparsegpt"), name
+        assert errors.sum() < 0.9 * without.sum(), name
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
@@ -119,7 +117,7 @@ def test_least_squares_solves_the_normal_equations(damping):
     solved = least_squares(weight, keep, GramFactors(gram, damping=damping), steps=60)
     g = gram.double().numpy()
     g = g + damping * np.diag(g).mean() * np.eye(20)
-    for row, mask, found in zip(weight.double().numpy(), keep.numpy(), solved.weight.numpy(), strict=True):
+    for row, mask, found in zip(weight.double().numpy(), keep.numpy(), solved.numpy(), strict=True):
         expected = np.zeros(20)
         expected[mask] = np.linalg.solve(g[np.ix_(mask, mask)], g[mask] @ row)
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
@@ -128,8 +126,8 @@ def test_least_squares_solves_the_normal_equations(damping):
 def test_more_steps_never_hurt():
     weight, gram = problem()
     keep, prepared = wanda(weight, gram), GramFactors(gram)
-    found = [least_squares(weight, keep, prepared, steps=n).weight for n in range(0, 30, 3)]
-    errors = layer_errors(weight, found, gram)
+    found = [least_squares(weight, keep, prepared, steps=n) for n in range(0, 30, 3)]
+    errors = [row_errors(weight, new, gram).sum() for new in found]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
 
 
@@ -147,10 +145,9 @@ def test_fisher_least_squares_solves_the_normal_equations(monkeypatch, damping, 
     both, w, mask = np.kron(s, g), weight.double().numpy().ravel(), keep.numpy().ravel()
     expected = np.zeros(120)
     expected[mask] = np.linalg.solve(both[np.ix_(mask, mask)], both[mask] @ w)
-    plain = least_squares(weight, keep, factors).weight
-    assert solved.step_size == 1
-    np.testing.assert_allclose(solved.weight.numpy().ravel(), expected, rtol=0, atol=2e-3)
-    off = [w - x.double().numpy().ravel() for x in (plain, solved.weight)]
+    plain = least_squares(weight, keep, factors)
+    np.testing.assert_allclose(solved.numpy().ravel(), expected, rtol=0, atol=2e-3)
+    off = [w - x.double().numpy().ravel() for x in (plain, solved)]
     assert off[1] @ both @ off[1] < 0.99 * (off[0] @ both @ off[0])
 
 
@@ -158,7 +155,7 @@ def test_fisher_least_squares_solves_the_normal_equations(monkeypatch, damping, 
 def test_the_unit_of_the_loss_changes_nothing(factor):
     weight, gram = problem()
     keep, s = wanda(weight, gram), of_gradients(12)
-    found = [fisher_least_squares(weight, keep, GramFactors(gram), x, steps=15).weight for x in (s, factor * s)]
+    found = [fisher_least_squares(weight, keep, GramFactors(gram), x, steps=15) for x in (s, factor * s)]
     assert torch.equal(*found)
 
 
@@ -170,13 +167,13 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     s[4] = s[:, 4] = 0
     prepared = GramFactors(gram)
     solved = fisher_least_squares(weight, keep, prepared, s, steps=15)
-    torch.testing.assert_close(solved.weight[:, [3, 7]], (weight * keep)[:, [3, 7]])
-    assert torch.equal(solved.weight != 0, keep)
-    single = least_squares(weight, keep, prepared, steps=60).weight[4]  # nothing to make up for in other rows
-    found = fisher_least_squares(weight, keep, prepared, s, steps=300).weight[4]
+    torch.testing.assert_close(solved[:, [3, 7]], (weight * keep)[:, [3, 7]])
+    assert torch.equal(solved != 0, keep)
+    single = least_squares(weight, keep, prepared, steps=60)[4]  # nothing to make up for in other rows
+    found = fisher_least_squares(weight, keep, prepared, s, steps=300)[4]
     torch.testing.assert_close(found, single, atol=0.05, rtol=0)
-    nothing = fisher_least_squares(weight, keep, prepared, torch.zeros(12, 12), steps=300).weight
-    torch.testing.assert_close(nothing, least_squares(weight, keep, prepared, steps=60).weight, atol=0.05, rtol=0)
+    nothing = fisher_least_squares(weight, keep, prepared, torch.zeros(12, 12), steps=300)
+    torch.testing.assert_close(nothing, least_squares(weight, keep, prepared, steps=60), atol=0.05, rtol=0)
 
 
 def test_dead_features_do_not_slow_fisher_least_squares_down():
@@ -187,9 +184,9 @@ def test_dead_features_do_not_slow_fisher_least_squares_down():
     gram[dead] = gram[:, dead] = 0
     keep, s = wanda(weight, gram), of_gradients(12)
     keep[:6, dead], keep[6:, dead] = True, False
-    found = fisher_least_squares(weight, keep, GramFactors(gram), s, steps=3).weight[:, ~dead]
+    found = fisher_least_squares(weight, keep, GramFactors(gram), s, steps=3)[:, ~dead]
     living = GramFactors(gram[~dead][:, ~dead])
-    locked = fisher_least_squares(weight[:, ~dead], keep[:, ~dead], living, s, steps=3).weight
+    locked = fisher_least_squares(weight[:, ~dead], keep[:, ~dead], living, s, steps=3)
     torch.testing.assert_close(found, locked, rtol=1e-3, atol=1e-4)
 
 
@@ -199,37 +196,31 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows(monkeypatch)
     plain = least_squares(weight, keep, prepared)
     for given, steps in ((of_gradients(12), 0), (None, 15)):
         stays = fisher_least_squares(weight, keep, prepared, given, steps=steps)
-        assert torch.equal(stays.weight, plain.weight)
-        assert stays.diagnostics == plain.diagnostics | {"step_size": 0}
+        assert torch.equal(stays, plain)
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(2))
     x[:, 0] = x[:, 1:].sum(1)  # whatever row 0 gets wrong, the others can make up for, and they have large errors then
     with monkeypatch.context() as patch:
         patch.setattr(solvers, "OUTPUT_DAMPING", 1e-6)
         solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300)
-    assert 0 < (solved.step_size or 0) < 1
-    error, by_mask = layer_errors(weight, [solved.weight, weight * keep], gram)
+    error, by_mask = (row_errors(weight, new, gram).sum().item() for new in (solved, weight * keep))
     assert error == pytest.approx(by_mask, rel=1e-5)
     s = Gram(of_gradients(12).double(), 48)
     for steps in (15, 30):
         solved = fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps)
-        assert solved.step_size == 1
         how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)
-        assert torch.equal(
-            reconstruct(weight, keep, prepared, reconstruction=how, gradient_gram=s).weight, solved.weight
-        )
+        assert torch.equal(reconstruct(weight, keep, prepared, reconstruction=how, gradient_gram=s), solved)
 
 
-def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
+def test_rows_that_do_not_improve_keep_their_weights():
     weight, gram = problem()
     keep, prepared = wanda(weight, gram), GramFactors(gram)
     keep[3] = True  # nothing to make up for
     keep[5] = False  # nothing to do it with
     solved = least_squares(weight, keep, prepared)
-    assert solved.unchanged == 2
-    assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
-    best = least_squares(weight, keep, GramFactors(gram, damping=0), steps=100).weight
+    assert (solved == weight * keep).all(1).nonzero()[:, 0].tolist() == [3, 5]
+    best = least_squares(weight, keep, GramFactors(gram, damping=0), steps=100)
     settled = torch.empty_like(best)
-    assert solvers.write_better_rows(weight, best, solved.weight, prepared, settled) == 12  # none of them is better
+    solvers.write_better_rows(weight, best, solved, prepared, settled)  # none of them is better
     assert torch.equal(settled, best)
 
 
@@ -272,8 +263,7 @@ def test_sparsegpt_is_the_papers_algorithm(monkeypatch, pattern, sparsity):
     solved = sparsegpt_update(weight, mask, GramFactors(gram))
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
-    assert solved.unchanged == 0
-    np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-2, atol=1e-3)
 
 
 @torch.no_grad()
@@ -401,7 +391,7 @@ def test_admm_is_near_the_best_of_all_masks():
         weight, gram = problem(out=1, features=8, seed=seed)
         mask = admm(weight, GramFactors(gram), sparsity=HALF)
         polished = least_squares(weight, mask, GramFactors(gram, damping=0), steps=30)
-        ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
+        ratios.append(row_errors(weight, polished, gram).item() / best_mask_error(weight, gram, 4))
     assert min(ratios) > 0.999
     assert sorted(ratios)[4] < 1.001
     assert max(ratios) < 1.5
@@ -413,7 +403,7 @@ def test_scaling_all_inputs_changes_nothing(name, factor):
     weight, gram = problem()
     one, other = (solve(name, weight, GramFactors(g)) for g in (gram, gram * factor))
     assert torch.equal(one[0], other[0])
-    torch.testing.assert_close(one[1].weight, other[1].weight)
+    torch.testing.assert_close(one[1], other[1])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -429,7 +419,7 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     sliced = solve(name, weight, prepared, **words)
     for (chosen, solved), expected in ((mixed, order), (sliced, torch.arange(12))):
         assert torch.equal(chosen, mask[expected])
-        torch.testing.assert_close(solved.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(solved, complete[expected], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
@@ -438,8 +428,8 @@ def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group,
     words = {"sparsity": Fraction(sparsity), "pattern": pattern, "group": group}
     mask, solved = solve("sparsegpt", weight, GramFactors(3 * torch.eye(120)), **words)
     assert torch.equal(mask, select(weight.abs(), **words))
-    assert torch.equal(solved.weight, weight * mask)
-    assert torch.equal(least_squares(weight, mask, GramFactors(torch.eye(120))).weight, weight * mask)
+    assert torch.equal(solved, weight * mask)
+    assert torch.equal(least_squares(weight, mask, GramFactors(torch.eye(120))), weight * mask)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -449,21 +439,19 @@ def test_dead_features_go_first_and_their_kept_weights_stay_or_are_zeros(name):
     is_zeroed = name == "sparsegpt"
     dead = torch.tensor([3, 7, 11])
     gram[dead] = gram[:, dead] = 0
-    mask, solved = solve(name, weight, GramFactors(gram))
-    assert solved.dead == 3
+    mask, _ = solve(name, weight, GramFactors(gram))
     assert not mask[:, dead].any()
     mask, few = solve(name, weight, GramFactors(gram), Fraction(1, 120))
-    torch.testing.assert_close(few.weight[:, dead], (weight * mask)[:, dead] * (not is_zeroed))
+    torch.testing.assert_close(few[:, dead], (weight * mask)[:, dead] * (not is_zeroed))
     assert mask[:, dead].sum() == 2 * 12
     is_live = torch.ones(120, dtype=torch.bool)
     is_live[dead] = not is_zeroed
-    assert torch.equal(few.weight != 0, mask & is_live)
-    assert few.weight.isfinite().all()
+    assert torch.equal(few != 0, mask & is_live)
+    assert few.isfinite().all()
     kept = least_squares(weight, mask, GramFactors(gram, damping=0))
-    assert torch.equal(kept.weight[:, dead], (weight * mask)[:, dead])
+    assert torch.equal(kept[:, dead], (weight * mask)[:, dead])
     mask, every = solve(name, weight, GramFactors(torch.zeros(120, 120)))  # an input of zeros
-    assert every.dead == 120
-    assert torch.equal(every.weight, weight * mask * (not is_zeroed))
+    assert torch.equal(every, weight * mask * (not is_zeroed))
 
 
 @pytest.mark.parametrize("update", [sparsegpt_update, least_squares])
@@ -472,29 +460,29 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(update):
     root = gram.diagonal().sqrt()
     gram = gram - 0.5 * torch.outer(root, root)  # one eigenvalue far below zero
     mask = wanda(weight, gram)
+    damping, mean = 0.001, gram.diagonal().double().mean()
+    while torch.linalg.eigvalsh(gram.double() + damping * mean * torch.eye(120)).min() <= 0:
+        damping *= 10
+    assert damping > 0.001
     solved = update(weight, mask, GramFactors(gram, damping=0.001))
-    assert solved.raised
-    assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
-    again = update(weight, mask, GramFactors(gram, damping=solved.damping))  # what is told is what was used
-    assert not again.raised
-    assert torch.equal(again.weight, solved.weight)
-    assert solved.weight.isfinite().all()
+    assert torch.equal(solved, update(weight, mask, GramFactors(gram, damping=damping)))
+    assert solved.isfinite().all()
 
 
 @pytest.mark.parametrize(("off", "damping"), [(0.5, 0.0), (1 + 1e-5, 1e-4), (1 + 5e-4, 1e-3)])
 def test_damping_starts_at_a_ten_thousandth_and_grows_tenfold(off: float, damping: float):
     """The matrix has the eigenvalue 1 − off; damping is a share of its mean diagonal, 1."""
-    _, used = GramFactors(torch.tensor([[1.0, off], [off, 1.0]]), damping=0.0).inverse_root
-    assert used == pytest.approx(damping)
+    root = GramFactors(torch.tensor([[1.0, off], [off, 1.0]]), damping=0.0).inverse_root.double()
+    damped = torch.linalg.inv(root.T @ root)
+    assert damped.diagonal().numpy() - 1 == pytest.approx(damping, rel=1e-2, abs=1e-6)
 
 
 def test_fewer_tokens_than_features_solve_without_raising():
     weight, gram = problem(tokens=20)
     for _, solved in every_method(weight, GramFactors(gram), HALF, "unstructured", "row").values():
-        assert not solved.raised
-        assert solved.weight.isfinite().all()
+        assert solved.isfinite().all()
     zero = least_squares(weight, wanda(weight, gram), GramFactors(gram, damping=0))
-    assert zero.weight.isfinite().all()
+    assert zero.isfinite().all()
 
 
 def test_a_matrix_without_a_factor_is_refused():
@@ -509,8 +497,8 @@ def test_half_precision_weights_are_solved_in_float32(name, dtype):
     weight, gram = problem()
     weight = weight.to(dtype)
     (mask, solved), (_, exact) = (solve(name, w, GramFactors(gram)) for w in (weight, weight.float()))
-    assert (mask.dtype, solved.weight.dtype) == (torch.bool, torch.float32)
-    assert torch.equal(solved.weight, exact.weight)
+    assert (mask.dtype, solved.dtype) == (torch.bool, torch.float32)
+    assert torch.equal(solved, exact)
 
 
 @pytest.mark.parametrize("group", ["row", "linear"])
@@ -527,17 +515,17 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving():
     dead = torch.arange(4, 8)
     gram[dead] = gram[:, dead] = 0
     mask, solved = solve("admm", weight, GramFactors(gram), pattern="2:4")
-    assert solved.unchanged == 0
-    torch.testing.assert_close(solved.weight[:, dead], (weight * mask)[:, dead])
+    assert (solved != weight * mask).any(1).all()
+    torch.testing.assert_close(solved[:, dead], (weight * mask)[:, dead])
     assert (mask[:, dead].sum(1) == 2).all()
 
 
 SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
     "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF),
     "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF),
-    "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
-    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared).weight,
-    "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15).weight,
+    "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared),
+    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared),
+    "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15),
 }
 
 
@@ -560,11 +548,11 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
     _, gram = problem(features=features, tokens=2 * features + 10)
     prepared, exact = GramFactors(gram), gram.double().numpy()
     damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
-    root = prepared.inverse_root[0].double().numpy()
+    root = prepared.inverse_root.double().numpy()
     assert not np.tril(root, -1).any()
     np.testing.assert_allclose(root.T @ root @ damped, np.eye(features), atol=1e-3)
     scale = np.sqrt(exact.diagonal())
-    inverse = prepared.admm_inverse[0].double().numpy()
+    inverse = prepared.admm_inverse.double().numpy()
     expected = np.linalg.inv(exact / scale[:, None] / scale + 1.1 * np.eye(features))
     np.testing.assert_allclose(inverse, expected, atol=1e-5)
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-6)
@@ -574,6 +562,6 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
 def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int):
     _, gram = problem(features=300)
     gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()
-    root, damping = GramFactors(gram).inverse_root
-    assert damping > 0.01
-    assert root.isfinite().all()
+    root = GramFactors(gram).inverse_root.double()
+    damping = (torch.linalg.inv(root.T @ root) - gram).diagonal() / gram.diagonal().mean()
+    assert damping.min() > 0.05

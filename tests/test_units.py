@@ -144,14 +144,14 @@ def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zer
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
     wanted = (weight.double() @ damped)[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     rows = torch.arange(12) != 5
-    torch.testing.assert_close(solved.weight[rows][:, kept].double(), wanted[rows], rtol=1e-3, atol=1e-3)
-    assert not solved.weight[~keep].any()
+    torch.testing.assert_close(solved[rows][:, kept].double(), wanted[rows], rtol=1e-3, atol=1e-3)
+    assert not solved[~keep].any()
 
     def error(v: torch.Tensor) -> torch.Tensor:
         off = (weight - v).double()
         return ((off @ gram.double()) * off).sum(dim=1)
 
-    assert (error(solved.weight) <= error(weight * keep) * (1 + 1e-6)).all()
+    assert (error(solved) <= error(weight * keep) * (1 + 1e-6)).all()
 
 
 def test_a_linear_that_reads_no_removed_unit_is_not_solved(monkeypatch: pytest.MonkeyPatch):
@@ -160,8 +160,7 @@ def test_a_linear_that_reads_no_removed_unit_is_not_solved(monkeypatch: pytest.M
     keep = torch.ones(12, 24, dtype=torch.bool)
     keep[5] = False
     solved = least_squares_of_units(weight, keep, GramFactors(x.T @ x))
-    assert torch.equal(solved.weight, weight * keep)
-    assert solved.diagnostics == {"unchanged": 12, "dead": 0, "damping": 0.01, "raised": False}
+    assert torch.equal(solved, weight * keep)
 
 
 # --- families ---
@@ -494,10 +493,6 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert before.shape == after.shape
         changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
     assert changed == ({f"{consumer}.weight"} if plan.reconstructs else set())
-    errors = load_json(made.details("pruned", "layer_error"))["linears"]
-    if plan.apply_reconstructs:
-        assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
-        assert {name.split(".", 3)[3] for name, one in errors.items() if one["error"]} == {consumer}
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     with torch.no_grad():
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
@@ -534,7 +529,6 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(study: Make
     gone = min(range(4), key=scores.__getitem__)
     assert pruned.config.num_hidden_layers == 3
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
-    assert load_json(made.details("pruned", "layer_error"))["linears"] == {}  # nothing else changes
     nan = [read_stats(made.norms, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
     blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.consumers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):

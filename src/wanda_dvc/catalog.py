@@ -214,7 +214,7 @@ ALLOCATIONS = {row.name: row for row in (
 class Reconstruction(Choice):
     """A rule for the values of kept weights."""
 
-    # `module:function`: (weight [out, in], mask, GramFactors[, gradient_gram][, steps]) → SolverResult; None: kept
+    # `module:function`: (weight [out, in], mask, GramFactors[, gradient_gram][, steps]) → new weights; None: kept
     # weights do not change.
     function: str | None = None
     uses_fisher: bool = False  # whether it receives `gradient_gram`, the Gram matrix of its output's gradients

@@ -193,7 +193,7 @@ def stats(
     block: Annotated[int | None, typer.Option("--block", "--layer", help="Only this block, counted from 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
+    """Show the input norms by block and distinct input, with their outliers."""
     from wanda_dvc.results.stats import stats as show_statistics
 
     typer.echo(show_statistics(study=_find_study(), block=block, as_json=as_json))

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Compute capabilities of GPUs with one float64 unit for two float32 ones: P100, V100, A100, H100, B200. Others: for 64.
-FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 Copied = TypeVar("Copied")
 
 
@@ -66,12 +64,6 @@ def disable_tf32() -> None:
 def float64_device(device: torch.device) -> torch.device:
     """Return the device for masks, solvers and sums, which need float64: this one if it is CUDA, else the host."""
     return device if device.type == "cuda" else torch.device("cpu")
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype on a `float64_device` for products of which float32 loses digits: float64 if half as fast."""
-    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
-    return torch.float32 if slow else torch.float64
 
 
 class Copies:

@@ -100,11 +100,11 @@ def run_windows(runner: ModelRunner, block: BlockRun) -> None:
         raise UserError(f"{where}: activations that are not finite; {FIX_NOT_FINITE}")
 
 
-def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor, dict[str, float]] | None:
-    """Return the new weight of a cut's linear, as stored, and diagnostics; None if no damping lowers the error.
+def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> Tensor | None:
+    """Return the new weight of a cut's linear, as stored; None if no damping lowers the error.
 
-    The damping has the least error on the validation chunks; all chunks give the weight. Diagnostics are the damping,
-    and the error divided by that without a repair. UserError if the linear adds nothing to the hidden states.
+    The damping has the least error on the validation chunks; all chunks give the weight. UserError if the linear adds
+    nothing to the hidden states.
     """
     block, end, linear = removed.cut
     transposed = runner.decoder.linears(block)[linear].transposed
@@ -129,13 +129,12 @@ def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> tuple[Tensor
         return None
     if fitting is not validation:
         sums.merge(runner.merge(run_before, removed, validation, RepairSums(), "repair, chunk"))
-    repaired = new_weight(weight, sums, linear, damping, transposed=transposed)
-    return repaired, {"damping": damping, "held_out": error / unrepaired}
+    return new_weight(weight, sums, linear, damping, transposed=transposed)
 
 
 def new_weight(weight: Tensor, sums: RepairSums, linear: str, damping: float, *, transposed: bool) -> Tensor:
     """Return W + D, as stored: D = RᵀX (G + λI)⁻¹, λ = damping · mean diagonal of G."""
-    root, _ = GramFactors(sums.grams[linear].matrix(), damping=damping).inverse_root  # rootᵀ root = (G + λI)⁻¹
+    root = GramFactors(sums.grams[linear].matrix(), damping=damping).inverse_root  # rootᵀ root = (G + λI)⁻¹
     difference = multiply(multiply(sums.crosses[linear].sum.float(), root.T), root)
     return (weight.float() + oriented(difference, transposed).to(weight.device)).to(weight.dtype).contiguous()
 

@@ -1,6 +1,6 @@
-"""Gram matrices: XᵀX of a linear's input, and the layer error computed from it."""
+"""Gram matrices: XᵀX of a linear's input."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ from wanda_dvc import kernels
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
 PANEL = 128  # rows of a Gram matrix that a CPU computes at a time, or factors by LAPACK
-PARTIAL_SUMS = 16  # float32 products of some features, whose sum in float64 is a product for layer errors
 TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, at most
 PANEL_NUMBERS = 2**22  # of a triangle's part, at least, on a GPU: an expert's triangle is one part
-# Scores and layer errors take rows in slices of about so many weights, which bounds memory. With smaller slices the
-# threads wait for the interpreter.
+# Scores take rows in slices of about so many weights, which bounds memory. With smaller slices the threads wait for the
+# interpreter.
 WEIGHTS_AT_A_TIME = 2**20
 
 
@@ -103,47 +102,6 @@ def row_slices(weight: Weight, cpu_rows: int | None = None) -> list[slice]:
     if weight.device.type != "cpu":
         size *= 64
     return [slice(begin, begin + size) for begin in range(0, len(weight), size)]
-
-
-def layer_errors(
-    dense: Weight,
-    pruned: Sequence[Weight],
-    gram: Square,
-    dead: Bool[Tensor, " in"] | None = None,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> list[float]:
-    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ.
-
-    If all outputs of W are 0, it is 1 by convention, or 0 without error. G is zero at the `dead` features; solvers put
-    other values there in `gram`.
-
-    ΔG is computed in `dtype`, and all sums over it in float64, because ΔGΔᵀ is small where Δ lies in directions of low
-    variance of X. In float32 ΔG is the sum of 16 products: the relative error stays below 1e-4 for errors of 1e-5 of
-    the outputs and more. Memory in bytes: 8 · in² for G, and about 24 MiB for a slice of rows, 1.5 GiB on a GPU.
-    """
-    exact = gram.to(dtype, copy=True)
-    if dead is not None:
-        exact.diagonal()[dead] = 0
-    energies = torch.zeros(1 + len(pruned), dtype=torch.float64, device=gram.device)
-    for rows in row_slices(dense):
-        w = dense[rows].to(dtype)
-        energies[0] += _energy(w, exact)
-        for index, weight in enumerate(pruned, 1):
-            energies[index] += _energy(w - weight[rows].to(dtype), exact)
-    output, *errors = energies.tolist()
-    errors = [max(error, 0.0) for error in errors]  # rounding gives negative errors
-    return [error / output if output else float(error > 0) for error in errors]
-
-
-def _energy(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> Float64[Tensor, ""]:
-    if weight.dtype is torch.float64:
-        return (weight @ gram).mul_(weight).sum()
-    product = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-    size = -(-len(gram) // PARTIAL_SUMS)
-    for begin in range(0, len(gram), size):
-        product += weight[:, begin : begin + size] @ gram[begin : begin + size]
-    return product.mul_(weight).sum()
 
 
 def _panels_of_triangle(matrix: Square) -> Iterator[tuple[slice, slice, Bool[Tensor, "rows columns"]]]:

@@ -220,5 +220,5 @@ def prune_weight(
     mask = choose_linear(name, weight, x, BlockStats({name: stats}, {name: [name]}, []), rule).to(weight.device)
     if reconstruction.function is None:
         return masked(weight, mask), mask
-    result = reconstruct(weight, mask, factors, reconstruction=reconstruction)
-    return check_new_weight(name, result.weight.to(weight)), mask
+    new = reconstruct(weight, mask, factors, reconstruction=reconstruction)
+    return check_new_weight(name, new.to(weight)), mask

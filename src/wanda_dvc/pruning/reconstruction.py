@@ -1,7 +1,6 @@
-"""New values of kept weights, and the layer errors of a linear."""
+"""New values of kept weights."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Reconstruction
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.solvers import GramFactors, SolverResult
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.solvers import GramFactors
 
 ReadWeight = Callable[[str], Tensor]  # returns the weight of the linear with this name, as stored
 
@@ -29,7 +28,7 @@ def reconstruct(
     reconstruction: Reconstruction,
     gradient_gram: Gram | None = None,
     transposed: bool = False,
-) -> SolverResult:
+) -> Tensor:
     """Return one linear's weights on its mask; `gradient_gram` is of the gradients of its output, if they exist."""
     assert reconstruction.function is not None
     solve = resolve_name(reconstruction.function)
@@ -39,10 +38,10 @@ def reconstruct(
         kwargs["gradient_gram"] = None if gradient_gram is None else gradient_gram.matrix().to(device)
     if reconstruction.steps:
         kwargs["steps"] = reconstruction.steps
-    result: SolverResult = solve(
+    new: Tensor = solve(
         oriented(weight, transposed).to(device), oriented(mask, transposed).to(device), factors, **kwargs
     )
-    return replace(result, weight=oriented(result.weight, transposed).contiguous().to(weight))
+    return oriented(new, transposed).contiguous().to(weight)
 
 
 def check_new_weight(linear: str, weight: Tensor) -> Tensor:
@@ -50,34 +49,6 @@ def check_new_weight(linear: str, weight: Tensor) -> Tensor:
     if not weight.isfinite().all():
         raise UserError(f"{linear}: new weights are not finite in {weight.dtype}; set reconstruction=none")
     return weight
-
-
-def layer_errors_of(
-    weight: Tensor,
-    mask: Tensor,
-    pruned: Tensor,
-    factors: GramFactors,
-    dtype: torch.dtype = torch.float64,
-    *,
-    transposed: bool = False,
-    removes_units: bool = False,
-) -> tuple[float | None, float | None]:
-    """Return a linear's ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs, and that without new values.
-
-    `removes_units`: the mask removes complete units, inputs of their consumer or rows of the linear that computes them.
-    Nothing reads a removed row, so the errors are those of the other rows, and None if those rows do not change.
-    """
-    plain = masked(weight, mask)
-    weights = [oriented(w, transposed).to(factors.gram.device).float() for w in (weight, plain, pruned)]
-    if removes_units:
-        oriented_mask = oriented(mask, transposed)
-        rows = oriented_mask.any(dim=1)
-        if not rows.any() or (oriented_mask[rows].all() and torch.equal(pruned, plain)):
-            return None, None
-        rows = rows.to(factors.gram.device)
-        weights = [w[rows] for w in weights]
-    masked_error, error = layer_errors(weights[0], weights[1:], factors.gram, factors.dead, dtype=dtype)
-    return error, masked_error
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

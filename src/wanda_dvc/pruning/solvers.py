@@ -11,7 +11,6 @@ weight of a slice.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -40,8 +39,8 @@ class GramFactors:
     A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others. Its weights
     are pruned first; kept ones do not change, but SparseGPT's update zeroes them.
 
-    Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the factor exists. Each
-    comes with its damping. UserError if no damping makes it possible.
+    Factors are those of G + λI, λ = damping · mean diagonal of G, with the damping raised until the factor exists.
+    UserError if no damping makes it possible.
     """
 
     def __init__(self, gram: Square, name: str = "Gram matrix", damping: float = 0.01) -> None:
@@ -57,73 +56,55 @@ class GramFactors:
         self.gram.diagonal()[self.dead] = self.mean
 
     @cached_property
-    def preconditioned(self) -> tuple[Square, Float[Tensor, " in"], float]:
-        """D(G + λI)D with a diagonal of 1, where D is diagonal; the diagonal of D; and the damping."""
+    def preconditioned(self) -> tuple[Square, Float[Tensor, " in"]]:
+        """D(G + λI)D with a diagonal of 1, where D is diagonal; and the diagonal of D."""
         _, damping = _cholesky(self.gram, self.damping, self.mean, self.name)  # only its damping counts
         scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
         matrix = self.gram * scale[:, None] * scale
         matrix.diagonal().fill_(1)
-        return matrix, scale, damping
+        return matrix, scale
 
     @cached_property
-    def inverse_root(self) -> tuple[Square, float]:
-        """The upper R with RᵀR = (G + λI)⁻¹, and the damping."""
+    def inverse_root(self) -> Square:
+        """The upper R with RᵀR = (G + λI)⁻¹."""
         # Reversed, G = VVᵀ with V upper: R is V⁻¹, and G⁻¹ is never formed.
-        lower, damping = _cholesky(self.gram.flip(0, 1), self.damping, self.mean, self.name)
-        return _inverse_of_lower(lower).flip(0, 1), damping
+        lower, _ = _cholesky(self.gram.flip(0, 1), self.damping, self.mean, self.name)
+        return _inverse_of_lower(lower).flip(0, 1)
 
     @cached_property
-    def admm_inverse(self) -> tuple[Square, float]:
-        """ADMM's K = (DGD + (λ + ρ) I)⁻¹, where D scales G's diagonal to 1; and λ, from ADMM_DAMPING."""
+    def admm_inverse(self) -> Square:
+        """ADMM's K = (DGD + (λ + ρ) I)⁻¹, where D scales G's diagonal to 1; λ starts from ADMM_DAMPING."""
         root_diagonal = self.gram.diagonal().sqrt()
         matrix = self.gram / root_diagonal[:, None] / root_diagonal
         matrix.diagonal().add_(ADMM_PENALTY)
         return factor_inverse(matrix, ADMM_DAMPING, 1.0, self.name)
 
 
-@dataclass(frozen=True)
-class SolverResult:
-    """A linear's new weights on a given mask, and solver diagnostics."""
-
-    weight: Weight  # zero off the mask
-    unchanged: int  # rows that keep their dense values, because the solver's error is not lower
-    dead: int  # features that no token excites
-    damping: float  # that was used
-    raised: bool  # whether G needed more than the requested damping to be positive definite
-    step_size: float | None = None  # from least squares to Fisher least squares, 0 to 1; None: another solver
-
-    @property
-    def diagnostics(self) -> dict[str, float]:
-        """The numbers that apply to the solver."""
-        return {name: x for name, x in vars(self).items() if name != "weight" and x is not None}
-
-
 def least_squares(
     weight: Weight, mask: Mask, factors: GramFactors, *, steps: int = RECONSTRUCTIONS["least-squares"].steps
-) -> SolverResult:
+) -> Weight:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ).
 
     Conjugate gradients with Jacobi's preconditioner, from the masked dense weights. A row keeps its dense values if its
     tr(ΔGΔᵀ) does not fall.
     """
-    matrix, scale, damping = factors.preconditioned
+    matrix, scale = factors.preconditioned
 
     def product(x: Tensor) -> Tensor:
         return multiply(x, matrix)
 
     new = torch.empty(weight.shape, device=weight.device)
-    unchanged = 0
     for rows in row_slices(weight, ROWS_AT_A_TIME):
         w = weight[rows].float()
         start = w * mask[rows]
         v = _conjugate_gradients(w / scale, mask[rows], start / scale, product, rows_are_coupled=False, steps=steps)
-        unchanged += write_better_rows(w, start, v.mul_(scale), factors, new[rows])
-    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
+        write_better_rows(w, start, v.mul_(scale), factors, new[rows])
+    return new
 
 
 def fisher_least_squares(
     weight: Weight, mask: Mask, factors: GramFactors, gradient_gram: Float[Tensor, "out out"] | None, *, steps: int
-) -> SolverResult:
+) -> Weight:
     """Return weights V on a mask with a small tr(F(W−V)(G+λI)(W−V)ᵀ), F the Gram matrix of the output's gradients.
 
     The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
@@ -136,14 +117,14 @@ def fisher_least_squares(
     """
     plain = least_squares(weight, mask, factors)
     if gradient_gram is None:
-        return replace(plain, step_size=0.0)
-    matrix, input_scale, _ = factors.preconditioned
+        return plain
+    matrix, input_scale = factors.preconditioned
     # Scales F to a diagonal of 1; a row without gradients keeps its scale.
     row_scale = gradient_gram.diagonal().float().rsqrt().nan_to_num_(posinf=1.0)[:, None]
     coupled = gradient_gram * row_scale * row_scale.T
     coupled.diagonal().fill_(1 + OUTPUT_DAMPING)
     scale = row_scale * input_scale
-    start = plain.weight / scale
+    start = plain / scale
 
     def product(x: Tensor) -> Tensor:
         return multiply(coupled, multiply(x, matrix))
@@ -151,12 +132,10 @@ def fisher_least_squares(
     solvable = mask & ~factors.dead  # weights of a dead feature compensate for nothing
     v = _conjugate_gradients(weight.float() / scale, solvable, start, product, rows_are_coupled=True, steps=steps)
     change = v.sub_(start).mul_(scale)
-    step_size = _largest_step(weight.float(), weight * mask, plain.weight, change, factors)
-    if not step_size:
-        return replace(plain, step_size=0.0)
-    new = plain.weight + step_size * change
-    unchanged = int((new == weight * mask).all(dim=1).sum())
-    return replace(plain, weight=new, unchanged=unchanged, step_size=step_size)
+    step_size = _largest_step(weight.float(), weight * mask, plain, change, factors)
+    if not step_size:  # the change may not be finite
+        return plain
+    return plain + step_size * change
 
 
 def _largest_step(dense: Weight, masked: Weight, start: Weight, change: Weight, factors: GramFactors) -> float:
@@ -186,7 +165,7 @@ def sparsegpt(
 
     Deviation: exact counts instead of a threshold with its ties.
     """
-    root, _ = factors.inverse_root
+    root = factors.inverse_root
     n_of_m = parse_pattern(pattern)
 
     def choose(score: Weight, begin: int) -> Mask:
@@ -207,17 +186,17 @@ def sparsegpt(
     return mask
 
 
-def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
+def sparsegpt_update(weight: Weight, mask: Mask, factors: GramFactors) -> Weight:
     """Return the weights of SparseGPT's sweep on a fixed mask, as its authors do: dead features get zeros.
 
     A row's layer error can rise.
     """
-    root, damping = factors.inverse_root
+    root = factors.inverse_root
     new = torch.empty(weight.shape, device=weight.device)
     for rows in row_slices(weight, ROWS_AT_A_TIME):
         w = weight[rows].float().masked_fill(factors.dead, 0)
         new[rows] = _sweep(w, mask[rows], root) * mask[rows]
-    return SolverResult(new, 0, int(factors.dead.sum()), damping, damping > factors.damping)
+    return new
 
 
 def _sweep(
@@ -258,7 +237,7 @@ def admm(
     |W+U| at sparsity s − s(1 − t/15)³. The paper's further iterations change only weights. With n:m the n highest of m
     neighbours are always kept; the iteration's sparsity determines how many of the rest are pruned.
     """
-    inverse, _ = factors.admm_inverse
+    inverse = factors.admm_inverse
     root_diagonal = factors.gram.diagonal().sqrt()
     n_of_m = parse_pattern(pattern)
     if n_of_m:
@@ -368,23 +347,22 @@ def _conjugate_gradients(
     return v
 
 
-def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> tuple[Square, float]:
-    """Return (matrix + damping · mean · I)⁻¹, and the damping, raised until the matrix is positive definite."""
-    lower, used = _cholesky(matrix, damping, mean, name)
+def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> Square:
+    """Return (matrix + damping · mean · I)⁻¹, with the damping raised until the matrix is positive definite."""
+    lower, _ = _cholesky(matrix, damping, mean, name)
     root = _inverse_of_lower(lower)
     inverse = torch.empty_like(root)
     for begin, end in panels(root):
         panel = multiply(root[begin:, begin:end].T, root[begin:, begin:])
         inverse[begin:end, begin:] = panel
         inverse[begin:, begin:end] = panel.T
-    return inverse, used
+    return inverse
 
 
-def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> int:
-    """Write the new rows to `out`, or `start` where their error is not lower; return the number at `start`."""
+def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> None:
+    """Write the new rows to `out`, or `start` where their error is not lower."""
     is_lower = _error_change(dense, start, new, factors) < 0
     out.copy_(torch.where(is_lower, new, start))
-    return int((~is_lower).sum())
 
 
 def _error_change(dense: Weight, before: Weight, after: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:

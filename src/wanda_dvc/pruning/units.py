@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Square, Weight
-from wanda_dvc.pruning.solvers import GramFactors, Mask, SolverResult, factor_inverse, write_better_rows
+from wanda_dvc.pruning.solvers import GramFactors, Mask, factor_inverse, write_better_rows
 
 INPUTS_AT_A_TIME = 16  # of removed units, before the costs of the remaining units are computed again
 MULTIPLES_OF_A_WIDTH = 16  # at least: a rounded width differs from the exact one by at most half of a 16th of the width
@@ -75,7 +75,7 @@ def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tenso
     16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_Jᵀ (H_JJ)⁻¹ H_J, and costs are computed again. H_J are
     the rows J of H. Dead inputs cost nothing. Memory in bytes: 12 · in² and 8 · out · in.
     """
-    root, _ = factors.inverse_root
+    root = factors.inverse_root
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(factors.dead, 0)
     unit_inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
@@ -108,7 +108,7 @@ def _costs(weight: Weight, inverse: Square, unit_inputs: Int[Tensor, "units size
     return (torch.linalg.solve(inverses, weights) * weights).sum(dim=(1, 2))
 
 
-def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> SolverResult:
+def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> Weight:
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask of complete rows and complete inputs.
 
     With r the removed inputs and k the kept ones: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹. A row keeps its dense values if
@@ -118,12 +118,12 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     w = weight.float()
     start = w * mask
     if kept.all():  # it reads no removed unit
-        return SolverResult(start, len(w), int(factors.dead.sum()), factors.damping, False)
-    inverse, damping = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
+        return start
+    inverse = factor_inverse(factors.gram[kept][:, kept], factors.damping, factors.mean, factors.name)
     cross = multiply(w[:, ~kept].contiguous(), factors.gram[~kept][:, kept].contiguous())  # W_r G_rk
     solved = start.clone()
     solved[:, kept] += multiply(cross, inverse)
     solved[~kept_rows] = 0  # a row that computes a removed unit, of another set
     new = torch.empty_like(start)
-    unchanged = write_better_rows(w, start, solved, factors, new)
-    return SolverResult(new, unchanged, int(factors.dead.sum()), damping, damping > factors.damping)
+    write_better_rows(w, start, solved, factors, new)
+    return new

@@ -73,7 +73,7 @@ class Results:
     def leave_out_others(self, model_digest: str) -> list[str]:
         """Leave out results whose details name another model than the one with this digest; return their names."""
         others = []
-        for name in ("layer_error", "continuations", *self.metrics):
+        for name in ("continuations", *self.metrics):
             if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols_in(name)):
                 others.append(name)
                 self._details[name] = {}
@@ -143,12 +143,6 @@ def read_changed_answers(results: Results, _: str, *, way: str) -> Value:
         return DIVERGED
     counts = [task["flips"]["acc"][way] for task in tasks if "flips" in task]
     return Estimate(sum(counts)) if counts and len(counts) == len(tasks) else None
-
-
-def read_layer_error(results: Results, _: str) -> Value:
-    """The mean over linears of ‖(W−Ŵ)X‖² / ‖WX‖²; needs Gram matrices."""
-    linears = results.details("layer_error").get("linears", {})
-    return Estimate(sum(linear["error"] for linear in linears.values()) / len(linears)) if linears else None
 
 
 def _estimate(value: float | str | None, interval: Estimate | None = None) -> Value:
@@ -312,7 +306,6 @@ MEASURES: tuple[Measure, ...] = (
     _tasks("lost", "right → wrong", "", partial(read_changed_answers, way="lost"), "{:.0f}".format, brief=True),
     _tasks("gained", "wrong → right", "", partial(read_changed_answers, way="gained"), "{:.0f}".format, brief=True),
     _tasks("swapped", "wrong → wrong", "", partial(read_changed_answers, way="swapped"), "{:.0f}".format),
-    Measure("layer_error", "layer error, mean", "", read_layer_error),
     Measure("sparsity", "measured sparsity", "", partial(read_weights_number, name="sparsity")),
     Measure("removed_parameters", "parameters removed", "%", _removed, _percent, brief=True),
 )

@@ -1,14 +1,12 @@
-"""The statistics as a table: the input norms, their outliers, and the layer errors of a pruned model."""
+"""The statistics as a table: the input norms and their outliers."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import InputStats, summary
 from wanda_dvc.results.markup import DASH, table
-from wanda_dvc.stages.apply import describe_pruned
-from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, digest, read_provenance
+from wanda_dvc.study.artifact import PROVENANCE, block_count, check_source, read_provenance
 from wanda_dvc.study.files import json_text, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_stats
@@ -17,10 +15,7 @@ HEADERS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × m
 
 
 def stats(*, study: Study, block: int | None, as_json: bool) -> str:
-    """Return the input norms by distinct input, of one block or all, as a table, or as JSON.
-
-    Each input also lists the layer errors of its consumers, if they were measured with these statistics.
-    """
+    """Return the input norms by distinct input, of one block or all, as a table, or as JSON."""
     measured_on = read_provenance(study.norms, "calibrate")["model"]
     model = load_json(study.model("dense") / PROVENANCE)
     if model:  # the statistics have to be its
@@ -28,23 +23,17 @@ def stats(*, study: Study, block: int | None, as_json: bool) -> str:
     count = block_count(study.norms, "calibrate")
     if block is not None and not 0 <= block < count:
         raise UserError(f"--block: got {block}, expected 0 to {count - 1}: the model has {count} blocks")
-    errors: dict[str, float] = {}
-    pruned = load_json(study.details("pruned", "layer_error"))
-    with contextlib.suppress(UserError):  # nothing is pruned
-        if pruned.get("linears") and pruned["protocol"]["model"] == digest(describe_pruned(study)):
-            errors = {name: linear["error"] for name, linear in pruned["linears"].items()}
     records = []
     for index in range(count) if block is None else [block]:
         statistics = read_stats(study.norms, index)
         for name, input_stats in statistics.inputs.items():
-            records.append(_record(index, statistics.consumers[name], input_stats, errors))
+            records.append(_record(index, statistics.consumers[name], input_stats))
     if as_json:
         return json_text(records)
-    headers = [*HEADERS, "layer error"] if errors else HEADERS
-    return table(headers, [_row(record) for record in records])
+    return table(HEADERS, [_row(record) for record in records])
 
 
-def _record(block: int, linears: list[str], input_stats: InputStats, errors: Mapping[str, float]) -> dict[str, Any]:
+def _record(block: int, linears: list[str], input_stats: InputStats) -> dict[str, Any]:
     """Return the record of a distinct input; its norms are null if no calibration token reached it."""
     norm = input_stats.norm
     values, indices = norm.topk(min(5, len(norm)))
@@ -52,10 +41,7 @@ def _record(block: int, linears: list[str], input_stats: InputStats, errors: Map
     norms: dict[str, Any] = {**summary(norm), "largest": largest}
     if not input_stats.count:
         norms = dict.fromkeys(norms)
-    record = {"block": block, "linears": linears, "features": len(norm), "tokens": input_stats.count, **norms}
-    if errors:
-        record["layer_error"] = {name: errors[name] for name in linears if name in errors}
-    return record
+    return {"block": block, "linears": linears, "features": len(norm), "tokens": input_stats.count, **norms}
 
 
 def _row(record: Mapping[str, Any]) -> list[str]:
@@ -64,7 +50,5 @@ def _row(record: Mapping[str, Any]) -> list[str]:
         cells = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]
         cells.append(f"{100 * record['outliers']:.2f} %")
         cells.append("  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]))
-    if "layer_error" in record:
-        cells.append(", ".join(f"{100 * error:.2f} %" for error in record["layer_error"].values()))
     consumers = ", ".join(".".join(linear.split(".")[-2:]) for linear in record["linears"])
     return [str(record["block"]), consumers, str(record["tokens"]), *cells]

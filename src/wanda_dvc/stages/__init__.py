@@ -160,7 +160,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=12,
+            version=13,
             about="Choose the weights to keep: masks/.",
             variants={
                 "": Variant(
@@ -174,17 +174,12 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=10,
+            version=11,
             about="Write the pruned model: models/pruned.",
             variants={
                 "": Variant(
                     deps=("models/dense", "masks", "stats/gram", "stats/fisher", "weights"),
-                    outs=(
-                        "metrics/details/pruned/sparsity.json",
-                        "metrics/details/pruned/layer_error.json",
-                        "metrics/plots/sparsity.csv",
-                        "metrics/plots/layer_error.csv",
-                    ),
+                    outs=("metrics/details/pruned/sparsity.json", "metrics/plots/sparsity.csv"),
                     uncached=("models/pruned",),  # it follows from what is cached
                     metrics=("metrics/pruned/sparsity.json",),
                 )

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.engine.accelerator import float64_device, product_dtype
+from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.plan import Plan
-from wanda_dvc.pruning.reconstruction import check_new_weight, layer_errors_of, masked, reconstruct
+from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
@@ -26,7 +26,7 @@ from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import PROVENANCE, block_file, check_source, digest, read_provenance
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.tensors import Grams, read_grams, read_masks, read_weights
+from wanda_dvc.study.tensors import read_grams, read_masks, read_weights
 
 DENSE_README = "README.md"  # not copied: it describes the dense model
 
@@ -37,9 +37,6 @@ class LinearMeasures(NamedTuple):
     block: int
     zeros: int
     weights: int  # zeros included
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked_error: float | None  # likewise, without a reconstruction
-    diagnostics: Json  # solver diagnostics
 
 
 def apply(*, study: Study) -> None:
@@ -52,16 +49,11 @@ def apply(*, study: Study) -> None:
         artifact.write_provenance(folder, made_from)
         work.commit(study.model("pruned"))
     sparsities = {linear: x.zeros / x.weights for linear, x in measures.items()}
-    measured = {linear: x for linear, x in measures.items() if x.error is not None}
-    errors = {linear: {"error": x.error, "masked": x.masked_error} | x.diagnostics for linear, x in measured.items()}
     sparsity_rows = [[x.block, linear, x.weights, x.zeros, sparsities[linear]] for linear, x in measures.items()]
-    error_rows = [[x.block, linear, x.error, x.masked_error] for linear, x in measured.items()]
     write_json(study.metrics("pruned", "sparsity"), metrics)
     rounded = {linear: round(sparsity, 6) for linear, sparsity in sparsities.items()}
     write_json(study.details("pruned", "sparsity"), rounded)
-    write_json(study.details("pruned", "layer_error"), {"protocol": {"model": digest(made_from)}, "linears": errors})
     write_csv(study.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity"], sparsity_rows)
-    write_csv(study.plots("layer_error"), ["block", "linear", "error", "masked"], error_rows)
 
 
 def describe_pruned(study: Study) -> Json:
@@ -84,17 +76,10 @@ def describe_pruned(study: Study) -> Json:
         for folder in folders:
             entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
         entries["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
-    elif measures_errors(study, plan):
-        statistics_provenance(study.gram, calibrated, "masks/")
     # No versions of this run's libraries: they would give equal models different provenance.
     described = {name: value for name, value in masks.items() if name != "blocks"}
     described |= {"made_by": "apply", "masks": digest(masks), "reconstruction": plan.reconstruction.name}
     return described | entries
-
-
-def measures_errors(study: Study, plan: Plan) -> bool:
-    """Whether stats/gram is read for layer errors. A repaired linear's outputs differ on purpose."""
-    return not plan.repairs and artifact.block_count(study.gram, "calibrate") > 0
 
 
 class DenseToPruned:
@@ -108,11 +93,9 @@ class DenseToPruned:
         self.plan = Plan.from_dict(read_provenance(study.masks, "mask")["params"])
         self.checkpoint = Checkpoint(study.model("dense"))
         self.device = float64_device(own_device(study.params.runtime))
-        self.dtype = product_dtype(self.device)  # of layer errors
-        self.measures_errors = measures_errors(study, self.plan)
         self.block_of = dict[str, int]()
         for block in range(artifact.block_count(study.masks, "mask")):
-            linears = linears_of_masks(study, block, with_gram=self.measures_errors)
+            linears = linears_of_masks(study, block, with_gram=self.plan.apply_reconstructs)
             self.block_of |= dict.fromkeys(linears, block)
         self.addresses = {self.checkpoint.find(linear) for linear in self.block_of}
         self.measures = dict[str, LinearMeasures]()
@@ -134,37 +117,28 @@ class DenseToPruned:
             return stored
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
-        grams = self.grams_of(block) if self.measures_errors else Grams({}, {}, None)  # of no input
-        name = grams.input_of.get(linear)
-        factors = None if name is None else self.factors_of(block, name)
-        dense = stored if factors is None else stored.to(factors.gram.device)  # copied once, for all that follows
+        new = factors = None
+        if plan.apply_reconstructs:
+            grams = self.grams_of(block)
+            factors = self.factors_of(block, grams.input_of[linear])
+        dense = stored if factors is None else stored.to(self.device)
         mask = self.masks_of(block).on(dense.device, linear)
-        transposed = linear in grams.transposed  # read only with factors
-        new, diagnostics = None, Json()
         if plan.mask_stores_weights:
-            weights, solved = self.weights_of(block)
-            new, diagnostics = weights.get(linear), solved.get(linear, {})
-        if plan.apply_reconstructs and factors is not None:
+            new = self.weights_of(block).get(linear)
+        elif factors is not None:
             uses_fisher = plan.used_reconstruction.uses_fisher
-            result = reconstruct(
+            new = reconstruct(
                 dense,
                 mask,
                 factors,
                 reconstruction=plan.used_reconstruction,
                 gradient_gram=self.gradient_grams_of(block).get(linear) if uses_fisher else None,
-                transposed=transposed,
+                transposed=linear in grams.transposed,
             )
-            new, diagnostics = check_new_weight(linear, result.weight), result.diagnostics
-        pruned = masked(dense if new is None else new.to(dense.device), mask)
-        error = masked_error = None
-        if factors is not None:
-            removes_units = plan.structure is not None
-            error, masked_error = layer_errors_of(
-                dense, mask, pruned, factors, self.dtype, transposed=transposed, removes_units=removes_units
-            )
-        weight = pruned.to(stored.device)
+            check_new_weight(linear, new)
+        weight = masked(dense if new is None else new, mask).to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
-        self.measures[linear] = LinearMeasures(block, zeros, weight.numel(), error, masked_error, diagnostics)
+        self.measures[linear] = LinearMeasures(block, zeros, weight.numel())
         return weight
 
 

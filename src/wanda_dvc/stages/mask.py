@@ -71,7 +71,6 @@ class BlockResult(NamedTuple):
     block: int
     masks: tensors.Masks
     weights: dict[str, Tensor]  # by linear, in their stored dtypes
-    diagnostics: Json  # solver diagnostics of each
 
 
 def mask(*, study: Study) -> None:
@@ -102,7 +101,7 @@ def mask(*, study: Study) -> None:
             # The repair has written the files of the blocks before cuts, empty where it did not help.
             has_file = plan.repairs and is_there(artifact.block_file(weights, result.block))
             if plan.mask_stores_weights and not has_file:
-                tensors.write_weights(weights, result.block, result.weights, result.diagnostics)
+                tensors.write_weights(weights, result.block, result.weights)
             tensors.write_masks(masks, result.block, result.masks)
         artifact.finish(masks, made_from)
         artifact.finish(weights, made_from)
@@ -293,7 +292,7 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     factors = None
     if task.name in grams:  # else no token reached it
         factors = GramFactors(grams[task.name].matrix(), f"Gram matrix of the input of {task.name}")
-    masks, weights, diagnostics = dict[str, Tensor](), dict[str, Tensor](), Json()
+    masks, weights = dict[str, Tensor](), dict[str, Tensor]()
     for linear in linears:
         transposed = linear in stats.transposed
         stored = job.checkpoint.weight(linear)
@@ -305,7 +304,7 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
             linear, weight, factors if plan.method.is_solver else stats.inputs[task.name], stats, rule
         )
         if plan.mask_stores_weights and factors is not None:
-            result = reconstruct(
+            new = reconstruct(
                 weight,
                 masks[linear],
                 factors,
@@ -313,18 +312,16 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
                 gradient_gram=gradient_grams.get(linear),
                 transposed=transposed,
             )
-            weights[linear] = check_new_weight(linear, result.weight.to("cpu", stored.dtype))
-            diagnostics[linear] = result.diagnostics
-    return BlockResult(task.block, tensors.pack_masks(masks), weights, diagnostics)
+            weights[linear] = check_new_weight(linear, new.to("cpu", stored.dtype))
+    return BlockResult(task.block, tensors.pack_masks(masks), weights)
 
 
 def combine(job: MaskJob, block: int, results: Iterable[BlockResult]) -> BlockResult:
     """Return a block's result from the results of its solver tasks."""
-    combined = BlockResult(block, tensors.Masks(), {}, {})
+    combined = BlockResult(block, tensors.Masks(), {})
     for result in results:
         combined.masks.data.update(result.masks.data)
         combined.weights.update(result.weights)
-        combined.diagnostics.update(result.diagnostics)
     return remove_units(job, combined)
 
 
@@ -346,7 +343,7 @@ def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.devic
     for linear in stats_of.keys() - masks.keys():
         masks[linear] = choose(linear, job.checkpoint.weight(linear))
     packed = tensors.pack_masks({linear: masks[linear] for linear in stats_of})
-    return remove_units(job, BlockResult(block, packed, {}, {}))
+    return remove_units(job, BlockResult(block, packed, {}))
 
 
 def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
@@ -393,10 +390,9 @@ def repair_removed_blocks(
     def repair_cut(cut_run: CutRun) -> Tensor | None:
         block, _, linear = cut_run.cut
         if not is_there(artifact.block_file(folder, block)):  # else an interrupted run has repaired it
-            result = repair(run, cut_run, checkpoint.weight(linear))
-            weights, diagnostics = ({linear: result[0]}, {linear: result[1]}) if result else ({}, {})
-            tensors.write_weights(folder, block, weights, diagnostics)
-        return tensors.read_weights(folder, block)[0].get(linear)
+            new = repair(run, cut_run, checkpoint.weight(linear))
+            tensors.write_weights(folder, block, {} if new is None else {linear: new})
+        return tensors.read_weights(folder, block).get(linear)
 
     cuts = []
     for blocks in ranges:

@@ -170,15 +170,14 @@ def read_masks(folder: Path, block: int) -> Masks:
     return Masks({name: (tensors[name], columns) for name, columns in header["columns"].items()})
 
 
-def write_weights(folder: Path, block: int, weights: dict[str, Tensor], diagnostics: Json) -> None:
-    """Write one block's new weights, named, oriented and typed as stored; header: each linear's solver diagnostics."""
-    save_tensors(block_file(folder, block), weights, {"solved": diagnostics})
+def write_weights(folder: Path, block: int, weights: dict[str, Tensor]) -> None:
+    """Write one block's new weights, named, oriented and typed as stored."""
+    save_tensors(block_file(folder, block), weights, {})
 
 
-def read_weights(folder: Path, block: int) -> tuple[dict[str, Tensor], Json]:
-    """Read one block's new weights, and the solver diagnostics of each linear."""
-    weights, header = load_tensors(block_file(folder, block), "mask")
-    return weights, header["solved"]
+def read_weights(folder: Path, block: int) -> dict[str, Tensor]:
+    """Read one block's new weights."""
+    return load_tensors(block_file(folder, block), "mask")[0]
 
 
 def write_window(folder: Path, window: int, tensors: Mapping[str, Tensor]) -> None:
