@@ -104,7 +104,7 @@ def measure(decoder: Decoder, work: Path) -> list[Any]:
 
 @pytest.mark.parametrize("family", RECORDED)
 def test_sums_of_windows_that_run_together_are_those_of_each_alone(family: str, tmp_path: Path, monkeypatch: Patch):
-    """Norms, Gram matrices, influence, gated outputs, gradients; hidden states too.
+    """Norms, Gram matrices, gated outputs, gradients; hidden states too.
 
     Each block gets the same hidden states: rounding may send a token to another expert a few blocks later.
     """

@@ -235,8 +235,6 @@ def test_an_input_is_one_memory_in_one_state(tiny: Path):
     stats = recorder.sums.of(linears).stats.inputs
     assert [stats[name].count for name in (q, k, v)] == [8, 4, 8]
     torch.testing.assert_close(stats[v].sum_squares, 4 * stats[q].sum_squares)
-    recorder.see_block(torch.zeros(1, 3, 4), torch.ones(1, 3, 4))
-    assert recorder.sums.influence.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(("largest", "accepted"), [(2**30, [2**30, -1]), (2**25, [2**25, -1]), (2**24, [])])

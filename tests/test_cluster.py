@@ -19,6 +19,7 @@ from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sums import InputSums
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.statistics import TokenSum
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
@@ -117,14 +118,15 @@ def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monke
 
     def sums(_model: Any, _job: Any, number: int) -> InputSums:
         first = torch.full((2,), 1.0 if number % 2 else 2.0**-53, dtype=torch.float64)
-        return InputSums(influence=first, input_of={f"linear {number}": "input"})
+        output = {"expert": TokenSum(first, 1)}
+        return InputSums(outputs=output, input_of={f"linear {number}": "input"})
 
     expected = InputSums()
     for number in range(7):  # in another order 2⁻⁵³ would count
         expected.merge(sums(None, None, number))
     total = cluster.merge_model(decoder, sums, None, range(7), "chunk")
     assert total is not None
-    assert torch.equal(total.influence, expected.influence)
+    assert torch.equal(total.outputs["expert"].sum, expected.outputs["expert"].sum)
     assert list(total.input_of) == list(expected.input_of)
     assert [x for x in received if x is not None] == [total]
 

@@ -27,7 +27,7 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
 # Settings, and how the message about them begins.
 LINES = {
     "sparsity: 1.5": "sparsity: found 1.5, expected less than 1",
-    "method: wands": 'method: found "wands", expected magnitude, wanda, ria, sparsegpt, admm, taylor, reap, influence,',
+    "method: wands": 'method: found "wands", expected magnitude, wanda, ria, sparsegpt, admm, taylor, reap, divergence',
     "recovery__tokens: 1000000001": "recovery.tokens: found 1000000001, expected less than or equal to 1000000000",
     "sparsty: 0.5": "sparsty: no such setting; did you mean sparsity?",
     "calibration: 3": "calibration: found 3, expected settings",

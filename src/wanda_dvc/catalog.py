@@ -45,8 +45,7 @@ class Method(Choice):
     # What it reads in addition: nothing, an InputStats, the Gram matrix, gradients, or measured choices of blocks.
     # With the Gram matrix it is a solver: it returns the mask, because it changes weights before all are chosen.
     needs: Literal["weights", "norms", "gram", "fisher", "blocks"]
-    # The patterns whose units the function scores, from UnitCosts, an expert's TokenSum or a BlockStats; (): it scores
-    # weights.
+    # The patterns whose units the function scores, from UnitCosts or an expert's TokenSum; (): it scores weights.
     patterns: tuple[str, ...] = ()
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
@@ -109,9 +108,6 @@ _METHODS = {row.name: row for row in (
            function="wanda_dvc.pruning.scores:taylor"),
     Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", patterns=("experts",),
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
-    Method("influence", "blocks only: 1 − cosine of a block's input and output, mean over tokens", needs="norms",
-           paper="[Men et al. 2024](https://arxiv.org/abs/2403.03853)", function="wanda_dvc.pruning.scores:influence",
-           patterns=("blocks",)),
     Method("divergence", "blocks only: KL(dense ‖ without the blocks) of the predictions, measured block after block",
            paper="[Song et al. 2024](https://arxiv.org/abs/2402.09025)", needs="blocks",
            function="wanda_dvc.engine.depth:choose_one_more", patterns=("blocks",)),

@@ -103,7 +103,6 @@ def run_batches(
     for batch, states in zip(batches, before, strict=True):
         after = model.run(block.index, states, batch[0])
         if recorder:
-            recorder.see_block(states, after)
             recorder.end_batch()
         finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass over them
         yield after

@@ -13,7 +13,6 @@ from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.engine.accelerator import float64_device
-from wanda_dvc.engine.sequences import States
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.sums import FisherSums, InputSums, Matrix, add_unit_costs, group_by_matrix, merge_by_name
 from wanda_dvc.pruning.gram import Gram
@@ -83,15 +82,6 @@ class InputRecorder:
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
         total = norms.to(float64_device(norms.device)).double().sum()
         merge_by_name(self.sums.outputs, {name: TokenSum(total, len(norms))})
-
-    def see_block(self, before: States, after: States) -> None:
-        """Add the influence of the block on a batch: 1 − cosine of its hidden states before and after the block."""
-        before, after = before.float(), after.float()
-        cosine = torch.linalg.vecdot(before, after) / (vector_norm(before, dim=-1) * vector_norm(after, dim=-1))
-        distance = 1 - cosine.nan_to_num()  # zeros have no direction: a cosine of 0
-        influence = torch.stack([distance.sum(), distance.new_full((), distance.numel())])  # the host does not wait
-        total = self.sums.influence.to(float64_device(influence.device))
-        self.sums.influence = total + influence.to(total.device)
 
     def end_batch(self) -> None:
         """Free the batch's inputs."""

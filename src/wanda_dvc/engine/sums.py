@@ -36,8 +36,6 @@ class InputSums:
     grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
     input_of: dict[str, str] = field(default_factory=dict)  # the name of each linear's input
     outputs: dict[str, TokenSum] = field(default_factory=dict)  # of routed experts, by the last linear of each
-    # Σ (1 − cosine of the block's input and output), and tokens: ShortGPT's block influence (arXiv 2403.03853)
-    influence: Float64[Tensor, "2"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     is_finite: bool = True  # all hidden states after the block
 
     def merge(self, sums: "InputSums") -> None:
@@ -48,7 +46,6 @@ class InputSums:
         merge_by_name(self.grams, sums.grams)
         merge_by_name(self.outputs, sums.outputs)
         self.is_finite &= sums.is_finite
-        self.influence = self.influence.to(sums.influence) + sums.influence
 
     def add_consumer(self, linear: str, name: str) -> None:
         """Add a linear to the consumers of an input. UserError if it reads another input."""
@@ -81,7 +78,6 @@ class InputSums:
             consumers=consumers,
             transposed=[name for name, linear in linears.items() if linear.transposed],
             outputs={name: replace(output, sum=output.sum.cpu()) for name, output in of_experts.items()},
-            influence=self.influence.cpu(),
         )
         return BlockRecord(block_stats, self.grams)
 

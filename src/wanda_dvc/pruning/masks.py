@@ -169,9 +169,7 @@ def choose_units(
 def _unit_score(
     linears: Sequence[str], read_weight: ReadWeight, stats: BlockStats, method: Method, device: torch.device
 ) -> float:
-    """Return the score of a block or an expert: the method's own, or the sum of its scores of the weights."""
-    if "blocks" in method.patterns:
-        return float(method(stats))
+    """Return the score of a block or an expert: a method's own of experts, or the sum of its scores of the weights."""
     inputs = stats.by_linear
     if "experts" in method.patterns:
         tokens = max(inputs[linear].count for linear in linears)

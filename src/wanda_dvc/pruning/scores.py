@@ -1,9 +1,9 @@
-"""Scores: the importance of each weight, of the weight's shape, or of an expert or block; the highest are kept."""
+"""Scores: the importance of each weight, of the weight's shape, or of an expert; the highest are kept."""
 
 from jaxtyping import Float
 from torch import Tensor, finfo, float32
 
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum, UnitCosts
+from wanda_dvc.pruning.statistics import InputStats, TokenSum, UnitCosts
 
 
 def magnitude(weight: Float[Tensor, "out in"], x: InputStats | None = None) -> Float[Tensor, "out in"]:
@@ -47,10 +47,3 @@ def reap(outputs: TokenSum) -> float:
     Lasby et al. 2025, arXiv 2510.13999, equation 9. The norm is of the product that the model computes.
     """
     return float(outputs.sum) / outputs.count if outputs.count else 0.0
-
-
-def influence(block: BlockStats) -> float:
-    """Return the mean over tokens of 1 − cosine of a block's input and output. Men et al. 2024, arXiv 2403.03853."""
-    assert block.influence is not None  # measured with the norms
-    total, tokens = block.influence.tolist()
-    return total / tokens

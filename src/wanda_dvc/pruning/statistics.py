@@ -92,7 +92,6 @@ class BlockStats(NamedTuple):
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, where read
     # Σ of ‖gate · output‖₂ over the tokens that a router sent to an expert, by the expert's last linear.
     outputs: Mapping[str, TokenSum] = {}
-    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
     unit_costs: Mapping[str, UnitCosts] = {}  # by linear, where read
 
     @property
@@ -101,7 +100,7 @@ class BlockStats(NamedTuple):
         return {linear: self.inputs[name] for name, linears in self.consumers.items() for linear in linears}
 
     def of(self, name: str) -> "BlockStats":
-        """Return the norms of one distinct input alone: without gradients, gates and influence."""
+        """Return the norms of one distinct input alone: without gradients and gates."""
         consumers = self.consumers[name]
         return BlockStats({name: self.inputs[name]}, {name: consumers}, [x for x in self.transposed if x in consumers])
 

@@ -145,7 +145,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=12,
+            version=13,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
             variants={

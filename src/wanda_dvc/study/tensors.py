@@ -21,8 +21,7 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
     """Write one block's statistics.
 
     Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). For the
-    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Of the
-    block: `influence` (float64 [2]), Σ (1 − cosine of its input and output) and the number of tokens. Header: the
+    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Header: the
     linears that read each input, and the linears whose weights are stored transposed.
     """
     tensors: dict[str, Tensor] = {}
@@ -32,8 +31,6 @@ def write_stats(folder: Path, block: int, stats: BlockStats) -> None:
         tensors[f"{name}.count"] = torch.tensor(x.count)
     for linear, outputs in stats.outputs.items():
         tensors[f"{linear}.outputs"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
-    if stats.influence is not None:
-        tensors["influence"] = stats.influence
     save_tensors(block_file(folder, block), tensors, {"consumers": stats.consumers, "transposed": stats.transposed})
 
 
@@ -50,7 +47,7 @@ def read_stats(folder: Path, block: int, *, fisher: Path | None = None) -> Block
                 total, tokens = tensors[f"{linear}.outputs"]
                 outputs[linear] = TokenSum(total, int(tokens))
     squared_gradients = read_fisher(fisher, block) if fisher else {}
-    return BlockStats(inputs, consumers, header["transposed"], squared_gradients, outputs, tensors.get("influence"))
+    return BlockStats(inputs, consumers, header["transposed"], squared_gradients, outputs)
 
 
 class Grams(UserDict[str, Any]):
