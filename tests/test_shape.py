@@ -14,14 +14,12 @@ import pipeline
 import pytest
 from command_line import process, wanda_dvc
 from conftest import ROOT, Patch, fetch, read_preset, write_params, write_settings
-from lm_eval.tasks._index import TaskIndex
 from safetensors import SafetensorError
 
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.cli import app
 from wanda_dvc.errors import EXTRAS, explain
 from wanda_dvc.params import check_params, nested, settings
-from wanda_dvc.sources import tasks
 from wanda_dvc.stages import STAGES, stage_inputs
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import DEFAULT
@@ -218,26 +216,3 @@ def test_no_run_imports_more_than_it_needs(finished: Path, tmp_path: Path):
     assert imported.keys() == MAY_IMPORT.keys(), done.stderr
     more = {words: sorted(SLOW_TO_IMPORT & set(modules) - MAY_IMPORT[words]) for words, modules in imported.items()}
     assert {words: names for words, names in more.items() if names} == {}
-
-
-def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, monkeypatch: Patch):
-    files = {
-        "a/group.yaml": "group: pair\ntask: [one, two]\n",
-        "a/one.yaml": "task: one\ninclude: base\ntag: few\n",
-        "a/base": "output_type: multiple_choice\n",
-        "b/again.yaml": "task: one\n",
-        "b/few.yaml": "task: few\n",
-        "b/one_more.yaml": "task: 'one.more'\ndescription: one, two\n",
-        "b/torn.yaml": "task: two\n- {",
-        "c/two.yaml": "task: two\nprocess_docs: !function no_module.f\ntag: pair\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("wanda_dvc.sources.tasks._task_files", tasks._task_files.__wrapped__)
-    index = TaskIndex.build([tmp_path])
-    for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
-        path = index[name].yaml_path if name in index else None
-        found = tasks.task_definition(name)
-        assert (found and found[0]) == (path and path.relative_to(tmp_path).as_posix()), name

@@ -1,6 +1,5 @@
 """The items of the zero-shot tasks: samples, or the benchmarks from the mirror or the Hub; lm-eval's task of them."""
 
-import contextlib
 import json
 import logging
 import shutil
@@ -67,32 +66,22 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
 def task_definition(name: str) -> tuple[str, Json] | None:
     """Return the file of an lm-eval task, relative to the tasks' folder, and its content; None for an unknown task.
 
-    Functions stay names in it. The file is lm-eval's index entry for the name. Indexing all 14,000 files takes 5 s, so
-    this indexes only files with the name in their text: every definition contains its task's name.
+    Functions stay names in it.
     """
-    from lm_eval.tasks._index import Entry, TaskIndex
-    from lm_eval.tasks._yaml_loader import load_yaml
+    import lm_eval.tasks
 
-    root, texts = _task_files()
-    index = dict[str, Entry]()
-    for path, text in texts.items():
-        if name.encode() in text:
-            with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
-                TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
-    entry = index.get(name)
+    entry = _task_index().get(name)
     if entry is None or not entry.yaml_path:
         return None
-    return entry.yaml_path.relative_to(root).as_posix(), entry.cfg
+    return entry.yaml_path.relative_to(Path(lm_eval.tasks.__file__).parent).as_posix(), entry.cfg
 
 
 @cache
-def _task_files() -> tuple[Path, dict[Path, bytes]]:
-    """Return the folder of lm-eval's tasks, and all definitions below it, in the order of lm-eval's index."""
-    import lm_eval.tasks
-    from lm_eval.tasks._index import TaskIndex
+def _task_index() -> dict[str, Any]:
+    """Return lm-eval's index of tasks, which takes 5 s."""
+    from lm_eval.tasks import TaskManager
 
-    root = Path(lm_eval.tasks.__file__).parent
-    return root, {path: path.read_bytes() for path in TaskIndex._iter_yaml_files(root)}
+    return dict(TaskManager().task_index)
 
 
 def _write_tasks(items_by_task: Mapping[str, Items], are_samples: bool, out: Path, _: Path) -> None:
