@@ -35,8 +35,10 @@ REFIT: Settings = {"recipe": "wanda-refit"}
 EXPERTS: Settings = {"pattern": "experts", "sparsity": 0.25}
 CHOICES: list[Settings] = [
     *({"recipe": name} for name in RECIPES),
-    *({"recipe": "admm", "pattern": pattern} for pattern in ("2:4", "neurons", "heads", "blocks")),
-    *({"method": "sparsegpt", "propagation": "pruned", "pattern": pattern} for pattern in ("2:4", "neurons")),
+    {"recipe": "admm", "pattern": "2:4"},
+    *(REFIT | {"pattern": pattern} for pattern in ("neurons", "heads", "blocks")),
+    {"method": "sparsegpt", "propagation": "pruned", "pattern": "2:4"},
+    REFIT | {"propagation": "pruned", "pattern": "neurons"},
     *(
         {"method": method, "reconstruction": SOLVED[index % len(SOLVED)], "propagation": "pruned"}
         for index, method in enumerate(OF_WEIGHTS)

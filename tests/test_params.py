@@ -38,7 +38,8 @@ LINES = {
     "allocation: owl, pattern: 2:4": "allocation: found owl with pattern 2:4, expected uniform",
     "allocation_strength: 0.1": "allocation_strength: no such setting",
     "method: reap": "method: found reap with pattern unstructured",
-    "method: admm, pattern: experts": "method: found admm with pattern experts, expected a method that scores experts",
+    "method: admm, pattern: experts": "method: found admm with pattern experts, expected reap or another",
+    "method: admm, pattern: heads": "method: found admm with pattern heads, expected wanda or another",
     "reconstruction: least-squares, pattern: experts": "reconstruction: found least-squares with pattern experts",
     "propagation: pruned, pattern: experts": "propagation: found pruned with pattern experts, expected dense",
 }

@@ -194,8 +194,8 @@ class Plan:
         of_method = f"method: found {method.name} with pattern {pattern}"
         if method.patterns and pattern not in method.patterns:
             yield f"{of_method}, expected pattern {' or '.join(method.patterns)}"
-        if self.structure and self.structure.method and method.is_solver:  # experts, blocks
-            yield f"{of_method}, expected a method that scores {pattern}"
+        if self.structure and method.is_solver:
+            yield f"{of_method}, expected {self.structure.method or 'wanda'} or another method that scores {pattern}"
         choices = self.to_dict()
         for name, expected in choices_of_pattern(pattern, self.reconstructs).items():
             if choices[name] != expected:

@@ -16,7 +16,7 @@ from wanda_dvc.pruning.reconstruction import ReadWeight, check_new_weight, maske
 from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, UnitCosts
-from wanda_dvc.pruning.units import Units, expand, greedy_obs, unit_scores
+from wanda_dvc.pruning.units import Units, expand, unit_scores
 
 BlockSparsity = Fraction | Mapping[str, Fraction]  # of all linears of a block, or of each
 
@@ -66,11 +66,8 @@ def choose_linear(
         weight = weight.to(x.gram.device)
         if row_factors is not None:  # a factor changes nothing within its row, only how the rows compete
             weight = weight.float() * row_factors.to(weight.device)[:, None]
-        if units:  # every solver chooses units in this way
-            mask = expand(greedy_obs(weight, x, units), units.layout)
-        else:
-            sparsity = linear_sparsity(rule.sparsity, linear)
-            mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
+        sparsity = linear_sparsity(rule.sparsity, linear)
+        mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     elif units:
         if rule.method.needs == "fisher":  # an expert without gradients has no costs
             costs = rule.unit_costs.get(linear, {units.total: torch.zeros(units.total)})

@@ -13,10 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from wanda_dvc.kernels import multiply
-from wanda_dvc.pruning.gram import Square, Weight
+from wanda_dvc.pruning.gram import Weight
 from wanda_dvc.pruning.solvers import GramFactors, Mask, factor_inverse, write_better_rows
 
-INPUTS_AT_A_TIME = 16  # of removed units, before the costs of the remaining units are computed again
 MULTIPLES_OF_A_WIDTH = 16  # at least: a rounded width differs from the exact one by at most half of a 16th of the width
 
 
@@ -65,47 +64,6 @@ def unit_scores(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, "
         for scores in section.view(units.total, -1).T:
             totals += scores
     return totals
-
-
-def greedy_obs(weight: Weight, factors: GramFactors, units: Units) -> Bool[Tensor, " units"]:
-    """Return the mask of units: those are removed that cost least if the kept weights compensate for them.
-
-    With H = (G + λI)⁻¹ and the unit's inputs J, the cost is tr(W_J (H_JJ)⁻¹ W_Jᵀ),
-    for one input Σ_o w_oj² / H_jj: the rise of tr(ΔGΔᵀ) after least squares, as in OBS (Hassibi and Stork 1993). About
-    16 inputs go at a time; then W −= W_J (H_JJ)⁻¹ H_J and H −= H_Jᵀ (H_JJ)⁻¹ H_J, and costs are computed again. H_J are
-    the rows J of H. Dead inputs cost nothing. Memory in bytes: 12 · in² and 8 · out · in.
-    """
-    root = factors.inverse_root
-    inverse = multiply(root.T, root)
-    w = weight.float().masked_fill(factors.dead, 0)
-    unit_inputs = unit_index(units.total, units.layout).to(w.device).sort(stable=True).indices.view(units.total, -1)
-    mask = torch.ones(units.total, dtype=torch.bool, device=w.device)
-    at_a_time = max(1, INPUTS_AT_A_TIME // unit_inputs.shape[1])
-    to_remove = units.total - units.kept
-    while to_remove > 0:
-        cost = _costs(w, inverse, unit_inputs).masked_fill(~mask, torch.inf)
-        lowest = cost.sort(stable=True).indices[: min(at_a_time, to_remove)]
-        mask[lowest] = False
-        to_remove -= len(lowest)
-        columns = unit_inputs[lowest].flatten()
-        rows = inverse[columns]
-        solved = torch.linalg.solve(rows[:, columns], rows)
-        w -= multiply(w[:, columns].contiguous(), solved)
-        inverse -= multiply(rows.T.contiguous(), solved)
-        w[:, columns] = 0
-        inverse[columns] = 0
-        inverse[:, columns] = 0
-        inverse[columns, columns] = 1
-    return mask
-
-
-def _costs(weight: Weight, inverse: Square, unit_inputs: Int[Tensor, "units size"]) -> Float[Tensor, " units"]:
-    """Return tr(W_J (H_JJ)⁻¹ W_Jᵀ) of each unit's inputs J."""
-    if unit_inputs.shape[1] == 1:
-        return (weight.square().sum(dim=0) / inverse.diagonal())[unit_inputs[:, 0]]
-    inverses = inverse[unit_inputs[:, :, None], unit_inputs[:, None, :]]  # [units, size, size]
-    weights = weight.T[unit_inputs]  # [units, size, out]
-    return (torch.linalg.solve(inverses, weights) * weights).sum(dim=(1, 2))
 
 
 def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> Weight:

@@ -32,9 +32,7 @@ def card(study: Study, metrics: Json, sections: Mapping[str, str] | None = None)
         what = f"{percent} of the weights in the linear layers of the blocks are zero"
         limits = ZEROS
     chosen_by = inline(choices["method"])
-    if structure and method and method.is_solver:  # `greedy_obs` chooses units in place of every solver
-        chosen_by = "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
-    elif method:  # else of a package that is not installed
+    if method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
     reconstruction = Plan.from_dict(choices).used_reconstruction
     counts = calibration.get("shares", [calibration["windows"]])  # of each text
