@@ -520,31 +520,8 @@ def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving():
     assert (mask[:, dead].sum(1) == 2).all()
 
 
-SOLVES: dict[str, Callable[[torch.Tensor, GramFactors], torch.Tensor]] = {
-    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, sparsity=HALF),
-    "admm": lambda weight, prepared: admm(weight, prepared, sparsity=HALF),
-    "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared),
-    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared),
-    "fisher": lambda w, prepared: fisher_least_squares(w, w > 0, prepared, of_gradients(64), steps=15),
-}
-
-
-@pytest.mark.parametrize("solve", SOLVES)
-def test_any_number_of_threads_gives_the_same_bytes(solve: str):
-    """LAPACK factors so wide a matrix with several threads, if it may. Products of multiples of 64 do not differ."""
-    weight, gram = problem(out=64, features=320)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(SOLVES[solve](weight, GramFactors(gram)))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
-def test_factors_are_those_of_numpy_whatever_the_width(features: int):
-    """Panels of 128, and what is left over."""
+@pytest.mark.parametrize("features", [1, 127, 300])
+def test_factors_are_those_of_numpy(features: int):
     _, gram = problem(features=features, tokens=2 * features + 10)
     prepared, exact = GramFactors(gram), gram.double().numpy()
     damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
@@ -558,7 +535,7 @@ def test_factors_are_those_of_numpy_whatever_the_width(features: int):
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [0, 127, 128, 299])
+@pytest.mark.parametrize("wrong", [0, 150, 299])
 def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int):
     _, gram = problem(features=300)
     gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()

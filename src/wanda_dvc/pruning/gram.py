@@ -12,7 +12,7 @@ from wanda_dvc import kernels
 
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
-PANEL = 128  # rows of a Gram matrix that a CPU computes at a time, or factors by LAPACK
+PANEL = 128  # rows of a Gram matrix that a CPU computes at a time
 TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, at most
 PANEL_NUMBERS = 2**22  # of a triangle's part, at least, on a GPU: an expert's triangle is one part
 # Scores take rows in slices of about so many weights, which bounds memory. With smaller slices the threads wait for the

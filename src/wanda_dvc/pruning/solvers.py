@@ -1,16 +1,12 @@
 """Solvers: compute masks, or weights on a mask, with a small layer error tr(ΔGΔᵀ), Δ = W − Ŵ, from a Gram matrix G.
 
-On the host, G is factored by matrix products and single-threaded LAPACK calls on panels of 128 rows. So results do not
-depend on the number of threads if all sizes are multiples of 64, as in most models.
-
 Solvers compute in float32 on the weight's device, in slices of rows, or all rows at once if rows compete. Peak memory
 in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in for the result, and 40 per
 weight of a slice.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cached_property
 
@@ -21,7 +17,7 @@ from torch import Tensor
 from wanda_dvc.catalog import RECONSTRUCTIONS, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.kernels import multiply
-from wanda_dvc.pruning.gram import Square, Weight, panels, row_slices
+from wanda_dvc.pruning.gram import Square, Weight, row_slices
 from wanda_dvc.pruning.selection import count_removed, keep_highest, keep_n_of_m, select
 
 Mask = Bool[Tensor, "out in"]  # True is kept
@@ -69,7 +65,9 @@ class GramFactors:
         """The upper R with RᵀR = (G + λI)⁻¹."""
         # Reversed, G = VVᵀ with V upper: R is V⁻¹, and G⁻¹ is never formed.
         lower, _ = _cholesky(self.gram.flip(0, 1), self.damping, self.mean, self.name)
-        return _inverse_of_lower(lower).flip(0, 1)
+        identity = torch.eye(len(lower), device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return inverse.flip(0, 1).contiguous()  # row by row, as the sweep reads it; LAPACK's are column by column
 
     @cached_property
     def admm_inverse(self) -> Square:
@@ -271,51 +269,11 @@ def _cholesky(matrix: Square, damping: float, mean: float, name: str) -> tuple[S
     while damping <= LARGEST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * mean)
-        lower = _lower(damped)
-        if lower is not None:
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
             return lower, damping
         damping = max(DAMPING_GROWTH * damping, FIRST_DAMPING)
     raise UserError(f"{name}: it cannot be factored with any damping; calibrate on more or other text")
-
-
-def _lower(matrix: Square) -> Square | None:
-    """Return L with LLᵀ = matrix, which is overwritten; None where it is not positive definite."""
-    for begin, end in panels(matrix):
-        panel = matrix[begin:, begin:end]
-        before = matrix[begin:, :begin]
-        if begin:
-            panel -= multiply(before, before[: end - begin].T)
-        with _one_thread():
-            corner, failed = torch.linalg.cholesky_ex(panel[: end - begin])
-        if failed:
-            return None
-        if end < len(matrix):
-            panel[end - begin :] = multiply(panel[end - begin :], _inverse_of_lower(corner).T)
-        panel[: end - begin] = corner
-    return matrix.tril_()
-
-
-def _inverse_of_lower(lower: Square) -> Square:
-    inverse = torch.zeros_like(lower)
-    for begin, end in panels(lower):
-        corner = lower[begin:end, begin:end]
-        with _one_thread():
-            corner = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=corner.device), upper=False)
-        inverse[begin:end, begin:end] = corner
-        if begin:
-            left = multiply(lower[begin:end, :begin], inverse[:begin, :begin])
-            inverse[begin:end, :begin] = multiply(corner, left).neg_()
-    return inverse
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _conjugate_gradients(
@@ -350,13 +308,7 @@ def _conjugate_gradients(
 def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> Square:
     """Return (matrix + damping · mean · I)⁻¹, with the damping raised until the matrix is positive definite."""
     lower, _ = _cholesky(matrix, damping, mean, name)
-    root = _inverse_of_lower(lower)
-    inverse = torch.empty_like(root)
-    for begin, end in panels(root):
-        panel = multiply(root[begin:, begin:end].T, root[begin:, begin:])
-        inverse[begin:end, begin:] = panel
-        inverse[begin:, begin:end] = panel.T
-    return inverse
+    return torch.cholesky_inverse(lower)
 
 
 def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> None:
