@@ -47,8 +47,6 @@ def _entry(stage: Stage, name: str, part: Variant) -> dict[str, Any]:
     entry["outs"] = [*part.outs, *({path: {"cache": False, "persist": True}} for path in part.uncached)]
     if part.metrics:
         entry["metrics"] = [{path: {"cache": False}} for path in part.metrics]
-    if part.plots:
-        entry["plots"] = [{path: dict(options)} for path, options in part.plots.items()]
     return {"foreach": "${perplexity.texts}", "do": entry} if part.by_text else entry
 
 

@@ -254,7 +254,7 @@ def removed_before(name: str, part: str) -> list[str]:
     if name == "export":
         return ["exported"]
     rows = [row for one, row in STAGES[name].variants.items() if part in (one, "")]
-    found = [path for row in rows for path in (*row.outs, *row.metrics, *(row.plots or ()))]
+    found = [path for row in rows for path in (*row.outs, *row.metrics)]
     return [path.replace("{text}", "embedded") for path in found]
 
 

@@ -288,9 +288,7 @@ def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path
     for part in ("dense", "pruned", "recovered"):
         if part == "recovered":
             run("recover", study=made)
-            plotted = made.plots("perplexity/embedded").read_bytes()
         run("perplexity", study=made, variant=part)
-    assert made.plots("perplexity/embedded").read_bytes() == plotted  # the pruned model's
     curve = made.plots("recovery").read_text().splitlines()
     assert curve[0] == "tokens,text,embedded"
     assert float(curve[-1].split(",")[1]) < float(curve[1].split(",")[1])

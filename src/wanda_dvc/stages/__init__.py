@@ -35,7 +35,6 @@ class Variant:
     outs: tuple[str, ...] = ()  # cached by DVC
     uncached: tuple[str, ...] = ()  # not stored: links, and what follows from cached outputs
     metrics: tuple[str, ...] = ()  # committed
-    plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
     by_text: bool = False  # one run for each text of the perplexity
     # A file in plan/, which is empty if the settings do not ask for a run; "": they always do.
     asked_by: str = ""
@@ -43,7 +42,7 @@ class Variant:
     @property
     def written(self) -> tuple[str, ...]:
         """All files and folders that it writes."""
-        return (*self.outs, *self.uncached, *self.metrics, *(self.plots or ()))
+        return (*self.outs, *self.uncached, *self.metrics)
 
     def wanted(self, params: "Params") -> bool:
         """Whether the settings ask for it. If not, a run writes placeholders, because DVC expects each output."""
@@ -98,19 +97,6 @@ CALIBRATED = {  # by kind of statistics: the settings that decide whether they a
 STATS = tuple(f"stats/{statistics}" for statistics in CALIBRATED)
 # The dense model's predictions, with which the other models are compared.
 REFERENCE = ("reference/{text}",)
-PLOTS = {  # of the pruned model on a text
-    "metrics/plots/perplexity/{text}.csv": {
-        "title": "Perplexity on {text}, ± one standard error over windows",
-        "template": "perplexity",
-        "x": "window",
-        "y": "pruned",
-    },
-    "metrics/plots/divergence/{text}.csv": {
-        "title": "Divergence from the dense model on {text} by window: mean KL(dense ‖ pruned), nats",
-        "x": "window",
-        "y": "divergence",
-    },
-}
 STAGES = {
     stage.name: stage
     for stage in (
@@ -201,7 +187,7 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=6,
+            version=7,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             argument="model",
             variants={
@@ -210,7 +196,6 @@ STAGES = {
                     deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *reads),
                     outs=(f"metrics/details/{model}/perplexity/{{text}}.json", *writes),
                     metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
-                    plots=PLOTS if model == "pruned" else None,
                     by_text=True,
                     asked_by="recover" if model == "recovered" else "",
                 )

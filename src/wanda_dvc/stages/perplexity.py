@@ -23,7 +23,7 @@ from wanda_dvc.stages.inputs import check_ready, runner
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study.artifact import describe, digest, finish, read_provenance
-from wanda_dvc.study.files import Json, json_number, write_csv, write_json
+from wanda_dvc.study.files import Json, json_number, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.protocol import first_difference, identity
 from wanda_dvc.study.tensors import read_window, write_window
@@ -73,8 +73,6 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
             work.commit(study.reference(text))
         else:
             work.discard()
-        if model == "pruned":
-            _write_plots(study, text, predictions, details)
 
 
 def _details(protocol: Json, losses: list[float], divergences: list[Divergence], not_finite: str | None) -> Json:
@@ -85,23 +83,6 @@ def _details(protocol: Json, losses: list[float], divergences: list[Divergence],
     if not_finite:
         details["not_finite"] = not_finite
     return details
-
-
-def _write_plots(study: Study, text: str, predictions: list[int], details: Json) -> None:
-    dense = []
-    for window in range(len(predictions)):
-        log_p = read_window(study.reference(text), window)["true_log_p"]
-        dense.append(json_number(-log_p.double().mean().item()))
-    plots = {
-        "perplexity": {"dense": dense, "pruned": details["losses"]},
-        "divergence": {"divergence": details["divergences"], "agreement": details["agreements"]},
-    }
-    for plot, columns in plots.items():
-        lines: list[list[object]] = []
-        for window, count in enumerate(predictions):
-            values = [column[window] for column in columns.values()]
-            lines.append([window, count, *(value if isinstance(value, float) else "" for value in values)])
-        write_csv(study.plots(f"{plot}/{text}"), ["window", "predictions", *columns], lines)
 
 
 def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence], Json]:
