@@ -183,7 +183,8 @@ PROPAGATIONS = {
 class Allocation(Choice):
     """A rule for the sparsity of each block or linear, given the model's sparsity."""
 
-    # `module:function`: (sparsity, sizes of the blocks, ratings, strength) → the blocks' sparsities; "": all equal
+    # `module:function`: (sparsity, sizes of the blocks, ratings, strength) → the blocks' sparsities, to which the same
+    # constant is added; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → a list with the block's rating
     uses_fisher: bool = False  # whether the rating needs stats/fisher; each linear then has a rating and a sparsity

@@ -1,9 +1,7 @@
 """Allocation: the sparsity of each block or linear, an exact fraction; the requested sparsity is the mean."""
 
-import bisect
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pkgutil import resolve_name
@@ -110,15 +108,14 @@ def sensitivity_rating(weights: Mapping[str, Weight], block: BlockStats) -> list
     return histograms
 
 
-def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
-    """Return OWL's sparsities: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
+def owl(_: Fraction, __: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
+    """Return OWL's sparsities, which lack a constant that `round_to_total` adds. Yin et al. 2024, arXiv 2310.05175.
 
-    The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_rating`, λ the spread.
+    A block with more outliers keeps more: (D − min D) / (max D − min D) · 2λ, D its `outlier_rating`, λ the spread.
     """
     largest, smallest = max(outliers), min(outliers)
     scale = 2 * spread / (largest - smallest) if largest > smallest else 0.0
-    sparsities = [Fraction(round((largest - ratio) * scale * DIGITS), DIGITS) for ratio in outliers]
-    return shift(sparsities, sparsity, sizes)
+    return [Fraction(round((largest - ratio) * scale * DIGITS), DIGITS) for ratio in outliers]
 
 
 def sensitivity(
@@ -126,14 +123,13 @@ def sensitivity(
 ) -> list[Fraction]:
     """Return each linear's sparsity when the lowest scores of all linears together are pruned.
 
-    `counts` are each linear's `count_scores`; scores are assumed to be evenly spread within a bin. Before the final
-    shift, a sparsity differs from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without
-    counts has the model's.
+    `counts` are each linear's `count_scores`; scores are assumed to be evenly spread within a bin. A sparsity differs
+    from the model's by at most `spread`, and is at most 0.97 or the model's. A linear without counts has the model's.
     """
     counts_by_index = {index: count for index, count in enumerate(counts) if count is not None}
     raw = [sparsity] * len(sizes)
     if not counts_by_index or not 0 < sparsity < 1:
-        return shift(raw, sparsity, sizes)
+        return raw
     requested = float(sparsity)
     bin_counts = torch.stack([*counts_by_index.values()])
     bin_counts = bin_counts[:, bin_counts.any(dim=0)]  # without those that are empty in all linears
@@ -154,7 +150,7 @@ def sensitivity(
         low, high = (middle, high) if pruned_fractions(middle) @ size < requested * size.sum() else (low, middle)
     for index, fraction in zip(counts_by_index, pruned_fractions(high).tolist(), strict=True):
         raw[index] = Fraction(round(fraction * DIGITS), DIGITS)
-    return shift(raw, sparsity, sizes)
+    return raw
 
 
 def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
@@ -163,28 +159,10 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
     return torch.bincount(bits, minlength=1 << (31 - BIN_BITS)).int()
 
 
-def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return `raw` plus one constant, clipped to [0, 1]; the mean weighted by size is exactly the sparsity."""
-
-    def sparsities(constant: Fraction) -> list[Fraction]:
-        return [min(max(value + constant, Fraction(0)), Fraction(1)) for value in raw]
-
-    def mean(constant: Fraction) -> Fraction:
-        return Fraction(sum(map(operator.mul, sparsities(constant), sizes)), sum(sizes))
-
-    # The mean rises with the constant, and is linear between neighbouring constants at which a value reaches 0 or 1.
-    constants = sorted({end - value for value in raw for end in (0, 1)})
-    above = bisect.bisect_left(constants, sparsity, key=mean)
-    if mean(constants[above]) == sparsity:
-        return sparsities(constants[above])
-    low, high = constants[above - 1 : above + 1]
-    return sparsities(low + (sparsity - mean(low)) / (mean(high) - mean(low)) * (high - low))
-
-
 def round_to_total(
     sparsities: Sequence[Fraction], sparsity: Fraction, competitions: Sequence[Sequence[Competition]]
 ) -> list[Fraction]:
-    """Return sparsities plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
+    """Return sparsities plus one constant, clipped to [0, 1], that brings the count of removed weights nearest.
 
     `competitions` has, for each of the sparsities, those of its linears. Counts are rounded down: each group loses up
     to one weight too few.
@@ -192,17 +170,18 @@ def round_to_total(
     all_competitions = [*itertools.chain(*competitions)]
     total = sum(map(math.prod, all_competitions))
 
+    def shifted(constant: Fraction) -> list[Fraction]:
+        return [min(max(value + constant, Fraction(0)), Fraction(1)) for value in sparsities]
+
     def surplus(constant: Fraction) -> Fraction:
         removed = 0
-        for value, sharing in zip(sparsities, competitions, strict=True):
-            raised = min(value + constant, Fraction(1))
+        for value, sharing in zip(shifted(constant), competitions, strict=True):
             for competition in sharing:
-                removed += competition.groups * count_removed(competition.size, raised)
+                removed += competition.groups * count_removed(competition.size, value)
         return removed - sparsity * total
 
-    low, high = Fraction(0), Fraction(1, min(competition.size for competition in all_competitions))
+    low, high = -max(sparsities), 1 - min(sparsities)
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if surplus(middle) < 0 else (low, middle)
-    constant = min((low, high), key=lambda bound: abs(surplus(bound)))
-    return [min(value + constant, Fraction(1)) for value in sparsities]
+    return shifted(min((low, high), key=lambda bound: abs(surplus(bound))))
