@@ -19,12 +19,11 @@ from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
 DRAWN = 64  # tokens drawn from its tail, with replacement
-REFERENCE_BYTES = 8 * (TOP + DRAWN) + 3 * 4  # for each predicted token, at most
+REFERENCE_BYTES = 8 * (TOP + DRAWN) + 2 * 4  # for each predicted token, at most
 # Log-probabilities at a time, by kind of device: few, so that they stay in a core's cache; many, to fill a GPU.
 AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
 TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
 LogP = Float32[Tensor, "positions vocabulary"]
-Targets = Int[Tensor, " positions"]
 TokenChoice = Int32[Tensor, "positions _"]  # some tokens of each position
 
 
@@ -37,7 +36,6 @@ class Predictions(NamedTuple):
     tail_log_p: Float32[Tensor, " predictions"]  # of all tokens outside the top together
     drawn_log_p: Float32[Tensor, "predictions drawn"]
     first: Int32[Tensor, " predictions"]  # top-1: the model's most probable token, of equals the lowest id
-    true_log_p: Float32[Tensor, " predictions"]  # of the text's next token
 
 
 class Divergence(NamedTuple):
@@ -45,12 +43,11 @@ class Divergence(NamedTuple):
 
     kl: list[float]  # KL(dense ‖ model) of each prediction, in nats, to six significant digits
     agreed: int  # predictions with the same most probable token
-    squared_change: float  # Σ (p − q)² of the true tokens' probabilities
 
     @property
     def finite(self) -> bool:
         """Whether all numbers are finite."""
-        return all(map(math.isfinite, (*self.kl, self.squared_change)))
+        return all(map(math.isfinite, self.kl))
 
     @property
     def mean(self) -> float:
@@ -90,13 +87,13 @@ def measure(
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
         device = float64_device(log_p.device)
         size = max(1, AT_A_TIME[device.type] // log_p.shape[1])
-        for piece, piece_targets in zip(log_p.to(device).split(size), targets.to(device).split(size), strict=True):
+        for piece in log_p.to(device).split(size):
             place = slice(measured, measured + len(piece))
             if dense is None:
                 top, drawn = choose_tokens(piece, offsets[place].to(device))
             else:
                 top, drawn = dense.top[place].to(device), dense.drawn[place].to(device)
-            pieces.append(predictions_at(piece, piece_targets, top, drawn))
+            pieces.append(predictions_at(piece, top, drawn))
             measured = place.stop
         del logits, log_p, piece  # before the next positions'
     loss = float(sum(torch.stack(losses).tolist())) / measured
@@ -126,19 +123,18 @@ def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tens
     return sums
 
 
-def predictions_at(log_p: LogP, targets: Targets, top: TokenChoice, drawn: TokenChoice) -> Predictions:
+def predictions_at(log_p: LogP, top: TokenChoice, drawn: TokenChoice) -> Predictions:
     """Return a model's predictions at chosen tokens. In `log_p` the top's entries become −∞."""
-    first, true = log_p.argmax(-1), log_p.gather(-1, targets[:, None])[:, 0]
+    first = log_p.argmax(-1).int()
     top_log_p = log_p.gather(-1, top.long())
     tail_log_p = log_p.scatter_(-1, top.long(), -math.inf).logsumexp(-1)
-    return Predictions(top, drawn, top_log_p, tail_log_p, log_p.gather(-1, drawn.long()), first.int(), true)
+    return Predictions(top, drawn, top_log_p, tail_log_p, log_p.gather(-1, drawn.long()), first)
 
 
 def diverge(dense: Predictions, other: Predictions) -> Divergence:
     """Return the divergence of a model from the dense model, from both models' predictions of one window."""
     kl = [_six_digits(value) for value in kl_divergence(dense, other).tolist()]
-    change = dense.true_log_p.double().exp() - other.true_log_p.double().exp()
-    return Divergence(kl, int((other.first == dense.first).sum()), float((change**2).sum()))
+    return Divergence(kl, int((other.first == dense.first).sum()))
 
 
 def kl_divergence(dense: Predictions, other: Predictions) -> Float64[Tensor, " predictions"]:
@@ -181,21 +177,11 @@ def compute_perplexity(losses: list[float], counts: list[int]) -> float | str:
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
     """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite."""
     if not all(window.finite for window in windows):
-        return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
+        return {"divergence": DIVERGED, "top1_agreement": DIVERGED}
     counts = [len(window.kl) for window in windows]
-    # A percentile is the smallest value with that fraction of the predictions at or below it.
-    values = sorted(value for window in windows for value in window.kl)
-    total = len(values)
-    change = math.sqrt(math.fsum(window.squared_change for window in windows) / total)
     return {
-        "divergence": {
-            "mean": _six_digits(_weighted_mean([window.mean for window in windows], counts)),
-            "median": _six_digits(values[math.ceil(0.5 * total) - 1]),
-            "p99": _six_digits(values[math.ceil(0.99 * total) - 1]),
-            "largest": _six_digits(values[-1]),
-        },
+        "divergence": {"mean": _six_digits(_weighted_mean([window.mean for window in windows], counts))},
         "top1_agreement": {"mean": _six_digits(_weighted_mean([window.agreement for window in windows], counts))},
-        "rms_probability_change": _six_digits(change),
     }
 
 

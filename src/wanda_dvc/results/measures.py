@@ -99,19 +99,15 @@ def read_perplexity(results: Results, text: str) -> Value:
     return _estimate(value, intervals.perplexity_interval(*_window_means(results, text, "losses")))
 
 
-def read_text_number(
-    results: Results, text: str, *, name: str, part: str = "", windows: str = "", largest: float = math.inf
-) -> Value:
-    """A number that `perplexity` wrote of a text, or a part of it such as the median.
+def read_text_number(results: Results, text: str, *, name: str, windows: str, largest: float = math.inf) -> Value:
+    """A mean that `perplexity` wrote of a text, with a 95 % t interval over windows, cut to [0, largest].
 
-    `windows` names each window's value in the details: their mean has a 95 % t interval, cut to [0, largest].
+    `windows` names each window's value in the details.
     """
     value = results.metrics.get(TEXT_PREFIX + text, {}).get(name)
-    interval = None
-    if windows:
-        means, predictions = _window_means(results, text, windows)
-        interval = mean_difference(means, [0.0] * len(means), predictions)
-    return _estimate(value[part] if isinstance(value, dict) else value, interval and interval.within(0, largest))
+    means, predictions = _window_means(results, text, windows)
+    interval = mean_difference(means, [0.0] * len(means), predictions)
+    return _estimate(value["mean"] if isinstance(value, dict) else value, interval and interval.within(0, largest))
 
 
 def read_weights_number(results: Results, _: str, *, name: str) -> Value:
@@ -282,25 +278,19 @@ def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, in
 _text_row = partial(Measure, per=PER_TEXT)
 _loss_row = partial(_text_row, lower_is_better=True)
 _tasks = partial(Measure, per=OF_TASKS)
-_divergence = partial(read_text_number, name="divergence")
-_mean_divergence = partial(_divergence, part="mean", windows="divergences")
-_agreement = partial(read_text_number, name="top1_agreement", part="mean", windows="agreements", largest=1)
-_rms_change = partial(read_text_number, name="rms_probability_change")
+_divergence = partial(read_text_number, name="divergence", windows="divergences")
+_agreement = partial(read_text_number, name="top1_agreement", windows="agreements", largest=1)
 _removed = partial(read_weights_number, name="removed_parameters")
 _ratios = PairedTest(partial(compare_by_window, name="losses", test=intervals.ratio), "{:#.4g}".format, " ×")
 _divergence_test = PairedTest(partial(compare_by_window, name="divergences"), "{:+.4f}".format, " nats")
 _agreement_test = PairedTest(partial(compare_by_window, name="agreements"), _points, " points")
 _answers = PairedTest(compare_answers, _points, " points")
 MEASURES: tuple[Measure, ...] = (
-    _loss_row("divergence", "divergence", "nats", _mean_divergence, brief=True, paired_test=_divergence_test),
+    _loss_row("divergence", "divergence", "nats", _divergence, brief=True, paired_test=_divergence_test),
     _text_row("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True, paired_test=_agreement_test),
     _loss_row(
         "perplexity", "perplexity", "", read_perplexity, "{:,.2f}".format, brief=True, paired_test=_ratios, scale=LOG
     ),
-    _loss_row("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
-    _loss_row("divergence_p99", "divergence, 99th percentile", "nats", partial(_divergence, part="p99")),
-    _loss_row("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
-    _loss_row("rms_probability_change", "true token's probability, RMS change", "points", _rms_change, _percent),
     Measure("acc", "acc", "%", read_accuracy, _percent, PER_TASK, paired_test=_answers),
     _tasks("mean_acc", "mean acc", "%", read_mean_accuracy, _percent, brief=True, paired_test=_answers, scale=LINEAR),
     _tasks("lost", "right → wrong", "", partial(read_changed_answers, way="lost"), "{:.0f}".format, brief=True),
