@@ -4,12 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Patch
 from hypothesis import given
 from hypothesis import strategies as st
 from operations import Operations
@@ -29,7 +27,6 @@ from wanda_dvc.pruning.allocation import (
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import count_removed
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, add_slices
-from wanda_dvc.stages import calibrate
 
 
 def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -311,13 +308,3 @@ def test_rounding_down_is_made_up_for_by_hand():
     sparsity = Fraction("0.499")
     (rounded,) = round_to_total([sparsity], sparsity, [[Competition(4, 577)]])
     assert (count_removed(577, sparsity), count_removed(577, rounded)) == (287, 288)  # of 287.9
-
-
-def test_an_input_without_tokens_has_no_row_in_the_plot(monkeypatch: Patch):
-    """Its norms of 1 are a default of the score, and nothing that was measured."""
-    one, other = InputStats.empty(4), InputStats.empty(4)
-    one.add(torch.ones(9, 4))
-    found = BlockStats({"a.q": one, "a.w": other}, {"a.q": ["a.q"], "a.w": ["a.w"]}, [])
-    monkeypatch.setattr("wanda_dvc.study.artifact.block_count", lambda *_: 1)
-    monkeypatch.setattr("wanda_dvc.study.tensors.read_stats", lambda *_: found)
-    assert list(calibrate._plotted(Path())) == [[0, "q", 4, 3.0, 3.0, 3.0, 0.0]]

@@ -99,13 +99,6 @@ def test_what_is_plotted_is_what_the_stages_found(calibrated_study: Make):
         assert float(row["sparsity"]) == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
     zeros, total = (sum(int(row[name]) for row in rows) for name in ("zeros", "weights"))
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": round(zeros / total, 6)}  # no short decimal
-    inputs = [(block, x) for block in range(2) for x in read_stats(made.norms, block).inputs.values()]
-    for row, (block, x) in zip(plotted("norms"), inputs, strict=True):
-        norms = x.sum_squares.sqrt()
-        assert (int(row["block"]), int(row["features"])) == (block, len(norms))
-        wanted = [norms.mean(), norms.quantile(0.5), norms.max(), (norms > 6 * norms.quantile(0.5)).double().mean()]
-        found = [float(row[name]) for name in ("mean", "median", "largest", "outliers")]
-        assert found == pytest.approx([number.item() for number in wanted], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -396,10 +389,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
 
 @pytest.mark.parametrize(("named", "limit"), [(True, 2), (False, 1)])
 def test_zero_shot_asks_what_lm_eval_asks(study: Make, tiny: Path, named: bool, limit: int):
-    """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition.
-
-    Of a single item lm-eval gives a string as the standard error, which crashed the stage.
-    """
+    """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition."""
     made = fetch(study(zero_shot__limit=limit), "model", "tasks")
     if not named:
         name_no_tokens(made.model("dense"))
@@ -423,7 +413,6 @@ def test_zero_shot_asks_what_lm_eval_asks(study: Make, tiny: Path, named: bool, 
     assert details["protocol"]["dense"] == read_provenance(made.model("dense"), "download model")["sha256"]
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers == {measure: count / limit for measure, count in right.items()}
-    assert set(details["standard_errors"]) == ({"acc", "acc_norm"} if limit > 1 else set())
     (row,) = [line for line in show(study=made).splitlines() if line.startswith("| piqa, acc, %")]
     assert "to" in row
 

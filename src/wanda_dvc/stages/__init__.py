@@ -138,7 +138,7 @@ STAGES = {
                 statistics: Variant(
                     settings=("calibration", "dtype", *settings),
                     deps=(f"plan/calibrate/{statistics}.json", "models/dense", "data/calibration"),
-                    outs=(f"stats/{statistics}", *(("metrics/plots/norms.csv",) if statistics == "norms" else ())),
+                    outs=(f"stats/{statistics}",),
                     asked_by=f"calibrate/{statistics}",
                 )
                 for statistics, settings in CALIBRATED.items()
@@ -208,7 +208,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=10,
+            version=11,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             argument="model",
             variants={

@@ -1,15 +1,14 @@
 """Measure the dense model's activations once: the statistics that the plan asks for."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import DrawnWindows
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOKENS_OF_CHOICES, TOO_FEW_TOKENS, WINDOWS_BACK
-from wanda_dvc.pruning.statistics import BlockStats, summary
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import count_kept
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
@@ -28,7 +27,7 @@ from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress, progress_bar, start_at
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
-from wanda_dvc.study.files import Json, write_csv, write_json
+from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.folder import Study
 
 
@@ -58,11 +57,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 artifact.write_provenance(work.out, made_from)
             else:
                 artifact.finish(work.out, made_from)
-        plotted = list(_plotted(work.out)) if statistics == "norms" else []  # takes seconds; a commit ends the work
         work.commit(study.root / "stats" / statistics)
-    if statistics == "norms":
-        headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
-        write_csv(study.plots("norms"), headers, plotted)
 
 
 def calibrated_from(study: Study, statistics: str) -> Json:
@@ -85,16 +80,6 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     if statistics == "blocks":
         made_from["sparsity"] = study.stage_input("calibrate/blocks")["sparsity"]
     return made_from
-
-
-def _plotted(folder: Path) -> Iterator[list[object]]:
-    for block in range(artifact.block_count(folder, "calibrate")):
-        stats = tensors.read_stats(folder, block)
-        for name, x in stats.inputs.items():
-            if not x.count:
-                continue  # of an expert that no token reached: nothing is measured
-            consumers = ", ".join(consumer.rpartition(".")[2] for consumer in stats.consumers[name])
-            yield [block, consumers, len(x.norm), *summary(x.norm).values()]
 
 
 def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> None:

@@ -94,10 +94,6 @@ def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence
     length = settings["length"]
     windows = cut(tokens, length=length, windows=settings["windows"], name=f"perplexity.texts.{text}")
     rest = len(windows[-1]) if len(windows[-1]) < length else 0  # tokens of a shorter last window
-    if rest:
-        formula = "exp(total loss of all predictions / their number); a window's first token is not predicted"
-    else:
-        formula = "exp(mean over windows of the mean loss of its length − 1 predictions)"
     described = {
         "text": {key: source[key] for key in ("source", "join", "sha256")},
         "tokens": len(tokens),
@@ -106,7 +102,6 @@ def windows_of(study: Study, model: Path, text: str) -> tuple[list[TokenSequence
         "length": length,
         "rest": rest or "dropped",
         "bos": "first window" if int(tokens[0]) == tokenizer.bos_token_id else "none",
-        "formula": formula,
     }
     return [TokenSequence(window) for window in windows], described
 

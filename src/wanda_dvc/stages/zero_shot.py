@@ -125,13 +125,8 @@ def _result_of_task(protocol: Json, definition: Any, scores: Json, samples: list
     if not all(map(math.isfinite, answered)):  # they are meaningless: a comparison with NaN chooses the first
         details: Json = {"protocol": protocol, "not_finite": not_finite, "items": []}
         return {"details": details, "metrics": dict.fromkeys(reported, DIVERGED)}
-    errors = {}
-    for metric in reported:
-        error = scores[f"{metric}_stderr,none"]
-        if isinstance(error, float):  # lm-eval returns a string instead of the error of a single item
-            errors[metric] = round(error, 6)
     answers = [_answer(sample, definition.doc_to_choice) for sample in samples]
-    details = {"protocol": protocol, "standard_errors": errors, "items": answers}
+    details = {"protocol": protocol, "items": answers}
     return {"details": details, "metrics": {metric: round(scores[f"{metric},none"], 6) for metric in reported}}
 
 
