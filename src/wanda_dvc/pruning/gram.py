@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from wanda_dvc import kernels
@@ -13,8 +12,6 @@ from wanda_dvc import kernels
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
 PANEL = 128  # rows of a Gram matrix that a CPU computes at a time
-TRIANGLE_PANELS = 32  # parts in which a triangle is packed and unpacked, at most
-PANEL_NUMBERS = 2**22  # of a triangle's part, at least, on a GPU: an expert's triangle is one part
 # Scores take rows in slices of about so many weights, which bounds memory. With smaller slices the threads wait for the
 # interpreter.
 WEIGHTS_AT_A_TIME = 2**20
@@ -58,33 +55,43 @@ class Gram:
         matrix = self.upper.float().triu_()
         return matrix.add_(matrix.triu(1).T)
 
-    def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, " packed"]:
-        """Return G's upper triangle by row, float32, or of G_ij / (norm_i · norm_j): 2 · in² bytes, in² for a panel."""
+    def triangle(self, norm: Float64[Tensor, " in"] | None = None) -> Float[Tensor, "rows columns"]:
+        """Return G's upper triangle, float32, or of G_ij / (norm_i · norm_j), as a rectangle; 8 · in² bytes.
+
+        The rectangle has the upper half of the triangle's rows. The other rows, transposed, fill the place below the
+        diagonal; if their number is even, the diagonal needs a further column.
+        """
         features = len(self.upper)
-        packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
-        for rows, numbers, mask in _panels_of_triangle(self.upper):
-            panel = self.upper[rows, rows.start :]
-            if norm is not None:
-                panel = (panel / norm[rows.start :]).div_(norm[rows, None])
-            _numpy_on_cpu(packed)[numbers] = _numpy_on_cpu(panel)[_numpy_on_cpu(mask)]
+        odd, half = features % 2, (features + 1) // 2
+        packed = torch.zeros(half, features + 1 - odd, device=self.upper.device)
+        packed[:, 1 - odd :] = self._scaled(slice(half), norm)
+        packed[odd:, : features - half] += self._scaled(slice(half, features), norm).T
         return packed
+
+    def _scaled(self, rows: slice, norm: Float64[Tensor, " in"] | None) -> Float[Tensor, "rows columns"]:
+        """Return rows of the upper triangle from their first diagonal element on, float32, over both norms."""
+        columns = slice(rows.start or 0, None)
+        values = self.upper[rows, columns]
+        if norm is not None:
+            values = (values / norm[columns]).div_(norm[rows, None])
+        return values.float().triu_()
 
     @classmethod
     def from_triangle(
-        cls, packed: Shaped[Tensor, " packed"], count: int, norm: Float[Tensor, " in"] | None = None
+        cls, packed: Shaped[Tensor, "rows columns"], count: int, norm: Float[Tensor, " in"] | None = None
     ) -> "Gram":
-        """Return the statistics of a triangle; `norm` undoes the division by it. 8 · in² bytes, ½ · in² for a panel."""
-        features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
-        upper = torch.zeros(features, features, dtype=torch.float64, device=packed.device)
-        for rows, numbers, mask in _panels_of_triangle(upper):
-            panel = torch.zeros(mask.shape, device=packed.device)
-            _numpy_on_cpu(panel)[_numpy_on_cpu(mask)] = _numpy_on_cpu(packed[numbers].float())
-            if norm is not None:
-                panel.mul_(norm[rows.start :]).mul_(norm[rows, None])
-            upper[rows, rows.start :] = panel
-        return cls(upper, count)
+        """Return the statistics of a triangle; `norm` undoes the division by it. 12 · in² bytes."""
+        half, columns = packed.shape
+        odd = int(2 * half > columns)
+        features = 2 * half - odd
+        upper = torch.zeros(features, features, device=packed.device)
+        upper[:half] = packed[:, 1 - odd :].triu()
+        upper[half:, half:] = packed[odd:, : features - half].tril().T
+        if norm is not None:
+            upper.mul_(norm).mul_(norm[:, None])
+        return cls(upper.double(), count)
 
-    def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
+    def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, "rows columns"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
         norm = self.upper.diagonal().sqrt()
         return norm.float(), self.triangle(norm.where(norm > 0, 1))
@@ -102,21 +109,3 @@ def row_slices(weight: Weight, cpu_rows: int | None = None) -> list[slice]:
     if weight.device.type != "cpu":
         size *= 64
     return [slice(begin, begin + size) for begin in range(0, len(weight), size)]
-
-
-def _panels_of_triangle(matrix: Square) -> Iterator[tuple[slice, slice, Bool[Tensor, "rows columns"]]]:
-    """Yield for panels of rows, from the diagonal on: the rows, their numbers in the triangle, and their mask."""
-    end = 0
-    size = -(-len(matrix) // TRIANGLE_PANELS)
-    if matrix.device.type != "cpu":
-        size = max(size, PANEL_NUMBERS // len(matrix))
-    for row in range(0, len(matrix), size):
-        columns = len(matrix) - row
-        mask = torch.ones(min(size, columns), columns, dtype=torch.bool, device=matrix.device).triu_()
-        begin, end = end, end + len(mask) * (2 * columns - len(mask) + 1) // 2
-        yield slice(row, row + len(mask)), slice(begin, end), mask
-
-
-def _numpy_on_cpu(x: Tensor) -> Any:
-    """Return a CPU's tensor as numpy's, which copies runs of a boolean index several times as fast as torch."""
-    return x.numpy() if x.device.type == "cpu" else x

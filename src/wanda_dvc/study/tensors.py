@@ -77,9 +77,9 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
 
     `stats` has the consumers of each input; a linear of gradients is its own consumer.
 
-    Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper
-    triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
-    triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also
+    Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: of XᵀX
+    with every feature divided by its norm, packed by `Gram.triangle`) and `NAME.count` (int64). Numbers in the triangle
+    are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also
     `LINEAR.sum_squares` (float64 [out]) and `LINEAR.costs_of_N` of N units (float64 [N]). Header: as of `write_stats`.
 
     With `exact`, of a block recorded during a forward pass of the pruned model: no norms, and triangles of XᵀX itself
