@@ -139,7 +139,7 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     from wanda_dvc.training.sharding import launched_processes
     from wanda_dvc.training.trainer import LOGITS_OF_SLICE
 
-    processes, is_sharded = launched_processes()
+    processes = launched_processes()
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
     # Bytes: of a stored number, of a weight of the dense model, and of a trained weight with gradient and moments.
@@ -154,7 +154,7 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     else:
         activations *= sizes.blocks
     weights = round((states + itemsize) * sizes.parameters)
-    if is_sharded:  # one block, the next one, embeddings and head are gathered, and their gradients added up
+    if processes > 1:  # one block, the next one, embeddings and head are gathered, and their gradients added up
         gathered = 2 * sizes.block_parameters + sizes.other_parameters
         weights = weights // processes + (2 * stored + itemsize) * gathered
     # In float32: logits and log-softmax of both models, the divergence, a gradient.
@@ -165,18 +165,9 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     return weights + batch * activations + logits
 
 
-def possible_ways() -> tuple[TrainingWay, ...]:
-    """Return the ways of training of the processes of this run, the fastest first."""
-    from wanda_dvc.training.sharding import launched_processes  # imports torch
-
-    processes, is_sharded = launched_processes()
-    # With low memory, gradients are used before processes with copies could add them up.
-    return TRAINING_WAYS if processes == 1 or is_sharded else TRAINING_WAYS[:2]
-
-
 def fitting_ways(given: Conditions) -> list[TrainingWay]:
     """Return the ways of training that fit the free memory, the fastest first."""
-    return [way for way in possible_ways() if FIXED + training_memory(given, way) <= given.free_memory]
+    return [way for way in TRAINING_WAYS if FIXED + training_memory(given, way) <= given.free_memory]
 
 
 def training_ways(study: Study, sizes: ModelSizes) -> list[TrainingWay]:
@@ -184,7 +175,7 @@ def training_ways(study: Study, sizes: ModelSizes) -> list[TrainingWay]:
     given = Conditions(study, sizes, free(study)["memory"])
     ways = fitting_ways(given)
     if not ways:
-        need = FIXED + training_memory(given, possible_ways()[-1])
+        need = FIXED + training_memory(given, TRAINING_WAYS[-1])
         raise UserError(
             f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
             "set it to 0, or free some memory"
@@ -216,7 +207,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
-    way = given.way or (*fitting_ways(given), possible_ways()[-1])[0]
+    way = given.way or (*fitting_ways(given), TRAINING_WAYS[-1])[0]
     checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
     text = TEXT_IN_MEMORY * given.data_size("recovery" if given.params.recovery.text else "calibration")
     # Windows are cut before the training. On disk are the best checkpoint, the last one and the one being written.

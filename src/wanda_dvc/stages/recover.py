@@ -92,8 +92,8 @@ def _way_of_training(
     """Return the fastest of some ways of training, or of those with the `low_memory` of an interrupted training."""
     started = [low for low, made_from in provenances.items() if last_checkpoint(_training(study.work_path(made_from)))]
     way = next((way for way in ways if way.low_memory in started), ways[0])
-    # The free memory may differ between processes. Only those that split a model may train with low memory.
-    if launched_processes()[1]:
+    # The free memory may differ between processes.
+    if launched_processes() > 1:
         way = of_first_process(way, device)
     if started and way.low_memory not in started:
         notice("recover: the interrupted training does not fit the free memory, or this launch: this one begins anew")
@@ -102,8 +102,8 @@ def _way_of_training(
 
 def _training(work: Path) -> Path:
     """Return the folder of a training's checkpoints; those of split models have a file a process."""
-    processes, is_sharded = launched_processes()
-    return work / (f"training-{processes}" if is_sharded else "training")
+    processes = launched_processes()
+    return work / (f"training-{processes}" if processes > 1 else "training")
 
 
 def _write_results(

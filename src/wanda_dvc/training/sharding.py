@@ -19,20 +19,19 @@ from wanda_dvc.engine.structure import find_blocks
 from wanda_dvc.errors import UserError
 
 
-def launched_processes() -> tuple[int, bool]:
-    """Return the number of processes of `accelerate launch`, 1 without it, and whether they split a model (FSDP2).
+def launched_processes() -> int:
+    """Return the number of processes of `accelerate launch`, 1 without it. Several split the models, by FSDP2.
 
-    UserError if they would split it in another way.
+    UserError if they would hold copies, or split them in another way.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and processes > 1
-    is_fsdp1 = is_sharded and os.environ.get("FSDP_VERSION", "1") != "2"
-    if is_fsdp1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    is_fsdp2 = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2"
+    if (processes > 1 and not is_fsdp2) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
-            "accelerate launch: DeepSpeed and FSDP1 hide weights or gradients, so no mask can act; launch with "
-            "--multi_gpu, or with --use_fsdp --fsdp_version 2"
+            "accelerate launch: found copies of the model, DeepSpeed or FSDP1, expected processes that split the "
+            "model; launch with --use_fsdp --fsdp_version 2"
         )
-    return processes, is_sharded
+    return processes
 
 
 def of_first_process(value: Any, device: torch.device) -> Any:

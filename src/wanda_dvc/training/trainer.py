@@ -124,16 +124,15 @@ class RecoveryTrainer(Trainer):
         stored_dtypes: Mapping[str, torch.dtype],  # by parameter
         on_step: Callable[[int], None],
         divergence: Callable[[Any, Any, Tensor], Tensor],
-        is_sharded: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
-        if is_sharded:  # in evaluation mode accelerate does not wrap the model in DDP: FSDP adds up gradients
+        if self.args.world_size > 1:  # in evaluation mode accelerate does not wrap the model in DDP: FSDP adds up
             prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
             vars(self.accelerator)["prepare_model"] = prepare
         self.dense, self.validation, self.stored_dtypes, self.on_step = dense, validation, stored_dtypes, on_step
-        self.divergence, self.is_sharded = divergence, is_sharded
+        self.divergence = divergence
 
     def _move_model_to_device(self, *_: Any) -> None:
         """Leave the model: it is on the device."""
@@ -199,7 +198,7 @@ class RecoveryTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
         """Write a checkpoint's files, by the first process; of a split model each process writes its parts."""
-        if self.is_sharded or self.args.should_save:
+        if self.args.world_size > 1 or self.args.should_save:
             weights = {name: local(parameter) for name, parameter in self.model.named_parameters()}
             states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
             torch.save(weights, self._file(output_dir, "weights"))
@@ -222,7 +221,7 @@ class RecoveryTrainer(Trainer):
             self.lr_scheduler.load_state_dict(states["scheduler"])
 
     def _file(self, folder: Any, content: str) -> Path:
-        return Path(folder) / f"{content}-{self.args.process_index if self.is_sharded else 0}.pt"
+        return Path(folder) / f"{content}-{self.args.process_index}.pt"
 
 
 def train(
@@ -238,18 +237,16 @@ def train(
     are in `dtype`, trained weights in float32. With `checkpointing` activations are computed twice instead of kept.
     `on_step` gets the number of each step.
 
-    With `low_memory`, in one process or with `--use_fsdp`, `dtype` is bfloat16 and also that of the trained weights;
-    `CompactAdamW` takes the steps, without clipped gradients, and logits exist for some positions at a time.
+    With `low_memory`, `dtype` is bfloat16 and also that of the trained weights; `CompactAdamW` takes the steps, without
+    clipped gradients, and logits exist for some positions at a time.
 
     An interrupted training resumes at its last checkpoint in `work`. Each process of `accelerate launch` calls this,
-    and takes its part of a step's windows.
-
-    With `--use_fsdp` processes split both models; only the first returns weights that can be read.
+    and takes its part of a step's windows. Several split both models; only the first returns weights that can be read.
 
     Returns the checkpoint with the weights of the lowest score, or None if no score is below the pruned model's; and
     all evaluations. UserError if the choices of `accelerate launch` do not fit.
     """
-    processes, is_sharded = _processes(batch, dtype)
+    processes = _processes(batch, dtype)
     checkpoint_before = last_checkpoint(work)
     cast_to = torch.float32 if low_memory else dtype  # of autocast; weights in bfloat16 need none
     # This connects the processes.
@@ -258,14 +255,14 @@ def train(
     divergence = sliced_divergence if low_memory else divergence_of_windows
     if low_memory:
         keep_freed_memory(largest=2**22)  # bytes; of larger tensors glibc would keep holes too small for a gradient
-    read_on = torch.device("cpu") if is_sharded else device  # no GPU needs to hold all of a split model
+    read_on = torch.device("cpu") if processes > 1 else device  # no GPU needs to hold all of a split model
     model = load_for_training(pruned, dtype if low_memory else torch.float32, read_on)
     dense_model = load_for_training(dense, dtype, read_on).requires_grad_(False)
     if dtype is torch.float32 and device.type == "cpu":
         install_faster_linears(model)
         install_faster_linears(dense_model)
     sizes = [root_mean_square(parameter.detach()) for parameter in model.parameters()]
-    if is_sharded:
+    if processes > 1:
         shard(model, device)
         shard(dense_model, device)
     if checkpointing and model.supports_gradient_checkpointing:
@@ -285,7 +282,7 @@ def train(
     dataset = [{"input_ids": window} for window in windows]
     trainer = RecoveryTrainer(
         dense=dense_model, validation=validation, stored_dtypes=stored_dtypes, on_step=on_step, divergence=divergence,
-        is_sharded=is_sharded, model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
+        model=model, train_dataset=dataset, optimizers=(optimizer, None), args=arguments,
         eval_dataset=dataset,  # Trainer requires one; `evaluate` reads the validation windows instead
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if checkpoint_before is None else str(checkpoint_before))
@@ -324,7 +321,6 @@ def _arguments(
         metric_for_best_model="score", greater_is_better=False, use_cpu=device.type == "cpu",
         bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
         dataloader_pin_memory=False,  # windows are small, and MPS warns about it
-        ddp_find_unused_parameters=True,  # otherwise it depends on the checkpointing, which may differ between GPUs
         report_to="none", logging_strategy="no", log_level="error", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process splits each batch over all GPUs
@@ -349,21 +345,21 @@ def _with_weights(checkpoint: Checkpoint, model: Any, slices: Mapping[str, list[
     return EditedCheckpoint(checkpoint, read, views)
 
 
-def _processes(batch: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """Return the number of processes, and whether they split the model. UserError if they cannot train so.
+def _processes(batch: int, dtype: torch.dtype) -> int:
+    """Return the number of processes. UserError if they cannot train so.
 
-    It ends accelerate's own splitting: `launched_processes` then says that no model is split.
+    It ends accelerate's own splitting, so `launched_processes` would then refuse several.
     """
-    processes, is_sharded = launched_processes()
+    processes = launched_processes()
     if batch % processes:
         raise UserError(f"accelerate launch: {processes} processes, expected a divisor of recovery.batch, {batch}")
-    if is_sharded and dtype is torch.float16:
-        raise UserError("accelerate launch: --use_fsdp: the GPU has no bfloat16, expected one with it; add --multi_gpu")
+    if processes > 1 and dtype is torch.float16:
+        raise UserError("accelerate launch: the GPU has no bfloat16, expected one with it; run `dvc repro` on one GPU")
     # Choices of the user's `accelerate config`, which no artifact names, must not change the result. `shard` splits
     # models: accelerate splits none on CPUs, and not the dense one.
     for choice in ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP"):
         os.environ.pop(f"ACCELERATE_{choice}", None)
-    return processes, is_sharded
+    return processes
 
 
 def last_checkpoint(work: Path) -> Path | None:
