@@ -418,19 +418,6 @@ def test_the_announced_need_is_that_of_the_chosen_way(study: Make, monkeypatch: 
     assert "recover needs about 3.1 GB of memory" in capsys.readouterr().err
 
 
-def test_the_sparsity_counts_weights_that_became_zero(study: Make, monkeypatch: pytest.MonkeyPatch):
-    made = prune(fetch(study(**SMALL)))
-    checkpoint, name = Checkpoint(made.model("pruned")), "model.layers.0.mlp.up_proj"
-    zeroed = {checkpoint.find(name): torch.zeros_like(checkpoint.weight(name))}
-    recovered = EditedCheckpoint(checkpoint, zeroed.__getitem__, zeroed)
-    curve = [{"tokens": 0, "text": 1.0, "score": 1.0}, {"tokens": 512, "text": 0.5, "score": 0.5}]
-    monkeypatch.setattr("wanda_dvc.stages.recover.train", lambda *_, **__: (recovered, curve))
-    recover(study=made)
-    before, after = (load_json(made.metrics(model, "sparsity"))["sparsity"] for model in ("pruned", "recovered"))
-    total = sum(checkpoint.weight(linear).numel() for linear in load_json(made.details("pruned", "sparsity")))
-    assert after - before == pytest.approx(int(checkpoint.weight(name).count_nonzero()) / total, abs=1e-6)
-
-
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
     of = [(0, 1.0, 1.0, 1.0), (512, 1.1, 0.1, 0.6), (1024, 0.9, 0.7, 0.8)]

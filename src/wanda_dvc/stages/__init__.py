@@ -173,7 +173,7 @@ STAGES = {
         ),
         Stage(
             name="recover",
-            version=4,
+            version=5,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             variants={
                 "": Variant(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
+from wanda_dvc.engine.checkpoint import EditedCheckpoint, write_model
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.windows import cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
@@ -42,8 +42,9 @@ def recover(*, study: Study) -> None:
     pruned_provenance, model_dtype = check_ready(study, "pruned")
     dense_provenance = read_provenance(study.model("dense"), "download model")
     check_source("models/pruned", pruned_provenance["model"], dense_provenance, "apply")
-    if not load_json(study.details("pruned", "sparsity")):  # read after the training
-        raise UserError("metrics/details/pruned/sparsity.json: missing; run `dvc checkout` or `wanda-dvc apply`")
+    sparsity = load_json(study.metrics("pruned", "sparsity"))
+    if not sparsity:
+        raise UserError("metrics/pruned/sparsity.json: missing; run `wanda-dvc apply`")
     sizes = ModelSizes.read(study.model("dense"))
     device = own_device(study.params.runtime)
     ways = training_ways(study, sizes)  # UserError if none fits
@@ -84,6 +85,8 @@ def recover(*, study: Study) -> None:
         )  # fmt: skip
         if is_first:
             _write_results(study, work, provenance, recovered, curve)
+            write_json(study.metrics("recovered", "sparsity"), sparsity)  # the training moves no zero
+            work.commit(study.model("recovered"))  # last: it removes the checkpoints
 
 
 def _way_of_training(
@@ -109,7 +112,7 @@ def _training(work: Path) -> Path:
 def _write_results(
     study: Study, work: Work, provenance: Json, recovered: EditedCheckpoint | None, curve: Curve
 ) -> None:
-    """Write the curve, the sparsity and the model. The model comes last: with it, the checkpoints are removed."""
+    """Write the curve and the model."""
     columns = ("tokens", *VALIDATION_TEXTS)
     rows = [[evaluation.get(name, "") for name in columns] for evaluation in curve]
     write_csv(study.plots("recovery"), columns, rows)
@@ -126,19 +129,6 @@ def _write_results(
                 notice(f"recover: warning: it did not help on {about}; metrics/plots/recovery.csv has the curve")
     tokens = int((curve[-1] if recovered is None else best)["tokens"])  # all of them, if no weights were better
     write_provenance(folder, provenance | {"trained": recovered is not None, "tokens": tokens})
-    write_json(study.metrics("recovered", "sparsity"), _measured_sparsity(study, folder))
-    work.commit(study.model("recovered"))
-
-
-def _measured_sparsity(study: Study, recovered: Path) -> Json:
-    """Return the metrics of the pruned model, with the recovered model's zeros: small float16 weights become zero."""
-    metrics = load_json(study.metrics("pruned", "sparsity"))
-    if "removed_parameters" not in metrics:  # else the sparsity is that of units
-        checkpoint = Checkpoint(recovered)
-        weights = [checkpoint.weight(linear) for linear in load_json(study.details("pruned", "sparsity"))]
-        kept = sum(int(weight.count_nonzero()) for weight in weights)
-        metrics["sparsity"] = round(1 - kept / sum(weight.numel() for weight in weights), 6)
-    return metrics
 
 
 def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
