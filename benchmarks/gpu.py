@@ -28,14 +28,13 @@ from unittest import mock
 import torch
 from checkpoints import CONFIGS, make_checkpoint
 from estimates import requirements
-from origin import HERE, ROOT, change_settings, origin, read_rows, write_row
+from origin import HERE, ROOT, change_settings, origin, processor, read_rows, write_row
 from tqdm import tqdm
 
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.machine import processor
 from wanda_dvc.plan import RECOVERY_BATCH, RECOVERY_LENGTH
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages import STAGES, process, run

@@ -4,8 +4,10 @@ A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An 
 """
 
 import argparse
+import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.machine import cores, processor
+from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.scaffold import changed
@@ -40,6 +42,15 @@ def origin(protocol: str, stages: Iterable[str] = (), libraries: Iterable[str] =
         "cpu": f"{processor()}, {cores()} threads",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git(*words: str) -> str:
@@ -75,8 +86,9 @@ def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
 
 
 def process(*words: str | Path, cwd: Path) -> float:
-    """Run a command of this environment with this code; return its wall seconds."""
-    env = {"PYTHONPATH": str(ROOT / "src"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Run a command of this environment with this code; return its wall seconds. `wanda-dvc` has a clock."""
+    path = (str(HERE / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])
+    env = {"PYTHONPATH": str(ROOT / "src"), "PATH": ":".join(path)}
     began, run = time.perf_counter(), list(map(str, words))
     pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     done = subprocess.run(run, cwd=cwd, env=os.environ | env, check=False, **pipes)

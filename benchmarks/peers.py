@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import clock
 import torch
 from origin import HERE, LIBRARIES, arguments, change_settings, origin, process, protocol, write_row
 from torch import Tensor, nn
 
 from wanda_dvc import kernels as products
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.stages import times
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 
@@ -204,15 +204,15 @@ class Peers:
         return folder
 
     def stage(self, dtype: str, *words: str, change: dict[str, Any] | None = None) -> Part:
-        """Run a stage as a process; `seconds` is the stage's own clock."""
+        """Run a stage as a process; `seconds` is inside the stage (`clock.py`)."""
         folder = self.study(dtype)
 
         def make() -> Part:
             change_settings(folder / "params.yaml", DEFAULT | (change or {}))
             process("wanda-dvc", "plan", cwd=folder)
             done: Part = {"wall": process("wanda-dvc", *words, cwd=folder)}
-            known, name = times(Study(folder)), "-".join(words)
-            done["seconds"] = sum(run["seconds"] for key, run in known.items() if key.startswith(name))
+            runs, name = clock.seconds(folder), "-".join(words)
+            done["seconds"] = sum(seconds for key, seconds in runs.items() if key.startswith(name))
             if words[0] == "zero-shot":
                 tasks = load_json(folder / "metrics/details/dense/zero_shot.json")["tasks"]
                 done["answers"] = {task: [item["loglikelihoods"] for item in of["items"]] for task, of in tasks.items()}
@@ -244,7 +244,7 @@ class Peers:
         def make() -> Part:
             change_settings(folder / "params.yaml", DEFAULT | {"sparsity": sparsity})
             wall = process("dvc", "repro", *words, cwd=folder)
-            return {"wall": wall, "seconds": sum(run["seconds"] for run in times(Study(folder)).values())}
+            return {"wall": wall, "seconds": sum(clock.seconds(folder).values())}
 
         return self.part(f"dvc repro, {name}", F32, make)
 

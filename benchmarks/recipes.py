@@ -19,6 +19,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 
+import clock
 from origin import (
     HERE,
     ROOT,
@@ -37,7 +38,6 @@ from texts import GENSIM, pip_packages
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.sources.models import _dequantize
-from wanda_dvc.stages import times
 from wanda_dvc.study import folder
 from wanda_dvc.study.files import load_json
 
@@ -147,19 +147,19 @@ class Comparison:
         return out
 
     def seconds(self, row: Wanted) -> Row:
-        """Return the seconds of `mask` and `apply` by the stages' own clock, the lesser of two runs; of dense, by tier.
+        """Return the seconds inside `mask` and `apply`, the lesser of two runs; of dense, those of `calibrate` by tier.
 
         One pass measures norms and Gram matrices: its seconds are those of the norms.
         """
         if "dense" in row:
             shutil.rmtree(self.root / "stats", ignore_errors=True)
             self.prune((row[0], "fisher", "50%"))
-            return {tier: times(self.study)[f"calibrate-{tier}"]["seconds"] for tier in STATISTICS}
+            return {tier: clock.seconds(self.root)[f"calibrate-{tier}"] for tier in STATISTICS}
         runs = []
         for _ in range(2):
             self.prune(row)
-            runs.append(times(self.study))
-        return {stage: min(run[stage]["seconds"] for run in runs) for stage in ("mask", "apply")}
+            runs.append(clock.seconds(self.root))
+        return {stage: min(run[stage] for run in runs) for stage in ("mask", "apply")}
 
 
 def gemma(work: Path) -> Path:

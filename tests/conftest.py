@@ -292,14 +292,12 @@ def calibrated(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
 @pytest.fixture(scope="session")
 def finished(calibrated: Path, tmp_path_factory: Factory) -> Path:
     """A study of which every stage has run."""
-    from wanda_dvc.stages.process import timed
 
     def make(root: Path) -> None:
         shutil.copytree(calibrated, root, symlinks=True, ignore=shutil.ignore_patterns("tmp"))
         study = fetch(Study(root), "tasks")
         for name in ("mask", "apply", "perplexity", "zero-shot"):
-            with timed(study, name):
-                run(name, study=study)
+            run(name, study=study)
 
     return once(tmp_path_factory, "finished", make)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import authors
 import breadth
+import clock
 import figures
 import floors
 import gpu
@@ -20,7 +21,7 @@ import pytest
 import recipes
 import texts
 import torch
-from conftest import ROOT, calibrate, fetch, git
+from conftest import ROOT, Make, calibrate, fetch, git
 from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,6 +37,14 @@ from wanda_dvc.study.tensors import read_masks
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
 KEYS = ("protocol", "commit", "stages", "libraries", "cpu", "date")
+
+
+def test_the_command_with_a_clock_writes_the_seconds_of_each_run(calibrated_study: Make):
+    """A process, because DVC starts it by its name on the PATH."""
+    made = calibrated_study()
+    origin.process("wanda-dvc", "mask", cwd=made.root)
+    assert clock.seconds(made.root).keys() == {"mask"}
+    assert clock.seconds(made.root)["mask"] > 0
 
 
 # --- origins ---

@@ -29,7 +29,6 @@ from wanda_dvc.errors import UserError, explain
 from wanda_dvc.params import read_params
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.needs import requirements
-from wanda_dvc.stages.process import timed
 from wanda_dvc.study import scaffold
 from wanda_dvc.study.artifact import locked
 from wanda_dvc.study.folder import Study
@@ -40,11 +39,10 @@ def in_this_process(root: Path, stage: str, part: str = "", _: str = "", *, show
     assert isinstance(shown, bool)
     study = Study(root)
     for one in STAGES.values():
-        for name, named, text in one.runs(study.params.perplexity.texts):
+        for _, named, text in one.runs(study.params.perplexity.texts):
             if named == "tasks":
                 continue
-            with timed(study, name):
-                run(one.name, study=study, variant=named, text=text)
+            run(one.name, study=study, variant=named, text=text)
             if (one.name, named) == (stage, part):
                 return
         if one.name == stage:

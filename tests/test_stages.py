@@ -39,7 +39,7 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results import stats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import process, run, times
+from wanda_dvc.stages import process, run
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.mask import MaskJob, mask, removal_of, score_block
 from wanda_dvc.stages.perplexity import perplexity
@@ -242,16 +242,6 @@ def test_gram_matrices_that_nobody_fetches_do_not_stay(calibrated_study: Make, t
     gram.rename(made.gram)  # as DVC restores it
     mask(study=made)
     assert not [path for path in made.work_root.iterdir() if path.is_dir()]
-
-
-def test_times_are_those_of_the_last_run_and_lie_in_no_output(study: Make):
-    made = fetch(study(), "model", "calibration")
-    with process.timed(made, "calibrate-norms"):
-        calibrate(study=made)
-    found = times(made)
-    assert set(found) == {"calibrate-norms"}
-    assert found["calibrate-norms"].keys() >= {"seconds", "machine", "device"}
-    assert not (made.root / "metrics/times").exists()
 
 
 def work_of(made: Study) -> Path:

@@ -79,9 +79,9 @@ def _run(stage: Stage, version: int | None, variant: str, text: str) -> None:
     @contextlib.contextmanager
     def as_process(run_name: str) -> Iterator[None]:
         _prepare(run_name, network=stage.network)
-        from wanda_dvc.stages.process import KEPT, NOTHING_KEPT, stoppable, timed
+        from wanda_dvc.stages.process import KEPT, NOTHING_KEPT, stoppable
 
-        with stoppable(run_name, NOTHING_KEPT if stage.name == "apply" else KEPT), timed(study, run_name):
+        with stoppable(run_name, NOTHING_KEPT if stage.name == "apply" else KEPT):
             yield
 
     run_stage(stage.name, study=study, variant=variant, text=text, context=as_process)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,12 +52,3 @@ def _groups() -> Iterator[Path]:
             if line.startswith("0::"):
                 group = CONTROL_GROUPS / line.removeprefix("0::").lstrip("/")
                 yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(CONTROL_GROUPS))
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

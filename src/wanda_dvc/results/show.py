@@ -13,7 +13,6 @@ from wanda_dvc.results.experiments import read_at
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import one_line, table
 from wanda_dvc.results.measures import TEXT_PREFIX, Results
-from wanda_dvc.stages import times
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.folder import Study
 
@@ -41,7 +40,7 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, cont
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
-            return json_text(content if names else content | {"times": times(study)})
+            return json_text(content)
         params = {experiment.name: experiment.params for experiment in experiments}
         parts = [
             "\n".join(f"{name}: {settings_line(settings)}" for name, settings in params.items()),

@@ -16,7 +16,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CHOICES, MEASURED_BLOCKS, RECOVERY_LENGTH
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.artifact import remove
-from wanda_dvc.study.files import Json, load_json, write_text
+from wanda_dvc.study.files import Json, write_text
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params, Text
@@ -351,14 +351,3 @@ def check_stage_inputs(study: "Study") -> None:
                     f"plan/{name}.json: found {key} {content.get(key)}, expected {expected.get(key)} as params.yaml "
                     "has it now; run `wanda-dvc plan`, then `dvc repro`"
                 )
-
-
-def times(study: "Study") -> dict[str, Json]:
-    """Return time and machine of the last run of each stage in this checkout, by run."""
-    contents = {}
-    for stage in STAGES.values():
-        for run_name, _, _ in stage.runs(study.params.perplexity.texts):
-            content = load_json(study.time(run_name))
-            if content:
-                contents[run_name] = content
-    return contents

@@ -1,4 +1,4 @@
-"""How a process runs a stage: time, signals, progress."""
+"""How a process runs a stage: signals, progress."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -14,27 +13,12 @@ from typing import NoReturn, TypeVar
 import psutil
 from tqdm import tqdm
 
-from wanda_dvc import machine
-from wanda_dvc.stages.device import device_name
-from wanda_dvc.study.files import write_json
-from wanda_dvc.study.folder import Study
-
 KEPT = "finished work is kept, and the next run resumes after it"
 NOTHING_KEPT = "run it again"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
 SECONDS_BETWEEN_LINES = 60  # of progress, off a terminal
 
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def timed(study: Study, run: str) -> Iterator[None]:
-    """Write the seconds, the machine and the device of a run, to the file of the run's last time."""
-    start = time.perf_counter()
-    yield
-    seconds = round(time.perf_counter() - start, 2)
-    processor = f"{machine.processor()}, {machine.cores()} cores"
-    write_json(study.time(run), {"seconds": seconds, "machine": processor, "device": device_name(study.params.runtime)})
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""A study on disk: its settings, artifacts, provenance, times and revisions."""
+"""A study on disk: its settings, artifacts, provenance and revisions."""

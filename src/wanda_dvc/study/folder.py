@@ -107,10 +107,6 @@ class Study:
         """Return the file of the protocol and each window's or item's result."""
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
-    def time(self, run: str) -> Path:
-        """Return the file of a stage's last time and machine in this checkout: no output, because it differs by run."""
-        return self.repository / ".dvc" / "tmp" / "wanda-dvc-times" / f"{run}.json"
-
     @property
     def python_state(self) -> Path:
         """The file of the settings that the functions of the Python interface start from."""
