@@ -219,8 +219,7 @@ def test_rows_that_do_not_improve_keep_their_weights():
     solved = least_squares(weight, keep, prepared)
     assert (solved == weight * keep).all(1).nonzero()[:, 0].tolist() == [3, 5]
     best = least_squares(weight, keep, GramFactors(gram, damping=0), steps=100)
-    settled = torch.empty_like(best)
-    solvers.write_better_rows(weight, best, solved, prepared, settled)  # none of them is better
+    settled = solvers.better_rows(weight, best, solved, prepared)  # none of them is better
     assert torch.equal(settled, best)
 
 

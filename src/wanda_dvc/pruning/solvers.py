@@ -96,7 +96,7 @@ def least_squares(
         w = weight[rows].float()
         start = w * mask[rows]
         v = _conjugate_gradients(w / scale, mask[rows], start / scale, product, rows_are_coupled=False, steps=steps)
-        write_better_rows(w, start, v.mul_(scale), factors, new[rows])
+        new[rows] = better_rows(w, start, v.mul_(scale), factors)
     return new
 
 
@@ -311,10 +311,9 @@ def factor_inverse(matrix: Square, damping: float, mean: float, name: str) -> Sq
     return torch.cholesky_inverse(lower)
 
 
-def write_better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors, out: Weight) -> None:
-    """Write the new rows to `out`, or `start` where their error is not lower."""
-    is_lower = _error_change(dense, start, new, factors) < 0
-    out.copy_(torch.where(is_lower, new, start))
+def better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors) -> Weight:
+    """Return the new rows, or those of `start` where the error is not lower."""
+    return torch.where(_error_change(dense, start, new, factors) < 0, new, start)
 
 
 def _error_change(dense: Weight, before: Weight, after: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanda_dvc.kernels import multiply
 from wanda_dvc.pruning.gram import Weight
-from wanda_dvc.pruning.solvers import GramFactors, Mask, factor_inverse, write_better_rows
+from wanda_dvc.pruning.solvers import GramFactors, Mask, better_rows, factor_inverse
 
 MULTIPLES_OF_A_WIDTH = 16  # at least: a rounded width differs from the exact one by at most half of a 16th of the width
 
@@ -82,6 +82,4 @@ def least_squares_of_units(weight: Weight, mask: Mask, factors: GramFactors) -> 
     solved = start.clone()
     solved[:, kept] += multiply(cross, inverse)
     solved[~kept_rows] = 0  # a row that computes a removed unit, of another set
-    new = torch.empty_like(start)
-    write_better_rows(w, start, solved, factors, new)
-    return new
+    return better_rows(w, start, solved, factors)
