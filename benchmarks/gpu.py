@@ -191,7 +191,7 @@ def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str
     size, protocol, blocks = bench.size, bench.size.protocol, bench.size.blocks[1]
     tokens = STEPS * RECOVERY_BATCH * min(RECOVERY_LENGTH, protocol.length)
     settings = bench.settings(protocol.windows, protocol.length)
-    settings |= {"tasks": {"names": list(size.tasks)}, "zero_shot": {"limit": size.questions}}
+    settings |= {"tasks": {"names": list(size.tasks), "limit": size.questions}}
     settings |= {"recovery": {"tokens": tokens}}
     parts = ("model", "calibration", "perplexity", "tasks")
     study = bench.study("large", shape | {"num_hidden_layers": blocks}, settings, *parts)

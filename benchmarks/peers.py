@@ -194,8 +194,7 @@ class Peers:
             settings = protocol(SIZES["windows"], SIZES["measured"], SIZES["length"], "wikitext2") | {
                 "dtype": dtype,
                 "model": MODEL,
-                "tasks": {"source": "benchmark", "names": TASKS},
-                "zero_shot": {"limit": SIZES["limit"]},
+                "tasks": {"source": "benchmark", "names": TASKS, "limit": SIZES["limit"]},
                 "runtime": {"mirror": str(self.mirror)},
             }
             change_settings(folder / "params.yaml", settings)

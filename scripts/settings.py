@@ -75,7 +75,7 @@ def _stage(setting: str) -> str:
     """Return the first stage that a change reruns; of a recipe's choices `mask`, because `calibrate` seldom runs."""
     parts = {row.name: [one for part in row.variants.values() for one in part.settings] for row in STAGES.values()}
     stages = [name for name, some in parts.items() if any(f"{setting}.".startswith(f"{one}.") for one in some)]
-    if setting.endswith("text.windows"):  # `download` gets all of a text's settings but these
+    if setting.endswith(("text.windows", "tasks.limit")):  # `download` gets all settings of texts and tasks but these
         stages.remove("download")
     return f"`{'mask' if 'mask' in stages else stages[0] if stages else 'plan'}`"
 

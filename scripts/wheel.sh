@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The wheel as a user gets it: built, installed into a fresh environment, and a study made and run outside any clone.
 #   scripts/wheel.sh [PYTHON]        by default python3
-# WHEEL_SETTINGS: settings for a shorter run, such as "zero_shot.limit=8 perplexity.windows=16".
+# WHEEL_SETTINGS: settings for a shorter run, such as "tasks.limit=8 perplexity.windows=16".
 # WHEEL_TORCH: how to install torch first, such as "uv pip install --torch-backend cpu torch"; by default as the index has it.
 # WHEEL_DIST: the folder that holds the built wheel; by default it is built.
 set -euo pipefail

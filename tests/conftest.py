@@ -32,6 +32,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 for _role in ("AUTHOR", "COMMITTER"):  # of the commits that tests make
     os.environ |= {f"GIT_{_role}_NAME": "test", f"GIT_{_role}_EMAIL": "test@example.org"}
 
+# Of documents that `datasets` unpacks, before it is imported.
+_datasets = tempfile.TemporaryDirectory(prefix="wanda-dvc-")
+os.environ["HF_DATASETS_CACHE"] = _datasets.name
+
 import offline  # noqa: E402 - after the hook
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
@@ -166,7 +170,7 @@ def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     small = {
         "model": str(folder), "recipe": "wanda", "calibration__windows": 3, "calibration__length": 64,
-        "perplexity__length": 64, "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
+        "perplexity__length": 64, "perplexity__windows": 4, "tasks__names": ["piqa"], "tasks__limit": 4,
     }  # fmt: skip
     named = {name.replace("__", "."): value for name, value in (small | changes).items()}
     params: Any = nested(dict(flatten(committed())) | named)

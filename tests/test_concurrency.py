@@ -34,7 +34,7 @@ def started(repository: Repository, *words: str, real: bool = False) -> subproce
 def start(tmp_path_factory: Factory, texts: dict[str, str]) -> Repository:
     """A committed study in which everything has run."""
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=2)
-    settings = texts | {"zero_shot__limit": 2}
+    settings = texts | {"tasks__limit": 2}
     repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model, settings=settings)
     repository.run("dvc", "repro")
     repository.commit()

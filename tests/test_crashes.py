@@ -77,7 +77,7 @@ def root(tmp_path_factory: Factory, texts: dict[str, str]) -> Path:
     """A study of a mixture of two blocks in which everything has run once."""
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save("mixtral", model, num_hidden_layers=2, num_local_experts=8)
-    small = {"calibration__windows": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
+    small = {"calibration__windows": 2, "perplexity__windows": 2, "tasks__limit": 1}
     pruning = {"calibration__statistics": "fisher", "reconstruction": "output-weighted", "propagation": "pruned"}
     write_params(folder, model, group="outputs", **texts, **small, **pruning)
     study = Study(folder)

@@ -258,7 +258,7 @@ AS_RUN = {
     "make repro": "dvc repro",
     f"{PRUNE} smaller --pattern neurons": "wanda-dvc export smaller",
     "wanda-dvc stats --block 12": "wanda-dvc stats --block 1",
-    f"{TASKS} -S ++zero_shot.limit=20": f"{TASKS} -S ++zero_shot.limit=4",
+    f"{TASKS} -S ++tasks.limit=20": f"{TASKS} -S ++tasks.limit=4",
     f"{QUEUE} -S recipe=wanda-paper,sparsegpt-paper,magnitude": "dvc exp run --temp -S recipe=sparsegpt-paper",
     f"{QUEUE} -S pattern=2:4,4:8 -S recipe=wanda-paper,sparsegpt-paper,magnitude": (
         "dvc exp run --temp -S pattern=2:4 -S recipe=magnitude"

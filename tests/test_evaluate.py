@@ -172,7 +172,7 @@ def test_without_results_of_these_settings_it_says_what_to_run(calibrated_study:
             evaluate(study=calibrated_study, paths=[calibrated_study.model("pruned")])
         away.rename(path)
     file = calibrated_study.root / "params.yaml"
-    file.write_text(changed(file.read_text(), {"zero_shot": {"limit": 3}})[1])
+    file.write_text(changed(file.read_text(), {"tasks": {"limit": 3}})[1])
     with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
         evaluate(study=Study(calibrated_study.root), paths=[calibrated_study.model("pruned")])
 

@@ -3,24 +3,23 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
-from conftest import Make, planned, walk
+from cases.grids import OF_WEIGHTS
+from conftest import Make, walk
 from test_families import RECORDED, run, save
 from test_units import EXPERTS, place
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.catalog import RECIPES, methods
+from wanda_dvc.catalog import RECIPES
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.record import observing
 from wanda_dvc.engine.structure import Linear, ParameterSlice
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap
 from wanda_dvc.pruning.statistics import TokenSum
 from wanda_dvc.results.card import card
@@ -104,31 +103,23 @@ def experts_left(masks: dict[str, torch.Tensor]) -> dict[tuple[str, ...], set[in
     return left
 
 
-@pytest.mark.parametrize("method", [None, "magnitude", "wanda", "ria"])
-def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | None, mixture: Make):
-    made = mixture(method=method)
+def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(mixture: Make):
+    made = mixture()
     said = run(made, "plan", "mask", "apply")
     assert "num_experts from 8 to 6" in said
-    assert ("method wanda ignored (recipe wanda)" in said) == (method is None)
+    assert "method wanda ignored (recipe wanda)" in said
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert (pruned.config.num_experts, pruned.config.shared_expert_intermediate_size) == (6, 24)
     params = read_provenance(made.masks, "mask")
-    assert (params["params"]["method"], params["config"]) == (method or "reap", {"num_experts": 6})
+    assert (params["params"]["method"], params["config"]) == ("reap", {"num_experts": 6})
     for block in range(3):
         stats, masks = read_stats(made.norms, block), read_masks(made.masks, block)
-        source = {name: x for x, names in stats.consumers.items() for name in names}
         left = experts_left(dict(masks))
         (stay,) = {tuple(sorted(x)) for x in left.values()}
         scores = []
         for expert in range(8):
-            owner = f"model.layers.{block}.mlp.experts.{expert}"
-            linears = [f"{owner}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
-            if method is None:
-                outputs = stats.outputs.get(linears[-1])  # none of an expert that no token reached
-                scores.append(outputs.sum.item() / outputs.count if outputs else 0)
-                continue
-            function = resolve_name(methods()[method].function)
-            scores.append(sum(function(dense.weight(x), stats.inputs[source[x]]).sum().item() for x in linears))
+            outputs = stats.outputs.get(f"model.layers.{block}.mlp.experts.{expert}.down_proj")
+            scores.append(outputs.sum.item() / outputs.count if outputs else 0)  # none if no token reached it
         wanted = sorted(sorted(range(8), key=scores.__getitem__)[2:])
         assert list(stay) == wanted
         router = f"model.layers.{block}.mlp.gate"
@@ -206,16 +197,23 @@ def test_reap_ranks_experts_without_tokens(mixture: Make):
     mask(study=made)
 
 
-def test_experts_with_another_signature_refuse_reap_and_no_other_method(mixture: Make):
+def test_experts_with_another_signature_are_refused(mixture: Make):
     """JetMoE's experts get the number of tokens of each, and no gates."""
     made = mixture("jetmoe")
-    with pytest.raises(UserError, match="recorded 0 gates for .*; set method=wanda"):
+    with pytest.raises(UserError, match="recorded 0 gates for .*; set pattern=neurons or heads"):
         mask(study=made)
-    mask(study=planned(made.with_params(check_params(made.params.model_dump() | {"method": "wanda"}))))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_that_calibrate_use_reap(recipe: str, study: Make):
+def test_recipes_use_reap(recipe: str, study: Make):
     plan = study(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
-    assert plan.method.name == ("magnitude" if recipe.startswith("magnitude") else "reap")
-    assert (plan.reconstruction.name, plan.propagation, plan.tier) == ("none", "dense", "norms")
+    assert (plan.method.name, plan.reconstruction.name, plan.propagation) == ("reap", "none", "dense")
+    assert plan.tier == "norms"
+
+
+@pytest.mark.parametrize("method", OF_WEIGHTS)
+@pytest.mark.parametrize("pattern", ["experts", "blocks"])
+def test_a_method_that_scores_weights_scores_no_experts_and_no_blocks(pattern: str, method: str, study: Make):
+    said = f"method: found {method} with pattern {pattern}, expected (reap|divergence) or another"
+    with pytest.raises(UserError, match=said):
+        study(pattern=pattern, method=method)

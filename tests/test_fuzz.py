@@ -20,15 +20,14 @@ from wanda_dvc.engine.checkpoint import Checkpoint, read_config, read_index
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
-from wanda_dvc.study.files import Documents
+from wanda_dvc.study.files import open_documents
 
 CORPUS = Path(__file__).parent / "corpus"
 NEW = bool(os.environ.get("WANDA_DVC_NEW_EXAMPLES"))
 
 
 def documents(path: Path) -> None:
-    with tempfile.TemporaryFile() as scratch:
-        list(Documents(path, "text", scratch))
+    list(open_documents(path, "text"))
 
 
 def checkpoint(path: Path) -> None:

@@ -67,7 +67,7 @@ def count_kernels(folder: Path, sizes: dict[str, int], recipes: list[str]) -> di
         "calibration__text__source": str(texts[0]), "perplexity__texts__embedded__source": str(texts[1]),
         "calibration__windows": sizes["windows"], "perplexity__windows": sizes["windows"],
         "calibration__length": sizes["length"], "perplexity__length": sizes["length"],
-        "calibration__statistics": "fisher", "zero_shot__limit": sizes["questions"], "runtime__device": "cuda",
+        "calibration__statistics": "fisher", "tasks__limit": sizes["questions"], "runtime__device": "cuda",
     }  # fmt: skip
     counts: dict[str, int] = {}
 

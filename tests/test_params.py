@@ -178,7 +178,7 @@ def test_equal_settings_of_two_files_are_those_that_give_equal_results():
     """
 
     def limit_of(source: str, limit: int | None) -> object:
-        return resolved(asked("wanda", tasks={"source": source}, zero_shot={"limit": limit}))["zero_shot.limit"]
+        return resolved(asked("wanda", tasks={"source": source, "limit": limit}))["tasks.limit"]
 
     assert (limit_of("embedded", None), limit_of("embedded", 10), limit_of("embedded", 3)) == (10, 10, 3)
     assert (limit_of("benchmark", None), limit_of("benchmark", 10)) == (None, 10)

@@ -62,7 +62,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
         ({"calibration__windows": 4}, {"calibrate-norms"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download-calibration"} | CALIBRATE | PRUNE | EVALUATE),
         ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
-        ({"zero_shot__limit": 3}, {"zero-shot-dense", "zero-shot-pruned"}),
+        ({"tasks__limit": 3}, {"zero-shot-dense", "zero-shot-pruned"}),
         ({"tasks__names": ["piqa"]}, {"download-tasks", "zero-shot-dense", "zero-shot-pruned"}),
         ({"dtype": "bfloat16"}, {"calibrate-norms"} | PRUNE | EVALUATE | BASELINE),
     ],

@@ -435,7 +435,7 @@ def test_a_stopped_command_stops_the_processes_that_it_started():
         "import os, signal, subprocess, sys\n"
         "from wanda_dvc.stages.process import stoppable\n"
         "with stoppable('prune', 'run the same command again', with_children=True):\n"
-        f"    started = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        f"    started = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, process_group=0)\n"
         "    print(started.stdout.readline().decode().strip(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    started.wait()\n"

@@ -102,7 +102,6 @@ def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(calibrated_stud
         assert (grams.input_of, grams.transposed) == (input_of, stats.transposed)
         for name, x in stats.inputs.items():
             torch.testing.assert_close(grams[name].upper.diagonal().sqrt().float(), x.norm)
-            assert grams[name].count == x.count
     calibrate(study=calibrated_study(**NORMS))
     assert tree(made.norms) == with_grams
     assert [*tree(made.gram)] == ["none.json"]
@@ -177,7 +176,7 @@ def test_rows_compete_by_score_times_worth(calibrated_study: Make, method: str):
     score = importlib.import_module("wanda_dvc.pruning.scores")
     for block in range(2):
         measured, masks = read_stats(made.norms, block), read_masks(made.masks, block)
-        fisher = read_fisher(made.fisher, block)
+        fisher, _ = read_fisher(made.fisher, block)
         for source, names in measured.consumers.items():
             for name in names:
                 scored = getattr(score, method)(checkpoint.weight(name).float(), measured.inputs[source])

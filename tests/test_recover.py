@@ -406,18 +406,6 @@ def test_an_interrupted_training_keeps_its_way_where_it_fits(
     assert "does not fit the free memory, or this launch: this one begins anew" in capsys.readouterr().err
 
 
-def test_the_announced_need_is_that_of_the_chosen_way(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
-    made = prune(fetch(study(**SMALL)))
-    need = dict(zip(needs.TRAINING_WAYS, (3 * 10**9, 2 * 10**9, 10**9), strict=True))
-    free = iter([4 * 10**9])  # another process takes it after the choice
-    monkeypatch.setattr(needs, "training_memory", lambda _, way: need[way])
-    monkeypatch.setattr("wanda_dvc.machine.free_memory", lambda: next(free, 1))
-    monkeypatch.setattr("wanda_dvc.stages.recover.train", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        recover(study=made)
-    assert "recover needs about 3.1 GB of memory" in capsys.readouterr().err
-
-
 def test_the_provenance_is_that_of_the_best_score(study: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
     of = [(0, 1.0, 1.0, 1.0), (512, 1.1, 0.1, 0.6), (1024, 0.9, 0.7, 0.8)]

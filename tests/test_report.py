@@ -138,7 +138,7 @@ def test_published_rows_are_those_of_the_same_windows_and_method():
     }  # fmt: skip
     assert matches(perplexity__length=1024) == {}
     assert matches("piqa") == {78.13: "", 76.06: ""}
-    assert matches("piqa", zero_shot__limit=4) == {}
+    assert matches("piqa", tasks__limit=4) == {}
     paper = {key.replace(".", "__"): value for key, value in read_preset("paper").items()}
     assert matches(**paper) == {5.12: "", 6.42: ""}
     figures = [matches(**paper | {"recipe": "sparsegpt-paper", "pattern": x}) for x in ("unstructured", "4:8", "2:4")]

@@ -340,7 +340,7 @@ def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monk
     value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
     broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}, "perplexity/embedded": {"divergence": "diverged"}})
     dense = {"dense": diverged, "pruned": Results({})}
-    for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "zero_shot.limit"):
+    for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "tasks.limit"):
         states = [ListedRevision(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
         states += [ListedRevision(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
         monkeypatch.setattr(listing, "listed_revisions", lambda _, states=states: states)

@@ -83,7 +83,7 @@ OTHERS = {
     "recovery.tokens": 7, "recovery.text": {"source": "ptb"}, "recovery.rate": 0.5, "recovery.batch": 3,
     "perplexity.texts.NAME.source": "ptb", "perplexity.texts.NAME.split": "train",
     "perplexity.texts.NAME.column": "body", "perplexity.texts.NAME.join": "-", "perplexity.length": 7,
-    "perplexity.windows": 7, "tasks.source": "benchmark", "tasks.names": ["piqa"], "zero_shot.limit": 7,
+    "perplexity.windows": 7, "tasks.source": "benchmark", "tasks.names": ["piqa"], "tasks.limit": 7,
 }  # fmt: skip
 
 

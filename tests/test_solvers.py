@@ -204,7 +204,7 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows(monkeypatch)
         solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300)
     error, by_mask = (row_errors(weight, new, gram).sum().item() for new in (solved, weight * keep))
     assert error == pytest.approx(by_mask, rel=1e-5)
-    s = Gram(of_gradients(12).double(), 48)
+    s = Gram(of_gradients(12).double())
     for steps in (15, 30):
         solved = fisher_least_squares(weight, keep, prepared, s.matrix(), steps=steps)
         how = replace(RECONSTRUCTIONS["output-weighted"], steps=steps)

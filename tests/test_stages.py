@@ -380,7 +380,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
 @pytest.mark.parametrize(("named", "limit"), [(True, 2), (False, 1)])
 def test_zero_shot_asks_what_lm_eval_asks(study: Make, tiny: Path, named: bool, limit: int):
     """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition."""
-    made = fetch(study(zero_shot__limit=limit), "model", "tasks")
+    made = fetch(study(tasks__limit=limit), "model", "tasks")
     if not named:
         name_no_tokens(made.model("dense"))
     asked = list(map(json.loads, (made.data("tasks") / "piqa/items.jsonl").read_text().splitlines()[:limit]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -30,13 +31,13 @@ from wanda_dvc.engine.structure import build_empty, find_blocks, find_linears, f
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.solvers import GramFactors
-from wanda_dvc.pruning.statistics import BlockStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, count_kept, expand, least_squares_of_units
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import calibration_windows, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.tensors import read_masks, read_stats, read_unit_costs, write_grams
+from wanda_dvc.study.tensors import read_fisher, read_masks, read_stats
 
 CPU = torch.device("cpu")
 NO_NUMBER = "its configuration has no number"
@@ -426,13 +427,6 @@ CHOICES = [
 ]
 
 
-def test_statistics_without_the_costs_of_units_are_refused(tmp_path: Path):
-    """As an earlier version wrote them: equal costs would remove the first units."""
-    write_grams(tmp_path, 0, BlockStats({}, {"a": ["a"]}, [], {"a": torch.ones(2).double()}), {})
-    with pytest.raises(UserError, match="no costs of units, expected some of each block; run `wanda-dvc calibrate"):
-        read_unit_costs(tmp_path, 0)
-
-
 # The share of units that goes, what config.json then says, and the linear that reads the units.
 LEFT = {
     "neurons": (0.25, {"intermediate_size": 36}, "mlp.down_proj"),
@@ -481,7 +475,7 @@ def test_the_units_with_the_lowest_scores_go(
     for block in range(dense.config.num_hidden_layers):
         name = f"model.layers.{block}.{consumer}"
         if method == "taylor":
-            score = read_unit_costs(made.fisher, block)[name][units]
+            score = read_fisher(made.fisher, block)[1][name][units]
         else:
             x = read_stats(made.norms, block).inputs[name]
             scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
@@ -490,21 +484,25 @@ def test_the_units_with_the_lowest_scores_go(
         assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
 
 
-def test_the_block_of_least_score_goes_and_others_are_renumbered(study: Make):
-    made = study(pattern="blocks", sparsity=0.25, method="wanda", calibration__statistics="gram")
+@pytest.mark.parametrize("score", [math.inf, math.nan])
+def test_an_expert_whose_score_is_not_finite_is_named(score: float):
+    experts = [[f"experts.{expert}.down_proj"] for expert in range(2)]
+    inputs = {name: InputStats.empty(4) for (name,) in experts}
+    for x in inputs.values():
+        x.count = 1
+    outputs = {name: TokenSum(torch.tensor(score).double(), 1) for name in inputs}
+    stats = BlockStats(inputs, {name: [name] for name in inputs}, [], outputs=outputs)
+    with pytest.raises(UserError, match=r"experts.0.*: the score of its unit is not finite"):
+        choose_units({"experts": Units(2, 1, members=experts)}, [stats], methods()["reap"])
+
+
+def test_the_measured_block_goes_and_others_are_renumbered(study: Make):
+    made = study(pattern="blocks", sparsity=0.25, recipe="magnitude", calibration__statistics="gram")
     prune(fetch(made, "model", "calibration"))
-    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    scores = []
-    for block in range(4):
-        inputs = read_stats(made.norms, block).by_linear
-        scores.append(sum((dense.weight(name).abs() * x.norm).sum().item() for name, x in inputs.items()))
-    gone = min(range(4), key=scores.__getitem__)
+    pruned = Checkpoint(made.model("pruned"))
+    (gone,) = read_choices(made.blocks)[0].removed
     assert pruned.config.num_hidden_layers == 3
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
-    scored = {"model.layers": Units(4, 3, members=[[f"model.layers.{block}.mlp.down_proj"] for block in range(4)])}
-    stats = [read_stats(made.norms, block) for block in range(4)]
-    with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
-        choose_units(scored, lambda name: dense.weight(name) * torch.nan, stats, method=methods()["wanda"], device=CPU)
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)
     small = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()

@@ -220,11 +220,6 @@ class Tasks(_Section):
     names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_\-]*$", max_length=200)]] = Field(
         [], description="list of lm-eval's names of multiple-choice tasks; `[]`: perplexity only"
     )
-
-
-class ZeroShot(_Section):
-    """The settings of the zero-shot evaluation."""
-
     limit: int | None = Field(
         None, ge=1, description="number of items of each task; null: all, of the embedded questions the first 10"
     )
@@ -296,7 +291,6 @@ class Params(_Section):
     )
     perplexity: Perplexity
     tasks: Tasks = Tasks()
-    zero_shot: ZeroShot = ZeroShot()
     recovery: Recovery = Recovery()
     runtime: Runtime = Runtime()
 
@@ -316,7 +310,7 @@ class Params(_Section):
     @property
     def items(self) -> int | None:
         """The number of items of each task; None: all."""
-        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == catalog.EMBEDDED else None)
+        return self.tasks.limit or (EMBEDDED_ITEMS if self.tasks.source == catalog.EMBEDDED else None)
 
     @property
     def training_texts(self) -> list[CalibrationText]:
@@ -484,7 +478,7 @@ def resolved(params: Params) -> dict[str, Any]:
     """
     content, chosen = params.model_dump(mode="json", exclude={"runtime", "recipe"}), params.plan.to_dict()
     content |= {name: chosen[name] for name in (*CHOICES, "sparsity")}
-    content["zero_shot"]["limit"] = params.items
+    content["tasks"]["limit"] = params.items
     content["calibration"]["text"] = _filled(params.calibration.text, params.calibration.shares)
     recovery = params.recovery.text
     content["recovery"]["text"] = _filled(recovery, [text.windows or 1 for text in recovery])

@@ -67,9 +67,7 @@ class Plan:
         reconstructs = catalog.RECONSTRUCTIONS[requested["reconstruction"]].function is not None
         of_pattern = choices_of_pattern(pattern, reconstructs)
         if structure and structure.method:  # experts, blocks
-            calibrates = catalog.methods()[requested["method"]].needs != "weights"
-            if calibrates:  # a method that reads weights alone stays, because the pattern's would need a calibration
-                of_pattern["method"] = structure.method
+            of_pattern["method"] = structure.method
         chosen = requested | of_pattern | set_separately
         if pattern != UNSTRUCTURED:
             scores_inputs = structure is not None and not structure.method  # neurons, heads
@@ -190,12 +188,13 @@ class Plan:
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
-        method, pattern = self.method, self.pattern
+        method, pattern, structure = self.method, self.pattern, self.structure
         of_method = f"method: found {method.name} with pattern {pattern}"
-        if method.patterns and pattern not in method.patterns:
+        scores_pattern = pattern in method.patterns
+        if structure and (method.is_solver or (structure.method and not scores_pattern)):
+            yield f"{of_method}, expected {structure.method or 'wanda'} or another method that scores {pattern}"
+        elif method.patterns and not scores_pattern:
             yield f"{of_method}, expected pattern {' or '.join(method.patterns)}"
-        if self.structure and method.is_solver:
-            yield f"{of_method}, expected {self.structure.method or 'wanda'} or another method that scores {pattern}"
         choices = self.to_dict()
         for name, expected in choices_of_pattern(pattern, self.reconstructs).items():
             if choices[name] != expected:

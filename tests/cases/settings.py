@@ -29,7 +29,7 @@ MEANT: dict[str, list[object]] = {
     "tasks.names": [
         'piqa', {'piqa': 1}, None, [3], ['../piqa'], ['-h'], ['a b'], ['a;reboot'], ['$(reboot)'], ['a\n'], [''],
     ],
-    "zero_shot.limit": [0],
+    "tasks.limit": [0],
     "recovery.rate": [0, 2],
     "recovery.batch": [0, 2000],
     "runtime.device": ['cuda:x'],

@@ -57,7 +57,8 @@ DAMAGED: dict[str, Any] = {
     "gz: half a file": (PACKED[:-9], SHARD, "damaged", "expected lines of JSON, gzipped"),
     "gz: a wrong sum": (PACKED[:-8] + b"\0" * 8, SHARD, "damaged", "expected lines"),
     "gz: a flipped byte": (PACKED[:14] + b"\xff\xff" + PACKED[16:], SHARD, "damaged", "expected"),
-    "gz: empty": (gz(b""), SHARD, "no documents", "expected JSON lines"),
-    "gz: another column": (gz(b'{"body": "a"}\n'), f"{SHARD}: line 1", "found body", "expected text in column `text`"),
-    "gz: no JSON": (gz(b"{"), f"{SHARD}: line 1", "found no JSON"),
+    "gz: empty": (gz(b""), SHARD, "damaged", "expected lines of JSON, gzipped"),
+    "gz: another column": (gz(b'{"body": "a"}\n'), SHARD, "found body", "expected text in column `text`"),
+    "gz: no text": (gz(GOOD + b'{"text": null}\n' * 2 + GOOD), SHARD, "found", "expected text in column `text`"),
+    "gz: no JSON": (gz(b"{"), SHARD, "damaged (JSON parse error: ", "in row 0"),
 }

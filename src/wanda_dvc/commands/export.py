@@ -19,11 +19,11 @@ from wanda_dvc.results.experiments import Experiment, read_at, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
 from wanda_dvc.results.show import continuations_table, table_notes
-from wanda_dvc.stages.apply import describe_pruned, write_pruned
+from wanda_dvc.stages.apply import apply, describe_pruned
 from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.dvc import Revision, copy_file, link_file
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
 
@@ -47,23 +47,24 @@ def export(*, study: Study, experiment: str | None, target: Path) -> str:
             raise UserError(f"{what}: dvc.lock: the inputs of mask changed after the run; run `dvc repro`")
         for problem in other_settings(exported.study):
             raise UserError(f"{what}: {problem.removesuffix('.')}")
-        metrics = _write_exported(exported, work.out, what)
-        for model, provenance in (
-            ("dense", read_provenance(exported.study.model("dense"), "download model")),
-            ("pruned", describe_pruned(exported.study)),
-            ("recovered", load_json(work.out / PROVENANCE)),  # without a recovery it has no results to leave out
-        ):
+        links, pruned = exported.study, describe_pruned(exported.study)
+        dense = read_provenance(links.model("dense"), "download model")
+        recovered = load_json(links.model("recovered") / PROVENANCE)
+        for model, provenance in (("dense", dense), ("pruned", pruned), ("recovered", recovered)):
             exported.results[model].leave_out_others(digest(provenance))
-        exported.final.metrics["sparsity"] = metrics
-        (work.out / MODEL_CARD).write_text(card(exported.study, metrics, sections(exported)), encoding="utf-8")
-        check_target(study, target)  # another export may have written it
-        work.commit(target)
+        if not exported.params.recovery.tokens:
+            apply(study=links)
+            exported.final.metrics["sparsity"] = load_json(links.metrics("pruned", "sparsity"))
+        elif recovered.get("pruned") != digest(pruned) or "sparsity" not in exported.final.metrics:
+            raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
+        move_model(exported, target)
+        work.discard()
     line = f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"
     return "\n".join([line, *exported.notes])
 
 
 def move_model(experiment: Experiment, target: Path) -> None:
-    """Move the pruned model that a study's stages have just written to a new directory, and add its model card.
+    """Move the pruned model that `apply` has just written in a study to a new directory, and add its model card.
 
     The study then has no second copy: `apply` writes it again where a stage reads it. A recovered model is copied,
     because DVC has it. After an error, such as a full disk, the target is missing and the study has its model.
@@ -94,22 +95,6 @@ def _collect(study: Study, revision: str | None, folder: Path) -> Experiment:
     params = experiment.params.model_copy(update={"runtime": study.params.runtime})
     experiment.study = links.with_params(params)
     return experiment
-
-
-def _write_exported(experiment: Experiment, out: Path, what: str) -> Json:
-    """Write an experiment's pruned model, or copy the recovered one. Return the metrics of its sparsity."""
-    study = experiment.study
-    provenance = describe_pruned(study)
-    if not study.params.recovery.tokens:
-        _, metrics = write_pruned(study, out)
-        artifact.write_provenance(out, provenance)
-        return metrics
-    recovered = study.model("recovered")
-    metrics = experiment.final.metrics.get("sparsity", {})
-    if read_provenance(recovered, MODEL_COMMANDS["recovered"])["pruned"] != digest(provenance) or not metrics:
-        raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
-    shutil.copytree(recovered, out, copy_function=copy_file, dirs_exist_ok=True)
-    return metrics
 
 
 def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool) -> None:

@@ -26,12 +26,11 @@ class Gram:
     """
 
     upper: Float64[Tensor, "in in"]  # on and above the diagonal; values below it are undefined
-    count: int
 
     @classmethod
     def empty(cls, features: int, device: torch.device | str = "cpu") -> "Gram":
         """Return the statistics of no tokens."""
-        return cls(torch.zeros(features, features, dtype=torch.float64, device=device), 0)
+        return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add the tokens of one or more windows."""
@@ -41,17 +40,13 @@ class Gram:
         for begin, end in panels(self.upper):
             panel = kernels.multiply_in_float32(features[begin:end], features[begin:].T)
             self.upper[begin:end, begin:] += panel.to(self.upper.device)
-        self.count += len(x)
 
     def merge(self, gram: "Gram") -> None:
         """Add another chunk's sums."""
         self.upper += gram.upper.to(self.upper)
-        self.count += gram.count
 
     def matrix(self) -> Square:
-        """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
-        if not self.count:
-            return torch.eye(len(self.upper), device=self.upper.device)
+        """Return XᵀX, symmetric, float32."""
         matrix = self.upper.float().triu_()
         return matrix.add_(matrix.triu(1).T)
 
@@ -77,9 +72,7 @@ class Gram:
         return values.float().triu_()
 
     @classmethod
-    def from_triangle(
-        cls, packed: Shaped[Tensor, "rows columns"], count: int, norm: Float[Tensor, " in"] | None = None
-    ) -> "Gram":
+    def from_triangle(cls, packed: Shaped[Tensor, "rows columns"], norm: Float[Tensor, " in"] | None = None) -> "Gram":
         """Return the statistics of a triangle; `norm` undoes the division by it. 12 · in² bytes."""
         half, columns = packed.shape
         odd = int(2 * half > columns)
@@ -89,7 +82,7 @@ class Gram:
         upper[half:, half:] = packed[odd:, : features - half].tril().T
         if norm is not None:
             upper.mul_(norm).mul_(norm[:, None])
-        return cls(upper.double(), count)
+        return cls(upper.double())
 
     def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, "rows columns"]]:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""

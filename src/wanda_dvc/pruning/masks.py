@@ -12,7 +12,7 @@ from torch import Tensor
 from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, Weight, row_slices
-from wanda_dvc.pruning.reconstruction import ReadWeight, check_new_weight, masked, oriented, reconstruct
+from wanda_dvc.pruning.reconstruction import check_new_weight, masked, oriented, reconstruct
 from wanda_dvc.pruning.selection import keep_highest, select
 from wanda_dvc.pruning.solvers import GramFactors, Mask
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, UnitCosts
@@ -134,22 +134,16 @@ def scores_of(
 
 
 def choose_units(
-    sets: Mapping[str, Units],
-    read_weight: ReadWeight,
-    blocks: Iterable[BlockStats],
-    *,
-    method: Method,
-    device: torch.device,
+    sets: Mapping[str, Units], blocks: Iterable[BlockStats], method: Method
 ) -> dict[str, Bool[Tensor, " units"]]:
-    """Return the mask of each set's units by their scores: the highest are kept. UserError if one is not finite."""
+    """Return the mask of each set's experts by their scores: the highest are kept. UserError if one is not finite."""
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for stats in blocks:
-        inputs = stats.by_linear
         for name, units in sets.items():
             for linears in units.members:
-                if linears[0] not in inputs:  # of another block
+                if linears[0] not in stats.by_linear:  # of another block
                     continue
-                score = _unit_score(linears, read_weight, stats, method, device)
+                score = _expert_score(linears, stats, method)
                 if not math.isfinite(score):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
@@ -163,26 +157,17 @@ def choose_units(
     return masks
 
 
-def _unit_score(
-    linears: Sequence[str], read_weight: ReadWeight, stats: BlockStats, method: Method, device: torch.device
-) -> float:
-    """Return the score of a block or an expert: a method's own of experts, or the sum of its scores of the weights."""
-    inputs = stats.by_linear
-    if "experts" in method.patterns:
-        tokens = max(inputs[linear].count for linear in linears)
-        recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
-        gates = sum(outputs.count for outputs in recorded)
-        if gates != tokens:  # one linear has the gated outputs of all tokens
-            raise UserError(
-                f"method: {method.name}: {linears[0]}: calibration recorded {gates} gates for {tokens} tokens of this "
-                "expert, expected as many; set method=wanda"
-            )
-        return float(method(recorded[0])) if tokens else 0.0
-    total = 0.0
-    for linear in linears:
-        weight = oriented(read_weight(linear).to(device), linear in stats.transposed)
-        total += method(weight, inputs[linear].to(weight.device)).sum(dtype=torch.float32).item()
-    return total
+def _expert_score(linears: Sequence[str], stats: BlockStats, method: Method) -> float:
+    """Return a method's score of an expert. UserError if the model's gates were not recorded."""
+    tokens = max(stats.by_linear[linear].count for linear in linears)
+    recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
+    gates = sum(outputs.count for outputs in recorded)
+    if gates != tokens:  # one linear has the gated outputs of all tokens
+        raise UserError(
+            f"pattern: {linears[0]}: calibration recorded {gates} gates for {tokens} tokens of this expert, expected "
+            "as many: experts of this family cannot be scored; set pattern=neurons or heads"
+        )
+    return float(method(recorded[0])) if tokens else 0.0
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
 
 WORKSPACE = "workspace"
-MEASUREMENT_SETTINGS = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
+MEASUREMENT_SETTINGS = ("model", "dtype", "perplexity.", "tasks.")
 SUCCESS = "success"
 # Of a revision; `branch` is also a tag, and `commit` has neither. Equal results get the name of the first kind.
 KINDS = ("experiment", "branch", WORKSPACE, "commit")

@@ -1,19 +1,18 @@
 """A text: embedded, a file on this machine, or a split of a data set from the mirror or the Hub."""
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from wanda_dvc.catalog import TEXTS
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import notice
 from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED_FOLDER, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.artifact import describe, digest, file_digest, read_provenance, write_provenance
-from wanda_dvc.study.files import Documents, Json, text_in
+from wanda_dvc.study.files import Json, open_documents, text_in
 from wanda_dvc.study.folder import DOCUMENTS, TEXT
 
 
@@ -47,18 +46,18 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
     section = setting.partition(".")[0]
     provenance = describe(f"download {section}", source=title, revision=commit)
 
-    def write(out: Path, scratch: Path) -> None:
+    def write(out: Path, _: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
         if shard is None:
             content = _write_joined(_read_rows(where, text, origin), text.join, out)
         else:
             file = origin if isinstance(origin, Path) else origin.fetch(shard) / shard
-            with tempfile.TemporaryFile(dir=scratch) as lines:
-                documents = Documents(file, text.column, lines)
-                if section == "perplexity":
-                    content = _write_joined(list(documents), text.join, out)
-                else:  # windows are drawn within documents, as the Wanda authors do
-                    content = _write_documents(documents, out)
+            documents = open_documents(file, text.column)
+            if section == "perplexity":
+                content = _write_joined(list(documents), text.join, out)
+            else:  # windows are drawn within documents, as the Wanda authors do
+                shutil.copyfile(file, out / DOCUMENTS)
+                content = {"column": text.column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
         write_provenance(out, provenance | content)
 
     return Source({"text": asdict(text), "commit": commit}, write)
@@ -96,12 +95,3 @@ def _write_joined(rows: list[str], join: str, out: Path) -> Json:
     """Write rows as one text; return what its provenance says of them."""
     (out / TEXT).write_text(join.join(rows), encoding="utf-8", newline="")
     return {"join": join, "rows": len(rows), "sha256": file_digest(out / TEXT)}
-
-
-def _write_documents(documents: Documents, out: Path) -> Json:
-    """Copy the file of documents; return what its provenance says of them. UserError without documents."""
-    file, column = documents.shard, documents.column
-    if not len(documents) or not documents[0]:  # reading the first checks that it is text
-        raise UserError(f"{file}: no documents, expected JSON lines with `{column}`; copy it again")
-    shutil.copyfile(file, out / DOCUMENTS)
-    return {"column": column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}

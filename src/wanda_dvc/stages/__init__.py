@@ -131,7 +131,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=13,
+            version=14,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
             variants={
@@ -213,7 +213,7 @@ STAGES = {
             argument="model",
             variants={
                 model: Variant(
-                    settings=("tasks", "zero_shot.limit", "dtype"),
+                    settings=("tasks", "dtype"),
                     deps=(
                         *("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt"),
                         # The other models' answers are compared with the dense model's.

@@ -69,6 +69,7 @@ def describe_pruned(study: Study) -> Json:
         entries["weights"] = digest(weights)
     params = {name: value for name, value in masks["calibration"].items() if name != "text"}
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
+    calibrated["version"] = STAGES["calibrate"].version
     if plan.apply_reconstructs:
         folders = [study.gram]
         if plan.used_reconstruction.uses_fisher:

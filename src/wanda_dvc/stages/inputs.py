@@ -1,7 +1,6 @@
 """What stages read: statistics, windows, models, each checked in one place."""
 
 import importlib
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from wanda_dvc.engine.windows import DrawnWindows, draw, draw_from_documents, in
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import numbered
 from wanda_dvc.reading import check_file, is_there
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.study.artifact import (
     MODEL_COMMANDS,
@@ -26,7 +26,7 @@ from wanda_dvc.study.artifact import (
     file_digest,
     read_provenance,
 )
-from wanda_dvc.study.files import Documents, Json, load_json
+from wanda_dvc.study.files import Json, load_json, open_documents
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
 if TYPE_CHECKING:
@@ -69,10 +69,12 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     norms = read_provenance(study.norms, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
     check_source("stats", norms["model"], dense, "calibrate")
-    expected = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
-    if norms["params"] != expected:
+    version = {"version": STAGES["calibrate"].version}
+    expected = version | study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
+    measured = {"version": norms.get("version"), **norms["params"]}
+    if measured != expected:
         raise UserError(
-            f"stats/: measured with {norms['params']}, expected {expected} as params.yaml has it; "
+            f"stats/: measured with {measured}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     plan = study.plan
@@ -110,10 +112,10 @@ def statistics_provenance(folder: Path, made_with: Json, what: str = "stats/norm
     UserError if it was not measured, or is of another run than `made_with`: model, text and parameters of `what`.
     """
     provenance = read_provenance(folder, "calibrate")
-    if any(provenance[name] != made_with[name] for name in ("model", "text", "params")):
+    if any(provenance.get(name) != made_with.get(name) for name in ("version", "model", "text", "params")):
         raise UserError(
-            f"stats/{folder.name}: found a calibration of {provenance['model']['source']}, expected that of the model "
-            f"and text that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
+            f"stats/{folder.name}: found a calibration of {provenance['model']['source']}, expected that of the model, "
+            f"text and version that {what} names; run `dvc repro` or `wanda-dvc calibrate` with those settings"
         )
     return provenance
 
@@ -161,12 +163,10 @@ def draw_documents(study: Study, source: str, *, samples: int, length: int, seed
         return None
     column = read_provenance(folder, f"download {source.partition('/')[0]}")["column"]
     tokens_of = partial(tokenize, tokenizer=load_tokenizer(study.model("dense")))
-    study.work_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=study.work_root) as scratch:  # the system's own folder may be in memory
-        documents = Documents(folder / DOCUMENTS, column, scratch)
-        return draw_from_documents(
-            documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
-        )
+    documents = open_documents(folder / DOCUMENTS, column)
+    return draw_from_documents(
+        documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
+    )
 
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":

@@ -52,8 +52,8 @@ class MaskJob(NamedTuple):
             sets = self.removal.unit_sets
             units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
-        fisher = tensors.read_fisher(self.fisher_folder, block) if plan.group == "outputs" else {}
-        costs = tensors.read_unit_costs(self.fisher_folder, block) if plan.method.needs == "fisher" else {}
+        reads_fisher = plan.group == "outputs" or plan.method.needs == "fisher"
+        fisher, costs = tensors.read_fisher(self.fisher_folder, block) if reads_fisher else ({}, {})
         return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, costs, units)
 
 
@@ -175,7 +175,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         kept = measured_blocks(study, removal)
     else:
         stats = (tensors.read_stats(study.norms, block) for block in range(blocks))
-        kept = choose_units(removal.unit_sets, checkpoint.weight, stats, method=plan.method, device=device)
+        kept = choose_units(removal.unit_sets, stats, plan.method)
     removal = removal.with_kept(kept)
     probe(checkpoint, removal, device)  # UserError if a model without these units computes something else
     return removal

@@ -39,12 +39,11 @@ TRAINING_WAYS = (TrainingWay(False, False), TrainingWay(False, True), TrainingWa
 class Conditions:
     """What a stage's needs follow from: the study, the sizes of the model, dtype, device and free memory.
 
-    `recover` trains in a given way, else in the fastest that fits; with 0 free bytes, in the one with the least need.
+    `recover` trains in the fastest way that fits; with 0 free bytes, in the one with the least need.
     """
 
-    def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0, way: TrainingWay | None = None) -> None:
+    def __init__(self, study: Study, sizes: ModelSizes, free_memory: int = 0) -> None:
         self.study, self.params, self.sizes, self.free_memory = study, study.params, sizes, free_memory
-        self.way = way
         self.dtype = sizes.dtype if study.params.dtype == "auto" else study.params.dtype
         self.device = device_name(study.params.runtime).partition(":")[0]  # its kind
 
@@ -69,18 +68,16 @@ class Conditions:
         return max((path.stat().st_size for path in self.study.data(name).rglob(file)), default=0)
 
 
-def requirements(
-    study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0, way: TrainingWay | None = None
-) -> Requirements:
+def requirements(study: Study, stage: str, sizes: ModelSizes, free_memory: int = 0) -> Requirements:
     """Return what a stage needs for a model of these sizes. Of several texts, one is in memory: the largest counts."""
-    memory, disk = MEMORY_AND_DISK[stage](Conditions(study, sizes, free_memory, way))
+    memory, disk = MEMORY_AND_DISK[stage](Conditions(study, sizes, free_memory))
     return Requirements(FIXED + memory, disk)
 
 
-def announce(study: Study, stage: str, sizes: ModelSizes, way: TrainingWay | None = None) -> None:
+def announce(study: Study, stage: str, sizes: ModelSizes) -> None:
     """Print a stage's needs and what is free to stderr."""
     memory, disk = free(study).values()
-    need = requirements(study, stage, sizes, memory, way)
+    need = requirements(study, stage, sizes, memory)
     needed = f"{gigabytes(need.memory)} of memory and {gigabytes(need.disk)} of disk"
     notice(f"{stage} needs about {needed}; free: {gigabytes(memory)} and {gigabytes(disk)}")
 
@@ -207,7 +204,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
     from wanda_dvc.training.compact import BYTES  # imports torch
 
-    way = given.way or (*fitting_ways(given), TRAINING_WAYS[-1])[0]
+    way = (*fitting_ways(given), TRAINING_WAYS[-1])[0]
     checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
     text = TEXT_IN_MEMORY * given.data_size("recovery" if given.params.recovery.text else "calibration")
     # Windows are cut before the training. On disk are the best checkpoint, the last one and the one being written.

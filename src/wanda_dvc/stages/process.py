@@ -49,17 +49,11 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
 
 
 def end_children() -> None:
-    """Ask all processes below this one to end, and wait up to 10 s. First they are suspended: none starts another."""
-    children: list[psutil.Process] = []
-    while started := [child for child in psutil.Process().children(recursive=True) if child not in children]:
-        children += started
-        for child in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.suspend()
+    """Ask the process groups that children lead to end, also processes that start meanwhile, and wait up to 10 s."""
+    children = psutil.Process().children(recursive=True)
     for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.terminate()
-            child.resume()
+        with contextlib.suppress(ProcessLookupError):  # it leads no group
+            os.killpg(child.pid, signal.SIGTERM)
     psutil.wait_procs(children, timeout=10)
 
 

@@ -65,7 +65,7 @@ def recover(*, study: Study) -> None:
     provenance = provenances[way.low_memory]
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if is_first:
-        announce(study, "recover", sizes, way)
+        announce(study, "recover", sizes)
         if way.low_memory:
             notice("recover: weights in bfloat16 and optimizer states in 8 bits: training in float32 needs more memory")
     # Only the first process creates this folder and commits the model; the others train in it.

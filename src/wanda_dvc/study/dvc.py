@@ -158,6 +158,7 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
         with subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", *stages], cwd=root,
             env=os.environ | {"PATH": path, PROBLEMS: str(file)},
+            process_group=0,  # `stoppable` ends it
             stdout=subprocess.DEVNULL,  # DVC's messages about stages and git; the stages' are on stderr
             stderr=None if shown else subprocess.PIPE, encoding="utf-8", errors="replace",
         ) as process:  # fmt: skip

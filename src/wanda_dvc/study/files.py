@@ -1,18 +1,15 @@
 """Files of a study: JSON and CSV through temporary files and renames, documents."""
 
 import csv
-import gzip
 import io
 import json
 import math
-import zlib
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, check_file, is_there, parse_json, read_object
+from wanda_dvc.errors import UserError, explain, reason
+from wanda_dvc.reading import DIVERGED, check_file, is_there, read_object
 
 Json = dict[str, Any]
 
@@ -63,29 +60,23 @@ def text_in(row: Json, column: str, where: str) -> str:
     return text
 
 
-class Documents(Sequence[str]):
-    """The documents of a gzipped file of JSON lines, read one at a time by index. UserError if the file is damaged.
+def open_documents(file: Path, column: str) -> Sequence[str]:
+    """Return the documents in a column of a gzipped file of JSON lines, each read when it is taken.
 
-    Gzip has no random access, so the lines are unpacked once to a scratch file. Only their offsets are in memory.
+    `datasets` unpacks the file once, into its cache. UserError if the file is damaged, or has no such texts.
     """
+    from datasets import Value, load_dataset
 
-    def __init__(self, shard: Path, column: str, scratch: IO[bytes]) -> None:
-        self.starts = array("q", [0])  # and the end of the last
-        check_file(shard)
-        try:
-            with gzip.open(shard) as packed:
-                for line in packed:
-                    scratch.write(line)
-                    self.starts.append(self.starts[-1] + len(line))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
-        self.shard, self.column, self.lines = shard, column, scratch
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override] # no slices
-        begin, end = self.starts[index], self.starts[index + 1]
-        self.lines.seek(begin)
-        where = f"{self.shard}: line {index + 1}"
-        return text_in(parse_json(self.lines.read(end - begin), where), self.column, where)
+    check_file(file)
+    try:
+        rows: Any = load_dataset("json", data_files=str(file), split="train")
+    except Exception as error:  # pyarrow and `datasets` raise exceptions of many classes
+        if explain(error):
+            raise
+        problem = reason(error.__cause__ or error)  # `datasets` says only that there was one
+        raise UserError(f"{file}: damaged ({problem}), expected lines of JSON, gzipped; fetch it again") from error
+    if rows.features.get(column) != Value("string") or rows.data.column(column).null_count:
+        columns = ", ".join(rows.features)
+        raise UserError(f"{file}: found {columns:.200}, expected text in column `{column}`; name another")
+    documents: Sequence[str] = rows[column]
+    return documents

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.selection import pack_bits, unpack_bits
@@ -46,7 +45,7 @@ def read_stats(folder: Path, block: int, *, fisher: Path | None = None) -> Block
             if f"{linear}.outputs" in tensors:
                 total, tokens = tensors[f"{linear}.outputs"]
                 outputs[linear] = TokenSum(total, int(tokens))
-    squared_gradients = read_fisher(fisher, block) if fisher else {}
+    squared_gradients = read_fisher(fisher, block)[0] if fisher else {}
     return BlockStats(inputs, consumers, header["transposed"], squared_gradients, outputs)
 
 
@@ -63,13 +62,12 @@ class Grams(UserDict[str, Any]):
         self.input_of: dict[str, str] = {}  # by linear
         for name, linears in header.get("consumers", {}).items():
             self.input_of |= dict.fromkeys(linears, name)
-            if f"{name}.count" in tensors:
-                self.data[name] = (tensors[f"{name}.triangle"], tensors[f"{name}.count"], tensors.get(f"{name}.norm"))
+            if f"{name}.triangle" in tensors:
+                self.data[name] = tensors[f"{name}.triangle"], tensors.get(f"{name}.norm")
 
     def __getitem__(self, name: str) -> Gram:
-        triangle, count, norm = self.data[name]
-        norm = None if norm is None else norm.to(self.device)
-        return Gram.from_triangle(triangle.to(self.device), int(count), norm)
+        triangle, norm = self.data[name]
+        return Gram.from_triangle(triangle.to(self.device), None if norm is None else norm.to(self.device))
 
 
 def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str, Gram], *, exact: bool = False) -> None:
@@ -77,10 +75,10 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
 
     `stats` has the consumers of each input; a linear of gradients is its own consumer.
 
-    Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: of XᵀX
-    with every feature divided by its norm, packed by `Gram.triangle`) and `NAME.count` (int64). Numbers in the triangle
-    are at most 1, so float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also
-    `LINEAR.sum_squares` (float64 [out]) and `LINEAR.costs_of_N` of N units (float64 [N]). Header: as of `write_stats`.
+    Tensors, for each distinct input or linear: `NAME.norm` (float32 [in]) and `NAME.triangle` (float16: of XᵀX
+    with every feature divided by its norm, packed by `Gram.triangle`). Numbers in the triangle are at most 1, so
+    float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also `LINEAR.sum_squares` (float64 [out]) and
+    `LINEAR.costs_of_N` of N units (float64 [N]). Header: as of `write_stats`.
 
     With `exact`, of a block recorded during a forward pass of the pruned model: no norms, and triangles of XᵀX itself
     in float32.
@@ -98,7 +96,6 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
             tensors[f"{name}.norm"] = norm.cpu()
             triangle = triangle.to(getattr(torch, GRAM_DTYPE))
         tensors[f"{name}.triangle"] = triangle.cpu()
-        tensors[f"{name}.count"] = torch.tensor(gram.count)
     save_tensors(block_file(folder, block), tensors, {"consumers": stats.consumers, "transposed": stats.transposed})
 
 
@@ -111,24 +108,18 @@ def read_grams(
     return Grams(tensors, header, device)
 
 
-def read_fisher(folder: Path, block: int) -> dict[str, Tensor]:
-    """Read the sums of squared gradients of one block, by linear."""
-    kind = ".sum_squares"
-    tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: name.endswith(kind))
-    return {name.removesuffix(kind): squares for name, squares in tensors.items()}
-
-
-def read_unit_costs(folder: Path, block: int) -> dict[str, UnitCosts]:
-    """Read the costs of the units that each linear of one block reads, by linear. UserError if the file has none."""
-    kind, path = ".costs_of_", block_file(folder, block)
-    tensors, _ = load_tensors(path, "calibrate", lambda name: kind in name)
-    if not tensors:  # of an earlier version: all units would count as equal
-        raise UserError(f"{path}: no costs of units, expected some of each block; run `wanda-dvc calibrate fisher`")
-    costs: dict[str, UnitCosts] = {}
-    for name, of_units in tensors.items():
-        linear, _, units = name.rpartition(kind)
-        costs.setdefault(linear, {})[int(units)] = of_units
-    return costs
+def read_fisher(folder: Path, block: int) -> tuple[dict[str, Tensor], dict[str, UnitCosts]]:
+    """Read one block's sums of squared gradients, and its costs of the units that a linear reads, each by linear."""
+    squares, costs = dict[str, Tensor](), dict[str, UnitCosts]()
+    of_matrices = (".norm", ".triangle")
+    tensors, _ = load_tensors(block_file(folder, block), "calibrate", lambda name: not name.endswith(of_matrices))
+    for name, values in tensors.items():
+        linear, _, kind = name.rpartition(".")
+        if kind == "sum_squares":
+            squares[linear] = values
+        else:
+            costs.setdefault(linear, {})[int(kind.removeprefix("costs_of_"))] = values
+    return squares, costs
 
 
 class Masks(UserDict[str, Any]):
