@@ -54,7 +54,7 @@ class Gram:
         """Return G's upper triangle, float32, or of G_ij / (norm_i · norm_j), as a rectangle; 8 · in² bytes.
 
         The rectangle has the upper half of the triangle's rows. The other rows, transposed, fill the place below the
-        diagonal; if their number is even, the diagonal needs a further column.
+        diagonal; with an even number of features, the diagonal needs a further column.
         """
         features = len(self.upper)
         odd, half = features % 2, (features + 1) // 2

@@ -32,8 +32,8 @@ class MaskRule(NamedTuple):
     method: Method
     sparsity: BlockSparsity  # the fraction that is removed
     pattern: str = "unstructured"
-    group: str = "row"  # or `linear`
-    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients by linear, for the group `outputs`
+    group: str = "row"  # or `linear`; the group `outputs` is `linear` with `fisher`
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients, by linear
     unit_costs: Mapping[str, UnitCosts] = {}  # by linear, for methods that need Fisher information
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}

@@ -20,7 +20,7 @@ class InputStats:
     """
 
     sum_squares: Float64[Tensor, " in"]
-    sum: Float64[Tensor, " in"]
+    sum: Float64[Tensor, " in"]  # for methods of packages
     count: int
 
     @classmethod

@@ -90,7 +90,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     return norms, digests
 
 
-def discard_unneeded_gram(study: Study) -> None:
+def discard_unfinished_gram(study: Study) -> None:
     """Remove Gram matrices that `calibrate norms` measured for `calibrate gram`, if DVC has restored stats/gram.
 
     `calibrate gram` then did not run, and left them as unfinished work, several gigabytes.

@@ -53,7 +53,8 @@ class MaskJob(NamedTuple):
             units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
         reads_fisher = plan.group == "outputs" or plan.method.needs == "fisher"
-        fisher, costs = tensors.read_fisher(self.fisher_folder, block) if reads_fisher else ({}, {})
+        squares, costs = tensors.read_fisher(self.fisher_folder, block) if reads_fisher else ({}, {})
+        fisher = squares if plan.group == "outputs" else {}
         return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, costs, units)
 
 
@@ -82,7 +83,7 @@ def mask(*, study: Study) -> None:
     plan = study.plan
     device = accelerator.float64_device(devices.own_device(study.params.runtime))  # UserError before any file is read
     norms, digests = inputs.statistics(study)
-    inputs.discard_unneeded_gram(study)  # it takes gigabytes
+    inputs.discard_unfinished_gram(study)  # it takes gigabytes
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.norms, "calibrate")
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks, device)
@@ -347,9 +348,9 @@ def score_block(job: MaskJob, block: int, stats: BlockStats, device: torch.devic
 
 
 def remove_units(job: MaskJob, result: BlockResult) -> BlockResult:
-    """Return a result whose masks remove all weights of removed units; so far only the masks of their consumers do.
+    """Return a result whose masks remove all weights of removed units.
 
-    From the masks of all blocks, `kept_units_of` of `apply` returns which units are kept.
+    Of neurons and heads, so far only the masks of the linears that read them do.
     """
     if job.removal is None:
         return result
