@@ -275,6 +275,7 @@ def on_pruned_blocks(
         else:
             result = score_block(job, block, record.stats, device)
         yield result
+        # Now the caller has written the result. A kill before the change repeats this block; after it, the next follows.
         step.change(result.masks, result.weights)
 
 
@@ -375,7 +376,7 @@ def repair_removed_blocks(
 ) -> None:
     """Write the blocks before each cut to the unfinished weights/, with new weights of their last linears.
 
-    The file of a block without a better weight has no tensors. An interrupted run resumes after the last such file.
+    The file of a block without a better weight has no tensors. An interrupted run reads the blocks that have a file.
     """
     # The import of transformers takes seconds.
     from wanda_dvc.engine.repair import Cut, CutRun, removed_neighbours, repair, run_cuts
