@@ -275,7 +275,7 @@ def on_pruned_blocks(
         else:
             result = score_block(job, block, record.stats, device)
         yield result
-        # Now the caller has written the result. A kill before the change repeats this block; after it, the next follows.
+        # The caller has written the result now. A kill before the change repeats this block, else the next one runs.
         step.change(result.masks, result.weights)
 
 
