@@ -16,6 +16,7 @@ from accelerate import PartialState
 from conftest import Capture, Make, fetch, prune, save_tiny_model
 from safetensors.torch import load_file, save_file
 from test_families import ALL, save
+from transformers import AutoModelForCausalLM
 
 from wanda_dvc.commands.export import export, sections
 from wanda_dvc.engine.checkpoint import Checkpoint, EditedCheckpoint, write_model
@@ -89,6 +90,51 @@ def test_divergence_falls_and_zeros_stay(tied: bool, changes: dict[str, Any], tm
         if weight.dim() > 1:
             assert torch.equal(weight == 0, after[name] == 0), name
         assert not torch.equal(weight, after[name]), name
+
+
+def test_the_training_is_the_one_by_hand(tmp_path: Path):
+    """In float64: KL(dense ‖ pruned), clipped gradients of what is not zero, AdamW, the schedule, the best step."""
+    dense, pruned = pair(tmp_path, attention_bias=True)
+    steps, rate = 6, 0.02
+    weights, curve = train(dense, pruned, tmp_path / "work", steps=steps, rate=rate)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64).eval() for x in (dense, pruned))
+    parameters = dict(student.named_parameters())
+    start = {name: x.detach().clone() for name, x in parameters.items()}
+    moments = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in start.items()}
+
+    def divergence(tokens: torch.Tensor) -> torch.Tensor:
+        p, q = (model(input_ids=tokens).logits.softmax(-1) for model in (teacher, student))
+        return (p * (p / q).log()).sum(-1).mean()
+
+    scores, reached = list[float](), list[dict[str, torch.Tensor]]()
+    before: list[float] = []
+    for step, tokens in enumerate([*windows(2 * steps).split(2), None]):
+        with torch.no_grad():
+            found = [divergence(windows(2, seed=seed)).item() for seed in (1, 2)]
+        before = before or found
+        scores.append(sum(one / other / 2 for one, other in zip(found, before, strict=True)))
+        reached.append({name: x.detach().clone() for name, x in parameters.items()})
+        if tokens is None:
+            break
+        gradients = dict(zip(parameters, torch.autograd.grad(divergence(tokens), parameters.values()), strict=True))
+        for name, x in start.items():
+            if x.dim() > 1:
+                gradients[name] = gradients[name] * (x != 0)
+        norm = sum(x.square().sum() for x in gradients.values()) ** 0.5
+        falling = step if step < 1 else (steps - step) / (steps - 1)  # a warm-up of one step
+        for name, x in parameters.items():
+            gradient = gradients[name] / max(1, norm)
+            mean, square = moments[name]
+            mean += 0.1 * (gradient - mean)
+            square += 0.001 * (gradient**2 - square)
+            size = max(1e-3, (start[name].square().sum() / max(1, start[name].count_nonzero())).item() ** 0.5)
+            change = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            x.data -= falling * rate * size * change
+    assert [one["score"] for one in curve] == pytest.approx(scores, rel=1e-4)
+    best = reached[scores.index(min(scores))]
+    for name, weight in written(weights, tmp_path / "made").items():
+        change = best[name] - start[name]
+        assert (weight.double() - start[name] - change).norm() < 1e-2 * change.norm(), name
 
 
 @pytest.mark.parametrize("changes", [{}, LOW])
