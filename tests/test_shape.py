@@ -1,5 +1,6 @@
 """One order, three views; a light command line, which imports no more than it needs and says what is not installed."""
 
+import ast
 import errno
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,24 @@ def test_pyproject_names_the_same_extras():
     assert declared == EXTRAS
     base = {match[0] for one in PROJECT["dependencies"] if (match := NAME.match(one))}
     assert not base & EXTRAS.keys()
+
+
+def test_every_imported_library_is_a_declared_one():
+    imported = set[str]()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "wanda_dvc"}
+    declared = {match[0].lower().replace("_", "-") for one in PROJECT["dependencies"] if (match := NAME.match(one))}
+    packages = packages_distributions()
+    missing = {
+        name for name in imported - EXTRAS.keys()
+        if not declared & {package.lower().replace("_", "-") for package in packages[name]}
+    }  # fmt: skip
+    assert missing - {"ruamel"} == set()  # ruamel.yaml, of a namespace
 
 
 @pytest.mark.slow  # processes with real imports
