@@ -116,7 +116,9 @@ def test_the_training_is_the_one_by_hand(tmp_path: Path):
         reached.append({name: x.detach().clone() for name, x in parameters.items()})
         if tokens is None:
             break
-        gradients = dict(zip(parameters, torch.autograd.grad(divergence(tokens), parameters.values()), strict=True))
+        gradients = dict(
+            zip(parameters, torch.autograd.grad(divergence(tokens), list(parameters.values())), strict=True)
+        )
         for name, x in start.items():
             if x.dim() > 1:
                 gradients[name] = gradients[name] * (x != 0)
