@@ -16,6 +16,11 @@ from conftest import ROOT
 
 from wanda_dvc.cli import run
 
+SLOW_TO_IMPORT = {
+    "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
+    "transformers",
+}  # fmt: skip
+
 
 def leave(code: int) -> NoReturn:
     raise SystemExit(code)

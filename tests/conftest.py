@@ -62,6 +62,7 @@ settings.register_profile("full", deadline=None)
 settings.register_profile("short", deadline=None, max_examples=25)
 parse_once()
 offline.block()
+pytest.register_assert_rewrite("families")  # its asserts show values too, as those of test modules do
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,6 +18,12 @@ from wanda_dvc.stages import stage_inputs
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 
+# Stages of its pipeline.
+DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
+PRUNE = {"mask", "apply"}
+EVALUATE = {"perplexity-pruned@embedded", "zero-shot-pruned"}
+CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-fisher", "calibrate-blocks"}
+
 
 @dataclass
 class Repository:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from cases.models import tensors
 from conftest import Patch, save_tiny_model
+from families import check_answers, drawn_questions, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import Operations
 from simulated_gpu import simulated_gpu
-from test_families import check_answers, drawn_questions, save
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function

@@ -16,10 +16,10 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
 from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree, write_params
+from families import RECORDED, save
 from inline import Inline
 from safetensors.torch import load_file
 from simulated_gpu import simulated_gpu
-from test_families import RECORDED, save
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.engine.sequences import SMALLEST_CHUNK

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import Capture, Patch, walk
+from families import RECORDED, save
 from simulated_gpu import simulated_gpu
-from test_families import RECORDED, save
 
 from wanda_dvc.engine import accelerator, repair, sequences
 from wanda_dvc.engine import decoder as decoding

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inline import Inline
 from simulated_gpu import simulated_gpu
-from test_selection import matrices
+from strategies import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model, tree, write_params
+from families import save
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_families import save
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.decoder import Decoder

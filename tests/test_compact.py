@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import ALL
-from test_recover import CPU, LOW, pair, train, windows
+from families import ALL
+from short_training import CPU, LOW, pair, train, windows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

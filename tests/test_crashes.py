@@ -18,7 +18,7 @@ import psutil
 import pytest
 from command_line import process, wanda_dvc
 from conftest import Factory, Make, Patch, fetch, tree, without_privilege, write_params
-from test_families import save
+from families import save
 
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.commands.export import export

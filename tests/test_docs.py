@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote
 
 import figures
@@ -20,6 +19,7 @@ import pages
 import pytest
 import readme
 from conftest import ROOT, Patch, git, read_preset, save_tiny_model
+from page_blocks import Block, blocks, without_blocks
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -36,19 +36,6 @@ GUIDES = [page for page in PAGES if page in ("README.md", "CONTRIBUTING.md") or 
 # What a page's own package adds, and its substitute here.
 PACKAGED = {f"++method={added}deviation": f"++method={added}ria" for added in ("", "wanda,")}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    language: str
-    text: str
-
-
-def blocks(page: str) -> Iterator[Block]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for fenced in re.finditer(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```\s*$", text, flags=re.MULTILINE | re.DOTALL):
-        yield Block(fenced[2], fenced[3])
 
 
 def split(line: str) -> Iterator[list[str]]:
@@ -84,10 +71,6 @@ def mentions(page: str) -> Iterator[list[str]]:
     for span in re.findall(r"`((?:wanda-dvc|dvc|make) [^`\n]+)`", text):
         if (" -" in span or span.startswith("make")) and not {"…", "["} & set(span):
             yield from split(span)
-
-
-def without_blocks(text: str) -> str:
-    return re.sub(r"^( *)```.*?^\1```\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Capture, Factory, Patch, save_tiny_model
+from experiment_files import write_results
+from page_blocks import blocks
 from repository import Repository
-from test_docs import blocks
-from test_report import write_results
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd

@@ -9,8 +9,7 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS
 from conftest import Make, walk
-from test_families import RECORDED, run, save
-from test_units import EXPERTS, place
+from families import EXPERTS, RECORDED, place, run, save
 from torch import nn
 from transformers import AutoModelForCausalLM
 

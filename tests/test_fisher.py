@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Patch
-from test_families import RECORDED, save
+from families import RECORDED, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

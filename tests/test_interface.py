@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import SLOW_TO_IMPORT
 from conftest import Patch
-from test_shape import SLOW_TO_IMPORT
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

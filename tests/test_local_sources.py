@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Factory, git, save_tiny_model
 from dvc.repo import Repo
-from repository import Repository, ran
-from test_pipeline import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE
+from repository import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE, Repository, ran
 
 from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError

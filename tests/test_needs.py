@@ -12,7 +12,7 @@ import torch
 from cases.grids import named
 from conftest import ROOT, Capture, Make, Patch, calibrate, fetch, mask_and_apply
 from estimates import requirements
-from test_families import save
+from families import save
 
 from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.engine import divergence

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import fetch, save_tiny_model, write_params
+from families import save
 from simulated_gpu import kernels, simulated_gpu
-from test_families import save
 
 from wanda_dvc.stages import run
 from wanda_dvc.study.folder import Study

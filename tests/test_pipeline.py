@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import Factory, save_tiny_model, tree
-from repository import Repository, ran
+from repository import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE, Repository, ran
 
 from wanda_dvc.sources import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.pipeline
 
-DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
-PRUNE = {"mask", "apply"}
-EVALUATE = {"perplexity-pruned@embedded", "zero-shot-pruned"}
 BASELINE = {"perplexity-dense@embedded", "zero-shot-dense"}
-CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-fisher", "calibrate-blocks"}
 ALL = {"plan"} | DOWNLOADS | CALIBRATE | PRUNE | EVALUATE | BASELINE
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import floors
 import pytest
-from command_line import wanda_dvc
+from command_line import SLOW_TO_IMPORT, wanda_dvc
 from conftest import ROOT, Capture, Patch, git, save_tiny_model, without_privilege, write_settings
 from repository import Repository
-from test_shape import SLOW_TO_IMPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_dvc as wd

@@ -13,9 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import Capture, Make, fetch, prune, save_tiny_model
-from safetensors.torch import load_file, save_file
-from test_families import ALL, save
+from conftest import Capture, Make, fetch, prune
+from families import ALL, save
+from safetensors.torch import load_file
+from short_training import CPU, LOW, pair, train, windows
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.commands.export import export, sections
@@ -33,42 +34,10 @@ from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.training import trainer
 from wanda_dvc.training.sharding import local, shard
 
-CPU = torch.device("cpu")
-
-
-def pair(folder: Path, *, family: str = "", **config: Any) -> tuple[Path, Path]:
-    """A dense model, and one whose matrices are 2:4 and whose other values are a little off."""
-    dense = save(family, folder / "dense") if family else save_tiny_model(folder / "dense", **config)
-    pruned = folder / "pruned"
-    shutil.copytree(dense, pruned)
-    path = pruned / "model.safetensors"
-    weights = load_file(path)
-    for name, weight in weights.items():
-        if weight.dim() > 1 and "embed" not in name and "wte" not in name and not weight.shape[-1] % 4:
-            weight.view(-1, 4)[:, :2] = 0
-    save_file(weights, path, {"format": "pt"})
-    return dense, pruned
-
-
-def windows(count: int, length: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 250, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def train(dense: Path, pruned: Path, work: Path, *, steps: int = 20, **changes: Any) -> Any:
-    validation = {"text": windows(2, seed=1), "embedded": windows(2, seed=2)}
-    kwargs: dict[str, Any] = {
-        "windows": windows(2 * steps), "validation": validation, "batch": 2, "rate": 0.01, "dtype": torch.float32,
-        "device": CPU, "checkpointing": False, "low_memory": False, "work": work, "on_step": lambda _: None,
-    }  # fmt: skip
-    return trainer.train(dense, pruned, **kwargs | changes)
-
 
 def written(view: Any, folder: Path) -> dict[str, torch.Tensor]:
     list(write_model(view, folder))
     return load_file(folder / "model.safetensors")
-
-
-LOW = {"low_memory": True, "dtype": torch.bfloat16, "checkpointing": True}
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, LOW], ids=["float32", "bfloat16", "low"])

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, tree
+from families import save
 from simulated_gpu import simulated_gpu
-from test_families import save
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import activations, repair, sequences

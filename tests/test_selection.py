@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from operations import Operations
 from simulated_gpu import OnDevice, simulated_gpu
+from strategies import matrices
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.pruning import scores
@@ -21,8 +22,6 @@ from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, unit_index, unit_scores
 from wanda_dvc.study.tensors import pack_masks
 
-# Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
-VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
 SHARE = st.integers(0, 99).map(lambda percent: Fraction(percent, 100))
 HALF = Fraction(1, 2)
 
@@ -30,12 +29,6 @@ HALF = Fraction(1, 2)
 def of_norm(norm):
     """Statistics of one token of these absolute values."""
     return InputStats(norm.double() ** 2, norm.double(), 1)
-
-
-@st.composite
-def matrices(draw, columns=None):
-    shape = draw(st.integers(1, 5)), draw(st.integers(1, 12) if columns is None else columns)
-    return torch.from_numpy(draw(arrays.arrays("float32", shape, elements=VALUES)))
 
 
 def test_worked_example_of_the_paper():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pipeline
 import pytest
-from command_line import process, wanda_dvc
+from command_line import SLOW_TO_IMPORT, process, wanda_dvc
 from conftest import ROOT, Patch, fetch, read_preset, write_params, write_settings
 from safetensors import SafetensorError
 
@@ -137,17 +137,23 @@ def test_too_little_memory_is_no_bug(error: Exception):
     assert "set runtime.device=cpu" in explain(RuntimeError("CUDA error: no kernel image is available"))[0]
 
 
-SLOW_TO_IMPORT = {
-    "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
-    "transformers",
-}  # fmt: skip
-
-
 def test_the_command_line_loads_no_heavy_library():
     """`make lint` holds the modules of settings, names and errors to it."""
     code = f"import sys, wanda_dvc.cli; print(sorted({SLOW_TO_IMPORT | {'pydantic'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_module_of_tests_is_imported():
+    """Code and tables that test modules share are in modules without tests, such as `families.py`."""
+    imported = set[tuple[str, str]]()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                imported |= {(path.name, part) for name in names for part in name.split(".")}
+    assert {(file, name) for file, name in imported if name.startswith("test_")} == set()
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -18,6 +18,7 @@ import huggingface_hub
 import offline
 import pytest
 import torch
+from c4 import SHARD, documents, packed
 from conftest import ROOT, Capture, Make, Patch, fetch, save_tiny_model, shared
 from safetensors.torch import load_file
 
@@ -362,18 +363,6 @@ def test_a_column_split_or_config_that_is_not_there_says_which_are(
 
 
 # --- C4 ---
-
-SHARD = "en/c4-train.00000-of-01024.json.gz"
-
-
-def packed(documents: list[str]) -> bytes:
-    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents)
-    return gzip.compress(lines.encode(), mtime=0)
-
-
-def documents(count: int = 60) -> list[str]:
-    rng = random.Random(5)
-    return ["".join(rng.choices("abc é\n", k=rng.choice([5, 40, 64, 65, 66, 90, 200]))) for _ in range(count)]
 
 
 def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int) -> list[list[int]]:

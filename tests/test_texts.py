@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from c4 import SHARD, documents, packed
 from conftest import Make, Patch, committed, fetch, mask_and_apply
 from conftest import calibrate as calibrate_all
 from hypothesis import given
 from hypothesis import strategies as st
 from repository import Repository
-from test_sources import SHARD, documents, packed
 
 from wanda_dvc.engine.windows import DrawnWindows, cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError

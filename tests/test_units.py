@@ -15,8 +15,8 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named
 from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
+from families import ALL, EXPERTS, MIXTURES, place, save
 from simulated_gpu import simulated_gpu
-from test_families import ALL, MIXTURES, save
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -52,13 +52,6 @@ REFUSED = {
     },
     "blocks": {},
     "experts": dict.fromkeys(("llama", "gpt2"), "its configuration has none"),
-}
-# With more experts than the families' tests, so that some can go.
-EXPERTS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {},
-    "deepseek_v3": {"n_routed_experts": 8},
-    **{family: {"num_experts": 8} for family in ("qwen2_moe", "olmoe", "jamba", "jamba mixed")},
-    **{family: {"num_local_experts": 8} for family in ("mixtral", "granitemoe", "gpt_oss", "jetmoe")},
 }
 SHARES = {"neurons": "0.25", "heads": "0.5", "blocks": "1/3", "experts": "0.25"}
 CASES = [
@@ -209,11 +202,6 @@ class NeverChosen(TorchFunctionMode):
                 self.used += 1
                 return made.masked_fill(~stay, -torch.inf)
         return made
-
-
-def place(name: str) -> tuple[int, bool]:
-    """The block of a mixture, or of its expert's linear, and whether it is in its attention, as one of JetMoE's is."""
-    return int(name.split(".")[2]), "attention" in name
 
 
 @contextlib.contextmanager
