@@ -422,7 +422,8 @@ def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, c
     assert {path: path.stat().st_mtime_ns for path in calibrated_study.rglob("*")} == before
 
 
-def test_a_stopped_command_stops_the_processes_that_it_started():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_command_stops_the_processes_that_it_started(number: signal.Signals):
     """Also those that a child starts while it is asked to end: a process that is left keeps the output open."""
     child = (
         "import os, subprocess, time\n"
@@ -436,12 +437,12 @@ def test_a_stopped_command_stops_the_processes_that_it_started():
         "with stoppable('prune', 'run the same command again', with_children=True):\n"
         f"    started = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, process_group=0)\n"
         "    print(started.stdout.readline().decode().strip(), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    os.kill(os.getpid(), {number.value})\n"
         "    started.wait()\n"
         "    signal.pause()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (130, "prune: stopped; run the same command again\n")
+    assert (done.returncode, done.stderr) == (128 + number, "prune: stopped; run the same command again\n")
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
 

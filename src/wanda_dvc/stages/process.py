@@ -25,8 +25,9 @@ T = TypeVar("T")
 def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Iterator[None]:
     """End the process on Ctrl-C or SIGTERM with a line about what is `kept`, and exit code 128 + the signal's number.
 
-    With `with_children` it ends the processes that it started first. No cleanup is needed: a later run resumes from the
-    files on disk. On Linux the stage of a killed DVC gets SIGTERM too; else the next run would wait for its lock.
+    With `with_children` it ends the processes that it started first, and also if the terminal is closed. No cleanup is
+    needed: a later run resumes from the files on disk. On Linux the stage of a killed DVC gets SIGTERM too; else the
+    next run would wait for its lock.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
@@ -35,12 +36,15 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:
             end_children()
-        os.write(2, f"{run}: stopped; {kept}\n".encode())  # `print` may be interrupted here, and fails inside itself
+        with contextlib.suppress(OSError):  # `print` may be interrupted here, and fails inside itself
+            os.write(2, f"{run}: stopped; {kept}\n".encode())
         os._exit(128 + number)
 
     if "DVC_STAGE" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hang_up = with_children and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as it is with `nohup`
+    numbers = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hang_up else []))
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
