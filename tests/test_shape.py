@@ -169,6 +169,14 @@ def test_pyproject_names_the_same_extras():
     assert not base & EXTRAS.keys()
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_refuses_one_argument_more_than_it_has(name: str):
+    row = STAGES[name]
+    most = 2 if any(variant.by_text for variant in row.variants.values()) else int(bool(row.argument))
+    done = wanda_dvc(name, *["x"] * (most + 1))
+    assert (done.returncode, "Got unexpected extra argument" in done.stderr) == (2, True)
+
+
 def test_every_imported_library_is_a_declared_one():
     imported = set[str]()
     for path in (ROOT / "src").rglob("*.py"):

@@ -36,6 +36,7 @@ RESULT_PANEL, STUDY_PANEL = "Results", "Studies"
 MODEL_HELP = "A directory, a Hub id, or package:NAME==VERSION."
 TEXT_HELP = "The calibration text: a .txt or .jsonl file, a Hub id, wikitext2, c4, ptb."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TextArgument = Annotated[str, typer.Argument(metavar="TEXT", help="One of `perplexity.texts`; by default all.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Experiments, branches, tags or commits.")]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 
@@ -101,19 +102,21 @@ def _prepare(label: str, *, network: bool = False) -> None:
 
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage, with an argument for its variant and one for a text where it has some."""
-    by_text = any(variant.by_text for variant in stage.variants.values())
-    variants = f"{' or '.join(stage.variants)}; by default all."
-    variant_argument = typer.Argument(metavar=stage.argument.upper(), help=variants, hidden=not stage.argument)
-    text_argument = typer.Argument(metavar="TEXT", help="A text of perplexity; by default all.", hidden=not by_text)
+    meaning = f"{' or '.join(stage.variants)}; by default all."
+    variant_argument = Annotated[str, typer.Argument(metavar=stage.argument.upper(), help=meaning)]
 
-    def run_variant(
-        variant: Annotated[str, variant_argument] = "",
-        text: Annotated[str, text_argument] = "",
-        version: Version = None,
-    ) -> None:
+    def run_all(version: Version = None) -> None:
+        _run(stage, version, "", "")
+
+    def run_variant(variant: variant_argument = "", version: Version = None) -> None:
+        _run(stage, version, variant, "")
+
+    def run_text(variant: variant_argument = "", text: TextArgument = "", version: Version = None) -> None:
         _run(stage, version, variant, text)
 
-    return run_variant
+    if any(variant.by_text for variant in stage.variants.values()):
+        return run_text
+    return run_variant if stage.argument else run_all
 
 
 @app.command(rich_help_panel=PRUNE_PANEL)
