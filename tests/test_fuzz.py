@@ -20,6 +20,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint, read_config, read_index
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
+from wanda_dvc.study.artifact import file_digest
 from wanda_dvc.study.files import open_documents
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -27,7 +28,7 @@ NEW = bool(os.environ.get("WANDA_DVC_NEW_EXAMPLES"))
 
 
 def documents(path: Path) -> None:
-    list(open_documents(path, "text"))
+    list(open_documents(path, "text", file_digest(path)))
 
 
 def checkpoint(path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import threading
@@ -29,8 +30,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download, find_model_config
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.recover import training_windows
-from wanda_dvc.study.artifact import write_provenance
-from wanda_dvc.study.files import load_json
+from wanda_dvc.study.artifact import file_digest, write_provenance
+from wanda_dvc.study.files import load_json, open_documents
 
 COMMIT, OLDER = "c" * 40, "0" * 40
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
@@ -318,6 +319,15 @@ def data(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> Callable[..., list[dic
     return add
 
 
+def test_documents_are_those_of_the_file_and_not_of_an_earlier_one_at_its_place(tmp_path: Path):
+    """Also of one size and time, which is all that a cache by place would know."""
+    path = tmp_path / "documents.json.gz"
+    for text in ("one", "two"):
+        path.write_bytes(gzip.compress(json.dumps({"text": text}).encode() + b"\n", mtime=0))
+        os.utime(path, (1, 1))
+        assert list(open_documents(path, "text", file_digest(path))) == [text]
+
+
 @pytest.mark.parametrize(
     ("source", "name", "config", "column", "commit"),
     [
@@ -488,7 +498,7 @@ def test_a_text_that_is_too_short_is_named_by_its_setting(study: Make, setting: 
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text("short")
     if documents:
-        write_provenance(folder, {"made_by": f"download {setting}", "column": "text"})
+        write_provenance(folder, {"made_by": f"download {setting}", "column": "text", "sha256": ""})
         with gzip.open(folder / "documents.json.gz", "wt") as file:
             file.write('{"text": "short"}\n')
     windows_of = training_windows if setting == "recovery" else calibration_windows

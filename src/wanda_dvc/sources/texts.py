@@ -52,12 +52,13 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
             content = _write_joined(_read_rows(where, text, origin), text.join, out)
         else:
             file = origin if isinstance(origin, Path) else origin.fetch(shard) / shard
-            documents = open_documents(file, text.column)
+            sha256 = file_digest(file)
+            documents = open_documents(file, text.column, sha256)
             if section == "perplexity":
                 content = _write_joined(list(documents), text.join, out)
             else:  # windows are drawn within documents, as the Wanda authors do
                 shutil.copyfile(file, out / DOCUMENTS)
-                content = {"column": text.column, "rows": len(documents), "sha256": file_digest(out / DOCUMENTS)}
+                content = {"column": text.column, "rows": len(documents), "sha256": sha256}
         write_provenance(out, provenance | content)
 
     return Source({"text": asdict(text), "commit": commit}, write)

@@ -69,8 +69,8 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     norms = read_provenance(study.norms, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
     check_source("stats", norms["model"], dense, "calibrate")
-    version = {"version": STAGES["calibrate"].version}
-    expected = version | study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
+    params = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
+    expected = {"version": STAGES["calibrate"].version, **params}
     measured = {"version": norms.get("version"), **norms["params"]}
     if measured != expected:
         raise UserError(
@@ -161,9 +161,9 @@ def draw_documents(study: Study, source: str, *, samples: int, length: int, seed
     folder = study.data(source)
     if not is_there(folder / DOCUMENTS):
         return None
-    column = read_provenance(folder, f"download {source.partition('/')[0]}")["column"]
+    downloaded = read_provenance(folder, f"download {source.partition('/')[0]}")
     tokens_of = partial(tokenize, tokenizer=load_tokenizer(study.model("dense")))
-    documents = open_documents(folder / DOCUMENTS, column)
+    documents = open_documents(folder / DOCUMENTS, downloaded["column"], downloaded["sha256"])
     return draw_from_documents(
         documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
     )

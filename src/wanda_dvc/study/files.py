@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, explain, reason
-from wanda_dvc.reading import DIVERGED, check_file, is_there, read_object
+from wanda_dvc.reading import DIVERGED, is_there, read_object
 
 Json = dict[str, Any]
 
@@ -60,23 +60,23 @@ def text_in(row: Json, column: str, where: str) -> str:
     return text
 
 
-def open_documents(file: Path, column: str) -> Sequence[str]:
+def open_documents(file: Path, column: str, sha256: str) -> Sequence[str]:
     """Return the documents in a column of a gzipped file of JSON lines, each read when it is taken.
 
     `datasets` unpacks the file once, into its cache. UserError if the file is damaged, or has no such texts.
     """
     from datasets import Value, load_dataset
 
-    check_file(file)
     try:
-        rows: Any = load_dataset("json", data_files=str(file), split="train")
+        # By the name of its content: `datasets` knows a file by its path and time alone.
+        rows: Any = load_dataset("json", sha256, data_files=str(file), split="train")
     except Exception as error:  # pyarrow and `datasets` raise exceptions of many classes
-        if explain(error):
-            raise
-        problem = reason(error.__cause__ or error)  # `datasets` says only that there was one
-        raise UserError(f"{file}: damaged ({problem}), expected lines of JSON, gzipped; fetch it again") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # `datasets` hides the reason
+        if explain(cause):
+            raise cause from None
+        problem = f"damaged ({reason(cause)}), expected lines of JSON, gzipped; fetch it again"
+        raise UserError(f"{file}: {problem}") from error
     if rows.features.get(column) != Value("string") or rows.data.column(column).null_count:
-        columns = ", ".join(rows.features)
-        raise UserError(f"{file}: found {columns:.200}, expected text in column `{column}`; name another")
+        text_in(dict.fromkeys(rows.features), column, str(file))  # UserError
     documents: Sequence[str] = rows[column]
     return documents
