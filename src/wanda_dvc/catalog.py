@@ -148,7 +148,7 @@ class Structure(Choice):
     multiple: int = 1
     scaled: tuple[str, ...] = ()  # more fields, in proportion to units: query heads follow their key-value heads
     find: str = "wanda_dvc.engine.finders:find_input_units"  # (source, Structure, sparsity, device) → Removal
-    method: str = ""  # scores units of complete linears, in place of a calibrating recipe's; "": units are inputs
+    method: str = ""  # scores units of complete linears, in place of a recipe's; "": units are inputs
 
 
 STRUCTURES = {row.name: row for row in (

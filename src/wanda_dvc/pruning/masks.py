@@ -139,17 +139,12 @@ def choose_units(
     """Return the mask of each set's experts by their scores: the highest are kept. UserError if one is not finite."""
     scores: dict[str, list[float]] = {name: [] for name in sets}
     for stats in blocks:
+        inputs = stats.by_linear
         for name, units in sets.items():
             for linears in units.members:
-                if linears[0] not in stats.by_linear:  # of another block
-                    continue
-                score = _expert_score(linears, stats, method)
-                if not math.isfinite(score):
-                    raise UserError(
-                        f"{linears[0]}: the score of its unit is not finite: weights or activations overflow; set "
-                        "dtype=float32"
-                    )
-                scores[name].append(score)
+                if linears[0] in inputs:  # else they are of another block
+                    tokens = max(inputs[linear].count for linear in linears)
+                    scores[name].append(_expert_score(linears, tokens, stats, method))
     masks = {}
     for name, units in sets.items():
         groups = torch.tensor(scores[name], dtype=torch.float32).view(units.groups, -1)
@@ -157,9 +152,8 @@ def choose_units(
     return masks
 
 
-def _expert_score(linears: Sequence[str], stats: BlockStats, method: Method) -> float:
-    """Return a method's score of an expert. UserError if the model's gates were not recorded."""
-    tokens = max(stats.by_linear[linear].count for linear in linears)
+def _expert_score(linears: Sequence[str], tokens: int, stats: BlockStats, method: Method) -> float:
+    """Return a method's score of an expert that got some tokens. UserError if the model's gates were not recorded."""
     recorded = [stats.outputs[linear] for linear in linears if linear in stats.outputs]
     gates = sum(outputs.count for outputs in recorded)
     if gates != tokens:  # one linear has the gated outputs of all tokens
@@ -167,7 +161,11 @@ def _expert_score(linears: Sequence[str], stats: BlockStats, method: Method) -> 
             f"pattern: {linears[0]}: calibration recorded {gates} gates for {tokens} tokens of this expert, expected "
             "as many: experts of this family cannot be scored; set pattern=neurons or heads"
         )
-    return float(method(recorded[0])) if tokens else 0.0
+    score = float(method(recorded[0])) if tokens else 0.0
+    if not math.isfinite(score):
+        problem = "the score of its unit is not finite: weights or activations overflow; set dtype=float32"
+        raise UserError(f"{linears[0]}: {problem}")
+    return score
 
 
 @torch.no_grad()

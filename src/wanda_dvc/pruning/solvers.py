@@ -318,8 +318,7 @@ def better_rows(dense: Weight, start: Weight, new: Weight, factors: GramFactors)
 
 def _error_change(dense: Weight, before: Weight, after: Weight, factors: GramFactors) -> Float[Tensor, "out 1"]:
     """Return by how much each row's tr(ΔGΔᵀ) grows from the weights `before` to those `after`."""
-    # The difference of two errors in one product, so that no digits cancel: aGaᵀ − bGbᵀ = (a − b)G(a + b)ᵀ, with
-    # a = dense − after and b = dense − before.
+    # In one product, so that no digits cancel: aGaᵀ − bGbᵀ = (a − b)G(a + b)ᵀ, a = dense − after, b = dense − before.
     return multiply(before - after, factors.gram).mul_(2 * dense - before - after).sum(dim=1, keepdim=True)
 
 

@@ -25,9 +25,8 @@ T = TypeVar("T")
 def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Iterator[None]:
     """End the process on Ctrl-C or SIGTERM with a line about what is `kept`, and exit code 128 + the signal's number.
 
-    With `with_children` it ends the processes that it started first, and also if the terminal is closed. No cleanup is
-    needed: a later run resumes from the files on disk. On Linux the stage of a killed DVC gets SIGTERM too; else the
-    next run would wait for its lock.
+    With `with_children` it first ends the processes that it started, also if the terminal closes. A later run resumes
+    from files on disk. On Linux the stage of a killed DVC gets SIGTERM; else the next run would wait for its lock.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
