@@ -104,7 +104,6 @@ class Bench:
             make_checkpoint(model, shape)
         _, text = new_params({"model": str(model)}, settings)
         write_text(root / "params.yaml", text)
-        write_text(root / "prompts.txt", "")  # their continuations load the complete model
         study = Study(root)
         run("plan", study=study)
         for part in parts:

@@ -42,7 +42,7 @@ class Repository:
         repository = cls(root, model, **options)
         repository.run("git", "init", "--quiet", "--initial-branch", "main", below)
         repository.run("dvc", "init", "--quiet", "--subdir")
-        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore", "prompts.txt"):
+        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore"):
             shutil.copyfile(ROOT / name, root / name)
         repository.change()
         return repository

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.experiments import CONFIG, read_at
 from wanda_dvc.results.listing import list_text
 from wanda_dvc.results.report import report
 from wanda_dvc.results.show import show
@@ -34,7 +33,7 @@ def repository(tmp_path_factory: Factory) -> Repository:
     root = tmp_path_factory.mktemp("list") / "study"
     repository = Repository.new(root, root, below="..")
     write_results(root, "wanda", 0.5, 2.5, 20)
-    write_json(root / CONFIG, {"vocab_size": 260})
+    write_json(root / "models/dense/config.json", {"vocab_size": 260})
     repository.save("main")
     write_results(root, "magnitude-rows", 0.5, 3.5, 4)
     repository.save("middling")
@@ -191,19 +190,6 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
     with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
         show(study=Study(repository.root), names=["nothing"])
-
-
-def test_an_experiment_knows_the_configuration_of_its_model(repository: Repository, tmp_path: Path):
-    """By DVC's cache, or if that lacks the model, by the workspace with the same one."""
-    study = Study(repository.root)
-    assert read_at(study, "middling", tmp_path / "cached").config == {"vocab_size": 260}
-    cached = (tmp_path / "cached" / CONFIG).resolve()
-    away = cached.rename(tmp_path / "away")
-    try:
-        assert read_at(study, "middling", tmp_path / "uncached").config == {"vocab_size": 260}
-    finally:
-        away.rename(cached)
-    assert cached != (tmp_path / "uncached" / CONFIG).resolve() == (repository.root / CONFIG).resolve()
 
 
 def test_a_damaged_lock_is_named_and_no_row_of_the_list(repository: Repository):

@@ -154,14 +154,6 @@ def test_a_whole_study_is_well(calibrated_study: Path):
     assert sorted(calibrated_study.iterdir()) == before
 
 
-def test_what_a_mirror_lacks_is_known_before_a_queue_fails(calibrated_study: Path, tmp_path: Path):
-    wanted = {"perplexity__texts__wiki__source": "wikitext2", "runtime__mirror": str(tmp_path)}
-    write_params(calibrated_study, calibrated_study, **wanted)
-    table, well = doctor(start=calibrated_study)
-    assert not well
-    assert "test.jsonl: missing or not a file" in row(table, "perplexity/wiki")
-
-
 def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path, monkeypatch: Patch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     write_params(calibrated_study, calibrated_study, runtime__device="cuda")

@@ -62,7 +62,6 @@ def count_kernels(folder: Path, sizes: dict[str, int], recipes: list[str]) -> di
     texts = [folder / "calibration.txt", folder / "perplexity.txt"]
     for text, sentence in zip(texts, ("A text of letters. ", "Other letters. "), strict=True):
         text.write_text(sentence * 1000, encoding="utf-8")
-    (folder / "prompts.txt").write_text("", encoding="utf-8")  # a text ends where the model likes
     settings = {
         "calibration__text__source": str(texts[0]), "perplexity__texts__embedded__source": str(texts[1]),
         "calibration__windows": sizes["windows"], "perplexity__windows": sizes["windows"],

@@ -1,27 +1,22 @@
 """The report: what it may compare, what it shows of outside names, its pictures. A repository: test_experiments.py."""
 
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Patch, read_preset
+from conftest import Patch
 from experiment_files import write_results
 
-from wanda_dvc.params import check_params, nested, resolved
-from wanda_dvc.results import published
-from wanda_dvc.results.experiments import CONFIG, Experiment
+from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import MEASURES, Results
 from wanda_dvc.results.report import chart, group, page, report, section, svg, why_separate
 from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages import MODELS
-from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
 
 MEASURE = {measure.name: measure for measure in MEASURES}
@@ -59,20 +54,6 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
     return make
 
 
-LLAMA = json.loads((ROOT / "tests/configs/llama-2-7b.json").read_text())
-
-
-def matches(measure: str = "perplexity", config: dict[str, Any] = LLAMA, **changes: object) -> dict[float | str, str]:
-    """The published figures for a reproduction of LLaMA-2-7B at 50 %, with the differences in protocol."""
-    changed = read_preset("llama-2-7b") | {"sparsity": 0.5, "calibration.statistics": "fisher"}
-    changed |= {key.replace("__", "."): value for key, value in changes.items()}
-    params = check_params(nested(changed))
-    filled = params.perplexity.texts["wikitext2"].filled
-    settings = resolved(params) | {f"perplexity.text.{key}": value for key, value in filled.items()}
-    figures = [published.matching_figures(config, one, measure) for one in (settings | {"method": "dense"}, settings)]
-    return {figure: "; ".join(differences) for _, figure, differences in chain(*figures)}
-
-
 def test_experiments_on_one_and_on_several_texts_differ(made: Callable[..., Experiment], tmp_path: Path):
     """Several texts have other settings' names than one. Pairs differ in the text: no test compares their recipes."""
     first, second = ({"source": str(tmp_path / f"{name}.txt")} for name in "ab")
@@ -86,64 +67,6 @@ def test_experiments_on_one_and_on_several_texts_differ(made: Callable[..., Expe
         names = [row[0] for row in shown["results"]]
         assert sum("calibration.text.1.source" in name for name in names) == 2  # of the model, and against dense
         assert len(names) == 2 + 2 * len(some)  # the headings, dense, and each model twice
-
-
-def test_published_rows_are_those_of_the_same_windows_and_method():
-    same = {5.114: "", 6.415: ""}
-    assert matches() == same
-    assert matches(method="magnitude") == {5.114: "", 11.832: ""}
-    assert matches(method="magnitude", calibration__windows=1, propagation="dense") == {5.114: "", 11.832: ""}
-    assert matches(reconstruction="least-squares") == matches(allocation="owl") == {5.114: ""}  # of plain Wanda alone
-    assert matches(perplexity__length=2048, dtype="float32") == {  # a source that says nothing of the rest
-        5.47: "", 6.93: "calibration.text.source wikitext2 instead of c4; calibration.windows 64 instead of 128; "
-        "calibration.length 4096 instead of 2048",
-    }  # fmt: skip
-    assert matches(perplexity__length=1024) == {}
-    assert matches("piqa") == {78.13: "", 76.06: ""}
-    assert matches("piqa", tasks__limit=4) == {}
-    paper = {key.replace(".", "__"): value for key, value in read_preset("paper").items()}
-    assert matches(**paper) == {5.12: "", 6.42: ""}
-    figures = [matches(**paper | {"recipe": "sparsegpt-paper", "pattern": x}) for x in ("unstructured", "4:8", "2:4")]
-    assert figures == [{5.12: "", figure: ""} for figure in (6.51, 8.12, 10.17)]
-    assert matches(**paper | {"recipe": "sparsegpt"}) == {5.12: "", 6.51: "propagation dense instead of pruned"}
-
-
-def test_differences_in_how_a_published_row_was_computed_are_named():
-    differences = matches(dtype="bfloat16", propagation="dense", calibration__windows=1)
-    dtype = "dtype bfloat16 instead of float16"
-    windows = "calibration.windows 1 instead of 64"
-    assert differences == {5.114: dtype, 6.415: f"{windows}; propagation dense instead of pruned; {dtype}"}
-    assert matches("piqa", dtype="bfloat16") == {78.13: dtype, 76.06: dtype}
-
-
-def test_published_rows_know_a_model_by_its_configuration():
-    assert matches(model="/data/my-copy") == matches(config=LLAMA | {"dtype": "bfloat16"}) == matches()
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        assert matches(config=LLAMA | {key: 7}) == matches(config={}) == {}
-    config = json.loads((ROOT / "tests/configs/llama-3.1-8b.json").read_text())
-    assert matches(config=config | {"eos_token_id": 128001}) == {5.846: "", 8.997: ""}
-    assert matches(config=config | {"eos_token_id": [128001, 128008, 128009]}) == {}  # the instruct model
-
-
-def test_published_figures_stand_beside_ours(made: Callable[..., Experiment], monkeypatch: Patch):
-    """The model's dense perplexity, 7.39, is not that of the published model."""
-    rows = [{"method": "dense", "perplexity": 7.0}, {"method": "wanda", "perplexity": 10.0, "piqa": 80.0}]
-    protocol: dict[str, Any] = {"perplexity": {"dtype": "float16"}, "pruning": {}, "zero_shot": {}}
-    source = protocol | {"source": "Paper", "model": {"vocab_size": 7}, "rows": rows}
-    monkeypatch.setattr(published, "published_tables", lambda: [source])
-    experiment = made()
-    assert published.published_rows({"wanda 50 %": experiment}) == []
-    write_json(experiment.study.root / CONFIG, {"vocab_size": 7})
-    dtype = "dtype float32 instead of float16"
-    other = "other weights or another tokenizer: dense perplexities differ"
-    expected = [
-        ["dense", "perplexity", "Paper", "7.0", "7.39 (6.49 to 8.41)", f"{dtype}; {other}"],
-        ["wanda 50 %, pruned", "perplexity", "Paper", "10.0", "12.18 (10.36 to 14.33)", dtype],
-        ["wanda 50 %, pruned", "piqa, acc, %", "Paper", "80.0", "50.0 (35.2 to 64.8)", "–"],
-    ]
-    assert published.published_rows({"wanda 50 %": experiment}) == expected
-    rows[0]["perplexity"] = 7.35
-    assert published.published_rows({"wanda 50 %": experiment})[0][-1] == dtype
 
 
 def test_a_note_names_the_models_that_it_is_of(made: Callable[..., Experiment]):

@@ -63,9 +63,6 @@ def write_results(
         calibrated_study.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}}
     )
     write_json(calibrated_study.metrics(model, "zero_shot"), {"piqa": answered})
-    tokens = [1, 2, 3, 4] * 2 if model == "pruned" else list(range(1, 9))
-    written = {"prompt": "The *sea*", "text": f"is {model}", "tokens": tokens}
-    write_json(calibrated_study.details(model, "continuations"), {"protocol": of, "prompts": [written]})
     return Results.of(calibrated_study, model)
 
 
@@ -93,7 +90,7 @@ def test_values_of_other_libraries_are_not_compared(here: Study, library: str):
     assert not_comparable(pruned, dense) == of_tasks | ({} if library == "lm_eval" else {"perplexity": "libraries"})
 
 
-@pytest.mark.parametrize("name", ["perplexity/embedded", "zero_shot", "continuations"])
+@pytest.mark.parametrize("name", ["perplexity/embedded", "zero_shot"])
 def test_each_key_of_a_protocol_counts_but_those_of_the_measured_model(finished: Path, name: str):
     details = load_json(Study(finished).details("dense", name))
     own = details.get("protocol") or next(iter(details["tasks"].values()))["protocol"]
@@ -324,15 +321,6 @@ def test_show_leads_with_the_distance_and_has_every_measure(here: Study):
     assert shown[2:5] == ["divergence, nats", "top-1 agreement, %", "perplexity"]
     assert {"piqa, acc, %", "mean acc, %"} <= set(shown)
     assert "mean_acc" in json.loads(show(study=here, as_json=True))["models"]["pruned"]["results"]
-
-
-def test_show_has_the_texts_of_both_models_side_by_side(here: Study):
-    both(here)
-    *_, row = show(study=here, continuations=True).splitlines()
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["The *sea*", "is dense", "is pruned"]
-    here.details("pruned", "continuations").unlink()
-    with pytest.raises(UserError, match="continuations: missing; `dvc repro` continues"):
-        show(study=here, continuations=True)
 
 
 def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monkeypatch: pytest.MonkeyPatch):

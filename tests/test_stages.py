@@ -41,7 +41,8 @@ from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import process, run
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.mask import MaskJob, mask, removal_of, score_block
+from wanda_dvc.stages.inputs import removal_of
+from wanda_dvc.stages.mask import MaskJob, mask, score_block
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import artifact

@@ -32,7 +32,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.masks import choose_units
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
-from wanda_dvc.pruning.units import Units, count_kept, expand, least_squares_of_units
+from wanda_dvc.pruning.units import Units, count_kept, expand, least_squares_of_units, step_of
 from wanda_dvc.stages.inputs import calibration_windows, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
@@ -51,9 +51,10 @@ REFUSED = {
         "jetmoe": "no linear reads",
     },
     "blocks": {},
+    "smaller": {},
     "experts": dict.fromkeys(("llama", "gpt2"), "its configuration has none"),
 }
-SHARES = {"neurons": "0.25", "heads": "0.5", "blocks": "1/3", "experts": "0.25"}
+SHARES = {"neurons": "0.25", "heads": "0.5", "blocks": "1/3", "experts": "0.25", "smaller": "0.25"}
 CASES = [
     (pattern, family)
     for pattern in STRUCTURES
@@ -81,12 +82,12 @@ def test_every_mixture_is_here():
     ],
 )
 def test_the_width_is_the_nearest_multiple(width: int, sparsity: str, stay: int):
-    assert count_kept(width, Fraction(sparsity), STRUCTURES["neurons"].multiple) == stay
+    assert count_kept(width, Fraction(sparsity), step_of(width, STRUCTURES["neurons"].multiple)) == stay
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 6, 48])
 def test_every_multiple_leaves_units(multiple: int):
-    assert count_kept(16, Fraction("0.5"), multiple) == 8
+    assert count_kept(16, Fraction("0.5"), step_of(16, multiple)) == 8
 
 
 def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,9 +139,11 @@ def drawn(removal: Removal) -> Removal:
     """Random units stay in each set, the same number in each group; the first blocks: others may depend on them."""
     generator = torch.Generator().manual_seed(2)
     kept = {}
+    for pattern in removal.sets_of:
+        removal = removal.with_sparsity(pattern, Fraction("1/3" if pattern == "blocks" else "1/2"))
     for name, units in removal.unit_sets.items():
         orders = [torch.randperm(units.total // units.groups, generator=generator) for _ in range(units.groups)]
-        orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
+        orders = [torch.arange(units.total)] if units.members and removal.structure.name != "experts" else orders
         kept[name] = torch.cat([order < units.kept // units.groups for order in orders])
     return removal.with_kept(kept)
 
@@ -178,13 +181,29 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
 @contextlib.contextmanager
 def skipping(folder: Path, removal: Removal) -> Iterator[Any]:
     """The model without some blocks in its list."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    yield cut(AutoModelForCausalLM.from_pretrained(folder).eval(), removal)
+
+
+def cut(model: Any, removal: Removal) -> Any:
     where, blocks = find_blocks(model)
     parent, _, leaf = where.rpartition(".")
     kept = [block for block, stay in zip(blocks, removal.kept_masks[where].tolist(), strict=True) if stay]
     setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(kept))
     model.config.get_text_config().num_hidden_layers = len(kept)
-    yield model
+    return model
+
+
+@contextlib.contextmanager
+def masked_and_skipping(folder: Path, removal: Removal) -> Iterator[Any]:
+    """The model with zeros in all weights of heads and neurons, without some blocks in its list."""
+    if not removal.consumers:  # as of Mamba
+        with skipping(folder, removal) as model:
+            yield model
+        return
+    (blocks,) = removal.sets_of["blocks"]
+    every_block = torch.ones(removal.unit_sets[blocks].total, dtype=torch.bool)
+    with masked(folder, removal.with_kept({**removal.kept_masks, blocks: every_block})) as model:
+        yield cut(model, removal)
 
 
 class NeverChosen(TorchFunctionMode):
@@ -229,7 +248,9 @@ def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
     assert mode.used == len(removal.unit_sets)
 
 
-ORACLES = {"neurons": masked, "heads": masked, "blocks": skipping, "experts": not_choosing}
+ORACLES = {
+    "neurons": masked, "heads": masked, "blocks": skipping, "experts": not_choosing, "smaller": masked_and_skipping
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("pattern", "family"), CASES)

@@ -11,23 +11,19 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from cases import REMOVED, dotted
 from conftest import Capture, Make, Patch, fetch, write_params
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.show import show
 from wanda_dvc.sources import EMBEDDED_FOLDER
 from wanda_dvc.sources.tasks import load_task
 from wanda_dvc.stages import run
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.zero_shot import CONTINUED, continue_prompts, flips, zero_shot
+from wanda_dvc.stages.zero_shot import flips, zero_shot
 from wanda_dvc.study.artifact import write_provenance
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 stage: Any = importlib.import_module("wanda_dvc.stages.zero_shot")
 
@@ -189,8 +185,7 @@ def test_one_pass_answers_all_tasks_and_a_tasks_answers_do_not_depend_on_the_oth
 
 def test_an_interrupted_pass_resumes_at_its_block(calibrated_study: Study, capsys: Capture, monkeypatch: Patch):
     full = results(calibrated_study, THREE)
-    for name in ("zero_shot", "continuations"):
-        calibrated_study.metrics("dense", name).unlink(missing_ok=True)
+    calibrated_study.metrics("dense", "zero_shot").unlink(missing_ok=True)
     ran, real = list[int](), BlockStep.run
 
     def run(self: BlockStep) -> None:
@@ -246,7 +241,6 @@ def test_answers_to_something_else_are_not_compared(change: Json, capsys: Captur
 def test_changed_answers_are_metrics_of_real_tasks(samples: bool, study: Make, monkeypatch: Patch):
     """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
     measured = fetch(study(tasks__names=["piqa"]), "model", "tasks")
-    (measured.root / PROMPTS).write_text("")
     shutil.copytree(measured.model("dense"), measured.model("pruned"))
     dense = load_json(measured.model("dense") / "provenance.json")
     write_provenance(measured.model("pruned"), {"made_by": "apply", "model": dense})
@@ -268,7 +262,6 @@ def test_the_error_of_a_score_that_is_not_reported_costs_two_draws(tmp_path: Pat
     source = {"tasks__source": "benchmark", "runtime__mirror": str(tmp_path / "mirror")}
     write_params(tmp_path, tiny, tasks__names=["mrpc"], **source)
     made, draw = fetch(Study(tmp_path), "model", "tasks"), mock.Mock(return_value=0.0)
-    (made.root / PROMPTS).write_text("")
     monkeypatch.setattr("lm_eval.api.metrics.bootstrap_stderr", draw)
     zero_shot(study=made, model="dense")
     assert draw.call_args.kwargs == {"iters": 2}
@@ -279,73 +272,3 @@ def test_an_empty_choice_is_never_the_likeliest_a_character():
     sample = {"doc_id": 0, "doc": {}, "target": 1, "filtered_resps": [(-1.0, False), (-9.0, False)], "acc_norm": 1.0}
     assert stage._answer(sample, lambda _: ["", "ab"])["answer_norm"] == 1
     assert stage._answer(sample, lambda _: ["aa", "€" * 10])["answer_norm"] == 0  # of characters, not of bytes
-
-
-def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
-    """The likeliest tokens, one after another, each by a forward pass over all tokens."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer(prompt)["input_ids"]
-    start = len(tokens)
-    while len(tokens) < start + CONTINUED and (len(tokens) == start or tokens[-1] != end):
-        with torch.no_grad():
-            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[start:]
-
-
-def text_of(folder: Path, tokens: list[int]) -> str:
-    return str(AutoTokenizer.from_pretrained(folder).decode(tokens, skip_special_tokens=True))
-
-
-def written(folder: Path, *prompts: str) -> list[str]:
-    return continue_prompts(folder, prompts, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def test_only_the_end_of_a_text_is_taken_from_the_models_settings(tiny: Path, tmp_path: Path):
-    folder = shutil.copytree(tiny, tmp_path / "model")
-    end = greedy(tiny, "To sit")[5]
-    settings = {"eos_token_id": [end, 259], "do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
-    write_json(folder / "generation_config.json", settings)
-    (found,) = written(folder, "To sit")
-    assert found == text_of(tiny, greedy(tiny, "To sit", end))
-
-
-def test_a_prompt_that_leaves_no_positions_is_continued_from_its_last_tokens(tiny: Path):
-    assert written(tiny, "b" * 9 + "a" * 472) == written(tiny, "a" * 472)
-
-
-def test_each_line_of_prompts_is_continued(study: Make):
-    measured = fetch(study(tasks__names=[]), "model")
-    prompts, path = measured.root / PROMPTS, measured.details("dense", "continuations")
-    prompts.write_text("To sit\r\n\n  The sea \n")
-    zero_shot(study=measured, model="dense")
-    content, dense = load_json(path), measured.model("dense")
-    assert [pair["prompt"] for pair in content["prompts"]] == ["To sit", "The sea"]
-    assert content["prompts"][0]["text"] == text_of(dense, greedy(dense, "To sit"))
-    prompts.write_text("The sea\n")
-    zero_shot(study=measured, model="dense")
-    assert load_json(path)["prompts"] == content["prompts"][1:]
-    prompts.unlink()  # then those of a new study
-    zero_shot(study=measured, model="dense")
-    lines = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
-    assert [pair["prompt"] for pair in load_json(path)["prompts"]] == lines
-
-
-def test_a_model_that_does_not_fit_in_memory_has_no_continuations(study: Make, monkeypatch: Patch, capsys: Capture):
-    measured = fetch(study(tasks__names=[]), "model")
-    monkeypatch.setattr(stage, "free_memory_of", lambda _: 10**4)
-    zero_shot(study=measured, model="dense")
-    report = (
-        r"zero-shot dense: no continuations of prompts.txt: the model needs 0\.\d MB of memory, and 0.1 MB were free"
-    )
-    assert re.search(report, capsys.readouterr().err)
-    assert load_json(measured.details("dense", "continuations"))["prompts"] == []
-    with pytest.raises(UserError, match="^continuations: missing; .* fits in memory"):
-        show(study=measured, continuations=True)
-
-
-def test_without_prompts_no_model_is_loaded(study: Make, monkeypatch: Patch):
-    measured = fetch(study(tasks__names=[]), "model")
-    (measured.root / PROMPTS).write_text("")
-    monkeypatch.setattr(stage, "continue_prompts", None)
-    zero_shot(study=measured, model="dense")
-    assert load_json(measured.details("dense", "continuations"))["prompts"] == []

@@ -104,7 +104,7 @@ _METHODS = {row.name: row for row in (
     Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
     Method("taylor", "neurons and heads only: (Σ x · ∂ℓ/∂x)² over a unit's inputs, sum over tokens", needs="fisher",
-           paper="[Molchanov et al. 2019](https://arxiv.org/abs/1906.10771)", patterns=("neurons", "heads"),
+           paper="[Molchanov et al. 2019](https://arxiv.org/abs/1906.10771)", patterns=("neurons", "heads", "smaller"),
            function="wanda_dvc.pruning.scores:taylor"),
     Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", patterns=("experts",),
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
@@ -162,6 +162,8 @@ STRUCTURES = {row.name: row for row in (
                       "num_routed_experts")),
     Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="divergence",
               fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    Structure("smaller", "parameters: blocks, heads and neurons, of each as many as cost the least", fields=(),
+              find="wanda_dvc.engine.finders:find_smaller"),
 )}  # fmt: skip
 
 

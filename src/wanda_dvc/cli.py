@@ -130,6 +130,10 @@ def prune(
     pattern: Annotated[
         str, typer.Option(help="2:4 and other n:m; or neurons, heads, blocks, experts: a smaller model.")
     ] = "unstructured",
+    size: Annotated[
+        str | None, typer.Option(help="80%, 400MB, …: a smaller model, of the best measured depth and widths.")
+    ] = None,
+    parameters: Annotated[str | None, typer.Option(help="As --size, in parameters: 100M, 6B, …")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help=f"{TEXT_HELP} By default c4 for a Hub id, else the embedded text. Repeatable."),
@@ -160,8 +164,9 @@ def prune(
     again = "finished work is kept; run the same command again to resume"
     with stoppable("prune", again, with_children=True):
         request = check_request(
-            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, text=text or [],
-            eval_text=eval_text or [], recover=recover, evaluate=not no_eval, changes=parse_changes(settings or []),
+            model=model, target=directory, recipe=recipe, sparsity=sparsity, pattern=pattern, size=size,
+            parameters=parameters, text=text or [], eval_text=eval_text or [], recover=recover, evaluate=not no_eval,
+            changes=parse_changes(settings or []),
         )  # fmt: skip
         from wanda_dvc.commands.prune import describe_run, prune_model  # imports torch, which takes seconds
 
@@ -169,15 +174,11 @@ def prune(
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
-def show(
-    names: Names = None,
-    as_json: AsJson = False,
-    text: Annotated[bool, typer.Option("--text", help="Show the models' continuations, not their results.")] = False,
-) -> None:
+def show(names: Names = None, as_json: AsJson = False) -> None:
     """Show the last results of each model, or several experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as show_results
 
-    typer.echo(show_results(study=_find_study(), names=names or [], as_json=as_json, continuations=text))
+    typer.echo(show_results(study=_find_study(), names=names or [], as_json=as_json))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wanda_dvc.pruning.statistics import BlockStats
 
 # Of the command `prune`; other keyword arguments are settings.
-OPTIONS = ("recipe", "sparsity", "pattern", "text", "eval_text", "recover", "evaluate")
+OPTIONS = ("recipe", "sparsity", "pattern", "size", "parameters", "text", "eval_text", "recover", "evaluate")
 # An order: a call's settings become the start of all later entries, never its own. `mask` is also `prune`; `latest` is
 # no function: its settings are those of the last call, unless the user has edited the file.
 FUNCTIONS = ("calibrate", "mask", "perplexity", "latest")
@@ -139,9 +139,9 @@ def prune(
     dense model does not change. The study keeps the pruned model in `models/pruned`. `recovery` does not train it.
 
     Of a model, a path or a Hub id, it does what `wanda-dvc prune MODEL DIR` does, in a study in the user's cache
-    folder. `text`, `eval_text` (a text or a list) and `recover` are that command's options; `evaluate=False` is its
-    `--no-eval`. The result has the directory, `path`, of a model that may be too large for memory, the measures of each
-    model, `results`, and the folder of the `study`; printed, it is what the command prints.
+    folder. `size`, `parameters`, `text`, `eval_text` (a text or a list) and `recover` are that command's options;
+    `evaluate=False` is its `--no-eval`. The result has the directory, `path`, of a model that may be too large for
+    memory, the measures of each model, `results`, and the `study`; printed, it is what the command prints.
     """
     if not isinstance(model, Study):
         options = {name: settings.pop(name) for name in OPTIONS if name in settings}

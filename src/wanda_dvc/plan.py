@@ -12,6 +12,7 @@ from wanda_dvc import catalog
 from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
+SMALLER = "smaller"  # blocks, heads and neurons together
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
 RECOVERY_LENGTH = 512  # tokens of a window of `recover`, at most
 RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate` is for so many
@@ -32,6 +33,7 @@ def choices_of_pattern(pattern: str, reconstructs: bool) -> dict[str, str]:
     structure = catalog.STRUCTURES.get(pattern)
     if structure and structure.method:  # experts and blocks
         choices["reconstruction"] = "least-squares" if pattern == "blocks" and reconstructs else "none"
+    if structure and (structure.method or pattern == SMALLER):
         choices["propagation"] = "dense"
     return choices
 
@@ -125,10 +127,8 @@ class Plan:
     def used_reconstruction(self) -> Reconstruction:
         """The reconstruction that runs, and its description: `reconstruction`, unless the pattern has its own."""
         row = self.reconstruction
-        if self.repairs:
-            return catalog.REPAIR
         if self.structure and self.reconstructs:
-            return catalog.SOLVED_UNITS
+            return catalog.REPAIR if self.pattern == "blocks" else catalog.SOLVED_UNITS
         if self.pattern != UNSTRUCTURED and row.steps_n_of_m:
             return replace(row, steps=row.steps_n_of_m)
         return row
@@ -141,7 +141,7 @@ class Plan:
     @property
     def repairs(self) -> bool:
         """Whether the linear before each cut of removed blocks takes over a part of what they add."""
-        return self.pattern == "blocks" and self.reconstructs
+        return self.measures_blocks and self.reconstructs
 
     @property
     def propagates(self) -> bool:
@@ -161,23 +161,23 @@ class Plan:
     @property
     def measures_blocks(self) -> bool:
         """Whether blocks are removed by measured choices, stats/blocks."""
-        return self.method.needs == "blocks"
+        return self.pattern in ("blocks", SMALLER)
 
     @property
     def mask_reads_fisher(self) -> bool:
         """Whether `mask` reads stats/fisher: gradients for masks, or their Gram matrices for weights."""
         for_masks = self.group == "outputs" or self.allocation.uses_fisher or self.method.needs == "fisher"
-        return for_masks or (self.propagates and self.used_reconstruction.uses_fisher)
+        return for_masks or self.pattern == SMALLER or (self.propagates and self.used_reconstruction.uses_fisher)
 
     @property
     def mask_stores_weights(self) -> bool:
-        """Whether `mask` computes the new weights, and stores them in weights/."""
+        """Whether `mask` computes new weights, and stores them in weights/."""
         return self.reconstructs and (self.propagates or self.repairs)
 
     @property
     def apply_reconstructs(self) -> bool:
-        """Whether `apply` computes the new weights, from stats/gram."""
-        return self.reconstructs and not self.mask_stores_weights
+        """Whether `apply` computes new weights, from stats/gram; with pattern `smaller` those of weights/ go in."""
+        return self.reconstructs and (self.pattern == SMALLER or not self.mask_stores_weights)
 
     @property
     def tier(self) -> str:

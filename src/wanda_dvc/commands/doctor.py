@@ -15,9 +15,8 @@ from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.markup import table
-from wanda_dvc.stages import STAGES, stage_inputs
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import free_memory_of, own_device
-from wanda_dvc.stages.download import find_data
 from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements, free, gigabytes, requirements
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.folder import Study
@@ -42,7 +41,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     needs: dict[str, Requirements] = {}
     try:
         study = Study.find(start)
-        checks += [Check("params.yaml", True, "valid"), *_check_machine(study.params), *_check_mirror(study.params)]
+        checks += [Check("params.yaml", True, "valid"), *_check_machine(study.params)]
         needs = _needs(study)
         checks += _check_needs(study, needs)
     except UserError as error:
@@ -76,19 +75,6 @@ def _check_machine(params: Params) -> Iterator[Check]:
             yield Check("runtime.device", True, str(own_device(params.runtime)))
         except UserError as error:
             yield Check("runtime.device", False, str(error))
-
-
-def _check_mirror(params: Params) -> Iterator[Check]:
-    """Check that a mirror has the files of each text and of the tasks: a queue of experiments would fail without."""
-    if params.runtime.mirror is None:
-        return
-    for name, settings in stage_inputs(params).items():
-        stage, _, data = name.partition("/")
-        if stage == "download" and data != "model" and settings:
-            try:
-                find_data(data, settings, params.runtime.mirror)
-            except UserError as error:
-                yield Check(data, False, str(error))
 
 
 def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:

@@ -26,10 +26,9 @@ from wanda_dvc.study.artifact import describe, read_provenance, write_provenance
 from wanda_dvc.study.files import json_text, load_json, write_json
 from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.protocol import TOKENIZER
-from wanda_dvc.study.scaffold import PROMPTS
 
 # What the stages read of this study.
-LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense", "params.yaml", PROMPTS)
+LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense", "params.yaml")
 
 
 def evaluate(*, study: Study, paths: Sequence[Path], as_json: bool = False) -> str:

@@ -18,7 +18,7 @@ from wanda_dvc.results.current import other_settings, stale_stages
 from wanda_dvc.results.experiments import Experiment, read_at, workspace
 from wanda_dvc.results.listing import WORKSPACE
 from wanda_dvc.results.markup import inline, table
-from wanda_dvc.results.show import continuations_table, table_notes
+from wanda_dvc.results.show import table_notes
 from wanda_dvc.stages.apply import apply, describe_pruned
 from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, digest, read_provenance
@@ -115,11 +115,10 @@ def _take_inputs(study: Study, links: Study, revision: str, *, recovers: bool) -
     plan = Plan.from_dict(masks["params"])
     if plan.mask_stores_weights:
         take("weights")
-    elif plan.apply_reconstructs:
+    if plan.apply_reconstructs:
         take("stats/gram")
         if plan.used_reconstruction.uses_fisher:
             take("stats/fisher")
-    artifact.remove(links.model("dense"))  # `read_at` took its configuration
     expected, dense = masks["model"], study.model("dense")
     if is_there(dense / PROVENANCE) and read_provenance(dense, "download model")["sha256"] == expected["sha256"]:
         links.link_to(study, "models/dense")
@@ -141,9 +140,6 @@ def sections(experiment: Experiment) -> dict[str, str]:
         sentences.append(sentence)
     results = table(*side_by_side(models, base=DENSE))
     by_title = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(sentence)}" for sentence in sentences)}
-    texts = continuations_table(models, inline)
-    if texts:
-        by_title["Continuations"] = f"Each token is the likeliest one.\n\n{texts}"
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     by_title["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(params))
     return by_title

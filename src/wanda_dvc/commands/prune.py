@@ -9,35 +9,26 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.benchmark import Timer
-
 from wanda_dvc.catalog import EMBEDDED
 from wanda_dvc.commands import check_target, reproduce
 from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.request import PruneRequest
-from wanda_dvc.engine.accelerator import multiplies_natively
 from wanda_dvc.engine.checkpoint import max_positions, read_config
-from wanda_dvc.engine.depth import count_measured
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.kernels import multiply
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, Settings, download_sources, nested
-from wanda_dvc.plan import MEASURED_BLOCKS, TOKENS_A_FEATURE, TOKENS_OF_CHOICES, WINDOWS_BACK
-from wanda_dvc.pruning.solvers import ADMM_ITERATIONS
+from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import MEASURES, figures
 from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages import needs
-from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
-from wanda_dvc.study.artifact import locked
+from wanda_dvc.study.artifact import locked, read_provenance
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import new_params, renew
-
-SIDE = 2048  # of the matrices of the measured product
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
             _summary(experiment, sizes.parameters, ModelSizes.read(study.model(model)).parameters),
             settings_line(experiment.params),
             _table(experiment),
+            _candidates(study),
             *(sentence for sentence in sentences if sentence.startswith("Perplexity on")),
             *(experiment.notes if request.evaluate else ()),  # else they would call each missing figure stale
         ]
@@ -90,7 +82,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         f"The study: {study.root}. `wanda-dvc init my-study --from {shlex.quote(str(study.root))}` begins your own.",
     ]
     results = {name: figures(measured) for name, measured in models.items()}
-    return PrunedModel(request.target, study.root, results, "\n\n".join(paragraphs))
+    return PrunedModel(request.target, study.root, results, "\n\n".join(filter(None, paragraphs)))
 
 
 def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -> Settings:
@@ -107,7 +99,13 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     if not all(text.windows for text in params.calibration.text):
         enough = math.ceil(TOKENS_A_FEATURE * sizes.widest / length)
         fitting["calibration.windows"] = max(params.calibration.windows, enough)
-    return fitting | request.settings
+    requested = dict(request.settings)
+    for limit, of_dense in ((request.size, sizes.stored), (request.parameters, sizes.parameters)):
+        if limit >= of_dense:
+            raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
+        if limit:
+            requested["sparsity"] = 1 - limit / of_dense
+    return fitting | requested
 
 
 def _summary(experiment: Experiment, dense: int, final: int) -> str:
@@ -139,6 +137,12 @@ def _table(experiment: Experiment) -> str:
     return table(["", *models], rows)
 
 
+def _candidates(study: Study) -> str:
+    """Return the candidates of a size and what was measured of each; "" with another pattern."""
+    rows = read_provenance(study.masks, "mask").get("candidates", [])
+    return table([*rows[0]], [[*row.values()] for row in rows]) if rows else ""
+
+
 # --- a dry run ---
 
 
@@ -147,7 +151,7 @@ def describe_run(request: PruneRequest) -> str:
     study = Study(request.root).with_params(request.params)
     config = find_model_config(study)
     if config is None:
-        details = ["Tokens, memory, disk and time are known after the download: a package has no config.json."]
+        details = ["Tokens, memory and disk are known after the download: a package has no config.json."]
     else:
         sizes = ModelSizes.read(config)
         study = study.with_params(new_params(nested(settings_for_model(request, config, sizes)))[0])
@@ -189,56 +193,4 @@ def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[st
         f"Calibration: {calibration.windows} windows of {calibration.length} tokens.",
         f"Memory: about {needs.gigabytes(memory)} ({largest}); free: {free_memory}.",
         f"Disk: at most {needs.gigabytes(disk)}, with the dense and the pruned model; free: {free_disk}.",
-        _time(study, sizes, evaluate=evaluate),
     ]
-
-
-def _time(study: Study, sizes: ModelSizes, *, evaluate: bool) -> str:
-    """Return a sentence on the time: operations of products, over the speed of this machine's products."""
-    device = own_device(study.params.runtime)
-    dtype: torch.dtype = getattr(torch, needs.Conditions(study, sizes).dtype)
-    if device.type == "cpu" and not multiplies_natively(dtype):
-        dtype = torch.float32
-    forward, solving = _operations(study.params, sizes, evaluate=evaluate)
-    seconds = forward / _speed(device, dtype) + solving / _speed(device, torch.float32)
-    uncounted = "Attention, files and starts"
-    if evaluate and not isinstance(study.params.perplexity.windows, int):
-        uncounted = "The evaluation, of as many windows as its texts have, attention, files and starts"
-    return (
-        f"Time: about {max(seconds / 60, 0.1):,.1f} minutes for {(forward + solving) / 1e12:,.1f} TFLOP, at the speed "
-        f"of products on {device}, measured for half a second. {uncounted} are not counted."
-    )
-
-
-def _operations(params: Params, sizes: ModelSizes, *, evaluate: bool) -> tuple[float, float]:
-    """Return the operations of passes through the model, and of solvers: two for each weight and token of a pass."""
-    plan, calibration, perplexity = params.plan, params.calibration, params.perplexity
-    tokens = calibration.windows * calibration.length
-    backward_tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
-    with_head = sizes.linear_weights + sizes.hidden * sizes.vocabulary
-    calibrations = 3 if plan.propagates else 1  # `mask` runs each block before and after it is pruned
-    passes = 2.0 * calibrations * tokens * sizes.linear_weights
-    if "gram" in params.statistics:
-        passes += tokens * sizes.all_input_squares  # one triangle
-    if "fisher" in params.statistics:  # forward twice, and backward once, without gradients of weights
-        passes += backward_tokens * (6 * with_head + sizes.all_output_squares)
-    if plan.measures_blocks:  # half of the blocks run for a choice, on average
-        number = math.ceil(max(MEASURED_BLOCKS, float(plan.sparsity)) * sizes.blocks)
-        passes += count_measured(sizes.blocks, number) * TOKENS_OF_CHOICES * with_head
-    passes += 10 * params.recovery.tokens * with_head  # forward of two models, and backward with a repeated forward
-    if evaluate and isinstance(perplexity.windows, int):
-        models = 3 if params.recovery.tokens else 2
-        passes += 2.0 * models * len(perplexity.texts) * perplexity.windows * perplexity.length * with_head
-    steps = plan.used_reconstruction.steps + (ADMM_ITERATIONS if plan.method.is_solver else 0)
-    solving = 2.0 * steps * sizes.solved_by_input
-    if plan.used_reconstruction.uses_fisher:
-        solving += 2.0 * plan.used_reconstruction.steps * sizes.solved_by_output
-    return passes, solving
-
-
-def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the measured operations a second of products of matrices."""
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
-    variables = {"multiply": multiply, "matrix": matrix}
-    timer = Timer("multiply(matrix, matrix)", globals=variables, num_threads=torch.get_num_threads())
-    return 2 * SIDE**3 / timer.blocked_autorange(min_run_time=0.25).mean

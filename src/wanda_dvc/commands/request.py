@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,13 +11,15 @@ from wanda_dvc.catalog import HUB_ID, STRUCTURES
 from wanda_dvc.commands import check_target
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import FILE, TEXT_SUFFIXES, Params, Settings, flatten, nested, parse_yaml
-from wanda_dvc.plan import UNSTRUCTURED
+from wanda_dvc.plan import SMALLER, UNSTRUCTURED
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.artifact import digest
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.scaffold import absolute_source, new_params, source_settings
 
-TOKEN_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
+TOKEN_UNITS = {"": 1, "k": 10**3, "M": 10**6}
+PARAMETER_UNITS = TOKEN_UNITS | {"B": 10**9}
+BYTE_UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class PruneRequest:
     root: Path  # the study of the model and its calibration text, in the user's cache folder
     target: Path  # the new directory
     evaluate: bool
+    size: int = 0  # of the pruned model, at most, in bytes; 0: as the settings say
+    parameters: int = 0  # likewise
 
 
 def check_request(
@@ -38,6 +42,8 @@ def check_request(
     recipe: str | None = None,
     sparsity: str | float | None = None,
     pattern: str = UNSTRUCTURED,
+    size: str | None = None,
+    parameters: str | int | None = None,
     text: str | Sequence[str] = (),
     eval_text: str | Sequence[str] = (),
     recover: str | int | None = None,
@@ -54,7 +60,9 @@ def check_request(
         settings["recipe"] = recipe
     if sparsity is not None:
         settings["sparsity"] = _parse_sparsity(sparsity)
-    settings["recovery.tokens"] = _parse_tokens(recover) if recover else 0
+    of_size, limits = _parse_size(size, parameters, alone=sparsity is None and pattern in (UNSTRUCTURED, SMALLER))
+    settings |= of_size
+    settings["recovery.tokens"] = _parse_number("recover", recover, TOKEN_UNITS) if recover else 0
     if eval_text:
         settings["perplexity.texts"] = _perplexity_texts([eval_text] if isinstance(eval_text, str) else eval_text)
     for name, value in (changes or {}).items():
@@ -73,12 +81,12 @@ def check_request(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"  # keeps statistics
     root = check_place(cache, "set XDG_CACHE_HOME to a writable folder") / f"{name}-{key}"
     if target is None:
-        amount = None if ":" in params.pattern else f"{params.sparsity:g}"
+        amount = None if ":" in params.pattern else str(size or parameters or f"{params.sparsity:g}")
         kind = None if params.pattern == UNSTRUCTURED else params.pattern.replace(":", "-")
         trained = str(recover or params.recovery.tokens) if params.recovery.tokens else None
         target = Path("-".join(filter(None, [name, recipe, kind, amount, trained])))
     target = check_target(Study(root), target)
-    return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate)
+    return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate, **limits)
 
 
 def parse_changes(assignments: Iterable[str]) -> Settings:
@@ -108,16 +116,31 @@ def _perplexity_texts(names: Sequence[str]) -> Settings:
     return texts
 
 
-def _parse_sparsity(text: str | float) -> float:
+def _parse_sparsity(text: str | float, option: str = "sparsity") -> float:
     percent = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", text) if isinstance(text, str) else None
     try:
         return float(Fraction(percent[1]) / 100) if percent else float(text)
     except (TypeError, ValueError):
-        raise UserError(f"--sparsity: found {text}, expected a fraction or a percentage, such as 0.5 or 50%") from None
+        raise UserError(f"--{option}: found {text}, expected a fraction or a percentage, such as 0.5 or 50%") from None
 
 
-def _parse_tokens(text: str | int) -> int:
-    digits = re.fullmatch(r"([0-9]+)([kM]?)", str(text))
-    if digits is None:
-        raise UserError(f"--recover: found {text}, expected a number of tokens, such as 200k or 1M")
-    return int(digits[1]) * TOKEN_UNITS[digits[2]]
+def _parse_size(size: str | None, parameters: str | int | None, *, alone: bool) -> tuple[Settings, dict[str, int]]:
+    """Return settings, and the limit of a size that becomes a sparsity once the model is known."""
+    if size is None and parameters is None:
+        return {}, {}
+    if not alone or (size and parameters):
+        raise UserError("--size, --parameters: found with one another, --sparsity or --pattern, expected one alone")
+    settings: Settings = {"pattern": SMALLER}
+    if size is None:
+        return settings, {"parameters": _parse_number("parameters", parameters, PARAMETER_UNITS)}
+    if size.endswith("%"):
+        return settings | {"sparsity": round(1 - _parse_sparsity(size, "size"), 6)}, {}
+    return settings, {"size": _parse_number("size", size, BYTE_UNITS)}
+
+
+def _parse_number(option: str, text: str | int | None, units: Mapping[str, int]) -> int:
+    number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text))
+    if number is None or number[2] not in units:
+        examples = ", ".join(f"20{unit}" for unit in units)
+        raise UserError(f"--{option}: found {text}, expected a number such as {examples}")
+    return int(Fraction(number[1]) * units[number[2]])

@@ -89,6 +89,11 @@ class Checkpoint:
         """Dtype, shape and place in its file of each tensor."""
         return {name: self.header(path)[name] for name, path in self.file_of.items()}
 
+    @property
+    def parameters(self) -> int:
+        """The number of stored weights."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
     def read(self, address: Address) -> Tensor:
         """Return a tensor, or one expert's matrix in it, in its stored dtype."""
         tensor: Tensor = self._opened(self.file_of[address.tensor]).get_tensor(address.tensor)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from wanda_dvc.catalog import Structure
+from wanda_dvc.catalog import STRUCTURES, Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import build_empty, count_experts, expert_slices, find_blocks, find_linears, find_slices
-from wanda_dvc.errors import UserError, reason
-from wanda_dvc.pruning.units import Units, count_kept
+from wanda_dvc.errors import UserError, notice, reason
+from wanda_dvc.pruning.units import Units, count_kept, step_of
 
 TRIAL_WIDTH = 8  # for a field that the configuration leaves open
 
@@ -94,7 +94,7 @@ def find_input_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         fixed["head_dim"] = getattr(full.config, "head_dim", None) or full.config.hidden_size // heads
     dimensions = _field_dimensions(full, scaled, fixed)
     unit_sets, consumers = _unit_sets(full, sparsity, dimensions)
-    config_fields = {dimension.field: ConfigField(dimension.value, dimension.unit_set) for dimension in dimensions}
+    config_fields = {x.field: ConfigField(x.value, x.unit_set) for x in reversed(dimensions)}  # of their first sets
     config_fields |= {name: ConfigField(value, dimensions[0].unit_set) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
     removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)
@@ -153,8 +153,8 @@ def _unit_sets(
         # 9 key heads (value) and 576 inputs (size): 9 units of 64. Neurons are single inputs, whose number may be a
         # multiple of the value: two shared experts of 1,408 neurons as one MLP have 2,816 units.
         total = value if structure.scaled else dimension.size
-        kept = total * count_kept(value, sparsity, structure.multiple) // value
-        unit_sets[name] = Units(total, kept, (dimension.size // total,))
+        step = step_of(value, structure.multiple) * total // value
+        unit_sets[name] = Units(total, count_kept(total, sparsity, step), (dimension.size // total,), step=step)
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:
         units = unit_sets.get(dimension.unit_set)
@@ -204,6 +204,30 @@ def _sections(places: int, inputs: int) -> tuple[int, ...]:
     return (1,) * places if inputs == 1 else (inputs, more // 2, more - more // 2)
 
 
+# --- blocks, heads and neurons together ---
+
+
+def find_smaller(source: Checkpoint, structure: Structure, sparsity: Fraction, device: torch.device) -> Removal:
+    """Return the blocks of a model, and the heads and neurons that its family lets go; all are kept so far."""
+    blocks = find_block_units(source, STRUCTURES["blocks"], Fraction(0), device)
+    removal = replace(blocks, structure=structure, sets_of={"blocks": tuple(blocks.unit_sets)})
+    for name in ("heads", "neurons"):
+        try:
+            units = find_input_units(source, STRUCTURES[name], Fraction(0), device)
+        except UserError as error:
+            notice(f"pattern {structure.name}: all {name} are kept: {error}")
+            continue
+        removal = replace(
+            removal,
+            unit_sets={**removal.unit_sets, **units.unit_sets},
+            config_fields={**removal.config_fields, **units.config_fields},
+            consumers={**removal.consumers, **units.consumers},
+            dimensions=removal.dimensions + units.dimensions,
+            sets_of={**removal.sets_of, name: tuple(units.unit_sets)},
+        )
+    return removal
+
+
 # --- blocks ---
 
 
@@ -223,7 +247,7 @@ def find_block_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         number, _, suffix = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal():
             unit_tensors[name] = UnitTensor(blocks_name, int(number), prefix, f".{suffix}")
-    units = Units(total, count_kept(total, sparsity, structure.multiple), members=[[*names] for names in full.linears])
+    units = Units(total, count_kept(total, sparsity), members=[[*names] for names in full.linears])
     return Removal(structure=structure, unit_sets={blocks_name: units}, config_fields=fields, unit_tensors=unit_tensors)
 
 

@@ -51,9 +51,6 @@ class ModelSizes:
         # Σ features² of what the linears of a block read, at most, and of all linears; the same of what they write.
         self.input_squares, self.all_input_squares = max(input_squares), sum(input_squares)
         self.output_squares, self.all_output_squares = max(output_squares), sum(output_squares)
-        # Products of all linears' weights with Gram matrices: of what they read, of gradients of what they write.
-        self.solved_by_input = sum(out * features**2 for out, features in all_shapes)
-        self.solved_by_output = sum(out**2 * features for out, features in all_shapes)
         # Heads whose attention holds the scores of all pairs of positions: without a fused implementation.
         self.heads_with_scores = heads if model.config._attn_implementation == "eager" else 0
         self.hidden: int = text_config.hidden_size

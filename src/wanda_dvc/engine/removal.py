@@ -18,7 +18,7 @@ from torch import Tensor
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, with_fields
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, expand, unit_index
+from wanda_dvc.pruning.units import Units, count_kept, expand, unit_index
 from wanda_dvc.reading import Entry
 
 KeptUnits = Mapping[str, Bool[Tensor, " units"]]  # masks of units, by set
@@ -67,11 +67,29 @@ class Removal:
     unit_tensors: Mapping[str, UnitTensor] = field(default_factory=dict)  # by stored name
     routers: Mapping[str, str] = field(default_factory=dict)  # the experts' set, by a router's parameter or buffer
     kept_masks: KeptUnits = field(default_factory=dict)  # once they are chosen
+    sets_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of several patterns: the sets by pattern
 
     def with_kept(self, kept: KeptUnits) -> "Removal":
-        """Return the removal that keeps these units."""
-        unit_sets = {name: units._replace(kept=int(kept[name].sum())) for name, units in self.unit_sets.items()}
-        return replace(self, unit_sets=unit_sets, kept_masks=kept)
+        """Return the removal that keeps these units, of all sets or of some."""
+        chosen = {name: self.unit_sets[name]._replace(kept=int(mask.sum())) for name, mask in kept.items()}
+        return replace(self, unit_sets={**self.unit_sets, **chosen}, kept_masks=kept)
+
+    def sparsities_of(self, pattern: str) -> list[Fraction]:
+        """Return the fractions of the units of a pattern that may be removed, from 0 on; of a missing pattern, 0."""
+        sets = [self.unit_sets[name] for name in self.sets_of.get(pattern, ())]
+        if not sets:
+            return [Fraction(0)]
+        widest = max(sets, key=lambda units: units.total)
+        kept = sorted({widest.total, *range(widest.step, widest.total, widest.step)}, reverse=True)
+        return [1 - Fraction(number, widest.total) for number in kept]
+
+    def with_sparsity(self, pattern: str, sparsity: Fraction) -> "Removal":
+        """Return the removal of the same fraction of the units of each set of a pattern."""
+        changed = {}
+        for name in self.sets_of.get(pattern, ()):
+            units = self.unit_sets[name]
+            changed[name] = units._replace(kept=count_kept(units.total, sparsity, units.step))
+        return replace(self, unit_sets={**self.unit_sets, **changed})
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -134,7 +152,7 @@ class Removal:
                 units = self.unit_sets[dimension.unit_set]
                 inputs = masks[linear].any(dim=1 - dimension.dim)
                 kept[dimension.unit_set][unit_index(units.total, units.layout)[inputs]] = True
-            elif linear in self._unit_of:
+            if linear in self._unit_of:
                 name, unit = self._unit_of[linear]
                 kept[name][unit] |= masks[linear].any()
         return kept
@@ -142,7 +160,7 @@ class Removal:
     def expand_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return masks, on the host, without all weights of removed units, given the masks of the units' consumers."""
         expanded = {linear: mask.cpu() for linear, mask in masks.items()}
-        kept = self.kept_masks or self.kept_units(expanded)
+        kept = {**self.kept_units(expanded), **self.kept_masks}
         for linear in expanded:
             if linear in self._unit_of:
                 name, unit = self._unit_of[linear]

@@ -29,18 +29,22 @@ class Units(NamedTuple):
     layout: tuple[int, ...] = (1,)
     members: Sequence[Sequence[str]] = ()  # the linears of each unit: a block's, or an expert's; (): units are inputs
     groups: int = 1  # only with members: of neighbouring units; the same number is kept in each
+    step: int = 1  # the number of kept units is a multiple of it, or the total
 
 
-def count_kept(width: int, sparsity: Fraction, multiple: int) -> int:
-    """Return the number of kept units: the multiple nearest to width · (1 − sparsity), at least one multiple.
-
-    First the multiple is divided by 4 until it is at most a 16th of the width. Sparsity 0 keeps all.
-    """
-    if not sparsity:
-        return width
+def step_of(width: int, multiple: int) -> int:
+    """Return a multiple, divided by 4 until it is at most a 16th of the width."""
     while multiple > max(1, width // MULTIPLES_OF_A_WIDTH):
         multiple = max(1, multiple // 4)
-    return min(width, multiple * max(1, round(width * (1 - sparsity) / multiple)))
+    return multiple
+
+
+def count_kept(total: int, sparsity: Fraction, step: int = 1) -> int:
+    """Return the number of kept units: the multiple of the step nearest to total · (1 − sparsity), at least one step.
+
+    Sparsity 0 keeps all.
+    """
+    return min(total, step * max(1, round(total * (1 - sparsity) / step))) if sparsity else total
 
 
 def unit_index(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:

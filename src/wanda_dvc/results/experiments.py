@@ -16,11 +16,8 @@ from wanda_dvc.results.current import current_results
 from wanda_dvc.results.listing import KINDS, SUCCESS, WORKSPACE, ListedRevision, listed_revisions
 from wanda_dvc.results.measures import Results
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.lock import LOCK, Lock
-
-CONFIG = "models/dense/config.json"
 
 
 @dataclass(eq=False)
@@ -48,11 +45,6 @@ class Experiment:
         """The results of the models that it has: without a recovery two."""
         return {model: results for model, results in self.results.items() if model != "recovered" or results.metrics}
 
-    @property
-    def config(self) -> Json:
-        """The content of the dense model's config.json; {} if neither DVC's cache nor the workspace has it."""
-        return load_json(self.study.root / CONFIG)
-
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every setting but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
@@ -79,9 +71,6 @@ def read_at(study: Study, name: str, folder: Path) -> Experiment:
         if revision.take(file, folder):
             raise UserError(f"{name}: no {file}, expected an experiment of this study that has run; run `dvc repro`")
     missing = revision.take("metrics", folder)
-    dense, dense_here = (Lock.read(root).digests.get("models/dense") for root in (folder, study.root))
-    if revision.take(CONFIG, folder) and dense == dense_here:  # with `cache: false` in dvc.yaml
-        Study(folder).link_to(study, CONFIG)
     experiment = _read(Study(folder), name, revision.commit)
     if missing:
         experiment.notes.append(f"Not in DVC's cache, and so not read: {shortened(missing)}; `dvc pull` may fetch it.")

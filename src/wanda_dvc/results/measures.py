@@ -73,7 +73,7 @@ class Results:
     def leave_out_others(self, model_digest: str) -> list[str]:
         """Leave out results whose details name another model than the one with this digest; return their names."""
         others = []
-        for name in ("continuations", *self.metrics):
+        for name in [*self.metrics]:
             if any(protocol.get("model", model_digest) != model_digest for protocol in self.protocols_in(name)):
                 others.append(name)
                 self._details[name] = {}

@@ -24,7 +24,6 @@ from wanda_dvc.results.experiments import Excluded, Experiment, collect
 from wanda_dvc.results.intervals import Estimate
 from wanda_dvc.results.listing import MEASUREMENT_SETTINGS, differing_settings
 from wanda_dvc.results.measures import LOG, Measure, Results
-from wanda_dvc.results.published import published_rows
 from wanda_dvc.results.show import pruning_label, table_notes
 from wanda_dvc.stages import check_outside
 from wanda_dvc.study.files import Json, write_text
@@ -146,7 +145,6 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
         ],
         "results": np.transpose([headers, *rows]).tolist(),  # a row for each model, and each pair
         "charts": charts,
-        "published": published_rows(experiments),
     }
 
 

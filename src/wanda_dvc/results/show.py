@@ -1,7 +1,7 @@
 """`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wanda_dvc.catalog import EMBEDDED, RECIPES
@@ -11,7 +11,7 @@ from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.results.compare import DENSE, not_comparable, records, side_by_side
 from wanda_dvc.results.experiments import read_at
 from wanda_dvc.results.listing import WORKSPACE
-from wanda_dvc.results.markup import one_line, table
+from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import TEXT_PREFIX, Results
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.folder import Study
@@ -19,10 +19,10 @@ from wanda_dvc.study.folder import Study
 BOS = {"first window": ", BOS token in the first window only", "none": ", no BOS token"}  # by a protocol's entry
 
 
-def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, continuations: bool = False) -> str:
+def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False) -> str:
     """Return the results of the workspace by model; or of the named experiments, branches, tags or commits.
 
-    A row is a measure; with `continuations`, a prompt. Tests compare with the dense model, or the first of the names.
+    A row is a measure. Tests compare with the dense model, or the first of the names.
     """
     if DENSE in names:
         raise UserError(f"{DENSE}: the dense model has this name in tables; give the experiment's commit instead")
@@ -33,10 +33,6 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, cont
         if names:
             models = {DENSE: experiments[0].results[DENSE]}
             models |= {experiment.name: experiment.final for experiment in experiments}
-        if continuations:
-            if texts := continuations_table(models):
-                return texts
-            raise UserError("continuations: missing; `dvc repro` continues prompts.txt if the model fits in memory")
         if as_json:
             settings = {run.name: {"settings": run.settings, "notes": run.notes} for run in experiments}
             content: Json = {"experiments": settings, "models": records(models, base=base), "base": base}
@@ -49,17 +45,6 @@ def show(*, study: Study, names: Sequence[str] = (), as_json: bool = False, cont
             *table_notes(params, models, base=base),
         ]
         return "\n\n".join(part for part in parts if part)
-
-
-def continuations_table(models: dict[str, Results], form: Callable[[object], str] = one_line) -> str:
-    """Return a table of the prompts and each model's text; "" without a prompt that all models continued."""
-    tables = []
-    for results in models.values():
-        prompts = results.details("continuations").get("prompts", [])
-        tables.append({written["prompt"]: written["text"] for written in prompts})
-    shared = [prompt for prompt in tables[0] if all(prompt in texts for texts in tables)]
-    rows = [[form(prompt), *(form(texts[prompt]) for texts in tables)] for prompt in shared]
-    return table(["prompt", *models], rows) if rows else ""
 
 
 def settings_line(params: Params) -> str:

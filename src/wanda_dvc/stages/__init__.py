@@ -209,21 +209,17 @@ STAGES = {
         Stage(
             name="zero-shot",
             version=11,
-            about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
+            about="Measure a model's accuracy on the zero-shot tasks.",
             argument="model",
             variants={
                 model: Variant(
                     settings=("tasks", "dtype"),
                     deps=(
-                        *("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt"),
+                        *("plan/zero-shot.json", f"models/{model}", "data/tasks"),
                         # The other models' answers are compared with the dense model's.
                         "models/dense/provenance.json" if model == "dense" else "metrics/details/dense/zero_shot.json",
                     ),
-                    outs=(
-                        f"metrics/details/{model}/zero_shot.json",
-                        f"metrics/details/{model}/continuations.json",
-                        f"metrics/plots/{model}/zero_shot.csv",
-                    ),
+                    outs=(f"metrics/details/{model}/zero_shot.json", f"metrics/plots/{model}/zero_shot.csv"),
                     metrics=(f"metrics/{model}/zero_shot.json",),
                     asked_by="recover" if model == "recovered" else "",
                 )

@@ -3,7 +3,6 @@
 A reconstruction gives kept weights new values, solved for here, from stats/gram, or read from weights/.
 """
 
-import math
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +13,12 @@ from wanda_dvc.engine.accelerator import float64_device
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, write_model
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.errors import UserError, shortened
-from wanda_dvc.plan import Plan
+from wanda_dvc.plan import SMALLER, Plan
 from wanda_dvc.pruning.reconstruction import check_new_weight, masked, reconstruct
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.stages.inputs import statistics_provenance
-from wanda_dvc.stages.mask import removal_of
+from wanda_dvc.stages.inputs import removal_of, statistics_provenance
 from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact
 from wanda_dvc.study.artifact import PROVENANCE, block_file, check_source, digest, read_provenance
@@ -118,15 +116,16 @@ class DenseToPruned:
             return stored
         linear, plan = address.linear, self.plan
         block = self.block_of[linear]
-        new = factors = None
+        factors = None
+        if plan.mask_stores_weights:
+            stored = self.weights_of(block).get(linear, stored)
         if plan.apply_reconstructs:
             grams = self.grams_of(block)
             factors = self.factors_of(block, grams.input_of[linear])
         dense = stored if factors is None else stored.to(self.device)
         mask = self.masks_of(block).on(dense.device, linear)
-        if plan.mask_stores_weights:
-            new = self.weights_of(block).get(linear)
-        elif factors is not None:
+        new = dense
+        if factors is not None and mask.any():  # else a removed block's
             uses_fisher = plan.used_reconstruction.uses_fisher
             new = reconstruct(
                 dense,
@@ -137,7 +136,7 @@ class DenseToPruned:
                 transposed=linear in grams.transposed,
             )
             check_new_weight(linear, new)
-        weight = masked(dense if new is None else new, mask).to(stored.device)
+        weight = masked(new, mask).to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
         self.measures[linear] = LinearMeasures(block, zeros, weight.numel())
         return weight
@@ -174,13 +173,7 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     units, `removed_parameters` is the fraction of the stored weights that are removed; without units, zeros are stored.
     """
     reader = DenseToPruned(study)
-    checkpoint = reader.checkpoint
-    removal = removal_of(checkpoint, reader.plan, reader.device)
-    if removal is None:
-        view = EditedCheckpoint(checkpoint, reader.read, reader.addresses)
-    else:
-        removal = removal.with_kept(kept_units_of(study, removal))
-        view = SmallerCheckpoint(checkpoint, removal, reader.read, reader.addresses)
+    checkpoint, view = reader.checkpoint, pruned_view(study, reader)
     for _ in progress(
         write_model(view, target, without=(PROVENANCE, DENSE_README)), total=len(view.changed), what="apply, tensors"
     ):
@@ -189,11 +182,22 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
         if linear not in reader.measures:  # of a removed expert or block
             reader.read(checkpoint.find(linear))
     measures = {linear: reader.measures[linear] for linear in reader.block_of}
-    if removal is None:
+    if not isinstance(view, SmallerCheckpoint):
         zeros = sum(of_linear.zeros for of_linear in measures.values())
         return measures, {"sparsity": round(zeros / sum(of_linear.weights for of_linear in measures.values()), 6)}
-    removed = 1 - _parameters(view) / _parameters(checkpoint)
-    return measures, {"sparsity": round(removal.sparsity, 6), "removed_parameters": round(removed, 6)}
+    removed = 1 - view.parameters / checkpoint.parameters
+    sparsity = removed if reader.plan.pattern == SMALLER else view.removal.sparsity
+    return measures, {"sparsity": round(sparsity, 6), "removed_parameters": round(removed, 6)}
+
+
+def pruned_view(study: Study, reader: DenseToPruned | None = None) -> EditedCheckpoint:
+    """Return a view of a study's dense model with the pruned model's weights, and without removed units."""
+    reader = reader or DenseToPruned(study)
+    removal = removal_of(reader.checkpoint, reader.plan, reader.device)
+    if removal is None:
+        return EditedCheckpoint(reader.checkpoint, reader.read, reader.addresses)
+    removal = removal.with_kept(kept_units_of(study, removal))
+    return SmallerCheckpoint(reader.checkpoint, removal, reader.read, reader.addresses)
 
 
 def kept_units_of(study: Study, removal: Removal) -> dict[str, Tensor]:
@@ -206,7 +210,3 @@ def kept_units_of(study: Study, removal: Removal) -> dict[str, Tensor]:
         for name, units in removal.kept_units(read_masks(study.masks, block)).items():
             kept[name] = kept[name] | units if name in kept else units
     return kept
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())

@@ -19,10 +19,10 @@ from wanda_dvc.stages.inputs import (
     draw_calibration,
     model_dtype,
     read_choices,
+    removal_of,
     runner,
     stored_gram,
 )
-from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress, progress_bar, start_at
 from wanda_dvc.study import artifact, tensors
@@ -154,10 +154,9 @@ def _choose_blocks(study: Study, work: Work) -> None:
 
     plan, sparsity = study.plan, Fraction(str(study.stage_input("calibrate/blocks")["sparsity"]))
     run = runner(study, "dense", work)
-    removal = removal_of(run.decoder.checkpoint, plan, run.decoder.device)
-    assert removal is not None  # the pattern is `blocks`
-    (units,) = removal.unit_sets.values()
-    blocks, number = units.total, units.total - count_kept(units.total, sparsity, 1)
+    removal_of(run.decoder.checkpoint, plan, run.decoder.device)  # UserError if its blocks are not found
+    blocks = len(run.decoder.blocks)
+    number = blocks - count_kept(blocks, sparsity)
     announce(study, "calibrate", run.decoder.sizes)
     windows = calibration_windows(study)
     texts = len(study.stage_input("calibrate/norms").get("shares", ()))  # their windows take turns
@@ -176,6 +175,6 @@ def _choose_blocks(study: Study, work: Work) -> None:
         return divergences
 
     while len(choices) < number:
-        choices.append(plan.method(choices[-1] if choices else depth.no_choice(blocks), measure))
+        choices.append(depth.choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
         write_json(work.out / CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})
     bar.close()

@@ -3,6 +3,7 @@
 import importlib
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wanda_dvc.engine.accelerator import multiplies_natively
-from wanda_dvc.engine.checkpoint import dtype_of, max_positions, read_config
+from wanda_dvc.engine.checkpoint import Checkpoint, dtype_of, max_positions, read_config
 from wanda_dvc.engine.windows import DrawnWindows, draw, draw_from_documents, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import numbered
+from wanda_dvc.plan import SMALLER, Plan
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.depth import DepthChoice
     from wanda_dvc.engine.forward import ModelRunner
+    from wanda_dvc.engine.removal import Removal
 
 
 CHOICES_FILE = "choices.json"  # of stats/blocks
@@ -132,14 +135,14 @@ def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:
     return draw_calibration(study).tokens
 
 
-def draw_calibration(study: Study) -> DrawnWindows:
+def draw_calibration(study: Study, *, further: int = 0) -> DrawnWindows:
     """Draw `calibration_windows`, and count the tokens of the text that are in a window, each once.
 
-    Each of several texts is drawn from alone, with the same seed; then windows of all texts take turns.
+    `further` is added to the seed. Each of several texts is drawn from alone, by one seed; then windows take turns.
     """
     settings = study.stage_input("calibrate/norms")
     shares = settings.get("shares", [settings["windows"]])
-    length, seed, texts = settings["length"], settings["seed"], []
+    length, seed, texts = settings["length"], settings["seed"] + further, []
     for source, samples in zip(numbered("calibration", "/", len(shares)), shares, strict=True):
         drawn = draw_documents(study, source, samples=samples, length=length, seed=seed)
         if drawn is None:
@@ -167,6 +170,23 @@ def draw_documents(study: Study, source: str, *, samples: int, length: int, seed
     return draw_from_documents(
         documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
     )
+
+
+def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Removal | None":
+    """Return how many units a pattern removes, and where they are; None if it sets weights to zero.
+
+    UserError if a sparsity above 0 removes no unit.
+    """
+    if plan.structure is None:
+        return None
+    # The import of transformers takes seconds.
+    removal: Removal = resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
+    if plan.sparsity and not removal.sparsity and plan.pattern != SMALLER:
+        raise UserError(
+            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
+            "higher sparsity, or another pattern"
+        )
+    return removal
 
 
 def runner(study: Study, model: str, work: Work) -> "ModelRunner":

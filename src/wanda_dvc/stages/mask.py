@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import UNSTRUCTURED, Plan
+from wanda_dvc.plan import SMALLER, UNSTRUCTURED, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.masks import BlockSparsity, MaskRule, choose_linear, choose_units, keeps_all
@@ -85,28 +84,61 @@ def mask(*, study: Study) -> None:
     norms, digests = inputs.statistics(study)
     inputs.discard_unfinished_gram(study)  # it takes gigabytes
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.norms, "calibrate")
+    if plan.pattern == SMALLER:
+        write_best_candidate(study, checkpoint, _describe(plan, norms, digests, [], None), device)
+        return
     removal = choose_removal(study, checkpoint, blocks, device)
     sparsities = allocate_sparsities(study, checkpoint, blocks, device)
     made_from = _describe(plan, norms, digests, sparsities, removal)
     job = MaskJob(plan, checkpoint, sparsities, removal, study.fisher.absolute())
     with study.work(made_from) as work:
-        masks, weights = work.output("masks"), work.output("weights")
-        finished = artifact.finished_blocks(masks)  # the weights of a block are written before
-        if removal and plan.repairs:
-            repair_removed_blocks(study, checkpoint, removal, norms["text"], work)
-        if plan.propagates:
-            results = on_pruned_blocks(job, *_dense_run(study, norms["text"], work), finished, device)
-        else:
-            results = from_statistics(study, job, range(finished, blocks), device)
-        for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-            # The repair has written the files of the blocks before cuts, empty where it did not help.
-            has_file = plan.repairs and is_there(artifact.block_file(weights, result.block))
-            if plan.mask_stores_weights and not has_file:
-                tensors.write_weights(weights, result.block, result.weights)
-            tensors.write_masks(masks, result.block, result.masks)
-        artifact.finish(masks, made_from)
-        artifact.finish(weights, made_from)
+        write_blocks(study, job, work, made_from, device)
         work.commit(study.masks, study.weights)
+
+
+def write_blocks(study: Study, job: MaskJob, work: Work, made_from: Json, device: torch.device) -> None:
+    """Write the masks of all blocks, and new weights that later blocks depend on, to a work folder."""
+    plan, text, blocks = job.plan, made_from["calibration"]["text"], len(job.sparsities)
+    masks, weights = work.output("masks"), work.output("weights")
+    finished = artifact.finished_blocks(masks)  # the weights of a block are written before
+    if job.removal and plan.repairs:
+        repair_removed_blocks(study, job.checkpoint, job.removal, text, work)
+    if plan.propagates:
+        results = on_pruned_blocks(job, *_dense_run(study, text, work), finished, device)
+    else:
+        results = from_statistics(study, job, range(finished, blocks), device)
+    for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
+        # The repair has written the files of the blocks before cuts, empty where it did not help.
+        has_file = plan.repairs and is_there(artifact.block_file(weights, result.block))
+        if plan.mask_stores_weights and not has_file:
+            tensors.write_weights(weights, result.block, result.weights)
+        tensors.write_masks(masks, result.block, result.masks)
+    artifact.finish(masks, made_from)
+    artifact.finish(weights, made_from)
+
+
+def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, device: torch.device) -> None:
+    """Write the masks of the smaller model with the least measured divergence, and what was measured of the others."""
+    from wanda_dvc.stages.size import find_candidates, measure_candidates  # imports transformers: seconds
+
+    removal = inputs.removal_of(checkpoint, study.plan, device)
+    assert removal is not None  # the pattern removes units
+    candidates, rows = find_candidates(study, checkpoint, removal), list[Json]()
+    sparsities = [study.plan.sparsity] * artifact.block_count(study.norms, "calibrate")
+    with study.work(made_from) as work:
+        works = [Work(work.path / f"candidate_{number}") for number in range(len(candidates))]
+        for candidate, own_work in zip(candidates, works, strict=True):
+            job = MaskJob(study.plan, checkpoint, sparsities, candidate.removal, study.fisher.absolute())
+            write_blocks(study, job, own_work, made_from, device)
+        for candidate, divergence in zip(candidates, measure_candidates(study, works, work), strict=True):
+            rows.append(candidate.describe(divergence))
+            notice(f"mask: candidate {', '.join(f'{name} {value}' for name, value in rows[-1].items())}")
+        best = min(range(len(rows)), key=lambda number: rows[number]["divergence"])
+        made_from |= {"config": candidates[best].removal.config_changes, "candidates": rows}
+        for output in ("masks", "weights"):
+            artifact.finish(works[best].output(output), made_from)
+        works[best].commit(study.masks, study.weights)
+        work.discard()
 
 
 def _describe(
@@ -140,23 +172,6 @@ def _describe(
 # --- how much is removed ---
 
 
-def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Removal | None":
-    """Return how many units a pattern removes, and where they are; None if it sets weights to zero.
-
-    UserError if a sparsity above 0 removes no unit.
-    """
-    if plan.structure is None:
-        return None
-    # The import of transformers takes seconds.
-    removal: Removal = resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
-    if plan.sparsity and not removal.sparsity:
-        raise UserError(
-            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
-            "higher sparsity, or another pattern"
-        )
-    return removal
-
-
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero.
 
@@ -164,7 +179,7 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
     them choose.
     """
     plan = study.plan
-    removal = removal_of(checkpoint, plan, device)
+    removal = inputs.removal_of(checkpoint, plan, device)
     if removal is None:
         return None
     notice(f"mask: {removal.describe(plan.sparsity)}")
@@ -381,7 +396,7 @@ def repair_removed_blocks(
     # The import of transformers takes seconds.
     from wanda_dvc.engine.repair import Cut, CutRun, removed_neighbours, repair, run_cuts
 
-    (kept,) = removal.kept_masks.values()
+    (kept,) = removal.kept_masks.values()  # of the blocks
     ranges = removed_neighbours((~kept).nonzero()[:, 0].tolist())
     folder = work.output("weights")
     # Nothing is before the first block.

@@ -1,38 +1,28 @@
 """Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from wanda_dvc.engine.activations import OUTPUT_HEAD
-from wanda_dvc.engine.checkpoint import ITEMSIZE, max_positions
 from wanda_dvc.engine.memory import ModelSizes
-from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import notice
-from wanda_dvc.reading import DIVERGED, is_there, read_text
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.device import free_memory_of, own_device
 from wanda_dvc.stages.inputs import check_ready, runner
-from wanda_dvc.stages.needs import announce, gigabytes
+from wanda_dvc.stages.needs import announce
 from wanda_dvc.stages.process import progress
-from wanda_dvc.study.artifact import Work, describe, digest, read_provenance
+from wanda_dvc.study.artifact import Work, describe, read_provenance
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.folder import ITEMS, Study
 from wanda_dvc.study.protocol import first_difference, identity
-from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
-CONTINUED = 40  # tokens of a continuation, at most
-MEMORY = 1.2  # of a complete model that continues prompts, relative to its weights
 
 
 def zero_shot(*, study: Study, model: str) -> None:
-    """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json, and continuations of prompts."""
+    """models/{dense,pruned,recovered} + data/tasks → metrics/…/zero_shot.json."""
     provenance, dtype = check_ready(study, model)
     sizes = ModelSizes.read(study.model(model))
     announce(study, "zero-shot", sizes)
@@ -54,7 +44,6 @@ def zero_shot(*, study: Study, model: str) -> None:
         metrics = {task: results[task]["metrics"] for task in protocols}
         for task in compared:
             metrics[task] |= flips(dense[task], details[task], f"zero-shot {model}: {task}")
-        write_json(study.details(model, "continuations"), continuations(study, model, sizes, identified, dtype))
         write_json(study.details(model, "zero_shot"), {"tasks": details})
         lines = [[task, item["item"], item["acc"]] for task in details for item in details[task]["items"]]
         write_csv(study.plots(f"{model}/zero_shot"), ["task", "item", "acc"], lines)
@@ -145,45 +134,3 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
         content["answer_norm"] = max(range(len(by_character)), key=by_character.__getitem__)
     content["gold"] = sample["target"]
     return content | {metric: sample[metric] for metric in METRICS if metric in sample}
-
-
-def continuations(study: Study, model: str, sizes: ModelSizes, identified: Json, dtype: str) -> Json:
-    """Return each line of prompts.txt with its continuation; none if the model does not fit in memory."""
-    path = study.root / PROMPTS
-    lines = (read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")).split("\n")
-    prompts = [line.strip() for line in lines if line.strip()]
-    inputs = {"prompts_sha256": digest(prompts), "tokens": CONTINUED, "dtype": dtype}
-    protocol = describe("continuations", libraries=("torch", "transformers"), **identified, **inputs)
-    device, texts = own_device(study.params.runtime), list[str]()
-    needed, free = int(MEMORY * sizes.parameters * ITEMSIZE[dtype]), free_memory_of(str(device))
-    if needed > free:
-        memory = f"the model needs {gigabytes(needed)} of memory, and {gigabytes(free)} were free"
-        notice(f"zero-shot {model}: no continuations of prompts.txt: {memory}")
-        prompts = []
-    elif prompts:
-        texts = continue_prompts(study.model(model), prompts, dtype=getattr(torch, dtype), device=device)
-    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    return {"protocol": protocol, "prompts": pairs}
-
-
-def continue_prompts(folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Continue prompts by the likeliest tokens, by transformers' own generation: the complete model is in memory.
-
-    Of a prompt that leaves no positions, the last tokens count. Of the model's own settings for generation, only the
-    end of a text counts: a penalty for repetitions would hide them.
-    """
-    from transformers import AutoModelForCausalLM, GenerationConfig  # takes seconds
-
-    tokenizer = load_tokenizer(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
-    end = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=end, pad_token_id=0
-    )
-    longest = max(1, (max_positions(model.config) or sys.maxsize) - CONTINUED)  # prompt, in tokens
-    texts = []
-    for prompt in prompts:
-        tokens = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][-longest:]], device=device)
-        output = model.generate(tokens, attention_mask=torch.ones_like(tokens))[0, tokens.shape[1] :]
-        texts.append(tokenizer.decode(output.tolist(), skip_special_tokens=True))
-    return texts

@@ -29,10 +29,10 @@ PARAMS = TEMPLATE / "params.yaml"
 # A YAML file each: the differences from a new study's settings.
 PRESETS = {file.name.removesuffix(".yaml"): file for file in (files("wanda_dvc.study") / "presets").iterdir()}
 DEFAULT = "default"
-PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
+PIPELINE = "dvc.yaml"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES = {
-    PIPELINE: TEMPLATE / "pipeline.yaml", "params.yaml": PARAMS, PROMPTS: TEMPLATE / "prompts.txt",
+    PIPELINE: TEMPLATE / "pipeline.yaml", "params.yaml": PARAMS,
     ".gitignore": TEMPLATE / "gitignore", ".dvcignore": TEMPLATE / "dvcignore", ".dvc/config": TEMPLATE / "config",
     "README.md": TEMPLATE / "README.md",
     **{f".dvc/plots/{plot.name}": plot for plot in (TEMPLATE / "plots").iterdir() if plot.name.endswith(".json")},
@@ -89,8 +89,6 @@ def _copy_results(study: Path, folder: Path) -> None:
         if (study / name).is_dir():
             shutil.copytree(study / name, folder / name, copy_function=copy_file, dirs_exist_ok=True)
     shutil.copy(study / "dvc.lock", folder)
-    if (study / PROMPTS).is_file():
-        shutil.copy(study / PROMPTS, folder)
     checkout(folder)
 
 

@@ -1,0 +1,165 @@
+"""Pattern `smaller`: a size in, a smaller dense model out, the best of the measured candidates."""
+
+import itertools
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Make, Patch, fetch, prune, save_tiny_model, tree
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.commands.prune import settings_for_model
+from wanda_dvc.commands.request import check_request
+from wanda_dvc.engine import depth, divergence
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import nested
+from wanda_dvc.plan import WINDOWS_BACK
+from wanda_dvc.stages import mask as mask_stage
+from wanda_dvc.stages import size
+from wanda_dvc.stages.inputs import draw_calibration, read_choices
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.artifact import read_provenance, remove
+from wanda_dvc.study.tensors import read_fisher
+
+HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
+
+
+def kept(text: str) -> tuple[int, int]:
+    """The kept units and all, of `3/4`."""
+    number, total = map(int, text.split("/"))
+    return number, total
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_key_value_heads=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3])
+def test_the_best_of_the_measured_candidates_is_written(sparsity: float, study: Make, monkeypatch: Patch):
+    """Its divergence is that of the written model, and each prediction that of the statistics."""
+    monkeypatch.setattr(divergence, "TOP", 260)  # all tokens: KL is exact
+    made = prune(fetch(study(pattern="smaller", sparsity=sparsity, recipe="wanda-refit"), "model", "calibration"))
+    rows = read_provenance(made.masks, "mask")["candidates"]
+    best = min(rows, key=lambda row: row["divergence"])
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    assert best["size"] == round(pruned.parameters / dense.parameters, 4) <= 1 - sparsity
+    assert pruned.config.num_hidden_layers == kept(best["blocks"])[0]
+    assert pruned.config.num_key_value_heads == kept(best["heads"])[0]
+    assert pruned.config.intermediate_size == kept(best["neurons"])[0]
+
+    windows = draw_calibration(made, further=1).tokens[:WINDOWS_BACK]
+    assert not torch.equal(windows, draw_calibration(made).tokens[:WINDOWS_BACK])
+    log_p = []
+    for checkpoint in (dense, pruned):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+        with torch.no_grad():
+            log_p.append(model(windows, use_cache=False).logits[:, : -1 : depth.STRIDE].double().log_softmax(-1))
+    kl = (log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1).mean()
+    assert best["divergence"] == pytest.approx(float(kl), rel=1e-3)
+
+    measured, choices = read_provenance(made.fisher, "calibrate"), read_choices(made.blocks)
+    tokens = measured["windows"] * measured["params"]["length"]
+    for row in rows:
+        (blocks, total), units = kept(row["blocks"]), {HEADS: kept(row["heads"]), NEURONS: kept(row["neurons"])}
+        removed = choices[total - blocks - 1].removed if blocks < total else ()
+        expected = choices[total - blocks - 1].divergence if blocks < total else 0.0
+        for block in set(range(total)) - set(removed):
+            costs = read_fisher(made.fisher, block)[1]
+            for linear, (stay, all_units) in units.items():
+                lowest = costs[f"model.layers.{block}.{linear}"][all_units].sort().values[: all_units - stay]
+                expected += float(lowest.sum()) / (2 * tokens)
+        assert row["predicted"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_candidates_are_all_widest_models_that_fit(study: Make, four_blocks: Path, monkeypatch: Patch):
+    """By the sizes of models that transformers builds, for all numbers of blocks, heads and neurons."""
+    monkeypatch.setattr(size, "MEASURED", 100)
+    settings = {"pattern": "smaller", "sparsity": 0.25, "recipe": "wanda"}
+    made = prune(fetch(study(four_blocks, **settings), "model", "calibration"))
+    rows = read_provenance(made.masks, "mask")["candidates"]
+    found = {tuple(kept(row[name])[0] for name in ("blocks", "heads", "neurons")) for row in rows}
+    config = Checkpoint(made.model("dense")).config
+    full = (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
+
+    def parameters(blocks: int, heads: int, neurons: int) -> int:
+        changes: dict[str, Any] = {"num_hidden_layers": blocks, "num_key_value_heads": heads}
+        changes |= {"num_attention_heads": 2 * heads, "intermediate_size": neurons, "head_dim": 8}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | changes))
+        return int(sum(parameter.numel() for parameter in model.parameters()))
+
+    limit, expected = Fraction(3, 4) * parameters(*full), set()
+    for heads in range(1, full[1] + 1):
+        for blocks in range(full[0], full[0] - 1 - len(read_choices(made.blocks)), -1):
+            fitting = [width for width in range(1, full[2] + 1) if parameters(blocks, heads, width) <= limit]
+            if fitting:
+                expected.add((blocks, heads, max(fitting)))
+            if full[2] in fitting:
+                break
+    assert found == expected
+    of_one = [
+        sum(stay < all_units for stay, all_units in map(kept, (row["blocks"], row["heads"], row["neurons"]))) == 1
+        for row in rows
+    ]
+    assert of_one == sorted(of_one, reverse=True)
+    assert [row["predicted"] for row in rows] == [
+        row["predicted"] for row in sorted(rows, key=lambda row: (not of_one[rows.index(row)], row["predicted"]))
+    ]
+
+
+def test_a_size_that_no_candidate_has_is_refused_with_the_nearest_two(study: Make):
+    made = fetch(study(pattern="smaller", sparsity=0.2, recipe="wanda"), "model", "calibration")
+    prune(made)
+    again = study(pattern="smaller", sparsity=0.95, recipe="wanda")
+    with pytest.raises(UserError, match=r"sparsity: got 0.95, expected at most 0\.\d+ and 0\.\d+, of the smallest"):
+        mask(study=again)
+
+
+@pytest.mark.parametrize("stopped", ["write_blocks", "measure_candidates"])
+def test_an_interrupted_choice_resumes_to_the_same_bytes(stopped: str, study: Make, monkeypatch: Patch):
+    made = fetch(study(pattern="smaller", sparsity=0.3, recipe="wanda-refit"), "model", "calibration")
+    prune(made)
+    expected = [tree(made.masks), tree(made.weights)]
+    remove(made.masks)
+    remove(made.weights)
+    module = mask_stage if stopped == "write_blocks" else size
+    real, calls = getattr(module, stopped), itertools.count()
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == (stopped == "write_blocks"):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, stopped, stop)
+        with pytest.raises(KeyboardInterrupt):
+            mask(study=made)
+    mask(study=made)
+    assert [tree(made.masks), tree(made.weights)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity"),
+    [
+        ({"size": "80%"}, 0.2), ({"size": "62.5 %"}, 0.375), ({"size": "0.1MB"}, "stored"),
+        ({"parameters": "20k"}, "parameters"), ({"parameters": 20_000}, "parameters"),
+    ],
+)  # fmt: skip
+def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | str, tiny: Path):
+    request, sizes = check_request(model=str(tiny), **options), ModelSizes.read(tiny)
+    found = nested(settings_for_model(request, tiny / "config.json", sizes))
+    assert (found["pattern"], request.params.recipe) == ("smaller", "fisher")
+    expected = sparsity
+    if isinstance(sparsity, str):
+        expected = 1 - (100_000 / sizes.stored if sparsity == "stored" else 20_000 / sizes.parameters)
+    assert math.isclose(found["sparsity"], float(expected))
+    limits: list[dict[str, Any]] = [{"size": "1GB"}, {"parameters": "1B"}]
+    for limit in limits:
+        with pytest.raises(UserError, match="--size, --parameters: found 1,000,000,000, expected less than the"):
+            settings_for_model(check_request(model=str(tiny), **limit), tiny / "config.json", sizes)
