@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Make, Patch, fetch, prune, save_tiny_model, tree
+from families import RECORDED, save
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.commands.prune import settings_for_model
@@ -163,3 +164,18 @@ def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | st
     for limit in limits:
         with pytest.raises(UserError, match="--size, --parameters: found 1,000,000,000, expected less than the"):
             settings_for_model(check_request(model=str(tiny), **limit), tiny / "config.json", sizes)
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_every_family_has_a_smaller_model_of_the_size(family: str, study: Make, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.setattr("wanda_dvc.pruning.units.MULTIPLES_OF_A_WIDTH", 4)  # torch multiplies experts by 16 bytes
+    folder = save(family, tmp_path / "model")
+    made = prune(fetch(study(folder, pattern="smaller", sparsity=0.15, recipe="wanda-refit"), "model", "calibration"))
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    measured = [row["divergence"] for row in read_provenance(made.masks, "mask")["candidates"]]
+    assert 1 <= len(measured) <= size.MEASURED
+    assert all(map(math.isfinite, measured))
+    assert pruned.parameters <= 0.85 * dense.parameters
+    model = AutoModelForCausalLM.from_pretrained(pruned.folder).eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(3, 40)[None], use_cache=False).logits.isfinite().all()

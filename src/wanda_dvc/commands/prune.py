@@ -68,11 +68,12 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         experiment = workspace(Study(request.root))
         models, model = experiment.models, list(experiment.models)[-1]
         sentences = table_notes({experiment.name: experiment.params}, models)
+        candidates: list[Json] = read_provenance(study.masks, "mask").get("candidates", [])
         paragraphs = [  # of files that move now
             _summary(experiment, sizes.parameters, ModelSizes.read(study.model(model)).parameters),
             settings_line(experiment.params),
             _table(experiment),
-            _candidates(study),
+            table([*candidates[0]], [[*row.values()] for row in candidates]) if candidates else "",
             *(sentence for sentence in sentences if sentence.startswith("Perplexity on")),
             *(experiment.notes if request.evaluate else ()),  # else they would call each missing figure stale
         ]
@@ -135,12 +136,6 @@ def _table(experiment: Experiment) -> str:
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     rows.append(["size, MB", *(f"{size / 1e6:,.1f}" for size in sizes)])
     return table(["", *models], rows)
-
-
-def _candidates(study: Study) -> str:
-    """Return the candidates of a size and what was measured of each; "" with another pattern."""
-    rows = read_provenance(study.masks, "mask").get("candidates", [])
-    return table([*rows[0]], [[*row.values()] for row in rows]) if rows else ""
 
 
 # --- a dry run ---

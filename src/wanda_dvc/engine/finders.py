@@ -94,7 +94,7 @@ def find_input_units(source: Checkpoint, structure: Structure, sparsity: Fractio
         fixed["head_dim"] = getattr(full.config, "head_dim", None) or full.config.hidden_size // heads
     dimensions = _field_dimensions(full, scaled, fixed)
     unit_sets, consumers = _unit_sets(full, sparsity, dimensions)
-    config_fields = {x.field: ConfigField(x.value, x.unit_set) for x in reversed(dimensions)}  # of their first sets
+    config_fields = {dimension.field: ConfigField(dimension.value, dimension.unit_set) for dimension in dimensions}
     config_fields |= {name: ConfigField(value, dimensions[0].unit_set) for name, value in scaled.items()}
     config_fields |= {name: ConfigField(value, None) for name, value in fixed.items()}
     removal = Removal(structure=structure, unit_sets=unit_sets, config_fields=config_fields, consumers=consumers)

@@ -99,7 +99,11 @@ class Removal:
             if unit_set is None:
                 values[name] = value
             elif isinstance(value, int):
-                values[name] = value * self.unit_sets[unit_set].kept // self.unit_sets[unit_set].total
+                total = self.unit_sets[unit_set].total
+                alike = next((names for names in self.sets_of.values() if unit_set in names), (unit_set,))
+                # No units are kept of a set in a removed block. Sets of other blocks have the same number.
+                kept = max(self.unit_sets[x].kept for x in alike if self.unit_sets[x].total == total)
+                values[name] = value * (kept or total) // total
             elif self.kept_masks:
                 values[name] = list(itertools.compress(value, self.kept_masks[unit_set].tolist()))
         return values

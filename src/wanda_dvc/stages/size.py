@@ -62,8 +62,7 @@ def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal) -> l
     """
     (blocks_name,) = removal.sets_of["blocks"]
     blocks = removal.unit_sets[blocks_name].total
-    dense, costs = DenseModel(checkpoint, removal.structure), read_costs(study, removal)
-    candidates, too_large = list[Candidate](), list[float]()
+    costs, candidates, too_large = read_costs(study, removal), list[Candidate](), list[float]()
 
     def size_of(model: Removal) -> float:
         return SmallerCheckpoint(checkpoint, model).parameters / checkpoint.parameters
@@ -80,9 +79,9 @@ def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal) -> l
                 continue
             model = models[place]
             try:
-                dense.build(model.config_changes)
-            except UserError:  # such as of Llama's class, for heads that do not divide the width
-                break
+                DenseModel(SmallerCheckpoint(checkpoint, model), removal.structure)
+            except UserError:  # heads that do not divide the width, or later blocks that change their kind
+                continue
             of_units = 0.0
             for name, (block, cost) in costs.items():
                 if kept[block]:
