@@ -268,11 +268,13 @@ class Params(_Section):
     )
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("fisher", description="how the model is pruned; see below")
-    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units to remove; n:m has its own")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="fraction of weights, units or parameters to remove; n:m: its own"
+    )
     pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
         UNSTRUCTURED,
         description="`unstructured`: zeros anywhere in a group; `n:m`, such as `2:4`: n of every m neighbours stay; "
-        "or units to remove: `neurons`, `heads`, `experts`, `blocks`",
+        "or units to remove: `neurons`, `heads`, `experts`, `blocks`, `smaller` (all but experts)",
     )
     method: Annotated[str, _one_of(catalog.methods)] | None = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
