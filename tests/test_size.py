@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,14 @@ def test_candidates_are_all_widest_models_that_fit(study: Make, four_blocks: Pat
         return int(sum(parameter.numel() for parameter in model.parameters()))
 
     limit, expected = Fraction(3, 4) * parameters(*full), set()
-    for heads in range(1, full[1] + 1):
-        for blocks in range(full[0], full[0] - 1 - len(read_choices(made.blocks)), -1):
+    fewest = full[0] - len(read_choices(made.blocks))
+    for heads in range(full[1], 0, -1):
+        for blocks in range(full[0], fewest - 1, -1):
             fitting = [width for width in range(1, full[2] + 1) if parameters(blocks, heads, width) <= limit]
             if fitting:
                 expected.add((blocks, heads, max(fitting)))
-            if full[2] in fitting:
+            if full[2] in fitting:  # with as few blocks and fewer heads, the model is smaller than requested
+                fewest = blocks + 1
                 break
     assert found == expected
     of_one = [
@@ -118,8 +121,39 @@ def test_a_size_that_no_candidate_has_is_refused_with_the_nearest_two(study: Mak
     made = fetch(study(pattern="smaller", sparsity=0.2, recipe="wanda"), "model", "calibration")
     prune(made)
     again = study(pattern="smaller", sparsity=0.95, recipe="wanda")
-    with pytest.raises(UserError, match=r"sparsity: got 0.95, expected at most 0\.\d+ and 0\.\d+, of the smallest"):
+    with pytest.raises(
+        UserError, match=r"sparsity: got 0.95, expected at most 0\.\d+ and 0\.\d+, of the smallest"
+    ) as raised:
         mask(study=again)
+    (largest,) = re.findall(r"at most (0\.\d+)", str(raised.value))
+    mask(study=study(pattern="smaller", sparsity=float(largest), recipe="wanda"))
+
+
+def test_nothing_is_removed_for_the_size_of_the_dense_model(study: Make):
+    made = prune(fetch(study(pattern="smaller", sparsity=0.0, recipe="wanda"), "model", "calibration"))
+    (row,) = read_provenance(made.masks, "mask")["candidates"]
+    assert (row["size"], row["divergence"]) == (1.0, 0.0)
+
+
+def test_heads_that_the_class_refuses_are_no_candidate(study: Make, tmp_path: Path):
+    """Llama requires that the number of heads divides the width: 6 of 8 heads do not divide 64."""
+    folder = save_tiny_model(tmp_path / "wide", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    made = prune(fetch(study(folder, pattern="smaller", sparsity=0.1, recipe="wanda"), "model", "calibration"))
+    heads = {row["heads"] for row in read_provenance(made.masks, "mask")["candidates"]}
+    assert heads <= {"4/4", "2/4", "1/4"}
+    assert "4/4" in heads
+
+
+def test_a_candidate_whose_predictions_are_not_finite_is_not_the_best(study: Make, monkeypatch: Patch):
+    made = fetch(study(pattern="smaller", sparsity=0.1, recipe="wanda"), "model", "calibration")
+    prune(made)
+    number = len(read_provenance(made.masks, "mask")["candidates"])
+    measured = iter([*([math.inf] * (number - 1)), 0.5])
+    monkeypatch.setattr(depth, "measure_choices", lambda *_: iter([next(measured)]))
+    mask(study=made)
+    rows = read_provenance(made.masks, "mask")["candidates"]
+    assert [row["divergence"] for row in rows] == ["diverged"] * (number - 1) + [0.5]
+    assert read_provenance(made.masks, "mask")["config"]["num_hidden_layers"] == kept(rows[-1]["blocks"])[0]
 
 
 @pytest.mark.parametrize("stopped", ["write_blocks", "measure_candidates"])
@@ -160,9 +194,9 @@ def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | st
     if isinstance(sparsity, str):
         expected = 1 - (100_000 / sizes.stored if sparsity == "stored" else 20_000 / sizes.parameters)
     assert math.isclose(found["sparsity"], float(expected))
-    limits: list[dict[str, Any]] = [{"size": "1GB"}, {"parameters": "1B"}]
+    limits: list[dict[str, Any]] = [{"size": "1GB"}, {"parameters": "1B"}, {"size": "0MB"}, {"parameters": 0}]
     for limit in limits:
-        with pytest.raises(UserError, match="--size, --parameters: found 1,000,000,000, expected less than the"):
+        with pytest.raises(UserError, match="--size, --parameters: found (1,000,000,00)?0, expected less than the"):
             settings_for_model(check_request(model=str(tiny), **limit), tiny / "config.json", sizes)
 
 

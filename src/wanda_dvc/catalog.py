@@ -162,7 +162,7 @@ STRUCTURES = {row.name: row for row in (
                       "num_routed_experts")),
     Structure("blocks", "blocks", find="wanda_dvc.engine.finders:find_block_units", method="divergence",
               fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
-    Structure("smaller", "parameters: blocks, heads and neurons, of each as many as cost the least", fields=(),
+    Structure("smaller", "parameters in blocks, heads and neurons", fields=(),
               find="wanda_dvc.engine.finders:find_smaller"),
 )}  # fmt: skip
 

@@ -155,8 +155,8 @@ class Plan:
 
     @property
     def mask_reads_gram(self) -> bool:
-        """Whether `mask` reads stats/gram: a solver that runs on the dense model's statistics."""
-        return self.method.is_solver and not self.propagates
+        """Whether `mask` reads stats/gram: a solver on the dense model's statistics, or the candidates of a size."""
+        return (self.method.is_solver and not self.propagates) or (self.pattern == SMALLER and self.reconstructs)
 
     @property
     def measures_blocks(self) -> bool:
@@ -176,7 +176,7 @@ class Plan:
 
     @property
     def apply_reconstructs(self) -> bool:
-        """Whether `apply` computes new weights, from stats/gram; with pattern `smaller` those of weights/ go in."""
+        """Whether `apply` computes new weights, from stats/gram; with pattern `smaller` from weights/ on."""
         return self.reconstructs and (self.pattern == SMALLER or not self.mask_stores_weights)
 
     @property

@@ -100,13 +100,13 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     if not all(text.windows for text in params.calibration.text):
         enough = math.ceil(TOKENS_A_FEATURE * sizes.widest / length)
         fitting["calibration.windows"] = max(params.calibration.windows, enough)
-    requested = dict(request.settings)
-    for limit, of_dense in ((request.size, sizes.stored), (request.parameters, sizes.parameters)):
-        if limit >= of_dense:
-            raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
-        if limit:
-            requested["sparsity"] = 1 - limit / of_dense
-    return fitting | requested
+    of_bytes, of_parameters = (request.size, sizes.stored), (request.parameters, sizes.parameters)
+    limit, of_dense = of_bytes if request.parameters is None else of_parameters
+    if limit is None:
+        return fitting | request.settings
+    if not 0 < limit < of_dense:
+        raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
+    return fitting | request.settings | {"sparsity": 1 - limit / of_dense}
 
 
 def _summary(experiment: Experiment, dense: int, final: int) -> str:

@@ -31,8 +31,8 @@ class PruneRequest:
     root: Path  # the study of the model and its calibration text, in the user's cache folder
     target: Path  # the new directory
     evaluate: bool
-    size: int = 0  # of the pruned model, at most, in bytes; 0: as the settings say
-    parameters: int = 0  # likewise
+    size: int | None = None  # of the pruned model, at most, in bytes; None: as the settings say
+    parameters: int | None = None  # likewise
 
 
 def check_request(
@@ -42,7 +42,7 @@ def check_request(
     recipe: str | None = None,
     sparsity: str | float | None = None,
     pattern: str = UNSTRUCTURED,
-    size: str | None = None,
+    size: str | float | None = None,
     parameters: str | int | None = None,
     text: str | Sequence[str] = (),
     eval_text: str | Sequence[str] = (),
@@ -60,7 +60,8 @@ def check_request(
         settings["recipe"] = recipe
     if sparsity is not None:
         settings["sparsity"] = _parse_sparsity(sparsity)
-    of_size, limits = _parse_size(size, parameters, alone=sparsity is None and pattern in (UNSTRUCTURED, SMALLER))
+    alone = sparsity is None and pattern in (UNSTRUCTURED, SMALLER) and not {"sparsity", "pattern"} & {*(changes or {})}
+    of_size, limits = _parse_size(None if size is None else str(size), parameters, alone=alone)
     settings |= of_size
     settings["recovery.tokens"] = _parse_number("recover", recover, TOKEN_UNITS) if recover else 0
     if eval_text:
@@ -129,18 +130,17 @@ def _parse_size(size: str | None, parameters: str | int | None, *, alone: bool) 
     if size is None and parameters is None:
         return {}, {}
     if not alone or (size and parameters):
-        raise UserError("--size, --parameters: found with one another, --sparsity or --pattern, expected one alone")
-    settings: Settings = {"pattern": SMALLER}
+        raise UserError("--size, --parameters: found with one another, a sparsity or a pattern, expected one alone")
     if size is None:
-        return settings, {"parameters": _parse_number("parameters", parameters, PARAMETER_UNITS)}
+        return {"pattern": SMALLER}, {"parameters": _parse_number("parameters", parameters, PARAMETER_UNITS)}
     if size.endswith("%"):
-        return settings | {"sparsity": round(1 - _parse_sparsity(size, "size"), 6)}, {}
-    return settings, {"size": _parse_number("size", size, BYTE_UNITS)}
+        return {"pattern": SMALLER, "sparsity": round(1 - _parse_sparsity(size, "size"), 6)}, {}
+    return {"pattern": SMALLER}, {"size": _parse_number("size", size, BYTE_UNITS)}
 
 
 def _parse_number(option: str, text: str | int | None, units: Mapping[str, int]) -> int:
     number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text))
     if number is None or number[2] not in units:
-        examples = ", ".join(f"20{unit}" for unit in units)
-        raise UserError(f"--{option}: found {text}, expected a number such as {examples}")
+        examples = ["80%"] * (option == "size") + [f"20{unit}" for unit in units]
+        raise UserError(f"--{option}: found {text}, expected one such as {', '.join(examples)}")
     return int(Fraction(number[1]) * units[number[2]])

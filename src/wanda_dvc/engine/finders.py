@@ -4,6 +4,7 @@ No family-specific code. A field of the configuration, such as `intermediate_siz
 whose shapes change with it belong to the units. UserError if the model does not support the pattern.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint, with_fields
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import ConfigField, Removal, UnitDimension, UnitTensor, refused
 from wanda_dvc.engine.structure import build_empty, count_experts, expert_slices, find_blocks, find_linears, find_slices
-from wanda_dvc.errors import UserError, notice, reason
+from wanda_dvc.errors import UserError, reason
 from wanda_dvc.pruning.units import Units, count_kept, step_of
 
 TRIAL_WIDTH = 8  # for a field that the configuration leaves open
@@ -212,19 +213,16 @@ def find_smaller(source: Checkpoint, structure: Structure, sparsity: Fraction, d
     blocks = find_block_units(source, STRUCTURES["blocks"], Fraction(0), device)
     removal = replace(blocks, structure=structure, sets_of={"blocks": tuple(blocks.unit_sets)})
     for name in ("heads", "neurons"):
-        try:
+        with contextlib.suppress(UserError):  # then all of them are kept
             units = find_input_units(source, STRUCTURES[name], Fraction(0), device)
-        except UserError as error:
-            notice(f"pattern {structure.name}: all {name} are kept: {error}")
-            continue
-        removal = replace(
-            removal,
-            unit_sets={**removal.unit_sets, **units.unit_sets},
-            config_fields={**removal.config_fields, **units.config_fields},
-            consumers={**removal.consumers, **units.consumers},
-            dimensions=removal.dimensions + units.dimensions,
-            sets_of={**removal.sets_of, name: tuple(units.unit_sets)},
-        )
+            removal = replace(
+                removal,
+                unit_sets={**removal.unit_sets, **units.unit_sets},
+                config_fields={**removal.config_fields, **units.config_fields},
+                consumers={**removal.consumers, **units.consumers},
+                dimensions=removal.dimensions + units.dimensions,
+                sets_of={**removal.sets_of, name: tuple(units.unit_sets)},
+            )
     return removal
 
 

@@ -77,9 +77,7 @@ class Removal:
     def sparsities_of(self, pattern: str) -> list[Fraction]:
         """Return the fractions of the units of a pattern that may be removed, from 0 on; of a missing pattern, 0."""
         sets = [self.unit_sets[name] for name in self.sets_of.get(pattern, ())]
-        if not sets:
-            return [Fraction(0)]
-        widest = max(sets, key=lambda units: units.total)
+        widest = max(sets, key=lambda units: units.total, default=Units(1, 1))
         kept = sorted({widest.total, *range(widest.step, widest.total, widest.step)}, reverse=True)
         return [1 - Fraction(number, widest.total) for number in kept]
 

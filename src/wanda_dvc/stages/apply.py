@@ -190,10 +190,9 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     return measures, {"sparsity": round(sparsity, 6), "removed_parameters": round(removed, 6)}
 
 
-def pruned_view(study: Study, reader: DenseToPruned | None = None) -> EditedCheckpoint:
+def pruned_view(study: Study, reader: DenseToPruned, removal: Removal | None = None) -> EditedCheckpoint:
     """Return a view of a study's dense model with the pruned model's weights, and without removed units."""
-    reader = reader or DenseToPruned(study)
-    removal = removal_of(reader.checkpoint, reader.plan, reader.device)
+    removal = removal or removal_of(reader.checkpoint, reader.plan, reader.device)
     if removal is None:
         return EditedCheckpoint(reader.checkpoint, reader.read, reader.addresses)
     removal = removal.with_kept(kept_units_of(study, removal))

@@ -123,21 +123,24 @@ def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, 
 
     removal = inputs.removal_of(checkpoint, study.plan, device)
     assert removal is not None  # the pattern removes units
-    candidates, rows = find_candidates(study, checkpoint, removal), list[Json]()
+    candidates, measured, rows = find_candidates(study, checkpoint, removal), list[float](), list[Json]()
     sparsities = [study.plan.sparsity] * artifact.block_count(study.norms, "calibrate")
     with study.work(made_from) as work:
-        works = [Work(work.path / f"candidate_{number}") for number in range(len(candidates))]
-        for candidate, own_work in zip(candidates, works, strict=True):
+        tries = [(candidate, Work(work.path / f"candidate_{place}")) for place, candidate in enumerate(candidates)]
+        for candidate, own_work in tries:
             job = MaskJob(study.plan, checkpoint, sparsities, candidate.removal, study.fisher.absolute())
             write_blocks(study, job, own_work, made_from, device)
-        for candidate, divergence in zip(candidates, measure_candidates(study, works, work), strict=True):
+            for activations in ("own", "dense"):  # of its repair, gigabytes
+                artifact.remove(own_work.path / activations)
+        for candidate, divergence in zip(candidates, measure_candidates(study, tries, work), strict=True):
+            measured.append(divergence)
             rows.append(candidate.describe(divergence))
             notice(f"mask: candidate {', '.join(f'{name} {value}' for name, value in rows[-1].items())}")
-        best = min(range(len(rows)), key=lambda number: rows[number]["divergence"])
-        made_from |= {"config": candidates[best].removal.config_changes, "candidates": rows}
+        best, best_work = tries[measured.index(min(measured))]
+        chosen = {"config": best.removal.config_changes, "candidates": rows}
         for output in ("masks", "weights"):
-            artifact.finish(works[best].output(output), made_from)
-        works[best].commit(study.masks, study.weights)
+            artifact.finish(best_work.output(output), made_from | chosen)
+        best_work.commit(study.masks, study.weights)
         work.discard()
 
 

@@ -6,6 +6,7 @@ divergence without the blocks and the costs of the units predict its divergence;
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import WINDOWS_BACK
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import inputs
-from wanda_dvc.stages.apply import pruned_view
+from wanda_dvc.stages.apply import DenseToPruned, pruned_view
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.study import tensors
 from wanda_dvc.study.artifact import Work, read_provenance
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, json_number
 from wanda_dvc.study.folder import Study
 
 MEASURED = 6  # candidates, at most
@@ -44,58 +45,58 @@ class Candidate(NamedTuple):
         """The first set of each pattern; the others of a pattern are in proportion."""
         return {pattern: self.removal.unit_sets[names[0]] for pattern, names in self.removal.sets_of.items()}
 
-    @property
-    def is_of_one_pattern(self) -> bool:
-        """Whether it removes blocks alone, heads alone, or neurons alone."""
-        return sum(units.kept < units.total for units in self.units.values()) == 1
-
     def describe(self, divergence: float) -> Json:
         """Describe it with its measured divergence, as the provenance of masks has it."""
-        row: Json = {pattern: f"{units.kept}/{units.total}" for pattern, units in self.units.items()}
-        return row | {"size": round(self.size, 4), "predicted": round(self.predicted, 4), "divergence": divergence}
+        kept = {pattern: f"{units.kept}/{units.total}" for pattern, units in self.units.items()}
+        numbers = {"size": round(self.size, 4), "predicted": round(self.predicted, 4)}
+        return {**kept, **numbers, "divergence": json_number(divergence)}
 
 
 def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal) -> list[Candidate]:
-    """Return the candidates to measure: those of one pattern, and those with the least predicted divergence.
+    """Return the candidates to measure: those of one pattern first, then those with the least predicted divergence.
 
     UserError if none is small enough.
     """
     (blocks_name,) = removal.sets_of["blocks"]
     blocks = removal.unit_sets[blocks_name].total
-    costs, candidates, too_large = read_costs(study, removal), list[Candidate](), list[float]()
+    dense, costs = DenseModel(checkpoint, removal.structure), read_costs(study, removal)
+    candidates, too_large = list[Candidate](), list[float]()
+    choices = [depth.no_choice(blocks), *inputs.read_choices(study.blocks)]
 
-    def size_of(model: Removal) -> float:
-        return SmallerCheckpoint(checkpoint, model).parameters / checkpoint.parameters
+    def size_of(model: Removal) -> Fraction:
+        return Fraction(SmallerCheckpoint(checkpoint, model).parameters, checkpoint.parameters)
 
     for heads in removal.sparsities_of("heads"):
-        for choice in [depth.no_choice(blocks), *inputs.read_choices(study.blocks)]:
-            kept = torch.ones(blocks, dtype=torch.bool)
-            kept[list(choice.removed)] = False
+        for choice in choices:
+            kept = torch.tensor([block not in choice.removed for block in range(blocks)])
             start = removal.with_kept({blocks_name: kept}).with_sparsity("heads", heads)
             models = [start.with_sparsity("neurons", neurons) for neurons in removal.sparsities_of("neurons")]
+            # The models become smaller: the place of the first one that fits.
             place = bisect_left(models, True, key=lambda model: size_of(model) <= 1 - study.plan.sparsity)
             if place == len(models):
-                too_large.append(size_of(models[-1]))
+                too_large.append(float(size_of(models[-1])))
                 continue
             model = models[place]
-            try:
+            try:  # heads may not divide the width, or blocks change their kind
+                dense.build(model.config_changes)
                 DenseModel(SmallerCheckpoint(checkpoint, model), removal.structure)
-            except UserError:  # heads that do not divide the width, or later blocks that change their kind
+            except UserError:
                 continue
             of_units = 0.0
             for name, (block, cost) in costs.items():
                 if kept[block]:
                     of_units += cost[model.unit_sets[name].total - model.unit_sets[name].kept].item()
-            candidates.append(Candidate(model, size_of(model), choice.divergence + of_units))
-            if place == 0:  # more removed blocks would leave a smaller model than requested
-                break
+            candidates.append(Candidate(model, float(size_of(model)), choice.divergence + of_units))
+            if place == 0:  # all neurons stay: more blocks or heads would leave a smaller model than requested
+                del choices[len(choice.removed) :]
     if not candidates:
-        sizes = " and ".join(f"{1 - size:.3f}" for size in sorted(too_large)[:2])
+        sizes = " and ".join(f"{1 - size - 5e-4:.3f}" for size in sorted(too_large)[:2])
         raise UserError(
             f"sparsity: got {float(study.plan.sparsity):g}, expected at most {sizes}, of the smallest models with "
             "fewer blocks, heads and neurons; set one of these or less"
         )
-    candidates.sort(key=lambda candidate: (not candidate.is_of_one_pattern, candidate.predicted))
+    # Whether it removes units of several patterns, then what is predicted.
+    candidates.sort(key=lambda x: (sum(units.kept < units.total for units in x.units.values()) > 1, x.predicted))
     return candidates[:MEASURED]
 
 
@@ -105,15 +106,15 @@ def read_costs(study: Study, removal: Removal) -> dict[str, tuple[int, Tensor]]:
     tokens = measured["windows"] * measured["params"]["length"]
     costs = {}
     for block in range(measured["blocks"]):
-        for linear, costs_of in tensors.read_fisher(study.fisher, block)[1].items():
+        for linear, by_number in tensors.read_fisher(study.fisher, block)[1].items():
             if linear in removal.consumers:
                 name = removal.consumers[linear].unit_set
-                cheapest = costs_of[removal.unit_sets[name].total].double().sort().values
+                cheapest = by_number[removal.unit_sets[name].total].double().sort().values
                 costs[name] = block, torch.cat([cheapest.new_zeros(1), cheapest.cumsum(0)]) / (2 * tokens)
     return costs
 
 
-def measure_candidates(study: Study, works: Iterable[Work], work: Work) -> Iterator[float]:
+def measure_candidates(study: Study, tries: Iterable[tuple[Candidate, Work]], work: Work) -> Iterator[float]:
     """Yield the divergence of each candidate, whose masks and weights are in a work folder of its own.
 
     Measured on windows of the calibration's text, by another seed than the calibration's.
@@ -125,7 +126,8 @@ def measure_candidates(study: Study, works: Iterable[Work], work: Work) -> Itera
         return ModelRunner(Decoder(checkpoint, dtype=dtype, device=device), work.path / "measured")
 
     dense = depth.measure_dense(run(Checkpoint(study.model("dense"))), windows)
-    for candidate_work in works:
-        candidate = study.with_params(study.params)
-        candidate.masks, candidate.weights = candidate_work.output("masks"), candidate_work.output("weights")
-        yield next(depth.measure_choices(run(pruned_view(candidate)), windows, [[]], dense))
+    for candidate, own_work in tries:
+        of_candidate = study.with_params(study.params)  # the same study, with masks of its own
+        of_candidate.masks, of_candidate.weights = own_work.output("masks"), own_work.output("weights")
+        view = pruned_view(of_candidate, DenseToPruned(of_candidate), candidate.removal)
+        yield next(depth.measure_choices(run(view), windows, [[]], dense))
