@@ -68,7 +68,7 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, tmp_path: Path, mon
     (around.root / "code.py").write_text("")
     said = around.run("wanda-dvc", "init", "study", "--model", str(model))
     small: dict[str, Any] = {"calibration": {"windows": 2, "length": 64}, "perplexity": {"length": 64, "windows": 2}}
-    small |= {"tasks": {"names": ["piqa"]}, "zero_shot": {"limit": 2}}
+    small |= {"tasks": {"names": ["piqa"], "limit": 2}}
     file = calibrated_study.root / "params.yaml"
     file.write_text(changed(file.read_text(), small)[1])
     named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
