@@ -13,6 +13,7 @@ from conftest import Make, Patch, fetch, prune, save_tiny_model, tree
 from families import RECORDED, save
 from transformers import AutoModelForCausalLM
 
+from wanda_dvc.catalog import RECIPES
 from wanda_dvc.commands.prune import settings_for_model
 from wanda_dvc.commands.request import check_request
 from wanda_dvc.engine import depth, divergence
@@ -35,11 +36,6 @@ def kept(text: str) -> tuple[int, int]:
     """The kept units and all, of `3/4`."""
     number, total = map(int, text.split("/"))
     return number, total
-
-
-@pytest.fixture(scope="module")
-def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_key_value_heads=2, num_attention_heads=4)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3])
@@ -79,11 +75,10 @@ def test_the_best_of_the_measured_candidates_is_written(sparsity: float, study: 
         assert row["predicted"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_candidates_are_all_widest_models_that_fit(study: Make, four_blocks: Path, monkeypatch: Patch):
+def test_candidates_are_all_widest_models_that_fit(study: Make, monkeypatch: Patch):
     """By the sizes of models that transformers builds, for all numbers of blocks, heads and neurons."""
     monkeypatch.setattr(size, "MEASURED", 100)
-    settings = {"pattern": "smaller", "sparsity": 0.25, "recipe": "wanda"}
-    made = prune(fetch(study(four_blocks, **settings), "model", "calibration"))
+    made = prune(fetch(study(pattern="smaller", sparsity=0.25, recipe="wanda"), "model", "calibration"))
     rows = read_provenance(made.masks, "mask")["candidates"]
     found = {tuple(kept(row[name])[0] for name in ("blocks", "heads", "neurons")) for row in rows}
     config = Checkpoint(made.model("dense")).config
@@ -201,10 +196,10 @@ def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | st
 
 
 @pytest.mark.parametrize("family", RECORDED)
-def test_every_family_has_a_smaller_model_of_the_size(family: str, study: Make, tmp_path: Path, monkeypatch: Patch):
+def test_every_family_and_recipe_has_a_smaller_model(family: str, study: Make, tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setattr("wanda_dvc.pruning.units.MULTIPLES_OF_A_WIDTH", 4)  # torch multiplies experts by 16 bytes
-    folder = save(family, tmp_path / "model")
-    made = prune(fetch(study(folder, pattern="smaller", sparsity=0.15, recipe="wanda-refit"), "model", "calibration"))
+    folder, recipe = save(family, tmp_path / "model"), [*RECIPES][RECORDED.index(family) % len(RECIPES)]
+    made = prune(fetch(study(folder, pattern="smaller", sparsity=0.15, recipe=recipe), "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     measured = [row["divergence"] for row in read_provenance(made.masks, "mask")["candidates"]]
     assert 1 <= len(measured) <= size.MEASURED

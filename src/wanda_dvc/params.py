@@ -268,7 +268,7 @@ class Params(_Section):
     )
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("fisher", description="how the model is pruned; see below")
-    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of weights, units, parameters to remove; not of n:m")
+    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of weights, units or parameters to remove; not n:m")
     pattern: Annotated[str, AfterValidator(_check_pattern)] = Field(
         UNSTRUCTURED,
         description="`unstructured`: zeros anywhere in a group; `n:m`, such as `2:4`: n of every m neighbours stay; "

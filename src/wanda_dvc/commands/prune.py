@@ -100,10 +100,10 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     if not all(text.windows for text in params.calibration.text):
         enough = math.ceil(TOKENS_A_FEATURE * sizes.widest / length)
         fitting["calibration.windows"] = max(params.calibration.windows, enough)
-    of_bytes, of_parameters = (request.size, sizes.stored), (request.parameters, sizes.parameters)
-    limit, of_dense = of_bytes if request.parameters is None else of_parameters
-    if limit is None:
+    if request.limit is None:
         return fitting | request.settings
+    measure, limit = request.limit
+    of_dense = getattr(sizes, measure)
     if not 0 < limit < of_dense:
         raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
     return fitting | request.settings | {"sparsity": 1 - limit / of_dense}

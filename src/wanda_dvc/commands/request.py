@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
 
 from wanda_dvc.catalog import HUB_ID, STRUCTURES
 from wanda_dvc.commands import check_target
@@ -31,8 +32,8 @@ class PruneRequest:
     root: Path  # the study of the model and its calibration text, in the user's cache folder
     target: Path  # the new directory
     evaluate: bool
-    size: int | None = None  # of the pruned model, at most, in bytes; None: as the settings say
-    parameters: int | None = None  # likewise
+    # Of the pruned model, at most: bytes, "stored", or "parameters", as ModelSizes has them; None: as the settings say.
+    limit: tuple[Literal["stored", "parameters"], int] | None = None
 
 
 def check_request(
@@ -61,7 +62,7 @@ def check_request(
     if sparsity is not None:
         settings["sparsity"] = _parse_sparsity(sparsity)
     alone = sparsity is None and pattern in (UNSTRUCTURED, SMALLER) and not {"sparsity", "pattern"} & {*(changes or {})}
-    of_size, limits = _parse_size(None if size is None else str(size), parameters, alone=alone)
+    of_size, limit = _parse_size(None if size is None else str(size), parameters, alone=alone)
     settings |= of_size
     settings["recovery.tokens"] = _parse_number("recover", recover, TOKEN_UNITS) if recover else 0
     if eval_text:
@@ -87,7 +88,7 @@ def check_request(
         trained = str(recover or params.recovery.tokens) if params.recovery.tokens else None
         target = Path("-".join(filter(None, [name, recipe, kind, amount, trained])))
     target = check_target(Study(root), target)
-    return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate, **limits)
+    return PruneRequest(settings=settings, params=params, root=root, target=target, evaluate=evaluate, limit=limit)
 
 
 def parse_changes(assignments: Iterable[str]) -> Settings:
@@ -125,17 +126,17 @@ def _parse_sparsity(text: str | float, option: str = "sparsity") -> float:
         raise UserError(f"--{option}: found {text}, expected a fraction or a percentage, such as 0.5 or 50%") from None
 
 
-def _parse_size(size: str | None, parameters: str | int | None, *, alone: bool) -> tuple[Settings, dict[str, int]]:
+def _parse_size(size: str | None, parameters: str | int | None, *, alone: bool) -> tuple[Settings, Any]:
     """Return settings, and the limit of a size that becomes a sparsity once the model is known."""
     if size is None and parameters is None:
-        return {}, {}
+        return {}, None
     if not alone or (size and parameters):
         raise UserError("--size, --parameters: found with one another, a sparsity or a pattern, expected one alone")
     if size is None:
-        return {"pattern": SMALLER}, {"parameters": _parse_number("parameters", parameters, PARAMETER_UNITS)}
+        return {"pattern": SMALLER}, ("parameters", _parse_number("parameters", parameters, PARAMETER_UNITS))
     if size.endswith("%"):
-        return {"pattern": SMALLER, "sparsity": round(1 - _parse_sparsity(size, "size"), 6)}, {}
-    return {"pattern": SMALLER}, {"size": _parse_number("size", size, BYTE_UNITS)}
+        return {"pattern": SMALLER, "sparsity": round(1 - _parse_sparsity(size, "size"), 6)}, None
+    return {"pattern": SMALLER}, ("stored", _parse_number("size", size, BYTE_UNITS))
 
 
 def _parse_number(option: str, text: str | int | None, units: Mapping[str, int]) -> int:

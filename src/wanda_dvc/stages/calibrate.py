@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import DrawnWindows
 from wanda_dvc.errors import UserError, notice
@@ -162,7 +163,7 @@ def _choose_blocks(study: Study, work: Work) -> None:
     texts = len(study.stage_input("calibrate/norms").get("shares", ()))  # their windows take turns
     count = max(math.ceil(TOKENS_OF_CHOICES / windows.shape[1]), texts)
     sequences = [TokenSequence(window) for window in windows[:count]]
-    choices = read_choices(work.out)
+    choices, choose_one_more = read_choices(work.out), methods()[STRUCTURES["blocks"].method]
     bar = progress_bar(depth.count_measured(blocks, number), "calibrate, choices of blocks measured")
     start_at(bar, depth.count_measured(blocks, len(choices)))
     dense = depth.measure_dense(run, sequences)
@@ -175,6 +176,6 @@ def _choose_blocks(study: Study, work: Work) -> None:
         return divergences
 
     while len(choices) < number:
-        choices.append(depth.choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
+        choices.append(choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
         write_json(work.out / CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})
     bar.close()
