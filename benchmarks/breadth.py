@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from origin import HERE, Row, arguments, is_old, origin, protocol, read_rows, write_row
-from recipes import STAGES, Comparison, Wanted
+from recipes import STAGES, Comparison, Wanted, study_folder
 from texts import make
 
 from wanda_dvc.study.folder import Study
@@ -78,7 +78,7 @@ class Breadth:
         """Return the study of a calibration, prepared."""
         work = self.work / f"{calibration}-{windows}"
         if work not in self.studies:
-            root = work / MODEL
+            root = study_folder(work, MODEL)
             if (calibration, windows) != FIRST and not (root / "models/dense").is_dir():
                 Study(root).link_to(self.study(*FIRST).study, *SHARED)
             wanted_settings = settings(calibration, windows, self.texts)

@@ -185,8 +185,8 @@ def product_speed(bench: Bench, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / seconds
 
 
-def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str, Settings]]:
-    """Run each stage on the 8B shape; yield its name, the stage, and its figures for all blocks."""
+def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, Settings]]:
+    """Run each stage on the 8B shape; yield its name and its figures for all blocks."""
     size, protocol, blocks = bench.size, bench.size.protocol, bench.size.blocks[1]
     tokens = STEPS * RECOVERY_BATCH * min(RECOVERY_LENGTH, protocol.length)
     settings = bench.settings(protocol.windows, protocol.length)
@@ -205,20 +205,20 @@ def times(bench: Bench, shape: Settings, speed: Work) -> Iterator[tuple[str, str
         study = changed(study, change)
         if statistics:
             name = f"calibrate {statistics}"
-            yield name, "calibrate", figures(name, bench.measure(study, "calibrate", statistics))
+            yield name, figures(name, bench.measure(study, "calibrate", statistics))
         for stage in ("mask", "apply"):
             name = f"{stage} {recipe}"
-            yield name, stage, figures(name, bench.measure(study, stage))
+            yield name, figures(name, bench.measure(study, stage))
     protocol = protocol._replace(evaluated=protocol.windows * protocol.length)
     for model in ("dense", "pruned"):
         measured = bench.measure(study, "perplexity", model)
-        yield f"perplexity {model}", "perplexity", figures("perplexity", measured)
+        yield f"perplexity {model}", figures("perplexity", measured)
     with mock.patch.object(ModelRunner, "forward", autospec=True, side_effect=ModelRunner.forward) as passes:
         measured = bench.measure(study, "zero-shot", "dense")
     counts = [len(sequence.tokens) for call in passes.call_args_list for sequence in call.args[1]]
     protocol = protocol._replace(questions=sum(counts))
-    yield "zero-shot dense", "zero-shot", figures("zero-shot", measured)
-    yield f"recover, {STEPS} steps", "recover", recovery(bench, study, shape, settings, speed)
+    yield "zero-shot dense", figures("zero-shot", measured)
+    yield f"recover, {STEPS} steps", recovery(bench, study, shape, settings, speed)
 
 
 def recovery(bench: Bench, study: Study, shape: Settings, settings: Settings, speed: Work) -> Settings:
@@ -341,8 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
                 write(f"check: {what}", comparison, *STAGES)
         except Exception:  # the times are worth the rent of a GPU too
             failures.append(traceback.format_exc())
-        for what, stage, figures in times(bench, LLAMA_8B | changes, speed):
-            write(f"stage: {what}", figures, stage)
+        for what, figures in times(bench, LLAMA_8B | changes, speed):
+            write(f"stage: {what}", figures)
         print("\n".join(["", gpu(read_rows(target)), *(f"\nfailed: {failure}" for failure in failures)]))
     return 1 if failures else 0
 

@@ -124,7 +124,7 @@ def main() -> None:
                 what = f"LLaMA-2-7B's shape (13.5 GB), limit 3 GB: `{stage}`"
                 share, goal = (found["peak"] + found["imports"]) / LIMIT, 1
             value = {"share": share, "goal": f"< {goal}", "met": share < goal}
-            write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL, [stage]))
+            write_row(HERE / "memory.json", what, value | found, origin(PROTOCOL))
             print(stage, found, flush=True)
 
 

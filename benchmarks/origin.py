@@ -1,6 +1,7 @@
 """Where figures come from: files of rows, each with its value, and the code, libraries, machine and date behind it.
 
-A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An origin is what `origin` returns.
+A file is `{"rows": {NAME: {"value": …, "origin": …}}}`, one row a line. An origin is what `origin` returns. A row is
+old when the code that it names has changed.
 """
 
 import argparse
@@ -17,27 +18,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sources import sources_digest
+
 from wanda_dvc.machine import cores
-from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.scaffold import changed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIBRARIES = ("torch", "transformers")
-# Versions whose successor changed no row's results: `calibrate` also measures the costs of units, then stored triangles
-# in another order, and no influence of blocks, then no counts of tokens beside them.
-SAME_RESULTS = {("calibrate", 11), ("calibrate", 12), ("calibrate", 13)}
+FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # of a processor, which decide how it multiplies
 
 Row = dict[str, Any]
 
 
 def origin(protocol: str, stages: Iterable[str] = (), libraries: Iterable[str] = LIBRARIES) -> Row:
-    """Return the origin of what is measured now: how, with which code, which libraries, on which machine, and when."""
+    """Return the origin of what is measured now: how, with which code, which libraries, on which machine, and when.
+
+    Results depend on the code of some `stages`; times and memory on all code, without `stages`.
+    """
+    names = list(stages)
     return {
         "protocol": protocol,
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "src") else ""),
-        "stages": {name: STAGES[name].version for name in stages},
+        "stages": names,
+        "sources": sources_digest(tuple(names)),
         "libraries": {name: version(name) for name in libraries} | {"python": sys.version.split()[0]},
         "cpu": f"{processor()}, {cores()} threads",
         "date": time.strftime("%Y-%m-%d"),
@@ -45,11 +50,14 @@ def origin(protocol: str, stages: Iterable[str] = (), libraries: Iterable[str] =
 
 
 def processor() -> str:
-    """Return the CPU's name."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    """Return the CPU's name, and on Linux its family, its model and what it can multiply with."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+        entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        if "model name" in entries:
+            flags = sorted(FLAGS & set(entries["flags"].split()))
+            family = f"family {entries['cpu family']} model {entries['model']}"
+            return ", ".join([entries["model name"], family, " ".join(flags)])
     return platform.processor() or platform.machine()
 
 
@@ -106,6 +114,5 @@ def protocol(windows: int, measured: int, length: int, *texts: str) -> Row:
 
 
 def is_old(row: Row) -> bool:
-    """Whether a stage has another version now than when the row was measured, and other results."""
-    versions = row["origin"]["stages"].items()
-    return any(STAGES[name].version != known and (name, known) not in SAME_RESULTS for name, known in versions)
+    """Whether the code that can change a row has changed since it was measured, or is not known."""
+    return bool(row["origin"].get("sources") != sources_digest(tuple(row["origin"]["stages"])))

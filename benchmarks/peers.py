@@ -35,7 +35,6 @@ TASKS = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 SIZES = {"windows": 32, "length": 2048, "measured": 16, "limit": 200}
 DEFAULT: Part = {"sparsity": 0.5, "recipe": "wanda", "pattern": "unstructured"}
 PRUNES, EVALUATIONS = 3, 7  # of a study: by each of two methods; the dense model is evaluated too
-STAGES = ("calibrate", "mask", "apply", "perplexity", "zero-shot")
 F32, BF16 = "float32", "bfloat16"
 
 
@@ -390,7 +389,7 @@ def main() -> None:
             found = measure(peers, *words)
             value = {"ours_s": found, "ratio": found} if isinstance(found, float) else found
             value |= {"ratio": round(value["ratio"], 4), "goal": goal, "met": met(goal, value["ratio"])}
-            write_row(HERE / "peers.json", row, value, origin(how, STAGES, (*LIBRARIES, "lm-eval", "dvc")))
+            write_row(HERE / "peers.json", row, value, origin(how, libraries=(*LIBRARIES, "lm-eval", "dvc")))
             print(f"{row}: {value}", flush=True)
 
 

@@ -3,10 +3,11 @@
     python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
     python benchmarks/recipes.py --mirror DIR --seconds     all, with the seconds of `mask` and `apply`; a day
 
-No window of an evaluation chooses anything, but both models took part in the choice of defaults. DIR holds WikiText-2
-laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each with a part of one
-GGUF file; a fifth names its checksum. Gemma's terms of use apply to it. Each row is written at once, and a run measures
-the rows that are missing or of older code.
+No row chooses anything, but both models and these windows took part in the choice of defaults: dev/experiments.md.
+DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each
+with a part of one GGUF file; a fifth names its checksum. Gemma's terms of use apply to it. A row has the losses of each
+window, and the study is a new one for each state of the code. Each row is written at once, and a run measures the rows
+that are missing or of older code.
 """
 
 import bz2
@@ -33,6 +34,7 @@ from origin import (
     read_rows,
     write_row,
 )  # fmt: skip
+from sources import sources_digest
 from texts import GENSIM, pip_packages
 
 from wanda_dvc.catalog import STATISTICS
@@ -60,7 +62,7 @@ TOKENS = {"200k": 200_000, "1M": 1_000_000, LONGER: 1_000_000}  # of a recovery
 RECOVERED = (
     *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("wanda-refit",), SMALLER),
 )  # fmt: skip
-MEASURES = ("perplexity", "divergence", "top1_agreement")
+PLAN = ("calibrate/norms", "mask", "recover")  # what was asked of these stages
 STAGES = ("calibrate", "mask", "apply", "perplexity")
 Wanted = tuple[str, ...]  # a model, a recipe or `dense`, for a recipe an amount, and of a recovery its tokens
 
@@ -80,12 +82,13 @@ class Comparison:
     """The study of one model: prepared when it is made, then pruned and measured for each row."""
 
     def __init__(self, model: str, mirror: Path | None, work: Path, settings: Row = SETTINGS) -> None:
-        self.root, self.study = work / model, folder.Study(work / model)
+        self.packages, self.root = work, study_folder(work, model)  # what was downloaded serves all code
+        self.study = folder.Study(self.root)
         self.texts: list[str] = list(settings["perplexity"]["texts"])
         self.pruned: Wanted = ()  # the row of the pruned model that is there
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "params.yaml", self.root)
-        here = {"model": str(gemma(work))} if model.startswith("gemma") else {}
+        here = {"model": str(gemma(self.packages))} if model.startswith("gemma") else {}
         change_settings(self.root / "params.yaml", settings | here | {"runtime": {"mirror": mirror and str(mirror)}})
         self.stage("plan")
         for part in ("model", "calibration", "perplexity"):
@@ -112,9 +115,16 @@ class Comparison:
                     self.stage("download", "recovery")
                 self.stage("recover")
             self.stage("perplexity", model)
-        found = {text: load_json(self.study.metrics(model, f"perplexity/{text}")) for text in self.texts}
-        measured = {text: {key: of[key] for key in MEASURES if key in of} for text, of in found.items()}
-        return measured | {"parameters": ModelSizes.read(self.study.model(model)).parameters}
+        plan = {name: self.study.stage_input(name) for name in PLAN} if model != "dense" else {}
+        parameters = ModelSizes.read(self.study.model(model)).parameters
+        return {text: self.measures(model, text) for text in self.texts} | {"parameters": parameters, "plan": plan}
+
+    def measures(self, model: str, text: str) -> Row:
+        """Return a model's measures on a text: of the whole text, of each window, and the digest of its tokens."""
+        found = load_json(self.study.metrics(model, f"perplexity/{text}"))
+        of_windows = load_json(self.study.details(model, f"perplexity/{text}"))
+        protocol = of_windows.pop("protocol")
+        return found | of_windows | {key: protocol[key] for key in ("dense", "tokens_sha256", "windows", "length")}
 
     def prune(self, row: Wanted) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
@@ -131,10 +141,10 @@ class Comparison:
 
     def longer_text(self) -> Path:
         """Return one file of the calibration's text and the prose of gensim's articles, without their markup."""
-        out = self.root.parent / "longer.txt"
+        out = self.root / "longer.txt"
         if out.is_file():
             return out
-        library = pip_packages(self.root.parent / "packages", GENSIM, "smart-open", "wrapt")
+        library = pip_packages(self.packages / "packages", GENSIM, "smart-open", "wrapt")
         sys.path.append(str(library))
         wiki, texts = import_module("gensim.corpora.wikicorpus"), [self.study.text("calibration")]
         (dump,) = library.glob("gensim/test/test_data/enwiki-latest-pages-articles1*-shortened.bz2")
@@ -160,6 +170,11 @@ class Comparison:
             self.prune(row)
             runs.append(clock.seconds(self.root))
         return {stage: min(run[stage] for run in runs) for stage in ("mask", "apply")}
+
+
+def study_folder(work: Path, model: str) -> Path:
+    """Return the folder of a model's study, a new one for other code: no artifact of older code is in it."""
+    return work / sources_digest((*STAGES, "recover")) / model
 
 
 def gemma(work: Path) -> Path:
@@ -189,7 +204,8 @@ def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, s
                 continue
             if model not in studies:
                 studies[model] = Comparison(model, mirror, work)
-            study, made = studies[model], origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
+            study = studies[model]
+            made = origin(PROTOCOL) if timed else origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
             write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
             print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
 

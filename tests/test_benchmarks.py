@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import origin
 import peers
 import pytest
 import recipes
+import sources
 import texts
 import torch
 from conftest import ROOT, Make, calibrate, fetch, git
@@ -36,7 +39,7 @@ from wanda_dvc.study.artifact import digest
 from wanda_dvc.study.tensors import read_masks
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
-KEYS = ("protocol", "commit", "stages", "libraries", "cpu", "date")
+KEYS = ("protocol", "commit", "stages", "sources", "libraries", "cpu", "date")
 
 
 def test_the_command_with_a_clock_writes_the_seconds_of_each_run(calibrated_study: Make):
@@ -60,29 +63,61 @@ def test_a_row_keeps_its_origin_and_the_other_rows(tmp_path: Path):
     assert list(rows) == ["one", "two"]
     assert rows["one"]["value"] == {"perplexity": 20.7}
     assert tuple(rows["one"]["origin"]) == KEYS
-    assert made["stages"] == {"mask": STAGES["mask"].version, "apply": STAGES["apply"].version}
+    assert made["stages"] == ["mask", "apply"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert commit.startswith(made["commit"].removesuffix("+"))
 
 
-def test_a_row_of_another_version_of_a_stage_is_old():
+def test_a_row_is_old_if_the_code_that_can_change_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A copy of the code, changed; a comment, a docstring and what the stage never runs change no result."""
+    shutil.copytree(sources.SOURCE, tmp_path, dirs_exist_ok=True)
+    before = {stage: sources.sources_digest((stage,)) for stage in STAGES}
+
+    def changed(name: str, old: str, new: str) -> set[str]:
+        path = tmp_path / "wanda_dvc" / name
+        unchanged = path.read_text(encoding="utf-8")
+        path.write_text(mutants.mutated(unchanged, old, new), encoding="utf-8")
+        for function in (sources.sources_digest, sources._imports, sources.code_of):
+            function.cache_clear()
+        after = {stage: sources.sources_digest((stage,), tmp_path) for stage in STAGES}
+        path.write_text(unchanged, encoding="utf-8")
+        return {stage for stage in STAGES if after[stage] != before[stage]}
+
+    assert not changed("stages/mask.py", "import itertools\n", "import itertools  # of the library\n\n")
+    assert not changed("stages/mask.py", '"""Choose the masks', '"""Write the masks')
+    assert not changed("commands/doctor.py", "import platform\n", "import platform\nimport os\n")
+    assert changed("pruning/scores.py", "float().mul_(x.norm)", "float().mul_(x.norm).mul_(1)") >= {"mask"}
+    assert changed("stages/recover.py", "VALIDATION_WINDOWS = 4 ", "VALIDATION_WINDOWS = 5 ") == {"recover"}
     made = origin.origin("a protocol", ["mask"])
     assert not origin.is_old({"origin": made})
-    assert origin.is_old({"origin": made | {"stages": {"mask": STAGES["mask"].version - 2}}})
+    assert origin.is_old({"origin": made | {"sources": before["apply"]}})
+    assert origin.is_old({"origin": {"stages": {"mask": STAGES["mask"].version}}})  # of the time before digests
+
+
+def test_every_module_that_a_stage_imports_is_in_its_digest():
+    """A process, because this one has imported all."""
+    names = [f"wanda_dvc.stages.{stage.replace('-', '_')}" for stage in STAGES]
+    code = f"import sys, {', '.join(names)}\nprint(*(m.__file__ for n, m in sys.modules.items() if 'wanda_dvc' in n))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {Path(file).relative_to(ROOT / "src") for file in done.stdout.split()}
+    found = {path.relative_to(sources.SOURCE) for path in sources.imported_by(names)}
+    assert len(imported) > 40
+    assert imported <= found
+    assert Path("wanda_dvc/pruning/scores.py") in found  # by the table of methods alone
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_every_committed_row_has_an_origin(file: Path):
     for row in origin.read_rows(file).values():
         assert row.keys() == {"value", "origin"}
-        assert tuple(row["origin"]) == KEYS
+        assert row["origin"].keys() | {"sources"} == {*KEYS}  # rows from before digests are old
 
 
 def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
     made = origin.origin("a protocol", ["mask"])
     rows = {
         f"{figures.SMALL} {recipe} 50%": {"value": {"wikitext2": {"perplexity": 30.25}}, "origin": one}
-        for recipe, one in (("wanda", made), ("fisher", made | {"stages": {"mask": 0}}))
+        for recipe, one in (("wanda", made), ("fisher", made | {"sources": "other"}))
     }
     monkeypatch.setattr(figures, "measured", lambda _: rows)
     table = [line.strip("| ").split(" | ") for line in figures.TABLES["readme"]().splitlines()[2:]]
@@ -118,7 +153,7 @@ def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeyp
     names = [" ".join(row) for row in rows]
     made = origin.origin("a protocol", ["mask"])
     origin.write_row(tmp_path / "rows.json", names[0], "known", made)
-    origin.write_row(tmp_path / "rows.json", names[1], "old", made | {"stages": {"mask": 0}})
+    origin.write_row(tmp_path / "rows.json", names[1], "old", made | {"sources": "other"})
     for _ in range(2):
         recipes.measure(rows, tmp_path / "rows.json", tmp_path, tmp_path, seconds=False)
     assert measured == names[1:]
