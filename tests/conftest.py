@@ -28,7 +28,8 @@ CHECKED = ["pruning", "engine"]
 install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "checker.checked")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+os.environ |= dict.fromkeys(OFFLINE, "1")
 for _role in ("AUTHOR", "COMMITTER"):  # of the commits that tests make
     os.environ |= {f"GIT_{_role}_NAME": "test", f"GIT_{_role}_EMAIL": "test@example.org"}
 

@@ -16,6 +16,7 @@ import clock
 import figures
 import floors
 import gpu
+import moved
 import mutants
 import origin
 import peers
@@ -24,7 +25,7 @@ import recipes
 import sources
 import texts
 import torch
-from conftest import ROOT, Make, calibrate, fetch, git
+from conftest import OFFLINE, ROOT, Make, calibrate, fetch, git
 from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,8 +164,10 @@ def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeyp
 
 @pytest.mark.full
 @pytest.mark.timeout(3 * 3600)
-def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
+def test_the_headline_figures_are_those_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The real model, half an hour on two cores. Stages are processes, which may fetch what this machine lacks."""
+    for name in OFFLINE:
+        monkeypatch.delenv(name)
     shared = os.environ.get("WANDA_DVC_SHARED")
     calibrated_study = recipes.Comparison(recipes.MODELS[0], Path(shared, "datasets") if shared else None, tmp_path)
     known = origin.read_rows(recipes.TARGET)
@@ -172,6 +175,20 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], calibrated_study.measure(row)
         assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "is_moved"),
+    [
+        ("pruned/perplexity/embedded.json", 18.0, 18.08, False), ("pruned/perplexity/embedded.json", 18.0, 18.1, True),
+        ("pruned/perplexity/embedded.json", 18.0, 17.8, True), ("pruned/perplexity/embedded.json", 18.0, None, True),
+        ("pruned/perplexity/embedded.json", None, 18.0, True), ("pruned/zero_shot.json", 0.6, 0.7, False),
+        ("pruned/zero_shot.json", 0.6, 0.4, True), ("pruned/perplexity/embedded.json", 18.0, "diverged", True),
+    ],
+)  # fmt: skip
+def test_a_committed_figure_that_moved_is_found(file: str, old: object, new: object, is_moved: bool):
+    differences = {f"metrics/{file}": {"perplexity": {"old": old, "new": new}}}
+    assert bool([*moved.moved(differences, items=10)]) == is_moved
 
 
 # --- texts ---

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import Make, Patch, fetch, prune, save_tiny_model, tree
 from families import RECORDED, save
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import RECIPES
@@ -193,6 +195,19 @@ def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | st
     for limit in limits:
         with pytest.raises(UserError, match="--size, --parameters: found (1,000,000,00)?0, expected less than the"):
             settings_for_model(check_request(model=str(tiny), **limit), tiny / "config.json", sizes)
+
+
+def test_a_tied_head_that_is_stored_too_counts_for_bytes(tiny: Path, tmp_path: Path):
+    """Some models on the Hub store both; the pruned model does too, and no unit is of them."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    sizes, stored = ModelSizes.read(model), sum(tensor.numel() for tensor in tensors.values())
+    assert stored == sizes.parameters + head.numel()
+    for options, kept in (({"size": "0.1MB"}, 25_000), ({"parameters": 20_000}, 20_000 + head.numel())):
+        found = settings_for_model(check_request(model=str(model), **options), model, sizes)
+        assert math.isclose(found["sparsity"], 1 - kept / stored)
 
 
 @pytest.mark.parametrize("family", RECORDED)

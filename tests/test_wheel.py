@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, Patch, git, save_tiny_model
 from repository import Repository, ran
 
+from wanda_dvc import __version__
 from wanda_dvc.study.scaffold import changed
 
 
@@ -53,6 +54,9 @@ def test_it_carries_the_package_and_nothing_else(unpacked: Path):
     assert "Provides-Extra: report" in text
     assert "Project-URL: Paper" in text
     assert "you want" in text
+    assert "License-Expression: Apache-2.0 AND PSF-2.0" in text
+    assert len([*metadata.parent.glob("licenses/**/LICENSE*")]) == 2
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert "](docs/" not in text  # a package index has no such files
 
 

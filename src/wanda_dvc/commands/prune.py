@@ -13,7 +13,7 @@ from wanda_dvc.catalog import EMBEDDED
 from wanda_dvc.commands import check_target, reproduce
 from wanda_dvc.commands.export import move_model
 from wanda_dvc.commands.request import PruneRequest
-from wanda_dvc.engine.checkpoint import max_positions, read_config
+from wanda_dvc.engine.checkpoint import Checkpoint, max_positions, read_config
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, Settings, download_sources, nested
@@ -54,7 +54,7 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         check_target(study, request.target)  # another command may have written it meanwhile
         (study.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a stopped run; DVC would warn of it
         config = find_model_config(study)
-        if config is None:  # of a package before its download
+        if config is None or request.limit:  # of a package before its download; a size is one of stored tensors
             renew(study.root, nested(request.settings))
             reproduce(study.root, "download", "model", shown=shown)
             config = study.model("dense")
@@ -103,10 +103,13 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     if request.limit is None:
         return fitting | request.settings
     measure, limit = request.limit
-    of_dense = getattr(sizes, measure)
-    if not 0 < limit < of_dense:
+    # Of a model's directory all stored tensors, a tied head too, which `sizes` counts as embeddings.
+    weights = Checkpoint(config).parameters if config.is_dir() else sizes.parameters
+    wanted = limit / sizes.itemsize if measure == "stored" else limit + weights - sizes.parameters
+    if not 0 < wanted < weights:
+        of_dense = weights * sizes.itemsize if measure == "stored" else sizes.parameters
         raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
-    return fitting | request.settings | {"sparsity": 1 - limit / of_dense}
+    return fitting | request.settings | {"sparsity": 1 - wanted / weights}
 
 
 def _summary(experiment: Experiment, dense: int, final: int) -> str:
