@@ -33,8 +33,8 @@ WINDOWS = {"32-windows": 32, "64-windows": 64}
 FIRST, BROADEST = ("1-text", "32-windows"), ("4-texts", "64-windows")
 UNSEEN = ("novel", "news")
 PRUNED = (
-    *product(("wanda", "wanda-refit", "admm", "fisher"), ("50%",)), ("wanda-refit", "neurons 20%"),
-    ("wanda-refit", "blocks 4"), ("fisher", "50%", "200k"), ("wanda-refit", "neurons 20%", "200k"),
+    *product(("wanda", "wanda-refit", "admm", "fisher"), ("50%",)), ("fisher", "neurons 20%"), ("fisher", "blocks 4"),
+    ("fisher", "50%", "200k"), ("fisher", "neurons 20%", "200k"),
 )  # fmt: skip
 SHARED = ("data/perplexity", "reference", "metrics/dense", "metrics/details/dense", "models/dense")
 

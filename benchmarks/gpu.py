@@ -80,9 +80,9 @@ PRUNED: list[tuple[str, str, Settings]] = [
     ("wanda", "norms", {"recipe": "wanda"}),
     ("wanda 2:4", "", {"pattern": "2:4"}),
     ("admm", "gram", {"recipe": "admm", "pattern": "unstructured"}),
-    ("wanda-refit neurons", "", {"recipe": "wanda-refit", "pattern": "neurons"}),
     ("wanda, group outputs", "fisher", {"recipe": "wanda", "pattern": "unstructured", "group": "outputs"}),
-    ("fisher", "", {"recipe": "fisher", "group": None}),
+    ("fisher neurons", "", {"recipe": "fisher", "group": None, "pattern": "neurons"}),
+    ("fisher", "", {"pattern": "unstructured"}),
 ]
 
 

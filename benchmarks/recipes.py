@@ -60,7 +60,7 @@ RECIPES = (
 LONGER = "1M longer text"  # it repeats after 800,000 tokens, the calibration's after 250,000
 TOKENS = {"200k": 200_000, "1M": 1_000_000, LONGER: 1_000_000}  # of a recovery
 RECOVERED = (
-    *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("wanda-refit",), SMALLER),
+    *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("fisher",), SMALLER),
 )  # fmt: skip
 PLAN = ("calibrate/norms", "mask", "recover")  # what was asked of these stages
 STAGES = ("calibrate", "mask", "apply", "perplexity")
@@ -74,7 +74,8 @@ def wanted() -> Iterator[Wanted]:
         rows = [(model, recipe, amount) for amount in AMOUNTS for recipe in RECIPES]
         # A pattern n:m has no room for OWL's sparsities: the row would be that of wanda-paper.
         yield from (row for row in rows if row[1:] != ("owl", "2:4"))
-        yield from ((model, recipe, amount) for amount in SMALLER for recipe in ("wanda-refit", "admm"))
+        yield from ((model, "fisher", amount) for amount in SMALLER)
+        yield from ((model, "wanda-refit", amount) for amount in SMALLER if "neurons" in amount)  # without gradients
     yield from ((model, *row, tokens) for tokens in TOKENS for model in MODELS for row in RECOVERED)
 
 

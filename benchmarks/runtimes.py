@@ -22,7 +22,7 @@ PROTOCOL = (
     "calibration 32 × 2048 of wikitext2 validation; llama-imatrix on 128 × 512 of it; divergence 4 × 512 of wikitext2 "
     "test; 512 + 128 tokens"
 )
-SETTINGS: Row = protocol(32, 1, 2048, "wikitext2") | {"recipe": "wanda-refit", "recovery": {"tokens": 0}}
+SETTINGS: Row = protocol(32, 1, 2048, "wikitext2") | {"recipe": "fisher", "recovery": {"tokens": 0}}
 MODELS: dict[str, Row] = {
     "dense": {"recipe": "wanda", "pattern": "unstructured", "sparsity": 0.0},
     "neurons 20%": {"pattern": "neurons", "sparsity": 0.2},

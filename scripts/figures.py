@@ -47,7 +47,11 @@ AUTHORS = {
     ("sparsegpt-paper", "50%"): (36.2844, 1), ("magnitude", "50%"): (465.62, 1), ("magnitude-rows", "2:4"): (1937.7, 1),
     ("ria", "50%"): (None, 1), ("owl", "50%"): (None, 1),
 }  # fmt: skip
-MODELS = (*product(("wanda", "admm", "fisher"), AMOUNTS), *product(("wanda-refit",), ("50%", *SMALLER)))
+MODELS = (
+    *product(("wanda", "admm", "fisher"), AMOUNTS),
+    ("wanda-refit", "50%"),
+    *product(("wanda-refit", "fisher"), SMALLER),
+)
 FIRST_FILES = ("dense f16", "dense Q8_0", "dense Q4_K_M", "neurons 20% Q4_K_M")  # in the README
 MEASURES = tuple(product(TEXTS, ("perplexity", "divergence")))
 

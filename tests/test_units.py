@@ -29,7 +29,8 @@ from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint, UnitTensor
 from wanda_dvc.engine.structure import build_empty, find_blocks, find_linears, find_slices
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.masks import choose_units
+from wanda_dvc.pruning.masks import MaskRule, choose_linear, choose_units
+from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, count_kept, expand, least_squares_of_units, step_of
@@ -431,8 +432,8 @@ CHOICES = [
     *({"recipe": name, "propagation": "pruned"} for name in ("wanda-refit", "wanda")),
     {"recipe": "wanda", "method": "ria"},
     {"recipe": "wanda-refit", "group": "outputs"},
-    {"recipe": "wanda-refit", "method": "taylor"},
-    {"recipe": "wanda", "method": "taylor", "propagation": "pruned"},
+    {"recipe": "wanda", "group": "outputs", "propagation": "pruned"},
+    {"recipe": "fisher"},
 ]
 
 
@@ -470,27 +471,42 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", [*(name for name, row in OF_WEIGHTS.items() if row.needs != "gram"), "taylor"])
+@pytest.mark.parametrize("group", ["row", "outputs"])
+@pytest.mark.parametrize("method", [name for name, row in OF_WEIGHTS.items() if row.needs != "gram"])
 @pytest.mark.parametrize(
     ("pattern", "consumer", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
 )
 def test_the_units_with_the_lowest_scores_go(
-    method: str, pattern: str, consumer: str, units: int, calibrated_study: Make
+    group: str, method: str, pattern: str, consumer: str, units: int, calibrated_study: Make
 ):
-    """A unit's score is the sum over the weights that read it, or measured."""
-    made = calibrated_study(pattern=pattern, sparsity=0.5, method=method)
+    """A unit's score is the sum over the weights that read it; in group `outputs` times the root of its cost."""
+    made = calibrated_study(pattern=pattern, sparsity=0.5, method=method, group=group)
     mask(study=made)
     dense = Checkpoint(made.model("dense"))
     for block in range(dense.config.num_hidden_layers):
         name = f"model.layers.{block}.{consumer}"
-        if method == "taylor":
-            score = read_fisher(made.fisher, block)[1][name][units]
-        else:
-            x = read_stats(made.norms, block).inputs[name]
-            scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
-            score = scored.sum(dim=0).view(units, -1).sum(dim=1)
+        x = read_stats(made.norms, block).inputs[name]
+        scored = resolve_name(methods()[method].function)(dense.weight(name), x).double()
+        score = scored.sum(dim=0).view(units, -1).sum(dim=1)
+        if group == "outputs":
+            score *= read_fisher(made.fisher, block)[1][name][units] ** 0.5
         gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
         assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
+
+
+def test_an_expert_without_gradients_is_ranked_by_its_weights_alone():
+    torch.manual_seed(0)
+    names, units = ["mlp.0.down_proj", "mlp.1.down_proj"], Units(4, 2)
+    inputs = {name: InputStats.empty(4) for name in names}
+    for x in inputs.values():
+        x.add(torch.rand(8, 4))
+    stats, weight = BlockStats(inputs, {name: [name] for name in names}, []), torch.rand(3, 4)
+    costs = {names[0]: {4: torch.tensor([0.0, 0, 1, 1]).double()}}
+    rule = MaskRule(methods()["wanda"], Fraction(1, 2), "neurons", "linear", {}, costs, dict.fromkeys(names, units))
+    masks = [choose_linear(name, weight, inputs[name], stats, rule) for name in names]
+    assert masks[0].tolist() == [[False, False, True, True]] * 3
+    expected = wanda(weight, inputs[names[1]]).sum(dim=0).argsort()[2:]
+    assert set(masks[1][0].nonzero()[:, 0].tolist()) == set(expected.tolist())
 
 
 @pytest.mark.parametrize("score", [math.inf, math.nan])

@@ -38,14 +38,13 @@ class Method(Choice):
     paper: str
     # `module:function`: (weight [out, in], InputStats) → score [out, in]; the highest are kept.
     # Of a solver: (weight [out, in], GramFactors, sparsity, pattern, group) → mask [out, in]; True is kept.
-    # Of a method that needs `fisher`: (UnitCosts, number of units) → score of each unit.
     # Of a method that needs `blocks`: (DepthChoice, measure) → DepthChoice with one block more.
     # "": the package that has it is not installed; masks of the method can still be applied.
     function: str
-    # What it reads in addition: nothing, an InputStats, the Gram matrix, gradients, or measured choices of blocks.
+    # What it reads in addition: nothing, an InputStats, the Gram matrix, or measured choices of blocks.
     # With the Gram matrix it is a solver: it returns the mask, because it changes weights before all are chosen.
-    needs: Literal["weights", "norms", "gram", "fisher", "blocks"]
-    # The patterns whose units the function scores, from UnitCosts or an expert's TokenSum; (): it scores weights.
+    needs: Literal["weights", "norms", "gram", "blocks"]
+    # The patterns whose units the function scores, such as experts from a TokenSum; (): it scores weights.
     patterns: tuple[str, ...] = ()
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices, which takes less memory.
     scores_by_row: bool = False
@@ -103,9 +102,6 @@ _METHODS = {row.name: row for row in (
            paper="[Frantar and Alistarh 2023](https://arxiv.org/abs/2301.00774)"),
     Method("admm", "15 alternating updates of mask and weights; each time, the mask prunes more", needs="gram",
            paper="[Boža 2024](https://arxiv.org/abs/2401.02938)", function="wanda_dvc.pruning.solvers:admm"),
-    Method("taylor", "neurons and heads only: (Σ x · ∂ℓ/∂x)² over a unit's inputs, sum over tokens", needs="fisher",
-           paper="[Molchanov et al. 2019](https://arxiv.org/abs/1906.10771)", patterns=("neurons", "heads", "smaller"),
-           function="wanda_dvc.pruning.scores:taylor"),
     Method("reap", "experts only: mean of gate · ‖output‖₂ over routed tokens", needs="norms", patterns=("experts",),
            paper="[Lasby et al. 2025](https://arxiv.org/abs/2510.13999)", function="wanda_dvc.pruning.scores:reap"),
     Method("divergence", "blocks only: KL(dense ‖ without the blocks) of the predictions, measured block after block",
@@ -126,8 +122,8 @@ def methods() -> dict[str, Method]:
             problem = ""
             if method.name in rows:
                 problem = f"has the taken name {method.name}, expected another"
-            elif method.needs in ("blocks", "fisher"):  # for units that this package finds
-                problem = f"needs {method.needs}, expected weights, norms or gram"
+            elif method.needs == "blocks":  # this package finds and measures them
+                problem = "needs blocks, expected weights, norms or gram"
         except Exception as error:  # its module may raise any exception, and `replace` refuses other objects
             problem = f"does not load as a method ({error}), expected a wanda_dvc.catalog.Method"
         if problem:
@@ -173,7 +169,7 @@ STRUCTURES = {row.name: row for row in (
 GROUPS = {
     "row": "one output's weights",
     "linear": "the linear's weights",
-    "outputs": "the linear's weights; a row weighs more if the loss depends more on its output",
+    "outputs": "the linear's weights; a row, or a neuron or head, weighs more if the loss depends more on its output",
 }
 PROPAGATIONS = {
     "dense": "each block is calibrated on the outputs of dense blocks, which are cached",
@@ -261,7 +257,8 @@ class Recipe(Choice):
     reconstruction: str = "none"
     propagation: str = "dense"
     seconds: int | None = None  # of `mask` and `apply`, about, as docs/results.md has them for SmolLM2-135M
-    for_units: str | None = None  # the recipe whose choices it has with a pattern of units; None: its own
+    # The recipe whose choices it has with a pattern of units, but for the group; None: its own.
+    for_units: str | None = None
 
 
 RECIPES = {row.name: row for row in (
@@ -274,8 +271,9 @@ RECIPES = {row.name: row for row in (
            group="linear", reconstruction="sparsegpt", for_units="wanda-refit"),
     Recipe("admm", "ADMM's masks; least squares gives new values; units as `wanda-refit`", "admm",
            reconstruction="least-squares", for_units="wanda-refit", seconds=62),
-    Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`", "admm", group="outputs",
-           allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit", seconds=103),
+    Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`, with gradients", "admm",
+           group="outputs", allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit",
+           seconds=103),
     # The authors' procedures, which calibrate each block on the outputs of the pruned blocks before it.
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
     Recipe("sparsegpt-paper", "the paper's procedure: SparseGPT calibrated on pruned blocks; units as `wanda-refit`",

@@ -57,12 +57,12 @@ class Plan:
 
         A pattern replaces choices that are not separately set. It also sets the group to `row`, even a separately set
         one, because weights then compete as the pattern says; only neurons and heads keep group `outputs`, which
-        multiplies the scores of each row.
+        multiplies the score of each.
         """
         row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         recipe_for_units = row.for_units if structure else None
         if recipe_for_units:
-            row = catalog.RECIPES[recipe_for_units]
+            row = replace(catalog.RECIPES[recipe_for_units], group=row.group)
         set_separately = {name: choice for name, choice in given.items() if choice is not None}
         requested: dict[str, Any] = {name: getattr(row, name) for name in CHOICES} | set_separately
 
@@ -166,7 +166,7 @@ class Plan:
     @property
     def mask_reads_fisher(self) -> bool:
         """Whether `mask` reads stats/fisher: gradients for masks, or their Gram matrices for weights."""
-        for_masks = self.group == "outputs" or self.allocation.uses_fisher or self.method.needs == "fisher"
+        for_masks = self.group == "outputs" or self.allocation.uses_fisher
         return for_masks or self.pattern == SMALLER or (self.propagates and self.used_reconstruction.uses_fisher)
 
     @property

@@ -32,9 +32,9 @@ class MaskRule(NamedTuple):
     method: Method
     sparsity: BlockSparsity  # the fraction that is removed
     pattern: str = "unstructured"
-    group: str = "row"  # or `linear`; the group `outputs` is `linear` with `fisher`
+    group: str = "row"  # or `linear`; the group `outputs` is `linear` with `fisher`, of units also with `unit_costs`
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # Σ of squared gradients, by linear
-    unit_costs: Mapping[str, UnitCosts] = {}  # by linear, for methods that need Fisher information
+    unit_costs: Mapping[str, UnitCosts] = {}  # by linear; an expert without gradients has none
     # The units to remove, by the linear that reads them; a pattern of units keeps all weights of other linears.
     units: Mapping[str, Units] = {}
 
@@ -69,11 +69,11 @@ def choose_linear(
         sparsity = linear_sparsity(rule.sparsity, linear)
         mask = rule.method(weight, x, sparsity=sparsity, pattern=rule.pattern, group=rule.group)
     elif units:
-        if rule.method.needs == "fisher":  # an expert without gradients has no costs
-            costs = rule.unit_costs.get(linear, {units.total: torch.zeros(units.total)})
-            score = rule.method(costs, units.total).to(weight.device)
-        else:
-            score = unit_scores(scores_of(weight.contiguous(), x, rule.method, row_factors, linear), units)
+        score = unit_scores(scores_of(weight.contiguous(), x, rule.method, None, linear), units)
+        # Half of a unit's cost estimates how much the loss rises without it (Molchanov et al. 2019, arXiv 1906.10771).
+        # Its root times Wanda's score did better than either alone.
+        if linear in rule.unit_costs:
+            score *= rule.unit_costs[linear][units.total].sqrt().float().to(score.device)
         mask = expand(keep_highest(score[None], units.kept)[0], units.layout)
     else:
         mask = choose_by_score(weight, x, rule, row_factors, linear)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, finfo, float32
 
-from wanda_dvc.pruning.statistics import InputStats, TokenSum, UnitCosts
+from wanda_dvc.pruning.statistics import InputStats, TokenSum
 
 
 def magnitude(weight: Float[Tensor, "out in"], x: InputStats | None = None) -> Float[Tensor, "out in"]:
@@ -30,15 +30,6 @@ def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in
     of_input = magnitudes.sum(dim=0).clamp_(min=tiny)
     of_output = magnitudes.sum(dim=1, keepdim=True).clamp_(min=tiny)
     return (magnitudes / of_input).add_(magnitudes / of_output).mul_(x.norm.sqrt())
-
-
-def taylor(costs: UnitCosts, units: int) -> Float[Tensor, " units"]:
-    """Return Σ (∂ℓ/∂m)² over tokens, m = 1 a factor on a unit's inputs: ∂ℓ/∂m = Σ x · ∂ℓ/∂x over these inputs.
-
-    Half of it estimates the rise of the loss without the unit, at m = 0, by the second order. Molchanov et al. 2019,
-    arXiv 1906.10771; the Fisher information of such factors, Kwon et al. 2022, arXiv 2204.09656.
-    """
-    return costs[units].float()
 
 
 def reap(outputs: TokenSum) -> float:

@@ -146,7 +146,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=13,
+            version=14,
             about="Choose the weights to keep: masks/.",
             variants={
                 "": Variant(

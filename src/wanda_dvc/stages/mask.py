@@ -51,9 +51,7 @@ class MaskJob(NamedTuple):
             sets = self.removal.unit_sets
             units = {linear: sets[dimension.unit_set] for linear, dimension in self.removal.consumers.items()}
         group = "row" if plan.group == "row" else "linear"
-        reads_fisher = plan.group == "outputs" or plan.method.needs == "fisher"
-        squares, costs = tensors.read_fisher(self.fisher_folder, block) if reads_fisher else ({}, {})
-        fisher = squares if plan.group == "outputs" else {}
+        fisher, costs = tensors.read_fisher(self.fisher_folder, block) if plan.group == "outputs" else ({}, {})
         return MaskRule(plan.method, self.sparsities[block], plan.pattern, group, fisher, costs, units)
 
 
