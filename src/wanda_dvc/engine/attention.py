@@ -65,6 +65,9 @@ def attend(
         return outputs.transpose(1, 2).contiguous(), None
     # The queries that share a key head form one matrix, position by position: fewer and larger multiplications.
     kv_heads, queries = key.shape[1], query.shape[1] // key.shape[1]
+    dtype = query.dtype
+    if is_cpu:  # such small products in 16 bits take twice as long as in float32
+        query, key, value = query.float(), key.float(), value.float()
     q = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     q = q.unflatten(0, (kv_heads, queries)).transpose(1, 2).contiguous()  # [kv_heads, length, queries, size]
     k, v = key[0].contiguous(), value[0].contiguous()
@@ -81,7 +84,7 @@ def attend(
         scores.unflatten(1, (length, queries)).add_(bias)
         weights = torch.softmax(scores, dim=-1)  # sums in float32 for any dtype
         outputs[tokens] = (weights @ v[:, tokens]).unflatten(1, (length, queries)).transpose(0, 1)
-    return outputs.flatten(1, 2)[None], None
+    return outputs.flatten(1, 2)[None].to(dtype), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -208,7 +208,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=11,
+            version=12,
             about="Measure a model's accuracy on the zero-shot tasks.",
             argument="model",
             variants={
