@@ -40,6 +40,7 @@ from texts import GENSIM, pip_packages
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.sources.models import _dequantize
+from wanda_dvc.stages import CALIBRATED
 from wanda_dvc.study import folder
 from wanda_dvc.study.files import load_json
 
@@ -102,12 +103,12 @@ class Comparison:
         """Run a stage as a process, so that its memory is free afterwards; return its wall seconds."""
         return process("wanda-dvc", *words, cwd=self.root)
 
-    def measure(self, row: Wanted) -> Row:
-        """Prune by a recipe and measure; of the dense model, return what the preparation measured."""
+    def measure(self, row: Wanted, changes: Row | None = None) -> Row:
+        """Prune by a recipe, or with `changes` of the settings, and measure; the dense model is measured already."""
         model = "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
         if model != "dense":
             if self.pruned != row[:3]:
-                self.prune(row)
+                self.prune(row, changes)
             if model == "recovered":
                 text = {"source": str(self.longer_text())} if LONGER in row else None
                 change_settings(self.root / "params.yaml", {"recovery": {"tokens": TOKENS[row[3]], "text": text}})
@@ -127,16 +128,17 @@ class Comparison:
         protocol = of_windows.pop("protocol")
         return found | of_windows | {key: protocol[key] for key in ("dense", "tokens_sha256", "windows", "length")}
 
-    def prune(self, row: Wanted) -> None:
+    def prune(self, row: Wanted, changes: Row | None = None) -> None:
         """Run `mask` and `apply`, and before them `calibrate` for statistics that no row has needed yet."""
         _, recipe, amount = self.pruned = row[:3]
-        sparsity, pattern = (AMOUNTS | SMALLER)[amount]
-        wanted = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "recovery": {"tokens": 0, "text": None}}
-        change_settings(self.root / "params.yaml", wanted)
+        if changes is None:
+            sparsity, pattern = (AMOUNTS | SMALLER)[amount]
+            changes = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern}
+        change_settings(self.root / "params.yaml", changes | {"recovery": {"tokens": 0, "text": None}})
         self.stage("plan")
-        for tier in STATISTICS:
-            if self.study.stage_input(f"calibrate/{tier}") and not (self.root / "stats" / tier).is_dir():
-                self.stage("calibrate", tier)
+        for statistics in CALIBRATED:
+            if self.study.stage_input(f"calibrate/{statistics}") and not (self.root / "stats" / statistics).is_dir():
+                self.stage("calibrate", statistics)
         for stage in ("mask", "apply"):
             self.stage(stage)
 

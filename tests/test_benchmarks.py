@@ -22,6 +22,7 @@ import origin
 import peers
 import pytest
 import recipes
+import sizes
 import sources
 import texts
 import torch
@@ -215,6 +216,20 @@ def test_each_row_of_breadth_names_a_pruning():
         assert recipe in recipes.RECIPES
         assert amount in recipes.AMOUNTS | recipes.SMALLER
         assert set(tokens) <= set(recipes.TOKENS)
+
+
+def test_a_pattern_alone_removes_what_its_candidate_does():
+    candidates = [
+        {"blocks": "30/30", "heads": "3/3", "neurons": "960/1536"}, {"blocks": "22/30", "heads": "3/3", "neurons": "1/1"},
+        {"blocks": "29/30", "heads": "2/3", "neurons": "1/1"},
+    ]  # fmt: skip
+    rows = {"m chosen 80%": {"value": {"candidates": candidates}}}
+    found = {kind: sizes.changes_of(("m", kind, "80%"), rows) for kind in sizes.PATTERNS}
+    assert found["heads"] is None
+    assert found["neurons"] == {"recipe": "fisher", "pattern": "neurons", "sparsity": 0.375}
+    assert found["blocks"] == {"recipe": "fisher", "pattern": "blocks", "sparsity": 0.266667}
+    names = list(sizes.wanted())
+    assert all(names.index((*row[:1], "chosen", row[2])) <= names.index(row) for row in names)
 
 
 def test_an_email_is_what_its_sender_wrote(tmp_path: Path):
