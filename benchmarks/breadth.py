@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from origin import HERE, Row, arguments, is_old, origin, protocol, read_rows, write_row
-from recipes import STAGES, Comparison, Wanted, study_folder
+from recipes import SHARED, STAGES, Comparison, Wanted, study_folder
 from texts import make
 
 from wanda_dvc.study.folder import Study
@@ -36,7 +36,6 @@ PRUNED = (
     *product(("wanda", "wanda-refit", "admm", "fisher"), ("50%",)), ("fisher", "neurons 20%"), ("fisher", "blocks 4"),
     ("fisher", "50%", "200k"), ("fisher", "neurons 20%", "200k"),
 )  # fmt: skip
-SHARED = ("data/perplexity", "reference", "metrics/dense", "metrics/details/dense", "models/dense")
 
 
 def wanted() -> Iterator[Wanted]:

@@ -65,6 +65,8 @@ RECOVERED = (
 )  # fmt: skip
 PLAN = ("calibrate/norms", "mask", "recover")  # what was asked of these stages
 STAGES = ("calibrate", "mask", "apply", "perplexity")
+# What studies of one model and one evaluation have in common.
+SHARED = ("data/perplexity", "reference", "metrics/dense", "metrics/details/dense", "models/dense")
 Wanted = tuple[str, ...]  # a model, a recipe or `dense`, for a recipe an amount, and of a recovery its tokens
 
 

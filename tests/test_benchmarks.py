@@ -220,7 +220,8 @@ def test_each_row_of_breadth_names_a_pruning():
 
 def test_a_pattern_alone_removes_what_its_candidate_does():
     candidates = [
-        {"blocks": "30/30", "heads": "3/3", "neurons": "960/1536"}, {"blocks": "22/30", "heads": "3/3", "neurons": "1/1"},
+        {"blocks": "30/30", "heads": "3/3", "neurons": "960/1536"},
+        {"blocks": "22/30", "heads": "3/3", "neurons": "1/1"},
         {"blocks": "29/30", "heads": "2/3", "neurons": "1/1"},
     ]  # fmt: skip
     rows = {"m chosen 80%": {"value": {"candidates": candidates}}}
