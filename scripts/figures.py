@@ -7,7 +7,7 @@ figure has a mark, ¹, if its row was measured with another version of a stage.
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ sys.path.append(str(ROOT / "benchmarks"))
 import floors  # noqa: E402 - a folder of scripts
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
 from recipes import LONGER, SMALLER, TOKENS  # noqa: E402
+from spread import SEEDED, SEEDS  # noqa: E402
 
 from wanda_dvc import catalog  # noqa: E402
+from wanda_dvc.results.intervals import Estimate, holm, perplexity_interval, ratio  # noqa: E402
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/smaller.md", "docs/limits.md", "benchmarks/README.md")
 MARK = "\N{NO-BREAK SPACE}¹"  # of a figure that older code measured
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 Row = dict[str, Any]
 SMALL, GEMMA = "smollm2-135m", "gemma-3-270m"
+MODEL_NAMES = {SMALL: "SmolLM2", GEMMA: "Gemma"}
+NOTHING = "Not measured yet."
 
 # The rows of benchmarks/peers.json with a baseline on the page, with the words for them.
 TIMES = {
@@ -117,6 +121,55 @@ def first_results() -> str:
         figures += [figure(value(row), row) for row in (most, n_of_m)]
         lines.append([NAMES[recipe], paper, *figures])
     return table(["`recipe`", "weights chosen by", "50 %", "50 %, other text", "70 %", "2:4"], lines, left=2)
+
+
+def intervals() -> str:
+    """Return perplexities at 50 % with their intervals, and each recipe's ratio to the one before it, with its test.
+
+    The tests are paired by window, and adjusted for all tests of the table. A row without losses of windows has none.
+    """
+    rows = {recipe: measured("recipes").get(f"{SMALL} {recipe} 50%") for recipe in RECIPES}
+    ratios: dict[tuple[str, str], Estimate] = {}
+    for (base, recipe), text in product(pairwise(RECIPES), TEXTS):
+        losses, base_losses = (value(rows[name], text, "losses") for name in (recipe, base))
+        if losses and base_losses:
+            estimate = ratio(losses, base_losses, _predictions(rows[recipe], text))
+            if estimate:
+                ratios[recipe, text] = estimate
+    adjusted = dict(zip(ratios, holm([estimate.p for estimate in ratios.values()]), strict=True))
+    lines = []
+    for recipe, text in product(RECIPES, TEXTS):
+        row, of_row = rows[recipe], ratios.get((recipe, text))
+        losses = value(row, text, "losses")
+        estimate = perplexity_interval(losses, _predictions(row, text)) if losses else None
+        cells = [NAMES[recipe], TEXTS[text], figure(value(row, text), row)]
+        cells.append(f"{figure(estimate.low)} to {figure(estimate.high)}" if estimate else "–")
+        cells.append(f"{of_row.value:.3f} ({of_row.low:.3f} to {of_row.high:.3f})" if of_row else "–")
+        cells.append(f"{adjusted[recipe, text]:.2g}" if of_row else "–")
+        lines.append(cells)
+    heads = ["`recipe`, 50 %", "text", "perplexity", "95 % interval", "ratio to the recipe above", "p (Holm)"]
+    return table(heads, lines, left=2)
+
+
+def _predictions(row: Row | None, text: str) -> list[int]:
+    losses = value(row, text, "losses") or []
+    return [value(row, text, "length") - 1] * len(losses)
+
+
+def spread() -> str:
+    """Return the lowest and the highest perplexity over the seeds of calibrations, of both models on both texts."""
+    first, others = measured("recipes"), measured("spread")
+    lines = []
+    for model, row in product(MODEL_NAMES, SEEDED):
+        of_seeds = [first.get(" ".join((model, *row))), *(others.get(" ".join((model, seed, *row))) for seed in SEEDS)]
+        if all(of_seeds):
+            mark = MARK * any(is_old(one) for one in of_seeds if one)
+            cells = [" ".join((MODEL_NAMES[model], *row)).replace("%", " %")]
+            for text in TEXTS:
+                values = [value(one, text) for one in of_seeds]
+                cells.append(f"{figure(min(values))} to {figure(max(values))}" + mark)
+            lines.append(cells)
+    return table(["three seeds", *(f"perplexity, {name}" for name in TEXTS.values())], lines) if lines else NOTHING
 
 
 def seconds() -> str:
@@ -247,7 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the 
     "demo": lambda: "```text\n" + (ROOT / "benchmarks/demo.txt").read_text(encoding="utf-8") + "```",
     "readme": first_results, "smaller": lambda: runtimes(FIRST_FILES), "recipes": by_recipe, "texts": by_text,
     "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
-    "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")), "floors": floors.table,
+    "intervals": intervals, "spread": spread, "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")),
+    "floors": floors.table,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The figures' files say where each row comes from, and the scripts compare like with like."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,15 +19,18 @@ import floors
 import gpu
 import moved
 import mutants
+import numpy as np
 import origin
 import peers
 import pytest
 import recipes
 import sizes
 import sources
+import spread
 import texts
 import torch
 from conftest import OFFLINE, ROOT, Make, calibrate, fetch, git
+from scipy.stats import ttest_rel
 from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -135,6 +139,46 @@ def test_a_mark_is_written_once_for_a_row_or_a_table():
     assert [table[0], *table[2:]] == ["| a | b | c |", f"| x{figures.MARK} | 1 | 1 |", f"| y | {old} | 1 |"]
     table = figures.table(["a", "b", "c"], [["x", old, "–"], ["y", old, old]]).splitlines()
     assert [table[0], *table[2:]] == [f"| a{figures.MARK} | b | c |", "| x | 1 | – |", "| y | 1 | 1 |"]
+
+
+def test_recipes_are_compared_window_by_window_with_all_tests_adjusted(monkeypatch: pytest.MonkeyPatch):
+    """The oracle is scipy's test for pairs. The losses of two recipes are known on both texts."""
+    made, generator = origin.origin("a protocol", ["mask"]), np.random.default_rng(0)
+    losses = {recipe: generator.normal(3, 0.2, (2, 16)) for recipe in ("wanda", "wanda-refit")}
+    rows = {
+        f"{figures.SMALL} {recipe} 50%": {
+            "value": {
+                text: {"perplexity": math.exp(of_text.mean()), "losses": of_text.tolist(), "length": 2048}
+                for text, of_text in zip(figures.TEXTS, of_recipe, strict=True)
+            },
+            "origin": made,
+        }
+        for recipe, of_recipe in losses.items()
+    }
+    monkeypatch.setattr(figures, "measured", lambda _: rows)
+    lines = [line.strip("| ").split(" | ") for line in figures.TABLES["intervals"]().splitlines()[2:]]
+    p = [ttest_rel(*(losses[recipe][text] for recipe in losses)).pvalue for text in range(2)]
+    expected = [min(1, 2 * min(p)) if one == min(p) else max(min(1, 2 * min(p)), one) for one in p]
+    found = [line for line in lines if line[0] == "`wanda-refit`"]
+    assert [float(line[5]) for line in found] == pytest.approx(expected, rel=0.05)
+    ratios = np.exp((losses["wanda-refit"] - losses["wanda"]).mean(axis=1))
+    assert [line[4].partition(" ")[0] for line in found] == [f"{one:.3f}" for one in ratios]
+    assert all(line[3:] == ["–", "–", "–"] for line in lines if line[0] == "`admm`")
+
+
+def test_the_spread_is_the_range_over_the_seeds_of_a_row(monkeypatch: pytest.MonkeyPatch):
+    made = origin.origin("a protocol", ["mask"])
+
+    def row(perplexity: float) -> origin.Row:
+        return {"value": {text: {"perplexity": perplexity} for text in figures.TEXTS}, "origin": made}
+
+    name = f"{figures.SMALL} wanda 50%"
+    files = {"recipes": {name: row(42.5)}, "spread": {}}
+    monkeypatch.setattr(figures, "measured", files.__getitem__)
+    assert figures.TABLES["spread"]() == figures.NOTHING
+    for place, seed in enumerate(spread.SEEDS):
+        files["spread"][f"{figures.SMALL} {seed} wanda 50%"] = row(42 + 2 * place)
+    assert figures.TABLES["spread"]().splitlines()[-1] == "| SmolLM2 wanda 50 % | 42.00 to 44.00 | 42.00 to 44.00 |"
 
 
 # --- the protocol ---
