@@ -22,6 +22,7 @@ from wanda_dvc.study.folder import Study
 DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
 PRUNE = {"mask", "apply"}
 EVALUATE = {"perplexity-pruned@embedded", "zero-shot-pruned"}
+RECOVER = {"recover", "perplexity-recovered@embedded", "zero-shot-recovered"}
 CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-fisher", "calibrate-blocks"}
 
 
@@ -56,11 +57,11 @@ class Repository:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def repro(self, *targets: str, **changes: object) -> set[str]:
+    def repro(self, *targets: str, trained: bool = False, **changes: object) -> set[str]:
         """Change parameters, reproduce some stages, by default all; the stages whose commands ran."""
         if changes:
             self.change(**changes)
-        return ran(self.run("dvc", "repro", *targets))
+        return ran(self.run("dvc", "repro", *targets), trained=trained)
 
     def change(self, **changes: object) -> None:
         """Write params.yaml anew: the settings of this repository, and changes."""
@@ -106,6 +107,6 @@ def command_environment(*, real: bool, **imported_with: str) -> dict[str, str]:
     return environment
 
 
-def ran(output: str) -> set[str]:
-    """The stages whose commands ran, by what `dvc repro` printed; those of a recovery, which is off, do nothing."""
-    return {name for name in re.findall(r"Running stage '([^']+)'", output) if "recover" not in name}
+def ran(output: str, *, trained: bool = False) -> set[str]:
+    """The stages whose commands ran, by what `dvc repro` printed; those of a recovery count with a training."""
+    return {name for name in re.findall(r"Running stage '([^']+)'", output) if trained or "recover" not in name}

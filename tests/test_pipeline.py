@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Factory, save_tiny_model, tree
-from repository import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE, Repository, ran
+from repository import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE, RECOVER, Repository, ran
 
 from wanda_dvc.sources import EMBEDDED_FOLDER
 
@@ -66,6 +66,24 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
 )
 def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, object], expected: set[str]):
     assert repository.repro(**changes) == {"plan"} | expected
+
+
+def test_a_change_reruns_the_training_that_depends_on_it(repository: Repository, tmp_path: Path):
+    (tmp_path / "more.txt").write_text("".join(f"The {number}th line. " for number in range(2000)))
+    settings: dict[str, object] = {"recovery__tokens": 1024}
+    assert repository.repro(trained=True, **settings) == {"plan"} | RECOVER
+    for changes, expected in (
+        ({"runtime__device": "cpu"}, set()),
+        ({"recovery__rate": 0.002}, RECOVER),
+        ({"recovery__tokens": 2048}, RECOVER),
+        ({"recovery__text__source": str(tmp_path / "more.txt")}, RECOVER | {"download-recovery"}),
+        ({"perplexity__length": 32}, {f"perplexity-{model}@embedded" for model in ("dense", "pruned", "recovered")}),
+        ({"sparsity": 0.6}, PRUNE | EVALUATE | RECOVER),
+        # The run cache of DVC has the placeholder of zero-shot, from before the training.
+        ({"recovery__tokens": 0}, RECOVER - {"zero-shot-recovered"} | {"download-recovery"}),
+    ):
+        settings |= changes
+        assert repository.repro(trained=True, **settings) == {"plan"} | expected, changes
 
 
 def test_a_recipe_alone_measures_what_it_reads_once_and_solved_weights_are_not_cached(repository: Repository):
