@@ -1,6 +1,7 @@
 """The engine against the whole model run by transformers: blocks, chunks of sequences, sequences kept on a device."""
 
 import pickle
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,20 @@ def test_a_linear_reads_one_input_in_all_shards():
     total = InputSums(input_of={"up": "gate"})
     with pytest.raises(UserError, match="^up: it reads the input of gate, and in other windows of up; unsupported"):
         total.merge(InputSums(input_of={"up": "up"}))
+
+
+def test_a_windows_inputs_are_freed_before_the_next(tiny: Path, tmp_path: Path):
+    decoder, seen, alive = Decoder(tiny, dtype=torch.float32, device=CPU), list[Any](), list[int]()
+
+    def see(_: object, args: tuple[torch.Tensor]) -> None:
+        seen.append(weakref.ref(args[0]))
+        alive.append(sum(reference() is not None for reference in seen))
+
+    step = next(walk(decoder, [TokenSequence(torch.arange(start, start + 8)) for start in range(48)], tmp_path))
+    with decoder.blocks[0].get_submodule("mlp.down_proj").register_forward_pre_hook(see):
+        step.record()
+    assert len(alive) == 48  # in chunks of three
+    assert max(alive) == 1
 
 
 def test_an_input_is_one_memory_in_one_state(tiny: Path):

@@ -76,10 +76,11 @@ def test_the_steps_are_those_of_adamw():
         exact.zero_grad()
         small.step()
         assert models[1][0].grad is None  # each gradient is freed before the next
-    weight = join(models[1][0].detach().reshape(-1), small.state[models[1][0]]["next_bits"].view(-1)[:1500])
-    moved, distance = (models[0][0] - start).norm(), (weight.view(300, 5) - models[0][0]).norm()
-    assert moved > 1
-    assert distance < 0.05 * moved
+        if step in (2, 299):  # the moments begin at 0: the first steps are those of their corrections
+            weight = join(models[1][0].detach().reshape(-1), small.state[models[1][0]]["next_bits"].view(-1)[:1500])
+            moved, distance = (models[0][0] - start).norm(), (weight.view(300, 5) - models[0][0]).norm()
+            assert moved > step * rate * 0.1 * 750**0.5
+            assert distance < 0.05 * moved
     assert torch.equal(models[1][0] == 0, start == 0)
 
 

@@ -95,6 +95,18 @@ def test_both_measures_name_it_and_show_repeats_it(weight: str, study: Make, tmp
     assert "diverged" in row
 
 
+def test_one_window_that_is_not_finite_is_enough(tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "model")
+    tensors(lambda x: x["model.embed_tokens.weight"][7].fill_(math.nan))(folder)
+    runner = ModelRunner(Decoder(folder, dtype=torch.float32, device=torch.device("cpu")), tmp_path / "work")
+    starts = [20, 0, *[30] * 46]  # of windows, of which three are a chunk
+    step = next(runner.forward([TokenSequence(torch.arange(start, start + 8)) for start in starts]))
+    step.run()
+    assert runner.progress.first_not_finite == "block 0"
+    with pytest.raises(UserError, match="block 0: activations that are not finite"):
+        step.record()
+
+
 # --- devices, lengths and no tasks ---
 
 
