@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from operations import Operations
 from simulated_gpu import simulated_gpu
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from wanda_dvc.engine import attention, questions
@@ -204,6 +204,21 @@ def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny
     assert not decoder.packs_questions
 
 
+def greedy_questions(folder: Path) -> list[Request]:
+    """Of each context, what greedy decoding gives, and the same after another first token, which it does not give."""
+    model, made = AutoModelForCausalLM.from_pretrained(folder), list[Request]()
+
+    def decoded(*context: int) -> tuple[int, ...]:
+        inputs = torch.tensor([context])
+        return tuple(model.generate(inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)[0, -2:].tolist())
+
+    for context in ((20, 30, 40), (50, 60)):
+        first, second = decoded(*context)
+        other = 70 if first != 70 else 80
+        made += [Request(context, (first, second)), Request(context, (other, *decoded(*context, other)))]
+    return made
+
+
 @pytest.mark.parametrize("row", [30, 2048])
 @pytest.mark.parametrize("together", [True, False])
 def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch, row: int, together: bool):
@@ -212,9 +227,10 @@ def test_they_are_the_models_own(tiny: Path, tmp_path: Path, monkeypatch: Patch,
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.packs_questions
     decoder.packs_questions = together
-    asked = drawn_questions()
+    asked = [*drawn_questions(), *greedy_questions(tiny)]
     ours = loglikelihoods(ModelRunner(decoder, tmp_path), asked, length=64, progress=iter)
     check_answers(tiny, asked, ours, length=64)
+    assert [greedy for _, greedy in ours[-4:]] == [True, False, True, False]
     for wrong, length in ((asked, 2), ([Request((1, 2), ())], 64)):
         with pytest.raises(UserError, match=f"a choice has no token, or more than the model's {length}; remove it"):
             loglikelihoods(ModelRunner(decoder, tmp_path), wrong, length=length, progress=iter)

@@ -70,7 +70,7 @@ def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dic
 
 def test_a_change_reruns_the_training_that_depends_on_it(repository: Repository, tmp_path: Path):
     (tmp_path / "more.txt").write_text("".join(f"The {number}th line. " for number in range(2000)))
-    settings: dict[str, object] = {"recovery__tokens": 1024}
+    settings: dict[str, Any] = {"recovery__tokens": 1024}
     assert repository.repro(trained=True, **settings) == {"plan"} | RECOVER
     for changes, expected in (
         ({"runtime__device": "cpu"}, set()),
