@@ -64,7 +64,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, object], expected: set[str]):
+def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, Any], expected: set[str]):
     assert repository.repro(**changes) == {"plan"} | expected
 
 
