@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --mirror DIR --rows smollm2-135m wanda     the rows with all of these words
     python benchmarks/recipes.py --mirror DIR --seconds     all, with the seconds of `mask` and `apply`; a day
 
-No row chooses anything, but both models and these windows took part in the choice of defaults: dev/experiments.md.
+No row chooses anything, but both models and these windows took part in the choice of defaults: dev/constants.md.
 DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Gemma comes from PyPI in four packages, each
 with a part of one GGUF file; a fifth names its checksum. Gemma's terms of use apply to it. A row has the losses of each
 window, and the study is a new one for each state of the code. Each row is written at once, and a run measures the rows
