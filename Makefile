@@ -17,7 +17,7 @@ repro: install ## create the environment, run the pipeline on the embedded defau
 	dvc repro
 	@wanda-dvc show
 
-test: lint check ## lint, and each law on one row of its grid; without the tests on a real DVC repository, which run each night
+test: lint check ## lint, and each law on a row of its grid or a few; without the tests on a real DVC repository, which run each night
 
 check: install ## the tests of `make test`, without lint
 	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"

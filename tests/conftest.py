@@ -80,22 +80,24 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("short" if "not full" in config.getoption("markexpr") else "full")
 
 
-# Modules whose grids `make test` runs as they are: the oracles of what is computed, and the backends' own choice.
+# Modules whose grids `make test` runs as they are: the oracles of what is computed, the backends' own choice, pages.
 WHOLE = {
-    "test_backends.py", "test_divergence.py", "test_gram.py", "test_machine.py", "test_selection.py", "test_solvers.py",
+    "test_backends.py", "test_divergence.py", "test_docs.py", "test_gram.py", "test_machine.py", "test_selection.py",
+    "test_solvers.py",
 }  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `full` all rows of a test but one, the middle one of those that are not `full` already."""
+    """Mark as `full` all rows of a test but those marked `short`; without such a mark, all but the first."""
     rows: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
         if item.path.name not in WHOLE and not item.get_closest_marker("full"):
             rows.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     for items_of_test in rows.values():
+        chosen = [item for item in items_of_test if item.get_closest_marker("short")] or items_of_test[:1]
         for item in items_of_test:
-            if item is not items_of_test[len(items_of_test) // 2]:
+            if item not in chosen:
                 item.add_marker(pytest.mark.full)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import short
 from families import ALL
 from short_training import CPU, LOW, pair, train, windows
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", short(ALL, "stablelm"))
 def test_the_loss_in_slices_is_that_of_all_logits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = (trainer.load_for_training(folder, torch.float32, CPU) for folder in pair(tmp_path, family=family))
     tokens = windows(2)

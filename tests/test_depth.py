@@ -29,7 +29,7 @@ from wanda_dvc.study.artifact import remove
 BLOCKS = {"pattern": "blocks", "recipe": "wanda"}
 
 
-@pytest.mark.parametrize("cluster", [None, Inline()], ids=["alone", "cluster"])
+@pytest.mark.parametrize("cluster", [Inline(), None], ids=["cluster", "alone"])
 def test_divergences_are_those_of_the_model_without_the_layers(
     cluster: Inline | None, tiny: Path, tmp_path: Path, monkeypatch: Patch
 ):

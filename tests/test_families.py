@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import short
 from cases.models import tensors
 from conftest import Make, Patch, outputs, walk
 from families import ALL, FINE, RECORDED, RECURRENT, REFUSED_LINEARS, SHAPE, check_answers, drawn_questions, run, save
@@ -26,7 +27,7 @@ from wanda_dvc.study.tensors import read_masks
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", short(ALL, "stablelm"))
 def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
@@ -78,7 +79,7 @@ RUNS = [*((family, KINDS[place % 3]) for place, family in enumerate(RECORDED)), 
 ONE_BY_ONE = {"bloom", "falcon", "gpt_oss", *RECURRENT}
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", short(ALL, "stablelm"))
 def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     """Packed into rows where the model allows it, longer than what a layer with a window sees; else one by one."""
     folder = save(family, tmp_path / "model")

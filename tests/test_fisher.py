@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.grids import short
 from conftest import Patch
 from families import RECORDED, save
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def parameters(decoder: Decoder) -> dict[str, tuple[str, Linear]]:
     }
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", short(RECORDED, "falcon"))
 def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path: Path):
     """Of every linear that is a module, times the norm of its input, summed over tokens and windows."""
     folder = save(family, tmp_path / "model")
@@ -123,7 +124,7 @@ def consumers_of_units(decoder: Decoder) -> set[str]:
     return consumers
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", short(RECORDED, "falcon"))
 def test_a_unit_costs_the_squared_derivative_of_the_loss_by_a_factor_on_it(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=CPU)
@@ -145,7 +146,7 @@ def test_a_unit_costs_the_squared_derivative_of_the_loss_by_a_factor_on_it(famil
     assert costs.keys() >= of_modules.keys()
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", short(RECORDED, "falcon"))
 def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: Path):
     """Of two tokens only the first predicts, so every weight's gradient is g xᵀ; experts' and fused weights' too."""
     folder = save(family, tmp_path / "model")

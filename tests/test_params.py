@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from cases.grids import short
 from conftest import committed, write_settings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,7 +110,7 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
         assert asked(other, pattern, **choices).plan.to_dict() == plan.to_dict()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", short(RECIPES, "fisher"))
 def test_masks_of_pruned_blocks_read_no_cached_gram_matrices(recipe: str):
     """The walk records its own; only sums and Gram matrices of gradients are the dense model's."""
     plan = asked(recipe, propagation="pruned").plan
@@ -122,7 +123,7 @@ def test_a_sparsity_is_the_fraction_that_its_digits_say(thousandths: int):
     assert asked("wanda", sparsity=thousandths / 1000).plan.sparsity == Fraction(thousandths, 1000)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", short(RECIPES, "fisher"))
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     row = RECIPES[recipe]
@@ -133,7 +134,7 @@ def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     assert {name: filled[name] for name in CHOICES} == expected
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", short(RECIPES, "fisher"))
 def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
     row, plan = RECIPES[recipe], asked(recipe, "2:4").plan
     assert (plan.group, plan.allocation.name) == ("row", "uniform")
@@ -146,7 +147,7 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
 
 
 @pytest.mark.parametrize("pattern", STRUCTURES)
-@pytest.mark.parametrize("recipe", [name for name, row in RECIPES.items() if row.for_units])
+@pytest.mark.parametrize("recipe", short((name for name, row in RECIPES.items() if row.for_units), "fisher"))
 def test_a_recipe_for_zeros_has_the_choices_of_another_for_units(recipe: str, pattern: str):
     for choices in ({}, {"group": "outputs"}, {"reconstruction": "none"}):
         of_row = {"group": RECIPES[recipe].group} | choices
@@ -166,7 +167,7 @@ NEEDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", short(RECIPES, "fisher"))
 def test_a_recipe_measures_the_tier_that_it_reads_and_a_named_tier_is_the_least(recipe: str):
     assert asked(recipe).plan.tier == asked(recipe).statistics[-1] == NEEDS[recipe]
     for tier in STATISTICS:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import short
 from conftest import Capture, Make, committed, read_preset, write_params, write_settings
 
 from wanda_dvc.catalog import RECIPES, STATISTICS
@@ -110,7 +111,7 @@ def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follow
     ]
 
 
-@pytest.mark.parametrize("other", RECIPES)
+@pytest.mark.parametrize("other", short(RECIPES, "fisher"))
 def test_the_settings_are_those_that_ran(study: Make, other: str):
     before = study(recipe=other, sparsity=0.3, dtype="bfloat16", calibration__statistics="fisher")
     ran = runs(before)

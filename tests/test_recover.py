@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import PartialState
+from cases.grids import short
 from conftest import Capture, Make, fetch, prune
 from families import ALL, save
 from safetensors.torch import load_file
@@ -243,7 +244,7 @@ def test_processes_that_split_a_model_train_it_in_the_first_ones_way(study: Make
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # OPT's; no operation writes to it
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", short(ALL, "stablelm"))
 def test_a_split_model_has_the_gradients_of_a_complete_one(family: str, tmp_path: Path):
     folders = pair(tmp_path, family=family)
 
@@ -266,7 +267,7 @@ def test_a_split_model_has_the_gradients_of_a_complete_one(family: str, tmp_path
     assert launch(1, {}, run) == [0]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", short(ALL, "stablelm"))
 def test_every_family_recovers_some_steps(family: str, tmp_path: Path):
     dense, pruned = pair(tmp_path, family=family)
     rows = windows(2).repeat(4, 1)  # trained on, and measured

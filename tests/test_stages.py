@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS
+from cases.grids import OF_WEIGHTS, short
 from cases.models import tensors as spoil_weights
 from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, shared, tree
 from filelock import FileLock, Timeout
@@ -110,7 +110,7 @@ def test_what_is_plotted_is_what_the_stages_found(calibrated_study: Make):
         ({"pattern": "2:4"}, lambda score: oracle.keep_n_of_m(score, 2, 4)),
     ],
 )
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_masks_are_those_of_the_loops(calibrated_study: Make, method: str, changes: dict[str, Any], loops):
     made = calibrated_study(method=method, **changes)
     mask(study=made)
@@ -134,7 +134,7 @@ def test_statistics_cut_in_another_way_are_refused(calibrated_study: Make):
     mask(study=calibrated_study(recipe="admm", propagation="pruned"))  # it reads no cached Gram matrices
 
 
-@pytest.mark.parametrize("name", list(OF_WEIGHTS))
+@pytest.mark.parametrize("name", short(OF_WEIGHTS, "ria"))
 def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str):
     generator = torch.Generator().manual_seed(0)
     weights = {"linear": torch.randn(13, 24, generator=generator)}

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS, named
+from cases.grids import OF_WEIGHTS, named, short
 from conftest import Make, Patch, fetch, mask_and_apply, prune, save_tiny_model
 from families import ALL, EXPERTS, MIXTURES, place, save
 from simulated_gpu import simulated_gpu
@@ -254,7 +254,7 @@ ORACLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("pattern", "family"), CASES)
+@pytest.mark.parametrize(("pattern", "family"), short(CASES, ("heads", "llama"), ("blocks", "llama scaled")))
 def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model", **(EXPERTS[family] if pattern == "experts" else {}))
     checkpoint, found = Checkpoint(folder), removal_of(folder, pattern)
@@ -277,7 +277,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", short(EXPERTS, "jamba mixed"))
 def test_a_probe_sees_routers_that_multiply_through_onednn(family: str, tmp_path: Path, monkeypatch: Patch):
     """As large routers do on some CPUs."""
     monkeypatch.setattr("wanda_dvc.kernels.is_faster", lambda: True)
@@ -444,7 +444,9 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize(("choice", "pattern"), [*itertools.product(CHOICES, LEFT)], ids=named)
+@pytest.mark.parametrize(
+    ("choice", "pattern"), short(itertools.product(CHOICES, LEFT), (CHOICES[-1], "heads")), ids=named
+)
 def test_every_choice_gives_a_smaller_model_with_the_exact_share(
     choice: dict[str, str], pattern: str, calibrated_study: Make
 ):

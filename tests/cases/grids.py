@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
+
 from wanda_dvc.catalog import methods
 
 # Without the methods that score complete blocks or experts: those take their own pattern alone.
@@ -32,6 +34,17 @@ def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True
         missing -= rows[best]
         chosen.append(row(best))
     return chosen
+
+
+def short(rows: Iterable[Any], *chosen: Any) -> list[Any]:
+    """The rows of a grid, of which `make test` runs the chosen ones; without this, the first."""
+    marked = [
+        pytest.param(*row, marks=pytest.mark.short)
+        if isinstance(row, tuple)
+        else pytest.param(row, marks=pytest.mark.short)
+        for row in chosen
+    ]
+    return [*marked, *(row for row in rows if row not in chosen)]
 
 
 def named(value: object) -> str | None:
