@@ -32,7 +32,8 @@ def moved(differences: dict[str, dict[str, Any]], items: int) -> Iterator[str]:
 
 def main() -> int:
     """Run the command line."""
-    found = subprocess.run(["dvc", "metrics", "diff", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "dvc", "metrics", "diff", "--json"]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     differences = json.loads(found.stdout)
     lines = list(moved(differences, Study(ROOT).params.items or sys.maxsize))
     print("\n".join(lines) or f"no figure has moved; differences: {json.dumps(differences)}")
