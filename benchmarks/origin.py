@@ -54,7 +54,7 @@ def processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
         entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-        if "model name" in entries:
+        if {"model name", "cpu family", "model", "flags"} <= entries.keys():  # not on ARM
             flags = sorted(FLAGS & set(entries["flags"].split()))
             family = f"family {entries['cpu family']} model {entries['model']}"
             return ", ".join([entries["model name"], family, " ".join(flags)])
