@@ -32,7 +32,7 @@ MODELS: dict[str, Row] = {
 }
 TARGET = HERE / "runtimes.json"
 ROUNDS = 9
-FORMATS = ("f16", "Q8_0", "Q4_K_M", "Q3_K_M")
+FORMATS = ("f16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K")
 WANTED = (*product([*MODELS][:3], FORMATS), *product([*MODELS][3:], FORMATS[:1]))
 
 
