@@ -79,17 +79,19 @@ def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, 
     assert found.agreed == int((p.argmax(1) == q.argmax(1)).sum())
 
 
-def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], monkeypatch: Patch):
+@pytest.mark.parametrize("top", [5, divergence.TOP])
+def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], monkeypatch: Patch, top: int):
     """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
-    monkeypatch.setattr(divergence, "TOP", 5)
+    monkeypatch.setattr(divergence, "TOP", top)
     p, q = oracle(*models)
     _, dense = measure(*through(models[0]), TOKENS)
-    top = dense.top.long()
-    rest = p.scatter(1, top, -math.inf)
+    highest = dense.top.long()
+    rest = p.scatter(1, highest, -math.inf)
     weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
     total = torch.zeros(39, dtype=torch.float64)
-    own = dense._replace(top_log_p=p.gather(1, top), tail_log_p=rest.logsumexp(1))
-    others = dense._replace(top_log_p=q.gather(1, top), tail_log_p=q.scatter(1, top, -math.inf).logsumexp(1))
+    own = dense._replace(top_log_p=p.gather(1, highest), tail_log_p=rest.logsumexp(1))
+    tail = q.scatter(1, highest, -math.inf).logsumexp(1)
+    others = dense._replace(top_log_p=q.gather(1, highest), tail_log_p=tail)
     for token in range(260):
         found = kl_divergence(
             own._replace(drawn_log_p=p[:, token, None]), others._replace(drawn_log_p=q[:, token, None])
@@ -157,7 +159,7 @@ def test_no_divergence_is_negative_or_lost():
             assert min(found.kl) >= 0
             p, q = logits[:-1].double().log_softmax(1), other[:-1].double().log_softmax(1)
             exact = float((p.exp() * (p - q)).sum(1).mean())
-            assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.25, abs=1e-5)
+            assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.05, abs=1e-5)  # 64 draws a position
         logits[3, 5] = math.nan
         summary = summarize([compared(Logits(logits), hidden, dense, tokens)[1]])
         assert summary == dict.fromkeys(("divergence", "top1_agreement"), "diverged")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -323,33 +324,52 @@ def test_show_leads_with_the_distance_and_has_every_measure(here: Study):
     assert "mean_acc" in json.loads(show(study=here, as_json=True))["models"]["pruned"]["results"]
 
 
-def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monkeypatch: pytest.MonkeyPatch):
+MEASURED, DIVERGED = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
+
+
+def revision(results: dict[str, Results], **settings: object) -> ListedRevision:
+    return ListedRevision("a", "a", "branch", settings=settings, results=results)
+
+
+@pytest.mark.parametrize("setting", ["sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "tasks.limit"])
+def test_a_list_says_which_settings_of_its_measurements_differ(
+    here: Study, monkeypatch: pytest.MonkeyPatch, setting: str
+):
     """Of those that have results of the model that their settings make."""
-    value, diverged = (Results({"perplexity/embedded": {"perplexity": x}}) for x in (2.0, "diverged"))
+    listed = [revision({"pruned": MEASURED}, **{setting: x}) for x in "ab"]
+    listed += [revision({"dense": DIVERGED, "pruned": Results({})}, dtype=x) for x in "cd"]
+    monkeypatch.setattr(listing, "listed_revisions", lambda _: listed)
+    differ = re.findall(r"Not all comparable: (.*?) differ", listing.list_text(study=here))
+    assert differ == ([] if setting == "sparsity" else [setting])
+
+
+def test_a_setting_that_is_left_out_is_its_default(here: Study, monkeypatch: pytest.MonkeyPatch):
+    plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
+    for windows in (None, 4):  # None is the default
+        every = [plain, plain | {"perplexity.windows": windows}]
+        listed = [revision({"pruned": MEASURED}, **one) for one in every]
+        monkeypatch.setattr(listing, "listed_revisions", lambda _, listed=listed: listed)
+        assert ("perplexity.windows differ" in listing.list_text(study=here)) == (windows is not None)
+
+
+def test_a_model_that_diverged_is_a_word_in_json_and_ranks_last_as_a_number(
+    here: Study, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(listing, "listed_revisions", lambda _: [revision({"dense": DIVERGED, "pruned": Results({})})])
+    (record,) = json.loads(listing.list_text(study=here, as_json=True))
+    assert record["dense.perplexity.embedded"] == "diverged"
     broken = Results({"zero_shot": {"piqa": {"acc": "diverged"}}, "perplexity/embedded": {"divergence": "diverged"}})
-    dense = {"dense": diverged, "pruned": Results({})}
-    for setting in ("sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "tasks.limit"):
-        states = [ListedRevision(x, x, "branch", settings={setting: x}, results={"pruned": value}) for x in "ab"]
-        states += [ListedRevision(x, x, "branch", settings={"dtype": x}, results=dense) for x in "cd"]
-        monkeypatch.setattr(listing, "listed_revisions", lambda _, states=states: states)
-        said = listing.list_text(study=here)
-        assert (f"Not all comparable: {setting} differ" in said) == ("Not all" in said) == (setting != "sparsity")
-    records = json.loads(listing.list_text(study=here, as_json=True))
-    assert [one["dense.perplexity.embedded"] for one in records] == [None, None, "diverged", "diverged"]
-    (record,) = flat_records([ListedRevision("a", "a", "branch", results={"pruned": broken})])
+    (record,) = flat_records([revision({"pruned": broken})])
     assert math.isnan(record["pruned.acc.piqa"])  # infinity would rank it first
     assert record["pruned.divergence.embedded"] == math.inf
+
+
+def test_lost_answers_are_summed_over_tasks_that_all_have_them():
     flips = {"flips": {"acc": {"lost": 1, "gained": 0, "swapped": 0}}}
     for other, lost in (({}, None), (flips, 2.0)):  # a sum of some tasks would be too low
-        part = {"pruned": Results({"zero_shot": {"piqa": {"acc": 0.5} | flips, "rte": {"acc": 0.5} | other}})}
-        assert flat_records([ListedRevision("a", "a", "branch", results=part)])[0].get("pruned.lost") == lost
-    plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
-    for windows in (None, 4):  # None is the default, here left out
-        every = [plain, plain | {"perplexity.windows": windows}]
-        states = [ListedRevision("a", "a", "branch", settings=one, results={"pruned": value}) for one in every]
-        monkeypatch.setattr(listing, "listed_revisions", lambda _, states=states: states)
-        said = listing.list_text(study=here)
-        assert ("perplexity.windows differ" in said) == (windows is not None)
+        tasks = Results({"zero_shot": {"piqa": {"acc": 0.5} | flips, "rte": {"acc": 0.5} | other}})
+        (record,) = flat_records([revision({"pruned": tasks})])
+        assert record.get("pruned.lost") == lost
 
 
 def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: pytest.MonkeyPatch):

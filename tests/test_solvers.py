@@ -262,7 +262,7 @@ def test_sparsegpt_is_the_papers_algorithm(monkeypatch, pattern, sparsity):
     solved = sparsegpt_update(weight, mask, GramFactors(gram))
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
-    np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -384,16 +384,17 @@ def best_mask_error(weight: torch.Tensor, gram: torch.Tensor, go: int) -> float:
     return best
 
 
-def test_admm_is_near_the_best_of_all_masks():
-    ratios = []
-    for seed in range(6):
+def test_admm_is_nearer_to_the_best_of_all_masks_than_wanda():
+    ratios: dict[str, list[float]] = {"admm": [], "wanda": []}
+    for seed in range(40):
         weight, gram = problem(out=1, features=8, seed=seed)
-        mask = admm(weight, GramFactors(gram), sparsity=HALF)
-        polished = least_squares(weight, mask, GramFactors(gram, damping=0), steps=30)
-        ratios.append(row_errors(weight, polished, gram).item() / best_mask_error(weight, gram, 4))
-    assert min(ratios) > 0.999
-    assert sorted(ratios)[4] < 1.001
-    assert max(ratios) < 1.5
+        best = best_mask_error(weight, gram, 4)
+        for name, mask in ("admm", admm(weight, GramFactors(gram), sparsity=HALF)), ("wanda", wanda(weight, gram)):
+            polished = least_squares(weight, mask, GramFactors(gram, damping=0), steps=30)
+            ratios[name].append(row_errors(weight, polished, gram).item() / best)
+    assert min(ratios["admm"]) > 0.999
+    assert sum(ratio < 1.001 for ratio in ratios["admm"]) >= 30
+    assert np.mean(ratios["admm"]) < 1.05 < np.mean(ratios["wanda"])
 
 
 @pytest.mark.parametrize("name", METHODS)
