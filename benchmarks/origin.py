@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sources import sources_digest
+from code_digest import sources_digest
 
 from wanda_dvc.machine import cores
 from wanda_dvc.study.files import write_text

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import clock
+from code_digest import sources_digest
 from origin import (
     HERE,
     ROOT,
@@ -34,7 +35,6 @@ from origin import (
     read_rows,
     write_row,
 )  # fmt: skip
-from sources import sources_digest
 from texts import GENSIM, pip_packages
 
 from wanda_dvc.catalog import STATISTICS

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import authors
 import breadth
 import clock
+import code_digest
 import figures
 import floors
 import gpu
@@ -25,7 +26,6 @@ import peers
 import pytest
 import recipes
 import sizes
-import sources
 import spread
 import texts
 import torch
@@ -76,16 +76,16 @@ def test_a_row_keeps_its_origin_and_the_other_rows(tmp_path: Path):
 
 def test_a_row_is_old_if_the_code_that_can_change_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A copy of the code, changed; a comment, a docstring and what the stage never runs change no result."""
-    shutil.copytree(sources.SOURCE, tmp_path, dirs_exist_ok=True)
-    before = {stage: sources.sources_digest((stage,)) for stage in STAGES}
+    shutil.copytree(code_digest.SOURCE, tmp_path, dirs_exist_ok=True)
+    before = {stage: code_digest.sources_digest((stage,)) for stage in STAGES}
 
     def changed(name: str, old: str, new: str) -> set[str]:
         path = tmp_path / "wanda_dvc" / name
         unchanged = path.read_text(encoding="utf-8")
         path.write_text(mutants.mutated(unchanged, old, new), encoding="utf-8")
-        for function in (sources.sources_digest, sources._imports, sources.code_of):
+        for function in (code_digest.sources_digest, code_digest._imports, code_digest.code_of):
             function.cache_clear()
-        after = {stage: sources.sources_digest((stage,), tmp_path) for stage in STAGES}
+        after = {stage: code_digest.sources_digest((stage,), tmp_path) for stage in STAGES}
         path.write_text(unchanged, encoding="utf-8")
         return {stage for stage in STAGES if after[stage] != before[stage]}
 
@@ -106,7 +106,7 @@ def test_every_module_that_a_stage_imports_is_in_its_digest():
     code = f"import sys, {', '.join(names)}\nprint(*(m.__file__ for n, m in sys.modules.items() if 'wanda_dvc' in n))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = {Path(file).relative_to(ROOT / "src") for file in done.stdout.split()}
-    found = {path.relative_to(sources.SOURCE) for path in sources.imported_by(names)}
+    found = {path.relative_to(code_digest.SOURCE) for path in code_digest.imported_by(names)}
     assert len(imported) > 40
     assert imported <= found
     assert Path("wanda_dvc/pruning/scores.py") in found  # by the table of methods alone
