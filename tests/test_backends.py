@@ -1,7 +1,8 @@
-"""On a GPU, and as tasks of a cluster, every stage computes what it computes in one process on the CPU.
+"""The code for a GPU, and tasks of a cluster, compute what one process computes on the CPU.
 
-The GPU is simulated: an operation that mixes its tensors with the host's fails. Tasks run in this process, on pickled
-copies of their inputs.
+The GPU is simulated. It has the CPU's kernels, so its results show the code's own branches for a GPU, and an operation
+that mixes its tensors with the host's fails; `make gpu` compares a real GPU's results. Tasks run in this process, on
+pickled copies of their inputs.
 """
 
 import contextlib

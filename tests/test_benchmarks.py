@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,12 +31,13 @@ import sizes
 import spread
 import texts
 import torch
-from conftest import OFFLINE, ROOT, Make, calibrate, fetch, git
+from conftest import OFFLINE, ROOT, Capture, Make, calibrate, fetch, git
 from scipy.stats import ttest_rel
 from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from wanda_dvc.pruning import selection
 from wanda_dvc.pruning.solvers import GramFactors, fisher_least_squares
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import calibration_windows
@@ -113,10 +116,20 @@ def test_every_module_that_a_stage_imports_is_in_its_digest():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_every_committed_row_has_an_origin(file: Path):
-    for row in origin.read_rows(file).values():
+def test_every_committed_row_says_which_code_and_machine_made_it(file: Path):
+    """Rows from before digests are old, and may be of a tree with changes."""
+    for name, row in origin.read_rows(file).items():
+        made = row["origin"]
         assert row.keys() == {"value", "origin"}
-        assert row["origin"].keys() | {"sources"} == {*KEYS}  # rows from before digests are old
+        assert made.keys() | {"sources"} == {*KEYS}
+        assert re.fullmatch(r"[0-9a-f]{12}", made["commit"]) or "sources" not in made, f"{name}: uncommitted changes"
+        assert set(made["stages"]) <= set(STAGES), name
+        assert made["libraries"].keys() >= {*origin.LIBRARIES, "python"}, name
+        assert re.fullmatch(r"\S.*, \d+ threads", made["cpu"]), name
+        assert date.fromisoformat(made["date"]) >= date(2026, 11, 1), name
+        assert made["protocol"], name
+        if file.stem == "recipes":
+            assert ("recover" in made["stages"]) == any(name.endswith(tokens) for tokens in recipes.TOKENS), name
 
 
 def test_a_figure_of_an_old_row_has_a_mark(monkeypatch: pytest.MonkeyPatch):
@@ -210,7 +223,7 @@ def test_a_run_measures_the_rows_that_are_missing_or_old(tmp_path: Path, monkeyp
 @pytest.mark.full
 @pytest.mark.timeout(3 * 3600)
 def test_the_headline_figures_are_those_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The real model, half an hour on two cores. Stages are processes, which may fetch what this machine lacks."""
+    """The real model, half an hour on two cores. Stages are processes, which fetch what this machine lacks."""
     for name in OFFLINE:
         monkeypatch.delenv(name)
     shared = os.environ.get("WANDA_DVC_SHARED")
@@ -219,7 +232,8 @@ def test_the_headline_figures_are_those_of_the_page(tmp_path: Path, monkeypatch:
     for recipe in ("dense", "wanda", figures.RECOMMENDED):
         row = (recipes.MODELS[0], recipe, *([] if recipe == "dense" else ["50%"]))
         expected, found = known[" ".join(row)]["value"], calibrated_study.measure(row)
-        assert found["wikitext2"]["perplexity"] == pytest.approx(expected["wikitext2"]["perplexity"], rel=0.005), recipe
+        for text in recipes.TEXTS:
+            assert found[text]["perplexity"] == pytest.approx(expected[text]["perplexity"], rel=0.005), (recipe, text)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +417,30 @@ def test_the_gpu_benchmark_runs_its_stages_on_a_simulated_gpu(tmp_path: Path, mo
     page = figures.gpu(rows)
     assert "| recover, 20 steps | 2.0 | 0.0 of 0.0 | 50 % |" in page
     assert page.count("yes") == 8
+
+
+@pytest.mark.slow  # every check and every timing, of a training too
+def test_the_gpu_benchmark_runs_on_a_cpu(capsys: Capture):
+    assert gpu.main(["--device", "cpu", "--tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| yes |" in line for line in lines) == 11
+    stages = ("| calibrate ", "| mask ", "| apply ", "| perplexity ", "| zero-shot ", "| recover, ")
+    assert sum(line.startswith(stages) for line in lines) == 19
+
+
+def test_the_gpu_benchmark_finds_a_kernel_that_is_wrong_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It removes one weight too many of each row."""
+    keep_highest = selection.keep_highest
+    monkeypatch.setattr(selection, "keep_highest", lambda score, kept: keep_highest(score, kept - score.is_cuda))
+    monkeypatch.setattr(gpu, "CHECKED", {"wanda": {}})
+    monkeypatch.setattr(gpu, "times", lambda *_: [])
+    with simulated_gpu():
+        assert gpu.main(["--tiny", "--out", str(tmp_path / "gpu.json")]) == 1
+    rows = {
+        name: row["value"]["met"] for name, row in origin.read_rows(tmp_path / "gpu.json").items() if "check" in name
+    }
+    assert not rows["check: masks of the same statistics, wanda, share that differs"]
+    assert rows["check: norms, largest relative difference"]
 
 
 def test_times_of_some_blocks_are_those_of_further_blocks():

@@ -7,14 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu
 import pytest
 import torch
-from conftest import Capture, Patch, outputs, save_tiny_model, walk
+from conftest import Patch, outputs, save_tiny_model, walk
 from hypothesis import given
 from hypothesis import strategies as st
 from inline import Inline
-from simulated_gpu import simulated_gpu
 from strategies import matrices
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -278,22 +276,6 @@ def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, dat
         expected = torch.kthvalue(given_score, k, dim=1, keepdim=True).values
         assert torch.equal(kth_lowest(given_score, k), expected)
         assert torch.equal(kth_by_bits(given_score, k), expected)
-
-
-@pytest.mark.slow  # every check and every timing
-def test_the_check_of_a_card_runs_where_there_is_none(capsys: Capture, monkeypatch: Patch):
-    """So that it works on the day that there is one. Both sides are the CPU; a check that differs fails."""
-    words = ["--device", "cpu", "--tiny"]
-    assert gpu.main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("| yes |" in line for line in lines) == 11
-    stages = ("| calibrate ", "| mask ", "| apply ", "| perplexity ", "| zero-shot ", "| recover, ")
-    assert sum(line.startswith(stages) for line in lines) == 19
-    with simulated_gpu():  # nothing mixes the devices
-        assert gpu.main(["--device", "cuda", "--tiny"]) == 0
-    monkeypatch.setattr(gpu, "checks", lambda *_: [("masks", 1e-9, 0.0)])
-    monkeypatch.setattr(gpu, "times", lambda *_: [])
-    assert gpu.main(words) == 1
 
 
 def test_workers_of_a_cluster_pass_activations_on_in_files(tiny: Path, tmp_path: Path, monkeypatch: Patch):

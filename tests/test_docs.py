@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -27,7 +28,7 @@ from typer.main import get_command
 
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
+from wanda_dvc.params import flatten, read_params
 from wanda_dvc.stages import STAGES
 
 LISTED = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md").split()
@@ -203,7 +204,7 @@ NOT_RUN = {
     "wanda-dvc evaluate models/pruned model-Q4_K_M.gguf": "test_evaluate.py measures a directory and GGUF files",
     "wanda-dvc evaluate --json /data/other-pruned": "likewise",
     "docs/add-a-method.md": "test_catalog.py installs the page's package and prunes with it",
-    "docs/results.md": "measures the real model for hours; the README and methods.md run these settings",
+    "docs/results.md": "measures the real model for hours; data.md adds a text, and compare.md changes the recipe",
     "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins studies",
     "docs/python.md": "test_experiments.py runs it as one notebook",
     "python3 -m venv .venv": "test_wheel.py and scripts/wheel.sh install the wheel",
@@ -249,13 +250,13 @@ AS_RUN = {
     f"{GRID} -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
     f"{GRID} -S recipe=magnitude-rows,wanda-paper": "dvc exp run --queue -S sparsity=0.3,0.7",
 }
-# What they say, where an exit code of 0 is not enough.
+# What commands print, by their first words: an exit code of 0 is not enough.
 SAID = {
-    **dict.fromkeys(("wanda-dvc show", "wanda-dvc list"), "perplexity"),
-    "wanda-dvc stats --block 12": "block",
-    "wanda-dvc report": "report.html",
-    "dvc queue status": "Queued",
-}
+    **dict.fromkeys(("wanda-dvc show", "wanda-dvc list", "wanda-dvc prune", "dvc metrics diff"), "perplexity"),
+    "wanda-dvc stats": "block", "wanda-dvc report": "report.html", "wanda-dvc doctor": "memory",
+    "wanda-dvc export": "the pruned model", "dvc plots show": "index.html", "dvc status": "up to date",
+    "dvc exp run": "experiment", "dvc queue status": "Queued", "dvc exp branch": "study-of-mine",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -324,11 +325,22 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: tuple[Re
             repository.run(sys.executable, "-c", re.sub(paths, lambda found: values[found[0]], step.text))
             continue
         line = " ".join(step)
-        command = AS_RUN[line].split() if line in AS_RUN else step
-        said = repository.run(*(re.sub("|".join(values), lambda found: values[found[0]], w) for w in command))
-        assert SAID.get(line, "") in said
-        if line.startswith("dvc exp run") and "--queue" not in step:
+        printed = AS_RUN[line].split() if line in AS_RUN else step
+        command = [re.sub("|".join(values), lambda found: values[found[0]], word) for word in printed]
+        said = repository.run(*command)
+        assert [word for start, word in SAID.items() if line.startswith(start) and word not in said] == [], said
+        if line.startswith("dvc exp run") and "--queue" not in command:
             values["NAME"] = experiment(said)
+            refs = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+            (ref,) = (ref for ref in refs if ref.endswith(f"/{values['NAME']}"))
+            settings = dict(flatten(YAML(typ="safe").load(repository.run("git", "show", f"{ref}:params.yaml"))))
+            assert given_settings(command).items() <= settings.items()
+
+
+def given_settings(command: list[str]) -> dict[str, object]:
+    """The settings that a command gives by -S."""
+    given = (word.lstrip("+").partition("=") for option, word in pairwise(command) if option == "-S")
+    return {name: YAML(typ="safe").load(value) for name, equals, value in given if equals}
 
 
 def experiment(said: str) -> str:
@@ -340,7 +352,8 @@ def experiment(said: str) -> str:
 def test_a_reason_not_to_run_a_command_belongs_to_a_page():
     given = {" ".join(words) for page in GUIDES for words in commands(page)}
     assert NOT_RUN.keys() - given <= set(GUIDES)
-    assert AS_RUN.keys() | SAID.keys() <= given
+    assert AS_RUN.keys() <= given
+    assert [start for start in SAID if not any(line.startswith(start) for line in given)] == []
 
 
 def test_no_block_or_paragraph_of_the_readme_is_written_twice():
@@ -452,45 +465,61 @@ def test_the_drawn_pipeline_has_every_stage():
     assert [stage for stage in STAGES if not re.search(rf"\b{stage}\b", drawn)] == []
 
 
-FURTHER = "a further sparsity by dvc repro apply, against (a)"
+@pytest.mark.parametrize("name", figures.DOCUMENTS)
+def test_the_tables_of_a_page_are_those_of_the_figures(name: str):
+    """`python scripts/figures.py` writes them."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert figures.PLACE.search(text)
+    assert figures.written(text) == text
 
 
-def test_the_figures_of_the_documents_are_those_of_the_results():
-    """`python scripts/figures.py` writes the tables; a sentence that repeats a figure is compared."""
-    for name in figures.DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert figures.written(text) == text, name
-        assert figures.PLACE.search(text), name
+RESULTS, BENCHMARKS = "docs/results.md", "benchmarks/README.md"
+GOALS = re.compile(r"([\d.]+) without 20 % of the neurons, ([\d.]+) for `fisher` at 50 %, ([\d.]+) for `wanda` at 2:4")
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """Pages, and what sentences on them repeat of the figures."""
     measured = figures.measured("recipes")
-    small = {key: figures.value(row) for key, row in measured.items() if figures.SMALL in key}
-    dense, fisher, wanda = (small[f"{figures.SMALL} {name}"] for name in ("dense", "fisher 50%", "wanda 50%"))
+
+    def perplexity(name: str, text: str = "wikitext2") -> float:
+        return float(figures.value(measured[f"{figures.SMALL} {name}"], text))
+
+    def change(name: str, of: str, text: str) -> float:
+        """A perplexity, relative to another one, in percent."""
+        return 100 * perplexity(name, text) / perplexity(of, text) - 100
+
+    dense, fisher, wanda = map(perplexity, ("dense", "fisher 50%", "wanda 50%"))
     gemma = figures.value(measured[f"{figures.GEMMA} dense"])
-    contents = {name: (ROOT / name).read_text(encoding="utf-8") for name in figures.DOCUMENTS}
-    readme, page, benchmarks = (contents[name] for name in ("README.md", "docs/results.md", "benchmarks/README.md"))
-    assert f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}" in page
-    assert f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}" in page
-    on = "by {:.0f} % on WikiText-2, and by {:.0f} % on the embedded text"
-    for amount, said in ("70%", "at 70 %, by {:.0f} and {:.0f} %"), ("50%", on):
-        better, worse = (measured[f"{figures.SMALL} {recipe} {amount}"]["value"] for recipe in ("fisher", "wanda"))
-        gains = [
-            100 - 100 * better[text]["perplexity"] / worse[text]["perplexity"] for text in ("wikitext2", "embedded")
-        ]
-        assert said.format(*gains) in page
-    same, other = gains
-    assert f"by {same:.0f} % on WikiText-2, and by {other:.0f} % [on other text]" in readme
-    ours, plain = (figures.measured("peers")[FURTHER]["value"][name] for name in ("ours_s", "baseline_s"))
-    assert f"[{ours:.0f} s, where a plain script needs {plain:.0f} s]" in readme
-    files = {name: row["value"]["divergence"]["mean"] for name, row in figures.measured("runtimes").items()}
-    dense_files = [mean for name, mean in files.items() if name.startswith("dense")]
-    assert max(dense_files) < min(mean for name, mean in files.items() if not name.startswith("dense"))
-    once, longer = (measured[f"{figures.SMALL} wanda-refit neurons 20% 1M{text}"] for text in ("", " longer text"))
-    other, same = (figures.value(longer, text) / figures.value(once, text) - 1 for text in ("embedded", "wikitext2"))
-    assert f"is {-other:.0%} lower than with `1M`, WikiText-2's {same:.1%} higher".replace("%", " %") in page
-    goals = {"wanda-refit neurons 20%": 22.4, "fisher 50%": 22.3, "wanda 2:4": 29}
-    over = [figures.value(measured[f"{figures.SMALL} {row} 1M"]) / goal - 1 for row, goal in goals.items()]
-    assert f"missed three goals on WikiText-2 by {min(over):.1%} to {max(over):.1%}".replace("%", "") in benchmarks
-    missed = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
-    assert f"Of {len(missed)} goals of speed and memory, {missed.count(False)} were missed" in benchmarks
+    yield RESULTS, f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}"
+    yield RESULTS, f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}"
+    half, more = (
+        [-change(f"fisher {amount}", f"wanda {amount}", text) for text in figures.TEXTS] for amount in ("50%", "70%")
+    )
+    yield RESULTS, f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % on the embedded text"
+    yield RESULTS, f"at 70 %, by {more[0]:.0f} and {more[1]:.0f} %"
+    yield "README.md", f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % [on other text]"
+    seconds = figures.measured("peers")["a further sparsity by dvc repro apply, against (a)"]["value"]
+    yield "README.md", f"[{seconds['ours_s']:.0f} s, where a plain script needs {seconds['baseline_s']:.0f} s]"
+    once = "wanda-refit neurons 20% 1M"
+    same, other = (change(f"{once} longer text", once, text) for text in figures.TEXTS)
+    yield RESULTS, f"is {-other:.0f} % lower than with `1M`, WikiText-2's {same:.1f} % higher"
+    goals = GOALS.search((ROOT / BENCHMARKS).read_text(encoding="utf-8"))
+    assert goals
+    trained = (once, "fisher 50% 1M", "wanda 2:4 1M")
+    over = [100 * perplexity(row) / float(goal) - 100 for row, goal in zip(trained, goals.groups(), strict=True)]
+    yield BENCHMARKS, f"missed three goals on WikiText-2 by {min(over):.1f} to {max(over):.1f} %"
+    met = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
+    yield BENCHMARKS, f"Of {len(met)} goals of speed and memory, {met.count(False)} were missed"
+
+
+def test_a_sentence_that_repeats_a_figure_has_the_measured_one():
+    assert [one for one in sentences() if one[1] not in (ROOT / one[0]).read_text(encoding="utf-8")] == []
+
+
+def test_every_quantized_dense_model_diverges_less_than_every_smaller_model():
+    means = {name: row["value"]["divergence"]["mean"] for name, row in figures.measured("runtimes").items()}
+    dense = [mean for name, mean in means.items() if name.startswith("dense")]
+    assert max(dense) < min(mean for name, mean in means.items() if not name.startswith("dense"))
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from cases.grids import short
-from conftest import Capture, Make, fetch, prune
+from conftest import Capture, Make, fetch, mask_and_apply, prune
 from families import ALL, save
 from safetensors.torch import load_file
 from short_training import CPU, LOW, pair, train, windows
@@ -32,6 +32,7 @@ from wanda_dvc.stages.needs import Conditions, requirements, training_ways
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
 from wanda_dvc.study.files import load_json, write_json
+from wanda_dvc.study.folder import Study
 from wanda_dvc.training import trainer
 from wanda_dvc.training.sharding import local, shard
 
@@ -298,49 +299,76 @@ def test_a_launch_that_cannot_train_is_refused(tmp_path: Path):
 SMALL = {"recovery__tokens": 1024, "recovery__rate": 0.01}
 
 
-def test_the_stage_recovers_measures_exports_and_goes_back(study: Make, tmp_path: Path, capsys: Capture):
-    made = prune(fetch(study(**SMALL, pattern="2:4")))
+@pytest.fixture
+def recovered(calibrated_study: Make) -> Study:
+    made = mask_and_apply(calibrated_study(**SMALL, pattern="2:4"))
+    run("recover", study=made)
+    return made
+
+
+def test_the_recovered_model_is_the_one_that_is_shown_and_exported(recovered: Study, tmp_path: Path):
     for part in ("dense", "pruned", "recovered"):
-        if part == "recovered":
-            run("recover", study=made)
-        run("perplexity", study=made, variant=part)
-    curve = made.plots("recovery").read_text().splitlines()
+        run("perplexity", study=recovered, variant=part)
+    curve = recovered.plots("recovery").read_text().splitlines()
     assert curve[0] == "tokens,text,embedded"
     assert float(curve[-1].split(",")[1]) < float(curve[1].split(",")[1])
-    assert load_json(made.metrics("recovered", "sparsity")) == {"sparsity": 0.5}
-    before, after = (load_file(made.model(name) / "model.safetensors") for name in ("pruned", "recovered"))
+    assert load_json(recovered.metrics("recovered", "sparsity")) == {"sparsity": 0.5}
+    before, after = (load_file(recovered.model(name) / "model.safetensors") for name in ("pruned", "recovered"))
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(before[name] == 0, after[name] == 0)
-    experiment = workspace(made)
+    experiment = workspace(recovered)
     assert list(experiment.models) == ["dense", "pruned", "recovered"]
     assert experiment.final is experiment.results["recovered"]
-    (row,) = [line for line in show(study=made).splitlines() if line.startswith("| divergence, nats")]
+    (row,) = [line for line in show(study=recovered).splitlines() if line.startswith("| divergence, nats")]
     assert row.count("to") == 2
-    said = export(study=made, experiment=None, target=tmp_path / "exported")
+    said = export(study=recovered, experiment=None, target=tmp_path / "exported")
     assert "the recovered model of the workspace" in said
     assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")[name], after[name])
     assert "were then trained on 1,024 tokens" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
-    own = read_provenance(made.model("recovered"), "recover")
-    write_provenance(made.model("recovered"), own | {"recovery": own["recovery"] | {"rate": 0.02}})  # by hand
-    with pytest.raises(UserError, match="models/recovered was made with other settings: rate=0.02; run `dvc repro`"):
-        export(study=made, experiment=None, target=tmp_path / "another")
-    write_provenance(made.model("recovered"), own | {"trained": False, "tokens": 512})
-    assert "A training on 512 tokens towards the dense model did not help" in sections(experiment)["Results"]
-    write_provenance(made.model("recovered"), read_provenance(made.model("recovered"), "recover") | {"pruned": "0"})
-    stale = workspace(made)
+
+
+def test_a_training_that_did_not_help_is_reported(recovered: Study):
+    own = read_provenance(recovered.model("recovered"), "recover")
+    write_provenance(recovered.model("recovered"), own | {"trained": False, "tokens": 512})
+    results = sections(workspace(recovered))["Results"]
+    assert "A training on 512 tokens towards the dense model did not help" in results
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rate": 0.02}, "models/recovered was made with other settings: rate=0.02; run `dvc repro"),
+        ({"pruned": "0"}, "models/recovered: found another pruned model's; run `dvc repro"),
+    ],
+)
+def test_a_recovered_model_of_other_inputs_is_not_exported(
+    recovered: Study, tmp_path: Path, changes: dict[str, Any], says: str
+):
+    own = read_provenance(recovered.model("recovered"), "recover")
+    changed = own | changes if "pruned" in changes else own | {"recovery": own["recovery"] | changes}
+    write_provenance(recovered.model("recovered"), changed)
+    with pytest.raises(UserError, match=says):
+        export(study=recovered, experiment=None, target=tmp_path / "exported")
+    stale = workspace(recovered)
     assert not stale.results["recovered"].metrics
-    assert "models/recovered belongs to another experiment than models/pruned/" in stale.notes[-1]
-    with pytest.raises(UserError, match="models/recovered: found another pruned model's; run `dvc repro`"):
-        export(study=made, experiment=None, target=tmp_path / "another")
-    off = study(pattern="2:4")
+    if "pruned" in changes:
+        assert "models/recovered belongs to another experiment than models/pruned/" in stale.notes[-1]
+
+
+def test_without_tokens_there_is_no_recovered_model(calibrated_study: Make, recovered: Study, capsys: Capture):
+    off = calibrated_study(pattern="2:4")
     for stage in ("download", "recover", "perplexity"):
         run(stage, study=off, variant={"download": "recovery", "perplexity": "recovered"}.get(stage, ""))
     assert [path.name for path in off.model("recovered").iterdir()] == ["none.json"]
     assert "recover: not needed with these settings" in capsys.readouterr().err
     assert list(workspace(off).models) == ["dense", "pruned"]
-    write_provenance(off.model("dense"), read_provenance(off.model("dense"), "download model") | {"sha256": "0" * 64})
+
+
+def test_a_pruned_model_of_another_dense_model_is_not_recovered(recovered: Study):
+    dense = recovered.model("dense")
+    write_provenance(dense, read_provenance(dense, "download model") | {"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"models/pruned/: made from .*; run `dvc repro` or `wanda-dvc apply`"):
-        recover(study=study(**SMALL, pattern="2:4"))
+        recover(study=recovered)
 
 
 def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make):
