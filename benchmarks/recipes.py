@@ -64,7 +64,7 @@ RECOVERED = (
     *product(("wanda", "admm", "fisher"), ("50%", "2:4")), ("fisher", "70%"), *product(("fisher",), SMALLER),
 )  # fmt: skip
 PLAN = ("calibrate/norms", "mask", "recover")  # what was asked of these stages
-STAGES = ("calibrate", "mask", "apply", "perplexity")
+STAGES = ("download", "calibrate", "mask", "apply", "perplexity")
 # What studies of one model and one evaluation have in common.
 SHARED = ("data/perplexity", "reference", "metrics/dense", "metrics/details/dense", "models/dense")
 Wanted = tuple[str, ...]  # a model, a recipe or `dense`, for a recipe an amount, and of a recovery its tokens

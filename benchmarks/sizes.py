@@ -37,7 +37,10 @@ def changes_of(row: Wanted, rows: dict[str, Row]) -> Row | None:
     model, kind, size, *_ = row
     if kind == CHOSEN:
         return {"recipe": "fisher", "pattern": "smaller", "sparsity": SIZES[size]}
-    for candidate in rows[f"{model} {CHOSEN} {size}"]["value"]["candidates"]:
+    chosen = rows.get(f"{model} {CHOSEN} {size}")
+    if chosen is None or is_old(chosen):
+        raise SystemExit(f"{model} {kind} {size}: the row `{CHOSEN}` is missing or old; measure it first")
+    for candidate in chosen["value"]["candidates"]:
         kept = {pattern: [*map(int, candidate[pattern].split("/"))] for pattern in PATTERNS if pattern in candidate}
         if [pattern for pattern, (stay, total) in kept.items() if stay < total] == [kind]:
             stay, total = kept[kind]

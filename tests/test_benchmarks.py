@@ -282,11 +282,13 @@ def test_a_pattern_alone_removes_what_its_candidate_does():
         {"blocks": "22/30", "heads": "3/3", "neurons": "1/1"},
         {"blocks": "29/30", "heads": "2/3", "neurons": "1/1"},
     ]  # fmt: skip
-    rows = {"m chosen 80%": {"value": {"candidates": candidates}}}
+    rows = {"m chosen 80%": {"value": {"candidates": candidates}, "origin": origin.origin("")}}
     found = {kind: sizes.changes_of(("m", kind, "80%"), rows) for kind in sizes.PATTERNS}
     assert found["heads"] is None
     assert found["neurons"] == {"recipe": "fisher", "pattern": "neurons", "sparsity": 0.375}
     assert found["blocks"] == {"recipe": "fisher", "pattern": "blocks", "sparsity": 0.266667}
+    with pytest.raises(SystemExit, match="the row `chosen` is missing or old; measure it first"):
+        sizes.changes_of(("m", "heads", "60%"), rows)
     names = list(sizes.wanted())
     assert all(names.index((*row[:1], "chosen", row[2])) <= names.index(row) for row in names)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from unittest import mock
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT, Factory, Patch, write_settings
+from conftest import Factory, Patch, write_settings
 from repository import Repository
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -100,15 +99,6 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, 
                     "new" if record["changes_weights"] else "unchanged",
                 ]
                 assert len(record["papers"]) == len(cells[-1].split("; ")) == cells[-1].count(" (")
-
-
-def test_the_seconds_of_recipes_are_about_those_of_the_page():
-    """The page's are of the last benchmark; the command's may be of the one before."""
-    table = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("<!-- figures: seconds -->")[2]
-    published = dict(re.findall(r"^\|\W*`([a-z-]+)`\W*\| *(\d+)", table.partition("<!--")[0], flags=re.MULTILINE))
-    listed = {recipe.name: recipe.seconds for recipe in RECIPES.values() if recipe.seconds}
-    assert listed.keys() == published.keys()
-    assert all(2 / 3 < listed[name] / int(seconds) < 3 / 2 for name, seconds in published.items())
 
 
 def test_show_as_json_holds_the_files_own_numbers(there: Study):

@@ -145,7 +145,7 @@ def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Study):
     assert "\nllama3.1, LICENSE, as its files have it." in card.text
 
 
-def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_path: Path):
+def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_path: Path, monkeypatch: Patch):
     full, file = tmp_path / "full", tmp_path / "file"
     full.mkdir()
     for path in (full / "thesis.txt", file):
@@ -155,6 +155,14 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_pa
         ):
             check_target(pruned, path if path == file else full)
         assert path.read_text() == "mine"
+    empty, link = tmp_path / "empty", tmp_path / "link"
+    empty.mkdir()
+    link.symlink_to(empty)
+    assert check_target(pruned, link) == empty  # the link stays, and the model is where it leads
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == empty)
+        with pytest.raises(UserError, match="empty one that is no mount point"):
+            check_target(pruned, empty)
     (tmp_path / ".other.part/out").mkdir(parents=True)  # of a copy to another file system that was killed
     export(study=pruned, experiment=None, target=tmp_path / "other")
     assert not (tmp_path / ".other.part").exists()

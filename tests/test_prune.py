@@ -289,6 +289,7 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["."], "here: exists already"),
         (["out", "--sparsity", "2"], "sparsity: found 2.0, expected"),
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
+        (["out", "--text", "./caf\udce9.txt"], "characters that cannot be written; rename it"),
         (["out", "--text", "./missing.txt"], "missing.txt: missing, or not a .txt or .jsonl file"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
         (["out", "--sparsity", "half"], "--sparsity: found half, expected a fraction or a percentage"),

@@ -409,7 +409,7 @@ def test_zero_shot_asks_what_lm_eval_asks(study: Make, tiny: Path, named: bool, 
 
 
 def test_a_task_without_an_accuracy_is_refused():
-    for name in ("cola", "leaderboard_musr_murder_mysteries"):  # mcc, acc_norm
+    for name in ("cola", "leaderboard_musr_murder_mysteries", "truthfulqa_mc2"):  # mcc, acc_norm, a share as acc
         with pytest.raises(UserError, match=rf"tasks.names: {name}: no multiple-choice task of .* with an accuracy"):
             find_tasks(Tasks(source="benchmark", names=[name]), None)
 

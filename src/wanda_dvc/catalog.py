@@ -256,24 +256,21 @@ class Recipe(Choice):
     allocation: str = "uniform"
     reconstruction: str = "none"
     propagation: str = "dense"
-    seconds: int | None = None  # of `mask` and `apply`, about, as docs/results.md has them for SmolLM2-135M
     # The recipe whose choices it has with a pattern of units, but for the group; None: its own.
     for_units: str | None = None
 
 
 RECIPES = {row.name: row for row in (
     Recipe("magnitude", "the paper's baseline", "magnitude", group="linear"),
-    Recipe("magnitude-rows", "the simplest baseline", "magnitude", seconds=12),
-    Recipe("wanda", "the paper's method, on dense blocks", "wanda", seconds=10),
-    Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares",
-           seconds=30),
+    Recipe("magnitude-rows", "the simplest baseline", "magnitude"),
+    Recipe("wanda", "the paper's method, on dense blocks", "wanda"),
+    Recipe("wanda-refit", "Wanda's masks; least squares gives new values", "wanda", reconstruction="least-squares"),
     Recipe("sparsegpt", "SparseGPT, a variant on the dense model's statistics; units as `wanda-refit`", "sparsegpt",
            group="linear", reconstruction="sparsegpt", for_units="wanda-refit"),
     Recipe("admm", "ADMM's masks; least squares gives new values; units as `wanda-refit`", "admm",
-           reconstruction="least-squares", for_units="wanda-refit", seconds=62),
+           reconstruction="least-squares", for_units="wanda-refit"),
     Recipe("fisher", "ADMM, with gradients of the loss; units as `wanda-refit`, with gradients", "admm",
-           group="outputs", allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit",
-           seconds=103),
+           group="outputs", allocation="sensitivity", reconstruction="output-weighted", for_units="wanda-refit"),
     # The authors' procedures, which calibrate each block on the outputs of the pruned blocks before it.
     Recipe("wanda-paper", "the paper's procedure: Wanda calibrated on pruned blocks", "wanda", propagation="pruned"),
     Recipe("sparsegpt-paper", "the paper's procedure: SparseGPT calibrated on pruned blocks; units as `wanda-refit`",

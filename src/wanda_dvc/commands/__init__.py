@@ -17,7 +17,8 @@ def reproduce(root: Path, stage: str, variant: str = "", text: str = "", *, show
 
 def check_target(study: Study, target: Path) -> Path:
     """Return the absolute path of a directory for a model. UserError unless it is new, or empty and not this one."""
-    target = check_outside(study, target)
-    if is_there(target) and (not target.is_dir() or any(target.iterdir()) or target.samefile(".")):
-        raise UserError(f"{target}: exists already; name a new directory, or an empty one")
+    target = check_outside(study, target.resolve() if target.is_symlink() else target)
+    is_used = is_there(target) and (not target.is_dir() or any(target.iterdir()) or target.samefile("."))
+    if is_used or target.is_mount():
+        raise UserError(f"{target}: exists already; name a new directory, or an empty one that is no mount point")
     return target

@@ -71,10 +71,7 @@ def _check_machine(params: Params) -> Iterator[Check]:
     for gpu in accelerator.gpus():
         yield Check(gpu, True, f"{accelerator.gpu_name(gpu)}, {gigabytes(free_memory_of(gpu))} free")
     if params.runtime.ray is None:  # else the workers need it
-        try:
-            yield Check("runtime.device", True, str(own_device(params.runtime)))
-        except UserError as error:
-            yield Check("runtime.device", False, str(error))
+        yield Check("runtime.device", True, str(own_device(params.runtime)))
 
 
 def _check_needs(study: Study, needs: dict[str, Requirements]) -> Iterator[Check]:

@@ -17,7 +17,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint, max_positions, read_config
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, Settings, download_sources, nested
-from wanda_dvc.plan import TOKENS_A_FEATURE
+from wanda_dvc.plan import SMALLER, TOKENS_A_FEATURE
 from wanda_dvc.results.compare import DENSE, headings
 from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
@@ -100,16 +100,20 @@ def settings_for_model(request: PruneRequest, config: Path, sizes: ModelSizes) -
     if not all(text.windows for text in params.calibration.text):
         enough = math.ceil(TOKENS_A_FEATURE * sizes.widest / length)
         fitting["calibration.windows"] = max(params.calibration.windows, enough)
-    if request.limit is None:
-        return fitting | request.settings
-    measure, limit = request.limit
-    # Of a model's directory all stored tensors, a tied head too, which `sizes` counts as embeddings.
-    weights = Checkpoint(config).parameters if config.is_dir() else sizes.parameters
-    wanted = limit / sizes.itemsize if measure == "stored" else limit + weights - sizes.parameters
-    if not 0 < wanted < weights:
-        of_dense = weights * sizes.itemsize if measure == "stored" else sizes.parameters
-        raise UserError(f"--size, --parameters: found {limit:,}, expected less than the {of_dense:,} of the model")
-    return fitting | request.settings | {"sparsity": 1 - wanted / weights}
+    settings: Settings = fitting | request.settings
+    if request.limit:
+        measure, limit = request.limit
+        stored, weights, source = sizes.stored, sizes.parameters, Path(request.params.model)
+        folder = source if source.is_absolute() else config
+        if folder.is_dir():  # all its tensors count, a tied head too, in the dtypes of their files
+            tensors = Checkpoint(folder).entries.values()
+            stored, weights = sum(tensor.length for tensor in tensors), Checkpoint(folder).parameters
+        settings["sparsity"] = 1 - limit / stored if measure == "stored" else (sizes.parameters - limit) / weights
+    size, staying = 1 - settings["sparsity"], sizes.other_parameters / sizes.parameters
+    if settings["pattern"] == SMALLER and not staying < size < 1:
+        expected = f"expected more than {staying:.1%}, its embeddings and head, and less than all"
+        raise UserError(f"--size, --parameters: found {size:.1%} of the model, {expected}")
+    return settings
 
 
 def _summary(experiment: Experiment, dense: int, final: int) -> str:

@@ -4,13 +4,10 @@ import re
 
 from wanda_dvc.catalog import ALLOCATIONS, RECIPES, RECONSTRUCTIONS, Recipe, methods
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
-from wanda_dvc.results.markup import DASH, table
+from wanda_dvc.results.markup import table
 from wanda_dvc.study.files import Json, json_text
 
-NOTE = (
-    "`mask` and `apply` of SmolLM2-135M on two CPU cores, at 50 % (docs/results.md). norms: of each input feature; "
-    "gram: also Gram matrices of the inputs; fisher: also gradients of eight windows. `calibrate` measures them once."
-)
+NOTE = "norms: of each input feature; gram: also Gram matrices of inputs; fisher: also gradients of eight windows."
 
 
 def recipes_text(*, as_json: bool = False) -> str:
@@ -21,13 +18,9 @@ def recipes_text(*, as_json: bool = False) -> str:
     rows = []
     for content in contents:
         papers = [re.sub(r"\[(.+)\]\((\S+)\)", r"\1 (\2)", paper) for paper in content["papers"]]
-        seconds = content["seconds"]
-        rows.append([
-            content["name"], content["about"], content["reads"], "new" if content["changes_weights"] else "unchanged",
-            DASH if seconds is None else seconds, "; ".join(papers),
-        ])  # fmt: skip
-    headers = ["recipe", "result", "reads", "kept weights", "seconds", "papers"]
-    return f"{table(headers, rows)}\n\nseconds: {NOTE}"
+        kept = "new" if content["changes_weights"] else "unchanged"
+        rows.append([content["name"], content["about"], content["reads"], kept, "; ".join(papers)])
+    return f"{table(['recipe', 'result', 'reads', 'kept weights', 'papers'], rows)}\n\n{NOTE}"
 
 
 def _content(recipe: Recipe) -> Json:
@@ -43,7 +36,6 @@ def _content(recipe: Recipe) -> Json:
         "about": recipe.about,
         "reads": reads,
         "changes_weights": plan.reconstructs,
-        "seconds": recipe.seconds,
         "papers": list(dict.fromkeys(row.paper for row in rows if row.paper)),
         "choices": {name: getattr(recipe, name) for name in CHOICES},
     }

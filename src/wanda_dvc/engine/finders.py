@@ -154,7 +154,7 @@ def _unit_sets(
         # 9 key heads (value) and 576 inputs (size): 9 units of 64. Neurons are single inputs, whose number may be a
         # multiple of the value: two shared experts of 1,408 neurons as one MLP have 2,816 units.
         total = value if structure.scaled else dimension.size
-        step = step_of(value, structure.multiple) * total // value
+        step = step_of(min(value, total), structure.multiple) * max(1, total // value)
         unit_sets[name] = Units(total, count_kept(total, sparsity, step), (dimension.size // total,), step=step)
         consumers[address.linear] = UnitDimension(address, dim, name, unit_sets[name].layout)
     for dimension in dimensions:

@@ -48,7 +48,8 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     role = "test" if content.get("test_split") else "validation"
     dataset, config, split = (content.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     is_multiple_choice = content.get("output_type") == "multiple_choice" and "acc" in metrics
-    if not is_multiple_choice or not dataset or not split or content.get("custom_dataset"):
+    own_code = any(map(content.get, ("custom_dataset", "process_results")))  # whose acc may be no right or wrong
+    if not is_multiple_choice or not dataset or not split or own_code:
         problem = f"no multiple-choice task of lm-eval {version('lm_eval')} with an accuracy (acc) and a data set"
         raise UserError(f"{where}: {problem}; see `lm-eval ls tasks`")
     arguments = content.get("dataset_kwargs") or {}

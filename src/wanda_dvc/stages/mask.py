@@ -1,6 +1,7 @@
 """Choose the masks (True is kept), and new weights where they change the inputs of later blocks."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -121,7 +122,7 @@ def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, 
 
     removal = inputs.removal_of(checkpoint, study.plan, device)
     assert removal is not None  # the pattern removes units
-    candidates, measured, rows = find_candidates(study, checkpoint, removal), list[float](), list[Json]()
+    candidates, measured, rows = find_candidates(study, checkpoint, removal, device), list[float](), list[Json]()
     sparsities = [study.plan.sparsity] * artifact.block_count(study.norms, "calibrate")
     with study.work(made_from) as work:
         tries = [(candidate, Work(work.path / f"candidate_{place}")) for place, candidate in enumerate(candidates)]
@@ -134,6 +135,8 @@ def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, 
             measured.append(divergence)
             rows.append(candidate.describe(divergence))
             notice(f"mask: candidate {', '.join(f'{name} {value}' for name, value in rows[-1].items())}")
+        if min(measured, default=math.inf) == math.inf:
+            raise UserError("sparsity: found no model whose blocks work without the removed ones; set a lower one")
         best, best_work = tries[measured.index(min(measured))]
         chosen = {"config": best.removal.config_changes, "candidates": rows}
         for output in ("masks", "weights"):
@@ -307,9 +310,8 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
     device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
-    factors = None
-    if task.name in grams:  # else no token reached it
-        factors = GramFactors(grams[task.name].matrix(), f"Gram matrix of the input of {task.name}")
+    name = f"Gram matrix of the input of {task.name}"
+    factors = GramFactors(grams[task.name].matrix(), name) if task.name in grams else None  # no token reached it
     masks, weights = dict[str, Tensor](), dict[str, Tensor]()
     for linear in linears:
         transposed = linear in stats.transposed

@@ -7,16 +7,19 @@ divergence without the blocks and the costs of the units predict its divergence;
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine import depth
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.finders import DenseModel
+from wanda_dvc.engine.finders import DenseModel, find_block_units
 from wanda_dvc.engine.forward import ModelRunner
+from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError
@@ -52,7 +55,7 @@ class Candidate(NamedTuple):
         return {**kept, **numbers, "divergence": json_number(divergence)}
 
 
-def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal) -> list[Candidate]:
+def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, device: torch.device) -> list[Candidate]:
     """Return the candidates to measure: those of one pattern first, then those with the least predicted divergence.
 
     UserError if none is small enough.
@@ -91,13 +94,25 @@ def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal) -> l
                 del choices[len(choice.removed) :]
     if not candidates:
         sizes = " and ".join(f"{1 - size - 5e-4:.3f}" for size in sorted(too_large)[:2])
-        raise UserError(
-            f"sparsity: got {float(study.plan.sparsity):g}, expected at most {sizes}, of the smallest models with "
-            "fewer blocks, heads and neurons; set one of these or less"
-        )
+        found = f"sparsity: got {float(study.plan.sparsity):g}, expected at most {sizes}"
+        raise UserError(f"{found}, of the smallest models; set one of these or less")
     # Whether it removes units of several patterns, then what is predicted.
     candidates.sort(key=lambda x: (sum(units.kept < units.total for units in x.units.values()) > 1, x.predicted))
-    return candidates[:MEASURED]
+    return list(islice(_working(checkpoint, candidates, device), MEASURED))
+
+
+def _working(checkpoint: Checkpoint, candidates: Iterable[Candidate], device: torch.device) -> Iterator[Candidate]:
+    """Yield the candidates whose blocks compute the same without the removed ones."""
+    blocks = find_block_units(checkpoint, STRUCTURES["blocks"], Fraction(0), device)
+    refused = set[tuple[bool, ...]]()
+    for candidate in candidates:
+        (kept,) = candidate.removal.kept_masks.values()
+        if tuple(kept.tolist()) not in refused:
+            try:
+                probe(checkpoint, blocks.with_kept(candidate.removal.kept_masks), device)
+                yield candidate
+            except UserError:
+                refused.add(tuple(kept.tolist()))
 
 
 def read_costs(study: Study, removal: Removal) -> dict[str, tuple[int, Tensor]]:

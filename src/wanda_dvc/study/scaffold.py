@@ -131,11 +131,7 @@ def changed(text: str, *changes: Settings) -> tuple[Params, str]:
 
 def _plain(settings: Settings) -> Any:
     """Return settings as JSON has them: numbers of NumPy and torch as Python's own."""
-
-    def number_or_text(value: Any) -> object:
-        return value.item() if getattr(value, "ndim", None) == 0 else str(value)
-
-    return json.loads(json.dumps(settings, default=number_or_text))
+    return json.loads(json.dumps(settings, default=lambda x: x.item() if getattr(x, "ndim", None) == 0 else str(x)))
 
 
 def source_settings(model: str | None, calibration: str | Sequence[str]) -> Settings:
@@ -152,6 +148,8 @@ def absolute_source(source: str, *, is_text: bool) -> str:
     """Return a source as params.yaml names it. A path of this machine precedes a Hub id of the same name."""
     if is_text and source in TEXTS:
         return source
+    if not source.isprintable():  # a name of bytes that are no UTF-8
+        raise UserError(f"{source!r}: found characters that cannot be written; rename it")
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
     if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
         return str(path.resolve())
