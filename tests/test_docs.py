@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
-import figures
 import pages
 import pytest
 import readme
@@ -224,7 +223,9 @@ NOT_RUN = {
     "make test": "this is one of its tests",
     "dvc exp run --temp -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
     "dvc exp run --temp -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
-    "dvc exp run --temp -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
+    "wanda-dvc prune MODEL /data/smaller --pattern experts --sparsity 25%": (
+        "needs a mixture; test_experts.py prunes mixtures"
+    ),
     "dvc remote add --default team /mnt/team/wanda": "test_local_sources.py pushes, clones and pulls",
     **dict.fromkeys(("git commit -m Name the remote .dvc/config", "dvc push", "git push -u origin HEAD"), "likewise"),
     "dvc exp run --temp -S pattern=2:4": "test_units.py prunes a smaller model in a second study",
@@ -280,8 +281,12 @@ def placed(folder: Path, tiny: Path) -> dict[str, str]:
     rows = (ROOT / "src/wanda_dvc/embedded/text/test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "test.jsonl").write_text("".join(rows[::2]), encoding="utf-8")
     (folder / "train.txt").write_text("".join(rows[1::2]), encoding="utf-8")
-    named = {"/data/my-model": str(tiny), "DIR": str(folder / "exported"), "NEW": str(folder / "new")}
-    return named | {f"/data/{name}": str(folder / name) for name in ("test.jsonl", "train.txt", "smaller")}
+    named = {**dict.fromkeys(("/data/my-model", "MODEL"), str(tiny)), "DIR": str(folder / "exported")}
+    return (
+        named
+        | {"NEW": str(folder / "new")}
+        | {f"/data/{name}": str(folder / name) for name in ("test.jsonl", "train.txt", "smaller")}
+    )
 
 
 def to_run() -> dict[str, list[Block | list[str]]]:
@@ -463,63 +468,6 @@ def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
 def test_the_drawn_pipeline_has_every_stage():
     drawn = next(blocks("docs/how-it-works.md")).text
     assert [stage for stage in STAGES if not re.search(rf"\b{stage}\b", drawn)] == []
-
-
-@pytest.mark.parametrize("name", figures.DOCUMENTS)
-def test_the_tables_of_a_page_are_those_of_the_figures(name: str):
-    """`python scripts/figures.py` writes them."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert figures.PLACE.search(text)
-    assert figures.written(text) == text
-
-
-RESULTS, BENCHMARKS = "docs/results.md", "benchmarks/README.md"
-GOALS = re.compile(r"([\d.]+) without 20 % of the neurons, ([\d.]+) for `fisher` at 50 %, ([\d.]+) for `wanda` at 2:4")
-
-
-def sentences() -> Iterator[tuple[str, str]]:
-    """Pages, and what sentences on them repeat of the figures."""
-    measured = figures.measured("recipes")
-
-    def perplexity(name: str, text: str = "wikitext2") -> float:
-        return float(figures.value(measured[f"{figures.SMALL} {name}"], text))
-
-    def change(name: str, of: str, text: str) -> float:
-        """A perplexity, relative to another one, in percent."""
-        return 100 * perplexity(name, text) / perplexity(of, text) - 100
-
-    dense, fisher, wanda = map(perplexity, ("dense", "fisher 50%", "wanda 50%"))
-    gemma = figures.value(measured[f"{figures.GEMMA} dense"])
-    yield RESULTS, f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}"
-    yield RESULTS, f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}"
-    half, more = (
-        [-change(f"fisher {amount}", f"wanda {amount}", text) for text in figures.TEXTS] for amount in ("50%", "70%")
-    )
-    yield RESULTS, f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % on the embedded text"
-    yield RESULTS, f"at 70 %, by {more[0]:.0f} and {more[1]:.0f} %"
-    yield "README.md", f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % [on other text]"
-    seconds = figures.measured("peers")["a further sparsity by dvc repro apply, against (a)"]["value"]
-    yield "README.md", f"[{seconds['ours_s']:.0f} s, where a plain script needs {seconds['baseline_s']:.0f} s]"
-    once = "wanda-refit neurons 20% 1M"
-    same, other = (change(f"{once} longer text", once, text) for text in figures.TEXTS)
-    yield RESULTS, f"is {-other:.0f} % lower than with `1M`, WikiText-2's {same:.1f} % higher"
-    goals = GOALS.search((ROOT / BENCHMARKS).read_text(encoding="utf-8"))
-    assert goals
-    trained = (once, "fisher 50% 1M", "wanda 2:4 1M")
-    over = [100 * perplexity(row) / float(goal) - 100 for row, goal in zip(trained, goals.groups(), strict=True)]
-    yield BENCHMARKS, f"missed three goals on WikiText-2 by {min(over):.1f} to {max(over):.1f} %"
-    met = [row["value"]["met"] for file in ("peers", "memory") for row in figures.measured(file).values()]
-    yield BENCHMARKS, f"Of {len(met)} goals of speed and memory, {met.count(False)} were missed"
-
-
-def test_a_sentence_that_repeats_a_figure_has_the_measured_one():
-    assert [one for one in sentences() if one[1] not in (ROOT / one[0]).read_text(encoding="utf-8")] == []
-
-
-def test_every_quantized_dense_model_diverges_less_than_every_smaller_model():
-    means = {name: row["value"]["divergence"]["mean"] for name, row in figures.measured("runtimes").items()}
-    dense = [mean for name, mean in means.items() if name.startswith("dense")]
-    assert max(dense) < min(mean for name, mean in means.items() if not name.startswith("dense"))
 
 
 def test_pages_and_docstrings_avoid_the_words_of_the_list():
