@@ -147,7 +147,7 @@ def test_a_whole_study_is_well(calibrated_study: Path):
     before = sorted(calibrated_study.iterdir())
     table, well = doctor(start=calibrated_study)
     assert well, table
-    for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk"):
+    for what in ("wanda-dvc", "params.yaml", "cpu", "disk"):
         assert "✓" in row(table, what)
     assert "unknown: run `dvc repro download-model` first" in row(table, "needs")
     assert "Nothing that is needed is missing." in table
@@ -157,7 +157,7 @@ def test_a_whole_study_is_well(calibrated_study: Path):
 def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path, monkeypatch: Patch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     write_params(calibrated_study, calibrated_study, runtime__device="cuda")
-    assert "✗" in row(doctor(start=calibrated_study)[0], "runtime.device")
+    assert "runtime.device: got cuda, which this machine lacks" in row(doctor(start=calibrated_study)[0], "params.yaml")
     write_params(calibrated_study, calibrated_study, runtime__device="cuda", runtime__ray="head.invalid:6379")
     assert "runtime.device" not in doctor(start=calibrated_study)[0]
     monkeypatch.setenv("LOCAL_RANK", "1")  # by `accelerate launch`: memory and models are of the process's own GPU
@@ -174,7 +174,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path
         ),
         ("params.yaml", lambda calibrated_study: (calibrated_study / "params.yaml").unlink(), "cd into a study"),
         (
-            "runtime.device",
+            "params.yaml",
             lambda calibrated_study: write_params(calibrated_study, calibrated_study, runtime__device="cuda:99"),
             "which this machine lacks",
         ),

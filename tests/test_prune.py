@@ -282,6 +282,17 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
     assert [_parse_number("recover", text, TOKEN_UNITS) for text in ("7", "200k", "2M")] == [7, 200_000, 2_000_000]
 
 
+def test_units_that_a_model_does_not_let_go_are_refused_before_the_calibration(model: Path, tmp_path: Path):
+    """Seven of eight heads do not divide a width of 64."""
+    other = save_tiny_model(
+        tmp_path / "other", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8
+    )
+    with pytest.raises(UserError, match="pattern: got heads, which .*/models/dense does not support"):
+        prune(model=str(other), pattern="heads", sparsity=0.2)
+    (started,) = studies(model)
+    assert not (started / "stats").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -289,7 +300,7 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
         (["."], "here: exists already"),
         (["out", "--sparsity", "2"], "sparsity: found 2.0, expected"),
         (["out", "--recipe", "wand"], "recipe: found \"wand\", expected magnitude"),
-        (["out", "--text", "./caf\udce9.txt"], "characters that cannot be written; rename it"),
+        (["out", "--text", "./caf\udce9.txt"], "not a .txt or .jsonl file, named in UTF-8; name one"),
         (["out", "--text", "./missing.txt"], "missing.txt: missing, or not a .txt or .jsonl file"),
         (["out", "--pattern", "3:2"], "pattern: found \"3:2\", expected"),
         (["out", "--sparsity", "half"], "--sparsity: found half, expected a fraction or a percentage"),

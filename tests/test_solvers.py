@@ -488,7 +488,7 @@ def test_fewer_tokens_than_features_solve_without_raising():
 def test_a_matrix_without_a_factor_is_refused():
     gram = torch.full((4, 4), -1e30).fill_diagonal_(1e-3)
     with pytest.raises(UserError, match="input of a.linear: it cannot be factored"):
-        _ = GramFactors(gram, "input of a.linear").inverse_root
+        _ = GramFactors(gram, "a.linear").inverse_root
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -33,11 +33,9 @@ class Check(NamedTuple):
 
 def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
     """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "dvc", "lm-eval"))
-    checks = [  # the versions for a bug report
-        Check("wanda-dvc", True, f"{__version__}, Python {platform.python_version()}"),
-        Check("libraries", True, libraries),
-    ]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "dvc", "lm-eval")]
+    versions = ", ".join([__version__, f"Python {platform.python_version()}", *libraries])
+    checks = [Check("wanda-dvc", True, versions)]  # for a bug report
     needs: dict[str, Requirements] = {}
     try:
         study = Study.find(start)

@@ -59,8 +59,8 @@ def export(*, study: Study, experiment: str | None, target: Path) -> str:
             raise UserError(f"{what}: models/recovered: found another pruned model's; run `dvc repro`")
         move_model(exported, target)
         work.discard()
-    line = f"{target}: the {list(exported.models)[-1]} model of {what}, with a model card"
-    return "\n".join([line, *exported.notes])
+    model = list(exported.models)[-1]
+    return "\n".join([f"{target}: the {model} model of {what}, with a model card", *exported.notes])
 
 
 def move_model(experiment: Experiment, target: Path) -> None:

@@ -23,7 +23,8 @@ from wanda_dvc.results.experiments import Experiment, workspace
 from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import MEASURES, figures
 from wanda_dvc.results.show import settings_line, table_notes
-from wanda_dvc.stages import needs
+from wanda_dvc.stages import inputs, needs
+from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
 from wanda_dvc.study.artifact import locked, read_provenance
 from wanda_dvc.study.files import Json
@@ -63,6 +64,9 @@ def prune_model(request: PruneRequest, *, shown: bool = True) -> PrunedModel:
         if request.params.recovery.tokens:
             needs.training_ways(study, sizes)  # UserError if the memory is too small
         renew(study.root, nested(settings_for_model(request, config, sizes)))
+        if request.params.plan.structure:  # UserError before the calibration if the model lacks such units
+            reproduce(study.root, "download", "model", shown=shown)
+            inputs.removal_of(Checkpoint(study.model("dense")), request.params.plan, own_device(request.params.runtime))
         last_stage = "recover" if request.params.recovery.tokens else "apply"
         reproduce(study.root, "perplexity" if request.evaluate else last_stage, shown=shown)
         experiment = workspace(Study(request.root))

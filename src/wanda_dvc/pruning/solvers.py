@@ -39,9 +39,9 @@ class GramFactors:
     UserError if no damping makes it possible.
     """
 
-    def __init__(self, gram: Square, name: str = "Gram matrix", damping: float = 0.01) -> None:
-        """Prepare XᵀX, symmetric and finite."""
-        self.name = name
+    def __init__(self, gram: Square, name: str = "a linear", damping: float = 0.01) -> None:
+        """Prepare XᵀX, symmetric and finite, of the input of a linear with this name."""
+        self.name = f"Gram matrix of the input of {name}"
         self.damping = damping
         self.gram = gram.float().clone()
         self.dead = self.gram.diagonal() <= 0

@@ -107,7 +107,7 @@ class DenseToPruned:
     def _factorize(self, block: int, name: str) -> GramFactors | None:
         """Return the factors of an input's Gram matrix; None if it was not measured, or no token reached it."""
         grams = self.grams_of(block)
-        return GramFactors(grams[name].matrix(), f"Gram matrix of the input of {name}") if name in grams else None
+        return GramFactors(grams[name].matrix(), name) if name in grams else None
 
     def read(self, address: Address) -> Tensor:
         """Return a tensor of the dense model; of a linear, its weights in the pruned model, as stored."""

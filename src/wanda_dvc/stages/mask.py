@@ -310,8 +310,7 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
     device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
-    name = f"Gram matrix of the input of {task.name}"
-    factors = GramFactors(grams[task.name].matrix(), name) if task.name in grams else None  # no token reached it
+    factors = GramFactors(grams[task.name].matrix(), task.name) if task.name in grams else None  # no token reached it
     masks, weights = dict[str, Tensor](), dict[str, Tensor]()
     for linear in linears:
         transposed = linear in stats.transposed

@@ -148,15 +148,14 @@ def absolute_source(source: str, *, is_text: bool) -> str:
     """Return a source as params.yaml names it. A path of this machine precedes a Hub id of the same name."""
     if is_text and source in TEXTS:
         return source
-    if not source.isprintable():  # a name of bytes that are no UTF-8
-        raise UserError(f"{source!r}: found characters that cannot be written; rename it")
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises an error for an unknown user
-    if (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir():
+    exists = (path.is_file() and path.suffix in TEXT_SUFFIXES) if is_text else path.is_dir()
+    if exists and str(path.resolve()).isprintable():  # else its bytes are no UTF-8
         return str(path.resolve())
     is_in_folder = "/" in source and "@" not in source and path.parent.is_dir()
     is_path = source.startswith((".", "~", os.sep)) or path.suffix in TEXT_SUFFIXES or is_in_folder
     if is_path or os.path.lexists(path):
-        expected = "a .txt or .jsonl file" if is_text else "a directory of safetensors"
+        expected = f"a {'.txt or .jsonl file' if is_text else 'directory of safetensors'}, named in UTF-8"
         hub = f", or write {source}@main for the repository on the Hub" if HUB_ID.fullmatch(source) else ""
         raise UserError(f"{path.absolute()}: missing, or not {expected}; name one of this machine{hub}")
     return source
