@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import authors
+import blocks
 import breadth
 import clock
 import code_digest
@@ -39,8 +40,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from wanda_dvc.pruning import selection
 from wanda_dvc.pruning.solvers import GramFactors, fisher_least_squares
-from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.inputs import calibration_windows, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import windows_of
 from wanda_dvc.study import folder
@@ -291,6 +292,30 @@ def test_a_pattern_alone_removes_what_its_candidate_does():
         sizes.changes_of(("m", "heads", "60%"), rows)
     names = list(sizes.wanted())
     assert all(names.index((*row[:1], "chosen", row[2])) <= names.index(row) for row in names)
+
+
+def test_a_given_choice_of_blocks_is_removed(study: Make, monkeypatch: pytest.MonkeyPatch):
+    """And after it, the one of `calibrate` again."""
+    made = fetch(study(pattern="blocks", sparsity=0.34, recipe="wanda"), "model", "calibration")
+    calibrate(study=made)
+    chosen = blocks.Chosen.__new__(blocks.Chosen)
+    chosen.study = made
+    monkeypatch.setattr(recipes.Comparison, "stage", lambda _, name: run(name, study=made))
+    kept = []
+    for given in ((2,), (1,), ()):
+        chosen.given = given
+        chosen.stage("mask")
+        removed = [not any(mask.any() for mask in read_masks(made.masks, block).values()) for block in range(4)]
+        kept.append([block for block, gone in enumerate(removed) if gone])
+    (first, *_) = read_choices(made.blocks)
+    assert kept == [[2], [1], first.removed]
+
+
+def test_every_row_of_blocks_has_as_many_as_it_names():
+    for model, choice, number, *_ in (row for row in blocks.wanted() if "dense" not in row):
+        given = blocks.GIVEN[model].get(choice, ())
+        assert choice == blocks.MEASURED or len(set(given)) == int(number.removeprefix("blocks "))
+        assert all(0 < block < blocks.BLOCKS[model] for block in given)
 
 
 def test_an_email_is_what_its_sender_wrote(tmp_path: Path):
