@@ -7,14 +7,17 @@ figure has a mark, ¹, if its row was measured with another version of a stage.
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import floors  # noqa: E402 - a folder of scripts
+from breadth import UNSEEN  # noqa: E402
 from origin import is_old, read_rows  # noqa: E402 - a folder of scripts
 from recipes import LONGER, SMALLER, TOKENS  # noqa: E402
 from spread import SEEDED, SEEDS  # noqa: E402
@@ -172,6 +175,22 @@ def spread() -> str:
     return table(["three seeds", *(f"perplexity, {name}" for name in TEXTS.values())], lines) if lines else NOTHING
 
 
+def of_rows(name: str) -> str:
+    """Return perplexity and divergence of a file's rows on each of its texts, and the mean accuracy where tasks are."""
+    rows, lines = measured(name), []
+    texts = dict.fromkeys(text for row in rows.values() for text in row["value"] if text in (*TEXTS, *UNSEEN))
+    for key, row in rows.items():
+        cells = [key.replace("%", " %")]
+        for text in texts:
+            divergence = value(row, text, "divergence")
+            shown = "–" if divergence is None else f"{divergence['mean']:.3f}"
+            cells.append(f"{figure(value(row, text))}, {shown}" + MARK * is_old(row))
+        accuracies = [task["acc"] for task in row["value"].get("tasks", {}).values()]
+        lines.append([*cells, f"{100 * mean(accuracies):.1f}" + MARK * is_old(row) if accuracies else "–"])
+    heads = [f"{TEXTS.get(text, text)}: perplexity, divergence" for text in texts]
+    return table(["row", *heads, "mean accuracy, %"], lines) if lines else NOTHING
+
+
 def seconds() -> str:
     """Return how long each recipe takes."""
     rows = {recipe: measured("recipes")[f"{SMALL} {recipe} 50% seconds"] for recipe in RECIPES}
@@ -306,7 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {  # by the names of their places in the 
     "demo": demo, "readme": first_results, "smaller": lambda: runtimes(FIRST_FILES), "recipes": by_recipe,
     "texts": by_text, "seconds": seconds, "times": times, "goals": goals, "memory": memory, "authors": authors,
     "intervals": intervals, "spread": spread, "runtimes": runtimes, "gpu": lambda: gpu(measured("gpu")),
-    "floors": floors.table,
+    "floors": floors.table, **{name: partial(of_rows, name) for name in ("breadth", "sizes", "blocks")},
 }  # fmt: skip
 
 

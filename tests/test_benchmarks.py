@@ -195,6 +195,17 @@ def test_the_spread_is_the_range_over_the_seeds_of_a_row(monkeypatch: pytest.Mon
     assert figures.TABLES["spread"]().splitlines()[-1] == "| SmolLM2 wanda 50 % | 42.00 to 44.00 | 42.00 to 44.00 |"
 
 
+def test_rows_of_a_file_have_both_measures_on_each_text_and_the_mean_accuracy(monkeypatch: pytest.MonkeyPatch):
+    of_text = {"perplexity": 42.5, "divergence": {"mean": 0.25}}
+    value = {"wikitext2": of_text, "news": of_text, "tasks": {"piqa": {"acc": 0.5}, "rte": {"acc": 0.25}}}
+    row = {"value": value, "origin": origin.origin("a protocol", ["mask"])}
+    monkeypatch.setattr(figures, "measured", {"blocks": {"m dense": row}, "sizes": {}}.__getitem__)
+    head, _, line = figures.TABLES["blocks"]().splitlines()
+    assert head == "| row | WikiText-2: perplexity, divergence | news: perplexity, divergence | mean accuracy, % |"
+    assert line == "| m dense | 42.50, 0.250 | 42.50, 0.250 | 37.5 |"
+    assert figures.TABLES["sizes"]() == figures.NOTHING
+
+
 # --- the protocol ---
 
 
