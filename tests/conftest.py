@@ -82,8 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Modules whose grids `make test` runs as they are: the oracles of what is computed, the backends' own choice, pages.
 WHOLE = {
-    "test_backends.py", "test_divergence.py", "test_docs.py", "test_gram.py", "test_machine.py", "test_selection.py",
-    "test_solvers.py",
+    "test_backends.py", "test_divergence.py", "test_docs.py", "test_figures.py", "test_gram.py", "test_machine.py",
+    "test_selection.py", "test_solvers.py",
 }  # fmt: skip
 
 

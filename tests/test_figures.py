@@ -6,6 +6,8 @@ A figure that is no result, such as a setting or a version, is listed with its r
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain
 from statistics import mean
 
 import figures
@@ -65,10 +67,10 @@ def linked(page: str, line: str) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
 
 
-def sentences() -> Iterator[tuple[str, str]]:
+@cache
+def sentences() -> list[tuple[str, str]]:
     """Pages, and what their sentences repeat of the rows, or of a formula."""
-    for part in (of_models, of_other_code, of_answers, of_costs, of_needs):
-        yield from part()
+    return [*chain(of_models(), of_other_code(), of_answers(), of_costs(), of_needs())]
 
 
 def of_models() -> Iterator[tuple[str, str]]:
