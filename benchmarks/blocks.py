@@ -8,12 +8,11 @@ measures: the protocol of `recipes.py`, and the first questions of each task. Ea
 measures the rows that are missing or of older code.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from origin import HERE, Row, arguments, is_old, origin, read_rows, write_row
-from recipes import MODELS, PROTOCOL, SETTINGS, STAGES, Comparison, Wanted
+from origin import HERE, Row, arguments
+from recipes import MODELS, PROTOCOL, SETTINGS, Comparison, Wanted, model_of, stages_of, update
 
 from wanda_dvc.engine.depth import no_choice
 from wanda_dvc.study.files import load_json, write_json
@@ -60,9 +59,11 @@ class Chosen(Comparison):
 
     def measure(self, row: Wanted, changes: Row | None = None) -> Row:
         """Prune and measure, tasks too."""
-        self.given = GIVEN[row[0]].get(row[1], ())
-        value = super().measure(row, changes)
-        model = "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
+        if "dense" not in row:
+            self.given = GIVEN[row[0]].get(row[1], ())
+            sparsity = round(int(row[2].removeprefix("blocks ")) / BLOCKS[row[0]], 6)
+            changes = {"recipe": "fisher", "pattern": "blocks", "sparsity": sparsity}
+        value, model = super().measure(row, changes), model_of(row)
         if not self.study.data("tasks").is_dir():
             self.stage("download", "tasks")
         self.stage("zero-shot", model)
@@ -80,20 +81,14 @@ def main() -> None:
     asked = arguments(__doc__, "blocks").parse_args()
     studies: dict[str, Chosen] = {}
     tasks = {"tasks": {"source": "benchmark", "limit": QUESTIONS}}  # the names are those of params.yaml
-    for row in (row for row in wanted() if set(asked.rows) <= set(row)):
-        name, known = " ".join(row), read_rows(TARGET).get(" ".join(row))
-        if known and not is_old(known):
-            continue
-        model = row[0]
-        if model not in studies:
-            studies[model] = Chosen(model, asked.mirror.resolve(), asked.work.resolve(), SETTINGS | tasks)
-        made = origin(PROTOCOL_OF_TASKS, (*STAGES, *["recover"] * len(row[3:]), "zero-shot"))
-        changes = None
-        if "dense" not in row:
-            number = int(row[2].removeprefix("blocks "))
-            changes = {"recipe": "fisher", "pattern": "blocks", "sparsity": round(number / BLOCKS[model], 6)}
-        write_row(TARGET, name, studies[model].measure(row, changes), made)
-        print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(TARGET)[name]['value']}", flush=True)
+
+    def measure(row: Wanted) -> Row:
+        if row[0] not in studies:
+            studies[row[0]] = Chosen(row[0], asked.mirror.resolve(), asked.work.resolve(), SETTINGS | tasks)
+        return studies[row[0]].measure(row)
+
+    rows = (row for row in wanted() if set(asked.rows) <= set(row))
+    update(rows, TARGET, measure, protocol=PROTOCOL_OF_TASKS, stages=lambda row: (*stages_of(row), "zero-shot"))
 
 
 if __name__ == "__main__":

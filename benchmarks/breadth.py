@@ -9,13 +9,12 @@ once. The first study measures the dense model for all. Each row is written at o
 are missing or of older code.
 """
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from origin import HERE, Row, arguments, is_old, origin, protocol, read_rows, write_row
-from recipes import SHARED, STAGES, Comparison, Wanted, study_folder
+from origin import HERE, Row, arguments, protocol
+from recipes import SHARED, Comparison, Wanted, study_folder, update
 from texts import make
 
 from wanda_dvc.study.folder import Study
@@ -85,24 +84,15 @@ class Breadth:
         return self.studies[work]
 
 
-def measure(rows: Iterable[Wanted], target: Path, studies: Breadth) -> None:
-    """Measure rows that the file lacks, or that older code measured; write each at once."""
-    for row in rows:
-        name, known = " ".join(row), read_rows(target).get(" ".join(row))
-        if known is None or is_old(known):
-            made = origin(PROTOCOL, STAGES + ("recover",) * len(row[5:]))
-            write_row(target, name, studies.measure(row), made)
-            print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
-
-
 def main() -> None:
     """Run the command line."""
     parser = arguments(__doc__, "breadth")
     parser.add_argument("--texts", type=Path, help="the folder of the texts; by default in --work")
     asked = parser.parse_args()
     work = asked.work.resolve()
+    breadth = Breadth(asked.mirror.resolve(), work, (asked.texts or work / "texts").resolve())
     rows = [row for row in wanted() if set(asked.rows) <= set(row)]
-    measure(rows, TARGET, Breadth(asked.mirror.resolve(), work, (asked.texts or work / "texts").resolve()))
+    update(rows, TARGET, breadth.measure, protocol=PROTOCOL)
 
 
 if __name__ == "__main__":

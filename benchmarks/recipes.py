@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -107,7 +107,7 @@ class Comparison:
 
     def measure(self, row: Wanted, changes: Row | None = None) -> Row:
         """Prune by a recipe, or with `changes` of the settings, and measure; the dense model is measured already."""
-        model = "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
+        model = model_of(row)
         if model != "dense":
             if self.pruned != row[:3]:
                 self.prune(row, changes)
@@ -177,6 +177,11 @@ class Comparison:
         return {stage: min(run[stage] for run in runs) for stage in ("mask", "apply")}
 
 
+def model_of(row: Wanted) -> str:
+    """Return the model of a study that a row measures."""
+    return "dense" if "dense" in row else "recovered" if row[3:] else "pruned"
+
+
 def study_folder(work: Path, model: str) -> Path:
     """Return the folder of a model's study, a new one for other code: no artifact of older code is in it."""
     return work / sources_digest((*STAGES, "recover")) / model
@@ -199,20 +204,42 @@ def gemma(work: Path) -> Path:
 
 
 def measure(rows: Iterable[Wanted], target: Path, mirror: Path, work: Path, *, seconds: bool) -> None:
-    """Measure rows that the file lacks, or that older code measured; write each at once."""
+    """Measure rows that the file lacks, or that older code measured, and with `seconds` the times of each."""
     studies: dict[str, Comparison] = {}
+
+    def study_of(model: str) -> Comparison:
+        if model not in studies:
+            studies[model] = Comparison(model, mirror, work)
+        return studies[model]
+
     for row in dict.fromkeys(rows):
-        model = row[0]
-        for name, timed in ((" ".join(row), False), (" ".join((*row, "seconds")), True)):
-            known = read_rows(target).get(name)
-            if (known and not is_old(known)) or (timed and (not seconds or row[3:])):
-                continue
-            if model not in studies:
-                studies[model] = Comparison(model, mirror, work)
-            study = studies[model]
-            made = origin(PROTOCOL) if timed else origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
-            write_row(target, name, study.seconds(row) if timed else study.measure(row), made)
-            print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(target)[name]['value']}", flush=True)
+        update([row], target, lambda row: study_of(row[0]).measure(row))
+        if seconds and not row[3:]:
+            update([(*row, "seconds")], target, lambda row: study_of(row[0]).seconds(row[:-1]), stages=lambda _: ())
+
+
+def stages_of(row: Wanted) -> tuple[str, ...]:
+    """Return the stages whose code can change a row."""
+    return STAGES + ("recover",) * any(word in TOKENS for word in row)
+
+
+def update(
+    rows: Iterable[Wanted],
+    target: Path,
+    measure: Callable[[Wanted], Row | None],
+    *,
+    protocol: str = PROTOCOL,
+    stages: Callable[[Wanted], Iterable[str]] = stages_of,
+) -> None:
+    """Measure rows that a file lacks, or that older code measured; write each at once. None: there is no such row."""
+    for row in rows:
+        name, known = " ".join(row), read_rows(target).get(" ".join(row))
+        if known is None or is_old(known):
+            made = origin(protocol, stages(row))
+            value = measure(row)
+            if value is not None:
+                write_row(target, name, value, made)
+                print(f"[{time.strftime('%H:%M:%S')}] {name}: {value}", flush=True)
 
 
 def main() -> None:

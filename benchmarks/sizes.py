@@ -9,12 +9,11 @@ pruned and after a training, by the protocol of `recipes.py`. Each row is writte
 that are missing or of older code.
 """
 
-import time
 from collections.abc import Iterator
 from itertools import product
 
-from origin import HERE, Row, arguments, is_old, origin, read_rows, write_row
-from recipes import MODELS, PROTOCOL, STAGES, Comparison, Wanted
+from origin import HERE, Row, arguments, is_old, read_rows
+from recipes import MODELS, Comparison, Wanted, update
 
 from wanda_dvc.study.artifact import read_provenance
 
@@ -52,18 +51,19 @@ def main() -> None:
     """Run the command line."""
     asked = arguments(__doc__, "sizes").parse_args()
     studies: dict[str, Comparison] = {}
-    for row in (row for row in wanted() if set(asked.rows) <= set(row)):
-        name, rows = " ".join(row), read_rows(TARGET)
-        if (name in rows and not is_old(rows[name])) or (changes := changes_of(row, rows)) is None:
-            continue
+
+    def measure(row: Wanted) -> Row | None:
+        changes = changes_of(row, read_rows(TARGET))
+        if changes is None:
+            return None
         if row[0] not in studies:
             studies[row[0]] = Comparison(row[0], asked.mirror.resolve(), asked.work.resolve())
-        study, made = studies[row[0]], origin(PROTOCOL, STAGES + ("recover",) * len(row[3:]))
-        value = study.measure(row, changes)
-        if row[1:2] == (CHOSEN,):
-            value["candidates"] = read_provenance(study.study.masks, "mask")["candidates"]
-        write_row(TARGET, name, value, made)
-        print(f"[{time.strftime('%H:%M:%S')}] {name}: {value}", flush=True)
+        value = studies[row[0]].measure(row, changes)
+        if row[1] == CHOSEN:
+            value["candidates"] = read_provenance(studies[row[0]].study.masks, "mask")["candidates"]
+        return value
+
+    update((row for row in wanted() if set(asked.rows) <= set(row)), TARGET, measure)
 
 
 if __name__ == "__main__":

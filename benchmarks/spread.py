@@ -9,13 +9,12 @@ pruned models are measured here too. Each row is written at once, and a run meas
 older code.
 """
 
-import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from origin import HERE, Row, arguments, change_settings, is_old, origin, read_rows, write_row
-from recipes import AMOUNTS, MODELS, PROTOCOL, SETTINGS, SHARED, STAGES, Comparison, Wanted, study_folder
+from origin import HERE, Row, arguments, change_settings
+from recipes import AMOUNTS, MODELS, SETTINGS, SHARED, Comparison, Wanted, study_folder, update
 
 from wanda_dvc.study.folder import Study
 
@@ -83,12 +82,7 @@ def main() -> None:
     """Run the command line."""
     asked = arguments(__doc__, "recipes").parse_args()
     spread = Spread(asked.mirror.resolve(), asked.work.resolve())
-    for row in (row for row in wanted() if set(asked.rows) <= set(row)):
-        name, rows = " ".join(row), read_rows(TARGET)
-        if name not in rows or is_old(rows[name]):
-            made = origin(PROTOCOL, STAGES + ("recover",) * len(row[4:]))
-            write_row(TARGET, name, spread.measure(row), made)
-            print(f"[{time.strftime('%H:%M:%S')}] {name}: {read_rows(TARGET)[name]['value']}", flush=True)
+    update((row for row in wanted() if set(asked.rows) <= set(row)), TARGET, spread.measure)
 
 
 if __name__ == "__main__":

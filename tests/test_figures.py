@@ -34,7 +34,7 @@ FIGURE = re.compile(
     r"(?<![\w./=:-])(?:\d[\d,]*(?:\.\d+)?(?= (?:%|×|[GM]B\b|M\b|s\b|nats|minutes|hours|times\b))|\d[\d,]*\.\d+\b"
     r"|(?:two|three|four|five|six|seven|eight|nine|ten|a sixth|half)(?= (?:minutes|hours|times|of this rise)))"
 )
-VERSION = re.compile(r"(Python|Ray|before|or|and) \d\.\d+|\(0\.\d+\.\d,?|Gemma 3|GGUF")
+VERSION = re.compile(r"(Python|Ray|before) \d\.\d+( (or|and) \d\.\d+)?|\(0\.\d+\.\d,?")
 AMOUNTS = {"20", "30", "50", "70"}  # percent, of sparsity: a setting
 # Figures that are no results of this project, by their page: definitions, settings, limits of scripts, published
 # figures, and what was measured by hand.
@@ -171,18 +171,19 @@ def of_costs() -> Iterator[tuple[str, str]]:
 
 def of_needs() -> Iterator[tuple[str, str]]:
     """What formulas say of memory."""
-    for page, model, said in (
-        (LIMITS, "llama-3.1-8b", "`recover` needs {1:.0f} GB, or {0:.0f} GB to train in float32"),
-        (METHODS, "gemma-3-270m", "{0:.0f} GB for Gemma 3 270M"),
-        (METHODS, "gemma-3-270m", "{1:.0f} GB for Gemma"),
-    ):
-        sizes = ModelSizes.read(CONFIGS / f"{model}.json")
-        training = Conditions(Study(ROOT).with_params(new_params({})[0]), sizes)
-        needs = [(FIXED + training_memory(training, way)) / 1e9 for way in TRAINING_WAYS]
-        ways = (needs[1], needs[-1]) if page == LIMITS else (needs[0], needs[-1])
-        yield page, said.format(*ways)
+    _, checkpointed, low = training_gigabytes("llama-3.1-8b")
+    yield LIMITS, f"`recover` needs {low:.0f} GB, or {checkpointed:.0f} GB to train in float32"
+    fastest, _, low = training_gigabytes("gemma-3-270m")
+    yield METHODS, f"{fastest:.0f} GB for Gemma 3 270M"
+    yield METHODS, f"{low:.0f} GB for Gemma"
     gram = 8 * (3 * 4096**2 + 11008**2)  # float64, a matrix for each distinct input of a LLaMA-2-7B block
     yield "docs/workers.md", f"need {gram / 1e9:.1f} GB per block and chunk"
+
+
+def training_gigabytes(model: str) -> list[float]:
+    """What each way of training needs, the fastest first."""
+    conditions = Conditions(Study(ROOT).with_params(new_params({})[0]), ModelSizes.read(CONFIGS / f"{model}.json"))
+    return [(FIXED + training_memory(conditions, way)) / 1e9 for way in TRAINING_WAYS]
 
 
 def uncovered(page: str, known: Sequence[str]) -> list[str]:
