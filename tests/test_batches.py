@@ -188,7 +188,7 @@ def test_each_unit_of_work_that_runs_out_of_memory_is_repeated_and_counts_once(
     tiny: Path, tmp_path: Path, capsys: Capture
 ):
     """In the loss, and in the repair: after one batch of two."""
-    cut = repair.Cut(0, 2, "model.layers.0.mlp.down_proj")
+    refit = repair.Refit(0, 2, "model.layers.0.mlp.down_proj")
 
     def fails_once(method: str) -> Any:
         calls, original = itertools.count(1), getattr(Decoder, method)
@@ -203,16 +203,16 @@ def test_each_unit_of_work_that_runs_out_of_memory_is_repeated_and_counts_once(
     with simulated_gpu():
         decoder = Decoder(tiny, dtype=torch.float32, device=CUDA)
         runner = ModelRunner(decoder, tmp_path / "repair")
-        changes = [WeightChange({}, {cut.linear: decoder.checkpoint.weight(cut.linear) * 1.1})]
+        changes = [WeightChange({}, {refit.linear: decoder.checkpoint.weight(refit.linear) * 1.1})]
 
-        def run_twice(cut_run: repair.CutRun) -> None:
-            for work, job in ((repair.run_before, cut_run), (repair.run_changed, (cut_run, changes))):
+        def run_twice(run: repair.RefitRun) -> None:
+            for work, job in ((repair.sum_lacking, run), (repair.try_changes, (run, changes))):
                 decoder.batch_limit = 2
                 expected = work(decoder, job, runner.chunks[0])  # type: ignore[arg-type]
                 with fails_once("run"):
                     check_alike(expected, work(decoder, job, runner.chunks[0]))  # type: ignore[arg-type]
 
-        list(repair.run_cuts(runner, rows(), [cut], run_twice))
+        list(repair.run_refits(runner, rows(), [refit], run_twice))
         decoder.batch_limit = 2
         expected = gradients(decoder, tmp_path / "a")
         with fails_once("loss_gradient"):

@@ -33,21 +33,16 @@ WANTED: dict[str, Any] = {"pattern": "blocks", "recipe": "wanda-refit", "calibra
 
 
 def choose(made: Study, *removed: int) -> None:
-    """Choose these blocks, in place of the measured ones."""
+    """Choose these blocks, in place of the measured ones and of neighbours."""
     number = len(removed)
     choices = json.loads((made.blocks / CHOICES_FILE).read_text())["choices"]
-    choices[number - 1]["removed"] = removed
+    choices[number - 1] |= {"removed": removed, "rises": [None] * len(choices[0]["rises"])}
     write_json(made.blocks / CHOICES_FILE, {"choices": choices})
 
 
-def test_neighbours_are_one_cut():
-    assert repair.removed_neighbours([7, 2, 3, 8, 5, 1]) == [range(1, 4), range(5, 6), range(7, 9)]
-    assert repair.removed_neighbours([]) == []
-
-
-@pytest.mark.parametrize("removed", [(1, 2), (1, 3), (2,)], ids=str)
-def test_the_linear_before_each_cut_takes_over_a_part_of_what_its_blocks_add(removed: tuple[int, ...], study: Make):
-    """A later cut is repaired in the model with the earlier repairs, towards the dense model's hidden states."""
+@pytest.mark.parametrize("removed", [(1, 2), (1, 3), (1,), (2,)], ids=str)
+def test_linears_take_over_a_part_of_what_removed_blocks_add(removed: tuple[int, ...], study: Make):
+    """Those before removed blocks, then each later one, towards the dense model's hidden states."""
     made = fetch(study(sparsity=len(removed) / 4, calibration__length=128, **WANTED), "model", "calibration")
     calibrate(study=made)
     choose(made, *removed)
@@ -58,11 +53,12 @@ def test_the_linear_before_each_cut_takes_over_a_part_of_what_its_blocks_add(rem
     windows, held = calibration_windows(repaired), torch.arange(8) % 4 == 0
     wanted, _ = states_and_inputs(model, windows)
     layers, new = list(model.model.layers), dict[str, torch.Tensor]()
-    for cut in repair.removed_neighbours(removed):
-        before = cut.start - 1
+    for before, end in itertools.pairwise([*kept, 4]):
+        if end <= min(removed):
+            continue
         model.model.layers = torch.nn.ModuleList(layers[block] for block in kept if block <= before)
         states, inputs = states_and_inputs(model, windows)
-        lacking = wanted[cut.stop] - states[-1]
+        lacking = wanted[end] - states[-1]
 
         def fit(
             rows: torch.Tensor, damping: float, inputs: torch.Tensor = inputs, lacking: torch.Tensor = lacking
@@ -148,9 +144,9 @@ def test_activations_that_are_not_finite_stop_a_repair(tiny: Path, tmp_path: Pat
         write(store, block, chunk, batches)
 
     monkeypatch.setattr(activations.ActivationStore, "write", overflowing)
-    cuts = [repair.Cut(0, 2, f"model.layers.0.{DOWN}"), repair.Cut(2, 4, f"model.layers.2.{DOWN}")]
+    refits = [repair.Refit(0, 2, f"model.layers.0.{DOWN}"), repair.Refit(2, 4, f"model.layers.2.{DOWN}")]
     windows = torch.ones(2, 8, dtype=torch.int64)
-    steps = repair.run_cuts(ModelRunner(decoder, tmp_path), windows, cuts, lambda _: None)
+    steps = repair.run_refits(ModelRunner(decoder, tmp_path), windows, refits, lambda _: None)
     with pytest.raises(UserError, match="block 2, run for the repair: activations that are not finite; set dtype"):
         list(steps)
 
@@ -167,7 +163,7 @@ def test_gram_matrices_of_another_calibration_do_not_stop_a_repair(calibrated_st
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch, device: str):
     """On a GPU the hidden states before the kill are then in files, and those after it on the device."""
-    repaired = fetch(study(sparsity=0.5, runtime__device=device, **WANTED), "model", "calibration")
+    repaired = fetch(study(sparsity=0.25, runtime__device=device, **WANTED), "model", "calibration")
     load, changes = BlockLoader.load, itertools.count()
 
     def killed(loader: BlockLoader, index: int, then: int, change: Any = None) -> None:
@@ -179,11 +175,12 @@ def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypa
     monkeypatch.setitem(sequences.SMALLEST_CHUNK, "cuda", 1)  # several
     with simulated_gpu() if device == "cuda" else contextlib.nullcontext():
         calibrate(study=repaired)
-        choose(repaired, 1, 3)
+        choose(repaired, 1)
         mask(study=repaired)
         expected = tree(repaired.root, "masks", "weights")
-        # Within the first cut, within its repair and after it, between the cuts, and after the second repair.
-        for point, changed in (((1, False), 0), ((0, True), 3), ((0, True), 5), ((2, False), 0), ((2, True), 5)):
+        # At the removed block, within the first repair and after it, then at and within the next ones.
+        points = [((1, False), 0), ((0, True), 3), ((0, True), 5), ((2, False), 0), ((2, True), 3), ((3, True), 5)]
+        for point, changed in points:
             at, kill = point, changed
             for folder in (repaired.masks, repaired.weights):
                 remove(folder)

@@ -32,7 +32,7 @@ def test_the_page_and_the_commands_have_the_stages_in_their_order_and_each_is_a_
     table = re.findall(r"^\| `([a-z-]+)`", page, flags=re.MULTILINE)
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "device", "inputs", "needs", "process", "size"} == set(STAGES)
+    assert modules - {"--init--", "device", "inputs", "needs", "process", "candidates"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[-len(STAGES) :] == list(STAGES)
 

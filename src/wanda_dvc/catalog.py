@@ -238,9 +238,7 @@ SOLVED_UNITS = Reconstruction(
     function="wanda_dvc.pruning.units:least_squares_of_units",
 )
 # `mask` runs it, by `engine.repair`; this row describes it.
-REPAIR = Reconstruction(
-    "least-squares", "least squares: the linear before each cut of removed blocks takes over a part of what they add"
-)
+REPAIR = Reconstruction("least-squares", "least squares: the last linears of blocks take over what removed blocks add")
 
 
 # --- recipes ---

@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def repairs(self) -> bool:
-        """Whether the linear before each cut of removed blocks takes over a part of what they add."""
+        """Whether linears of the blocks that stay take over a part of what removed blocks add."""
         return self.measures_blocks and self.reconstructs
 
     @property

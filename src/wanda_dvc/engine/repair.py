@@ -1,8 +1,8 @@
-"""The repair for removed blocks: the last linear before each cut takes over a part of what the cut's blocks add.
+"""The repair for removed blocks: linears of the blocks that stay take over a part of what the removed blocks add.
 
-ReplaceMe (arXiv 2505.02819) multiplies this linear's outputs by a matrix. A new weight W + D can do more, as it has
-more columns: D is least squares from the linear's input to the difference of the hidden states. No parameter is added.
-A later cut's repair runs on the model with the earlier repairs, towards the hidden states of the dense model.
+ReplaceMe (arXiv 2505.02819) multiplies the outputs of the last linear before them by a matrix. A new weight W + D can
+do more, as it has more columns: D is least squares from the linear's input to what the hidden states lack. No parameter
+is added. Then the last linear of each later block lowers what is left, in the model with the new weights before it.
 """
 
 import itertools
@@ -30,66 +30,51 @@ VALIDATION_STRIDE = 4  # the dampings are tried on every fourth chunk
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-class Cut(NamedTuple):
-    """Removed blocks that are neighbours, and the linear that takes over a part of what they add."""
+class Refit(NamedTuple):
+    """A linear that gets a new weight, and the blocks until the hidden states are compared with the dense model's."""
 
-    block_before: int  # −1: the first block is removed
-    end: int  # the first block after them, or the number of blocks
-    linear: str  # of the block before
+    block: int  # of the linear
+    end: int  # the next block that stays, or the number of blocks; those between are removed
+    linear: str
 
 
-class CutRun(NamedTuple):
-    """A cut, and the activations before all blocks from the one before it to its end."""
+class RefitRun(NamedTuple):
+    """A refit, and the activations before all blocks from its own to its end."""
 
-    cut: Cut
-    store: ActivationStore  # of the model with the earlier repairs, without the removed blocks
+    refit: Refit
+    store: ActivationStore  # of the model with the earlier new weights, without the removed blocks
     dense_store: ActivationStore
 
 
-def removed_neighbours(removed: Sequence[int]) -> list[range]:
-    """Return each range of neighbours among removed blocks, in order."""
-    ranges: list[range] = []
-    for block in sorted(removed):
-        if ranges and ranges[-1].stop == block:
-            ranges[-1] = range(ranges[-1].start, block + 1)
-        else:
-            ranges.append(range(block, block + 1))
-    return ranges
-
-
-def run_cuts(
-    runner: ModelRunner, windows: ModelInput, cuts: Sequence[Cut], repair_cut: Callable[[CutRun], Tensor | None]
+def run_refits(
+    runner: ModelRunner, windows: ModelInput, refits: Sequence[Refit], refit: Callable[[RefitRun], Tensor | None]
 ) -> Iterator[int]:
     """Run windows through the dense model, and without the removed blocks; yield the number of each finished block.
 
-    At the end of each cut, `repair_cut` returns the new weight of its linear; None: it stays as it is. It must keep the
-    weight on disk first: a resumed run asks again, and the activations are then repaired ones. UserError for
-    activations that are not finite.
+    `refits` are those of the block before the first removed one, and of each later block that stays. `refit` returns a
+    linear's new weight; None: it stays as it is. It must keep the weight on disk first: a resumed run asks again, and
+    the activations are then those with the new weight. UserError for activations that are not finite.
     """
-    # `repair_cut` reads the activations before each block from `block_before` to `end`, one more than `kept`: the
-    # oldest ones are dropped only once the last block before `end` counts as finished.
-    kept = max(cut.end - cut.block_before for cut in cuts)
-    first, last = cuts[0].block_before, cuts[-1].end
+    refit_of = {job.end - 1: job for job in refits}  # by the last block before its end
+    # `refit` reads the activations before each block from its own to `end`, one more than `kept`: the oldest ones are
+    # dropped only once the last block before `end` counts as finished.
+    kept = max(job.end - job.block for job in refits)
     for step in runner.forward(windows, models=["own", "dense"], kept=kept):
         block, (store, dense) = step.index, runner.stores
-        cut = next((cut for cut in cuts if cut.block_before < block < cut.end), None)
         run_windows(runner, BlockRun(block, dense))
-        if block <= first:  # both models are equal so far
+        if block <= refits[0].block:  # both models are equal so far
             store.copy_from(dense, block + 1, block + 1)
-        elif cut is None:
+        elif any(job.block == block for job in refits):
             run_windows(runner, BlockRun(block, store))
         else:
             store.copy_from(store, block, block + 1)
-        if cut and block == cut.end - 1 and cut.block_before >= 0:
-            weight = repair_cut(CutRun(cut, store, dense))
-            if weight is not None:
-                change = WeightChange({}, {cut.linear: weight})
-                run_windows(runner, BlockRun(cut.block_before, store, change=change))
-                for removed in range(cut.block_before + 1, cut.end):
-                    store.copy_from(store, removed, removed + 1)
+        job = refit_of.get(block)
+        if job is not None and (weight := refit(RefitRun(job, store, dense))) is not None:
+            change = WeightChange({}, {job.linear: weight})
+            run_windows(runner, BlockRun(job.block, store, change=change))
+            for removed in range(job.block + 1, job.end):
+                store.copy_from(store, removed, removed + 1)
         yield block
-        if block == last - 1:
-            return
 
 
 def run_windows(runner: ModelRunner, block: BlockRun) -> None:
@@ -100,35 +85,36 @@ def run_windows(runner: ModelRunner, block: BlockRun) -> None:
         raise UserError(f"{where}: activations that are not finite; {FIX_NOT_FINITE}")
 
 
-def repair(runner: ModelRunner, removed: CutRun, weight: Tensor) -> Tensor | None:
-    """Return the new weight of a cut's linear, as stored; None if no damping lowers the error.
+def repair(runner: ModelRunner, run: RefitRun, weight: Tensor) -> Tensor | None:
+    """Return the new weight of a linear, as stored; None if no damping lowers the error.
 
     The damping has the least error on the validation chunks; all chunks give the weight. UserError if the linear adds
     nothing to the hidden states.
     """
-    block, end, linear = removed.cut
+    block, end, linear = run.refit
     transposed = runner.decoder.linears(block)[linear].transposed
     # As in JetMoE, where all linears but the one of keys and values are experts'.
-    if weight.shape[1 if transposed else 0] != removed.store.width:
+    if weight.shape[1 if transposed else 0] != run.store.width:
         raise UserError(f"reconstruction: {linear} adds nothing to the hidden states; set recipe=wanda")
     validation = runner.chunks[::VALIDATION_STRIDE]
     fitting = [chunk for chunk in runner.chunks if chunk.number % VALIDATION_STRIDE] or validation  # of a single chunk
-    sums = runner.merge(run_before, removed, fitting, RepairSums(), "repair, chunk")
+    sums = runner.merge(sum_lacking, run, fitting, RepairSums(), "repair, chunk")
 
     weights = [new_weight(weight, sums, linear, damping, transposed=transposed) for damping in DAMPINGS]
     changes = [WeightChange({}, {linear: changed}) for changed in weights]
-    squares = list(runner.map(run_changed, (removed, changes), validation, "repair, chunk"))
+    squares = list(runner.map(try_changes, (run, changes), validation, "repair, chunk"))
     totals = torch.stack(squares).sum(dim=0)
     unrepaired, *errors = totals.sqrt().nan_to_num(torch.inf, torch.inf).tolist()  # of an overflow: NaN
     error, damping = min(zip(errors, DAMPINGS, strict=True))
     if not error < unrepaired:
-        notice(
-            f"mask: {linear} keeps its weights: on held-out windows it cannot take over what blocks {block + 1} to "
-            f"{end - 1} add; the error would be {error:.4g} instead of {unrepaired:.4g}"
-        )
+        if end > block + 1:
+            notice(
+                f"mask: {linear} keeps its weights: on held-out windows it cannot take over what blocks {block + 1} to "
+                f"{end - 1} add; the error would be {error:.4g} instead of {unrepaired:.4g}"
+            )
         return None
     if fitting is not validation:
-        sums.merge(runner.merge(run_before, removed, validation, RepairSums(), "repair, chunk"))
+        sums.merge(runner.merge(sum_lacking, run, validation, RepairSums(), "repair, chunk"))
     return new_weight(weight, sums, linear, damping, transposed=transposed)
 
 
@@ -141,14 +127,14 @@ def new_weight(weight: Tensor, sums: RepairSums, linear: str, damping: float, *,
 
 @in_smaller_batches
 @torch.no_grad()
-def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
-    """Return a chunk's sums for a cut's linear: of its input, and of what the hidden states lack without the blocks."""
-    block, end, linear = removed.cut
+def sum_lacking(model: Decoder, run: RefitRun, chunk: Chunk) -> RepairSums:
+    """Return a chunk's sums for a linear: of its input, and of what the hidden states lack at the refit's end."""
+    block, end, linear = run.refit
     model.load(block, -1)
     sums, inputs = RepairSums(), list[Tensor]()
-    batches = model.batches(chunk.sequences, streamed=not removed.store.on_device)
-    before = removed.store.read_batches(block, chunk.number, batches, model.copies)
-    wanted = removed.dense_store.read_batches(end, chunk.number, batches, model.copies)
+    batches = model.batches(chunk.sequences, streamed=not run.store.on_device)
+    before = run.store.read_batches(block, chunk.number, batches, model.copies)
+    wanted = run.dense_store.read_batches(end, chunk.number, batches, model.copies)
     with observing({linear: model.linears(block)[linear]}, lambda _, x, __: inputs.append(x)):
         for batch, states_before, states_wanted in zip(batches, before, wanted, strict=True):
             missing = states_wanted.float() - model.run(block, states_before, batch[0]).float()
@@ -158,15 +144,17 @@ def run_before(model: Decoder, removed: CutRun, chunk: Chunk) -> RepairSums:
 
 @in_smaller_batches
 @torch.no_grad()
-def run_changed(model: Decoder, job: tuple[CutRun, Sequence[WeightChange]], chunk: Chunk) -> Float[Tensor, " changes"]:
+def try_changes(
+    model: Decoder, job: tuple[RefitRun, Sequence[WeightChange]], chunk: Chunk
+) -> Float[Tensor, " changes"]:
     """Return ‖block's outputs − dense hidden states before the end‖² of a chunk: unchanged, then with each change."""
-    removed, changes = job
-    number, end, _ = removed.cut
-    wanted = removed.dense_store.read(end, chunk.number)
-    errors = [squared_error(removed.store.read(number + 1, chunk.number), wanted)]
+    run, changes = job
+    number, end, _ = run.refit
+    wanted = run.dense_store.read(end, chunk.number)
+    errors = [squared_error(run.store.read(number + 1, chunk.number), wanted)]
     for change in changes:
         model.load(number, -1, change)
-        outputs = itertools.chain.from_iterable(run_batches(model, BlockRun(number, removed.store), chunk, []))
+        outputs = itertools.chain.from_iterable(run_batches(model, BlockRun(number, run.store), chunk, []))
         errors.append(squared_error(outputs, wanted))
     return torch.tensor(errors, dtype=torch.float64)
 

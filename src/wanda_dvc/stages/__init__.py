@@ -146,7 +146,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=14,
+            version=15,
             about="Choose the weights to keep: masks/.",
             variants={
                 "": Variant(

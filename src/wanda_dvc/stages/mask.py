@@ -83,7 +83,7 @@ def mask(*, study: Study) -> None:
     norms, digests = inputs.statistics(study)
     inputs.discard_unfinished_gram(study)  # it takes gigabytes
     checkpoint, blocks = Checkpoint(study.model("dense")), artifact.block_count(study.norms, "calibrate")
-    if plan.pattern == SMALLER:
+    if plan.measures_blocks:
         write_best_candidate(study, checkpoint, _describe(plan, norms, digests, [], None), device)
         return
     removal = choose_removal(study, checkpoint, blocks, device)
@@ -107,7 +107,7 @@ def write_blocks(study: Study, job: MaskJob, work: Work, made_from: Json, device
     else:
         results = from_statistics(study, job, range(finished, blocks), device)
     for result in process.progress(results, total=blocks, what="mask, blocks", at=lambda result: result.block):
-        # The repair has written the files of the blocks before cuts, empty where it did not help.
+        # The repair has written the files of the blocks that it may change, empty where it did not help.
         has_file = plan.repairs and is_there(artifact.block_file(weights, result.block))
         if plan.mask_stores_weights and not has_file:
             tensors.write_weights(weights, result.block, result.weights)
@@ -118,11 +118,13 @@ def write_blocks(study: Study, job: MaskJob, work: Work, made_from: Json, device
 
 def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, device: torch.device) -> None:
     """Write the masks of the smaller model with the least measured divergence, and what was measured of the others."""
-    from wanda_dvc.stages.size import find_candidates, measure_candidates  # imports transformers: seconds
+    # These import transformers, which takes seconds.
+    from wanda_dvc.stages.candidates import block_candidates, candidates_of_size, measure_candidates
 
     removal = inputs.removal_of(checkpoint, study.plan, device)
     assert removal is not None  # the pattern removes units
-    candidates, measured, rows = find_candidates(study, checkpoint, removal, device), list[float](), list[Json]()
+    find = candidates_of_size if study.plan.pattern == SMALLER else block_candidates
+    candidates, measured, rows = find(study, checkpoint, removal, device), list[float](), list[Json]()
     sparsities = [study.plan.sparsity] * artifact.block_count(study.norms, "calibrate")
     with study.work(made_from) as work:
         tries = [(candidate, Work(work.path / f"candidate_{place}")) for place, candidate in enumerate(candidates)]
@@ -179,8 +181,8 @@ def _describe(
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero.
 
-    For blocks and experts, which ones; for neurons and heads only how many, because the masks of the linears that read
-    them choose.
+    For experts, which ones; for neurons and heads only how many, because the masks of the linears that read them
+    choose.
     """
     plan = study.plan
     removal = inputs.removal_of(checkpoint, plan, device)
@@ -191,29 +193,10 @@ def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: to
         return removal
     from wanda_dvc.engine.probe import probe  # imports transformers, which takes seconds
 
-    if plan.measures_blocks:
-        kept = measured_blocks(study, removal)
-    else:
-        stats = (tensors.read_stats(study.norms, block) for block in range(blocks))
-        kept = choose_units(removal.unit_sets, stats, plan.method)
-    removal = removal.with_kept(kept)
+    stats = (tensors.read_stats(study.norms, block) for block in range(blocks))
+    removal = removal.with_kept(choose_units(removal.unit_sets, stats, plan.method))
     probe(checkpoint, removal, device)  # UserError if a model without these units computes something else
     return removal
-
-
-def measured_blocks(study: Study, removal: "Removal") -> dict[str, Tensor]:
-    """Return the mask of the blocks, by their set, from stats/blocks. UserError if it has too few choices."""
-    ((name, units),) = removal.unit_sets.items()
-    number, choices = units.total - units.kept, inputs.read_choices(study.blocks)
-    if number > len(choices):
-        raise UserError(
-            f"stats/blocks: has choices of up to {len(choices)} blocks, expected {number}; run `dvc repro` or "
-            "`wanda-dvc calibrate blocks`"
-        )
-    kept = torch.ones(units.total, dtype=torch.bool)
-    if number:
-        kept[choices[number - 1].removed] = False
-    return {name: kept}
 
 
 def allocate_sparsities(
@@ -391,35 +374,29 @@ def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelR
 def repair_removed_blocks(
     study: Study, checkpoint: Checkpoint, removal: "Removal", calibrated_text: Json, work: Work
 ) -> None:
-    """Write the blocks before each cut to the unfinished weights/, with new weights of their last linears.
+    """Write new weights of the block before the first removed one, and of later ones, to the unfinished weights/.
 
     The file of a block without a better weight has no tensors. An interrupted run reads the blocks that have a file.
     """
-    # The import of transformers takes seconds.
-    from wanda_dvc.engine.repair import Cut, CutRun, removed_neighbours, repair, run_cuts
+    from wanda_dvc.engine.repair import Refit, RefitRun, repair, run_refits  # imports transformers, which takes seconds
 
-    (kept,) = removal.kept_masks.values()  # of the blocks
-    ranges = removed_neighbours((~kept).nonzero()[:, 0].tolist())
-    folder = work.output("weights")
-    # Nothing is before the first block.
-    if all(is_there(artifact.block_file(folder, blocks.start - 1)) for blocks in ranges if blocks.start > 0):
+    (kept,) = removal.kept_masks.values()  # of the blocks; the first one is kept
+    folder, ends = work.output("weights"), [*kept.nonzero()[:, 0].tolist(), len(kept)]
+    next_of = {block: end for block, end in itertools.pairwise(ends) if not kept[:end].all()}  # by block that stays
+    if all(is_there(artifact.block_file(folder, block)) for block in next_of):
         return
     run, windows = _dense_run(study, calibrated_text, work)
 
-    def repair_cut(cut_run: CutRun) -> Tensor | None:
-        block, _, linear = cut_run.cut
-        if not is_there(artifact.block_file(folder, block)):  # else an interrupted run has repaired it
-            new = repair(run, cut_run, checkpoint.weight(linear))
+    def refit(refit_run: RefitRun) -> Tensor | None:
+        block, _, linear = refit_run.refit
+        if not is_there(artifact.block_file(folder, block)):  # else an interrupted run has written it
+            new = repair(run, refit_run, checkpoint.weight(linear))
             tensors.write_weights(folder, block, {} if new is None else {linear: new})
         return tensors.read_weights(folder, block).get(linear)
 
-    cuts = []
-    for blocks in ranges:
-        # `run_cuts` repairs no cut at the first block: no linear is before it.
-        linear = last_linear(study, run, blocks.start - 1) if blocks.start else ""
-        cuts.append(Cut(blocks.start - 1, blocks.stop, linear))
-    steps = run_cuts(run, windows, cuts, repair_cut)
-    for _ in process.progress(steps, total=cuts[-1].end, what="mask, blocks run for the repair", at=int):
+    refits = [Refit(block, end, last_linear(study, run, block)) for block, end in next_of.items()]
+    steps = run_refits(run, windows, refits, refit)
+    for _ in process.progress(steps, total=len(kept), what="mask, blocks run for the repair", at=int):
         pass
 
 

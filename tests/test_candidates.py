@@ -1,4 +1,4 @@
-"""Pattern `smaller`: a size in, a smaller dense model out, the best of the measured candidates."""
+"""Patterns `smaller` and `blocks`: of several smaller models, each as it would be written, the best one is written."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import short
-from conftest import Make, Patch, calibrate, fetch, prune, save_tiny_model, tree
+from conftest import Make, Patch, calibrate, fetch, mask_and_apply, prune, save_tiny_model, tree
 from families import RECORDED, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -26,11 +26,12 @@ from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import nested
 from wanda_dvc.plan import WINDOWS_BACK
+from wanda_dvc.stages import candidates
 from wanda_dvc.stages import mask as mask_stage
-from wanda_dvc.stages import size
-from wanda_dvc.stages.inputs import draw_calibration, read_choices
+from wanda_dvc.stages.inputs import CHOICES_FILE, draw_calibration, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance, remove
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.tensors import read_fisher
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
@@ -81,7 +82,7 @@ def test_the_best_of_the_measured_candidates_is_written(sparsity: float, study: 
 
 def test_candidates_are_all_widest_models_that_fit(study: Make, monkeypatch: Patch):
     """By the sizes of models that transformers builds, for all numbers of blocks, heads and neurons."""
-    monkeypatch.setattr(size, "MEASURED", 100)
+    monkeypatch.setattr(candidates, "MEASURED", 100)
     made = prune(fetch(study(pattern="smaller", sparsity=0.25, recipe="wanda"), "model", "calibration"))
     rows = read_provenance(made.masks, "mask")["candidates"]
     found = {tuple(kept(row[name])[0] for name in ("blocks", "heads", "neurons")) for row in rows}
@@ -176,6 +177,69 @@ def test_a_candidate_whose_predictions_are_not_finite_is_not_the_best(study: Mak
     assert read_provenance(made.masks, "mask")["config"]["num_hidden_layers"] == kept(rows[-1]["blocks"])[0]
 
 
+RISES = [None, 0.3, 0.2, 0.4]  # of the tiny model: neighbours 1 and 2 have the least sum
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rises", "divergences", "expected"),
+    [
+        ("wanda-refit", RISES, [0.2, 0.1], [[1, 3], [1, 2]]),
+        ("wanda-refit", RISES, [0.1, 0.2], [[1, 3], [1, 2]]),
+        ("wanda-refit", RISES, [math.inf, 0.2], [[1, 3], [1, 2]]),
+        ("wanda-refit", [None, 0.3, 0.7, None], [0.2, 0.1], [[1, 3], [1, 2]]),
+        ("wanda-refit", [None, 0.3, None, 0.4], [0.2], [[1, 3]]),  # without block 2: no finite predictions
+        ("wanda", RISES, [0.2], [[1, 3]]),  # no repair
+    ],
+)
+def test_repaired_neighbours_compete_with_the_measured_blocks(
+    recipe: str,
+    rises: list[float | None],
+    divergences: list[float],
+    expected: list[list[int]],
+    study: Make,
+    monkeypatch: Patch,
+):
+    made = fetch(study(pattern="blocks", sparsity=0.5, recipe=recipe), "model", "calibration")
+    calibrate(study=made)
+    choice = {"removed": [3, 1], "divergence": 0.75, "rises": rises}
+    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    measured = iter(divergences)
+    monkeypatch.setattr(depth, "measure_choices", lambda *_: iter([next(measured)]))
+    mask_and_apply(made)
+    rows = read_provenance(made.masks, "mask")["candidates"]
+    assert [row["removed blocks"] for row in rows] == expected
+    sums = [0.75, *(pytest.approx(sum(rises[block] or 0 for block in blocks)) for blocks in expected[1:])]
+    assert [row["predicted"] for row in rows] == sums
+    best = expected[divergences.index(min(divergences))]
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    for new, old in enumerate(block for block in range(4) if block not in best):
+        weights = [x.weight(f"model.layers.{n}.self_attn.o_proj") for x, n in ((dense, old), (pruned, new))]
+        assert torch.equal(*weights)
+
+
+def test_neighbours_that_the_probe_refuses_do_not_compete(study: Make, monkeypatch: Patch):
+    made = fetch(study(pattern="blocks", sparsity=0.5, recipe="wanda-refit"), "model", "calibration")
+    calibrate(study=made)
+    choice = {"removed": [3, 1], "divergence": 0.75, "rises": RISES}
+    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+
+    def refuse(refused: list[int]) -> None:
+        def probe(_: Any, removal: Any, __: Any) -> None:
+            (kept,) = removal.kept_masks.values()
+            if (~kept).nonzero()[:, 0].tolist() == refused:
+                raise UserError("another model")
+
+        monkeypatch.setattr(candidates, "probe", probe)
+
+    refuse([1, 2])
+    mask(study=made)
+    (row,) = read_provenance(made.masks, "mask")["candidates"]
+    assert row["removed blocks"] == [1, 3]
+    refuse([1, 3])
+    with pytest.raises(UserError, match="another model"):
+        mask(study=made)
+
+
 @pytest.mark.parametrize("stopped", ["write_blocks", "measure_candidates"])
 def test_an_interrupted_choice_resumes_to_the_same_bytes(stopped: str, study: Make, monkeypatch: Patch):
     made = fetch(study(pattern="smaller", sparsity=0.3, recipe="wanda-refit"), "model", "calibration")
@@ -183,7 +247,7 @@ def test_an_interrupted_choice_resumes_to_the_same_bytes(stopped: str, study: Ma
     expected = [tree(made.masks), tree(made.weights)]
     remove(made.masks)
     remove(made.weights)
-    module = mask_stage if stopped == "write_blocks" else size
+    module = mask_stage if stopped == "write_blocks" else candidates
     real, calls = getattr(module, stopped), itertools.count()
 
     def stop(*args: Any, **kwargs: Any) -> Any:
@@ -258,7 +322,7 @@ def test_every_family_and_recipe_has_a_smaller_model(family: str, study: Make, t
     made = prune(fetch(study(folder, pattern="smaller", sparsity=0.15, recipe=recipe), "model", "calibration"))
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     measured = [row["divergence"] for row in read_provenance(made.masks, "mask")["candidates"]]
-    assert 1 <= len(measured) <= size.MEASURED
+    assert 1 <= len(measured) <= candidates.MEASURED
     assert all(map(math.isfinite, measured))
     assert pruned.parameters <= 0.85 * dense.parameters
     model = AutoModelForCausalLM.from_pretrained(pruned.folder).eval()

@@ -1,9 +1,6 @@
-"""Choose how many blocks, heads and neurons a model of a requested size keeps, for the pattern `smaller`.
+"""Find candidates for the patterns `blocks` and `smaller`, and measure each as it would be written."""
 
-A candidate is a number of blocks, a number of heads, and the widest MLP that then fits the size. The measured
-divergence without the blocks and the costs of the units predict its divergence; the best candidates are measured.
-"""
-
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -22,7 +19,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.engine.sequences import TokenSequence
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import WINDOWS_BACK
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import inputs
@@ -37,7 +34,7 @@ MEASURED = 6  # candidates, at most
 
 
 class Candidate(NamedTuple):
-    """A smaller model of at most the requested size."""
+    """A smaller model."""
 
     removal: Removal  # with the number of units of each set, and the blocks
     size: float  # its parameters, as a fraction of the dense model's
@@ -50,15 +47,58 @@ class Candidate(NamedTuple):
 
     def describe(self, divergence: float) -> Json:
         """Describe it with its measured divergence, as the provenance of masks has it."""
-        kept = {pattern: f"{units.kept}/{units.total}" for pattern, units in self.units.items()}
+        units_kept = {pattern: f"{units.kept}/{units.total}" for pattern, units in self.units.items()}
+        (kept,) = self.removal.kept_masks.values()
         numbers = {"size": round(self.size, 4), "predicted": round(self.predicted, 4)}
-        return {**kept, **numbers, "divergence": json_number(divergence)}
+        removed = {"removed blocks": (~kept).nonzero()[:, 0].tolist()}
+        return {**units_kept, **removed, **numbers, "divergence": json_number(divergence)}
 
 
-def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, device: torch.device) -> list[Candidate]:
-    """Return the candidates to measure: those of one pattern first, then those with the least predicted divergence.
+def size_of(checkpoint: Checkpoint, removal: Removal) -> Fraction:
+    """Return a smaller model's parameters, as a fraction of the dense model's."""
+    return Fraction(SmallerCheckpoint(checkpoint, removal).parameters, checkpoint.parameters)
 
-    UserError if none is small enough.
+
+def block_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, device: torch.device) -> list[Candidate]:
+    """Return the measured choice of blocks, from stats/blocks; and neighbours, which a repair may help more.
+
+    The neighbours have the least sum of the rises of the divergence without one block more. UserError if the choice was
+    not measured, or the model without it computes something else.
+    """
+    notice(f"mask: {removal.describe(study.plan.sparsity)}")
+    ((name, units),) = removal.unit_sets.items()
+    number, choices = units.total - units.kept, inputs.read_choices(study.blocks)
+    if number > len(choices):
+        raise UserError(
+            f"stats/blocks: has choices of up to {len(choices)} blocks, expected {number}; run `dvc repro` or "
+            "`wanda-dvc calibrate blocks`"
+        )
+    choice = choices[number - 1] if number else depth.no_choice(units.total)
+    groups: dict[frozenset[int], float] = {frozenset(choice.removed): choice.divergence}
+    if study.plan.repairs:
+        rises = [math.inf if rise is None else rise for rise in choice.rises]
+        starts = range(units.total - number + 1)
+        total, first = min((math.fsum(rises[start : start + number]), start) for start in starts)
+        if total < math.inf:
+            groups.setdefault(frozenset(range(first, first + number)), total)
+    candidates = list[Candidate]()
+    for removed, predicted in groups.items():
+        without = removal.with_kept({name: torch.tensor([block not in removed for block in range(units.total)])})
+        try:
+            probe(checkpoint, without, device)
+        except UserError:
+            if not candidates:  # the measured choice
+                raise
+            continue
+        candidates.append(Candidate(without, float(size_of(checkpoint, without)), predicted))
+    return candidates
+
+
+def candidates_of_size(study: Study, checkpoint: Checkpoint, removal: Removal, device: torch.device) -> list[Candidate]:
+    """Return the candidates to measure: a number of blocks, of heads, and the widest MLP that then fits the size.
+
+    Those of one pattern come first, then those with the least predicted divergence: the measured one without the
+    blocks, and the costs of the units. UserError if none is small enough.
     """
     (blocks_name,) = removal.sets_of["blocks"]
     blocks = removal.unit_sets[blocks_name].total
@@ -66,18 +106,15 @@ def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, devi
     candidates, too_large = list[Candidate](), list[float]()
     choices = [depth.no_choice(blocks), *inputs.read_choices(study.blocks)]
 
-    def size_of(model: Removal) -> Fraction:
-        return Fraction(SmallerCheckpoint(checkpoint, model).parameters, checkpoint.parameters)
-
     for heads in removal.sparsities_of("heads"):
         for choice in choices:
             kept = torch.tensor([block not in choice.removed for block in range(blocks)])
             start = removal.with_kept({blocks_name: kept}).with_sparsity("heads", heads)
             models = [start.with_sparsity("neurons", neurons) for neurons in removal.sparsities_of("neurons")]
             # The models become smaller: the place of the first one that fits.
-            place = bisect_left(models, True, key=lambda model: size_of(model) <= 1 - study.plan.sparsity)
+            place = bisect_left(models, True, key=lambda model: size_of(checkpoint, model) <= 1 - study.plan.sparsity)
             if place == len(models):
-                too_large.append(float(size_of(models[-1])))
+                too_large.append(float(size_of(checkpoint, models[-1])))
                 continue
             model = models[place]
             try:  # heads may not divide the width, or blocks change their kind
@@ -89,7 +126,7 @@ def find_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, devi
             for name, (block, cost) in costs.items():
                 if kept[block]:
                     of_units += cost[model.unit_sets[name].total - model.unit_sets[name].kept].item()
-            candidates.append(Candidate(model, float(size_of(model)), choice.divergence + of_units))
+            candidates.append(Candidate(model, float(size_of(checkpoint, model)), choice.divergence + of_units))
             if place == 0:  # all neurons stay: more blocks or heads would leave a smaller model than requested
                 del choices[len(choice.removed) :]
     if not candidates:
