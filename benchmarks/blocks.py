@@ -3,9 +3,9 @@
     python benchmarks/blocks.py --mirror DIR --rows gemma-3-270m measured     the rows with all of these words
     python benchmarks/blocks.py --mirror DIR                                  all; hours
 
-`measured` is what `pattern: blocks` chooses; the other choices are given. All have the same repair, training and
-measures: the protocol of `recipes.py`, and the first questions of each task. Each row is written at once, and a run
-measures the rows that are missing or of older code.
+`measured` is what `pattern: blocks` chooses; the other choices are given, and compete with no neighbours. All have the
+same repair, training and measures: the protocol of `recipes.py`, and the first questions of each task. Each row is
+written at once, and a run measures the rows that are missing or of older code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from itertools import product
 from origin import HERE, Row, arguments
 from recipes import MODELS, PROTOCOL, SETTINGS, Comparison, Wanted, model_of, stages_of, update
 
-from wanda_dvc.engine.depth import no_choice
+from wanda_dvc.engine.depth import DepthChoice
 from wanda_dvc.study.files import load_json, write_json
 
 TARGET = HERE / "blocks.json"
@@ -71,9 +71,12 @@ class Chosen(Comparison):
 
 
 def choices_of(removed: Sequence[int], blocks: int) -> Row:
-    """Return choices of one, two and more of these blocks, as `calibrate` writes them."""
-    first = no_choice(blocks)._asdict()
-    return {"choices": [first | {"removed": [*removed[: number + 1]]} for number in range(len(removed))]}
+    """Return choices of one, two and more of these blocks, as `calibrate` writes them.
+
+    `mask` tries no neighbours beside them, as if the predictions without each block were not finite.
+    """
+    choices = [DepthChoice(removed[: number + 1], 0.0, [None] * blocks) for number in range(len(removed))]
+    return {"choices": [choice._asdict() for choice in choices]}
 
 
 def main() -> None:
