@@ -44,7 +44,7 @@ def of_mask(given: Conditions) -> tuple[int, int]:
         memory += forward.grams
     itemsizes = ITEMSIZE[given.dtype] + sizes.itemsize  # of a pruned block, and of its new weights
     places = 2  # of activations: before and after a block
-    if plan.repairs:  # of both models, from the block before a cut to its end, and after the next block
+    if plan.repairs:  # of both models, from the block before removed ones to their end, and after the next block
         places = 2 * min(sizes.blocks + 1, round(float(plan.sparsity) * sizes.blocks) + 2)
     disk += places * given.stored_activations(calibration.windows * calibration.length)
     if plan.propagates and plan.reconstructs:

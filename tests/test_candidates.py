@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import short
-from conftest import Make, Patch, calibrate, fetch, mask_and_apply, prune, save_tiny_model, tree
+from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, prune, save_tiny_model, tree
 from families import RECORDED, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -215,6 +215,31 @@ def test_repaired_neighbours_compete_with_the_measured_blocks(
     for new, old in enumerate(block for block in range(4) if block not in best):
         weights = [x.weight(f"model.layers.{n}.self_attn.o_proj") for x, n in ((dense, old), (pruned, new))]
         assert torch.equal(*weights)
+
+
+def test_candidates_that_cannot_be_repaired_are_left_out_but_the_first(
+    study: Make, monkeypatch: Patch, capsys: Capture
+):
+    made = fetch(study(pattern="blocks", sparsity=0.5, recipe="wanda-refit"), "model", "calibration")
+    calibrate(study=made)
+    choice = {"removed": [3, 1], "divergence": 0.75, "rises": RISES}
+    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    repair, failing = mask_stage.repair_removed_blocks, [1, 2]
+
+    def fails(study: Any, checkpoint: Any, removal: Any, *args: Any) -> None:
+        (kept,) = removal.kept_masks.values()
+        if (~kept).nonzero()[:, 0].tolist() == failing:
+            raise UserError("activations that are not finite")
+        repair(study, checkpoint, removal, *args)
+
+    monkeypatch.setattr(mask_stage, "repair_removed_blocks", fails)
+    mask(study=made)
+    assert "mask: leaves a candidate out: activations that are not finite" in capsys.readouterr().err
+    assert [row["removed blocks"] for row in read_provenance(made.masks, "mask")["candidates"]] == [[1, 3]]
+    failing[:] = [1, 3]
+    remove(made.masks)
+    with pytest.raises(UserError, match="activations that are not finite"):
+        mask(study=made)
 
 
 def test_neighbours_that_the_probe_refuses_do_not_compete(study: Make, monkeypatch: Patch):

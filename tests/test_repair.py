@@ -5,7 +5,6 @@ import itertools
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import run
+from wanda_dvc.stages import candidates, run
 from wanda_dvc.stages.inputs import CHOICES_FILE, calibration_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.study import tensors
 from wanda_dvc.study.artifact import read_provenance, remove, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
@@ -164,28 +164,38 @@ def test_gram_matrices_of_another_calibration_do_not_stop_a_repair(calibrated_st
 def test_a_repair_that_is_killed_resumes_to_the_same_bytes(study: Make, monkeypatch: Patch, device: str):
     """On a GPU the hidden states before the kill are then in files, and those after it on the device."""
     repaired = fetch(study(sparsity=0.25, runtime__device=device, **WANTED), "model", "calibration")
-    load, changes = BlockLoader.load, itertools.count()
+    load, write, calls = BlockLoader.load, tensors.write_weights, itertools.count()
 
-    def killed(loader: BlockLoader, index: int, then: int, change: Any = None) -> None:
-        if (index, change is not None) == at and (change is None or next(changes) == kill):  # in the repair of a cut
+    def loaded(*args: Any) -> None:
+        if at == "load" and next(calls) == kill:
             raise KeyboardInterrupt
-        load(loader, index, then, change)
+        load(*args)
+
+    def written(*args: Any) -> None:
+        write(*args)
+        if at == "write" and next(calls) == kill:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(activations, "SAVED_EVERY", 0)
+    monkeypatch.setattr(candidates, "probe", lambda *_: None)  # it loads blocks too
+    monkeypatch.setattr(BlockLoader, "load", loaded)
+    monkeypatch.setattr(tensors, "write_weights", written)
     monkeypatch.setitem(sequences.SMALLEST_CHUNK, "cuda", 1)  # several
     with simulated_gpu() if device == "cuda" else contextlib.nullcontext():
+        at, kill = "load", -1
         calibrate(study=repaired)
         choose(repaired, 1)
+        calls = itertools.count()
         mask(study=repaired)
-        expected = tree(repaired.root, "masks", "weights")
-        # At the removed block, within the first repair and after it, then at and within the next ones.
-        points = [((1, False), 0), ((0, True), 3), ((0, True), 5), ((2, False), 0), ((2, True), 3), ((3, True), 5)]
-        for point, changed in points:
-            at, kill = point, changed
+        expected, loads = tree(repaired.root, "masks", "weights"), next(calls)
+        # Between the runs of blocks and the trials of dampings, and before a new weight is used.
+        loading = [("load", 1 + part * (loads - 2) // 5) for part in range(6)]
+        for point in [*loading, ("write", 0), ("write", 1), ("write", 2)]:
+            at, kill = point
             for folder in (repaired.masks, repaired.weights):
                 remove(folder)
-            changes = itertools.count()
-            with mock.patch.object(BlockLoader, "load", killed), pytest.raises(KeyboardInterrupt):
+            calls = itertools.count()
+            with pytest.raises(KeyboardInterrupt):
                 mask(study=repaired)
             mask(study=repaired)
             assert tree(repaired.root, "masks", "weights") == expected

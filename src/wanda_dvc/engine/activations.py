@@ -30,8 +30,7 @@ class ActivationStore:
     """The activations of all sequences before some blocks: the `kept` newest. Those after block b are before b + 1.
 
     A file holds the activations of one chunk before one block, [tokens, width]; reads map it into memory. Files are
-    not flushed to the disk: they outlive a killed process, but not a power cut, so `PassProgress` trusts them until the
-    next boot.
+    not flushed to the disk. They outlive a killed process, but no power cut: `PassProgress` trusts them until a boot.
 
     If the activations fit the memory budget of a GPU, they also stay there (`on_device`). If `kept` is 1 too, their
     files are written once a minute and after the last block (`written_later`), because to write them takes longer than

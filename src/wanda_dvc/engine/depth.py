@@ -39,10 +39,7 @@ def no_choice(blocks: int) -> DepthChoice:
 
 def count_measured(blocks: int, number: int) -> int:
     """Return how many choices are measured for the curve up to a number of blocks, at most."""
-    count = blocks - 1
-    for chosen in range(1, number):
-        count += count_candidates(blocks, chosen) + RUNNERS_UP * chosen
-    return count
+    return blocks - 1 + sum(count_candidates(blocks, chosen) + RUNNERS_UP * chosen for chosen in range(1, number))
 
 
 def count_candidates(blocks: int, chosen: int) -> int:

@@ -12,8 +12,7 @@ from wanda_dvc import kernels
 Weight = Float[Tensor, "out in"]
 Square = Float[Tensor, "in in"]
 PANEL = 128  # rows of a Gram matrix that a CPU computes at a time
-# Scores take rows in slices of about so many weights, which bounds memory. With smaller slices the threads wait for the
-# interpreter.
+# Scores take rows in slices of about so many weights, which bounds memory. With fewer, threads wait for Python.
 WEIGHTS_AT_A_TIME = 2**20
 
 

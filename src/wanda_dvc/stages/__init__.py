@@ -151,7 +151,7 @@ STAGES = {
             variants={
                 "": Variant(
                     settings=("recipe", "sparsity", "pattern", *CHOICES),
-                    # The text is for `propagation: pruned`, and for the repair of removed blocks.
+                    # The text is for `propagation: pruned`, and for candidates of smaller models.
                     deps=("plan/mask.json", "sources/method", "models/dense", *STATS, "data/calibration"),
                     # weights has blocks only with a reconstruction, and with `propagation: pruned` or that repair.
                     outs=("masks", "weights"),

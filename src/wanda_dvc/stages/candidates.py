@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
     removal: Removal  # with the number of units of each set, and the blocks
     size: float  # its parameters, as a fraction of the dense model's
-    predicted: float  # divergence without the blocks, plus half of the costs of the other removed units, in nats
+    predicted: float  # divergence, in nats: measured without the blocks, or a sum, plus half of the other units' costs
 
     @property
     def units(self) -> dict[str, Units]:
@@ -62,8 +62,8 @@ def size_of(checkpoint: Checkpoint, removal: Removal) -> Fraction:
 def block_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, device: torch.device) -> list[Candidate]:
     """Return the measured choice of blocks, from stats/blocks; and neighbours, which a repair may help more.
 
-    The neighbours have the least sum of the rises of the divergence without one block more. UserError if the choice was
-    not measured, or the model without it computes something else.
+    Without each neighbour alone, the divergence was measured; these have the least sum. UserError if the choice was not
+    measured, or the model without it computes something else.
     """
     notice(f"mask: {removal.describe(study.plan.sparsity)}")
     ((name, units),) = removal.unit_sets.items()

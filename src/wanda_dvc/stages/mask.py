@@ -119,21 +119,28 @@ def write_blocks(study: Study, job: MaskJob, work: Work, made_from: Json, device
 def write_best_candidate(study: Study, checkpoint: Checkpoint, made_from: Json, device: torch.device) -> None:
     """Write the masks of the smaller model with the least measured divergence, and what was measured of the others."""
     # These import transformers, which takes seconds.
-    from wanda_dvc.stages.candidates import block_candidates, candidates_of_size, measure_candidates
+    from wanda_dvc.stages.candidates import Candidate, block_candidates, candidates_of_size, measure_candidates
 
     removal = inputs.removal_of(checkpoint, study.plan, device)
     assert removal is not None  # the pattern removes units
     find = candidates_of_size if study.plan.pattern == SMALLER else block_candidates
-    candidates, measured, rows = find(study, checkpoint, removal, device), list[float](), list[Json]()
+    tries, measured, rows = list[tuple[Candidate, Work]](), list[float](), list[Json]()
     sparsities = [study.plan.sparsity] * artifact.block_count(study.norms, "calibrate")
     with study.work(made_from) as work:
-        tries = [(candidate, Work(work.path / f"candidate_{place}")) for place, candidate in enumerate(candidates)]
-        for candidate, own_work in tries:
+        for candidate in find(study, checkpoint, removal, device):
+            own_work = Work(work.path / digest(candidate.describe(0.0))[:16])
             job = MaskJob(study.plan, checkpoint, sparsities, candidate.removal, study.fisher.absolute())
-            write_blocks(study, job, own_work, made_from, device)
+            try:
+                write_blocks(study, job, own_work, made_from, device)
+            except UserError as error:
+                if not tries:
+                    raise
+                notice(f"mask: leaves a candidate out: {error}")
+                continue
+            tries.append((candidate, own_work))
             for activations in ("own", "dense"):  # of its repair, gigabytes
                 artifact.remove(own_work.path / activations)
-        for candidate, divergence in zip(candidates, measure_candidates(study, tries, work), strict=True):
+        for (candidate, _), divergence in zip(tries, measure_candidates(study, tries, work), strict=True):
             measured.append(divergence)
             rows.append(candidate.describe(divergence))
             notice(f"mask: candidate {', '.join(f'{name} {value}' for name, value in rows[-1].items())}")
@@ -181,8 +188,7 @@ def _describe(
 def choose_removal(study: Study, checkpoint: Checkpoint, blocks: int, device: torch.device) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero.
 
-    For experts, which ones; for neurons and heads only how many, because the masks of the linears that read them
-    choose.
+    For experts, which ones; for neurons and heads how many, because the masks of the linears that read them choose.
     """
     plan = study.plan
     removal = inputs.removal_of(checkpoint, plan, device)

@@ -80,8 +80,7 @@ def write_grams(folder: Path, block: int, stats: BlockStats, grams: Mapping[str,
     float16 holds each to 11 bits or to 6e-8. Of the statistics `fisher` also `LINEAR.sum_squares` (float64 [out]) and
     `LINEAR.costs_of_N` of N units (float64 [N]). Header: as of `write_stats`.
 
-    With `exact`, of a block recorded during a forward pass of the pruned model: no norms, and triangles of XᵀX itself
-    in float32.
+    With `exact`, of a block recorded while the pruned model runs: no norms, and triangles of XᵀX itself in float32.
     """
     tensors: dict[str, Tensor] = {}
     for linear, squared_gradients in stats.fisher.items():
