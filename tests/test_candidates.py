@@ -178,19 +178,17 @@ def test_a_candidate_whose_predictions_are_not_finite_is_not_the_best(study: Mak
 
 
 RISES = [None, 0.3, 0.2, 0.4]  # of the tiny model: neighbours 1 and 2 have the least sum
+COMPETING: list[tuple[str, list[float | None], list[float], list[list[int]]]] = [
+    ("wanda-refit", RISES, [0.2, 0.1], [[1, 3], [1, 2]]),
+    ("wanda-refit", RISES, [0.1, 0.2], [[1, 3], [1, 2]]),
+    ("wanda-refit", RISES, [math.inf, 0.2], [[1, 3], [1, 2]]),
+    ("wanda-refit", [None, 0.3, 0.7, None], [0.2, 0.1], [[1, 3], [1, 2]]),
+    ("wanda-refit", [None, 0.3, None, 0.4], [0.2], [[1, 3]]),  # without block 2: no finite predictions
+    ("wanda", RISES, [0.2], [[1, 3]]),  # no repair
+]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "rises", "divergences", "expected"),
-    [
-        ("wanda-refit", RISES, [0.2, 0.1], [[1, 3], [1, 2]]),
-        ("wanda-refit", RISES, [0.1, 0.2], [[1, 3], [1, 2]]),
-        ("wanda-refit", RISES, [math.inf, 0.2], [[1, 3], [1, 2]]),
-        ("wanda-refit", [None, 0.3, 0.7, None], [0.2, 0.1], [[1, 3], [1, 2]]),
-        ("wanda-refit", [None, 0.3, None, 0.4], [0.2], [[1, 3]]),  # without block 2: no finite predictions
-        ("wanda", RISES, [0.2], [[1, 3]]),  # no repair
-    ],
-)
+@pytest.mark.parametrize(("recipe", "rises", "divergences", "expected"), short(COMPETING, COMPETING[2], *COMPETING[4:]))
 def test_repaired_neighbours_compete_with_the_measured_blocks(
     recipe: str,
     rises: list[float | None],
