@@ -179,16 +179,19 @@ def of_rows(name: str) -> str:
     """Return perplexity and divergence of a file's rows on each of its texts, and the mean accuracy where tasks are."""
     rows, lines = measured(name), []
     texts = dict.fromkeys(text for row in rows.values() for text in row["value"] if text in (*TEXTS, *UNSEEN))
+    answers = any("tasks" in row["value"] for row in rows.values())
     for key, row in rows.items():
         cells = [key.replace("%", " %")]
         for text in texts:
             divergence = value(row, text, "divergence")
             shown = "–" if divergence is None else f"{divergence['mean']:.3f}"
             cells.append(f"{figure(value(row, text))}, {shown}" + MARK * is_old(row))
-        accuracies = [task["acc"] for task in row["value"].get("tasks", {}).values()]
-        lines.append([*cells, f"{100 * mean(accuracies):.1f}" + MARK * is_old(row) if accuracies else "–"])
+        if answers:
+            accuracy = mean(task["acc"] for task in row["value"]["tasks"].values())
+            cells.append(f"{100 * accuracy:.1f}" + MARK * is_old(row))
+        lines.append(cells)
     heads = [f"{TEXTS.get(text, text)}: perplexity, divergence" for text in texts]
-    return table(["row", *heads, "mean accuracy, %"], lines) if lines else NOTHING
+    return table(["row", *heads, *["mean accuracy, %"] * answers], lines) if lines else NOTHING
 
 
 def seconds() -> str:
