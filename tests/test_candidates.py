@@ -23,6 +23,7 @@ from wanda_dvc.commands.request import check_request
 from wanda_dvc.engine import depth, divergence
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.engine.removal import Removal
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import nested
 from wanda_dvc.plan import WINDOWS_BACK
@@ -32,6 +33,7 @@ from wanda_dvc.stages.inputs import CHOICES_FILE, draw_calibration, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance, remove
 from wanda_dvc.study.files import write_json
+from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_fisher
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
@@ -177,7 +179,7 @@ def test_a_candidate_whose_predictions_are_not_finite_is_not_the_best(study: Mak
     assert read_provenance(made.masks, "mask")["config"]["num_hidden_layers"] == kept(rows[-1]["blocks"])[0]
 
 
-RISES = [None, 0.3, 0.2, 0.4]  # of the tiny model: neighbours 1 and 2 have the least sum
+RISES: list[float | None] = [None, 0.3, 0.2, 0.4]  # of the tiny model: neighbours 1 and 2 have the least sum
 COMPETING: list[tuple[str, list[float | None], list[float], list[list[int]]]] = [
     ("wanda-refit", RISES, [0.2, 0.1], [[1, 3], [1, 2]]),
     ("wanda-refit", RISES, [0.1, 0.2], [[1, 3], [1, 2]]),
@@ -186,6 +188,21 @@ COMPETING: list[tuple[str, list[float | None], list[float], list[list[int]]]] = 
     ("wanda-refit", [None, 0.3, None, 0.4], [0.2], [[1, 3]]),  # without block 2: no finite predictions
     ("wanda", RISES, [0.2], [[1, 3]]),  # no repair
 ]
+
+
+def calibrated(study: Make, recipe: str, rises: list[float | None]) -> Study:
+    """A study whose measured choice of two blocks is 1 and 3."""
+    made = fetch(study(pattern="blocks", sparsity=0.5, recipe=recipe), "model", "calibration")
+    calibrate(study=made)
+    choice = {"removed": [3, 1], "divergence": 0.75, "rises": rises}
+    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    return made
+
+
+def removed_by(removal: Removal) -> list[int]:
+    """The blocks that a removal does not keep."""
+    (kept,) = removal.kept_masks.values()
+    return [block for block, stays in enumerate(kept.tolist()) if not stays]
 
 
 @pytest.mark.parametrize(("recipe", "rises", "divergences", "expected"), short(COMPETING, COMPETING[2], *COMPETING[4:]))
@@ -197,10 +214,7 @@ def test_repaired_neighbours_compete_with_the_measured_blocks(
     study: Make,
     monkeypatch: Patch,
 ):
-    made = fetch(study(pattern="blocks", sparsity=0.5, recipe=recipe), "model", "calibration")
-    calibrate(study=made)
-    choice = {"removed": [3, 1], "divergence": 0.75, "rises": rises}
-    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    made = calibrated(study, recipe, rises)
     measured = iter(divergences)
     monkeypatch.setattr(depth, "measure_choices", lambda *_: iter([next(measured)]))
     mask_and_apply(made)
@@ -218,15 +232,11 @@ def test_repaired_neighbours_compete_with_the_measured_blocks(
 def test_candidates_that_cannot_be_repaired_are_left_out_but_the_first(
     study: Make, monkeypatch: Patch, capsys: Capture
 ):
-    made = fetch(study(pattern="blocks", sparsity=0.5, recipe="wanda-refit"), "model", "calibration")
-    calibrate(study=made)
-    choice = {"removed": [3, 1], "divergence": 0.75, "rises": RISES}
-    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    made = calibrated(study, "wanda-refit", RISES)
     repair, failing = mask_stage.repair_removed_blocks, [1, 2]
 
     def fails(study: Any, checkpoint: Any, removal: Any, *args: Any) -> None:
-        (kept,) = removal.kept_masks.values()
-        if (~kept).nonzero()[:, 0].tolist() == failing:
+        if removed_by(removal) == failing:
             raise UserError("activations that are not finite")
         repair(study, checkpoint, removal, *args)
 
@@ -241,15 +251,11 @@ def test_candidates_that_cannot_be_repaired_are_left_out_but_the_first(
 
 
 def test_neighbours_that_the_probe_refuses_do_not_compete(study: Make, monkeypatch: Patch):
-    made = fetch(study(pattern="blocks", sparsity=0.5, recipe="wanda-refit"), "model", "calibration")
-    calibrate(study=made)
-    choice = {"removed": [3, 1], "divergence": 0.75, "rises": RISES}
-    write_json(made.blocks / CHOICES_FILE, {"choices": [choice, choice]})
+    made = calibrated(study, "wanda-refit", RISES)
 
     def refuse(refused: list[int]) -> None:
         def probe(_: Any, removal: Any, __: Any) -> None:
-            (kept,) = removal.kept_masks.values()
-            if (~kept).nonzero()[:, 0].tolist() == refused:
+            if removed_by(removal) == refused:
                 raise UserError("another model")
 
         monkeypatch.setattr(candidates, "probe", probe)
