@@ -240,6 +240,19 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     assert f"Memory: about {needed / 1e6:.1f} MB" in known[4] or f"Memory: about {needed / 1e9:.1f} GB" in known[4]
 
 
+def test_a_dry_run_counts_the_masks_of_each_candidate(model: Path, monkeypatch: Patch):
+    monkeypatch.setattr(module.needs, "gigabytes", str)  # to the byte
+    mask = ModelSizes.read(model).linear_weights // 8
+
+    def disk(pattern: str) -> int:
+        changes = {"pattern": pattern, "calibration.statistics": "fisher"}
+        request = check_request(model=str(model), target=Path("out"), changes=changes, evaluate=False)
+        return int(re.findall(r"Disk: at most (\d+)", describe_run(request))[0])
+
+    assert disk("smaller") - disk("blocks") == (6 - 2) * mask
+    assert disk("neurons") == disk("heads")
+
+
 # --- refused before any work ---
 
 

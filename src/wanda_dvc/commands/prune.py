@@ -24,6 +24,7 @@ from wanda_dvc.results.markup import table
 from wanda_dvc.results.measures import MEASURES, figures
 from wanda_dvc.results.show import settings_line, table_notes
 from wanda_dvc.stages import inputs, needs
+from wanda_dvc.stages.candidates import MEASURED
 from wanda_dvc.stages.device import own_device
 from wanda_dvc.stages.download import find_model_config
 from wanda_dvc.study.artifact import locked, read_provenance
@@ -187,8 +188,10 @@ def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[st
     params, available, calibration = study.params, needs.free(study), study.params.calibration
     stages = ["calibrate", *(["recover"] if params.recovery.tokens else []), *(["perplexity"] if evaluate else [])]
     by_stage = {stage: needs.requirements(study, stage, sizes, available["memory"]) for stage in stages}
-    models_and_masks = 2 * sizes.stored + sizes.linear_weights // 8  # a mask has one bit a weight
-    disk = sum(need.disk for need in by_stage.values()) + models_and_masks
+    masks = sizes.linear_weights // 8  # a mask has one bit a weight
+    if params.plan.measures_blocks:  # each candidate has masks
+        masks *= MEASURED if params.pattern == SMALLER else 2
+    disk = sum(need.disk for need in by_stage.values()) + 2 * sizes.stored + masks
     solver = needs.solver_requirements(study, sizes)
     if solver:
         by_stage["solver"] = solver
