@@ -25,7 +25,7 @@ from recipes import AMOUNTS, MODELS, PROTOCOL, TEXTS, Comparison
 from torch import Tensor, nn
 
 from wanda_dvc.catalog import parse_pattern
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.stages.perplexity import windows_of
 from wanda_dvc.study.artifact import digest, files_digest
 from wanda_dvc.study.folder import Study
@@ -87,7 +87,7 @@ def measure(study: Study, method: str, amount: str, code: Path, text: str = TEXT
     from transformers import AutoModelForCausalLM
 
     dense = study.model("dense")
-    windows = calibration_windows(study).long()
+    windows = draw_calibration(study).tokens.long()
     evaluated, _ = windows_of(study, dense, text)
     model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     prune(model, windows, method, *AMOUNTS[amount])

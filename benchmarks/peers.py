@@ -83,7 +83,7 @@ def run_plain(what: str, folder: Path) -> Part:
     """Run (a) in this process, on the windows of a study: `wanda`, `magnitude`, or `perplexity`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wanda_dvc.stages.inputs import calibration_windows
+    from wanda_dvc.stages.inputs import draw_calibration
     from wanda_dvc.stages.perplexity import windows_of
 
     study = Study(folder)
@@ -94,7 +94,7 @@ def run_plain(what: str, folder: Path) -> Part:
         losses = [model(row.tokens[None], labels=row.tokens[None], use_cache=False).loss.item() for row in rows]
         return {"perplexity": math.exp(math.fsum(losses) / len(losses))}
     if what == "wanda":
-        prune_wanda(model, calibration_windows(study), 0.5)
+        prune_wanda(model, draw_calibration(study).tokens, 0.5)
     else:
         prune_magnitude(model, 0.5)
     for made in (model, AutoTokenizer.from_pretrained(study.model("dense"))):

@@ -3,6 +3,8 @@
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ class Inline:
     """Maps as a cluster does. `ran` has the name and the input of each task."""
 
     ran: list[tuple[str, Any]] = field(default_factory=list)
-    models: dict[Decoder, Decoder] = field(default_factory=dict)  # the worker's, by the driver's
 
     workers, device = 1, CPU
 
@@ -28,27 +29,28 @@ class Inline:
             result = pickle.loads(sent)(CPU, copied(value))
             yield copied(list(result) if isinstance(result, Iterator) else result)
 
-    def map_model(
-        self, decoder: Decoder, function: Callable[..., Any], job: Any, inputs: Iterable[Any], what: str
-    ) -> Iterator[Any]:
-        if decoder not in self.models:
-            self.models[decoder] = Decoder(decoder.checkpoint.folder, dtype=decoder.dtype, device=CPU)
-        model = self.models[decoder]
-        sent = pickle.dumps((function, job))
-        for number, value in enumerate(inputs):
-            self.ran.append((f"{what} {number}", value))
-            called, its_job = pickle.loads(sent)
-            result = called(model, its_job, copied(value))
-            yield copied(list(result) if isinstance(result, Iterator) else result)
+    def with_model(self, decoder: Decoder, function: Callable[..., Any], job: Any) -> Callable[..., Any]:
+        return partial(with_model_of, (decoder.checkpoint.folder, decoder.dtype, id(decoder)), function, job)
 
-    def merge_model(self, *args: Any) -> Any:
+    def merge(self, function: Callable[..., Any], inputs: Iterable[Any], what: str) -> Any:
         total = None
-        for sums in self.map_model(*args):
+        for sums in self.map(function, inputs, what):
             if total is None:
                 total = sums
             else:
                 total.merge(sums)
         return copied(total)
+
+
+@lru_cache(maxsize=1)
+def open_model(folder: Path, dtype: torch.dtype, _decoder: int) -> Decoder:
+    return Decoder(folder, dtype=dtype, device=CPU)
+
+
+def with_model_of(
+    key: tuple[Path, torch.dtype, int], function: Callable[..., Any], job: Any, _: torch.device, value: Any
+) -> Any:
+    return function(open_model(*key), job, value)
 
 
 def copied(value: Any) -> Any:

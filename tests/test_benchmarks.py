@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wanda_dvc.pruning import selection
 from wanda_dvc.pruning.solvers import GramFactors, fisher_least_squares
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.stages.inputs import calibration_windows, read_choices
+from wanda_dvc.stages.inputs import draw_calibration, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import windows_of
 from wanda_dvc.study import folder
@@ -361,7 +361,7 @@ def test_propagation_pruned_is_the_published_procedure(study: Callable[..., fold
     mask(study=made)
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     if method == "wanda":
-        peers.prune_wanda(model, calibration_windows(made), made.params.sparsity)
+        peers.prune_wanda(model, draw_calibration(made).tokens, made.params.sparsity)
     else:
         peers.prune_magnitude(model, made.params.sparsity)
     weights = dict(model.named_parameters())
@@ -407,7 +407,7 @@ def test_authors_code_runs_on_the_windows_of_a_study(
     found = authors.measure(made, "wanda", "50%", code, "embedded")
     assert found["code"] == f"locuslab/wanda {git(code, 'rev-parse', 'HEAD')}"
     assert found["zeros"] == 0.5
-    assert found["digests"]["calibration"] == digest(calibration_windows(made).tolist())
+    assert found["digests"]["calibration"] == digest(draw_calibration(made).tokens.tolist())
     model = AutoModelForCausalLM.from_pretrained(made.model("dense"))
     for block in model.model.layers:
         for linear in peers.linears_of(block).values():

@@ -134,7 +134,8 @@ def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monke
     expected = InputSums()
     for number in range(7):  # in another order 2⁻⁵³ would count
         expected.merge(sums(None, None, number))
-    total = Cluster("auto", device="cpu").merge_model(decoder, sums, None, range(7), "chunk")
+    cluster = Cluster("auto", device="cpu")
+    total = cluster.merge(cluster.with_model(decoder, sums, None), range(7), "chunk")
     assert torch.equal(total.outputs["expert"].sum, expected.outputs["expert"].sum)
     assert list(total.input_of) == list(expected.input_of)
     assert [x for x in received if x is not None] == [total]
@@ -211,7 +212,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(nodes: Any
     for name in MADE:
         shutil.rmtree(calibrated_study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
-    names = ["block 2, chunk 1", "backward pass, block 2, chunk 1", "block 1, chunk 1", "block 1, solver "]
+    names = ["block 2, chunk 1", "backward pass, block 2, chunk 1", "block 1, chunk 1", "solver "]
     names += ["output head, chunk 1", "output head, chunk 1", "block 2, chunk 1"]
     real = Cluster._get
 

@@ -23,7 +23,7 @@ from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.results.card import card
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import block_count, block_file
 from wanda_dvc.study.files import load_json, write_json
@@ -112,7 +112,7 @@ def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(calibrated_stud
 def test_float16_keeps_gram_matrices_to_a_thousandth(calibrated_study: Make, tmp_path: Path):
     made = calibrated_study()
     decoder = Decoder(made.model("dense"), dtype=torch.float32, device=torch.device("cpu"))
-    steps = walk(decoder, calibration_windows(made), tmp_path / "walk")
+    steps = walk(decoder, draw_calibration(made).tokens, tmp_path / "walk")
     step = next(steps)  # whose block stays as long as `steps`
     half = read_grams(made.gram, 0)
     for name, gram in step.record(gram=True).grams.items():

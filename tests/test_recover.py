@@ -27,7 +27,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import needs, run
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.stages.needs import Conditions, requirements, training_ways
 from wanda_dvc.stages.recover import _windows_of_text, recover, training_windows
 from wanda_dvc.study.artifact import read_provenance, write_provenance
@@ -374,7 +374,7 @@ def test_a_pruned_model_of_another_dense_model_is_not_recovered(recovered: Study
 def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make):
     made = fetch(study(**SMALL, calibration__windows=8), "model", "calibration")
     rows, held = training_windows(made)
-    drawn = calibration_windows(made)
+    drawn = draw_calibration(made).tokens
     pieces = {tuple(row[place : place + 32].tolist()) for row in drawn for place in range(33)}
     for row in (*rows, *held["text"]):
         assert not any(tuple(row[place : place + 32].tolist()) in pieces for place in range(33))

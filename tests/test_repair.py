@@ -20,7 +20,7 @@ from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.load import BlockLoader
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import candidates, run
-from wanda_dvc.stages.inputs import CHOICES_FILE, calibration_windows
+from wanda_dvc.stages.inputs import CHOICES_FILE, draw_calibration
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study import tensors
 from wanda_dvc.study.artifact import read_provenance, remove, write_provenance
@@ -50,7 +50,7 @@ def test_linears_take_over_a_part_of_what_removed_blocks_add(removed: tuple[int,
     kept = [block for block in range(4) if block not in removed]
     dense, pruned = (Checkpoint(repaired.model(model)) for model in ("dense", "pruned"))
     model = AutoModelForCausalLM.from_pretrained(repaired.model("dense")).double().eval()
-    windows, held = calibration_windows(repaired), torch.arange(8) % 4 == 0
+    windows, held = draw_calibration(repaired).tokens, torch.arange(8) % 4 == 0
     wanted, _ = states_and_inputs(model, windows)
     layers, new = list(model.model.layers), dict[str, torch.Tensor]()
     for before, end in itertools.pairwise([*kept, 4]):

@@ -26,7 +26,7 @@ from wanda_dvc.pruning.solvers import (
     sparsegpt,
     sparsegpt_update,
 )
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.folder import Study
 
@@ -335,7 +335,7 @@ def test_recipes_of_papers_are_their_procedures(study: Callable[..., Study], mon
     monkeypatch.setattr(solvers, "SWEEP_PANEL", 16)
     made = prune(fetch(study(recipe=recipe, dtype="float32"), "model", "calibration"))
     pruned, plain = (AutoModelForCausalLM.from_pretrained(made.model(name)).eval() for name in ("pruned", "dense"))
-    windows = calibration_windows(made).long()
+    windows = draw_calibration(made).tokens.long()
     oracle = {"sparsegpt-paper": plain_sparsegpt, "ria": plain_ria}.get(recipe)
     if oracle is None:
         sparsities = read_provenance(made.masks, "mask")["sparsities"]

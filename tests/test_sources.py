@@ -28,7 +28,7 @@ from wanda_dvc.commands.request import check_request
 from wanda_dvc.engine.windows import cut, draw, draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.download import download, find_model_config
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.stages.recover import training_windows
 from wanda_dvc.study.artifact import file_digest, write_provenance
 from wanda_dvc.study.files import load_json, open_documents
@@ -407,7 +407,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     assert (found["revision"], found["rows"]) == (None if mirrored else COMMIT, 60)
     assert found["sha256"] == hashlib.sha256(content).hexdigest()
     expected = authors_windows(documents(), load_tokenizer(tiny), samples=20, length=64, seed=seed)
-    assert calibration_windows(made).tolist() == expected
+    assert draw_calibration(made).tokens.tolist() == expected
     again = authors_windows(documents(), load_tokenizer(tiny), samples=8, length=64, seed=seed + 1)
     made = study(calibration__text__source="c4", calibration__windows=20, recovery__tokens=64 * 4, **settings)
     assert training_windows(made)[0].tolist() == again[4:]  # and not the calibration's
@@ -501,7 +501,7 @@ def test_a_text_that_is_too_short_is_named_by_its_setting(study: Make, setting: 
         write_provenance(folder, {"made_by": f"download {setting}", "column": "text", "sha256": ""})
         with gzip.open(folder / "documents.json.gz", "wt") as file:
             file.write('{"text": "short"}\n')
-    windows_of = training_windows if setting == "recovery" else calibration_windows
+    windows_of = training_windows if setting == "recovery" else draw_calibration
     with pytest.raises(UserError, match=rf"^{setting}\.text: .*take .*text"):
         windows_of(made)
 

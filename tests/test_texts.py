@@ -21,7 +21,7 @@ from wanda_dvc.params import Params, apportion, check_params, download_sources, 
 from wanda_dvc.results.card import card
 from wanda_dvc.stages import stage_inputs
 from wanda_dvc.stages.calibrate import _check_distinct
-from wanda_dvc.stages.inputs import calibration_windows, draw_calibration
+from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.stages.plan import plan
 from wanda_dvc.stages.recover import VALIDATION_WINDOWS, training_windows
 from wanda_dvc.study.artifact import read_provenance
@@ -174,7 +174,7 @@ def test_windows_of_a_text_depend_on_no_other_text(study: Make, sources: list[di
         listed = [sources[index] | {"windows": 3} for index in names]
         made = study(calibration__text=listed, calibration__windows=3 * len(names))
         fetch(made, "model", "calibration")
-        windows = calibration_windows(made).tolist()
+        windows = draw_calibration(made).tokens.tolist()
         tokenizer = load_tokenizer(made.model("dense"))
         text_of = {tokenizer.decode(window)[-1]: None for window in windows}
         assert len(text_of) > 1
@@ -195,7 +195,7 @@ def test_documents_in_a_list_are_drawn_as_alone(study: Make, sources: list[dict[
     windows = []
     for texts, count in (({"source": "c4"}, 6), ([sources[0], {"source": "c4"}], 12)):
         made = study(calibration__text=texts, calibration__windows=count, runtime__mirror=str(tmp_path / "mirror"))
-        windows.append(calibration_windows(fetch(made, "model", "calibration")).tolist())
+        windows.append(draw_calibration(fetch(made, "model", "calibration")).tokens.tolist())
     assert windows[0] == [window for window in windows[1] if window in windows[0]]
     assert len(windows[1]) == 12
 
@@ -225,7 +225,8 @@ def test_a_recovery_takes_windows_of_all_texts_and_none_of_the_calibration(study
     assert Counter(kinds(training)) == {"digits": 12, "lower": 4}
     assert Counter(kinds(validation["text"])) == {"digits": VALIDATION_WINDOWS, "lower": VALIDATION_WINDOWS}
     assert len(set(kinds(training)[:4])) == 2
-    drawn = {tuple(window[start : start + 32]) for window in calibration_windows(made).tolist() for start in range(33)}
+    windows = draw_calibration(made).tokens.tolist()
+    drawn = {tuple(window[start : start + 32]) for window in windows for start in range(33)}
     for window in [*training.tolist(), *validation["text"].tolist()]:
         assert not any(tuple(window[start : start + 32]) in drawn for start in range(33))
     own = [sources[2] | {"windows": 1}, sources[3] | {"windows": 3}]

@@ -34,7 +34,7 @@ from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.solvers import GramFactors
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, TokenSum
 from wanda_dvc.pruning.units import Units, count_kept, expand, least_squares_of_units, step_of
-from wanda_dvc.stages.inputs import calibration_windows, read_choices
+from wanda_dvc.stages.inputs import draw_calibration, read_choices
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json, write_json
@@ -531,7 +531,7 @@ def test_the_measured_block_goes_and_others_are_renumbered(study: Make):
     assert pruned.config.num_hidden_layers == 3
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
-    windows = calibration_windows(made)
+    windows = draw_calibration(made).tokens
     small = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     del model.model.layers[gone]
     with torch.no_grad():

@@ -46,9 +46,8 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch's CPU allocator or a GPU had no memory left, or the system refused a thread."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
-    )
+    is_said = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return is_said or isinstance(error, MemoryError)
 
 
 def explain(error: Exception) -> tuple[str, ...]:

@@ -18,10 +18,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    WrapSerializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -164,14 +163,13 @@ def _as_list(text: object) -> object:
     return text if isinstance(text, list) else [text]
 
 
-def _as_written(texts: list[CalibrationText], serialize: SerializerFunctionWrapHandler) -> object:
-    content = serialize(texts)
-    return content if len(content) > 1 else next(iter(content), None)
+def _as_written(texts: list[CalibrationText]) -> object:
+    return texts if len(texts) > 1 else next(iter(texts), None)
 
 
 # In params.yaml one text, a list of them, or null. The backward pass reads few windows, which must have each text.
 Texts = Annotated[
-    list[CalibrationText], BeforeValidator(_as_list), WrapSerializer(_as_written), Field(max_length=WINDOWS_BACK)
+    list[CalibrationText], BeforeValidator(_as_list), PlainSerializer(_as_written), Field(max_length=WINDOWS_BACK)
 ]
 
 

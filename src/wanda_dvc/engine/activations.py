@@ -110,9 +110,8 @@ class ActivationStore:
         part = path.with_name(f"{path.name}-{uuid4().hex}.part")
         self.folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:  # a mapped write to a full disk would kill the process
-            use_on_host(
-                (x.to(self.dtype).contiguous() for x in batches), lambda x: file.write(x.view(torch.uint8).numpy().data)
-            )
+            contents = (x.to(self.dtype).contiguous() for x in batches)
+            use_on_host(contents, lambda x: file.write(x.view(torch.uint8).numpy().data))
             if not BOOT_ID:  # nothing would show a power cut, which loses files that are not on the disk
                 file.flush()
                 os.fsync(file.fileno())

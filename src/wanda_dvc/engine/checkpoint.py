@@ -317,9 +317,8 @@ def save_tokenizer(tokenizer: Any, target: Path) -> None:
     """Write a tokenizer. transformers 4, which llama.cpp converts with, knows its class by the older name alone."""
     tokenizer.save_pretrained(target)
     path = target / "tokenizer_config.json"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
-    )
+    content = path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    path.write_text(content, encoding="utf-8")
 
 
 def _write_json(path: Path, content: object) -> None:

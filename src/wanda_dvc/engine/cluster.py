@@ -168,26 +168,17 @@ class Cluster:
         """The number of concurrent tasks: one per GPU, or one per group of CPUs as large as a task's thread count."""
         return int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads)
 
-    def map_model(
-        self,
-        decoder: Decoder,
-        function: Callable[[Decoder, Any, TaskInput], TaskResult],
-        job: Any,
-        inputs: Iterable[TaskInput],
-        what: str,
-    ) -> Iterator[TaskResult]:
-        """Yield function(model, job, input) for each input, as `map`. Each worker opens the decoder's model once."""
-        return self.map(self._with_model(decoder, function, job), inputs, what)
+    def with_model(self, decoder: Decoder, function: Callable[..., Any], job: Any) -> TaskFunction[Any, Any]:
+        """Return a task of function(model, job, input). Each worker opens the decoder's model once."""
+        return partial(call_with_model, (decoder.checkpoint.folder, decoder.dtype, self._id), function, job)
 
-    def merge_model(
-        self, decoder: Decoder, function: Callable[[Decoder, Any, Any], Any], job: Any, inputs: Iterable[Any], what: str
-    ) -> Any:
-        """Return the sums function(model, job, input) of all inputs, merged in order on the nodes; None without input.
+    def merge(self, function: TaskFunction[Any, Any], inputs: Iterable[Any], what: str) -> Any:
+        """Return the sums function(device, input) of all inputs, merged in order on the nodes; None without input.
 
         A chain of tasks passes the total on, so that this process receives nothing else.
         """
         total = None
-        for sums, name in self._start(self._with_model(decoder, function, job), inputs, what):
+        for sums, name in self._start(function, inputs, what):
             total, merged = self._merge.remote(total, sums)
             self._get(merged, name)
         return None if total is None else self._get(total, what)
@@ -198,9 +189,6 @@ class Cluster:
         """Yield function(device, input) for each input, in order; messages name an input by `what` and its number."""
         for reference, name in self._start(function, inputs, what):
             yield self._get(reference, name)
-
-    def _with_model(self, decoder: Decoder, function: Callable[..., Any], job: Any) -> Callable[..., Any]:
-        return partial(call_with_model, (decoder.checkpoint.folder, decoder.dtype, self._id), function, job)
 
     def _start(
         self, function: TaskFunction[TaskInput, Any], inputs: Iterable[TaskInput], what: str

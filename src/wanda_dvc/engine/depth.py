@@ -37,16 +37,6 @@ def no_choice(blocks: int) -> DepthChoice:
     return DepthChoice([], 0.0, [None] + [0.0] * (blocks - 1))
 
 
-def count_measured(blocks: int, number: int) -> int:
-    """Return how many choices are measured for the curve up to a number of blocks, at most."""
-    return blocks - 1 + sum(count_candidates(blocks, chosen) + RUNNERS_UP * chosen for chosen in range(1, number))
-
-
-def count_candidates(blocks: int, chosen: int) -> int:
-    """Return how many blocks are tried as the next one, at most, after a number of blocks are chosen."""
-    return min(blocks - 1 - chosen, max(CANDIDATES, blocks // 4)) if chosen else blocks - 1
-
-
 def choose_one_more(choice: DepthChoice, measure: Callable[[Sequence[Blocks]], Sequence[float]]) -> DepthChoice:
     """Return the best choice with one block more. `measure` returns the divergence without each group of blocks.
 
@@ -55,7 +45,8 @@ def choose_one_more(choice: DepthChoice, measure: Callable[[Sequence[Blocks]], S
     """
     removed, rises = choice.removed, list(choice.rises)
     left = sorted((rise, block) for block, rise in enumerate(rises) if rise is not None and block not in removed)
-    blocks = [block for _, block in left[: count_candidates(len(rises), len(removed))]]
+    most = max(CANDIDATES, len(rises) // 4) if removed else len(left)
+    blocks = [block for _, block in left[:most]]
     measured = []
     for block, divergence in zip(blocks, measure([[*removed, block] for block in blocks]), strict=True):
         rises[block] = divergence - choice.divergence if divergence < math.inf else None

@@ -167,8 +167,7 @@ def _normalized(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
 
 def compute_perplexity(losses: list[float], counts: list[int]) -> float | str:
     """Return exp(total loss / predictions), from each window's mean loss and number of predictions."""
-    are_equal = len(set(counts)) == 1  # then it is the papers' exp(mean); equal weights would only round
-    mean = math.fsum(losses) / len(losses) if are_equal else _weighted_mean(losses, counts)
+    mean = math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED
     return _six_digits(math.exp(mean))  # later digits vary by machine
@@ -178,16 +177,10 @@ def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
     """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite."""
     if not all(window.finite for window in windows):
         return {"divergence": DIVERGED, "top1_agreement": DIVERGED}
-    counts = [len(window.kl) for window in windows]
-    return {
-        "divergence": {"mean": _six_digits(_weighted_mean([window.mean for window in windows], counts))},
-        "top1_agreement": {"mean": _six_digits(_weighted_mean([window.agreement for window in windows], counts))},
-    }
-
-
-def _weighted_mean(means: Sequence[float], predictions: Sequence[int]) -> float:
-    totals = [mean * count for mean, count in zip(means, predictions, strict=True)]
-    return math.fsum(totals) / sum(predictions)
+    predictions = sum(len(window.kl) for window in windows)
+    divergence = math.fsum(kl for window in windows for kl in window.kl) / predictions
+    agreement = sum(window.agreed for window in windows) / predictions
+    return {"divergence": {"mean": _six_digits(divergence)}, "top1_agreement": {"mean": _six_digits(agreement)}}
 
 
 def _six_digits(value: float) -> float:

@@ -139,7 +139,7 @@ class ModelRunner:
     ) -> Iterator[Result]:
         """Return function(model, job, input) of each input, in order; a cluster's messages name inputs by `what`."""
         if self.cluster is not None:
-            return self.cluster.map_model(self.decoder, function, job, inputs, what)
+            return self.cluster.map(self.cluster.with_model(self.decoder, function, job), inputs, what)
         return map(partial(function, self.decoder, job), inputs)
 
     def merge(
@@ -148,7 +148,7 @@ class ModelRunner:
         """Add the sums run(model, job, chunk) of all chunks, in order, to `total`, which has none; return it."""
         # Another order would give other bits.
         if self.cluster is not None:
-            sums = self.cluster.merge_model(self.decoder, run, job, chunks, what)
+            sums = self.cluster.merge(self.cluster.with_model(self.decoder, run, job), chunks, what)
             if sums is not None:
                 total.merge(sums)
             return total
@@ -187,16 +187,11 @@ class ModelRunner:
         A pass has two stores at most: with the dense model's activations, or with gradients. The workers of a cluster
         do not share memory, so they pass activations on in files.
         """
+        decoder, folder = self.decoder, self.work / name
         lengths = [[len(sequence.tokens) for sequence in chunk.sequences] for chunk in self.chunks]
-        return ActivationStore(
-            self.work / name,
-            lengths,
-            self.decoder.model.config.get_text_config().hidden_size,
-            dtype or self.decoder.dtype,
-            kept=kept,
-            device=self.decoder.device,
-            memory_budget=0 if self.cluster is not None else self.decoder.memory_budget() // 2,
-        )
+        width = decoder.model.config.get_text_config().hidden_size
+        budget = 0 if self.cluster is not None else decoder.memory_budget() // 2
+        return ActivationStore(folder, lengths, width, dtype or decoder.dtype, kept, decoder.device, budget)
 
     def unfinished_blocks(self, progress: PassProgress, direction: str = "") -> Iterator[int]:
         """Yield each unfinished block's place in the pass; the block is finished when the caller asks for the next."""

@@ -29,10 +29,8 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Answer lm-eval's requests. UserError for an empty context if the tokenizer has no BOS or EOS token."""
         if not self.has_prefix and not all(request.args[0] for request in requests):
-            raise UserError(
-                f"{self.folder}: the tokenizer has no bos_token and no eos_token, expected one for questions without "
-                "context; set one in the model's tokenizer_config.json"
-            )
+            problem = "the tokenizer has no bos_token and no eos_token, expected one for questions without context"
+            raise UserError(f"{self.folder}: {problem}; set one in the model's tokenizer_config.json")
         self.tasks = [request.task_name for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)  # the engine shows its own progress bar
 

@@ -59,8 +59,11 @@ class InputRecorder:
                 self.sums.add_consumer(name, self._seen[key][0])
         self._add_stats(slices, x)
         if self.gram:
+            grams = self.sums.grams
             for name, tokens in slices.items():
-                self._add_gram(name, x[tokens].flatten(0, -2))
+                if name not in grams:
+                    grams[name] = Gram.empty(x.shape[-1], float64_device(x.device))
+                grams[name].add(x[tokens].flatten(0, -2))
 
     def _add_stats(self, slices: dict[str, slice], x: Float[Tensor, "*tokens in"]) -> None:
         all_stats, device = self.sums.stats, float64_device(x.device)
@@ -72,12 +75,6 @@ class InputRecorder:
             return
         for name, tokens in slices.items():
             all_stats[name].add(x[tokens].flatten(0, -2))
-
-    def _add_gram(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
-        grams = self.sums.grams
-        if name not in grams:
-            grams[name] = Gram.empty(x.shape[-1], float64_device(x.device))
-        grams[name].add(x)
 
     def _add_gated_output(self, name: str, norms: Float[Tensor, " tokens"]) -> None:
         total = norms.to(float64_device(norms.device)).double().sum()

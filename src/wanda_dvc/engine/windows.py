@@ -41,10 +41,8 @@ def draw(
 ) -> DrawnWindows:
     """Draw windows of a text as the Wanda authors do. UserError, with the `setting`, if it has too few tokens."""
     if len(tokens) <= length:
-        raise UserError(
-            f"{setting}: {len(tokens)} tokens, expected more than {length}, a window's length; take a longer text, or "
-            "lower calibration.length"
-        )
+        problem = f"{len(tokens)} tokens, expected more than {length}, a window's length"
+        raise UserError(f"{setting}: {problem}; take a longer text, or lower calibration.length")
     rng = random.Random(seed)
     starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
     windows = torch.stack([tokens[start : start + length] for start in starts])
@@ -61,10 +59,8 @@ def draw_from_documents(
     starts: list[int] = []  # of windows, as if the documents followed each other at large distances
     while len(windows) < samples:
         if len(too_short) == len(documents):
-            raise UserError(
-                f"{setting}: none of its {len(documents)} documents has more than {length} tokens, a window's length; "
-                "take another text, or lower calibration.length"
-            )
+            problem = f"none of its {len(documents)} documents has more than {length} tokens, a window's length"
+            raise UserError(f"{setting}: {problem}; take another text, or lower calibration.length")
         index = rng.randint(0, len(documents) - 1)
         tokens = tokens_of(documents[index])
         if len(tokens) <= length:
@@ -81,10 +77,8 @@ def _drawn(windows: Int[Tensor, "windows length"], starts: Int[Tensor, " windows
     length = windows.shape[1]
     distinct = (starts[:, None] + torch.arange(length)).unique().numel()
     if 2 * distinct < windows.numel():
-        notice(
-            f"{setting}: {len(windows)} windows of {length} tokens have only {distinct:,} distinct tokens of the text; "
-            "take a longer text"
-        )
+        problem = f"{len(windows)} windows of {length} tokens have only {distinct:,} distinct tokens of the text"
+        notice(f"{setting}: {problem}; take a longer text")
     return DrawnWindows(windows, distinct)
 
 

@@ -37,7 +37,6 @@ def allocate(
     read_weight: ReadWeight,
     blocks: Iterable[BlockStats],
     count: int,
-    *,
     allocation: Allocation,
     sparsity: Fraction,
     group: str,

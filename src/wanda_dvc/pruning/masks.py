@@ -117,19 +117,15 @@ def scores_of(
     """Return a method's scores times the row factors. UserError if they are not finite, or of another shape."""
     score = method(weight, x.to(weight.device))
     if score.shape != weight.shape:
-        raise UserError(
-            f"method {method.name}: {method.function} returned {list(score.shape)}, expected the weight's "
-            f"{list(weight.shape)}; correct it"
-        )
+        problem = f"{method.function} returned {list(score.shape)}, expected the weight's {list(weight.shape)}"
+        raise UserError(f"method {method.name}: {problem}; correct it")
     if score.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16
         score = score.float()
     if row_factors is not None:
         score = score * row_factors.to(score)[:, None]
     if not torch.stack(score.aminmax()).isfinite().all():
-        raise UserError(
-            f"{linear}: scores of method {method.name} that are not finite: weights or activations overflow; set "
-            "dtype=float32 or bfloat16"
-        )
+        problem = f"scores of method {method.name} that are not finite: weights or activations overflow"
+        raise UserError(f"{linear}: {problem}; set dtype=float32 or bfloat16")
     return score
 
 

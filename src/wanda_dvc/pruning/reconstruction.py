@@ -24,9 +24,9 @@ def reconstruct(
     weight: Tensor,
     mask: Tensor,
     factors: GramFactors,
-    *,
     reconstruction: Reconstruction,
     gradient_gram: Gram | None = None,
+    *,
     transposed: bool = False,
 ) -> Tensor:
     """Return one linear's weights on its mask; `gradient_gram` is of the gradients of its output, if they exist."""
@@ -38,9 +38,8 @@ def reconstruct(
         kwargs["gradient_gram"] = None if gradient_gram is None else gradient_gram.matrix().to(device)
     if reconstruction.steps:
         kwargs["steps"] = reconstruction.steps
-    new: Tensor = solve(
-        oriented(weight, transposed).to(device), oriented(mask, transposed).to(device), factors, **kwargs
-    )
+    dense, kept = (oriented(stored, transposed).to(device) for stored in (weight, mask))
+    new: Tensor = solve(dense, kept, factors, **kwargs)
     return oriented(new, transposed).contiguous().to(weight)
 
 

@@ -59,16 +59,14 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
                 "`dvc checkout` after `git checkout`."
             )
     results = {model: Results.of(study, model, left_out=left_out) for model in MODELS}
-    reasons, unrelated = other_settings(study), unrelated_model(study)
-    if unrelated:
-        reasons.append(
-            f"models/{unrelated} belongs to another experiment than {MADE_FROM[unrelated]}/: run `dvc repro`."
-        )
+    reasons, foreign = other_settings(study), unrelated_model(study)
+    if foreign:
+        reasons.append(f"models/{foreign} belongs to another experiment than {MADE_FROM[foreign]}/: run `dvc repro`.")
     if reasons and not lock.stages:  # then nothing says with which settings these models were measured
         results |= {"pruned": Results({}), "recovered": Results({})}
     for model in MODELS:
         provenance = load_json(study.model(model) / PROVENANCE)
-        if not provenance or model == unrelated == "pruned":
+        if not provenance or model == foreign == "pruned":
             continue  # DVC does not cache models/pruned: the figures may be those of the lock, whose model is not here
         others = results[model].leave_out_others(digest(provenance))
         if others:

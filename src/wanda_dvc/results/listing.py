@@ -106,10 +106,8 @@ def _listed(
 
 
 def _study_files(record: Json, kind: str, prefix: str) -> dict[str, Json]:
-    files = (record.get("data") or {}).get(kind, {})
-    return {
-        path.removeprefix(prefix): file.get("data") or {} for path, file in files.items() if path.startswith(prefix)
-    }
+    data = (record.get("data") or {}).get(kind, {})
+    return {path.removeprefix(prefix): file.get("data") or {} for path, file in data.items() if path.startswith(prefix)}
 
 
 def _settings_of(record: Json, prefix: str) -> dict[str, Any]:

@@ -320,13 +320,10 @@ def run(
                 notice(f"{run_name}: not needed with these settings; it writes placeholders")
             _write_placeholders(study, chosen, text_name)
             continue
-        arguments = {}
-        if variant_name:
-            arguments[row.argument] = variant_name
-        if text_name:
-            arguments["text"] = text_name
+        arguments = {row.argument: variant_name, "text": text_name}
         with context(run_name):
-            resolve_name(f"wanda_dvc.stages.{module}:{module}")(study=study, **arguments)
+            given = {name: value for name, value in arguments.items() if value}
+            resolve_name(f"wanda_dvc.stages.{module}:{module}")(study=study, **given)
 
 
 def _write_placeholders(study: "Study", variant: Variant, text: str) -> None:
@@ -343,7 +340,5 @@ def check_stage_inputs(study: "Study") -> None:
         content = study.stage_input(name)
         for key in expected | content:
             if expected.get(key) != content.get(key):
-                raise UserError(
-                    f"plan/{name}.json: found {key} {content.get(key)}, expected {expected.get(key)} as params.yaml "
-                    "has it now; run `wanda-dvc plan`, then `dvc repro`"
-                )
+                problem = f"found {key} {content.get(key)}, expected {expected.get(key)} as params.yaml has it now"
+                raise UserError(f"plan/{name}.json: {problem}; run `wanda-dvc plan`, then `dvc repro`")

@@ -26,8 +26,6 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.folder import Study
 from wanda_dvc.study.tensors import read_grams, read_masks, read_weights
 
-DENSE_README = "README.md"  # not copied: it describes the dense model
-
 
 class LinearMeasures(NamedTuple):
     """The measures of one pruned linear."""
@@ -69,9 +67,7 @@ def describe_pruned(study: Study) -> Json:
     calibrated = {"model": masks["model"], "text": masks["calibration"]["text"], "params": params}
     calibrated["version"] = STAGES["calibrate"].version
     if plan.apply_reconstructs:
-        folders = [study.gram]
-        if plan.used_reconstruction.uses_fisher:
-            folders.append(study.fisher)
+        folders = [study.gram, study.fisher] if plan.used_reconstruction.uses_fisher else [study.gram]
         for folder in folders:
             entries[folder.name] = digest(statistics_provenance(folder, calibrated, "masks/"))
         entries["apply"] = str(STAGES["apply"].version)  # new weights follow from how `apply` solves
@@ -126,15 +122,9 @@ class DenseToPruned:
         mask = self.masks_of(block).on(dense.device, linear)
         new = dense
         if factors is not None and mask.any():  # else a removed block's
-            uses_fisher = plan.used_reconstruction.uses_fisher
-            new = reconstruct(
-                dense,
-                mask,
-                factors,
-                reconstruction=plan.used_reconstruction,
-                gradient_gram=self.gradient_grams_of(block).get(linear) if uses_fisher else None,
-                transposed=linear in grams.transposed,
-            )
+            solver = plan.used_reconstruction
+            gradients = self.gradient_grams_of(block).get(linear) if solver.uses_fisher else None
+            new = reconstruct(dense, mask, factors, solver, gradients, transposed=linear in grams.transposed)
             check_new_weight(linear, new)
         weight = masked(new, mask).to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())
@@ -159,10 +149,8 @@ def linears_of_masks(study: Study, block: int, *, with_gram: bool) -> list[str]:
         )
     differing = sorted(set(linears) ^ read_grams(study.gram, block, of=()).input_of.keys()) if with_gram else []
     if differing:
-        raise UserError(
-            f"{masks}: expected the linears of {gram}, which differ by {shortened(differing)}; run "
-            "`wanda-dvc calibrate` and `wanda-dvc mask` again"
-        )
+        problem = f"expected the linears of {gram}, which differ by {shortened(differing)}"
+        raise UserError(f"{masks}: {problem}; run `wanda-dvc calibrate` and `wanda-dvc mask` again")
     return linears
 
 
@@ -174,9 +162,8 @@ def write_pruned(study: Study, target: Path) -> tuple[dict[str, LinearMeasures],
     """
     reader = DenseToPruned(study)
     checkpoint, view = reader.checkpoint, pruned_view(study, reader)
-    for _ in progress(
-        write_model(view, target, without=(PROVENANCE, DENSE_README)), total=len(view.changed), what="apply, tensors"
-    ):
+    tensors = write_model(view, target, without=(PROVENANCE, "README.md"))  # which describes the dense model
+    for _ in progress(tensors, total=len(view.changed), what="apply, tensors"):
         pass
     for linear in reader.block_of:
         if linear not in reader.measures:  # of a removed expert or block
@@ -195,17 +182,8 @@ def pruned_view(study: Study, reader: DenseToPruned, removal: Removal | None = N
     removal = removal or removal_of(reader.checkpoint, reader.plan, reader.device)
     if removal is None:
         return EditedCheckpoint(reader.checkpoint, reader.read, reader.addresses)
-    removal = removal.with_kept(kept_units_of(study, removal))
-    return SmallerCheckpoint(reader.checkpoint, removal, reader.read, reader.addresses)
-
-
-def kept_units_of(study: Study, removal: Removal) -> dict[str, Tensor]:
-    """Return the kept units of each set, a mask of units, from the masks of weights of all blocks.
-
-    A set may span blocks, as that of the blocks does: each block's masks tell of some of its units.
-    """
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}  # units of each set; one may span blocks, as that of the blocks does
     for block in range(artifact.block_count(study.masks, "mask")):
         for name, units in removal.kept_units(read_masks(study.masks, block)).items():
             kept[name] = kept[name] | units if name in kept else units
-    return kept
+    return SmallerCheckpoint(reader.checkpoint, removal.with_kept(kept), reader.read, reader.addresses)

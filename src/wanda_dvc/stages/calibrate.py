@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from wanda_dvc.catalog import STRUCTURES, methods
+from wanda_dvc.engine import depth
+from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import DrawnWindows
 from wanda_dvc.errors import UserError, notice
@@ -12,20 +14,9 @@ from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOKENS_OF_C
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import count_kept
 from wanda_dvc.reading import is_there
-from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import (
-    CHOICES_FILE,
-    calibration_windows,
-    check_ready,
-    draw_calibration,
-    model_dtype,
-    read_choices,
-    removal_of,
-    runner,
-    stored_gram,
-)
+from wanda_dvc.stages import STAGES, inputs
 from wanda_dvc.stages.needs import announce
-from wanda_dvc.stages.process import progress, progress_bar, start_at
+from wanda_dvc.stages.process import progress
 from wanda_dvc.study import artifact, tensors
 from wanda_dvc.study.artifact import PROVENANCE, Work, describe, read_provenance
 from wanda_dvc.study.files import Json, write_json
@@ -38,7 +29,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
     Each kind of statistics is a stage of its own, so that each is measured once, in any order of recipes. If the plan
     asks for norms and Gram matrices, one pass measures both, and the Gram matrices wait in their own unfinished work.
     """
-    check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
+    inputs.check_ready(study, "dense", study.stage_input("calibrate/norms")["length"], "calibration.length")
     made_from, expected_gram = calibrated_from(study, statistics), calibrated_from(study, "gram")
     with study.work(made_from) as work:
         if not is_there(work.out / PROVENANCE):  # else it was measured with the norms
@@ -48,7 +39,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
                 _backward(study, work)
             elif statistics == "gram":
                 _forward(study, gram=work)
-            elif study.stage_input("calibrate/gram") and stored_gram(study) != expected_gram:
+            elif study.stage_input("calibrate/gram") and inputs.stored_gram(study) != expected_gram:
                 with study.work(expected_gram) as gram:
                     _forward(study, norms=work, gram=gram)
                     artifact.finish(gram.out, expected_gram)  # and it waits: `calibrate gram` commits it
@@ -65,7 +56,7 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     """Return the provenance of `norms`, `gram`, `fisher` or `blocks`, without its number of blocks."""
     model = read_provenance(study.model("dense"), "download model")
     text = read_provenance(study.data("calibration"), "download calibration")
-    params = study.stage_input("calibrate/norms") | {"dtype": model_dtype(study)}
+    params = study.stage_input("calibrate/norms") | {"dtype": inputs.model_dtype(study)}
     made_from = describe(
         "calibrate",
         version=STAGES["calibrate"].version,
@@ -86,10 +77,10 @@ def calibrated_from(study: Study, statistics: str) -> Json:
 def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> None:
     """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input."""
     works = [work for work in (norms, gram) if work is not None]
-    run = runner(study, "dense", works[0])
+    run = inputs.runner(study, "dense", works[0])
     sizes = run.decoder.sizes
     announce(study, "calibrate", sizes)
-    drawn = draw_calibration(study)
+    drawn = inputs.draw_calibration(study)
     _check_distinct(study, drawn, sizes.widest)
     finished = min(artifact.finished_blocks(work.out) for work in works)
     unreached = 0  # experts of the blocks that this run measures
@@ -132,50 +123,37 @@ def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
 
 def _backward(study: Study, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
-    from wanda_dvc.engine.backward import backward  # imports transformers, which takes seconds
-
-    run = runner(study, "dense", work)
+    run = inputs.runner(study, "dense", work)
     announce(study, "calibrate", run.decoder.sizes)
     blocks = len(run.decoder.blocks)
     finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
-    steps = backward(run, calibration_windows(study)[:WINDOWS_BACK], finished=finished)
+    steps = backward(run, inputs.draw_calibration(study).tokens[:WINDOWS_BACK], finished=finished)
     for block, gradients in progress(steps, total=blocks, what="calibrate, backward", at=lambda x: blocks - 1 - x[0]):
         # A Gram matrix of gradients is of one linear's outputs: it has no input, and no weight to be transposed.
         linears = {name: [name] for name in gradients.grams}
-        stats = BlockStats(
-            inputs={}, consumers=linears, transposed=[], fisher=gradients.squares, unit_costs=gradients.unit_costs
-        )
+        stats = BlockStats({}, linears, [], gradients.squares, unit_costs=gradients.unit_costs)
         tensors.write_grams(work.out, block, stats, gradients.grams)
         gradients.grams.clear()
 
 
 def _choose_blocks(study: Study, work: Work) -> None:
     """Measure which blocks to remove, one after another, and write the best choice of each number of them."""
-    from wanda_dvc.engine import depth  # imports transformers, which takes seconds
-
     plan, sparsity = study.plan, Fraction(str(study.stage_input("calibrate/blocks")["sparsity"]))
-    run = runner(study, "dense", work)
-    removal_of(run.decoder.checkpoint, plan, run.decoder.device)  # UserError if its blocks are not found
+    run = inputs.runner(study, "dense", work)
+    inputs.removal_of(run.decoder.checkpoint, plan, run.decoder.device)  # UserError if its blocks are not found
     blocks = len(run.decoder.blocks)
     number = blocks - count_kept(blocks, sparsity)
     announce(study, "calibrate", run.decoder.sizes)
-    windows = calibration_windows(study)
+    windows = inputs.draw_calibration(study).tokens
     texts = len(study.stage_input("calibrate/norms").get("shares", ()))  # their windows take turns
     count = max(math.ceil(TOKENS_OF_CHOICES / windows.shape[1]), texts)
     sequences = [TokenSequence(window) for window in windows[:count]]
-    choices, choose_one_more = read_choices(work.out), methods()[STRUCTURES["blocks"].method]
-    bar = progress_bar(depth.count_measured(blocks, number), "calibrate, choices of blocks measured")
-    start_at(bar, depth.count_measured(blocks, len(choices)))
+    choices, choose_one_more = inputs.read_choices(work.out), methods()[STRUCTURES["blocks"].method]
     dense = depth.measure_dense(run, sequences)
 
     def measure(groups: Sequence[depth.Blocks]) -> list[float]:
-        divergences = []
-        for divergence in depth.measure_choices(run, sequences, groups, dense):
-            divergences.append(divergence)
-            bar.update()
-        return divergences
+        return list(depth.measure_choices(run, sequences, groups, dense))
 
-    while len(choices) < number:
+    for _ in progress(range(len(choices), number), total=number, what="calibrate, blocks chosen", at=int):
         choices.append(choose_one_more(choices[-1] if choices else depth.no_choice(blocks), measure))
-        write_json(work.out / CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})
-    bar.close()
+        write_json(work.out / inputs.CHOICES_FILE, {"choices": [choice._asdict() for choice in choices]})

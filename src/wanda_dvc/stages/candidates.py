@@ -69,10 +69,8 @@ def block_candidates(study: Study, checkpoint: Checkpoint, removal: Removal, dev
     ((name, units),) = removal.unit_sets.items()
     number, choices = units.total - units.kept, inputs.read_choices(study.blocks)
     if number > len(choices):
-        raise UserError(
-            f"stats/blocks: has choices of up to {len(choices)} blocks, expected {number}; run `dvc repro` or "
-            "`wanda-dvc calibrate blocks`"
-        )
+        problem = f"has choices of up to {len(choices)} blocks, expected {number}"
+        raise UserError(f"stats/blocks: {problem}; run `dvc repro` or `wanda-dvc calibrate blocks`")
     choice = choices[number - 1] if number else depth.no_choice(units.total)
     groups: dict[frozenset[int], float] = {frozenset(choice.removed): choice.divergence}
     if study.plan.repairs:

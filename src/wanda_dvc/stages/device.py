@@ -2,25 +2,19 @@
 
 import contextlib
 import os
-import sys
-from typing import TYPE_CHECKING
+
+import torch
 
 from wanda_dvc import machine
+from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Runtime
 
-if TYPE_CHECKING:
-    import torch
-
 
 def device_name(runtime: Runtime) -> str:
-    """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
+    """Return the name of the torch device to run on."""
     name = runtime.device
     if name == "auto":
-        if "torch" not in sys.modules:
-            return "cpu"
-        from wanda_dvc.engine import accelerator
-
         name = "cpu"
         if accelerator.gpus():
             name = "cuda"
@@ -33,22 +27,16 @@ def device_name(runtime: Runtime) -> str:
 def free_memory_of(device: str) -> int:
     """Return the free bytes of memory of the machine, or of a GPU, by the name of the device."""
     if device.startswith("cuda"):
-        from wanda_dvc.engine import accelerator
-
         with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
             return accelerator.free_device_memory(device)
     return machine.free_memory()
 
 
-def own_device(runtime: Runtime) -> "torch.device":
+def own_device(runtime: Runtime) -> torch.device:
     """Return the compute device of this process. UserError if this machine does not have it.
 
     With workers the setting is for the workers, and this process uses the CPU if it has no GPU.
     """
-    import torch
-
-    from wanda_dvc.engine import accelerator
-
     torch.set_num_threads(machine.cores())
     accelerator.keep_freed_memory()
     accelerator.disable_tf32()

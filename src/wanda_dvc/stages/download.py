@@ -4,12 +4,10 @@ from pathlib import Path
 
 from wanda_dvc.params import ChosenText, Tasks
 from wanda_dvc.reading import is_there
-from wanda_dvc.sources import Source
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_texts
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.artifact import describe
-from wanda_dvc.study.files import Json
 from wanda_dvc.study.folder import Study
 
 
@@ -19,25 +17,19 @@ def download(*, study: Study, source: str, text: str = "") -> None:
     Several texts of a calibration or a recovery are in a folder each, by their numbers.
     """
     name = f"{source}/{text}" if text else source
-    settings = study.stage_input(f"download/{name}")
+    settings, mirror = study.stage_input(f"download/{name}"), study.params.runtime.mirror
     if source == "model":
         from wanda_dvc.sources.models import find_model  # imports transformers, which takes seconds
 
         fetched = find_model(settings["source"])
+    elif source == "tasks":
+        fetched = find_tasks(Tasks(**settings), mirror)
     else:
-        fetched = find_data(name, settings, study.params.runtime.mirror)
+        setting = f"{source}.texts.{text}" if text else f"{source}.text"
+        fetched = find_texts(setting, [ChosenText(**chosen) for chosen in settings.get("texts", [settings])], mirror)
     with study.work(describe(f"download {source}", version=STAGES["download"].version, **fetched.key)) as work:
         fetched.write(work.new(), work.path)
         work.commit(study.model("dense") if source == "model" else study.data(name))
-
-
-def find_data(name: str, settings: Json, mirror: str | None) -> Source:
-    """Find texts or tasks, by their place in plan/download/. UserError if a mirror lacks a file of them."""
-    if name == "tasks":
-        return find_tasks(Tasks(**settings), mirror)
-    section, _, text = name.partition("/")
-    setting = f"{section}.texts.{text}" if text else f"{section}.text"
-    return find_texts(setting, [ChosenText(**chosen) for chosen in settings.get("texts", [settings])], mirror)
 
 
 def find_model_config(study: Study) -> Path | None:

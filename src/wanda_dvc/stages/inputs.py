@@ -7,8 +7,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from wanda_dvc.engine.accelerator import multiplies_natively
 from wanda_dvc.engine.checkpoint import Checkpoint, dtype_of, max_positions, read_config
@@ -19,15 +17,8 @@ from wanda_dvc.plan import SMALLER, Plan
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study.artifact import (
-    MODEL_COMMANDS,
-    PROVENANCE,
-    Work,
-    check_source,
-    digest,
-    file_digest,
-    read_provenance,
-)
+from wanda_dvc.study import artifact
+from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, Work, check_source, digest, read_provenance
 from wanda_dvc.study.files import Json, load_json, open_documents
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
@@ -51,10 +42,8 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
     positions = max_positions(read_config(study.model(model)))
     if length and positions is not None and length > positions:
-        raise UserError(
-            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
-            f"{study.model(model)}; set {setting}={positions} or less"
-        )
+        problem = f"got {length}, expected at most {positions}, the positions of the model in {study.model(model)}"
+        raise UserError(f"{setting}: {problem}; set {setting}={positions} or less")
     return provenance, model_dtype(study, model)
 
 
@@ -76,14 +65,12 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     expected = {"version": STAGES["calibrate"].version, **params}
     measured = {"version": norms.get("version"), **norms["params"]}
     if measured != expected:
-        raise UserError(
-            f"stats/: measured with {measured}, expected {expected} as params.yaml has it; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+        problem = f"measured with {measured}, expected {expected} as params.yaml has it"
+        raise UserError(f"stats/: {problem}; run `dvc repro` or `wanda-dvc calibrate`")
     plan = study.plan
     digests = {}
     if plan.method.package:
-        digests["method"] = file_digest(study.source("method"))
+        digests["method"] = artifact.file_digest(study.source("method"))
     if plan.mask_reads_gram:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_fisher:
@@ -130,13 +117,8 @@ def read_choices(folder: Path) -> "list[DepthChoice]":
     return [DepthChoice(**choice) for choice in load_json(folder / CHOICES_FILE).get("choices", [])]
 
 
-def calibration_windows(study: Study) -> Int[Tensor, "windows length"]:
-    """Draw windows from data/calibration, with the dense model's tokenizer."""
-    return draw_calibration(study).tokens
-
-
 def draw_calibration(study: Study, *, further: int = 0) -> DrawnWindows:
-    """Draw `calibration_windows`, and count the tokens of the text that are in a window, each once.
+    """Draw windows from data/calibration, with the dense model's tokenizer, and count the tokens in them, each once.
 
     `further` is added to the seed. Each of several texts is drawn from alone, by one seed; then windows take turns.
     """
@@ -167,9 +149,8 @@ def draw_documents(study: Study, source: str, *, samples: int, length: int, seed
     downloaded = read_provenance(folder, f"download {source.partition('/')[0]}")
     tokens_of = partial(tokenize, tokenizer=load_tokenizer(study.model("dense")))
     documents = open_documents(folder / DOCUMENTS, downloaded["column"], downloaded["sha256"])
-    return draw_from_documents(
-        documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting_of(source)
-    )
+    setting = setting_of(source)
+    return draw_from_documents(documents, tokens_of, samples=samples, length=length, seed=seed, setting=setting)
 
 
 def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Removal | None":
@@ -182,10 +163,8 @@ def removal_of(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> "Rem
     # The import of transformers takes seconds.
     removal: Removal = resolve_name(plan.structure.find)(checkpoint, plan.structure, plan.sparsity, device)
     if plan.sparsity and not removal.sparsity and plan.pattern != SMALLER:
-        raise UserError(
-            f"sparsity: got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}; set a "
-            "higher sparsity, or another pattern"
-        )
+        problem = f"got {float(plan.sparsity):g}, which removes none of the {removal.structure.about}"
+        raise UserError(f"sparsity: {problem}; set a higher sparsity, or another pattern")
     return removal
 
 
@@ -197,10 +176,8 @@ def runner(study: Study, model: str, work: Work) -> "ModelRunner":
     runtime, dtype = study.params.runtime, model_dtype(study, model)
     device = own_device(runtime) if runtime.ray is None else torch.device("cpu")
     if device.type == "cpu" and runtime.ray is None and not multiplies_natively(getattr(torch, dtype)):
-        notice(
-            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
-            "dtype=float32 (last digits differ), or use another machine"
-        )
+        problem = f"this CPU has no instructions for {dtype}, so it is many times slower than float32"
+        notice(f"dtype: {problem}; set dtype=float32 (last digits differ), or use another machine")
     decoder = Decoder(study.model(model), dtype=getattr(torch, dtype), device=device)
     return ModelRunner(decoder, work.path.absolute(), cluster(study))
 

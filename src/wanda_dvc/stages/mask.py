@@ -222,15 +222,8 @@ def allocate_sparsities(
             raise UserError(f"{problem}; set a higher sparsity")
     fisher = study.fisher if plan.allocation.uses_fisher else None
     stats = (tensors.read_stats(study.norms, block, fisher=fisher) for block in range(blocks))
-    return allocate(
-        checkpoint.weight,
-        process.progress(stats, total=blocks, what="mask, blocks rated"),
-        blocks,
-        allocation=plan.allocation,
-        sparsity=plan.sparsity,
-        group=plan.group,
-        device=device,
-    )
+    rated = process.progress(stats, total=blocks, what="mask, blocks rated")
+    return allocate(checkpoint.weight, rated, blocks, plan.allocation, plan.sparsity, plan.group, device)
 
 
 # --- the blocks ---
@@ -295,11 +288,13 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     plan, stats, rule = job.plan, task.stats, job.rule(task.block)
     linears = stats.consumers[task.name]
     gradient_grams: Mapping[str, Gram] = {}
-    if plan.mask_stores_weights and plan.used_reconstruction.uses_fisher:
+    solver = plan.used_reconstruction
+    if plan.mask_stores_weights and solver.uses_fisher:
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
     device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
     factors = GramFactors(grams[task.name].matrix(), task.name) if task.name in grams else None  # no token reached it
+    x = factors if plan.method.is_solver else stats.inputs[task.name]
     masks, weights = dict[str, Tensor](), dict[str, Tensor]()
     for linear in linears:
         transposed = linear in stats.transposed
@@ -308,18 +303,9 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
             masks[linear] = torch.ones(stored.shape, dtype=torch.bool)
             continue
         weight = stored.to(device)
-        masks[linear] = choose_linear(
-            linear, weight, factors if plan.method.is_solver else stats.inputs[task.name], stats, rule
-        )
+        masks[linear] = choose_linear(linear, weight, x, stats, rule)
         if plan.mask_stores_weights and factors is not None:
-            new = reconstruct(
-                weight,
-                masks[linear],
-                factors,
-                reconstruction=plan.used_reconstruction,
-                gradient_gram=gradient_grams.get(linear),
-                transposed=transposed,
-            )
+            new = reconstruct(weight, masks[linear], factors, solver, gradient_grams.get(linear), transposed=transposed)
             weights[linear] = check_new_weight(linear, new.to("cpu", stored.dtype))
     return BlockResult(task.block, tensors.pack_masks(masks), weights)
 
@@ -373,7 +359,7 @@ def _dense_run(study: Study, calibrated_text: Json, work: Work) -> "tuple[ModelR
     """Return a runner of the dense model, and the calibration windows. UserError if they are of another text now."""
     text = read_provenance(study.data("calibration"), "download calibration")
     check_source("stats", calibrated_text, text, "calibrate")
-    windows = inputs.calibration_windows(study)
+    windows = inputs.draw_calibration(study).tokens
     return inputs.runner(study, "dense", work), windows
 
 

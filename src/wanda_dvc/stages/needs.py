@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
+from wanda_dvc.engine import accelerator, divergence
 from wanda_dvc.engine.checkpoint import ITEMSIZE
 from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
+from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import RECOVERY_LENGTH, TOKENS_OF_CHOICES, WINDOWS_BACK
@@ -53,8 +55,6 @@ class Conditions:
 
     def predictions(self, length: int) -> int:
         """Return the memory to compare a window's predictions with the dense model's."""
-        from wanda_dvc.engine import divergence  # imports transformers
-
         at_a_time = divergence.AT_A_TIME["cuda" if self.device == "cuda" else "cpu"]
         compared = min(at_a_time, length * self.sizes.vocabulary)
         return self.forward(length).logits + divergence.TEMPORARIES * compared
@@ -115,17 +115,13 @@ def check_solver(study: Study, sizes: ModelSizes) -> None:
     if needs and (needs.memory > memory or needs.disk > disk):
         available = f"{gigabytes(memory)} of memory and {gigabytes(disk)} of disk"
         needed = f"{gigabytes(needs.memory)} and {gigabytes(needs.disk)}"
-        raise UserError(
-            f"recipe: {study.params.recipe}: found {available}, expected {needed}; free some, or use `--recipe wanda`, "
-            "which needs less"
-        )
+        problem = f"{study.params.recipe}: found {available}, expected {needed}"
+        raise UserError(f"recipe: {problem}; free some, or use `--recipe wanda`, which needs less")
 
 
 def training_dtype(dtype: str, device: str) -> str:
     """Return the dtype of the products in `recover`, whose weights are in float32: bfloat16 if the processor has it."""
-    from wanda_dvc.engine.accelerator import has_bfloat16
-
-    if has_bfloat16(device):
+    if accelerator.has_bfloat16(device):
         return "bfloat16"
     return "float16" if (device, dtype) == ("cuda", "float16") else "float32"
 
@@ -173,10 +169,8 @@ def training_ways(study: Study, sizes: ModelSizes) -> list[TrainingWay]:
     ways = fitting_ways(given)
     if not ways:
         need = FIXED + training_memory(given, TRAINING_WAYS[-1])
-        raise UserError(
-            f"recovery.tokens: found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory; "
-            "set it to 0, or free some memory"
-        )
+        problem = f"found {gigabytes(given.free_memory)}, expected {gigabytes(need)} of memory"
+        raise UserError(f"recovery.tokens: {problem}; set it to 0, or free some memory")
     return ways
 
 
@@ -212,8 +206,6 @@ def _needs_of_recover(given: Conditions) -> tuple[int, int]:
 
 
 def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
-    from wanda_dvc.engine import divergence  # imports transformers
-
     settings, forward = given.params.perplexity, given.forward(given.params.perplexity.length)
     size = max(given.data_size(f"perplexity/{name}") for name in settings.texts)
     tokens = settings.windows * settings.length if isinstance(settings.windows, int) else size // BYTES_A_TOKEN
@@ -223,8 +215,6 @@ def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
 
 
 def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
-    from wanda_dvc.engine.questions import SEQUENCE_TOKENS
-
     forward = given.forward(SEQUENCE_TOKENS)
     memory = forward.activations + forward.logits + ARGUMENTS_BYTES
     memory = max(memory, 4 * given.sizes.block_parameters)  # a block of each kind is tried in float32

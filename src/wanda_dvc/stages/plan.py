@@ -44,10 +44,8 @@ def _link_source(study: Study, place: Path, setting: str, source: str) -> None:
     """Make a link or a note. UserError if the local source is missing, or a model has dangling links."""
     if not Path(source).is_absolute():
         if setting != "tasks.source" and source not in ("none", *TEXTS) and (study.root / source).exists():
-            raise UserError(
-                f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
-                f"its absolute path, {study.root / source}"
-            )
+            problem = f"{setting}: {source} is a place in this study, and would be fetched from the Hub"
+            raise UserError(f"params.yaml: {problem}; write its absolute path, {study.root / source}")
         write_json(place, {"source": source})
         return
     path = Path(source)

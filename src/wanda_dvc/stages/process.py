@@ -5,7 +5,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -28,9 +27,6 @@ def stoppable(run: str, kept: str = KEPT, *, with_children: bool = False) -> Ite
     With `with_children` it first ends the processes that it started, also if the terminal closes. A later run resumes
     from files on disk. On Linux the stage of a killed DVC gets SIGTERM; else the next run would wait for its lock.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
 
     def stop(number: int, _: FrameType | None) -> None:
         if with_children:

@@ -56,10 +56,8 @@ def flips(before: Json, after: Json, run_name: str) -> Json:
     """Return by metric the dense model's answers to a task that pruning changed, in each direction; {} without any."""
     key = first_difference(before["protocol"], after["protocol"])
     if key:
-        notice(
-            f"{run_name}: not compared with the dense model's answers, which are of another {key}; "
-            "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
-        )
+        problem = f"not compared with the dense model's answers, which are of another {key}"
+        notice(f"{run_name}: {problem}; run `dvc repro --force --single-item zero-shot-dense`, then this stage")
         return {}
     if not before["items"] or not after["items"]:  # a model diverged
         return {}

@@ -82,18 +82,14 @@ class Study:
         return read_text(self.data(name) / TEXT, todo)
 
     @property
-    def repository(self) -> Path:
-        """The root of the study's DVC repository, which may be a parent folder; without a repository, the study."""
-        root = self.root.absolute()
-        return next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
-
-    @property
     def work_root(self) -> Path:
         """The folder of unfinished work: in the repository in which DVC was started, as queued checkouts are temporary.
 
         Without DVC, the repository that DVC would find; a new `.dvc` here would separate the study from it.
         """
-        return Path(os.environ.get("DVC_ROOT") or self.repository) / ".dvc" / "tmp" / "wanda-dvc"
+        root = self.root.absolute()
+        repository = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
+        return Path(os.environ.get("DVC_ROOT") or repository) / ".dvc" / "tmp" / "wanda-dvc"
 
     def reference(self, text: str) -> Path:
         """Return the folder of the dense model's predictions on the windows of a text."""

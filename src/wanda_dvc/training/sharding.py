@@ -27,10 +27,8 @@ def launched_processes() -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     is_fsdp2 = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2"
     if (processes > 1 and not is_fsdp2) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "accelerate launch: found copies of the model, DeepSpeed or FSDP1, expected processes that split the "
-            "model; launch with --use_fsdp --fsdp_version 2"
-        )
+        problem = "found copies of the model, DeepSpeed or FSDP1, expected processes that split the model"
+        raise UserError(f"accelerate launch: {problem}; launch with --use_fsdp --fsdp_version 2")
     return processes
 
 
