@@ -4,8 +4,10 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from unittest import mock
 
 from jaxtyping import install_import_hook
 
@@ -359,6 +362,20 @@ def _drop_privilege() -> None:
     assert system.capset(header, capabilities) == 0
 
 
+@contextlib.contextmanager
+def interrupted(owner: object, name: str, at: int = 0) -> Iterator[None]:
+    """Inside, a call of a function, by default the first, is a KeyboardInterrupt, which must come out."""
+    function, calls = getattr(owner, name), itertools.count()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    with mock.patch.object(owner, name, call), pytest.raises(KeyboardInterrupt):
+        yield
+
+
 def walk(decoder: Any, rows: Any, work: Path, **kwargs: Any) -> Any:
     """The steps of a forward pass in this process."""
     from wanda_dvc.engine.forward import ModelRunner
@@ -367,11 +384,12 @@ def walk(decoder: Any, rows: Any, work: Path, **kwargs: Any) -> Any:
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
-    """The hidden states after the last block of a finished forward pass."""
+    """The hidden states after the last block; the blocks that have not run do."""
     from wanda_dvc.engine.forward import ModelRunner
 
     run = ModelRunner(decoder, work)
-    assert not list(run.forward(rows))
+    for step in run.forward(rows):
+        step.run()
     return list(run.map_outputs(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))
 
 

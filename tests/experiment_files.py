@@ -26,7 +26,8 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         value = float(f"{math.exp(mean):.6g}") if finite else "diverged"
         metrics: dict[str, Any] = {"perplexity": value}
         if model == "pruned":
-            metrics |= divergence_of(mean - 2.0)
+            measured = {"divergence": {"mean": mean - 2.0}, "top1_agreement": {"mean": 0.5}}
+            metrics |= measured if finite else dict.fromkeys(measured, "diverged")
             factors = (0.9, 1.0, 1.0, 1.1) if finite else ()
             details |= {"divergences": [(mean - 2.0) * x for x in factors], "agreements": [0.5 * x for x in factors]}
         write_json(study.details(model, f"perplexity/{on}"), details)
@@ -40,10 +41,3 @@ def write_results(root: Path, recipe: str, sparsity: float, loss: float, right: 
         write_json(study.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40} | flips})
     write_json(study.metrics("pruned", "sparsity"), {"sparsity": sparsity})
     return study
-
-
-def divergence_of(mean: float) -> dict[str, Any]:
-    """Measures of a pruned model with this mean divergence."""
-    if not math.isfinite(mean):
-        return dict.fromkeys(("divergence", "top1_agreement"), "diverged")
-    return {"divergence": {"mean": mean}, "top1_agreement": {"mean": 0.5}}

@@ -47,9 +47,7 @@ def open_model(folder: Path, dtype: torch.dtype, _decoder: int) -> Decoder:
     return Decoder(folder, dtype=dtype, device=CPU)
 
 
-def with_model_of(
-    key: tuple[Path, torch.dtype, int], function: Callable[..., Any], job: Any, _: torch.device, value: Any
-) -> Any:
+def with_model_of(key: tuple[Path, torch.dtype, int], function: Any, job: Any, _: torch.device, value: Any) -> Any:
     return function(open_model(*key), job, value)
 
 

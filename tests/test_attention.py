@@ -119,13 +119,6 @@ def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path):
         attention.attend(torch.nn.Module(), q, q, q, torch.zeros(0), **more, position_ids=torch.zeros(1, 4))
 
 
-def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, monkeypatch: Patch):
-    folder = save("llama", tmp_path / "model")
-    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
-    assert not decoder.packs_questions
-
-
 CPU = torch.device("cpu")
 Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
@@ -193,10 +186,7 @@ def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_
 
 def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny: Path, monkeypatch: Patch):
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ):
+    for error in (torch.OutOfMemoryError("out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr(decoder, "run", mock.Mock(side_effect=error))
         with pytest.raises(type(error), match="memory"):
             bool(decoder.packs_questions)
@@ -321,9 +311,6 @@ def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeyp
         for length in (60, 30, 20, 20, 40, 10):
             decoder.block_arguments(calls.TokenSequence(torch.zeros(length, dtype=torch.long)))
     for _ in range(2):  # packed questions have their own, as those of the same content
-        decoder.block_arguments(
-            calls.TokenSequence(
-                torch.zeros(10, dtype=torch.long), PackedQuestions(*torch.zeros(3, 10, dtype=torch.long))
-            )
-        )
+        packed = PackedQuestions(*torch.zeros(3, 10, dtype=torch.long))
+        decoder.block_arguments(calls.TokenSequence(torch.zeros(10, dtype=torch.long), packed))
     assert Counter(recorded) == {60: 1, 30: 1, 20: 2, 40: 2, 10: 2}  # of 10: the sequence, and the questions

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, named, pairs
-from conftest import MADE, Make, Patch, calibrate, fetch, run_blocks, save_tiny_model, tree, write_params
+from conftest import MADE, Make, Patch, calibrate, fetch, interrupted, run_blocks, save_tiny_model, tree, write_params
 from families import RECORDED, save
 from inline import Inline
 from safetensors.torch import load_file
@@ -122,25 +122,13 @@ def test_every_backend_gives_what_one_process_gives(
         assert cluster.ran
 
 
-def killed(name: str) -> Any:
-    """Inside, the process is killed when this function of `tensors` is to write block 1."""
-    write = getattr(tensors, name)
-
-    def written(folder: Path, block: int, *content: Any) -> None:
-        if block == 1:
-            raise KeyboardInterrupt
-        write(folder, block, *content)
-
-    return mock.patch.object(tensors, name, written)
-
-
 def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(calibrated_study: Make, monkeypatch: Patch):
     restarted, cluster = calibrated_study(method="admm"), Inline()
     stage.mask(study=restarted)
     expected = tree(restarted.masks)
     shutil.rmtree(restarted.masks)
     monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)
-    with killed("write_masks"), pytest.raises(KeyboardInterrupt):
+    with interrupted(tensors, "write_masks", at=1):  # the second block's
         stage.mask(study=restarted)
     cluster.ran.clear()
     stage.mask(study=restarted)
@@ -149,15 +137,13 @@ def test_an_interrupted_mask_of_tasks_solves_the_unfinished_blocks_alone(calibra
 
 
 @pytest.mark.parametrize("here", [False, True])
-def test_an_interrupted_calibration_of_tasks_resumes_at_its_block(
-    calibrated_study: Make, monkeypatch: Patch, here: bool
-):
+def test_a_stopped_calibration_of_tasks_resumes_at_its_block(calibrated_study: Make, monkeypatch: Patch, here: bool):
     """In this process too: the files are the same."""
     restarted, cluster = calibrated_study(), Inline()
     expected, stats = tree(restarted.root / "stats"), importlib.import_module("wanda_dvc.stages.calibrate")
     shutil.rmtree(restarted.root / "stats")
     in_tasks = mock.patch.object(inputs, "cluster", return_value=Inline())
-    with in_tasks, killed("write_stats"), pytest.raises(KeyboardInterrupt):
+    with in_tasks, interrupted(tensors, "write_stats", at=1):
         stats.calibrate(study=restarted, statistics="norms")
     if not here:
         monkeypatch.setattr(inputs, "cluster", lambda *_: cluster)

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -111,18 +110,14 @@ def test_sums_of_windows_that_run_together_are_those_of_each_alone(family: str, 
     """
     decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=CPU)
     for step in walk(decoder, rows(), tmp_path / "forward"):
-        alone, together = both_ways(monkeypatch, partial(recorded_step, step))
+        alone, together = both_ways(monkeypatch, lambda step=step: (step.record(gram=True), hidden(step)))
         check_alike(alone, together)
         change(decoder, step)
     alone, together = both_ways(monkeypatch, lambda: gradients(decoder, tmp_path / "back"))
     check_alike(alone, together)
 
 
-def recorded_step(step: BlockStep) -> tuple[Any, Any]:
-    return step.record(gram=True), hidden(step)
-
-
-def both_ways(monkeypatch: Patch, function: Callable[[], Any]) -> tuple[Any, Any]:
+def both_ways(monkeypatch: Patch, function: Callable[..., Any]) -> tuple[Any, Any]:
     """What a function returns if windows run one by one, and if three run together."""
     alone = function()
     with monkeypatch.context() as forced:
@@ -146,9 +141,7 @@ def test_packed_questions_and_other_lengths_run_alone(tiny: Path, monkeypatch: P
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_a_gpu_runs_windows_together_and_gives_the_cpus_results(
-    tiny: Path, tmp_path: Path, monkeypatch: Patch, stays: bool
-):
+def test_a_gpu_runs_windows_together_with_the_cpus_results(tiny: Path, tmp_path: Path, monkeypatch: Patch, stays: bool):
     """Whether activations stay there or come from files, a batch ahead, and go back to files."""
     monkeypatch.setattr(decoding, "STREAMED_TOKENS", 40)
     expected = measure(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cpu")
@@ -184,9 +177,7 @@ def test_a_batch_that_a_gpu_cannot_hold_is_halved_once(tiny: Path, tmp_path: Pat
             [step.record() for step in walk(decoder, rows(), tmp_path / "c")]
 
 
-def test_each_unit_of_work_that_runs_out_of_memory_is_repeated_and_counts_once(
-    tiny: Path, tmp_path: Path, capsys: Capture
-):
+def test_work_that_runs_out_of_memory_is_repeated_and_counts_once(tiny: Path, tmp_path: Path, capsys: Capture):
     """In the loss, and in the repair: after one batch of two."""
     refit = repair.Refit(0, 2, "model.layers.0.mlp.down_proj")
 

@@ -13,8 +13,8 @@ from conftest import Patch, outputs, save_tiny_model, walk
 from hypothesis import given
 from hypothesis import strategies as st
 from inline import Inline
+from operations import Operations
 from strategies import matrices
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import accelerator, activations, sequences, structure
@@ -51,7 +51,6 @@ def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, dtype: 
     checkpoint = save_tiny_model(tmp_path / "model", **VARIANTS[variant])
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU), windows()
-    record(decoder, tokens, tmp_path / "work")
     for hidden, row in zip(outputs(decoder, tokens, tmp_path / "work"), tokens, strict=True):
         ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
         with torch.no_grad():
@@ -62,11 +61,7 @@ def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, dtype: 
 def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     rows = [TokenSequence(tokens[0]), TokenSequence(tokens[1, :17]), TokenSequence(tokens[2, :40])]
-    for step in walk(decoder, rows, tmp_path / "together"):
-        step.run()
     for number, (row, hidden) in enumerate(zip(rows, outputs(decoder, rows, tmp_path / "together"), strict=True)):
-        for step in walk(decoder, [row], tmp_path / str(number)):
-            step.run()
         assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 
@@ -79,7 +74,6 @@ def test_a_block_that_changes_its_input_is_refused(tiny: Path, tmp_path: Path):
 
 def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: Patch):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
-    record(decoder, tokens, tmp_path)
     hidden = outputs(decoder, tokens, tmp_path)[0][None]
     (expected,) = (logits for _, logits in decoder.logits(hidden, tokens[0]))
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 7 * 260)
@@ -149,7 +143,6 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
         changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
         assert torch.equal(ours, theirs)
-    record(decoder, tokens, tmp_path / "again")
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "again"), dense, strict=True):
         assert torch.equal(ours, theirs)
     assert (tiny / "model.safetensors").read_bytes() == before
@@ -201,18 +194,12 @@ def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path
 
 def test_the_host_waits_for_a_gpu_once_a_shard(tiny: Path, tmp_path: Path):
     asked = list[int]()
-
-    class Asked(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
-            asked[-1] += function is torch.ops.aten._local_scalar_dense.default
-            return function(*arguments, **(named or {}))
-
     for number in (2, 6):
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
         step = next(walk(decoder, torch.randint(0, 256, (number, 32)), tmp_path / str(number)))
-        asked.append(0)
-        with Asked():
+        with Operations() as operations:
             step.record()
+        asked.append(operations.counts["_local_scalar_dense"])
     assert asked[0] == asked[1]
 
 

@@ -62,9 +62,7 @@ def agents() -> dict[str, int]:
         sockets = [stack.enter_context(socket.socket()) for _ in names]
         for listener in sockets:
             listener.bind(("127.0.0.1", 0))
-        return {"num_gpus": 0} | {
-            name: listener.getsockname()[1] for name, listener in zip(names, sockets, strict=True)
-        }
+        return {"num_gpus": 0} | {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
 
 
 def set_nodes(nodes: Any, number: int) -> None:
@@ -142,9 +140,7 @@ def test_sums_are_merged_in_order_and_only_their_total_comes_to_the_driver(monke
 
 
 @pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
-def test_a_task_takes_the_gpu_that_ray_has_given_it(
-    monkeypatch: Patch, seen: str | None, given: int | str, number: int
-):
+def test_a_task_takes_the_gpu_that_ray_gave_it(monkeypatch: Patch, seen: str | None, given: int | str, number: int):
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [given])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen:
@@ -179,10 +175,8 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
     """Ray itself waits for minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with (
-        offline.loopback(),
-        pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: Ray does not answer \(.*refused"),
-    ):
+    said = rf"^runtime.ray: .*127.0.0.1:{port}: Ray does not answer \(.*refused"
+    with offline.loopback(), pytest.raises(UserError, match=said):
         connect(f"{scheme}127.0.0.1:{port}")
 
 

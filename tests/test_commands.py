@@ -93,11 +93,8 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Study, 
             assert [record["name"] for record in content] == first == [*RECIPES]
             for record, row in zip(content, rows, strict=True):
                 cells = [cell.strip() for cell in row.split("|")[1:-1]]
-                assert cells[1:4] == [
-                    record["about"],
-                    record["reads"],
-                    "new" if record["changes_weights"] else "unchanged",
-                ]
+                weights = "new" if record["changes_weights"] else "unchanged"
+                assert cells[1:4] == [record["about"], record["reads"], weights]
                 assert len(record["papers"]) == len(cells[-1].split("; ")) == cells[-1].count(" (")
 
 

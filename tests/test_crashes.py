@@ -263,9 +263,7 @@ def removed_before(name: str, part: str) -> list[str]:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)], ids=lambda number: number.name
 )
-def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
-    tmp_path: Path, tiny: Path, number: signal.Signals
-):
+def test_a_stopped_stage_says_what_is_kept_and_where_it_goes_on(tmp_path: Path, tiny: Path, number: signal.Signals):
     """Whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
     write_params(tmp_path, tiny, calibration__windows=120)
     study = fetch(Study(tmp_path), "model", "calibration")

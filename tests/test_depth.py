@@ -9,12 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Make, Patch, fetch, prune, tree
+from conftest import Make, Patch, fetch, interrupted, tree
 from inline import Inline
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine import depth, divergence
-from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.sequences import TokenSequence
@@ -22,7 +21,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages import run, stage_inputs
 from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.inputs import CHOICES_FILE, read_choices
+from wanda_dvc.stages.inputs import CHOICES_FILE
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.artifact import remove
 
@@ -30,9 +29,7 @@ BLOCKS = {"pattern": "blocks", "recipe": "wanda"}
 
 
 @pytest.mark.parametrize("cluster", [Inline(), None], ids=["cluster", "alone"])
-def test_divergences_are_those_of_the_model_without_the_layers(
-    cluster: Inline | None, tiny: Path, tmp_path: Path, monkeypatch: Patch
-):
+def test_divergences_are_those_without_layers(cluster: Inline | None, tiny: Path, tmp_path: Path, monkeypatch: Patch):
     """All groups run in one pass, with and without a common beginning. A top of all tokens makes KL exact."""
     monkeypatch.setattr(divergence, "TOP", 260)
     tokens = torch.randint(0, 256, (2, 41), generator=torch.Generator().manual_seed(1))
@@ -104,16 +101,10 @@ def test_a_block_without_which_numbers_overflow_stays():
         depth.choose_one_more(choice, measure)
 
 
-def test_the_measured_blocks_go_and_another_number_measures_nothing(study: Make):
-    made = study(sparsity=0.25, **BLOCKS)
-    prune(fetch(made, "model", "calibration"))
-    (choice,) = read_choices(made.blocks)
-    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
-    kept = [block for block in range(4) if block not in choice.removed]
-    for new, old in enumerate(kept):
-        for linear in ("mlp.down_proj", "self_attn.o_proj"):
-            weights = (x.weight(f"model.layers.{n}.{linear}") for x, n in ((dense, old), (pruned, new)))
-            assert torch.equal(*weights)
+def test_more_blocks_are_measured_anew_and_fewer_are_not(study: Make):
+    """That the measured blocks go: tests/test_units.py."""
+    made = fetch(study(sparsity=0.25, **BLOCKS), "model", "calibration")
+    run("calibrate", study=made)
     half = study(sparsity=0.5, **BLOCKS)
     with pytest.raises(UserError, match="stats/blocks: has choices of up to 1 blocks, expected 2; run"):
         mask(study=half)
@@ -137,17 +128,9 @@ def test_an_interrupted_measurement_resumes_after_the_last_choice_to_the_same_by
     expected = tree(made.root, "stats")
     choices = json.loads((made.blocks / CHOICES_FILE).read_text())["choices"]
     assert [len(choice["removed"]) for choice in choices] == [1, 2, 3]
-    measure = depth.measure_choices
     for killed in (0, 2):
         remove(made.blocks)
-        calls = itertools.count()
-
-        def interrupted(*args: object, killed: int = killed, calls: "itertools.count[int]" = calls) -> object:
-            if next(calls) == killed:
-                raise KeyboardInterrupt
-            return measure(*args)  # type: ignore[arg-type]
-
-        with mock.patch.object(depth, "measure_choices", interrupted), pytest.raises(KeyboardInterrupt):
+        with interrupted(depth, "measure_choices", at=killed):
             calibrate(study=made, statistics="blocks")
         with mock.patch.object(depth, "choose_one_more", side_effect=depth.choose_one_more) as chosen:
             calibrate(study=made, statistics="blocks")

@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Make, Patch, fetch, mask_and_apply, outputs, save_tiny_model, walk
+from conftest import Make, Patch, fetch, mask_and_apply, outputs, save_tiny_model
 from scipy import stats
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import (
-    Divergence,
-    Predictions,
-    compute_perplexity,
-    diverge,
-    kl_divergence,
-    measure,
-    summarize,
-    sums_by_doubling,
-)
+from wanda_dvc.engine.divergence import Divergence, Predictions, compute_perplexity, kl_divergence, measure, summarize
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.intervals import perplexity_interval
 from wanda_dvc.results.show import show
@@ -40,8 +31,6 @@ TOKENS = torch.arange(40) * 7 % 250
 def through(folder: Path) -> tuple[Decoder, torch.Tensor]:
     """A model, and its last hidden states of a window."""
     decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), TOKENS[None]
-    for step in walk(decoder, row, folder / "work"):
-        step.run()
     return decoder, outputs(decoder, row, folder / "work")[0][None]
 
 
@@ -50,7 +39,7 @@ def compared(
 ) -> tuple[float, Divergence]:
     """A model's loss on a window, and its divergence from the dense model's predictions."""
     loss, predictions = measure(decoder, hidden, tokens, dense)
-    return loss, diverge(dense, predictions)
+    return loss, divergence.diverge(dense, predictions)
 
 
 def oracle(*folders: Path) -> list[torch.Tensor]:
@@ -93,10 +82,8 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     tail = q.scatter(1, highest, -math.inf).logsumexp(1)
     others = dense._replace(top_log_p=q.gather(1, highest), tail_log_p=tail)
     for token in range(260):
-        found = kl_divergence(
-            own._replace(drawn_log_p=p[:, token, None]), others._replace(drawn_log_p=q[:, token, None])
-        )
-        total += torch.where(weights[:, token] > 0, weights[:, token] * found, 0.0)
+        kl = kl_divergence(own._replace(drawn_log_p=p[:, token, None]), others._replace(drawn_log_p=q[:, token, None]))
+        total += torch.where(weights[:, token] > 0, weights[:, token] * kl, 0.0)
     assert total.tolist() == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9)
 
 
@@ -126,7 +113,7 @@ def test_sums_by_doubling_are_the_cumulative_sums():
     """They take the place of CUDA's cumsum, which is not deterministic."""
     for length in (1, 2, 63, 64, 1000):
         p = torch.rand(3, length, generator=torch.Generator().manual_seed(length))
-        torch.testing.assert_close(sums_by_doubling(p), p.double().cumsum(-1), rtol=1e-14, atol=0)
+        torch.testing.assert_close(divergence.sums_by_doubling(p), p.double().cumsum(-1), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(("top", "drawn"), [(64, 64), (3, 2), (260, 64)])

@@ -223,9 +223,7 @@ NOT_RUN = {
     "make test": "this is one of its tests",
     "dvc exp run --temp -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
     "dvc exp run --temp -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
-    "wanda-dvc prune MODEL /data/smaller --pattern experts --sparsity 25%": (
-        "needs a mixture; test_experts.py prunes mixtures"
-    ),
+    "wanda-dvc prune MODEL /data/smaller --pattern experts --sparsity 25%": "test_experts.py prunes mixtures",
     "dvc remote add --default team /mnt/team/wanda": "test_local_sources.py pushes, clones and pulls",
     **dict.fromkeys(("git commit -m Name the remote .dvc/config", "dvc push", "git push -u origin HEAD"), "likewise"),
     "dvc exp run --temp -S pattern=2:4": "test_units.py prunes a smaller model in a second study",
@@ -282,11 +280,8 @@ def placed(folder: Path, tiny: Path) -> dict[str, str]:
     (folder / "test.jsonl").write_text("".join(rows[::2]), encoding="utf-8")
     (folder / "train.txt").write_text("".join(rows[1::2]), encoding="utf-8")
     named = {**dict.fromkeys(("/data/my-model", "MODEL"), str(tiny)), "DIR": str(folder / "exported")}
-    return (
-        named
-        | {"NEW": str(folder / "new")}
-        | {f"/data/{name}": str(folder / name) for name in ("test.jsonl", "train.txt", "smaller")}
-    )
+    named |= {f"/data/{name}": str(folder / name) for name in ("test.jsonl", "train.txt", "smaller")}
+    return named | {"NEW": str(folder / "new")}
 
 
 def to_run() -> dict[str, list[Block | list[str]]]:

@@ -45,10 +45,10 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Study:
     root.mkdir()
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    made = make_model(root.parent / "model", rope_parameters=rope, hidden_act="gelu")
+    model = make_model(root.parent / "model", rope_parameters=rope, hidden_act="gelu")
     # As stored before transformers 5; a GGUF file lacks it.
-    config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(made)
-    write_params(root, made, **texts)
+    config(rope_scaling=rope, rope_theta=1e4, rope_parameters=None)(model)
+    write_params(root, model, **texts)
     study = prune(fetch(fetch(Study(root)), "tasks"))
     for stage in ("perplexity", "zero-shot"):
         run(stage, study=study)
@@ -56,58 +56,55 @@ def measured(tmp_path_factory: Factory, texts: dict[str, str]) -> Study:
 
 
 @pytest.fixture
-def calibrated_study(measured: Study, tmp_path: Path) -> Study:
+def made(measured: Study, tmp_path: Path) -> Study:
     shutil.copytree(measured.root, tmp_path / "study", symlinks=True)
     return Study(tmp_path / "study")
 
 
-def evaluated(calibrated_study: Study, *paths: Path) -> Iterator[Any]:
+def evaluated(made: Study, *paths: Path) -> Iterator[Any]:
     """The records of some paths, without the dense model's."""
-    dense, *others = json.loads(evaluate(study=calibrated_study, paths=paths, as_json=True))
-    assert (dense["model"], dense["results"]) == ("dense", figures(Results.of(calibrated_study, "dense")))
+    dense, *others = json.loads(evaluate(study=made, paths=paths, as_json=True))
+    assert (dense["model"], dense["results"]) == ("dense", figures(Results.of(made, "dense")))
     yield from others
 
 
-def test_a_directory_has_the_stages_figures(calibrated_study: Study):
-    folder = calibrated_study.model("pruned")
-    shutil.copy(
-        calibrated_study.metrics("dense", "perplexity/embedded"),
-        calibrated_study.metrics("dense", "perplexity/removed"),
-    )
-    before = tree(calibrated_study.root)
-    (found,) = evaluated(calibrated_study, folder)
-    left = {path: content for path, content in tree(calibrated_study.root).items() if not path.startswith(".dvc/")}
+def test_a_directory_has_the_stages_figures(made: Study):
+    folder = made.model("pruned")
+    shutil.copy(made.metrics("dense", "perplexity/embedded"), made.metrics("dense", "perplexity/removed"))
+    before = tree(made.root)
+    (found,) = evaluated(made, folder)
+    left = {path: content for path, content in tree(made.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
-    own = figures(Results.of(calibrated_study, "pruned"))
+    own = figures(Results.of(made, "pruned"))
     assert found["results"] == {name: value for name, value in own.items() if name != "sparsity"}
     assert found["tests"][0]["measure"] == "perplexity"
 
 
-def test_the_dense_model_differs_in_nothing_from_itself(calibrated_study: Study, tmp_path: Path):
+def test_the_dense_model_differs_in_nothing_from_itself(made: Study, tmp_path: Path):
     """In the dense model's dtype, whatever dtype its files are said to have."""
-    same = shutil.copytree(calibrated_study.model("dense"), tmp_path / "same")
+    same = shutil.copytree(made.model("dense"), tmp_path / "same")
     config(dtype="bfloat16")(same)
     stopped = mock.patch("wanda_dvc.commands.evaluate.zero_shot", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt):
-        evaluate(study=calibrated_study, paths=[same])
-    (own,) = evaluated(calibrated_study, same)
+        evaluate(study=made, paths=[same])
+    (own,) = evaluated(made, same)
     on_text = {name: own["results"][name]["embedded"]["value"] for name in ("divergence", "top1_agreement")}
     assert on_text == {"divergence": 0, "top1_agreement": 1}
-    assert own["results"]["perplexity"] == figures(Results.of(calibrated_study, "dense"))["perplexity"]
+    assert own["results"]["perplexity"] == figures(Results.of(made, "dense"))["perplexity"]
     assert {test["value"] for test in own["tests"]} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
-def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(calibrated_study: Study, tmp_path: Path, kind: str):
-    file, folder = tmp_path / "model.gguf", shutil.copytree(calibrated_study.model("dense"), tmp_path / "same")
-    write_gguf(calibrated_study.model("dense"), file, kind)
+def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(made: Study, tmp_path: Path, kind: str):
+    file, folder = tmp_path / "model.gguf", shutil.copytree(made.model("dense"), tmp_path / "same")
+    write_gguf(made.model("dense"), file, kind)
     stored = GGMLQuantizationType[kind]
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored))
 
     tensors(lambda x: [weight.copy_(rounded(weight)) for weight in x.values() if weight.ndim == 2])(folder)
-    own, same = evaluated(calibrated_study, file, folder)
+    own, same = evaluated(made, file, folder)
     assert (own["results"]["divergence"]["embedded"]["value"] > 0) == (kind != "F32")
     assert own["results"] == same["results"]
     with pytest.raises(UserError, match="transformers does not read llama.rope.scaling.factor, a scaling of rotary"):
@@ -117,10 +114,10 @@ def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(calibrated_stud
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # llama.cpp converts with transformers 4
 
 
-def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_study: Study, tmp_path: Path):
+def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(made: Study, tmp_path: Path):
     def refused(path: Path, match: str) -> None:
         with pytest.raises(UserError, match=match):
-            evaluate(study=calibrated_study, paths=[path])
+            evaluate(study=made, paths=[path])
 
     refused(tmp_path / "nothing", "nothing: no config.json, expected a Hugging Face model directory")
     (tmp_path / "empty").mkdir()
@@ -131,7 +128,7 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
     refused(third, "third: architecture mistral, expected llama as in the dense model")
     (tmp_path / "a.gguf").write_bytes(b"no GGUF")
     refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one")
-    part = shutil.copytree(calibrated_study.model("dense"), tmp_path / "part")
+    part = shutil.copytree(made.model("dense"), tmp_path / "part")
     tensors(lambda x: x.update({"model.layers.1.mlp.up_proj.bias": torch.ones(64)}))(part)
     write_gguf(part, file := tmp_path / "c.gguf", "F32")
     refused(file, "c.gguf: transformers does not read 64 of its numbers; name a directory")
@@ -145,44 +142,44 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(calibrated_s
     refused(file, "d.gguf: lacks token_embd.weight, expected all weights of a model")
 
 
-def test_a_study_without_tasks_compares_on_its_texts(calibrated_study: Study, tmp_path: Path):
+def test_a_study_without_tasks_compares_on_its_texts(made: Study, tmp_path: Path):
     """As that of `prune`."""
-    shutil.rmtree(calibrated_study.data("tasks"))
-    calibrated_study.metrics("dense", "zero_shot").unlink()
-    (same,) = evaluated(calibrated_study, shutil.copytree(calibrated_study.model("dense"), tmp_path / "same"))
+    shutil.rmtree(made.data("tasks"))
+    made.metrics("dense", "zero_shot").unlink()
+    (same,) = evaluated(made, shutil.copytree(made.model("dense"), tmp_path / "same"))
     assert same["results"]["divergence"]["embedded"]["value"] == 0
     assert "acc" not in same["results"]
 
 
-def test_a_model_that_is_not_finite_has_diverged(calibrated_study: Study, tmp_path: Path):
+def test_a_model_that_is_not_finite_has_diverged(made: Study, tmp_path: Path):
     """Its answers are meaningless: a comparison with NaN chooses the first."""
-    folder = shutil.copytree(calibrated_study.model("dense"), tmp_path / "nan")
+    folder = shutil.copytree(made.model("dense"), tmp_path / "nan")
     tensors(lambda x: x["model.layers.1.mlp.up_proj.weight"][0, 0].fill_(math.nan))(folder)
-    (found,) = evaluated(calibrated_study, folder)
+    (found,) = evaluated(made, folder)
     assert found["results"]["perplexity"]["embedded"] == "diverged"
     assert found["results"]["mean_acc"] == found["results"]["acc"]["piqa"] == "diverged"
     assert found["tests"] == []
 
 
-def test_without_results_of_these_settings_it_says_what_to_run(calibrated_study: Study):
+def test_without_results_of_these_settings_it_says_what_to_run(made: Study):
     for name in ("perplexity/embedded", "zero_shot"):
-        path = calibrated_study.metrics("dense", name)
+        path = made.metrics("dense", name)
         away = path.rename(path.with_suffix(".away"))
         with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
-            evaluate(study=calibrated_study, paths=[calibrated_study.model("pruned")])
+            evaluate(study=made, paths=[made.model("pruned")])
         away.rename(path)
-    file = calibrated_study.root / "params.yaml"
+    file = made.root / "params.yaml"
     file.write_text(changed(file.read_text(), {"tasks": {"limit": 3}})[1])
     with pytest.raises(UserError, match=r"plan/zero-shot.json: found limit \S+, expected 3"):
-        evaluate(study=Study(calibrated_study.root), paths=[calibrated_study.model("pruned")])
+        evaluate(study=Study(made.root), paths=[made.model("pruned")])
 
 
-def test_a_tokenizer_is_compared_on_the_studys_texts(calibrated_study: Study, tmp_path: Path):
-    other = shutil.copytree(calibrated_study.model("dense"), tmp_path / "other")
+def test_a_tokenizer_is_compared_on_the_studys_texts(made: Study, tmp_path: Path):
+    other = shutil.copytree(made.model("dense"), tmp_path / "other")
     stored = json.loads((other / "tokenizer.json").read_text())
     goals = {"type": "Replace", "pattern": {"String": "sol1"}, "content": "x"}  # a column of the task's items
     merges = stored["model"] | {"merges": []}
     for what, change in (("text embedded", {"model": merges}), ("task piqa", {"normalizer": goals})):
         (other / "tokenizer.json").write_text(json.dumps(stored | change))
         with pytest.raises(UserError, match=f"other: gives other token ids for the {what}, exp"):
-            evaluate(study=calibrated_study, paths=[other])
+            evaluate(study=made, paths=[other])

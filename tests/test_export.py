@@ -19,7 +19,6 @@ from wanda_dvc.results.show import show
 from wanda_dvc.study.artifact import MODEL_COMMANDS, digest, read_provenance, write_provenance
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.folder import Study
-from wanda_dvc.study.lock import Lock
 
 
 @pytest.fixture
@@ -52,6 +51,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Study):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", "diverged")
     write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
+    assert not (pruned.model("pruned") / "README.md").exists()  # the export writes its own
     card = exported(pruned)
     tags = ["pruned", "wanda", "wanda-dvc"]
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -84,12 +84,6 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Study):
         assert said in card_of(pruned, {"sparsity": 0.5, "removed_parameters": 0.25})
 
 
-def test_a_pruned_model_has_no_card_of_the_dense_model_before_its_export(pruned: Study):
-    assert not (pruned.model("pruned") / "README.md").exists()
-    export(study=pruned, experiment=None, target=pruned.root / "exported")
-    assert (pruned.root / "exported/README.md").is_file()
-
-
 def test_masks_of_other_settings_are_not_exported(pruned: Study):
     """As after `mask` by hand: the card would have the settings of dvc.lock or params.yaml."""
     path = pruned.masks / "provenance.json"
@@ -102,7 +96,6 @@ def test_masks_of_other_settings_are_not_exported(pruned: Study):
         "mask": {"deps": [{"path": "stats/norms", "md5": "old"}], "outs": [{"path": "masks", "md5": "same"}]},
         "apply": {"deps": [{"path": "masks/provenance.json", "md5": "same"}]},
     }
-    assert Lock(stages).stale({}) == ["mask", "apply"]
     write_json(pruned.root / "dvc.lock", {"stages": stages})
     with pytest.raises(UserError, match=r"the workspace: dvc.lock: the inputs of mask changed after the run"):
         exported(pruned)
@@ -150,9 +143,7 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_pa
     full.mkdir()
     for path in (full / "thesis.txt", file):
         path.write_text("mine")
-        with pytest.raises(
-            UserError, match="exists already; name a new dir.*|file is no directory with permission to write"
-        ):
+        with pytest.raises(UserError, match="exists already; name a new dir.*|file is no directory with permission"):
             check_target(pruned, path if path == file else full)
         assert path.read_text() == "mine"
     empty, link = tmp_path / "empty", tmp_path / "link"

@@ -60,9 +60,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     if family in REFUSED_LINEARS:
         return
     inputs, consumers, *_ = recorded[1]
-    found = [
-        " ".join(name.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for name in names) for names in consumers.values()
-    ]
+    found = [" ".join(x.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for x in names) for names in consumers.values()]
     assert sorted(found) == sorted(linears)
     for names, x in zip(found, inputs.values(), strict=True):
         for name in names.split():
@@ -139,9 +137,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
-    model.model.layers[0].mlp.experts.register_forward_pre_hook(
-        lambda _, args: given.extend(zip(*args[:2], strict=True))
-    )
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, x: given.extend(zip(*x[:2], strict=True)))
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None])
@@ -187,10 +183,8 @@ def test_one_linear_is_replaced_and_no_other(family: str, tmp_path: Path):
 def one_is_never_chosen(folder: Path) -> Path:
     """A mixture with one expert a token, whose expert 2 has the mean of two others' rows in the router."""
     save("mixtral", folder, num_experts_per_tok=1)
-    routers = tensors(
-        lambda x: [g[2].copy_((g[0] + g[1]) / 2) for name, g in x.items() if name.endswith("gate.weight")]
-    )
-    routers(folder)
+    mix = tensors(lambda x: [g[2].copy_((g[0] + g[1]) / 2) for name, g in x.items() if name.endswith("gate.weight")])
+    mix(folder)
     return folder
 
 
@@ -220,11 +214,7 @@ def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(study: Make, tmp
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a way to compute": (
-        "mixtral",
-        {"experts": "batched_mm"},
-        "experts.0.w1: the model does not multiply by this weight",
-    ),
+    "a way to compute": ("mixtral", {"experts": "batched_mm"}, "experts.0.w1: the model does not multiply by this"),
     "no expert 1": ("mixtral", {"without": "experts.1.w3"}, "experts.gate_up_proj joins 7 tensors like"),
     "no last expert": ("mixtral", {"without": "experts.3.w2"}, r"are \[3, 32, 48\], expected \[4, 32, 48\]"),
     "none at all": ("mixtral", {"without": ".experts."}, "no tensor for model.layers.0.mlp.experts.gate_up_proj"),

@@ -88,9 +88,7 @@ def of_models() -> Iterator[tuple[str, str]]:
     yield README, f"perplexity from {dense:.1f} to {fisher:.1f}"
     yield RESULTS, f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}"
     yield RESULTS, f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}"
-    half, more = (
-        [-change(f"fisher {amount}", f"wanda {amount}", text) for text in figures.TEXTS] for amount in ("50%", "70%")
-    )
+    half, more = ([-change(f"fisher {at}", f"wanda {at}", text) for text in figures.TEXTS] for at in ("50%", "70%"))
     yield RESULTS, f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % on the embedded text"
     yield RESULTS, f"at 70 %, by {more[0]:.0f} and {more[1]:.0f} %"
     yield README, f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % [on other text]"
@@ -108,10 +106,8 @@ def of_models() -> Iterator[tuple[str, str]]:
     yield BENCHMARKS, f"missed three goals on WikiText-2 by {min(over):.1f} to {max(over):.1f} %"
     fewer = "wanda-refit neurons 20%"
     here, there = (1 - change(f"{fewer} 200k", "dense", text) / change(fewer, "dense", text) for text in figures.TEXTS)
-    yield (
-        SMALLER,
-        f"removes {PARTS[round(1 / there)]} of this rise, and {PARTS[round(1 / here)]} of the rise on WikiText-2",
-    )
+    parts = PARTS[round(1 / there)], PARTS[round(1 / here)]
+    yield SMALLER, f"removes {parts[0]} of this rise, and {parts[1]} of the rise on WikiText-2"
 
 
 def of_other_code() -> Iterator[tuple[str, str]]:
@@ -133,10 +129,8 @@ def of_answers() -> Iterator[tuple[str, str]]:
     table = (ROOT / METHODS).read_text(encoding="utf-8")
     found = re.findall(r"^\| (?:30|50) % \|.* \| (0\.\d+) \| ([\d.]+) % \|$", table, flags=re.MULTILINE)
     (near, few), (far, many) = (tuple(map(float, row)) for row in found)
-    yield (
-        "docs/quickstart.md",
-        f"changed {few:.0f} % of the benchmarks' answers at {near:.2f}, and {many} % at {far:.2f}",
-    )
+    said = f"changed {few:.0f} % of the benchmarks' answers at {near:.2f}, and {many} % at {far:.2f}"
+    yield "docs/quickstart.md", said
 
 
 def of_costs() -> Iterator[tuple[str, str]]:
@@ -146,10 +140,8 @@ def of_costs() -> Iterator[tuple[str, str]]:
     yield BENCHMARKS, f"Of {len(met)} goals of speed and memory, {met.count(False)} were missed"
     rows = figures.measured("recipes")[f"{figures.SMALL} dense seconds"]["value"]
     norms = figures.measured("peers")["calibrate float32, share of the floor"]["value"]["ours_s"]
-    gram = rows["norms"] + rows["gram"]
-    costs = (
-        f"{norms:.0f} s for the norms, {gram:.0f} s with Gram matrices, {rows['gradients']:.0f} s more for gradients"
-    )
+    gram, more = rows["norms"] + rows["gram"], rows["gradients"]
+    costs = f"{norms:.0f} s for the norms, {gram:.0f} s with Gram matrices, {more:.0f} s more for gradients"
     yield RESULTS, f"`calibrate` comes first, once: {costs}"
     speeds = {name: row["value"]["tokens a second"] for name, row in figures.measured("runtimes").items()}
     gains = {

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,9 +34,7 @@ CPU = torch.device("cpu")
 
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    return {
-        name: sums for _, found in backward(ModelRunner(decoder, work), tokens) for name, sums in found.squares.items()
-    }
+    return {name: x for _, found in backward(ModelRunner(decoder, work), tokens) for name, x in found.squares.items()}
 
 
 def stock(folder: Path) -> nn.Module:
@@ -200,18 +199,12 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
     assert found.squares
 
 
-def test_each_pass_reads_a_blocks_weights_once(tmp_path: Path, monkeypatch: Patch):
-    decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
+def test_each_pass_reads_a_blocks_weights_once(llama: Callable[[], Decoder], tmp_path: Path):
+    decoder = llama()
     rows = [TokenSequence(torch.tensor([17, 101, 5]))] * 2  # a shard each
-    original = decoder.loader.read_block
-
-    def read_block(index: int) -> dict[str, Tensor]:
-        read.append(index)
-        return original(index)
-
-    monkeypatch.setattr(decoder.loader, "read_block", read_block)
-    list(backward(ModelRunner(decoder, tmp_path / "work"), rows))
-    assert sorted(read) == [0, 0, 1, 1, 2, 2]
+    with mock.patch.object(decoder.loader, "read_block", wraps=decoder.loader.read_block) as read:
+        list(backward(ModelRunner(decoder, tmp_path / "work"), rows))
+    assert sorted(call.args[0] for call in read.call_args_list) == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.fixture
@@ -261,8 +254,7 @@ def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder],
 
 def test_a_rows_worth_has_no_unit():
     fisher = torch.rand(50, dtype=torch.float64) + 0.1
-    torch.testing.assert_close(row_factors_of(fisher), row_factors_of(1e-30 * fisher))
-    torch.testing.assert_close(
-        row_factors_of(fisher) / row_factors_of(fisher)[0], ((fisher / fisher[0]) ** 0.25).float()
-    )
+    factors = row_factors_of(fisher)
+    torch.testing.assert_close(factors, row_factors_of(1e-30 * fisher))
+    torch.testing.assert_close(factors / factors[0], ((fisher / fisher[0]) ** 0.25).float())
     assert row_factors_of(torch.zeros(3, dtype=torch.float64)).tolist() == [1, 1, 1]  # a linear without influence

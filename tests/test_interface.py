@@ -46,9 +46,7 @@ def test_a_block_that_a_study_does_not_have_is_refused_with_the_range(calibrated
     assert study.statistics(torch.tensor(1)).inputs  # type: ignore[arg-type] # as a number of NumPy
 
 
-def test_a_model_or_a_text_that_a_study_does_not_have_is_refused_before_a_setting_changes(
-    calibrated: Path, tmp_path: Path
-):
+def test_a_model_or_text_that_a_study_lacks_is_refused_before_a_setting_changes(calibrated: Path, tmp_path: Path):
     study = wd.Study(shutil.copytree(calibrated, tmp_path / "study", symlinks=True))
     before = (study.path / "params.yaml").read_bytes()
     refused(wd.perplexity, study, "", says="model: found , expected dense, pruned, as", sparsity=0.7)
@@ -165,9 +163,7 @@ def test_a_solver_on_one_linear_is_closer_to_its_output(recipe: str):
 def test_what_one_linear_cannot_have_is_refused():
     weight, inputs = linear_inputs()
     refused(wd.prune_linear, weight, inputs, recipe="fisher", says="recipe: found fisher, which reads gradients")
-    refused(
-        wd.prune_linear, weight, inputs, pattern="neurons", says="pattern: found neurons, expected one for a linear"
-    )
+    refused(wd.prune_linear, weight, inputs, pattern="neurons", says="found neurons, expected one for a linear")
     refused(wd.prune_linear, weight, inputs, sparsity=2, says="sparsity: found 2, expected less than 1")
     refused(wd.prune_linear, weight, says="inputs, gram: found both or none")
     refused(wd.prune_linear, weight, inputs.T, says=r"found shape \[400, 400\] of XᵀX.* inputs \[tokens, 32\]")

@@ -77,9 +77,7 @@ def test_omp_num_threads_overrides_the_cores(monkeypatch: Patch):
         ("", {}, 128),
     ],
 )
-def test_a_quota_of_a_control_group_limits_the_cores(
-    tmp_path: Path, monkeypatch: Patch, line: str, files: dict[str, str], cores: int
-):
+def test_a_quota_limits_the_cores(tmp_path: Path, monkeypatch: Patch, line: str, files: dict[str, str], cores: int):
     group(tmp_path, monkeypatch, line, files)
     assert machine.cores() == cores
 
@@ -91,9 +89,7 @@ def test_a_quota_of_a_control_group_limits_the_cores(
         ({"memory.max": "1000\n", "memory.current": "1200\n", "memory.stat": "anon 5\ninactive_file 0\n"}, 0),
     ],
 )
-def test_free_memory_is_what_a_control_group_leaves(
-    tmp_path: Path, monkeypatch: Patch, files: dict[str, str], free: int
-):
+def test_free_memory_is_what_a_group_leaves(tmp_path: Path, monkeypatch: Patch, files: dict[str, str], free: int):
     group(tmp_path, monkeypatch, "0::/", files)
     assert machine.free_memory() == free
 
@@ -133,7 +129,7 @@ def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Pat
 
 
 @pytest.fixture
-def calibrated_study(tmp_path: Path) -> Path:
+def root(tmp_path: Path) -> Path:
     init(folder=tmp_path / "study")
     write_params(tmp_path / "study", tmp_path)
     return tmp_path / "study"
@@ -143,70 +139,60 @@ def row(table: str, what: str) -> str:
     return next(line for line in table.splitlines() if re.match(rf"\| {re.escape(what)} +\|", line))
 
 
-def test_a_whole_study_is_well(calibrated_study: Path):
-    before = sorted(calibrated_study.iterdir())
-    table, well = doctor(start=calibrated_study)
+def test_a_whole_study_is_well(root: Path):
+    before = sorted(root.iterdir())
+    table, well = doctor(start=root)
     assert well, table
     for what in ("wanda-dvc", "params.yaml", "cpu", "disk"):
         assert "✓" in row(table, what)
     assert "unknown: run `dvc repro download-model` first" in row(table, "needs")
     assert "Nothing that is needed is missing." in table
-    assert sorted(calibrated_study.iterdir()) == before
+    assert sorted(root.iterdir()) == before
 
 
-def test_a_device_of_workers_is_not_asked_of_this_machine(calibrated_study: Path, monkeypatch: Patch):
+def test_a_device_of_workers_is_not_asked_of_this_machine(root: Path, monkeypatch: Patch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    write_params(calibrated_study, calibrated_study, runtime__device="cuda")
-    assert "runtime.device: got cuda, which this machine lacks" in row(doctor(start=calibrated_study)[0], "params.yaml")
-    write_params(calibrated_study, calibrated_study, runtime__device="cuda", runtime__ray="head.invalid:6379")
-    assert "runtime.device" not in doctor(start=calibrated_study)[0]
+    write_params(root, root, runtime__device="cuda")
+    assert "runtime.device: got cuda, which this machine lacks" in row(doctor(start=root)[0], "params.yaml")
+    write_params(root, root, runtime__device="cuda", runtime__ray="head.invalid:6379")
+    assert "runtime.device" not in doctor(start=root)[0]
     monkeypatch.setenv("LOCAL_RANK", "1")  # by `accelerate launch`: memory and models are of the process's own GPU
-    assert device_name(Study(calibrated_study).params.runtime) == "cuda:1"
+    assert device_name(Study(root).params.runtime) == "cuda:1"
 
 
 @pytest.mark.parametrize(
-    ("what", "harm", "todo"),
+    ("harm", "todo"),
     [
-        (
-            "params.yaml",
-            lambda calibrated_study: write_settings(calibrated_study, calibrated_study, sparsity=2.0),
-            "found 2.0, expected less than 1",
-        ),
-        ("params.yaml", lambda calibrated_study: (calibrated_study / "params.yaml").unlink(), "cd into a study"),
-        (
-            "params.yaml",
-            lambda calibrated_study: write_params(calibrated_study, calibrated_study, runtime__device="cuda:99"),
-            "which this machine lacks",
-        ),
+        (lambda root: write_settings(root, root, sparsity=2.0), "found 2.0, expected less than 1"),
+        (lambda root: (root / "params.yaml").unlink(), "cd into a study"),
+        (lambda root: write_params(root, root, runtime__device="cuda:99"), "which this machine lacks"),
     ],
 )
-def test_what_is_missing_is_named_with_what_to_do(calibrated_study: Path, what: str, harm, todo: str):
-    harm(calibrated_study)
-    table, well = doctor(start=calibrated_study)
+def test_what_is_missing_is_named_with_what_to_do(root: Path, harm, todo: str):
+    harm(root)
+    table, well = doctor(start=root)
     assert not well
-    assert "✗" in row(table, what)
-    assert todo in row(table, what)
-    assert re.search(rf"Missing: .*{re.escape(what)}", table)
+    assert "✗" in row(table, "params.yaml")
+    assert todo in row(table, "params.yaml")
+    assert re.search(r"Missing: .*params\.yaml", table)
 
 
 @pytest.mark.parametrize(("free", "well", "tokens"), [(10**6, False, 9), (10**12, True, 0)])
-def test_it_says_what_each_stage_needs(
-    calibrated_study: Path, tiny: Path, monkeypatch: Patch, free: int, well: bool, tokens: int
-):
+def test_it_says_what_each_stage_needs(root: Path, tiny: Path, monkeypatch: Patch, free: int, well: bool, tokens: int):
     """Too little memory is said; only with too little disk no stage can end well."""
-    write_params(calibrated_study, tiny, recovery__tokens=tokens)
-    (calibrated_study / "models").mkdir()
-    (calibrated_study / "models/dense").symlink_to(tiny)
+    write_params(root, tiny, recovery__tokens=tokens)
+    (root / "models").mkdir()
+    (root / "models/dense").symlink_to(tiny)
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: free)
-    table, ok = doctor(start=calibrated_study)
+    table, ok = doctor(start=root)
     assert ok
     for stage, memory in (("calibrate", "0.1"), ("zero-shot", "0.2")):
         assert re.search(rf"[✓✗] +\| needs about {memory} GB of memory and .* of disk", row(table, stage))
         assert ("✓" in row(table, stage)) == well
-    needs = json.loads(doctor(start=calibrated_study, as_json=True)[0])["needs"]
+    needs = json.loads(doctor(start=root, as_json=True)[0])["needs"]
     assert needs.keys() == MEMORY_AND_DISK.keys() - (set() if tokens else {"recover"})
     for stage, found in needs.items():
-        wanted = requirements(Study(calibrated_study), stage, ModelSizes.read(tiny))
+        wanted = requirements(Study(root), stage, ModelSizes.read(tiny))
         assert found == {"memory_bytes": wanted.memory, "disk_bytes": wanted.disk}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free // 100))
-    assert doctor(start=calibrated_study)[1] == well
+    assert doctor(start=root)[1] == well

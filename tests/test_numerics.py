@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases.models import config, tensors
-from conftest import Make, Patch, calibrate, fetch, outputs, save_tiny_model, walk
+from conftest import Make, Patch, calibrate, fetch, outputs, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
@@ -51,8 +51,6 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(folder)(tokens[None], labels=tokens[None])
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    for step in walk(decoder, [TokenSequence(tokens)], tmp_path / "work"):
-        step.run()
     (hidden,) = outputs(decoder, [TokenSequence(tokens)], tmp_path / "work")
     EngineLM(folder, ModelRunner(decoder, tmp_path / "work"), progress=iter)  # lm-eval ties heads too
     with torch.no_grad():
@@ -112,9 +110,7 @@ def test_one_window_that_is_not_finite_is_enough(tmp_path: Path):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
 @pytest.mark.parametrize("stage", ["calibrate", "mask", "apply", "perplexity", "zero-shot"])
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
-    device: str, stage: str, study: Make, monkeypatch: Patch
-):
+def test_a_missing_device_is_refused_before_anything_is_read(device: str, stage: str, study: Make, monkeypatch: Patch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     made = study(runtime__device=device)  # without any file to read

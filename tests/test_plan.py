@@ -101,14 +101,10 @@ def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follow
     assert stale_stages(lock, settings) == stale_stages(lock, nested(settings)) == []
     failed = Lock(lock.stages | {"plan": stage("plan", **nested(other))})  # `mask` has failed
     assert stale_stages(lock, other) == stale_stages(failed, failed.settings) == ["mask", "apply"]
-    anew = lock.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
-    assert Lock(lock.stages | {"calibrate-norms": anew}).stale({}) == ["mask", "apply"]
+    new = lock.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
+    assert Lock(lock.stages | {"calibrate-norms": new}).stale({}) == ["mask", "apply"]
     inside = stage("metrics/dense/zero_shot.json", "masks/provenance.json")  # no digest of the file is known
-    assert Lock(lock.stages | {"zero-shot": inside, "calibrate-norms": anew}).stale({}) == [
-        "mask",
-        "apply",
-        "zero-shot",
-    ]
+    assert Lock(lock.stages | {"zero-shot": inside, "calibrate-norms": new}).stale({}) == ["mask", "apply", "zero-shot"]
 
 
 @pytest.mark.parametrize("other", short(RECIPES, "fisher"))

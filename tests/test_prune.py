@@ -83,9 +83,9 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
     card = (target / "README.md").read_text()
     assert "| perplexity" in card
-    (calibrated_study,) = studies(model)
-    assert not (calibrated_study / "models/pruned").exists()
-    assert f"The study: {calibrated_study}. " in said
+    (made,) = studies(model)
+    assert not (made / "models/pruned").exists()
+    assert f"The study: {made}. " in said
     summary = said.splitlines()[0]
     assert re.fullmatch(
         r"Size unchanged: 50\.0 % of the linears' weights are zeros; perplexity on embedded: [\d.,]+ → [\d.,]+; "
@@ -97,10 +97,10 @@ def test_a_model_becomes_a_directory_and_a_table(model: Path):
     assert rows[0] == ["", "dense", "pruned"]
     names = [row[0] for row in rows[2:]]
     assert names == ["divergence, nats", "top-1 agreement, %", "perplexity", "size, MB"]
-    measured = json.loads((calibrated_study / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
+    measured = json.loads((made / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert rows[4][2].startswith(f"{measured:,.2f} (")
     assert f"{target}: the pruned model, with a model card." in said
-    assert f"wanda-dvc init my-study --from {calibrated_study}" in said
+    assert f"wanda-dvc init my-study --from {made}" in said
     assert not list(Path.cwd().parent.rglob("*.git"))
 
 
@@ -118,21 +118,16 @@ def test_a_smaller_model_has_fewer_bytes_and_another_default(model: Path):
     said = pruned(model, "--pattern", "neurons", "--no-eval")
     smaller, dense = (path / "model.safetensors" for path in (Path("tiny-neurons-0.2"), model))
     assert smaller.stat().st_size < dense.stat().st_size
-    dense_size, size = (ModelSizes.read(folder).parameters for folder in (model, Path("tiny-neurons-0.2")))
-    assert said.startswith(
-        f"Parameters: {dense_size / 1e6:,.1f} M → {size / 1e6:,.1f} M (−{100 * (1 - size / dense_size):.1f} %).\n\n"
-    )
+    before, after = (ModelSizes.read(folder).parameters / 1e6 for folder in (model, Path("tiny-neurons-0.2")))
+    assert said.startswith(f"Parameters: {before:,.1f} M → {after:,.1f} M (−{100 * (1 - after / before):.1f} %).\n\n")
     assert "tiny: fisher, pattern neurons, sparsity 0.2" in said
     assert AutoModelForCausalLM.from_pretrained("tiny-neurons-0.2").config.intermediate_size < 48
 
 
 def test_a_recovered_model_is_the_one_that_is_written(model: Path):
     said = pruned(model, "out", "--recipe", "wanda", "--recover", "1k")
-    (calibrated_study,) = studies(model)
-    assert (
-        Path("out/model.safetensors").read_bytes()
-        == (calibrated_study / "models/recovered/model.safetensors").read_bytes()
-    )
+    (made,) = studies(model)
+    assert Path("out/model.safetensors").read_bytes() == (made / "models/recovered/model.safetensors").read_bytes()
     lines = [line for line in said.splitlines() if line.startswith("|")]
     header, _, divergence, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert header == ["", "dense", "pruned", "recovered"]
@@ -203,15 +198,13 @@ def test_solvers_get_ten_tokens_for_each_feature(model: Path, monkeypatch: Patch
 def test_the_python_function_is_the_command(model: Path):
     options = {"recipe": "wanda", "sparsity": "30%", "calibration": {"windows": 4}}
     pruned = wd.prune(model, "out", **options)
-    (calibrated_study,) = studies(model)
-    assert (pruned.path, pruned.study) == (Path("out").absolute(), calibrated_study)
-    params = read_params(calibrated_study / "params.yaml")
+    (made,) = studies(model)
+    assert (pruned.path, pruned.study) == (Path("out").absolute(), made)
+    params = read_params(made / "params.yaml")
     assert (params.sparsity, params.calibration.windows) == (0.3, 4)
     perplexity = pruned.results["pruned"]["perplexity"]["embedded"]["value"]
     assert f" → {perplexity:,.2f}; " in str(pruned).splitlines()[0]
-    text = prune(
-        model=str(model), target=Path("two"), recipe="wanda", sparsity="0.3", changes={"calibration.windows": 4}
-    )
+    text = prune(model=str(model), target=Path("two"), recipe="wanda", sparsity=0.3, changes={"calibration.windows": 4})
     assert text.replace("/two: ", "/out: ") == str(pruned)
     with pytest.raises(UserError, match="calibration.window: no such setting"):
         wd.prune(model, "three", calibration={"window": 4})
@@ -231,17 +224,17 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(model: Path):
     sizes = ModelSizes.read(model)
     assert f"{sizes.parameters:,} parameters" in lines[2]
     prune(model=str(model), recipe="fisher", text=[str(text)], evaluate=False)
-    (calibrated_study,) = studies(model)
-    drawn = read_params(calibrated_study / "params.yaml").calibration
+    (made,) = studies(model)
+    drawn = read_params(made / "params.yaml").calibration
     assert lines[3].startswith(f"Calibration: {drawn.windows} windows of {drawn.length} tokens.")
     known = describe_run(check_request(model=str(model), target=Path("out"), text=[str(text)])).splitlines()
     assert known[1] == "Fetched unless present: nothing."
-    needed = max(requirements(Study(calibrated_study), stage, sizes).memory for stage in ("calibrate", "perplexity"))
+    needed = max(requirements(Study(made), stage, sizes).memory for stage in ("calibrate", "perplexity"))
     assert f"Memory: about {needed / 1e6:.1f} MB" in known[4] or f"Memory: about {needed / 1e9:.1f} GB" in known[4]
 
 
 def test_a_dry_run_counts_the_masks_of_each_candidate(model: Path, monkeypatch: Patch):
-    monkeypatch.setattr(module.needs, "gigabytes", str)  # to the byte
+    monkeypatch.setattr("wanda_dvc.stages.needs.gigabytes", str)  # to the byte
     mask = ModelSizes.read(model).linear_weights // 8
 
     def disk(pattern: str) -> int:
@@ -260,9 +253,7 @@ def test_a_dry_run_counts_the_masks_of_each_candidate(model: Path, monkeypatch: 
     ("memory", "disk", "lacking"),
     [(10**6, 10**12, "1.0 MB of memory and .* expected .* [GM]B;"), (10**12, 10**4, ".* 0.1 MB of disk, expected .*;")],
 )
-def test_a_recipe_that_does_not_fit_is_refused_with_the_need(
-    model: Path, monkeypatch: Patch, memory: int, disk: int, lacking: str
-):
+def test_a_recipe_that_does_not_fit_is_refused(model: Path, monkeypatch: Patch, memory: int, disk: int, lacking: str):
     """Free memory never changes the method."""
     monkeypatch.setattr("wanda_dvc.stages.needs.free_memory_of", lambda _: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk))
@@ -298,11 +289,9 @@ def test_a_recovery_without_the_memory_is_refused_before_the_calibration(model: 
 
 def test_units_that_a_model_does_not_let_go_are_refused_before_the_calibration(model: Path, tmp_path: Path):
     """Seven of eight heads do not divide a width of 64."""
-    other = save_tiny_model(
-        tmp_path / "other", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8
-    )
+    wide = save_tiny_model(tmp_path / "wide", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
     with pytest.raises(UserError, match="pattern: got heads, which .*/models/dense does not support"):
-        prune(model=str(other), pattern="heads", sparsity=0.2)
+        prune(model=str(wide), pattern="heads", sparsity=0.2)
     (started,) = studies(model)
     assert not (started / "stats").exists()
 
@@ -417,21 +406,21 @@ def test_a_full_disk_loses_nothing(model: Path, monkeypatch: Patch):
 def test_a_second_command_waits_for_the_first(model: Path, monkeypatch: Patch, capsys: Capture):
     """And then does not replace its result."""
     prune(model=str(model), target=Path("out"), recipe="wanda")
-    (calibrated_study,) = studies(model)
+    (made,) = studies(model)
     (model.parent / "here/out").rename(model.parent / "here/done")
-    before = {path: path.stat().st_mtime_ns for path in calibrated_study.rglob("*")}
-    first = locked(calibrated_study, "")
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    first = locked(made, "")
     first.__enter__()
 
     def finished(said: str) -> None:
-        assert f"waiting for another `wanda-dvc prune` of this model, in {calibrated_study}" in said
+        assert f"waiting for another `wanda-dvc prune` of this model, in {made}" in said
         Path("done").rename("out")
         first.__exit__(None, None, None)
 
     monkeypatch.setattr("wanda_dvc.study.artifact.notice", finished)
     with pytest.raises(UserError, match="out: exists already"):
         prune(model=str(model), target=Path("out"), recipe="wanda")
-    assert {path: path.stat().st_mtime_ns for path in calibrated_study.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -488,21 +477,21 @@ def test_with_dvc_another_sparsity_keeps_the_statistics_and_a_stopped_run_resume
 
     here = Repository(Path.cwd(), tiny, real=True)
     here.run(*wanda, *words, "a")
-    (calibrated_study,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
-    measured = {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")}
+    (made,) = (path.parent for path in tmp_path.glob("cache/wanda-dvc/*/params.yaml"))
+    measured = {path: path.stat().st_mtime_ns for path in (made / "stats").rglob("*.safetensors")}
     assert measured
     size = (tiny / "model.safetensors").stat().st_size  # of no other file; links have one inode
-    files = [path.stat() for folder in (calibrated_study, Path("a")) for path in folder.rglob("*") if path.is_file()]
+    files = [path.stat() for folder in (made, Path("a")) for path in folder.rglob("*") if path.is_file()]
     assert len({status.st_ino for status in files if status.st_size == size}) == 2  # the dense model and the target
-    masks = (calibrated_study / "dvc.lock").read_text()
+    masks = (made / "dvc.lock").read_text()
     here.run(*wanda, *words, "b", "--sparsity", "0.7")
-    assert {path: path.stat().st_mtime_ns for path in (calibrated_study / "stats").rglob("*.safetensors")} == measured
-    assert (calibrated_study / "dvc.lock").read_text() != masks
+    assert {path: path.stat().st_mtime_ns for path in (made / "stats").rglob("*.safetensors")} == measured
+    assert (made / "dvc.lock").read_text() != masks
     assert {path.name for path in Path().iterdir()} == {"a", "b"}
 
-    here.run(*wanda, "init", "own", "--from", str(calibrated_study))
+    here.run(*wanda, "init", "own", "--from", str(made))
     own = Path("own").absolute()
-    assert read_params(own / "params.yaml") == read_params(calibrated_study / "params.yaml")
+    assert read_params(own / "params.yaml") == read_params(made / "params.yaml")
     assert git(own, "status", "--porcelain") == ""
     again = Repository(own, tiny, real=True).run("dvc", "repro", "apply")
     assert "> wanda-dvc calibrate" not in again

@@ -60,16 +60,12 @@ def test_linears_take_over_a_part_of_what_removed_blocks_add(removed: tuple[int,
         states, inputs = states_and_inputs(model, windows)
         lacking = wanted[end] - states[-1]
 
-        def fit(
-            rows: torch.Tensor, damping: float, inputs: torch.Tensor = inputs, lacking: torch.Tensor = lacking
-        ) -> torch.Tensor:
+        def fit(rows: torch.Tensor, damping: float, inputs: Any = inputs, lacking: Any = lacking) -> torch.Tensor:
             x, r = inputs[rows].flatten(0, 1), lacking[rows].flatten(0, 1)
             gram = x.T @ x
             return torch.linalg.solve(gram + damping * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ r).T
 
-        errors = {
-            damping: float((inputs @ fit(~held, damping).T - lacking)[held].norm()) for damping in repair.DAMPINGS
-        }
+        errors = {x: float((inputs @ fit(~held, x).T - lacking)[held].norm()) for x in repair.DAMPINGS}
         best = min(errors, key=errors.__getitem__)
         weights = read_weights(repaired.weights, before)
         name = f"model.layers.{before}.{DOWN}"
@@ -109,9 +105,7 @@ def states_and_inputs(model: Any, windows: torch.Tensor) -> tuple[list[torch.Ten
 END = {"gpt2": "mlp.c_proj", "olmo2": DOWN, "qwen2_moe": "mlp.shared_expert.down_proj", "qwen3_moe": "self_attn.o_proj"}
 
 
-def test_a_repair_lowers_the_error_on_held_out_windows_or_is_left_out(
-    study: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-):
+def test_a_repair_that_does_not_help_is_left_out(study: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture):
     for family, last in END.items():
         model = save(family, tmp_path / family, num_hidden_layers=3)
         repaired = fetch(study(model, sparsity=0.34, calibration__length=64, **WANTED), "model", "calibration")

@@ -45,10 +45,8 @@ def made(tmp_path: Path) -> Callable[..., Experiment]:
         recipe: str = "wanda", sparsity: float = 0.5, loss: float = 2.5, right: int = 20, **words: Any
     ) -> Experiment:
         name = f"e{len(found)}"
-        calibrated_study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
-        found.append(
-            Experiment(name, None, calibrated_study, {model: Results.of(calibrated_study, model) for model in MODELS})
-        )
+        study = write_results(tmp_path / name, recipe, sparsity, loss, right, **words)
+        found.append(Experiment(name, None, study, {model: Results.of(study, model) for model in MODELS}))
         return found[-1]
 
     return make

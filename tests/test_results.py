@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_params
+from conftest import Patch, write_params
 from scipy import stats
 
 from wanda_dvc.errors import UserError
@@ -43,7 +43,7 @@ def here(tmp_path: Path) -> Study:
 
 
 def write_results(
-    calibrated_study: Study, model: str, loss: float, right: int, *, windows: Json = WINDOWS, items: Json = ITEMS
+    here: Study, model: str, loss: float, right: int, *, windows: Json = WINDOWS, items: Json = ITEMS
 ) -> Results:
     """The files of a model with this mean loss on a text and this number of correct answers of 40."""
     losses = [loss + x for x in ((-0.1, 0.0, 0.02, 0.08) if model == "dense" else (-0.08, -0.02, 0.0, 0.1))]
@@ -56,22 +56,20 @@ def write_results(
         details |= {"divergences": [loss / 5 * x for x in factors], "agreements": [right / 52 * x for x in factors]}
         numbers |= {"divergence": {"mean": 0.5}, "top1_agreement": {"mean": 0.5}}
         answered["flips"] = {"acc": {"lost": 12, "gained": 2, "swapped": 1}}
-        write_json(calibrated_study.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
-    write_json(calibrated_study.details(model, "perplexity/embedded"), details)
-    write_json(calibrated_study.metrics(model, "perplexity/embedded"), numbers)
+        write_json(here.metrics(model, "sparsity"), {"sparsity": 0.5, "removed_parameters": 0.25})
+    write_json(here.details(model, "perplexity/embedded"), details)
+    write_json(here.metrics(model, "perplexity/embedded"), numbers)
     answers = [{"item": i, "answer": 2 * (i >= right), "acc": float(i < right)} for i in range(40)]
-    write_json(
-        calibrated_study.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}}
-    )
-    write_json(calibrated_study.metrics(model, "zero_shot"), {"piqa": answered})
-    return Results.of(calibrated_study, model)
+    write_json(here.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": items | of, "items": answers}}})
+    write_json(here.metrics(model, "zero_shot"), {"piqa": answered})
+    return Results.of(here, model)
 
 
-def both(calibrated_study: Study, **changes: Any) -> tuple[Results, Results]:
+def both(here: Study, **changes: Any) -> tuple[Results, Results]:
     """The results of a dense and a pruned model; `changes` of the pruned model's protocols."""
-    dense = write_results(calibrated_study, "dense", 2.0, 36)
-    write_results(calibrated_study, "pruned", 2.5, 26, **changes)
-    return Results.of(calibrated_study, "pruned"), dense
+    dense = write_results(here, "dense", 2.0, 36)
+    write_results(here, "pruned", 2.5, 26, **changes)
+    return Results.of(here, "pruned"), dense
 
 
 # --- who may be compared ---
@@ -332,9 +330,7 @@ def revision(results: dict[str, Results], **settings: object) -> ListedRevision:
 
 
 @pytest.mark.parametrize("setting", ["sparsity", "model", "dtype", "perplexity.windows", "tasks.names", "tasks.limit"])
-def test_a_list_says_which_settings_of_its_measurements_differ(
-    here: Study, monkeypatch: pytest.MonkeyPatch, setting: str
-):
+def test_a_list_says_which_settings_of_its_measurements_differ(here: Study, monkeypatch: Patch, setting: str):
     """Of those that have results of the model that their settings make."""
     listed = [revision({"pruned": MEASURED}, **{setting: x}) for x in "ab"]
     listed += [revision({"dense": DIVERGED, "pruned": Results({})}, dtype=x) for x in "cd"]
@@ -343,7 +339,7 @@ def test_a_list_says_which_settings_of_its_measurements_differ(
     assert differ == ([] if setting == "sparsity" else [setting])
 
 
-def test_a_setting_that_is_left_out_is_its_default(here: Study, monkeypatch: pytest.MonkeyPatch):
+def test_a_setting_that_is_left_out_is_its_default(here: Study, monkeypatch: Patch):
     plain = {key: x for key, x in flatten(here.params.model_dump(mode="json")) if key != "perplexity.windows"}
     for windows in (None, 4):  # None is the default
         every = [plain, plain | {"perplexity.windows": windows}]
@@ -352,9 +348,7 @@ def test_a_setting_that_is_left_out_is_its_default(here: Study, monkeypatch: pyt
         assert ("perplexity.windows differ" in listing.list_text(study=here)) == (windows is not None)
 
 
-def test_a_model_that_diverged_is_a_word_in_json_and_ranks_last_as_a_number(
-    here: Study, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_model_that_diverged_is_a_word_in_json_and_ranks_last_as_a_number(here: Study, monkeypatch: Patch):
     monkeypatch.setattr(listing, "listed_revisions", lambda _: [revision({"dense": DIVERGED, "pruned": Results({})})])
     (record,) = json.loads(listing.list_text(study=here, as_json=True))
     assert record["dense.perplexity.embedded"] == "diverged"
@@ -372,10 +366,8 @@ def test_lost_answers_are_summed_over_tasks_that_all_have_them():
         assert record.get("pruned.lost") == lost
 
 
-def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: pytest.MonkeyPatch):
-    files = {
-        f"metrics/pruned/perplexity/{text}.json": {"data": {"perplexity": 2.0}} for text in ("embedded", "removed")
-    }
+def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: Patch):
+    files = {f"metrics/pruned/perplexity/{on}.json": {"data": {"perplexity": 2.0}} for on in ("embedded", "removed")}
     settings = {"params.yaml": {"data": here.params.model_dump(mode="json")}}
     record = {"rev": "workspace", "data": {"params": settings, "metrics": files}}
     monkeypatch.setattr("wanda_dvc.study.dvc.list_revisions", lambda _: [record])
@@ -385,7 +377,7 @@ def test_the_list_hides_a_removed_text_as_show_does(here: Study, monkeypatch: py
     assert revision.final.texts == ["embedded"]
 
 
-def test_an_unreadable_experiment_has_no_changes(here: Study, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreadable_experiment_has_no_changes(here: Study, monkeypatch: Patch):
     settings = {"params.yaml": {"data": here.params.model_dump(mode="json")}}
     unreadable = {"revs": [{"rev": "a" * 40, "error": {"msg": "damaged"}}], "name": "bad"}
     record = {"rev": "b" * 40, "name": "main", "data": {"params": settings}, "experiments": [unreadable]}

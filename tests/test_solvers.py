@@ -1,15 +1,15 @@
 """Solvers on a Gram matrix: against independent solutions, and the laws that no method may break."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import fetch, prune
+from conftest import Make, fetch, prune
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
@@ -18,23 +18,12 @@ from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.reconstruction import reconstruct
 from wanda_dvc.pruning.selection import count_removed, select
-from wanda_dvc.pruning.solvers import (
-    GramFactors,
-    admm,
-    fisher_least_squares,
-    least_squares,
-    sparsegpt,
-    sparsegpt_update,
-)
+from wanda_dvc.pruning.solvers import GramFactors, admm, fisher_least_squares, least_squares, sparsegpt
 from wanda_dvc.stages.inputs import draw_calibration
 from wanda_dvc.study.artifact import read_provenance
-from wanda_dvc.study.folder import Study
 
 # Each method that chooses masks, and what gives its kept weights new values.
-METHODS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
-    "sparsegpt": (sparsegpt, sparsegpt_update),
-    "admm": (admm, least_squares),
-}
+METHODS: dict[str, Any] = {"sparsegpt": (sparsegpt, solvers.sparsegpt_update), "admm": (admm, least_squares)}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
            ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
            ("20:30", "row", "0.3333")]  # fmt: skip
@@ -79,11 +68,8 @@ def every_method(weight, prepared, sparsity, pattern, group):
     solved = {name: solve(name, weight, prepared, sparsity, pattern=pattern, group=group) for name in METHODS}
     swept, alternated = (solved[name][0] for name in METHODS)
     solved["least squares"] = swept, least_squares(weight, swept, prepared)
-    solved["fisher"] = (
-        alternated,
-        fisher_least_squares(weight, alternated, prepared, of_gradients(len(weight)), steps=15),
-    )
-    return solved
+    weighted = fisher_least_squares(weight, alternated, prepared, of_gradients(len(weight)), steps=15)
+    return solved | {"fisher": (alternated, weighted)}
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
@@ -259,7 +245,7 @@ def test_sparsegpt_is_the_papers_algorithm(monkeypatch, pattern, sparsity):
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
     mask = sparsegpt(weight, GramFactors(gram), sparsity=sparsity, pattern=name, group="linear")
     assert np.array_equal(mask.numpy(), keep)
-    solved = sparsegpt_update(weight, mask, GramFactors(gram))
+    solved = solvers.sparsegpt_update(weight, mask, GramFactors(gram))
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
     np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-5, atol=1e-5)
@@ -331,7 +317,7 @@ def owls_sparsities(model, windows):
 
 
 @pytest.mark.parametrize("recipe", ["sparsegpt-paper", "ria", "owl"])
-def test_recipes_of_papers_are_their_procedures(study: Callable[..., Study], monkeypatch, recipe: str):
+def test_recipes_of_papers_are_their_procedures(study: Make, monkeypatch, recipe: str):
     monkeypatch.setattr(solvers, "SWEEP_PANEL", 16)
     made = prune(fetch(study(recipe=recipe, dtype="float32"), "model", "calibration"))
     pruned, plain = (AutoModelForCausalLM.from_pretrained(made.model(name)).eval() for name in ("pruned", "dense"))
@@ -454,7 +440,7 @@ def test_dead_features_go_first_and_their_kept_weights_stay_or_are_zeros(name):
     assert torch.equal(every, weight * mask * (not is_zeroed))
 
 
-@pytest.mark.parametrize("update", [sparsegpt_update, least_squares])
+@pytest.mark.parametrize("update", [solvers.sparsegpt_update, least_squares])
 def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(update):
     weight, gram = problem()
     root = gram.diagonal().sqrt()

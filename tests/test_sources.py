@@ -207,10 +207,7 @@ def test_a_killed_download_fetches_no_finished_file_again(
     ("spoil", "message"),
     [
         (lambda files: files.pop("config.json"), "model: org/tiny has no config.json"),
-        (
-            lambda files: files.update({"pytorch_model.bin": files.pop("model.safetensors")}),
-            "model: org/tiny has no model.safetensors",
-        ),
+        (lambda x: x.update({"pytorch_model.bin": x.pop("model.safetensors")}), "org/tiny has no model.safetensors"),
         (
             lambda files: files.update({"config.json": b'{"model_type": "new", "auto_map": {"AutoConfig": "new.C"}}'}),
             r"config.json: found new, expected a causal decoder .*a model's own code is never run",
@@ -236,9 +233,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("part", ["model", "perplexity"])
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_what_the_hub_refuses_is_told_apart(
-    study: Make, hub: Hub, tiny: Path, monkeypatch: Patch, part: str, trouble: str
-):
+def test_hub_refusals_are_told_apart(study: Make, hub: Hub, tiny: Path, monkeypatch: Patch, part: str, trouble: str):
     place = f"{'models' if part == 'model' else 'datasets'}/org/tiny"
     if trouble != "unknown":
         hub.add(place, tiny)
@@ -361,9 +356,7 @@ def test_texts_come_from_the_hub_at_a_commit(
         ({"source": "org/prose:bad"}, r"org/prose, config bad, split validation: .*good"),
     ],
 )
-def test_a_column_split_or_config_that_is_not_there_says_which_are(
-    study: Make, data, changes: dict[str, Any], message: str
-):
+def test_a_missing_column_split_or_config_says_which_exist(study: Make, data, changes: dict[str, Any], message: str):
     data("org/prose", "good", "validation", [{"body": "one", "rank": 1}])
     wanted = {"source": "org/prose:good", "split": "validation", "column": "body"} | changes
     made = study(**{f"calibration__text__{key}": value for key, value in wanted.items()})
@@ -391,9 +384,7 @@ def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int,
 
 
 @pytest.mark.parametrize(("seed", "mirrored"), [(0, True), (1, False), (2, True)])
-def test_c4_is_drawn_as_the_authors_draw_it(
-    study: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
-):
+def test_c4_is_drawn_as_the_authors_do(study: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool):
     content = packed(documents())
     hub.add("datasets/allenai/c4", **{SHARD.replace("/", "__"): content, "en__other.json.gz": b"x"})
     mirror = tmp_path / "mirror/allenai/c4" / SHARD

@@ -11,7 +11,6 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import oracle
@@ -19,17 +18,17 @@ import pytest
 import torch
 from cases.grids import OF_WEIGHTS, short
 from cases.models import tensors as spoil_weights
-from conftest import Capture, Make, Patch, calibrate, fetch, mask_and_apply, shared, tree
+from conftest import Capture, Make, Patch, calibrate, fetch, interrupted, mask_and_apply, shared, tree
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from simulated_gpu import simulated_gpu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.engine import divergence
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import compute_perplexity
 from wanda_dvc.engine.forward import ModelRunner
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.errors import UserError
@@ -89,9 +88,7 @@ def test_what_is_plotted_is_what_the_stages_found(calibrated_study: Make):
             return list(csv.DictReader(file))
 
     weights = load_file(made.model("pruned") / "model.safetensors")
-    expected = {
-        (str(block), name): weights[f"{name}.weight"] for block in range(2) for name in read_masks(made.masks, block)
-    }
+    expected = {(str(block), x): weights[f"{x}.weight"] for block in range(2) for x in read_masks(made.masks, block)}
     rows = plotted("sparsity")
     assert [(row["block"], row["linear"]) for row in rows] == list(expected)
     for row, weight in zip(rows, expected.values(), strict=True):
@@ -142,10 +139,8 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
     squares = torch.randint(1, 4, (24,), generator=generator).double() ** 2
     block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
     x = None if methods()[name].needs == "gram" else block.inputs["x"]  # a solver without tokens: the identity
-    keeps = {
-        linear: choose_linear(linear, weight, x, block, MaskRule(methods()[name], Fraction(1, 2)))
-        for linear, weight in weights.items()
-    }
+    rule = MaskRule(methods()[name], Fraction(1, 2))
+    keeps = {linear: choose_linear(linear, weight, x, block, rule) for linear, weight in weights.items()}
     assert torch.equal(keeps["stored_across"].T, keeps["linear"])
     assert keeps["stored_across"].is_contiguous()
 
@@ -162,10 +157,7 @@ def test_linears_of_a_block_give_up_different_shares():
 def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_study: Make, monkeypatch: Patch):
     """By the engine's copies, from pinned memory: a GPU scores weights faster than the link brings them."""
     made = calibrated_study()
-    device, job = (
-        torch.device("cuda"),
-        MaskJob(made.plan, Checkpoint(made.model("dense")), [Fraction(1, 2)] * 4, None, made.fisher),
-    )
+    job = MaskJob(made.plan, Checkpoint(made.model("dense")), [Fraction(1, 2)] * 4, None, made.fisher)
     block = read_stats(made.norms, 1)
     expected = score_block(job, 1, block, torch.device("cpu")).masks
     linears, real = [*block.by_linear], choose_linear
@@ -186,7 +178,7 @@ def test_the_next_weight_is_copied_to_the_gpu_while_one_is_scored(calibrated_stu
     monkeypatch.setattr(Copies, "copy", copying)
     monkeypatch.setattr("wanda_dvc.stages.mask.choose_linear", choose)
     with simulated_gpu():
-        masks = score_block(job, 1, block, device).masks
+        masks = score_block(job, 1, block, torch.device("cuda")).masks
     assert len(copied) == len(linears)
     assert all(torch.equal(masks[linear].cpu(), expected[linear]) for linear in linears)
 
@@ -281,15 +273,12 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_a_minute_elsewhere(monkeypat
     ],
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
 )
-def test_progress_counts_only_with_the_states_that_it_speaks_of(
-    calibrated_study: Make, spoil: Callable[[Path], object]
-):
+def test_progress_counts_only_with_the_states_that_it_names(calibrated_study: Make, spoil: Callable[[Path], object]):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
     made = calibrated_study()
     perplexity(study=made, model="dense", text="embedded")
     complete = made.details("dense", "perplexity/embedded").read_bytes()
-    killed = mock.patch("wanda_dvc.engine.divergence.measure", side_effect=KeyboardInterrupt)
-    with killed, pytest.raises(KeyboardInterrupt):
+    with interrupted(divergence, "measure"):
         perplexity(study=made, model="dense", text="embedded")
     assert [*work_of(made).glob("own/*")]
     spoil(work_of(made))
@@ -304,7 +293,7 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(calibrated_study: Make
     mask(study=made)
     target, stage = (made.norms, calibrate) if propagation == "dense" else (made.masks, mask)
     complete = tree(target)
-    with mock.patch.object(artifact, "finish", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with interrupted(artifact, "finish"):
         stage(study=made)
     shutil.rmtree(work_of(made) / "out")
     stage(study=made)
@@ -357,7 +346,7 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(study: Make, tiny: 
 @pytest.mark.parametrize("losses", [[1.0, math.inf], [math.nan], [800.0, 900.0]])
 def test_a_perplexity_that_overflows_has_diverged(losses: list[float]):
     """What `show` says of it: tests/test_numerics.py."""
-    assert compute_perplexity(losses, [63] * len(losses)) == "diverged"
+    assert divergence.compute_perplexity(losses, [63] * len(losses)) == "diverged"
 
 
 def name_no_tokens(folder: Path) -> None:

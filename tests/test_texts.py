@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from c4 import SHARD, documents, packed
-from conftest import Make, Patch, committed, fetch, mask_and_apply
-from conftest import calibrate as calibrate_all
+from conftest import Capture, Make, Patch, calibrate, committed, fetch, mask_and_apply
 from hypothesis import given
 from hypothesis import strategies as st
 from repository import Repository
@@ -27,7 +26,6 @@ from wanda_dvc.stages.recover import VALIDATION_WINDOWS, training_windows
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json
 
-Capture = pytest.CaptureFixture[str]
 KINDS = {"digits": "0123456789 ", "lower": "abcdefghij ", "upper": "ABCDEFGHIJ ", "signs": "+-*/=<>!?; "}
 
 
@@ -203,7 +201,7 @@ def test_documents_in_a_list_are_drawn_as_alone(study: Make, sources: list[dict[
 def test_provenance_of_the_statistics_names_all_texts(study: Make, sources: list[dict[str, Any]]):
     texts = [sources[0] | {"windows": 3}, sources[1]]
     made = study(calibration__text=texts, calibration__windows=4, recipe="admm")
-    calibrate_all(study=fetch(made))
+    calibrate(study=fetch(made))
     fetched = read_provenance(made.data("calibration"), "download calibration")
     stats = read_provenance(made.norms, "calibrate")
     assert fetched["source"] == stats["text"]["source"] == "digits.txt; lower.txt"
@@ -263,26 +261,24 @@ def test_only_what_depends_on_a_text_or_its_share_runs_again(
     tmp_path: Path, tiny: Path, texts: dict[str, str], sources: list[dict[str, Any]]
 ):
     study = Repository.new(tmp_path / "study", tiny, settings=texts | {"calibration__windows": 4})
-    fetched, calibrate = {"plan", "download-calibration"}, "calibrate-norms"
-    study.repro(calibrate)
+    fetched, norms = {"plan", "download-calibration"}, "calibrate-norms"
+    study.repro(norms)
     thrice = sources[0] | {"windows": 3}
-    assert study.repro(calibrate, calibration__text=sources[:2]) == fetched | {calibrate}
-    assert study.repro(calibrate, calibration__text=[thrice, sources[1]]) == {"plan", calibrate}
-    assert study.repro(calibrate, calibration__text=[thrice, sources[2]]) == fetched | {calibrate}
-    assert study.repro(calibrate) == set()
+    assert study.repro(norms, calibration__text=sources[:2]) == fetched | {norms}
+    assert study.repro(norms, calibration__text=[thrice, sources[1]]) == {"plan", norms}
+    assert study.repro(norms, calibration__text=[thrice, sources[2]]) == fetched | {norms}
+    assert study.repro(norms) == set()
     Path(sources[2]["source"]).write_text("9876543210" * 300, encoding="utf-8")
-    assert study.repro(calibrate) == fetched | {calibrate}
-    assert study.repro(calibrate) == set()
+    assert study.repro(norms) == fetched | {norms}
+    assert study.repro(norms) == set()
     study.commit()
     listed = f"calibration.text=[{{source: {sources[1]['source']}}},{{source: {sources[3]['source']}}}]"
-    study.run("dvc", "exp", "run", calibrate, "-S", listed)
-    assert [text.source for text in read_params(study.root / "params.yaml").calibration.text] == [
-        sources[1]["source"],
-        sources[3]["source"],
-    ]
+    study.run("dvc", "exp", "run", norms, "-S", listed)
+    now = read_params(study.root / "params.yaml").calibration.text
+    assert [text.source for text in now] == [sources[index]["source"] for index in (1, 3)]
     one = ["-S", "~calibration.text", "-S", f"+calibration.text={{source: {sources[0]['source']}}}"]
-    study.run("dvc", "exp", "run", calibrate, *one)
-    study.run("dvc", "exp", "run", calibrate, "-S", "~calibration.text", "-S", f"+{listed}")
+    study.run("dvc", "exp", "run", norms, *one)
+    study.run("dvc", "exp", "run", norms, "-S", "~calibration.text", "-S", f"+{listed}")
     assert load_json(study.root / "stats/norms/provenance.json")["text"]["source"] == "lower.txt; signs.txt"
 
 

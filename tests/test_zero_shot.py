@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 from cases import REMOVED, dotted
-from conftest import Capture, Make, Patch, fetch, write_params
+from conftest import Capture, Make, Patch, fetch, interrupted, write_params
 
 from wanda_dvc.engine.forward import BlockStep, ModelRunner
 from wanda_dvc.errors import UserError
@@ -68,10 +68,7 @@ def test_an_item_without_a_label_among_its_choices_is_refused(task: str, field: 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (
-            json.dumps(RIGHT["piqa"] | {"label": -1}),
-            "item 1: label -1, expected one of 2 choices; correct that file, or",
-        ),
+        (json.dumps(RIGHT["piqa"] | {"label": -1}), "item 1: label -1, expected one of 2 choices; correct that file"),
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "item 1: label .*, expected one of 2 choices; correct that file"),
         ("", "no items, expected one a line; correct that file"),
     ],
@@ -145,20 +142,6 @@ def calibrated_study(study: Make) -> Study:
     return fetch(study(tasks__names=THREE), "model", "tasks")
 
 
-@pytest.fixture
-def asked(monkeypatch: Patch) -> list[str]:
-    """The tasks that the model was asked, those of one pass in one word."""
-    asked: list[str] = []
-    forward = ModelRunner.forward
-
-    def spy(self: ModelRunner, sequences: Any, **kwargs: Any) -> Any:
-        asked.append(" ".join(dict.fromkeys(sequence.task for sequence in sequences)))
-        return forward(self, sequences, **kwargs)
-
-    monkeypatch.setattr(ModelRunner, "forward", spy)
-    return asked
-
-
 def results(study: Study, tasks: list[str]) -> dict[str, bytes]:
     """What a run for these tasks publishes."""
     write_params(study.root, study.params.model, tasks__names=tasks)
@@ -171,11 +154,11 @@ def results(study: Study, tasks: list[str]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (metrics, details, study.plots("dense/zero_shot"))}
 
 
-def test_one_pass_answers_all_tasks_and_a_tasks_answers_do_not_depend_on_the_others(
-    calibrated_study: Study, asked: list[str]
-):
-    results(calibrated_study, THREE)
-    assert asked == ["piqa rte arc_easy"]  # the model's blocks are loaded once for all
+def test_one_pass_answers_all_tasks_and_a_tasks_answers_do_not_depend_on_the_others(calibrated_study: Study):
+    with mock.patch.object(ModelRunner, "forward", autospec=True, side_effect=ModelRunner.forward) as passes:
+        results(calibrated_study, THREE)
+    ((_, sequences),) = (call.args for call in passes.call_args_list)  # the model's blocks are loaded once for all
+    assert list(dict.fromkeys(sequence.task for sequence in sequences)) == THREE
     details = load_json(calibrated_study.details("dense", "zero_shot"))["tasks"]
     for task in THREE:
         results(calibrated_study, [task])
@@ -183,24 +166,15 @@ def test_one_pass_answers_all_tasks_and_a_tasks_answers_do_not_depend_on_the_oth
     assert not [path for path in calibrated_study.work_root.iterdir() if path.is_dir()]
 
 
-def test_an_interrupted_pass_resumes_at_its_block(calibrated_study: Study, capsys: Capture, monkeypatch: Patch):
+def test_an_interrupted_pass_resumes_at_its_block(calibrated_study: Study, capsys: Capture):
     full = results(calibrated_study, THREE)
     calibrated_study.metrics("dense", "zero_shot").unlink(missing_ok=True)
-    ran, real = list[int](), BlockStep.run
-
-    def run(self: BlockStep) -> None:
-        if self.index == 2 and 2 not in ran:
-            ran.append(2)
-            raise KeyboardInterrupt
-        ran.append(self.index)
-        real(self)
-
-    monkeypatch.setattr(BlockStep, "run", run)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(BlockStep, "run", at=2):
         results(calibrated_study, THREE)
     assert not calibrated_study.metrics("dense", "zero_shot").exists()
-    assert results(calibrated_study, THREE) == full
-    assert ran == [0, 1, 2, 2, 3]
+    with mock.patch.object(BlockStep, "run", autospec=True, side_effect=BlockStep.run) as runs:
+        assert results(calibrated_study, THREE) == full
+    assert [call.args[0].index for call in runs.call_args_list] == [2, 3]
     assert "resuming after 2 of 4 blocks" in capsys.readouterr().err
     assert not [path for path in calibrated_study.work_root.iterdir() if path.is_dir()]
 

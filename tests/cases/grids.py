@@ -38,12 +38,8 @@ def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True
 
 def short(rows: Iterable[Any], *chosen: Any) -> list[Any]:
     """The rows of a grid, of which `make test` runs the chosen ones; without this, the first."""
-    marked = [
-        pytest.param(*row, marks=pytest.mark.short)
-        if isinstance(row, tuple)
-        else pytest.param(row, marks=pytest.mark.short)
-        for row in chosen
-    ]
+    each = [row if isinstance(row, tuple) else (row,) for row in chosen]
+    marked = [pytest.param(*values, marks=pytest.mark.short) for values in each]
     return [*marked, *(row for row in rows if row not in chosen)]
 
 

@@ -51,4 +51,5 @@ FILES = {
     "a text twice": (b"perplexity: {texts: {a: {source: ptb}, a: {source: c4}}}", 'line 1: found duplicate key "a"'),
     "an endless alias": (b"a: &a [*a]", "a: no such setting"),
     "two documents": (b"a: 1\n---\nb: 2", "not valid YAML"),
+    "a merge's marker": (b"model: a\n<<<<<<< HEAD\n", "params.yaml: not valid YAML: line 3"),
 }
