@@ -264,6 +264,20 @@ def test_a_recipe_that_does_not_fit_is_refused(model: Path, monkeypatch: Patch, 
     assert "Size unchanged" in prune(model=str(model), recipe="wanda", evaluate=False)
 
 
+def test_a_local_model_is_named_by_its_folder_alone(model: Path):
+    """A folder above it may have the signs of a package's version or a revision."""
+    for parent in ("user@corp", "x==1"):
+        moved = model.with_name(parent) / "llama"
+        moved.mkdir(parents=True)
+        assert check_request(model=str(moved)).target.name == "llama-0.5"
+
+
+def test_a_setting_below_a_value_is_refused(model: Path):
+    for name in ("pattern.x", "sparsity.x"):
+        with pytest.raises(UserError, match=f"{name.partition('.')[0]}: found"):
+            check_request(model=str(model), changes={name: 1})
+
+
 @pytest.mark.parametrize("recover", ["0", "0k", 0, None])
 def test_no_tokens_to_train_on_are_not_in_the_directorys_name(model: Path, recover: str | int | None):
     assert check_request(model=str(model), recover=recover).target.name == f"{model.name}-0.5"

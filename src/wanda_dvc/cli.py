@@ -202,7 +202,7 @@ def stats(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The page.")] = Path("report.html"),
     rev: Annotated[list[str] | None, typer.Option(help="An experiment, commit, branch or tag; repeatable.")] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
@@ -230,7 +230,7 @@ def evaluate(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def recipes(as_json: AsJson = False) -> None:
-    """List the recipes: what each reads, whether it changes kept weights, its cost and papers."""
+    """List the recipes: what each reads, whether it changes kept weights, and its papers."""
     from wanda_dvc.commands.recipes import recipes_text
 
     typer.echo(recipes_text(as_json=as_json))

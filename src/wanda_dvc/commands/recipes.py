@@ -1,4 +1,4 @@
-"""`wanda-dvc recipes`: the recipes side by side, with what each reads and costs."""
+"""`wanda-dvc recipes`: the recipes side by side, with what each reads."""
 
 import re
 

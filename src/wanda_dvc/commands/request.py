@@ -72,13 +72,13 @@ def check_request(
             if not isinstance(settings.get(section, {}), dict):  # such as a list of texts
                 del settings[section]
         settings[name] = value
-    settings.setdefault("sparsity", 0.2 if str(settings["pattern"]) in STRUCTURES else 0.5)
+    if not any(name.partition(".")[0] == "sparsity" for name in settings):
+        settings["sparsity"] = 0.2 if str(settings.get("pattern")) in STRUCTURES else 0.5
     try:
         params, _ = new_params(nested(settings))
     except UserError as error:
         raise UserError(*(problem.removeprefix(f"{FILE}: ") for problem in error.problems)) from None
-    source = params.model.removeprefix("package:").partition("==")[0].partition("@")[0]
-    name = Path(source).name
+    name = _name(params.model)
     key = digest({"model": params.model, "text": [text.filled for text in params.calibration.text]})[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"  # keeps statistics
     root = check_place(cache, "set XDG_CACHE_HOME to a writable folder") / f"{name}-{key}"
@@ -100,6 +100,13 @@ def parse_changes(assignments: Iterable[str]) -> Settings:
             raise UserError(f"--set: found {assignment}, expected KEY=VALUE, such as calibration.windows=128")
         changes[name] = parse_yaml(value, f"--set {name}", "correct the value")
     return dict(flatten(changes))
+
+
+def _name(model: str) -> str:
+    """Return the name of a model, without a version or a revision."""
+    if not Path(model).is_absolute():
+        model = model.removeprefix("package:").partition("==")[0].partition("@")[0]
+    return Path(model).name
 
 
 def _perplexity_texts(names: Sequence[str]) -> Settings:

@@ -51,7 +51,9 @@ def current_results(study: Study, lock: Lock) -> tuple[dict[str, Results], list[
         stale = stale_stages(lock, lock.settings)
         changed = changed_files(lock, study.root)
         left_out = changed | {path for path, stage in lock.writers.items() if stage in stale}
-        to_run = [*stale, *(lock.writers.get(name, name) for name in sorted(changed) if name.endswith(".json"))]
+        known = ("", *study.params.perplexity.texts)  # dvc.lock keeps the stages of a removed text
+        to_run = [stage for stage in stale if stage.partition("@")[2] in known]
+        to_run += (lock.writers.get(name, name) for name in sorted(changed) if name.endswith(".json"))
         if to_run:
             names = shortened(list(dict.fromkeys(to_run)))
             notes.append(
