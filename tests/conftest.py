@@ -364,7 +364,7 @@ def _drop_privilege() -> None:
 
 @contextlib.contextmanager
 def interrupted(owner: object, name: str, at: int = 0) -> Iterator[None]:
-    """Inside, a call of a function, by default the first, is a KeyboardInterrupt, which must come out."""
+    """Raise KeyboardInterrupt in a call of a function, by its number from 0 on; the code inside must not catch it."""
     function, calls = getattr(owner, name), itertools.count()
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -384,7 +384,7 @@ def walk(decoder: Any, rows: Any, work: Path, **kwargs: Any) -> Any:
 
 
 def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
-    """The hidden states after the last block; the blocks that have not run do."""
+    """Run the blocks that have not run; return the hidden states after the last one."""
     from wanda_dvc.engine.forward import ModelRunner
 
     run = ModelRunner(decoder, work)

@@ -1,5 +1,6 @@
 """A cluster without Ray: tasks run in this process, on pickled copies of what they are given."""
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from wanda_dvc.engine.decoder import Decoder
 
 CPU = torch.device("cpu")
+NUMBERS = itertools.count()
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Inline:
     """Maps as a cluster does. `ran` has the name and the input of each task."""
 
     ran: list[tuple[str, Any]] = field(default_factory=list)
+    numbers: dict[Decoder, int] = field(default_factory=dict)  # of the driver's models
 
     workers, device = 1, CPU
 
@@ -30,7 +33,8 @@ class Inline:
             yield copied(list(result) if isinstance(result, Iterator) else result)
 
     def with_model(self, decoder: Decoder, function: Callable[..., Any], job: Any) -> Callable[..., Any]:
-        return partial(with_model_of, (decoder.checkpoint.folder, decoder.dtype, id(decoder)), function, job)
+        number = self.numbers.setdefault(decoder, next(NUMBERS))
+        return partial(with_model_of, (decoder.checkpoint.folder, decoder.dtype, number), function, job)
 
     def merge(self, function: Callable[..., Any], inputs: Iterable[Any], what: str) -> Any:
         total = None
@@ -43,7 +47,7 @@ class Inline:
 
 
 @lru_cache(maxsize=1)
-def open_model(folder: Path, dtype: torch.dtype, _decoder: int) -> Decoder:
+def open_model(folder: Path, dtype: torch.dtype, _number: int) -> Decoder:
     return Decoder(folder, dtype=dtype, device=CPU)
 
 

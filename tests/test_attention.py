@@ -186,7 +186,8 @@ def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_
 
 def test_a_trial_without_memory_fails_instead_of_giving_up_packed_questions(tiny: Path, monkeypatch: Patch):
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    for error in (torch.OutOfMemoryError("out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    of_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), of_cpu):
         monkeypatch.setattr(decoder, "run", mock.Mock(side_effect=error))
         with pytest.raises(type(error), match="memory"):
             bool(decoder.packs_questions)

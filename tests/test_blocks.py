@@ -61,7 +61,9 @@ def test_logits_are_the_models_bit_for_bit(variant: str, tmp_path: Path, dtype: 
 def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     rows = [TokenSequence(tokens[0]), TokenSequence(tokens[1, :17]), TokenSequence(tokens[2, :40])]
-    for number, (row, hidden) in enumerate(zip(rows, outputs(decoder, rows, tmp_path / "together"), strict=True)):
+    together = outputs(decoder, rows, tmp_path / "together")
+    assert not list(walk(decoder, rows, tmp_path / "together"))  # a finished pass does not start again
+    for number, (row, hidden) in enumerate(zip(rows, together, strict=True)):
         assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 

@@ -119,7 +119,7 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
 @pytest.mark.parametrize(
     ("loaded", "message"),
     [
-        (ImportError("no thing"), r"package:thing does not load as a method \(no thing\), expected a wanda_dvc"),
+        (ImportError("no thing"), r"thing does not load as a method \(no thing\), expected a wanda_dvc.catalog.Method"),
         (5, r"package:thing does not load as a method \(replace.*, expected a wanda_dvc.catalog.Method; fix"),
         (next(iter(methods().values())), "package:thing has the taken name magnitude, expected another; fix or uninst"),
         (methods()["divergence"], "package:thing has the taken name divergence, expected another; fix or uninstall"),

@@ -89,6 +89,8 @@ def test_one_block_more_is_the_best_that_was_measured_and_never_the_first(seed: 
         swapped = [removed for removed in of_number if not removed > {*before.removed}]
         assert len(swapped) == depth.RUNNERS_UP * (count - 1)
         assert all(len(removed & best) == count - 1 for removed in swapped)  # one block is put back, one goes
+        candidates = min(blocks - count, max(depth.CANDIDATES, blocks // 4))
+        assert len(of_number) == candidates + len(swapped)
 
 
 def test_a_block_without_which_numbers_overflow_stays():

@@ -143,7 +143,8 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Study, tmp_pa
     full.mkdir()
     for path in (full / "thesis.txt", file):
         path.write_text("mine")
-        with pytest.raises(UserError, match="exists already; name a new dir.*|file is no directory with permission"):
+        says = "exists already; name a new dir.*|file is no directory with permission to write"
+        with pytest.raises(UserError, match=says):
             check_target(pruned, path if path == file else full)
         assert path.read_text() == "mine"
     empty, link = tmp_path / "empty", tmp_path / "link"

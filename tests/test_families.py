@@ -214,7 +214,11 @@ def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(study: Make, tmp
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a way to compute": ("mixtral", {"experts": "batched_mm"}, "experts.0.w1: the model does not multiply by this"),
+    "a way to compute": (
+        "mixtral",
+        {"experts": "batched_mm"},
+        "experts.0.w1: the model does not multiply by this weight",
+    ),
     "no expert 1": ("mixtral", {"without": "experts.1.w3"}, "experts.gate_up_proj joins 7 tensors like"),
     "no last expert": ("mixtral", {"without": "experts.3.w2"}, r"are \[3, 32, 48\], expected \[4, 32, 48\]"),
     "none at all": ("mixtral", {"without": ".experts."}, "no tensor for model.layers.0.mlp.experts.gate_up_proj"),

@@ -92,7 +92,10 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: Patch, options, name:
         ({"preset": "llama"}, "preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"),
         ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
         ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
-        ({"model": "/nowhere"}, "/nowhere: missing, or not a directory of safetensors, named in UTF-8; name one"),
+        (
+            {"model": "/nowhere"},
+            "/nowhere: missing, or not a directory of safetensors, named in UTF-8; name one of this machine",
+        ),
         ({"model": "here/name"}, "named in UTF-8; name one of this machine, or write here/"),
         ({"model": "here/a.md"}, "here/a.md: missing, or not a directory of safetensors"),
         ({"model": "~no-such-user/m"}, "~no-such-user/m: missing, or not a directory"),

@@ -163,7 +163,8 @@ def test_a_solver_on_one_linear_is_closer_to_its_output(recipe: str):
 def test_what_one_linear_cannot_have_is_refused():
     weight, inputs = linear_inputs()
     refused(wd.prune_linear, weight, inputs, recipe="fisher", says="recipe: found fisher, which reads gradients")
-    refused(wd.prune_linear, weight, inputs, pattern="neurons", says="found neurons, expected one for a linear")
+    says = "pattern: found neurons, expected one for a linear"
+    refused(wd.prune_linear, weight, inputs, pattern="neurons", says=says)
     refused(wd.prune_linear, weight, inputs, sparsity=2, says="sparsity: found 2, expected less than 1")
     refused(wd.prune_linear, weight, says="inputs, gram: found both or none")
     refused(wd.prune_linear, weight, inputs.T, says=r"found shape \[400, 400\] of XᵀX.* inputs \[tokens, 32\]")

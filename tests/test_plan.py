@@ -129,7 +129,9 @@ def test_results_that_are_not_of_the_lock_are_left_out_with_the_stage_to_run(stu
     stages["apply"]["outs"].append({"path": names["sparsity"], "md5": own})
     stages["zero-shot"]["outs"][0]["md5"] = own
     stages["perplexity-pruned@embedded"] = stage(names["perplexity/embedded"])
-    stages["perplexity-pruned@removed"] = stage("metrics/pruned/perplexity/removed.json")  # the settings lack the text
+    removed = stage("metrics/pruned/perplexity/removed.json", "models/pruned")  # of a text that the settings lack
+    removed["deps"][0]["md5"] = "older"
+    stages["perplexity-pruned@removed"] = removed
     changes = {"another file": {}, "another input": {"zero-shot": ["zero-shot"]}}
     for change, left_out in changes.items():
         if change == "another input":

@@ -25,7 +25,7 @@ from wanda_dvc.commands.prune import describe_run, prune_model, settings_for_mod
 from wanda_dvc.commands.request import TOKEN_UNITS, _parse_number, _parse_sparsity, check_request, parse_changes
 from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.errors import UserError, explain
-from wanda_dvc.params import read_params
+from wanda_dvc.params import read_params, settings
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.needs import requirements
 from wanda_dvc.study import scaffold
@@ -273,9 +273,10 @@ def test_a_local_model_is_named_by_its_folder_alone(model: Path):
 
 
 def test_a_setting_below_a_value_is_refused(model: Path):
-    for name in ("pattern.x", "sparsity.x"):
-        with pytest.raises(UserError, match=f"{name.partition('.')[0]}: found"):
-            check_request(model=str(model), changes={name: 1})
+    for name, _ in settings():
+        setting = name.replace("NAME", "embedded")
+        with pytest.raises(UserError, match=rf"{setting}(\.x)?: "):
+            check_request(model=str(model), changes={f"{setting}.x": 1})
 
 
 @pytest.mark.parametrize("recover", ["0", "0k", 0, None])

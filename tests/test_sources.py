@@ -207,7 +207,10 @@ def test_a_killed_download_fetches_no_finished_file_again(
     ("spoil", "message"),
     [
         (lambda files: files.pop("config.json"), "model: org/tiny has no config.json"),
-        (lambda x: x.update({"pytorch_model.bin": x.pop("model.safetensors")}), "org/tiny has no model.safetensors"),
+        (
+            lambda files: files.update({"pytorch_model.bin": files.pop("model.safetensors")}),
+            "model: org/tiny has no model.safetensors",
+        ),
         (
             lambda files: files.update({"config.json": b'{"model_type": "new", "auto_map": {"AutoConfig": "new.C"}}'}),
             r"config.json: found new, expected a causal decoder .*a model's own code is never run",

@@ -68,7 +68,10 @@ def test_an_item_without_a_label_among_its_choices_is_refused(task: str, field: 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (json.dumps(RIGHT["piqa"] | {"label": -1}), "item 1: label -1, expected one of 2 choices; correct that file"),
+        (
+            json.dumps(RIGHT["piqa"] | {"label": -1}),
+            "item 1: label -1, expected one of 2 choices; correct that file, or",
+        ),
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "item 1: label .*, expected one of 2 choices; correct that file"),
         ("", "no items, expected one a line; correct that file"),
     ],

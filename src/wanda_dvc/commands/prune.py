@@ -189,7 +189,7 @@ def _needs_of_run(study: Study, sizes: ModelSizes, *, evaluate: bool) -> list[st
     stages = ["calibrate", *(["recover"] if params.recovery.tokens else []), *(["perplexity"] if evaluate else [])]
     by_stage = {stage: needs.requirements(study, stage, sizes, available["memory"]) for stage in stages}
     masks = sizes.linear_weights // 8  # a mask has one bit a weight
-    if params.plan.measures_blocks:  # each candidate has masks
+    if params.plan.measures_blocks:  # those of each candidate, of blocks at most two
         masks *= MEASURED if params.pattern == SMALLER else 2
     disk = sum(need.disk for need in by_stage.values()) + 2 * sizes.stored + masks
     solver = needs.solver_requirements(study, sizes)

@@ -55,25 +55,25 @@ def check_request(
 
     `changes` are settings by dotted name, which replace those of the options.
     """
+    changes = changes or {}
     is_on_hub = model is not None and HUB_ID.fullmatch(model) is not None and not os.path.lexists(model)
     settings = source_settings(model, text or (["c4"] if is_on_hub else [])) | {"pattern": pattern}
     if recipe is not None:
         settings["recipe"] = recipe
     if sparsity is not None:
         settings["sparsity"] = _parse_sparsity(sparsity)
-    alone = sparsity is None and pattern in (UNSTRUCTURED, SMALLER) and not {"sparsity", "pattern"} & {*(changes or {})}
+    alone = sparsity is None and pattern in (UNSTRUCTURED, SMALLER) and not {"sparsity", "pattern"} & {*changes}
     of_size, limit = _parse_size(None if size is None else str(size), parameters, alone=alone)
     settings |= of_size
     settings["recovery.tokens"] = _parse_number("recover", recover, TOKEN_UNITS) if recover else 0
     if eval_text:
         settings["perplexity.texts"] = _perplexity_texts([eval_text] if isinstance(eval_text, str) else eval_text)
-    for name, value in (changes or {}).items():
+    settings.setdefault("sparsity", 0.2 if str(changes.get("pattern", settings["pattern"])) in STRUCTURES else 0.5)
+    for name, value in changes.items():
         for section in [name[:index] for index, letter in enumerate(name) if letter == "."]:
             if not isinstance(settings.get(section, {}), dict):  # such as a list of texts
                 del settings[section]
         settings[name] = value
-    if not any(name.partition(".")[0] == "sparsity" for name in settings):
-        settings["sparsity"] = 0.2 if str(settings.get("pattern")) in STRUCTURES else 0.5
     try:
         params, _ = new_params(nested(settings))
     except UserError as error:
