@@ -288,8 +288,8 @@ def test_a_size_becomes_a_sparsity(options: dict[str, Any], sparsity: float | st
     assert math.isclose(found["sparsity"], float(expected))
     limits: list[dict[str, Any]] = [{"size": size} for size in ("1GB", "0MB", "20%")]
     for limit in [*limits, {"parameters": "1B"}, {"parameters": 0}]:
-        found = r"--size, --parameters: found .*% of the model, expected more than 2\d\.\d%"
-        with pytest.raises(UserError, match=found):
+        says = r"--size, --parameters: found .*% of the model, expected more than 2\d\.\d%"
+        with pytest.raises(UserError, match=says):
             settings_for_model(check_request(model=str(tiny), **limit), tiny / "config.json", sizes)
 
 

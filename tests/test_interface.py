@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from command_line import SLOW_TO_IMPORT
@@ -19,6 +20,7 @@ import wanda_dvc as wd
 from wanda_dvc import interface
 from wanda_dvc.params import read_params
 from wanda_dvc.pruning.statistics import InputStats
+from wanda_dvc.study import dvc as study_dvc
 from wanda_dvc.study.dvc import repro
 from wanda_dvc.study.scaffold import init
 
@@ -214,3 +216,25 @@ def test_all_problems_of_a_stage_that_dvc_runs_are_in_the_error(tmp_path: Path):
     assert [problem.partition(": found")[0] for problem in caught.value.problems] == [
         "params.yaml: sparsity", "params.yaml: seed: no such setting; remove it",
     ]  # fmt: skip
+
+
+def test_an_interrupted_python_program_leaves_no_stage_running(tmp_path: Path, monkeypatch: Patch):
+    # In place of DVC: a process that starts a stage, names both, and runs on.
+    (tmp_path / "dvc.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        "stage = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        "print(os.getpid(), stage.pid, file=sys.stderr, flush=True)\n"
+        "signal.pause()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    printed = []
+
+    def stop(line: str) -> None:
+        printed.extend(psutil.Process(int(number)) for number in line.split())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_dvc, "notice", stop)
+    with pytest.raises(KeyboardInterrupt):
+        repro(tmp_path, ["plan"])
+    assert len(printed) == 2
+    assert not psutil.wait_procs(printed, timeout=10)[1]

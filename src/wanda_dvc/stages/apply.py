@@ -122,9 +122,9 @@ class DenseToPruned:
         mask = self.masks_of(block).on(dense.device, linear)
         new = dense
         if factors is not None and mask.any():  # else a removed block's
-            solver = plan.used_reconstruction
-            gradients = self.gradient_grams_of(block).get(linear) if solver.uses_fisher else None
-            new = reconstruct(dense, mask, factors, solver, gradients, transposed=linear in grams.transposed)
+            reconstruction = plan.used_reconstruction
+            gradients = self.gradient_grams_of(block).get(linear) if reconstruction.uses_fisher else None
+            new = reconstruct(dense, mask, factors, reconstruction, gradients, transposed=linear in grams.transposed)
             check_new_weight(linear, new)
         weight = masked(new, mask).to(stored.device)
         zeros = weight.numel() - int(weight.count_nonzero())

@@ -1,7 +1,7 @@
 """What stages read: statistics, windows, models, each checked in one place."""
 
-import importlib
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -17,8 +17,15 @@ from wanda_dvc.plan import SMALLER, Plan
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
-from wanda_dvc.study import artifact
-from wanda_dvc.study.artifact import MODEL_COMMANDS, PROVENANCE, Work, check_source, digest, read_provenance
+from wanda_dvc.study.artifact import (
+    MODEL_COMMANDS,
+    PROVENANCE,
+    Work,
+    check_source,
+    digest,
+    file_digest,
+    read_provenance,
+)
 from wanda_dvc.study.files import Json, load_json, open_documents
 from wanda_dvc.study.folder import DOCUMENTS, Study
 
@@ -36,7 +43,7 @@ def check_ready(study: Study, model: str, length: int | None = None, setting: st
     """Check device, files, configuration and window length; return the model's provenance and the dtype of its run."""
     own_device(study.params.runtime)
     if study.params.runtime.ray is not None:
-        importlib.import_module("ray")  # ModuleNotFoundError, which is explained, without the extra
+        import_module("ray")  # ModuleNotFoundError, which is explained, without the extra
     provenance = read_provenance(study.model(model), MODEL_COMMANDS[model])
     for file in study.model(model).iterdir():
         check_file(file)  # transformers passes over a generation_config.json that it cannot read
@@ -70,7 +77,7 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     plan = study.plan
     digests = {}
     if plan.method.package:
-        digests["method"] = artifact.file_digest(study.source("method"))
+        digests["method"] = file_digest(study.source("method"))
     if plan.mask_reads_gram:
         digests["gram"] = digest(statistics_provenance(study.gram, norms))
     if plan.mask_reads_fisher:

@@ -288,8 +288,8 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
     plan, stats, rule = job.plan, task.stats, job.rule(task.block)
     linears = stats.consumers[task.name]
     gradient_grams: Mapping[str, Gram] = {}
-    solver = plan.used_reconstruction
-    if plan.mask_stores_weights and solver.uses_fisher:
+    reconstruction = plan.used_reconstruction
+    if plan.mask_stores_weights and reconstruction.uses_fisher:
         gradient_grams = tensors.read_grams(job.fisher_folder, task.block, of=linears)
     device = accelerator.float64_device(device)
     grams = tensors.read_grams(folder, task.block, device, of=[task.name])
@@ -305,7 +305,9 @@ def solve(job: MaskJob, folder: Path, device: torch.device, task: SolverTask) ->
         weight = stored.to(device)
         masks[linear] = choose_linear(linear, weight, x, stats, rule)
         if plan.mask_stores_weights and factors is not None:
-            new = reconstruct(weight, masks[linear], factors, solver, gradient_grams.get(linear), transposed=transposed)
+            new = reconstruct(
+                weight, masks[linear], factors, reconstruction, gradient_grams.get(linear), transposed=transposed
+            )
             weights[linear] = check_new_weight(linear, new.to("cpu", stored.dtype))
     return BlockResult(task.block, tensors.pack_masks(masks), weights)
 

@@ -3,9 +3,17 @@
 import math
 from pathlib import Path
 
-from wanda_dvc.engine import divergence
 from wanda_dvc.engine.activations import OUTPUT_HEAD
-from wanda_dvc.engine.divergence import DRAWN, TOP, Divergence, Predictions, diverge, measure_windows
+from wanda_dvc.engine.divergence import (
+    DRAWN,
+    TOP,
+    Divergence,
+    Predictions,
+    compute_perplexity,
+    diverge,
+    measure_windows,
+    summarize,
+)  # fmt: skip
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
@@ -53,9 +61,9 @@ def perplexity(*, study: Study, model: str, text: str) -> None:
         not_finite = run.progress.first_not_finite or (None if all(map(math.isfinite, losses)) else OUTPUT_HEAD)
         predictions = [len(window.tokens) - 1 for window in windows]
         details = _details(protocol, losses, divergences, not_finite)
-        metrics: Json = {"perplexity": divergence.compute_perplexity(losses, predictions)}
+        metrics: Json = {"perplexity": compute_perplexity(losses, predictions)}
         if divergences:
-            metrics |= divergence.summarize(divergences)
+            metrics |= summarize(divergences)
         write_json(study.details(model, f"perplexity/{text}"), details)
         write_json(study.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -158,12 +159,18 @@ def repro(root: Path, stages: Sequence[str], *, shown: bool = False) -> None:
         with subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", *stages], cwd=root,
             env=os.environ | {"PATH": path, PROBLEMS: str(file)},
-            process_group=0,  # `stoppable` ends it
+            process_group=0,  # `stoppable` ends it too
             stdout=subprocess.DEVNULL,  # DVC's messages about stages and git; the stages' are on stderr
             stderr=None if shown else subprocess.PIPE, encoding="utf-8", errors="replace",
         ) as process:  # fmt: skip
-            for line in map(str.rstrip, process.stderr or ()):
-                notice(line)
+            try:
+                for line in map(str.rstrip, process.stderr or ()):
+                    notice(line)
+                process.wait()
+            except BaseException:  # Ctrl-C reaches this process alone
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()  # so that the study is not locked
+                raise
         if process.returncode:
             problems = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             raise UserError(*([failed] if shown else problems or [failed]))
