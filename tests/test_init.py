@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import wanda_dvc
 from conftest import ROOT, Patch, git, read_preset
+from dvc.repo import Repo
 
 from wanda_dvc.commands.doctor import doctor
 from wanda_dvc.errors import UserError
@@ -45,6 +46,20 @@ def test_a_new_study_is_whole_and_committed(tmp_path: Path):
     assert well, table
     assert "dvc repro" in said
     assert "git commit" not in said
+
+
+def test_the_cache_of_another_study_serves_the_new_one_wherever_it_is(tmp_path: Path):
+    init(folder=tmp_path / "study")
+    (tmp_path / "study/dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    for place in (".dvc/cache", "own", tmp_path / "elsewhere"):
+        cache, new = tmp_path / "study" / place, tmp_path / f"new{len(str(place))}"
+        (cache / "files").mkdir(parents=True)
+        (cache / "files/content").write_text(str(place))
+        if place != ".dvc/cache":
+            (tmp_path / "study/.dvc/config.local").write_text(f"[cache]\ndir = {cache}\n")
+        init(folder=new, study=tmp_path / "study")
+        with Repo(str(new)) as repo:
+            assert Path(repo.cache.local_cache_dir, "files/content").read_text() == str(place)
 
 
 def test_options_and_presets_are_settings(tmp_path: Path):

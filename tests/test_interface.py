@@ -37,8 +37,20 @@ def test_an_argument_of_a_wrong_type_is_named_and_makes_no_study(tiny: Path, tmp
     refused(wd.calibrate, "m/none", "new", says="m/none: missing, or not a directory.*or write m/none@")
     refused(wd.calibrate, str(tiny), "new", sparsity=2, says="sparsity: found 2, expected")
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    refused(wd.calibrate, model, "new", says="model: found LlamaForCausalLM, expected a path or a Hub id; `save_pre")
+    for function in (wd.calibrate, wd.prune):
+        refused(function, model, "new", says="model: found LlamaForCausalLM, expected a path or a Hub id; `save_pre")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_path_is_its_name(tiny: Path, tmp_path: Path, monkeypatch: Patch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wanda_dvc.commands.prune.prune_model", lambda request, shown: request)
+    paths = [Path("a.txt"), Path("b.txt"), Path("c.txt")]
+    for path in paths:
+        path.write_text("text")
+    a, b, c = (str(path.absolute()) for path in paths)
+    expected: Any = wd.prune(str(tiny), text=[a, b], eval_text=c)
+    assert wd.prune(tiny, text=paths[:2], eval_text=paths[2]) == expected
 
 
 def test_a_block_that_a_study_does_not_have_is_refused_with_the_range(calibrated: Path):
@@ -227,7 +239,7 @@ def test_an_interrupted_python_program_leaves_no_stage_running(tmp_path: Path, m
         "signal.pause()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    printed = []
+    printed = list[psutil.Process]()
 
     def stop(line: str) -> None:
         printed.extend(psutil.Process(int(number)) for number in line.split())

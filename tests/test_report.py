@@ -137,9 +137,9 @@ HOSTILE = "<script>alert(1)</script>|`code`|``|&lt;[x](y)|*a*|__b__|$c$|0.12345|
 
 def test_no_local_path_is_published(made: Callable[..., Experiment]):
     """Of models, texts and notes."""
-    words = {"model": "/home/me/models/small", "perplexity__texts__embedded__source": "/home/me/data/own.txt"}
+    words = {"model": "/home/me/models, old/small", "perplexity__texts__embedded__source": "/home/me/data/own.txt"}
     one = made(**words, calibration__text__source="/home/me/a/same.txt", recovery__text__source="/home/me/c/long.txt")
-    other = made(**words, calibration__text__source="/home/me/b/same.txt")
+    other = made(**words, calibration__text__source="/home/me/My (b): texts/same.txt")
     one.notes.append("metrics of /home/me/study/metrics/x.json: damaged")
     said = said_of(one, other, notes=[("waiting", "queued (model=/home/me/models/other)")])
     assert "/home" not in said

@@ -50,7 +50,14 @@ def _show_version(is_asked: bool) -> None:
 @app.callback()
 def main(
     directory: Annotated[
-        Path, typer.Option("--directory", "-C", exists=True, file_okay=False, help="The study, or a folder in it.")
+        Path,
+        typer.Option(
+            "--directory",
+            "-C",
+            exists=True,
+            file_okay=False,
+            help="The study, or a folder in it. Other paths start there.",
+        ),
     ] = Path(),
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[

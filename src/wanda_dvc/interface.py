@@ -9,7 +9,6 @@ an earlier call stays. `perplexity` starts from those of the last `mask` or `pru
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -59,9 +58,9 @@ class Study:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
-        `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every measure of
-        each model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not measured with these
-        settings; of diverged measures, perplexity and divergence are infinity, others NaN.
+        `queued`, `running`, …), each setting of a `params.yaml` by its dotted name, such as `calibration.windows`, and
+        every measure of each model, such as `pruned.perplexity.embedded` or `pruned.acc.piqa`. None means not measured
+        with these settings; of diverged measures, perplexity and divergence are infinity, others NaN.
         """
         from wanda_dvc.results.listing import flat_records, listed_revisions  # imports NumPy, and masks need none
 
@@ -102,11 +101,8 @@ def calibrate(model: str | Path, directory: str | Path, **settings: Any) -> Stud
         **settings: Settings of `params.yaml`, such as `calibration={"windows": 128, "length": 2048}`.
     """
     new_params(settings)  # a wrong setting or argument makes no study
-    if not isinstance(model, str | os.PathLike):
-        found = type(model).__name__
-        raise UserError(f"model: found {found}, expected a path or a Hub id; `save_pretrained` it and its tokenizer")
     root = Path(directory).absolute()
-    source = absolute_source(str(_source(model)), is_text=False)
+    source = absolute_source(_model_name(model), is_text=False)
     if not (root / "params.yaml").is_file():
         init(folder=root, model=source)
     study = Study(root)
@@ -145,8 +141,11 @@ def prune(
     """
     if not isinstance(model, Study):
         options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-        target = None if directory is None else Path(directory)
-        request = check_request(model=_source(model), target=target, **options, changes=dict(flatten(settings)))
+        for option in {"text", "eval_text"} & options.keys():
+            texts = options[option]
+            options[option] = [_name(text) for text in ([texts] if isinstance(texts, str | Path) else texts or [])]
+        name, target = None if model is None else _model_name(model), None if directory is None else Path(directory)
+        request = check_request(model=name, target=target, **options, changes=dict(flatten(settings)))
         from wanda_dvc.commands.prune import prune_model  # imports torch
 
         return prune_model(request, shown=False)
@@ -214,8 +213,15 @@ def prune_linear(
     return prune_weight(weight, inputs, gram, rule, plan.used_reconstruction)
 
 
-def _source(model: str | Path | None) -> str | None:
-    return str(model.expanduser().absolute()) if isinstance(model, Path) else model
+def _model_name(model: Any) -> str:
+    if not isinstance(model, str | Path):
+        found = type(model).__name__
+        raise UserError(f"model: found {found}, expected a path or a Hub id; `save_pretrained` it and its tokenizer")
+    return _name(model)
+
+
+def _name(source: str | Path) -> str:
+    return str(source.expanduser().absolute()) if isinstance(source, Path) else source
 
 
 def _starts(study: Study) -> dict[str, str]:

@@ -31,8 +31,8 @@ from wanda_dvc.study.folder import Study
 
 # Settings that labels do not repeat: they are in each label or on an axis, or the recipe needs them.
 IN_NAMES = (*CHOICES, "sparsity", "pattern", "calibration.statistics", "recovery.tokens")
-# The folders of an absolute path: /home/a/ of /home/a/model; nothing of https://a/b.
-FOLDERS = re.compile(r"(?<![\w.:/~])/[^\s,:;()]*/")
+# The folders of an absolute path, in quotes with any character: /home/a/ of /home/a/model; nothing of https://a/b.
+FOLDERS = re.compile(r"(?<=')/[^']*/|(?<![\w.:/~])/[^\s,:;()]*/")
 # Curves differ in colour and marker, for colour-blind eyes.
 CURVES = cycler(color=mpl.color_sequences["petroff6"], marker=["o", "s", "D", "^", "v", "P"])
 LOOK: dict[Any, Any] = {  # whatever the reader's matplotlibrc says
@@ -131,12 +131,12 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
 
     shared = {key: value for key, value in members[0].settings.items() if key not in varying}
     calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
-    libraries: Json = {}
+    model, libraries = members[0].params.model, Json()
     for name in dense.metrics:
         for protocol in dense.protocols_in(name):
             libraries |= protocol.get("libraries", {})
     return {
-        "model": members[0].params.model,
+        "model": Path(model).name if Path(model).is_absolute() else model,
         "differences": why_separate(members[0], first),
         "protocol": [
             *table_notes({name: experiment.params for name, experiment in experiments.items()}, models),

@@ -181,6 +181,21 @@ def checkout(root: Path) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=root, capture_output=True, check=False)
 
 
+def share_cache(root: Path, other: Path) -> None:
+    """Let a study use the cache of another one, if that is not in the other's `.dvc`."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(other)) as repo:
+            cache = Path(repo.cache.local_cache_dir).resolve()
+    except NotDvcRepoError:
+        return
+    if cache != (other / ".dvc/cache").resolve():
+        command = [sys.executable, "-m", "dvc", "cache", "dir", "--local", str(cache)]
+        subprocess.run(command, cwd=root, capture_output=True, check=True)
+
+
 def init_repository(folder: Path, *, inside: bool) -> None:
     """Make a DVC repository; with `inside`, below the root of a git repository."""
     from dvc.exceptions import DvcException

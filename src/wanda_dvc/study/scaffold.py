@@ -21,7 +21,7 @@ from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError, shortened
 from wanda_dvc.params import TEXT_SUFFIXES, Params, Settings, check_params, nested, parse_yaml
 from wanda_dvc.reading import check_place, read_text
-from wanda_dvc.study.dvc import checkout, git, init_repository, link_file
+from wanda_dvc.study.dvc import checkout, git, init_repository, link_file, share_cache
 from wanda_dvc.study.files import write_text
 
 TEMPLATE = files("wanda_dvc.study") / "template"
@@ -84,7 +84,11 @@ def _write_files(folder: Path, params_text: str) -> None:
 
 
 def _copy_results(study: Path, folder: Path) -> None:
-    """Copy a study's results; cached files never change, so links to them are enough. `dvc repro` writes the rest."""
+    """Copy a study's results; cached files never change, so links to them are enough. `dvc repro` writes the rest.
+
+    Both studies use a cache that is elsewhere.
+    """
+    share_cache(folder, study)
     for name, copy_file in ((".dvc/cache", link_file), ("metrics", shutil.copy)):
         if (study / name).is_dir():
             shutil.copytree(study / name, folder / name, copy_function=copy_file, dirs_exist_ok=True)
