@@ -3,8 +3,10 @@
 import itertools
 import random
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from wanda_dvc.stages.recover import VALIDATION_WINDOWS, training_windows
 from wanda_dvc.study.artifact import read_provenance
 from wanda_dvc.study.files import load_json
 
+calibrate_stage: Any = import_module("wanda_dvc.stages.calibrate")
 KINDS = {"digits": "0123456789 ", "lower": "abcdefghij ", "upper": "ABCDEFGHIJ ", "signs": "+-*/=<>!?; "}
 
 
@@ -209,6 +212,17 @@ def test_provenance_of_the_statistics_names_all_texts(study: Make, sources: list
     mask_and_apply(made)
     written = card(made, load_json(made.metrics("pruned", "sparsity")))
     assert "3 + 1 windows of 64 tokens of digits.txt; lower.txt" in written.replace("\\", "")
+
+
+@pytest.mark.parametrize(("count", "windows", "back"), [(2, 20, 16), (1, 20, 8), (2, 12, 12), (1, 4, 4)])
+def test_the_backward_pass_has_eight_windows_of_each_text(
+    count: int, windows: int, back: int, study: Make, sources: list[dict[str, Any]]
+):
+    made = study(calibration__text=sources[:count], calibration__windows=windows, recipe="fisher")
+    with mock.patch.object(calibrate_stage, "backward", wraps=calibrate_stage.backward) as run:
+        calibrate(study=fetch(made, "model", "calibration"))
+    assert torch.equal(run.call_args.args[1], draw_calibration(made).tokens[:back])
+    assert read_provenance(made.fisher, "calibrate")["windows"] == back
 
 
 def test_a_recovery_takes_windows_of_all_texts_and_none_of_the_calibration(study: Make, sources: list[dict[str, Any]]):

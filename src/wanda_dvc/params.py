@@ -167,7 +167,7 @@ def _as_written(texts: list[CalibrationText]) -> object:
     return texts if len(texts) > 1 else next(iter(texts), None)
 
 
-# In params.yaml one text, a list of them, or null. The backward pass reads few windows, which must have each text.
+# In params.yaml one text, a list of them, or null. Some steps read few windows, which must have each text.
 Texts = Annotated[
     list[CalibrationText], BeforeValidator(_as_list), PlainSerializer(_as_written), Field(max_length=WINDOWS_BACK)
 ]
@@ -185,7 +185,7 @@ class Calibration(_Section):
     statistics: Literal["auto", "norms", "gram", "fisher"] = Field(
         "auto",
         description="`auto`: what the recipe reads; or, for later recipes, at least `norms` (‖X_j‖₂ of each feature), "
-        "`gram` (also XᵀX of each input) or `fisher` (also gradients of eight windows)",
+        "`gram` (also XᵀX of each input) or `fisher` (also gradients, of eight windows of each text)",
     )
 
     @property
@@ -195,6 +195,11 @@ class Calibration(_Section):
         unnamed = len(self.text) - len(named)
         equal = iter(apportion(self.windows - sum(named), [1] * unnamed))
         return [text.windows or next(equal) for text in self.text]
+
+    @property
+    def windows_back(self) -> int:
+        """The number of windows of the backward pass."""
+        return min(WINDOWS_BACK * len(self.text), self.windows)
 
 
 class Perplexity(_Section):

@@ -19,7 +19,7 @@ RECOVERY_BATCH = 2  # windows of a step of `recover`, by default; `recovery.rate
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 MEASURED_BLOCKS = 0.25  # the fraction of the blocks for which `calibrate` measures choices, at least
 TOKENS_OF_CHOICES = 4096  # that it measures each choice on, about
-WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
+WINDOWS_BACK = 8  # windows of each text in the backward pass; of one text 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
 # For each feature, tokens of the text, each counted once in however many windows: fewer are reported, or refused.
 FEW_TOKENS, TOO_FEW_TOKENS = 9, 5

@@ -267,6 +267,8 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     windows["dtype"] = params.dtype
     for statistics in STATISTICS:
         inputs[f"calibrate/{statistics}"] = windows if statistics in params.statistics else {}
+    if len(calibration.text) > 1 and "fisher" in params.statistics:
+        inputs["calibrate/fisher"] = windows | {"windows_back": calibration.windows_back}
     # For a quarter of the blocks: another sparsity up to that changes nothing.
     sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
     inputs["calibrate/blocks"] = windows | {"sparsity": sparsity} if params.plan.measures_blocks else {}

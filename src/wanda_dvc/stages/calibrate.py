@@ -36,7 +36,7 @@ def calibrate(*, study: Study, statistics: str) -> None:
             if statistics == "blocks":
                 _choose_blocks(study, work)
             elif statistics == "fisher":
-                _backward(study, work)
+                _backward(study, work, made_from["windows"])
             elif statistics == "gram":
                 _forward(study, gram=work)
             elif study.stage_input("calibrate/gram") and inputs.stored_gram(study) != expected_gram:
@@ -68,7 +68,8 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     if statistics in ("gram", "fisher"):
         made_from["dtype"] = GRAM_DTYPE
     if statistics == "fisher":
-        made_from["windows"] = min(WINDOWS_BACK, params["windows"])
+        of_one_text = min(WINDOWS_BACK, params["windows"])
+        made_from["windows"] = study.stage_input("calibrate/fisher").get("windows_back", of_one_text)
     if statistics == "blocks":
         made_from["sparsity"] = study.stage_input("calibrate/blocks")["sparsity"]
     return made_from
@@ -121,13 +122,13 @@ def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
         notice(f"calibrate: {problem}; raise calibration.length or calibration.windows, or take a longer text")
 
 
-def _backward(study: Study, work: Work) -> None:
-    """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
+def _backward(study: Study, work: Work, windows: int) -> None:
+    """Run the first `windows` forward and back, and write each linear's gradients by its outputs, last block first."""
     run = inputs.runner(study, "dense", work)
     announce(study, "calibrate", run.decoder.sizes)
     blocks = len(run.decoder.blocks)
     finished = artifact.finished_blocks(work.out, reversed(range(blocks)))
-    steps = backward(run, inputs.draw_calibration(study).tokens[:WINDOWS_BACK], finished=finished)
+    steps = backward(run, inputs.draw_calibration(study).tokens[:windows], finished=finished)
     for block, gradients in progress(steps, total=blocks, what="calibrate, backward", at=lambda x: blocks - 1 - x[0]):
         # A Gram matrix of gradients is of one linear's outputs: it has no input, and no weight to be transposed.
         linears = {name: [name] for name in gradients.grams}

@@ -11,7 +11,7 @@ from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, Model
 from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import RECOVERY_LENGTH, TOKENS_OF_CHOICES, WINDOWS_BACK
+from wanda_dvc.plan import RECOVERY_LENGTH, TOKENS_OF_CHOICES
 from wanda_dvc.reading import is_there
 from wanda_dvc.stages.device import device_name, free_memory_of
 from wanda_dvc.study.artifact import PROVENANCE
@@ -184,7 +184,7 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
         disk += triangles_size(sizes.all_input_squares)
     if "fisher" in statistics:
         memory = max(memory, forward.backward)
-        tokens = min(WINDOWS_BACK, calibration.windows) * calibration.length
+        tokens = calibration.windows_back * calibration.length
         gradients = tokens * sizes.hidden * ITEMSIZE["float32"]
         disk += triangles_size(sizes.all_output_squares)
         disk += (sizes.blocks + 1) * given.stored_activations(tokens) + 2 * gradients
