@@ -14,8 +14,8 @@ HEAD = """\
 # Settings
 
 `params.yaml` must name `model` and the texts. Defaults are a new study's; if missing,
-`perplexity.windows` is null, `tasks.names` `[]`. A change reruns from the stage named; `calibrate` runs too
-if the recipe needs more statistics.
+`perplexity.windows` is null, `tasks.names` `[]`. A change reruns that stage and those that read its
+results; `calibrate` too, if statistics are missing.
 
 """
 # What most recipes choose.

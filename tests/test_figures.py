@@ -3,6 +3,7 @@
 A figure that is no result, such as a setting or a version, is listed with its reason.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,12 +111,17 @@ def of_models() -> Iterator[tuple[str, str]]:
     yield SMALLER, f"removes {parts[0]} of this rise, and {parts[1]} of the rise on WikiText-2"
 
 
+def rounded_up(percent: float) -> float:
+    """What a gap is within."""
+    return math.ceil(10 * percent) / 10
+
+
 def of_other_code() -> Iterator[tuple[str, str]]:
     """What the papers' authors have, and what their code has."""
     gaps = {name: abs(gap) for name, _, _, gap, _ in figures.from_authors()}
     half = max(gaps[f"{recipe} 50 %"] for recipe in ("wanda-paper", "sparsegpt-paper", "magnitude"))
-    yield PAPER, f"within {half:.1f} % of the authors' code at 50 %"
-    yield PAPER, f"within [{gaps['sparsegpt-paper 50 %']:.1f} % of their code]"
+    yield PAPER, f"within {rounded_up(half)} % of the authors' code at 50 %"
+    yield PAPER, f"within [{rounded_up(gaps['sparsegpt-paper 50 %'])} % of their code]"
     yield PAPER, f"**{gaps['wanda-paper 50 %']:.1f} % at 50 %, more at 70 %**"
     yield PAPER, f"**{gaps['magnitude-rows 2:4']:.0f} % for magnitude at 2:4**"
     published = (ROOT / PAPER).read_text(encoding="utf-8")
