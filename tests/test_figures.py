@@ -15,6 +15,7 @@ import figures
 import pytest
 from conftest import ROOT
 from page_blocks import without_blocks
+from spread import SEEDS
 
 from wanda_dvc.engine.memory import FIXED, ModelSizes
 from wanda_dvc.stages.needs import TRAINING_WAYS, Conditions, training_memory
@@ -89,6 +90,12 @@ def of_models() -> Iterator[tuple[str, str]]:
     yield README, f"perplexity from {dense:.1f} to {fisher:.1f}"
     yield RESULTS, f"Dense: SmolLM2 {dense:.2f}, Gemma {gemma:.2f}"
     yield RESULTS, f"from Wanda's {wanda:.1f} to {fisher:.1f}, on 16 windows; the dense model has {dense:.1f}"
+    others = figures.measured("spread")
+    of_fisher = "Over three draws of the calibration's windows `fisher` has"
+    for recipe, sentence in (("fisher", of_fisher), ("wanda", "and `wanda`")):
+        drawn = [figures.value(others[f"{figures.SMALL} {seed} {recipe} 50%"]) for seed in SEEDS]
+        every = (perplexity(f"{recipe} 50%"), *drawn)
+        yield RESULTS, f"{sentence} {min(every):.1f} to {max(every):.1f}"
     half, more = ([-change(f"fisher {at}", f"wanda {at}", text) for text in figures.TEXTS] for at in ("50%", "70%"))
     yield RESULTS, f"by {half[0]:.0f} % on WikiText-2, and by {half[1]:.0f} % on the embedded text"
     yield RESULTS, f"at 70 %, by {more[0]:.0f} and {more[1]:.0f} %"
