@@ -113,7 +113,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(changes: dict[
     work = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(dense, pruned, work, on_step=mock.Mock(side_effect=[*[None] * 9, KeyboardInterrupt]), **changes)
-    (last,) = sorted(work.glob("checkpoint-*"))
+    last = work / "checkpoint-8"
     for step in (2, 10):  # an older one; and the kill came while the next one was written
         state = shutil.copytree(last, work / f"checkpoint-{step}") / "trainer_state.json"
         state.write_text(state.read_text().replace('"global_step": 8', f'"global_step": {step}'))
@@ -135,7 +135,13 @@ def test_the_best_weights_stay_and_a_training_that_does_not_help_is_dropped(stor
     weights, curve = train(dense, pruned, tmp_path / "far", rate=1.0, steps=4)
     best = min(curve, key=lambda one: one["text"])
     assert best not in (curve[0], curve[-1])
-    written(weights, tmp_path / "made")
+    made = written(weights, tmp_path / "made")
+    # Written again by a run that was killed after the training, which has nothing to train.
+    again, same = train(
+        dense, pruned, tmp_path / "far", rate=1.0, steps=4, on_step=mock.Mock(side_effect=AssertionError)
+    )
+    assert same == curve
+    assert all(torch.equal(weight, made[name]) for name, weight in written(again, tmp_path / "made again").items())
     _, seen = train(dense, tmp_path / "made", tmp_path / "again", steps=1)
     assert seen[0]["text"] == pytest.approx(best["text"], rel=1e-4)
     assert train(dense, pruned, tmp_path / "one", steps=1, rate=1e-3)[0] is not None

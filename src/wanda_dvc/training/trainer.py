@@ -317,7 +317,8 @@ def _arguments(
         output_dir=str(work.absolute()), per_device_train_batch_size=windows_per_process, num_train_epochs=1,
         train_sampling_strategy="sequential", lr_scheduler_type="linear", warmup_steps=warm_up,
         eval_on_start=True, eval_strategy="steps", save_strategy="steps", eval_steps=steps_between_evaluations,
-        save_steps=steps_between_evaluations, save_total_limit=1, load_best_model_at_end=True,
+        save_steps=steps_between_evaluations, load_best_model_at_end=True,
+        save_total_limit=2,  # the best and the last: with 1 the last goes before the result is written
         metric_for_best_model="score", greater_is_better=False, use_cpu=device.type == "cpu",
         bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
         dataloader_pin_memory=False,  # windows are small, and MPS warns about it
