@@ -14,8 +14,8 @@ HEAD = """\
 # Settings
 
 `params.yaml` must name `model` and the texts. Defaults are a new study's; if missing,
-`perplexity.windows` is null, `tasks.names` `[]`. A change reruns that stage and those that read its
-results; `calibrate` too, if statistics are missing.
+`perplexity.windows` is null, `tasks.names` `[]`. A change reruns the stage of its row, and those that
+read its results; `calibrate` too, if statistics are missing.
 
 """
 # What most recipes choose.

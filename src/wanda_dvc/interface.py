@@ -144,7 +144,8 @@ def prune(
         for option in {"text", "eval_text"} & options.keys():
             texts = options[option]
             options[option] = [_name(text) for text in ([texts] if isinstance(texts, str | Path) else texts or [])]
-        name, target = None if model is None else _model_name(model), None if directory is None else Path(directory)
+        name = None if model is None else _model_name(model)
+        target = None if directory is None else Path(directory)
         request = check_request(model=name, target=target, **options, changes=dict(flatten(settings)))
         from wanda_dvc.commands.prune import prune_model  # imports torch
 

@@ -131,7 +131,8 @@ def section(members: Sequence[Experiment], *, first: Experiment) -> Json:
 
     shared = {key: value for key, value in members[0].settings.items() if key not in varying}
     calibration = [f"{key}={value!r}" for key, value in shared.items() if key.startswith("calibration.")]
-    model, libraries = members[0].params.model, Json()
+    model = members[0].params.model
+    libraries: Json = {}
     for name in dense.metrics:
         for protocol in dense.protocols_in(name):
             libraries |= protocol.get("libraries", {})

@@ -13,7 +13,7 @@ from wanda_dvc.engine.divergence import (
     diverge,
     measure_windows,
     summarize,
-)  # fmt: skip
+)
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
