@@ -25,7 +25,7 @@ from wanda_dvc.engine.memory import ModelSizes
 from wanda_dvc.engine.removal import Removal
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import nested
-from wanda_dvc.plan import WINDOWS_BACK
+from wanda_dvc.plan import MEASURED_WINDOWS
 from wanda_dvc.stages import candidates
 from wanda_dvc.stages import mask as mask_stage
 from wanda_dvc.stages.inputs import CHOICES_FILE, draw_calibration, read_choices
@@ -57,8 +57,8 @@ def test_the_best_of_the_measured_candidates_is_written(sparsity: float, study: 
     assert pruned.config.num_key_value_heads == kept(best["heads"])[0]
     assert pruned.config.intermediate_size == kept(best["neurons"])[0]
 
-    windows = draw_calibration(made, further=1).tokens[:WINDOWS_BACK]
-    assert not torch.equal(windows, draw_calibration(made).tokens[:WINDOWS_BACK])
+    windows = draw_calibration(made, further=1).tokens[:MEASURED_WINDOWS]
+    assert not torch.equal(windows, draw_calibration(made).tokens[:MEASURED_WINDOWS])
     log_p = []
     for checkpoint in (dense, pruned):
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
@@ -68,7 +68,7 @@ def test_the_best_of_the_measured_candidates_is_written(sparsity: float, study: 
     assert best["divergence"] == pytest.approx(float(kl), rel=1e-3)
 
     measured, choices = read_provenance(made.fisher, "calibrate"), read_choices(made.blocks)
-    tokens = measured["windows"] * measured["params"]["length"]
+    tokens = measured["windows_back"] * measured["params"]["length"]
     for row in rows:
         (blocks, total), units = kept(row["blocks"]), {HEADS: kept(row["heads"]), NEURONS: kept(row["neurons"])}
         removed = choices[total - blocks - 1].removed if blocks < total else ()

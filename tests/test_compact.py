@@ -14,8 +14,9 @@ from short_training import CPU, LOW, pair, train, windows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanda_dvc.engine.memory import ModelSizes
+from wanda_dvc.engine.memory import VALUES_OF_SCALE, ModelSizes
 from wanda_dvc.errors import UserError
+from wanda_dvc.stages import needs
 from wanda_dvc.stages.needs import TRAINING_WAYS, training_memory
 from wanda_dvc.training import compact, trainer
 from wanda_dvc.training.compact import CompactAdamW, decode, encode, join, split
@@ -40,7 +41,7 @@ def test_a_weight_has_24_bits_and_the_model_reads_its_nearest_in_bfloat16():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_codes_are_right_on_average_and_no_value_becomes_zero(dtype: torch.dtype):
-    values = random(4, compact.BLOCK) ** 3
+    values = random(4, VALUES_OF_SCALE) ** 3
     values = values if dtype is torch.int8 else values.abs()
     values[:, ::2] = 0
     values[1] *= 1e-12
@@ -163,9 +164,10 @@ def test_a_head_that_does_not_read_the_decoder_is_refused(tmp_path: Path):
 def test_the_formula_is_the_memory(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shape: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512}
     dense, pruned = pair(tmp_path, **shape, tie_word_embeddings=tied, dtype=torch.bfloat16)
-    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**18)
+    for module in (trainer, needs):
+        monkeypatch.setattr(module, "LOGITS_OF_SLICE", 2**18)
     monkeypatch.setitem(compact.UPDATED_AT_A_TIME, "cpu", 2**16)
-    settings = SimpleNamespace(calibration=SimpleNamespace(length=32), recovery=SimpleNamespace(batch=2))
+    settings = SimpleNamespace(calibration=SimpleNamespace(length=32), recovery=SimpleNamespace(batch=2, tokens=0))
     wanted: Any = SimpleNamespace(params=settings, sizes=ModelSizes.read(dense), dtype="bfloat16", device="cpu")
     with Allocated() as allocated:
         train(dense, pruned, tmp_path / "work", steps=2, windows=windows(4, length=32), **LOW)

@@ -1,11 +1,13 @@
 """A local model or text is watched by its content, and a study is shared with a team, on a real DVC repository."""
 
+import json
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from c4 import SHARD
 from conftest import ROOT, Factory, git, save_tiny_model
 from dvc.repo import Repo
 from repository import CALIBRATE, DOWNLOADS, EVALUATE, PRUNE, Repository, ran
@@ -53,6 +55,21 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, study):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match="calibration.text.source: .*pipe.txt not found, or no file and no directory"):
         plan(study=study(calibration__text__source=str(tmp_path / "pipe.txt"), plan=False))
+
+
+def test_dvc_sees_which_mirror_is_read_and_each_text_in_it(tmp_path: Path, study):
+    mirror, wikitext = tmp_path / "mirror", Path("Salesforce/wikitext/wikitext-2-raw-v1")
+    for file in (wikitext / "train.jsonl", wikitext / "test.jsonl", Path("allenai/c4", SHARD)):
+        (mirror / file).parent.mkdir(parents=True, exist_ok=True)
+        (mirror / file).touch()
+    texts = {"named": {"source": "wikitext2"}, "not_there": {"source": "ptb"}, "embedded": {"source": "embedded"}}
+    settings = {"calibration__text": [{"source": "c4"}, {"source": "wikitext2"}], "tasks__source": "benchmark"}
+    made = study(**settings, perplexity__texts=texts, runtime__mirror=str(mirror))
+    assert made.source("calibration/0").readlink() == mirror / "allenai/c4" / SHARD
+    assert made.source("calibration/1").readlink() == mirror / wikitext / "train.jsonl"
+    assert made.source("perplexity/named").readlink() == mirror / wikitext / "test.jsonl"
+    notes = [made.source(name).read_text() for name in ("perplexity/not_there", "perplexity/embedded", "tasks")]
+    assert [json.loads(note)["source"] for note in notes] == ["ptb", "embedded", f"benchmark in {mirror}"]
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,8 @@ def test_a_killed_training_of_split_models_resumes_and_ends_with_the_same_weight
 @pytest.mark.full
 def test_processes_that_split_a_model_train_it_in_the_first_ones_way(study: Make, monkeypatch: Patch):
     made = prune(fetch(study(**SMALL)))
-    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
+    for module in (trainer, needs):
+        monkeypatch.setattr(module, "LOGITS_OF_SLICE", 2**12)
 
     def run(rank: int) -> None:
         given = Conditions(made, ModelSizes.read(made.model("dense")))
@@ -387,7 +388,8 @@ def test_windows_are_not_the_calibrations_and_validation_has_others(study: Make)
 
 def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: Patch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
-    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
+    for module in (trainer, needs):
+        monkeypatch.setattr(module, "LOGITS_OF_SLICE", 2**12)
     sizes, run_of = ModelSizes.read(made.model("dense")), Conditions(made, ModelSizes.read(made.model("dense")))
     full, twice, low = (FIXED + needs.training_memory(run_of, way) for way in needs.TRAINING_WAYS)
     assert low < twice < full
@@ -414,7 +416,8 @@ def test_the_training_takes_the_memory_that_is_free(study: Make, monkeypatch: Pa
 
 def test_an_interrupted_training_keeps_its_way_where_it_fits(study: Make, monkeypatch: Patch, capsys: Capture):
     made = prune(fetch(study(**SMALL)))
-    monkeypatch.setattr(trainer, "LOGITS_OF_SLICE", 2**12)
+    for module in (trainer, needs):
+        monkeypatch.setattr(module, "LOGITS_OF_SLICE", 2**12)
     given = Conditions(made, ModelSizes.read(made.model("dense")))
     full, _, low = (FIXED + needs.training_memory(given, way) for way in needs.TRAINING_WAYS)
     ways = []

@@ -438,6 +438,18 @@ def test_stats_are_a_summary_of_the_norms(calibrated_study: Make):
         stats.stats(study=made, block=2, as_json=False)
 
 
+def test_a_solver_refuses_stored_statistics_of_a_text_that_is_too_short(study: Make, tmp_path: Path):
+    """DVC does not run `calibrate` again for another recipe."""
+    (tmp_path / "short.txt").write_text("a few words " * 6)
+    short = {"calibration__text": {"source": str(tmp_path / "short.txt")}, "calibration__length": 8}
+    settings = short | {"calibration__windows": 60, "calibration__statistics": "gram"}
+    calibrate(study=fetch(study(**settings, recipe="wanda"), "model", "calibration"))
+    mask(study=study(**settings, recipe="wanda"))
+    for recipe in ("wanda-refit", "admm"):
+        with pytest.raises(UserError, match=r"calibration.text: \d+ distinct tokens, expected 480 for solvers"):
+            mask(study=study(**settings, recipe=recipe))
+
+
 def test_too_few_tokens_for_solvers_are_reported(calibrated_study: Make, capsys: Capture):
     calibrate(study=calibrated_study(calibration__statistics="gram"))
     shown = capsys.readouterr().err

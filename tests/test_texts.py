@@ -11,18 +11,17 @@ from unittest import mock
 import pytest
 import torch
 from c4 import SHARD, documents, packed
-from conftest import Capture, Make, Patch, calibrate, committed, fetch, mask_and_apply
+from conftest import Make, Patch, calibrate, committed, fetch, mask_and_apply
 from hypothesis import given
 from hypothesis import strategies as st
 from repository import Repository
 
-from wanda_dvc.engine.windows import DrawnWindows, cut, draw, interleaved, load_tokenizer, tokenize
+from wanda_dvc.engine.windows import cut, draw, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, apportion, check_params, download_sources, read_params, resolved
 from wanda_dvc.results.card import card
 from wanda_dvc.stages import stage_inputs
-from wanda_dvc.stages.calibrate import _check_distinct
-from wanda_dvc.stages.inputs import draw_calibration
+from wanda_dvc.stages.inputs import check_distinct, draw_calibration
 from wanda_dvc.stages.plan import plan
 from wanda_dvc.stages.recover import VALIDATION_WINDOWS, training_windows
 from wanda_dvc.study.artifact import read_provenance
@@ -57,7 +56,7 @@ def test_a_list_of_one_text_is_that_text():
     assert stage_inputs(one) == stage_inputs(listed)
     assert resolved(one) == resolved(listed)
     assert download_sources(one) == download_sources(listed)
-    assert "shares" not in stage_inputs(one)["calibrate/norms"]
+    assert stage_inputs(one)["calibrate/norms"]["shares"] == [32]
 
 
 SHARES = [  # calibration.windows, the windows of each text, and their shares
@@ -222,7 +221,7 @@ def test_the_backward_pass_has_eight_windows_of_each_text(
     with mock.patch.object(calibrate_stage, "backward", wraps=calibrate_stage.backward) as run:
         calibrate(study=fetch(made, "model", "calibration"))
     assert torch.equal(run.call_args.args[1], draw_calibration(made).tokens[:back])
-    assert read_provenance(made.fisher, "calibrate")["windows"] == back
+    assert read_provenance(made.fisher, "calibrate")["windows_back"] == back
 
 
 def test_a_recovery_takes_windows_of_all_texts_and_none_of_the_calibration(study: Make, sources: list[dict[str, Any]]):
@@ -305,7 +304,7 @@ WIDEST = 100  # features: solvers want 1,000 tokens
 @pytest.mark.parametrize(
     ("settings", "solves"),
     [
-        ({"recipe": "wanda"}, None),
+        ({"recipe": "wanda"}, False),
         ({"recipe": "wanda", "calibration__statistics": "gram"}, False),
         ({"recipe": "wanda", "group": "outputs"}, False),
         ({"recipe": "wanda-refit"}, True),
@@ -328,18 +327,14 @@ WIDEST = 100  # features: solvers want 1,000 tokens
     ],
 )
 def test_distinct_tokens_for_solvers(
-    study: Make, settings: dict[str, str], solves: bool | None, drawn: int, distinct: int, result: str, capsys: Capture
+    study: Make, settings: dict[str, str], solves: bool, drawn: int, distinct: int, result: str
 ):
-    windows = DrawnWindows(torch.zeros(1, drawn, dtype=torch.long), distinct)
-    made = study(**settings)
-    capsys.readouterr()
+    made = study(**settings, calibration__windows=1, calibration__length=drawn)
     if result == "refused" and solves:
         with pytest.raises(UserError, match=rf"calibration.text: {distinct} distinct tokens, expected 1,000 .* recipe"):
-            _check_distinct(made, windows, WIDEST)
+            check_distinct(made, distinct, WIDEST)
     else:
-        _check_distinct(made, windows, WIDEST)
-        is_reported = result != "silent" and solves is not None
-        assert ("distinct tokens, expected 1,000" in capsys.readouterr().err) == is_reported
+        assert ("distinct tokens, expected 1,000" in check_distinct(made, distinct, WIDEST)) == (result != "silent")
 
 
 def test_tokens_that_several_windows_have_count_once(study: Make, sources: list[dict[str, Any]], monkeypatch: Patch):

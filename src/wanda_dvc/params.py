@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 
 from wanda_dvc import catalog
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import CHOICES, RECOVERY_BATCH, UNSTRUCTURED, WINDOWS_BACK, Plan
+from wanda_dvc.plan import CHOICES, MEASURED_WINDOWS, RECOVERY_BATCH, UNSTRUCTURED, WINDOWS_BACK, Plan
 from wanda_dvc.reading import read_text
 
 MAX_WINDOWS = MAX_LENGTH = 2**20  # far above any real study
@@ -89,6 +89,18 @@ class ChosenText:
     split: str | None  # None of a file
     column: str
     join: str  # between two rows
+
+    @property
+    def shard(self) -> str | None:
+        """The one file that is read of a data set that is too large to fetch."""
+        named = catalog.TEXTS.get(self.source)
+        return named.shards.get(self.split or "") if named else None
+
+    @property
+    def path_in_mirror(self) -> list[str]:
+        """The parts of its file's path in a mirror; none if it is not on the Hub."""
+        file = [self.shard] if self.shard else [self.config, f"{self.split}.jsonl"]
+        return [name for name in (self.dataset, *file) if name] if self.dataset else []
 
 
 class Text(_Section):
@@ -169,7 +181,7 @@ def _as_written(texts: list[CalibrationText]) -> object:
 
 # In params.yaml one text, a list of them, or null. Some steps read few windows, which must have each text.
 Texts = Annotated[
-    list[CalibrationText], BeforeValidator(_as_list), PlainSerializer(_as_written), Field(max_length=WINDOWS_BACK)
+    list[CalibrationText], BeforeValidator(_as_list), PlainSerializer(_as_written), Field(max_length=MEASURED_WINDOWS)
 ]
 
 
@@ -177,7 +189,7 @@ class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
     text: Texts = Field(
-        min_length=1, description=f"a text, with a `source`, or a list of texts, at most {WINDOWS_BACK}"
+        min_length=1, description=f"a text, with a `source`, or a list of texts, at most {MEASURED_WINDOWS}"
     )
     windows: int = Field(32, ge=1, le=MAX_WINDOWS, description="number of windows, drawn at random")
     length: int = Field(512, ge=2, le=MAX_LENGTH, description="tokens per window")
@@ -502,15 +514,26 @@ def _filled(texts: Sequence[CalibrationText], shares: Sequence[int]) -> Settings
 
 
 def download_sources(params: Params) -> dict[str, tuple[str, str]]:
-    """Return by source, such as `perplexity/NAME` or `calibration/0`, the setting that names it, and its value."""
+    """Return by source, such as `perplexity/NAME` or `calibration/0`, the setting that names it, and its value.
+
+    The value for a text in `runtime.mirror` is the path of its file there, and for the tasks it names the mirror.
+    """
+    mirror = params.runtime.mirror
+
+    def value(text: Text) -> str:
+        path = text.chosen.path_in_mirror if mirror else []
+        file = Path(mirror or "", *path)
+        return str(file) if path and file.is_file() else text.source
+
     sources = {"model": ("model", params.model)}
     for name, text in params.perplexity.texts.items():
-        sources[f"perplexity/{name}"] = f"perplexity.texts.{name}.source", text.source
+        sources[f"perplexity/{name}"] = f"perplexity.texts.{name}.source", value(text)
     for section, texts in (("calibration", params.calibration.text), ("recovery", params.recovery.text)):
         settings_of = numbered(f"{section}.text", ".", len(texts))
         for name, setting, text in zip(numbered(section, "/", len(texts)), settings_of, texts, strict=True):
-            sources[name] = f"{setting}.source", text.source
+            sources[name] = f"{setting}.source", value(text)
     if not params.recovery.text:
         sources["recovery"] = "recovery.text.source", "none"
-    sources["tasks"] = "tasks.source", params.tasks.source
+    is_mirrored = mirror and params.tasks.source != catalog.EMBEDDED
+    sources["tasks"] = "tasks.source", f"{params.tasks.source} in {mirror}" if is_mirrored else params.tasks.source
     return sources

@@ -20,6 +20,7 @@ GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 i
 MEASURED_BLOCKS = 0.25  # the fraction of the blocks for which `calibrate` measures choices, at least
 TOKENS_OF_CHOICES = 4096  # that it measures each choice on, about
 WINDOWS_BACK = 8  # windows of each text in the backward pass; of one text 16 gained 1 % once, in 2:4
+MEASURED_WINDOWS = 8  # that `mask` measures each candidate on
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
 # For each feature, tokens of the text, each counted once in however many windows: fewer are reported, or refused.
 FEW_TOKENS, TOO_FEW_TOKENS = 9, 5
@@ -152,6 +153,11 @@ class Plan:
     def mask_solves(self) -> bool:
         """Whether `mask` solves equations with Gram matrices, for one distinct input at a time."""
         return self.method.is_solver or (self.propagates and self.reconstructs)
+
+    @property
+    def solves(self) -> bool:
+        """Whether `mask` or `apply` solves equations with Gram matrices."""
+        return self.mask_solves or self.apply_reconstructs
 
     @property
     def mask_reads_gram(self) -> bool:

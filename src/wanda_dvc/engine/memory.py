@@ -16,6 +16,9 @@ LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, bey
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 FIXED = LIBRARIES + ALLOCATOR  # of every stage
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+LOGITS_OF_SLICE = 2**24  # elements; of a training with little memory, which also keeps their gradients
+VALUES_OF_SCALE = 256  # in 8 bits, of an optimizer's moment
+COMPACT_BYTES = 5 + 8 / VALUES_OF_SCALE  # of a parameter in such a training: weight, next bits, moments and scales
 ARGUMENTS_BYTES = 2**26  # of kept arguments of blocks, at least; on a CPU, to record others again takes 2 % of a block
 
 

@@ -68,7 +68,7 @@ def draw_from_documents(
             continue
         start = rng.randint(0, len(tokens) - length - 1)
         starts.append(index * FAR + start)
-        windows.append(tokens[start : start + length])
+        windows.append(tokens[start : start + length].clone())  # else it keeps the document's tokens
     return _drawn(torch.stack(windows), torch.tensor(starts), setting)
 
 

@@ -35,7 +35,7 @@ def card(study: Study, metrics: Json, sections: Mapping[str, str] | None = None)
     if method:  # else of a package that is not installed
         chosen_by += f" ({method.paper})"
     reconstruction = Plan.from_dict(choices).used_reconstruction
-    counts = calibration.get("shares", [calibration["windows"]])  # of each text
+    counts = calibration["shares"]  # of each text
     settings = {
         "dense model": dense["source"],
         "sha256 of its files": f"{dense['sha256'][:12]}…",

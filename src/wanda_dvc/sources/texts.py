@@ -39,9 +39,8 @@ def find_texts(setting: str, texts: Sequence[ChosenText], mirror: str | None) ->
 
 def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
     """Find one text of a setting, such as `calibration.text.0`."""
-    where, named = f"params.yaml: {setting}", TEXTS.get(text.source)
-    shard = named.shards.get(text.split or "") if named else None
-    origin, title = _locate(setting, text, mirror, shard)
+    where, shard = f"params.yaml: {setting}", text.shard
+    origin, title = _locate(setting, text, mirror)
     commit = origin.commit if isinstance(origin, Repository) else None
     section = setting.partition(".")[0]
     provenance = describe(f"download {section}", source=title, revision=commit)
@@ -64,12 +63,11 @@ def find_text(setting: str, text: ChosenText, mirror: str | None) -> Source:
     return Source({"text": asdict(text), "commit": commit}, write)
 
 
-def _locate(setting: str, text: ChosenText, mirror: str | None, shard: str | None) -> tuple[Path | Repository, str]:
+def _locate(setting: str, text: ChosenText, mirror: str | None) -> tuple[Path | Repository, str]:
     """Return the file or the repository of a text, and its title in the provenance."""
     named = TEXTS.get(text.source)
     if text.dataset:
-        path = [shard] if shard else [name for name in (text.config, f"{text.split}.jsonl") if name]
-        mirrored = in_mirror(mirror, text.dataset, *path)
+        mirrored = in_mirror(mirror, *text.path_in_mirror)
         if mirrored and text.revision:
             notice(f"{setting}: read from runtime.mirror ({mirrored}); revision {text.revision} is ignored")
         revision = text.revision or (named.revision if named else None)

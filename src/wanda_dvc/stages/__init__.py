@@ -5,7 +5,7 @@ A row has everything that `dvc.yaml` says of the stage; `stage_inputs` has what 
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,7 +19,7 @@ from wanda_dvc.study.artifact import remove
 from wanda_dvc.study.files import Json, write_text
 
 if TYPE_CHECKING:
-    from wanda_dvc.params import Params, Text
+    from wanda_dvc.params import Params
     from wanda_dvc.study.folder import Study
 
 
@@ -131,7 +131,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=14,
+            version=15,
             about="Measure the dense model's activations once: stats/.",
             argument="statistics",
             variants={
@@ -173,7 +173,7 @@ STAGES = {
         ),
         Stage(
             name="recover",
-            version=5,
+            version=6,
             about="Train the pruned model towards the dense model, if recovery.tokens is set: models/recovered.",
             variants={
                 "": Variant(
@@ -249,10 +249,11 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
     needs. A file is empty if the settings do not ask for the run.
     """
     calibration, recovery, perplexity = params.calibration, params.recovery, params.perplexity
+    trains_on_own_text = recovery.tokens and recovery.text
     inputs: dict[str, Json] = {
         "download/model": {"source": params.model},
-        "download/calibration": _chosen(calibration.text),
-        "download/recovery": _chosen(recovery.text) if recovery.tokens and recovery.text else {},
+        "download/calibration": {"texts": [asdict(text.chosen) for text in calibration.text]},
+        "download/recovery": {"texts": [asdict(text.chosen) for text in recovery.text]} if trains_on_own_text else {},
         "download/tasks": {"source": params.tasks.source, "names": params.tasks.names},
         "mask": params.plan.to_dict(),
         "recover": {},
@@ -260,14 +261,12 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
         "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype},
     }
     for name, text in perplexity.texts.items():
-        inputs[f"download/perplexity/{name}"] = asdict(text.chosen)
-    windows: Json = {"windows": calibration.windows, "length": calibration.length, "seed": calibration.seed}
-    if len(calibration.text) > 1:
-        windows["shares"] = calibration.shares
+        inputs[f"download/perplexity/{name}"] = {"texts": [asdict(text.chosen)]}
+    windows: Json = {name: getattr(calibration, name) for name in ("windows", "shares", "length", "seed")}
     windows["dtype"] = params.dtype
     for statistics in STATISTICS:
         inputs[f"calibrate/{statistics}"] = windows if statistics in params.statistics else {}
-    if len(calibration.text) > 1 and "fisher" in params.statistics:
+    if "fisher" in params.statistics:
         inputs["calibrate/fisher"] = windows | {"windows_back": calibration.windows_back}
     # For a quarter of the blocks: another sparsity up to that changes nothing.
     sparsity = max(MEASURED_BLOCKS, float(params.plan.sparsity))
@@ -281,20 +280,11 @@ def stage_inputs(params: "Params") -> dict[str, Json]:
             "embedded": any(text.source == EMBEDDED for text in params.training_texts),  # a text is the embedded one
             "length": min(RECOVERY_LENGTH, calibration.length),
             "dtype": params.dtype,
-            "windows": calibration.windows,
+            "shares": [text.windows or 1 for text in recovery.text] or calibration.shares,
             "calibration_length": calibration.length,
             "seed": calibration.seed,
         }
-        if len(params.training_texts) > 1:
-            shares = [text.windows or 1 for text in recovery.text]
-            inputs["recover"]["shares"] = shares or calibration.shares
     return inputs
-
-
-def _chosen(texts: "Sequence[Text]") -> Json:
-    """Return what `download` is given of a text, or of several."""
-    chosen = [asdict(text.chosen) for text in texts]
-    return chosen[0] if len(chosen) == 1 else {"texts": chosen}
 
 
 def run(

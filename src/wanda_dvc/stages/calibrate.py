@@ -8,9 +8,8 @@ from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine import depth
 from wanda_dvc.engine.backward import backward
 from wanda_dvc.engine.sequences import TokenSequence
-from wanda_dvc.engine.windows import DrawnWindows
-from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import FEW_TOKENS, GRAM_DTYPE, TOKENS_A_FEATURE, TOKENS_OF_CHOICES, TOO_FEW_TOKENS, WINDOWS_BACK
+from wanda_dvc.errors import notice
+from wanda_dvc.plan import GRAM_DTYPE, TOKENS_OF_CHOICES
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import count_kept
 from wanda_dvc.reading import is_there
@@ -36,15 +35,15 @@ def calibrate(*, study: Study, statistics: str) -> None:
             if statistics == "blocks":
                 _choose_blocks(study, work)
             elif statistics == "fisher":
-                _backward(study, work, made_from["windows"])
+                _backward(study, work, made_from["windows_back"])
             elif statistics == "gram":
                 _forward(study, gram=work)
             elif study.stage_input("calibrate/gram") and inputs.stored_gram(study) != expected_gram:
                 with study.work(expected_gram) as gram:
-                    _forward(study, norms=work, gram=gram)
+                    made_from |= _forward(study, norms=work, gram=gram)
                     artifact.finish(gram.out, expected_gram)  # and it waits: `calibrate gram` commits it
             else:
-                _forward(study, norms=work)
+                made_from |= _forward(study, norms=work)
             if statistics == "blocks":
                 artifact.write_provenance(work.out, made_from)
             else:
@@ -68,21 +67,26 @@ def calibrated_from(study: Study, statistics: str) -> Json:
     if statistics in ("gram", "fisher"):
         made_from["dtype"] = GRAM_DTYPE
     if statistics == "fisher":
-        of_one_text = min(WINDOWS_BACK, params["windows"])
-        made_from["windows"] = study.stage_input("calibrate/fisher").get("windows_back", of_one_text)
+        made_from["windows_back"] = study.stage_input("calibrate/fisher")["windows_back"]
     if statistics == "blocks":
         made_from["sparsity"] = study.stage_input("calibrate/blocks")["sparsity"]
     return made_from
 
 
-def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> None:
-    """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input."""
+def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = None) -> Json:
+    """Run all windows through all blocks, and write the norms and Gram matrices of each distinct input.
+
+    Return what `inputs.check_distinct` reads.
+    """
     works = [work for work in (norms, gram) if work is not None]
     run = inputs.runner(study, "dense", works[0])
     sizes = run.decoder.sizes
     announce(study, "calibrate", sizes)
     drawn = inputs.draw_calibration(study)
-    _check_distinct(study, drawn, sizes.widest)
+    counts = {"distinct": drawn.distinct, "widest": sizes.widest}
+    few_tokens = inputs.check_distinct(study, **counts)
+    if few_tokens and (study.plan.solves or study.stage_input("calibrate/gram")):
+        notice(f"calibrate: {few_tokens}; raise calibration.length or calibration.windows, or take a longer text")
     finished = min(artifact.finished_blocks(work.out) for work in works)
     unreached = 0  # experts of the blocks that this run measures
     steps = run.forward(drawn.tokens, finished=finished)
@@ -99,27 +103,7 @@ def _forward(study: Study, *, norms: Work | None = None, gram: Work | None = Non
             f"calibrate: no calibration token reached {unreached} experts; Wanda judges their weights by magnitude, "
             "and REAP removes them first. More calibration windows reach more experts."
         )
-
-
-def _check_distinct(study: Study, drawn: DrawnWindows, widest: int) -> None:
-    """Report few distinct tokens for solvers. UserError if it is the text that has too few for the plan's solver.
-
-    Windows that ask for fewer tokens are a choice of the user.
-    """
-    plan = study.plan
-    solves = plan.mask_solves or plan.apply_reconstructs
-    if not solves and not study.stage_input("calibrate/gram"):
-        return
-    needed = TOKENS_A_FEATURE * widest
-    problem = (
-        f"{drawn.distinct:,} distinct tokens, expected {needed:,} for solvers, {TOKENS_A_FEATURE} for each of "
-        f"{widest:,} features"
-    )
-    is_text_short = drawn.tokens.numel() >= needed and drawn.distinct < TOO_FEW_TOKENS * widest
-    if is_text_short and solves:
-        raise UserError(f"calibration.text: {problem}; take a longer text, such as c4, more texts, or recipe wanda")
-    if drawn.distinct < FEW_TOKENS * widest:
-        notice(f"calibrate: {problem}; raise calibration.length or calibration.windows, or take a longer text")
+    return counts
 
 
 def _backward(study: Study, work: Work, windows: int) -> None:
@@ -146,8 +130,8 @@ def _choose_blocks(study: Study, work: Work) -> None:
     number = blocks - count_kept(blocks, sparsity)
     announce(study, "calibrate", run.decoder.sizes)
     windows = inputs.draw_calibration(study).tokens
-    texts = len(study.stage_input("calibrate/norms").get("shares", ()))  # their windows take turns
-    count = max(math.ceil(TOKENS_OF_CHOICES / windows.shape[1]), texts)
+    texts = study.stage_input("calibrate/norms")["shares"]  # their windows take turns
+    count = max(math.ceil(TOKENS_OF_CHOICES / windows.shape[1]), len(texts))
     sequences = [TokenSequence(window) for window in windows[:count]]
     choices, choose_one_more = inputs.read_choices(work.out), methods()[STRUCTURES["blocks"].method]
     dense = depth.measure_dense(run, sequences)

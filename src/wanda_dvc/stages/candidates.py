@@ -20,7 +20,7 @@ from wanda_dvc.engine.probe import probe
 from wanda_dvc.engine.removal import Removal, SmallerCheckpoint
 from wanda_dvc.engine.sequences import TokenSequence
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.plan import WINDOWS_BACK
+from wanda_dvc.plan import MEASURED_WINDOWS
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import inputs
 from wanda_dvc.stages.apply import DenseToPruned, pruned_view
@@ -153,7 +153,7 @@ def _working(checkpoint: Checkpoint, candidates: Iterable[Candidate], device: to
 def read_costs(study: Study, removal: Removal) -> dict[str, tuple[int, Tensor]]:
     """Return the block of each set of heads or neurons, and the cost without its 0, 1, 2, … cheapest units, in nats."""
     measured = read_provenance(study.fisher, "calibrate")
-    tokens = measured["windows"] * measured["params"]["length"]
+    tokens = measured["windows_back"] * measured["params"]["length"]
     costs = {}
     for block in range(measured["blocks"]):
         for linear, by_number in tensors.read_fisher(study.fisher, block)[1].items():
@@ -170,7 +170,7 @@ def measure_candidates(study: Study, tries: Iterable[tuple[Candidate, Work]], wo
     Measured on windows of the calibration's text, by another seed than the calibration's.
     """
     dtype, device = getattr(torch, inputs.model_dtype(study)), own_device(study.params.runtime)
-    windows = [TokenSequence(window) for window in inputs.draw_calibration(study, further=1).tokens[:WINDOWS_BACK]]
+    windows = [TokenSequence(window) for window in inputs.draw_calibration(study, further=1).tokens[:MEASURED_WINDOWS]]
 
     def run(checkpoint: Checkpoint) -> ModelRunner:
         return ModelRunner(Decoder(checkpoint, dtype=dtype, device=device), work.path / "measured")

@@ -26,7 +26,7 @@ def download(*, study: Study, source: str, text: str = "") -> None:
         fetched = find_tasks(Tasks(**settings), mirror)
     else:
         setting = f"{source}.texts.{text}" if text else f"{source}.text"
-        fetched = find_texts(setting, [ChosenText(**chosen) for chosen in settings.get("texts", [settings])], mirror)
+        fetched = find_texts(setting, [ChosenText(**chosen) for chosen in settings["texts"]], mirror)
     with study.work(describe(f"download {source}", version=STAGES["download"].version, **fetched.key)) as work:
         fetched.write(work.new(), work.path)
         work.commit(study.model("dense") if source == "model" else study.data(name))

@@ -13,7 +13,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint, dtype_of, max_positions, rea
 from wanda_dvc.engine.windows import DrawnWindows, draw, draw_from_documents, interleaved, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import numbered
-from wanda_dvc.plan import SMALLER, Plan
+from wanda_dvc.plan import FEW_TOKENS, SMALLER, TOKENS_A_FEATURE, TOO_FEW_TOKENS, Plan
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.device import own_device
@@ -63,7 +63,8 @@ def model_dtype(study: Study, model: str = "dense") -> str:
 def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     """Return the provenance of stats/norms, and the digests of what else masks read.
 
-    These are `method`, `gram`, `fisher` and `blocks`. UserError if they are of another model, or of other settings.
+    These are `method`, `gram`, `fisher` and `blocks`. UserError if they are of another model, of other settings, or of
+    too few tokens.
     """
     norms = read_provenance(study.norms, "calibrate")
     dense = read_provenance(study.model("dense"), MODEL_COMMANDS["dense"])
@@ -74,17 +75,31 @@ def statistics(study: Study) -> tuple[Json, dict[str, str]]:
     if measured != expected:
         problem = f"measured with {measured}, expected {expected} as params.yaml has it"
         raise UserError(f"stats/: {problem}; run `dvc repro` or `wanda-dvc calibrate`")
+    check_distinct(study, norms["distinct"], norms["widest"])
     plan = study.plan
-    digests = {}
+    needs = ((study.gram, plan.mask_reads_gram), (study.fisher, plan.mask_reads_fisher))
+    folders = [folder for folder, is_read in (*needs, (study.blocks, plan.measures_blocks)) if is_read]
+    digests = {folder.name: digest(statistics_provenance(folder, norms)) for folder in folders}
     if plan.method.package:
         digests["method"] = file_digest(study.source("method"))
-    if plan.mask_reads_gram:
-        digests["gram"] = digest(statistics_provenance(study.gram, norms))
-    if plan.mask_reads_fisher:
-        digests["fisher"] = digest(statistics_provenance(study.fisher, norms))
-    if plan.measures_blocks:
-        digests["blocks"] = digest(statistics_provenance(study.blocks, norms))
     return norms, digests
+
+
+def check_distinct(study: Study, distinct: int, widest: int) -> str:
+    """Return what solvers lack if the windows have few distinct tokens, or "".
+
+    UserError if it is the text that has too few for the plan's solver. Windows that ask for fewer tokens are a choice
+    of the user. `widest` is the largest number of features that a linear reads or writes.
+    """
+    settings, needed = study.stage_input("calibrate/norms"), TOKENS_A_FEATURE * widest
+    problem = (
+        f"{distinct:,} distinct tokens, expected {needed:,} for solvers, {TOKENS_A_FEATURE} for each of "
+        f"{widest:,} features"
+    )
+    drawn = settings["windows"] * settings["length"]
+    if study.plan.solves and drawn >= needed and distinct < TOO_FEW_TOKENS * widest:
+        raise UserError(f"calibration.text: {problem}; take a longer text, such as c4, more texts, or recipe wanda")
+    return problem if distinct < FEW_TOKENS * widest else ""
 
 
 def discard_unfinished_gram(study: Study) -> None:
@@ -130,8 +145,7 @@ def draw_calibration(study: Study, *, further: int = 0) -> DrawnWindows:
     `further` is added to the seed. Each of several texts is drawn from alone, by one seed; then windows take turns.
     """
     settings = study.stage_input("calibrate/norms")
-    shares = settings.get("shares", [settings["windows"]])
-    length, seed, texts = settings["length"], settings["seed"] + further, []
+    shares, length, seed, texts = settings["shares"], settings["length"], settings["seed"] + further, []
     for source, samples in zip(numbered("calibration", "/", len(shares)), shares, strict=True):
         drawn = draw_documents(study, source, samples=samples, length=length, seed=seed)
         if drawn is None:

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from wanda_dvc.engine import accelerator, divergence
 from wanda_dvc.engine.checkpoint import ITEMSIZE
-from wanda_dvc.engine.memory import ARGUMENTS_BYTES, FIXED, ForwardMemory, ModelSizes, solving_memory, triangles_size
+from wanda_dvc.engine.memory import (
+    ARGUMENTS_BYTES,
+    COMPACT_BYTES,
+    FIXED,
+    LOGITS_OF_SLICE,
+    ForwardMemory,
+    ModelSizes,
+    solving_memory,
+    triangles_size,
+)
 from wanda_dvc.engine.questions import SEQUENCE_TOKENS
 from wanda_dvc.engine.sequences import PREFERRED_CHUNKS
 from wanda_dvc.errors import UserError, notice
@@ -18,6 +27,7 @@ from wanda_dvc.study.artifact import PROVENANCE
 from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
+WINDOWS_TOKEN = 8  # bytes of a token of training windows
 BYTES_A_TOKEN = 4  # of English text, about
 
 
@@ -128,16 +138,14 @@ def training_dtype(dtype: str, device: str) -> str:
 
 def training_memory(given: Conditions, way: TrainingWay) -> int:
     """Return the memory of a training step in one process, without fixed costs."""
-    from wanda_dvc.training.compact import BYTES  # imports torch
     from wanda_dvc.training.sharding import launched_processes
-    from wanda_dvc.training.trainer import LOGITS_OF_SLICE
 
     processes = launched_processes()
     length, sizes = min(RECOVERY_LENGTH, given.params.calibration.length), given.sizes
     batch = math.ceil(given.params.recovery.batch / processes)
     # Bytes: of a stored number, of a weight of the dense model, and of a trained weight with gradient and moments.
     if way.low_memory:  # a gradient is freed as soon as it is used
-        stored, itemsize, states = 2, 2, BYTES
+        stored, itemsize, states = 2, 2, COMPACT_BYTES
     else:
         stored, itemsize, states = 4, ITEMSIZE[training_dtype(given.dtype, given.device)], 16
     # Features and their gradients; attention's scores, their softmax and its gradient.
@@ -155,7 +163,7 @@ def training_memory(given: Conditions, way: TrainingWay) -> int:
     if way.low_memory:  # the head's gradient is a sum over slices; then a slice's logits exist, or its own gradient
         gradient = 2 * max(sizes.hidden * sizes.vocabulary, sizes.largest_linear)
         logits = gradient + max(gradient, min(logits, 24 * LOGITS_OF_SLICE))
-    return weights + batch * activations + logits
+    return weights + batch * activations + logits + WINDOWS_TOKEN * given.params.recovery.tokens
 
 
 def fitting_ways(given: Conditions) -> list[TrainingWay]:
@@ -196,12 +204,11 @@ def _needs_of_calibrate(given: Conditions) -> tuple[int, int]:
 
 
 def _needs_of_recover(given: Conditions) -> tuple[int, int]:
-    from wanda_dvc.training.compact import BYTES  # imports torch
-
     way = (*fitting_ways(given), TRAINING_WAYS[-1])[0]
-    checkpoint = (BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
+    checkpoint = (COMPACT_BYTES if way.low_memory else 12) * given.sizes.parameters  # weights and moments
     text = TEXT_IN_MEMORY * given.data_size("recovery" if given.params.recovery.text else "calibration")
     # Windows are cut before the training. On disk are the best checkpoint, the last one and the one being written.
+    text += 3 * WINDOWS_TOKEN * given.params.recovery.tokens  # as they are drawn, of all texts, and in order
     return max(text, training_memory(given, way)), round(3 * checkpoint) + given.sizes.stored
 
 

@@ -1,6 +1,7 @@
 """Train the pruned model towards the dense model."""
 
 import contextlib
+import hashlib
 import math
 import os
 import random
@@ -57,7 +58,7 @@ def recover(*, study: Study) -> None:
             libraries=("torch", "transformers", "accelerate"),
             recovery=settings,
             pruned=digest(pruned_provenance),
-            windows_sha256=digest(windows.tolist()),
+            windows_sha256=hashlib.sha256(windows.numpy().data).hexdigest(),
             trained_in="bfloat16" if low_memory else training_dtype(model_dtype, device.type),
         )
     provenances[True] |= {"weights": "bfloat16 and 8 bits", "optimizer_states": "8 bits"}
@@ -140,7 +141,7 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
     # Of recovery.text, the shares of the training; of the calibration's texts, their numbers of calibration windows.
-    shares = settings.get("shares", [settings["windows"]])
+    shares = settings["shares"]
     counts = apportion(count, shares)
     training, held_out = [], []
     section = "recovery" if settings["text"] else "calibration"

@@ -15,10 +15,9 @@ from jaxtyping import BFloat16, Float32, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from wanda_dvc.engine.memory import VALUES_OF_SCALE
 from wanda_dvc.training.sharding import local
 
-BLOCK = 256  # values that share a scale
-BYTES = 5 + 8 / BLOCK  # of a parameter: its weight and next bits, both moments and their scales
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # torch's defaults
 # Values that are updated at a time, by kind of device: few enough for a CPU's caches, and few kernels for a GPU.
 UPDATED_AT_A_TIME = {"cpu": 2**18, "cuda": 2**24, "mps": 2**24}
@@ -64,7 +63,7 @@ class CompactAdamW(torch.optim.Optimizer):
         weights, gradients = local(parameter).view(-1), local(parameter.grad).reshape(-1)  # type: ignore[arg-type]
         size = UPDATED_AT_A_TIME[parameter.device.type]
         for start in range(0, len(weights), size):
-            blocks = slice(start // BLOCK, (start + size) // BLOCK)
+            blocks = slice(start // VALUES_OF_SCALE, (start + size) // VALUES_OF_SCALE)
             part = {name: values[blocks] for name, values in state.items()}
             weight = weights[start : start + size]
             value = join(_by_block(weight), part["next_bits"])
@@ -86,7 +85,7 @@ class CompactAdamW(torch.optim.Optimizer):
 
 def _by_block(values: Tensor) -> Tensor:
     """Return a vector as a matrix with a row for each block; zeros fill the last one."""
-    return pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    return pad(values, (0, -len(values) % VALUES_OF_SCALE)).view(-1, VALUES_OF_SCALE)
 
 
 def split(values: Float32[Tensor, "*shape"]) -> tuple[BFloat16[Tensor, "*shape"], Int8[Tensor, "*shape"]]:
@@ -102,7 +101,7 @@ def join(rounded: BFloat16[Tensor, "*shape"], next_bits: Int8[Tensor, "*shape"])
 
 
 def encode(values: Tensor, codes: Tensor, scales: Tensor, generator: torch.Generator) -> None:
-    """Write values [blocks, BLOCK] as codes of 8 bits, and each block's largest magnitude as its scale [blocks, 1].
+    """Write values [blocks, values] as codes of 8 bits, and each block's largest magnitude as its scale [blocks, 1].
 
     A code is (|value| / scale)^¼: 8 bits resolve a second moment to 5 % where its root is 0.1 of the largest.
 

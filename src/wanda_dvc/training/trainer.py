@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, EditedCheckpoint, read_config
+from wanda_dvc.engine.memory import LOGITS_OF_SLICE
 from wanda_dvc.engine.structure import ParameterSlice, find_slices
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.kernels import install as install_faster_linears
@@ -31,7 +32,6 @@ from wanda_dvc.training.compact import CompactAdamW
 from wanda_dvc.training.sharding import gathered, launched_processes, local, run_gathered, shard
 
 WARM_UP = 0.05  # of the steps
-LOGITS_OF_SLICE = 2**24  # elements, with `low_memory`
 EVALUATIONS = 10  # per training, at most, on the validation windows; each also writes a checkpoint
 Windows = Int[Tensor, "windows length"]
 Curve = list[dict[str, float]]  # by evaluation: tokens, the divergence on each text, and the score
