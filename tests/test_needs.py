@@ -25,7 +25,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs, run
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.needs import MEMORY_AND_DISK, Requirements
-from wanda_dvc.study.folder import TEXT, Study
+from wanda_dvc.study.folder import ITEMS, TEXT, Study
 from wanda_dvc.study.tensors import read_masks
 
 CONFIGS = ROOT / "tests/configs"
@@ -159,6 +159,17 @@ def test_a_recovery_needs_the_memory_of_its_text(config_only: Make):
     text.touch()
     os.truncate(text, 10**9)
     assert needed(made, "recover").memory == FIXED + needs.TEXT_IN_MEMORY * 10**9 + 3 * 8 * 512
+
+
+def test_zero_shot_needs_the_memory_of_all_questions(config_only: Make):
+    made = config_only(tasks__names=["piqa", "boolq"])
+    before = needed(made, "zero-shot").memory
+    for name in ("piqa", "boolq"):
+        items = made.data("tasks") / name / ITEMS
+        items.parent.mkdir(parents=True)
+        items.touch()
+        os.truncate(items, 10**9)
+    assert needed(made, "zero-shot").memory - before == pytest.approx(needs.ITEMS_IN_MEMORY * 2 * 10**9, rel=0.01)
 
 
 def test_one_line_says_it(config_only: Make, capsys: Capture, monkeypatch: Patch):

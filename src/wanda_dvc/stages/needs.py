@@ -28,6 +28,7 @@ from wanda_dvc.study.folder import ITEMS, TEXT, Study
 
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 WINDOWS_TOKEN = 8  # bytes of a token of training windows
+ITEMS_IN_MEMORY = 64  # bytes for each byte of the items of tasks, with the copies of lm-eval; about
 BYTES_A_TOKEN = 4  # of English text, about
 
 
@@ -223,9 +224,9 @@ def _needs_of_perplexity(given: Conditions) -> tuple[int, int]:
 
 def _needs_of_zero_shot(given: Conditions) -> tuple[int, int]:
     forward = given.forward(SEQUENCE_TOKENS)
-    memory = forward.activations + forward.logits + ARGUMENTS_BYTES
-    memory = max(memory, 4 * given.sizes.block_parameters)  # a block of each kind is tried in float32
     size = sum(given.data_size(f"tasks/{name}", ITEMS) for name in given.params.tasks.names)
+    memory = forward.activations + forward.logits + ARGUMENTS_BYTES + ITEMS_IN_MEMORY * size
+    memory = max(memory, 4 * given.sizes.block_parameters)  # a block of each kind is tried in float32
     return forward.weights + memory, 2 * given.stored_activations(size // BYTES_A_TOKEN)
 
 

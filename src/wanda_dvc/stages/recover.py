@@ -141,9 +141,8 @@ def training_windows(study: Study) -> tuple[Windows, dict[str, Windows]]:
     length = settings["length"]
     count = max(1, settings["tokens"] // length // settings["batch"]) * settings["batch"]
     # Of recovery.text, the shares of the training; of the calibration's texts, their numbers of calibration windows.
-    shares = settings["shares"]
+    shares, training, held_out = settings["shares"], list[Tensor](), list[Tensor]()
     counts = apportion(count, shares)
-    training, held_out = [], []
     section = "recovery" if settings["text"] else "calibration"
     for source, share, samples in zip(numbered(section, "/", len(shares)), shares, counts, strict=True):
         windows = _windows_of_text(study, source, settings, samples + VALIDATION_WINDOWS, calibrated=share)
